@@ -1,0 +1,297 @@
+"""Capture: from a model and a batch to every layer's `LayerIO`.
+
+Forward hooks record what enters each layer and what leaves it; one batched backward pass sends
+the loss's vectors from the model's output to all recorded outputs. Nothing else is touched:
+hooks are gone afterwards (also after an exception), no `.grad` is written, no parameter gradient
+is computed, and modes and flags stay as they were.
+
+Memory: `N * S * d_in + V * N * S * d_out` numbers for each layer, besides the graph of one forward
+pass. `stream` yields the vectors in chunks, so that `V` is bounded.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kfac_scratch.blocks import Shared, blocks, uncovered
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layers import LAYERS, Layer, averaged_rows, input_rows, output_rows
+from kfac_scratch.losses import Fisher, type2
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One use of a layer during the forward pass."""
+
+    layer: Layer
+    x: Tensor
+    version: int  # of x when the layer read it
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the positions of a layer become the `S` rows of its `LayerIO`."""
+
+    inputs: Callable[[Shared, list[Call]], Float[Tensor, "groups N S d_in"]]
+    outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
+
+
+def layer_ios(
+    model: Module,
+    loss: Module,
+    X: Tensor,
+    y: Tensor,
+    fisher: Fisher = type2,
+    *,
+    setting: "Setting | None" = None,
+    layers: Collection[str] | None = None,
+    chunk: int = 32,
+) -> dict[str, LayerIO]:
+    """The `LayerIO` of every block of a model on one batch, by name (see `blocks`).
+
+    Args:
+        model: Any module; axis 0 of its output is the batch.
+        loss: The loss module; `fisher` says for which losses it works.
+        X: The model's input. Axis 0 of what every layer gets must be the batch.
+        y: Targets for the loss.
+        fisher: Which vectors to send backward, see `losses`.
+        setting: `EXPAND` (default): every position is a row. `REDUCE`: positions are averaged, and
+            the result equals `io.reduced()` but no convolution's patches are ever formed.
+        layers: Names of the layers to cover. Default: all supported ones; trainable parameters
+            that this leaves out are named in a warning.
+        chunk: How many vectors are sent backward at once. With 1, by plain autodiff without
+            `torch.vmap`, which works for operations that cannot be batched.
+
+    Raises:
+        ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
+            model on another device than its data, batch statistics in training mode, a layer
+            that never ran, and more: each names the layer and the way out.
+        NotImplementedError: For layers and losses that are not covered.
+    """
+    parts = list(stream(model, loss, X, y, fisher, setting=setting, layers=layers, chunk=chunk))
+    return {
+        name: LayerIO(io.a, torch.cat([part[name].g for part in parts]))
+        for name, io in parts[0].items()
+    }
+
+
+def stream(
+    model: Module,
+    loss: Module,
+    X: Tensor,
+    y: Tensor,
+    fisher: Fisher = type2,
+    *,
+    setting: "Setting | None" = None,
+    layers: Collection[str] | None = None,
+    chunk: int = 32,
+) -> Iterator[dict[str, LayerIO]]:
+    """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
+    setting = EXPAND if setting is None else setting
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+    found = blocks(model, layers)
+    _check_model(model, X, found, layers)
+    with torch.enable_grad():
+        f, calls = _forward(model, X, found)
+    _check_calls(f, found, calls)
+    vectors = fisher(loss, f, y)
+    if vectors.shape[1:] != f.shape:
+        raise ValueError(
+            f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}]."
+        )
+    used = [setting.inputs(block, calls[block.name]) for block in found]
+    flat = [call.z for block in found for call in calls[block.name]]
+    parts = vectors.split(chunk)
+    for i, part in enumerate(parts):
+        sent = iter(_backward(f, flat, part, retain=i + 1 < len(parts)))
+        ios = {}
+        for block, a in zip(found, used, strict=True):
+            g = setting.outputs(calls[block.name], [next(sent) for _ in calls[block.name]])
+            for name, a_, g_ in zip(block.names, a, g, strict=True):
+                ios[name] = LayerIO(a_, g_.to(a_.dtype))
+        yield ios
+
+
+def _expanded_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
+    rows = []
+    for call in calls:
+        dtype = call.layer.weight.dtype
+        row = input_rows(call.layer, call.x).to(dtype)
+        rows.append(_with_bias_columns(block, call.layer, row))
+    return torch.cat(rows, dim=2)
+
+
+def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N S d_out"]:
+    return torch.cat([output_rows(c.layer, g) for c, g in zip(calls, gs, strict=True)], dim=3)
+
+
+def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
+    sums, count = [], 0
+    for call in calls:
+        row, S = averaged_rows(call.layer, call.x)
+        row = row.to(call.layer.weight.dtype)
+        sums.append(S * _with_bias_columns(block, call.layer, row))
+        count += S
+    return torch.stack(sums).sum(0) / count
+
+
+def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
+    pairs = zip(calls, gs, strict=True)
+    sums = [output_rows(c.layer, g).sum(3, keepdim=True) for c, g in pairs]
+    return torch.stack(sums).sum(0)
+
+
+EXPAND = Setting(_expanded_inputs, _expanded_outputs)
+REDUCE = Setting(_averaged_inputs, _summed_outputs)
+
+
+def _with_bias_columns(block: Shared, layer: Layer, rows: Tensor) -> Tensor:
+    columns = rows.new_tensor(block.bias_inputs(layer)).expand(*rows.shape[:-1], -1)
+    return torch.cat([rows, columns] if block.weight is not None else [columns], dim=-1)
+
+
+def _forward(model: Module, X: Tensor, found: list[Shared]) -> tuple[Tensor, dict[str, list[Call]]]:
+    calls: dict[str, list[Call]] = {block.name: [] for block in found}
+    with ExitStack() as hooks:
+        for block in found:
+            record = partial(_record, calls[block.name])
+            for layer in block.layers:
+                handle = layer.register_forward_hook(record, with_kwargs=True)
+                hooks.callback(handle.remove)
+        f = model(X)
+    return f, calls
+
+
+def _record(
+    calls: list[Call],
+    layer: Layer,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    output: Tensor,
+) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    calls.append(Call(layer, x.detach(), x._version, output))
+    return output.clone()  # the next layer may write into its input
+
+
+def _backward(f: Tensor, outputs: list[Tensor], vectors: Tensor, retain: bool) -> list[Tensor]:
+    """Send a stack of vectors from the model's output to recorded ones: zeros if unconnected."""
+    reached = [z for z in outputs if z.requires_grad]
+    batched = len(vectors) > 1
+    try:
+        gradients = torch.autograd.grad(
+            f,
+            reached,
+            vectors if batched else vectors[0],
+            is_grads_batched=batched,
+            retain_graph=retain,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        if not batched:
+            raise
+        raise RuntimeError(
+            "Sending several vectors backward at once failed; if an operation of the model cannot "
+            "be batched, pass chunk=1 to send them one by one."
+        ) from error
+    sent = {
+        id(z): g if g is None or batched else g.unsqueeze(0)
+        for z, g in zip(reached, gradients, strict=True)
+    }
+    none = [z.new_zeros(1).expand(len(vectors), *z.shape) for z in outputs]
+    return [
+        n if sent.get(id(z)) is None else sent[id(z)] for z, n in zip(outputs, none, strict=True)
+    ]
+
+
+def _check_model(
+    model: Module, X: Tensor, found: list[Shared], layers: Collection[str] | None
+) -> None:
+    if not found:
+        kinds = ", ".join(kind.__name__ for kind in LAYERS)
+        raise ValueError(f"The model has no trainable layer of a supported kind ({kinds}).")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"Layer {name!r} ({type(module).__name__}) uses the statistics of the batch, so no "
+                "datum has a gradient of its own: call model.eval() first."
+            )
+    if isinstance(X, Tensor):
+        if len(X) == 0:
+            raise ValueError("The batch is empty.")
+        device = found[0].layers[0].weight.device
+        if X.device != device:
+            raise ValueError(f"X is on {X.device} but the model is on {device}: move one of them.")
+    if layers is None and (names := uncovered(model, found)):
+        warnings.warn(
+            f"No block covers the trainable parameters {names}. To say that this is meant, pass "
+            "layers=[...].",
+            stacklevel=4,
+        )
+
+
+def _check_calls(f: Tensor, found: list[Shared], calls: dict[str, list[Call]]) -> None:
+    if not isinstance(f, Tensor) or f.ndim == 0:
+        raise ValueError("The model must return one tensor with the batch on axis 0.")
+    for block in found:
+        name = block.name
+        silent = [layer for layer in block.layers if all(c.layer is not layer for c in calls[name])]
+        if silent:
+            raise ValueError(
+                f"Layer {name!r} ({type(silent[0]).__name__}) never ran in the forward pass: its "
+                "weight is unused, or used without calling the layer (as nn.MultiheadAttention "
+                "does). Leave it out with layers=[...], or call it as a layer."
+            )
+        for call in calls[name]:
+            _check_call(name, call, len(f))
+    if not f.isfinite().all():
+        raise ValueError(_where_not_finite(calls))
+
+
+def _check_call(name: str, call: Call, N: int) -> None:
+    layer, x, z = call.layer, call.x, call.z
+    kind = f"Layer {name!r} ({type(layer).__name__})"
+    if x._version != call.version:
+        raise ValueError(f"The input of {kind} was modified in place after the layer used it.")
+    dims = len(getattr(layer, "kernel_size", ())) + 2
+    if len(x) != N or x.ndim < 1 or (dims > 2 and x.ndim != dims) or z.ndim < 2:
+        raise ValueError(
+            f"{kind} got an input of shape {tuple(x.shape)} while the model's output is for {N} "
+            "data: axis 0 of a layer's input must be the batch; other shared axes come after it."
+        )
+    _check_subclass(kind, call)
+
+
+def _where_not_finite(calls: dict[str, list[Call]]) -> str:
+    for name, uses in calls.items():
+        for call in uses:
+            for what, t in (("input", call.x), ("output", call.z)):
+                if not t.isfinite().all():
+                    n = int((~t.isfinite()).flatten(1).any(1).nonzero()[0])
+                    return f"The {what} of layer {name!r} is not finite, first for datum {n}."
+    return "The model's output has non-finite entries although its layers have none."
+
+
+def _check_subclass(kind: str, call: Call) -> None:
+    """A subclass with a forward of its own must still compute what its parent computes."""
+    layer = call.layer
+    if type(layer) in LAYERS:
+        return
+    parent = next(cls for cls in LAYERS if isinstance(layer, cls))
+    with torch.no_grad():
+        same = parent.forward(layer, call.x)
+    if same.shape != call.z.shape or not torch.allclose(same, call.z, rtol=1e-4, atol=1e-6):
+        raise NotImplementedError(
+            f"{kind} does not compute what {parent.__name__} computes, so its gradient is not that "
+            "of one matrix applied to its input: leave it out with layers=[...]."
+        )

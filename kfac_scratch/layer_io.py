@@ -1,0 +1,58 @@
+"""LayerIO: what flows through one layer, in one format for every layer.
+
+Every layer that KFAC supports applies one matrix `W` at `S` shared positions: a linear layer
+along a sequence, a convolution at every patch, a tied layer at every call. Two tensors then say
+everything about the layer's curvature on a batch: the rows that go into `W` and the vectors that
+come back to its output. Every approximation in this package is a function of them.
+
+Source: the shared-weight view of Eschenhagen et al. 2023 (arXiv:2311.00636), §2.3 and §3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerIO:
+    """Inputs and back-propagated vectors of a layer `z[n, s] = W @ a[n, s]`.
+
+    Attributes:
+        a: Inputs of `W`. A bias is a trailing column: its input is 1.
+        g: `V` vectors per datum, sent back from the loss to `z`. Their outer products sum to the
+            loss curvature with respect to `z`: all scale of the loss is in `g`, none in `a`.
+    """
+
+    a: Float[Tensor, "N S d_in"]
+    g: Float[Tensor, "V N S d_out"]
+
+    def reduced(self) -> "LayerIO":
+        """View the layer as if it were applied once: mean of the inputs, sum of the vectors.
+
+        KFAC-reduce is `kfac(io.reduced())` (Eschenhagen et al. 2023, eq. 22).
+        """
+        return LayerIO(self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True))
+
+    def gradients(self) -> Float[Tensor, "V N d_out d_in"]:
+        """Every vector's gradient with respect to `W`: `G[v, n] = sum_s g[v, n, s] a[n, s]^T`."""
+        return torch.einsum("vnso,nsi->vnoi", self.g, self.a)
+
+    def block(self) -> Float[Tensor, "D D"]:
+        """The exact curvature block on `vec(W)`, which every paper approximates.
+
+        `sum_{v, n} vec(G[v, n]) vec(G[v, n])^T` with `D = d_out * d_in`.
+        """
+        D = self.a.shape[-1] * self.g.shape[-1]
+        block = self.a.new_zeros(D, D)
+        for g in self.g.split(1):  # one vector at a time: memory N * D, not V * N * D
+            G = LayerIO(self.a, g).gradients().flatten(2).squeeze(0)  # [N, D]
+            block += G.T @ G
+        return block
+
+
+def concatenate(ios: Sequence[LayerIO]) -> LayerIO:
+    """Join several batches of one layer along `N`; all need the same `V` and `S`."""
+    return LayerIO(torch.cat([io.a for io in ios]), torch.cat([io.g for io in ios], dim=1))

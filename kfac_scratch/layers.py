@@ -1,0 +1,157 @@
+r"""A layer as rows: how each kind of layer applies one matrix, `z[n, s] = W a[n, s]`.
+
+| layer | rows `a[n, s]` | `W` |
+|---|---|---|
+| `Linear` on `[N, *, d]` | entries of the shared axes `*` | `weight` |
+| `Conv1d/2d/3d` | patches, one per output position | `weight.flatten(1)` |
+| `Embedding` | one-hot rows | `weight.T` |
+
+A grouped convolution is `groups` such layers side by side, each with its own `W`; groups are a
+leading axis of everything here. Biases are columns of `W`, see `blocks`.
+
+Sources: Grosse and Martens 2016 (arXiv:1602.01407), §3 for convolutions; Eschenhagen et al. 2023
+(arXiv:2311.00636), §3; for averages of patches without patches, Dangel 2023 (arXiv:2307.02275).
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import get_args
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from torch.nn.functional import one_hot, pad
+
+Convolution = Conv1d | Conv2d | Conv3d
+Layer = Linear | Convolution | Embedding
+LAYERS = get_args(Layer)
+
+
+def input_rows(layer: Layer, x: Tensor) -> Float[Tensor, "groups N S d_in"]:
+    """The rows that `W` multiplies, without a bias column."""
+    match layer:
+        case Conv1d() | Conv2d() | Conv3d():
+            return _patches(layer, x)
+        case Embedding():
+            rows = _one_hot(layer, x)
+        case _:
+            rows = x
+    return rows.reshape(1, len(x), -1, rows.shape[-1])
+
+
+def averaged_rows(layer: Layer, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
+    """`input_rows(layer, x).mean(2, keepdim=True)` and `S`, without forming a convolution's rows.
+
+    A sum over patches contracts every spatial axis with a 0/1 pattern of which entry meets which
+    kernel element, so its cost and memory do not grow with the size of the kernel times `S`.
+    """
+    if isinstance(layer, Convolution):
+        return _averaged_patches(layer, x)
+    if isinstance(layer, Embedding):
+        tokens = x.reshape(len(x), -1)
+        ones = torch.ones_like(tokens, dtype=layer.weight.dtype)
+        if layer.padding_idx is not None:
+            ones = ones * (tokens != layer.padding_idx)
+        counts = ones.new_zeros(len(x), layer.num_embeddings).scatter_add_(1, tokens, ones)
+        S = tokens.shape[1]
+        return (counts / S).reshape(1, len(x), 1, -1), S
+    rows = input_rows(layer, x)
+    return rows.mean(2, keepdim=True), rows.shape[2]
+
+
+def output_rows(layer: Layer, g: Float[Tensor, "V N ..."]) -> Float[Tensor, "groups V N S d_out"]:
+    """Vectors at a layer's output, in the order of `input_rows`."""
+    V, N = g.shape[:2]
+    if isinstance(layer, Convolution):
+        g = g.reshape(V, N, layer.groups, g.shape[2] // layer.groups, -1)
+        return g.permute(2, 0, 1, 4, 3)
+    return g.reshape(1, V, N, -1, g.shape[-1])
+
+
+def weight_matrix(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out d_in"]:
+    """A tensor shaped like the layer's weight as the matrices `W` of its groups."""
+    if isinstance(layer, Convolution):
+        return weight.flatten(1).unflatten(0, (layer.groups, -1))
+    return (weight.T if isinstance(layer, Embedding) else weight).unsqueeze(0)
+
+
+def weight_tensor(layer: Layer, W: Num[Tensor, "groups d_out d_in"]) -> Tensor:
+    """Undo `weight_matrix`."""
+    if isinstance(layer, Convolution):
+        return W.reshape(layer.weight.shape)
+    return W[0].T if isinstance(layer, Embedding) else W[0]
+
+
+def check_layer(name: str, layer: Layer) -> None:
+    """Refuse settings under which a layer's gradient is not that of one matrix.
+
+    Raises:
+        NotImplementedError: Naming the layer and the way out.
+    """
+    if isinstance(layer, Embedding):
+        for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(layer, setting):
+                raise NotImplementedError(
+                    f"Embedding {name!r} has {setting}={getattr(layer, setting)}, which changes "
+                    f"its weight or gradient on the side: set {setting} to its default, or leave "
+                    "the layer out with layers=[...]."
+                )
+
+
+def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
+    rows = one_hot(tokens, layer.num_embeddings).to(layer.weight.dtype)
+    if layer.padding_idx is not None:
+        rows[tokens == layer.padding_idx] = 0
+    return rows
+
+
+def _patches(
+    layer: Convolution, x: Float[Tensor, "N C *space"]
+) -> Float[Tensor, "groups N S d_in"]:
+    x = _padded(layer, x)
+    for axis, (k, stride, dilation) in enumerate(_geometry(layer), start=2):
+        x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
+    dims = len(layer.kernel_size)  # x is [N, C, *positions, *kernel]
+    x = x.unflatten(1, (layer.groups, -1))  # [N, groups, C, *positions, *kernel]
+    x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    S = prod(x.shape[2 : 2 + dims])
+    return x.reshape(layer.groups, len(x[0]), S, -1)
+
+
+def _averaged_patches(
+    layer: Convolution, x: Tensor
+) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
+    x = _padded(layer, x)
+    S = 1
+    for k, stride, dilation in _geometry(layer):
+        size = x.shape[2]
+        positions = (size - dilation * (k - 1) - 1) // stride + 1
+        start = dilation * torch.arange(k, device=x.device)
+        index = start + stride * torch.arange(positions, device=x.device).unsqueeze(1)
+        pattern = x.new_zeros(size, k)  # which entries does kernel element j meet?
+        pattern[index, torch.arange(k, device=x.device).expand_as(index)] = 1
+        x = torch.tensordot(x, pattern / positions, dims=([2], [0]))  # to the end
+        S *= positions
+    rows = x.reshape(len(x), layer.groups, -1).movedim(1, 0)
+    return rows.unsqueeze(2), S
+
+
+def _geometry(layer: Convolution) -> Iterator[tuple[int, int, int]]:
+    return zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+
+
+def _padded(layer: Convolution, x: Tensor) -> Tensor:
+    """Apply the layer's own padding, in its padding mode."""
+    if layer.padding == "same":  # an odd total puts the larger half behind
+        totals = [d * (k - 1) for k, _, d in _geometry(layer)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    elif layer.padding == "valid":
+        sides = []
+    else:
+        sides = [(int(p), int(p)) for p in layer.padding]
+    amounts = [side for pair in reversed(sides) for side in pair]
+    if not any(amounts):
+        return x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return pad(x, amounts, mode=mode)

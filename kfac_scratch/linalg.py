@@ -1,0 +1,128 @@
+r"""Linear algebra on tensors: the vec convention and positive semi-definite matrices.
+
+`vec` stacks **rows**, as `torch.flatten` does, so that for $V \in \mathbb{R}^{m \times n}$
+
+$$
+(B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^\top).
+$$
+
+Everything else in this package follows from this one choice.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def vec(V: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch mn"]:
+    """Stack the rows of a matrix (or of every matrix in a batch) into one vector."""
+    return V.flatten(-2)
+
+
+def unvec(v: Float[Tensor, "*batch mn"], rows: int) -> Float[Tensor, "*batch m n"]:
+    """Undo `vec` for a matrix with the given number of rows.
+
+    Raises:
+        ValueError: If the vector does not fill that many rows.
+    """
+    size = v.shape[-1]
+    if rows < 1 or size % rows:
+        raise ValueError(f"A vector of {size} entries has no matrix with {rows} rows.")
+    return v.unflatten(-1, (rows, size // rows))
+
+
+def kron_matvec(
+    B: Float[Tensor, "p m"], A: Float[Tensor, "q n"], v: Float[Tensor, "*batch mn"]
+) -> Float[Tensor, "*batch pq"]:
+    r"""Multiply `B ⊗ A` onto a vector without forming it: the vec trick.
+
+    Costs $\mathcal{O}(mn(p + q))$ at most instead of the dense product's $\mathcal{O}(mnpq)$.
+    """
+    return vec(B @ unvec(v, rows=B.shape[1]) @ A.mT)
+
+
+def eye_like(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The identity of a matrix's size, dtype and device."""
+    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+
+
+def psd_eigh(M: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+    """Eigenvalues (ascending, none negative) and eigenvectors of a PSD matrix.
+
+    Round-off below zero is set to zero. A decomposition that fails in a lower precision is
+    repeated in float64.
+
+    Raises:
+        ValueError: If the matrix has non-finite entries, or an eigenvalue that is negative
+            beyond round-off, `-10 * d * eps` times the largest magnitude.
+    """
+    if not M.isfinite().all():
+        raise ValueError(f"A {tuple(M.shape)} matrix to be decomposed has non-finite entries.")
+    M = (M + M.mT) / 2
+    try:
+        eigenvalues, Q = torch.linalg.eigh(M)
+    except RuntimeError:  # LinAlgError happens in float32 for very ill-conditioned factors
+        eigenvalues, Q = (t.to(M.dtype) for t in torch.linalg.eigh(M.double()))
+    tolerance = 10 * len(M) * torch.finfo(M.dtype).eps * eigenvalues.abs().amax()
+    if (eigenvalues < -tolerance).any():
+        raise ValueError(
+            f"A matrix that should be positive semi-definite has the eigenvalue "
+            f"{eigenvalues.min():.3g} (largest: {eigenvalues.max():.3g})."
+        )
+    return eigenvalues.clamp(min=0), Q
+
+
+def simultaneous_eigh(
+    P: Float[Tensor, "d d"], M: Float[Tensor, "d d"]
+) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+    r"""Diagonalise two symmetric matrices at once: `K.T @ P @ K = I`, `K.T @ M @ K = diag(p)`.
+
+    Returns `p` and `K`. Source: Golub and Van Loan, Matrix Computations, §8.7.2.
+
+    Raises:
+        ValueError: If `P` is not positive definite.
+    """
+    L, failed = torch.linalg.cholesky_ex(P)
+    if failed.any():
+        raise ValueError("Diagonalising two matrices at once needs a positive definite first one.")
+    W = torch.linalg.solve_triangular(L, M, upper=False)  # L^-1 M
+    W = torch.linalg.solve_triangular(L, W.mT, upper=False)  # L^-1 M L^-T
+    p, E = torch.linalg.eigh((W + W.mT) / 2)
+    return p, torch.linalg.solve_triangular(L.mT, E, upper=True)
+
+
+def conjugate_gradient(
+    matvec: Callable[[Tensor], Tensor],
+    b: Float[Tensor, "*batch m n"],
+    precondition: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "*batch m n"]:
+    """Solve `M x = b` for a positive definite `M`, separately for every matrix in the batch.
+
+    Iterates until every residual is below `10 * eps` of its right-hand side, or for `2 m n` steps.
+    Source: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, §11.5.
+
+    Raises:
+        ValueError: If a direction of negative curvature shows that `M` is not positive definite.
+    """
+    x, r = torch.zeros_like(b), b.clone()
+    z = precondition(r)
+    p, rz, target = z, _dot(r, z), (10 * torch.finfo(b.dtype).eps) ** 2 * _dot(b, b)
+    for _ in range(2 * b.shape[-2] * b.shape[-1]):
+        if (_dot(r, r) <= target).all():
+            break
+        Mp = matvec(p)
+        curvature = _dot(p, Mp)
+        if ((curvature <= 0) & (rz > 0)).any():
+            raise ValueError("Conjugate gradients met negative curvature: use a larger damping.")
+        step = rz / curvature.where(curvature > 0, 1.0)
+        x, r = x + step * p, r - step * Mp
+        z = precondition(r)
+        rz, old = _dot(r, z), rz
+        p = z + rz / old.where(old > 0, 1.0) * p
+    return x
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum((-2, -1), keepdim=True)

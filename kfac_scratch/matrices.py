@@ -1,0 +1,318 @@
+r"""Structured curvature matrices, as values that act on matrices `V` of shape `[d_out, d_in]`.
+
+A matrix here stands for a symmetric positive semi-definite one on `vec(V)`. Its laws, for every
+`V` (leading batch axes are allowed) and every damping $\delta$ for which the inverse exists:
+
+- `M @ V` is `M.dense()` times `vec(V)`;
+- `M.inverse(delta) @ (M @ V + delta * V) == V`: damping is added when the inverse is taken and
+  is never stored in the matrix.
+
+Sources: Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6; Van Loan and Pitsianis 1993;
+Koroko et al. 2022 (arXiv:2201.10285), §3.4 for the sum of two products.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.linalg import conjugate_gradient, eye_like, psd_eigh, simultaneous_eigh
+
+
+@runtime_checkable
+class LinearMap(Protocol):
+    """Something that acts on gradients."""
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Apply the map to `vec(V)`, written as a matrix again."""
+        ...
+
+
+@runtime_checkable
+class Matrix(LinearMap, Protocol):
+    """Curvature of one layer: symmetric positive semi-definite."""
+
+    def inverse(self, damping: float) -> LinearMap:
+        """The inverse of `M + damping * I`."""
+        ...
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix on `vec(V)`, for tests and pictures."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A matrix without structure. `M` is `[D, D]` with `D = d_out * d_in`."""
+
+    M: Float[Tensor, "D D"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`M vec(V)`."""
+        return (V.flatten(-2) @ self.M.mT).reshape(V.shape)
+
+    def inverse(self, damping: float) -> "Dense":
+        """The inverse of `M + damping * I`."""
+        _check_damping(damping)
+        L, failed = torch.linalg.cholesky_ex(self.M + damping * eye_like(self.M))
+        if failed.any():
+            raise ValueError(f"M + {damping:g} I is not positive definite: use a larger damping.")
+        return Dense(torch.cholesky_inverse(L))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The matrix itself."""
+        return self.M
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.M.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.M.diagonal()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending."""
+        return psd_eigh(self.M)[0]
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return (self.eigenvalues() + damping).log().sum()
+
+    def sqrt(self) -> "Dense":
+        """The symmetric root `R` with `R R = M`."""
+        s, Q = psd_eigh(self.M)
+        return Dense(Q * s.sqrt() @ Q.T)
+
+    def inverse_sqrt(self, damping: float) -> "Dense":
+        """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
+        s, Q = psd_eigh(self.M)
+        return Dense(Q * _reciprocal(s, damping).sqrt() @ Q.T)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """A diagonal matrix. `scale` holds the diagonal in the shape of `V`."""
+
+    scale: Float[Tensor, "d_out d_in"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Scale every entry of `V`."""
+        return self.scale * V
+
+    def inverse(self, damping: float) -> "Diagonal":
+        """The inverse of `M + damping * I`."""
+        return Diagonal(_reciprocal(self.scale, damping))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.scale.flatten().diag()
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.scale.sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.scale.flatten()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending."""
+        return self.scale.flatten().sort().values
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return (self.scale + damping).log().sum()
+
+    def sqrt(self) -> "Diagonal":
+        """The symmetric root `R` with `R R = M`."""
+        return Diagonal(self.scale.sqrt())
+
+    def inverse_sqrt(self, damping: float) -> "Diagonal":
+        """The symmetric root of `inverse(damping)`."""
+        return Diagonal(_reciprocal(self.scale, damping).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerEigen:
+    """`(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` with orthogonal `QA` and `QB`."""
+
+    QA: Float[Tensor, "d_in d_in"]
+    QB: Float[Tensor, "d_out d_out"]
+    scale: Float[Tensor, "d_out d_in"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Rotate into the eigenbasis, scale, rotate back."""
+        return _scale_in_basis(self.QA, self.QB, self.scale, V)
+
+    def inverse(self, damping: float) -> "KroneckerEigen":
+        """The inverse of `M + damping * I`, exact and in the same basis."""
+        return KroneckerEigen(self.QA, self.QB, _reciprocal(self.scale, damping))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        Q = torch.kron(self.QB, self.QA)
+        return Q * self.scale.flatten() @ Q.T
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.scale.sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return (self.QB.square() @ self.scale @ self.QA.square().T).flatten()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending."""
+        return self.scale.flatten().sort().values
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return (self.scale + damping).log().sum()
+
+    def sqrt(self) -> "KroneckerEigen":
+        """The symmetric root `R` with `R R = M`."""
+        return KroneckerEigen(self.QA, self.QB, self.scale.sqrt())
+
+    def inverse_sqrt(self, damping: float) -> "KroneckerEigen":
+        """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
+        return KroneckerEigen(self.QA, self.QB, _reciprocal(self.scale, damping).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """`B ⊗ A` with symmetric positive semi-definite factors."""
+
+    A: Float[Tensor, "d_in d_in"]
+    B: Float[Tensor, "d_out d_out"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`B V A`, the vec trick."""
+        return self.B @ V @ self.A
+
+    def eigen(self) -> KroneckerEigen:
+        """The same matrix by its eigendecomposition: that of both factors."""
+        (a, QA), (b, QB) = psd_eigh(self.A), psd_eigh(self.B)
+        return KroneckerEigen(QA, QB, torch.outer(b, a))
+
+    def inverse(self, damping: float) -> KroneckerEigen:
+        """The inverse of `B ⊗ A + damping * I`, exact, in the eigenbasis of both factors."""
+        return self.eigen().inverse(damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return torch.kron(self.B, self.A)
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.B.trace() * self.A.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return torch.outer(self.B.diagonal(), self.A.diagonal()).flatten()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending: every product of the factors' eigenvalues."""
+        return self.eigen().eigenvalues()
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return self.eigen().logdet(damping)
+
+    def sqrt(self) -> KroneckerEigen:
+        """The symmetric root `R` with `R R = M`."""
+        return self.eigen().sqrt()
+
+    def inverse_sqrt(self, damping: float) -> KroneckerEigen:
+        """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
+        return self.eigen().inverse_sqrt(damping)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerSum:
+    """`B1 ⊗ A1 + B2 ⊗ A2`: positive semi-definite as a sum, though the second need not be."""
+
+    first: Kronecker
+    second: Kronecker
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """The sum of both products."""
+        return self.first @ V + self.second @ V
+
+    def inverse(self, damping: float) -> LinearMap:
+        """The inverse of the sum plus `damping * I`.
+
+        Without damping, by simultaneous diagonalisation of both pairs, which needs a positive
+        definite first term. A third term `damping * I` shares no basis with two general ones:
+        then the inverse runs conjugate gradients at every product, preconditioned by the damped
+        first term. To stay direct, damp the factors of the first term and pass 0.
+        """
+        _check_damping(damping)
+        if damping > 0:
+            return IterativeInverse(self, damping, self.first.inverse(damping))
+        (p, KA), (q, KB) = (
+            simultaneous_eigh(self.first.A, self.second.A),
+            simultaneous_eigh(self.first.B, self.second.B),
+        )
+        scale = 1 + torch.outer(q, p)
+        if (scale <= 0).any():
+            raise ValueError("The sum of two Kronecker products is not positive definite.")
+        return Congruence(KA, KB, 1 / scale)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.first.dense() + self.second.dense()
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.first.trace() + self.second.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.first.diagonal() + self.second.diagonal()
+
+
+@dataclass(frozen=True, eq=False)
+class Congruence:
+    """`(KB ⊗ KA) diag(vec(scale)) (KB ⊗ KA)^T` with invertible, not orthogonal, `KA` and `KB`."""
+
+    KA: Float[Tensor, "d_in d_in"]
+    KB: Float[Tensor, "d_out d_out"]
+    scale: Float[Tensor, "d_out d_in"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Map into the common basis, scale, map back."""
+        return _scale_in_basis(self.KA, self.KB, self.scale, V)
+
+
+@dataclass(frozen=True, eq=False)
+class IterativeInverse:
+    """`(M + damping * I)^{-1}` by preconditioned conjugate gradients at every product."""
+
+    M: Matrix
+    damping: float
+    preconditioner: LinearMap
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Solve `M X + damping * X = V`."""
+        return conjugate_gradient(
+            lambda X: self.M @ X + self.damping * X, V, lambda X: self.preconditioner @ X
+        )
+
+
+def _scale_in_basis(QA: Tensor, QB: Tensor, scale: Tensor, V: Tensor) -> Tensor:
+    return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT
+
+
+def _check_damping(damping: float) -> None:
+    if not damping >= 0:
+        raise ValueError(f"damping must be at least 0, got {damping}.")
+
+
+def _reciprocal(eigenvalues: Tensor, damping: float) -> Tensor:
+    _check_damping(damping)
+    if damping == 0 and (eigenvalues <= 0).any():
+        raise ValueError("A singular matrix has no inverse: pass a positive damping.")
+    return 1 / (eigenvalues + damping)

@@ -1,0 +1,61 @@
+"""From matrices to a step: apply every block's inverse to the gradient of the whole network.
+
+A preconditioner is a function from gradients to a step, both by parameter name. It is block
+diagonal: what happens between blocks is not seen.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.blocks import blocks
+from kfac_scratch.matrices import LinearMap
+
+Preconditioner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def preconditioner(
+    model: Module,
+    maps: Mapping[str, LinearMap],
+    *,
+    layers: Collection[str] | None = None,
+    rest: Callable[[Tensor], Tensor] | None = None,
+) -> Preconditioner:
+    """Apply one linear map to each block of a model.
+
+    With inverses `{name: M.inverse(damping)}` and gradients, the result is the (unscaled) natural
+    gradient step; with the matrices themselves it is the curvature's product with a direction.
+
+    Args:
+        model: The module that the maps belong to.
+        maps: One map for every block, by its name (as `layer_ios` names them).
+        layers: The layers that were covered, if not all.
+        rest: What to do with values of parameters that no block covers, for example
+            `lambda v: v`. Default: such a parameter is an error.
+
+    Raises:
+        ValueError: If maps and blocks do not go together, or a value has no block and `rest` is
+            not given.
+    """
+    found = blocks(model, layers)
+    names = [name for block in found for name in block.names]
+    if set(names) != set(maps):
+        raise ValueError(
+            f"Blocks without a map: {sorted(set(names) - set(maps))}; maps without a block: "
+            f"{sorted(set(maps) - set(names))}."
+        )
+
+    def apply(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = {}
+        for block in found:
+            Vs = block.matrices(values)
+            result.update(
+                block.parameters([maps[n] @ V for n, V in zip(block.names, Vs, strict=True)])
+            )
+        others = [name for name in values if name not in result]
+        if others and rest is None:
+            raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
+        return result | {name: rest(values[name]) for name in others if rest is not None}
+
+    return apply

@@ -1,0 +1,23 @@
+"""Every test runs with the annotated shapes checked, on every device there is."""
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook("kfac_scratch", "beartype.beartype")
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _defaults():
+    """Float64 and a fixed seed in every test; float32 where a test asks for it."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
