@@ -1,0 +1,145 @@
+"""What chapters show: the source that is installed, and matrices as pictures.
+
+Both return a value that Jupyter displays, so put the call at the end of a cell. matplotlib is
+needed only to draw.
+"""
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Source:
+    """Source code that Jupyter displays highlighted, and `print` as it is."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        fence = "`" * 6  # docstrings may hold shorter ones
+        return f"{fence}python\n{self.text}\n{fence}"
+
+
+def source(*objects: Any) -> Source:
+    """The source of functions, classes or methods as installed, each under its file and line."""
+    return Source("\n\n\n".join(_listing(obj, lambda code: code) for obj in objects))
+
+
+def code(*objects: Any) -> Source:
+    """Like `source`, without the docstring: what is left is what the text beside it explains."""
+    return Source("\n\n\n".join(_listing(obj, _without_docstring) for obj in objects))
+
+
+def _listing(obj: Any, edit: Callable[[str], str]) -> str:
+    obj = getattr(obj, "fget", None) or getattr(obj, "func", None) or obj  # (cached) properties
+    lines, number = inspect.getsourcelines(obj)
+    where = _location(obj)
+    text = edit(textwrap.dedent("".join(lines)).rstrip())
+    return f"# {where}:{number}\n{text}" if where else text
+
+
+def _location(obj: Any) -> str:
+    """The file relative to the folder that its top-level package lies in, or nothing."""
+    package = inspect.unwrap(obj).__module__.partition(".")[0]
+    origin = getattr(sys.modules.get(package), "__file__", None)
+    file = Path(inspect.getsourcefile(inspect.unwrap(obj)) or "")
+    if package == "__main__" or origin is None:
+        return ""
+    base = Path(origin).parent
+    return file.relative_to(base.parent if Path(origin).name == "__init__.py" else base).as_posix()
+
+
+def _without_docstring(text: str) -> str:
+    definition = ast.parse(text).body[0]
+    assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    first, lines = definition.body[0], text.splitlines()
+    if ast.get_docstring(definition) is not None and len(definition.body) > 1:
+        del lines[first.lineno - 1 : first.end_lineno]
+        while not lines[first.lineno - 1].strip():
+            del lines[first.lineno - 1]
+    return "\n".join(lines)
+
+
+def matrices(
+    tensors: Mapping[str, Tensor],
+    *,
+    blocks: Mapping[str, tuple[int, int]] | None = None,
+    digits: int | None = None,
+    scale: float | None = None,
+) -> "Figure":
+    r"""Draw matrices side by side in one colour scale that is symmetric about zero.
+
+    Zero takes the colour of the page, so the picture reads on light and dark backgrounds.
+
+    Args:
+        tensors: Matrices by title, which may hold math such as `"$B \otimes A$"`. A vector is
+            drawn as one column.
+        blocks: Sizes `(rows, columns)` of the blocks to be ruled off, by title.
+        digits: If given, write each entry with so many digits after the point.
+        scale: Magnitude at which the colours end, by default the largest entry's.
+
+    Returns:
+        The figure, which a cell displays as its last value; it is not left open in pyplot.
+    """
+    import matplotlib.pyplot as plt  # activates Jupyter's display of figures
+
+    arrays = {title: t.detach().cpu().reshape(len(t), -1).double() for title, t in tensors.items()}
+    limit = scale or max(float(M.abs().max()) for M in arrays.values()) or 1.0
+    widths = [max(0.45, M.shape[1] / max(M.shape)) for M in arrays.values()]
+    fig, axes = plt.subplots(
+        *(1, len(arrays)),
+        figsize=(min(9.6, 1.2 + 2.6 * sum(widths)), 2.9),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, (title, M) in zip(axes[0], arrays.items(), strict=True):
+        image = ax.imshow(M.numpy(), cmap=_diverging(), vmin=-limit, vmax=limit)
+        ax.set(title=title, xlabel=f"{M.shape[0]} × {M.shape[1]}", xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, linewidth=0.6, alpha=0.5)
+        if blocks and title in blocks:
+            _rule(ax, M, blocks[title])
+        if digits is not None:
+            _annotate(ax, M, digits)
+    bar = fig.colorbar(image, ax=axes[0].tolist(), shrink=0.75, aspect=16, pad=0.02)
+    bar.outline.set(linewidth=0.6, alpha=0.5)
+    plt.close(fig)
+    return fig
+
+
+def _diverging() -> Any:
+    """Blue below zero, nothing at zero, orange above."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    blue, orange = (0.13, 0.42, 0.82), (0.88, 0.38, 0.12)
+    stops = [(*blue, 1.0), (*blue, 0.0), (*orange, 0.0), (*orange, 1.0)]
+    return LinearSegmentedColormap.from_list(
+        "kfac", list(zip((0.0, 0.5, 0.5, 1.0), stops, strict=True))
+    )
+
+
+def _rule(ax: "Axes", M: Tensor, size: tuple[int, int]) -> None:
+    style: dict[str, Any] = {"color": ax.xaxis.label.get_color(), "linewidth": 0.8, "alpha": 0.7}
+    for row in range(size[0], M.shape[0], size[0]):
+        ax.axhline(row - 0.5, **style)
+    for column in range(size[1], M.shape[1], size[1]):
+        ax.axvline(column - 0.5, **style)
+
+
+def _annotate(ax: "Axes", M: Tensor, digits: int) -> None:
+    for i, row in enumerate(M.tolist()):
+        for j, entry in enumerate(row):
+            ax.text(j, i, f"{entry:.{digits}f}", ha="center", va="center", fontsize="x-small")
