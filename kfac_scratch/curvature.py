@@ -95,7 +95,7 @@ def empirical_fisher(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float
 
 
 def hessian_product(model: Module, loss: Module, X: Tensor, y: Tensor) -> Product:
-    """The function `v -> H v`: differentiate the gradient once more, along `v` (Pearlmutter 1994)."""
+    """The function `v -> H v`: derivative of the gradient along `v` (Pearlmutter 1994)."""
     network, theta = _network(model, X), parameter_vector(model)
     gradient = grad(lambda t: loss(network(t), y))
     return lambda v: vjp(gradient, theta)[1](v)[0]
@@ -155,13 +155,30 @@ def _parameters(model: Module) -> dict[str, Tensor]:
 def _network(model: Module, X: Tensor) -> Callable[[Tensor], Tensor]:
     """The network as a function of its flat parameter vector."""
     shapes = {name: p.shape for name, p in _parameters(model).items()}
+    places = _places(model)
 
     def network(theta: Tensor) -> Tensor:
         parts = theta.split([shape.numel() for shape in shapes.values()])
         values = {n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
-        return functional_call(model, values, (X,))
+        everywhere = {place: values[name] for place, name in places.items()}
+        return functional_call(model, everywhere, (X,), tie_weights=False)
 
     return network
+
+
+def _places(model: Module) -> dict[str, str]:
+    """Every place that holds a trainable parameter, each once, and the parameter's name.
+
+    With this, `functional_call` need not find tied weights by itself, which damages a model that
+    has one module under two names (PyTorch issue 164759).
+    """
+    names = {id(p): name for name, p in _parameters(model).items()}
+    return {
+        f"{path}.{attribute}" if path else attribute: names[id(p)]
+        for path, module in model.named_modules()
+        for attribute, p in module._parameters.items()
+        if id(p) in names
+    }
 
 
 def _jvp(network: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
