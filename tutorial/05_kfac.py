@@ -1,0 +1,490 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. KFAC: the product of averages
+#
+# **Part II: KFAC.** What is lost when the curvature of a layer becomes one Kronecker product,
+# and when is nothing lost?
+#
+# [Chapter 4](04_layer_io.py) ended with the exact curvature block of a layer, computed from what
+# the layer received, $a$, and what the loss sent back to its output, $g$. The block is a square
+# matrix with as many rows as the layer has weights. For one datum it is a Kronecker product of
+# two small matrices. For many data it is a *sum* of such products, and a sum of Kronecker
+# products is not a Kronecker product. KFAC acts as if it were.
+#
+# This chapter derives that step, finds out exactly what it throws away, and lists the networks
+# for which it throws away nothing. That list is more than a curiosity: it is how an
+# implementation of KFAC is tested.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
+
+from kfac_scratch.blocks import blocks
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.curvature import block_diagonal, block_index, empirical_fisher, ggn
+from kfac_scratch.kfac import foof, kfac, kfac_over
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like, unvec, vec
+from kfac_scratch.losses import empirical, monte_carlo
+from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.show import code, matrices
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %% [markdown]
+# We measure two things. `assert_exact` is for theorems: no entry may deviate by more than
+# $10^{-10}$ of the largest one. `relative_error` is for approximations: the norm of the
+# difference over the norm of the exact matrix, where the norm
+# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$ is that of Frobenius, here and throughout.
+
+# %%
+def assert_exact(approximation: Tensor, exact: Tensor) -> None:
+    largest = exact.abs().max()
+    assert largest > 0  # two zero matrices would prove nothing
+    assert (approximation - exact).abs().max() <= 1e-10 * largest
+
+
+def relative_error(approximation: Tensor, exact: Tensor) -> float:
+    return ((approximation - exact).norm() / exact.norm()).item()
+
+
+def mlp(*sizes: int, activation: type[Module] | None = Tanh, bias: bool = True) -> Sequential:
+    """Linear layers with an activation between them, or with nothing between them."""
+    layers: list[Module] = []
+    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        layers += [Linear(d_in, d_out, bias=bias)]
+        layers += [activation()] if activation else []
+    return Sequential(*layers[:-1]) if activation else Sequential(*layers)
+
+
+# %% [markdown]
+# ## A sum of Kronecker products
+#
+# Throughout this chapter a layer is applied once per datum, $z_n = W a_n$ with the bias as the
+# last column of $W$ and a one as the last entry of $a_n$. [Chapter 6](06_weight_sharing.py) lifts
+# this restriction. The loss sends $V$ vectors back to $z_n$, namely $g_{1n}, \dots, g_{Vn}$, and
+# each gives one gradient $G_{vn} = g_{vn} a_n^\top$. The exact block is
+#
+# $$
+# \begin{aligned}
+# F
+# &= \sum_{n=1}^{N} \sum_{v=1}^{V} \operatorname{vec}(g_{vn} a_n^\top)
+#    \operatorname{vec}(g_{vn} a_n^\top)^\top
+#   && \text{the definition} \\
+# &= \sum_{n, v} (g_{vn} \otimes a_n)(g_{vn} \otimes a_n)^\top
+#   && \operatorname{vec}(g a^\top) = g \otimes a \\
+# &= \sum_{n, v} (g_{vn} g_{vn}^\top) \otimes (a_n a_n^\top)
+#   && (P \otimes Q)(R \otimes T) = (P R) \otimes (Q T) \\
+# &= \sum_{n} \Bigl(\sum_{v} g_{vn} g_{vn}^\top\Bigr) \otimes (a_n a_n^\top)
+#   && \otimes \text{ is linear, and } a_n \text{ does not depend on } v.
+# \end{aligned}
+# \tag{5.1}
+# $$
+#
+# The second and third lines are [(1.5)] and the mixed product [(1.9)]. Give the two small
+# matrices of a datum names,
+#
+# $$
+# B_n = \sum_{v} g_{vn} g_{vn}^\top \in \mathbb{R}^{d_\text{out} \times d_\text{out}},
+# \qquad
+# A_n = a_n a_n^\top \in \mathbb{R}^{d_\text{in} \times d_\text{in}},
+# \qquad
+# F = \sum_{n} B_n \otimes A_n.
+# \tag{5.2}
+# $$
+#
+# Note where the sums stand. The vectors $v$ of *one* datum cause no trouble, because they share
+# the same $a_n$. Only the sum over data is in the way.
+
+# %%
+model, loss = mlp(5, 4, 3), CrossEntropyLoss()
+N = 7
+X, y = 2 * torch.randn(N, 5), torch.randint(3, (N,))
+ios = layer_ios(model, loss, X, y)
+
+io = ios["0"]  # the first layer
+V, d_in, d_out = len(io.g), io.a.shape[-1], io.g.shape[-1]
+B_n, A_n = [], []
+for n in range(N):
+    B_n.append(sum(torch.outer(io.g[v, n, 0], io.g[v, n, 0]) for v in range(V)))
+    A_n.append(torch.outer(io.a[n, 0], io.a[n, 0]))
+F = sum(torch.kron(B, A) for B, A in zip(B_n, A_n, strict=True))
+
+assert_exact(F, io.block())
+assert_exact(F, block_diagonal(model, ggn(model, loss, X, y))["0"])  # by plain autodiff
+print(f"F is {len(F)} × {len(F)}; B_n is {d_out} × {d_out} and A_n is {d_in} × {d_in}")
+
+# %% [markdown]
+# ## The product of averages
+#
+# Think of the index $n$ as random, each datum with probability $1/N$, and write $\mathbb{E}$ for
+# the average over data. Then
+#
+# $$
+# F = N\, \mathbb{E}[B_n \otimes A_n]
+# \;\approx\; N\, \mathbb{E}[B_n] \otimes \mathbb{E}[A_n]
+# = \underbrace{\Bigl(\sum_{n, v} g_{vn} g_{vn}^\top\Bigr)}_{B} \otimes
+#   \underbrace{\Bigl(\frac{1}{N} \sum_n a_n a_n^\top\Bigr)}_{A}.
+# \tag{5.3}
+# $$
+#
+# The one sign that is not an equality replaces the average of a product by the product of the
+# averages. That is all of KFAC. It would be an identity if $B_n$ and $A_n$ were independent.
+#
+# The factor $N$ went to $B$, so that $B$ is a sum and $A$ a mean. It could have gone anywhere,
+# because $B \otimes A = (cB) \otimes (A/c)$. Our choice keeps all scale of the loss in one place,
+# the vectors $g$ (they carry the $1/\sqrt{D}$ of a loss that is a mean over $D$ terms), and gives
+# $A$ a lower right corner of exactly one whenever there is a bias.
+#
+# ### In the package
+#
+# Data, positions and vectors are rows of two tall matrices; a factor is one product of such a
+# matrix with itself. (The divisor is `len(a)`: data times positions.)
+
+# %% tags=["beside", "remove-input"]
+code(kfac)
+
+# %%
+K = kfac(io)
+assert_exact(K.B, sum(B_n))
+assert_exact(K.A, sum(A_n) / N)
+assert_exact(K.dense(), torch.kron(sum(B_n), sum(A_n) / N))
+assert abs(K.A[-1, -1] - 1) < 1e-12
+
+print(f"numbers stored: exact {F.numel()}, KFAC {K.A.numel() + K.B.numel()}")
+print(f"relative error: {relative_error(K.dense(), F):.3f}")
+
+# %% tags=["hide-input"] alt="Three 24 by 24 heat maps with 6 by 6 blocks ruled off: the exact curvature block of a layer, KFAC's Kronecker product, which looks nearly the same, and the difference of the two, which is fainter but has a visible pattern." caption="The exact block of the first layer, KFAC, and what is lost, in one colour scale. There is one $6 \times 6$ tile for every pair of output units. In KFAC all tiles are multiples of $A$, in the exact block they are not."
+picture = {"exact $F$": F, r"KFAC $B \otimes A$": K.dense(), "difference": F - K.dense()}
+matrices(picture, blocks=dict.fromkeys(picture, (d_in, d_in)))
+
+# %% [markdown]
+# ## The error is a covariance
+#
+# How good is [(5.3)]? For numbers, the average of a product minus the product of the averages is
+# the covariance, $\mathbb{E}[xy] - \mathbb{E}[x]\mathbb{E}[y] = \mathbb{E}[(x - \bar x)(y - \bar y)]$.
+# The same algebra works for $\otimes$, because it is bilinear. With $\bar B = \mathbb{E}[B_n]$ and
+# $\bar A = \mathbb{E}[A_n]$,
+#
+# $$
+# \sum_n (B_n - \bar B) \otimes (A_n - \bar A)
+# = \underbrace{\sum_n B_n \otimes A_n}_{F}
+# - \underbrace{\sum_n B_n}_{N \bar B} \otimes \bar A
+# - \bar B \otimes \underbrace{\sum_n A_n}_{N \bar A}
+# + N \bar B \otimes \bar A
+# = F - B \otimes A.
+# \tag{5.4}
+# $$
+#
+# The left side looks like a covariance, but it has Kronecker products where a covariance matrix
+# has outer products. A renumbering turns one into the other. Entry $((i,j),(k,l))$ of
+# $B \otimes A$ is $B_{ik} A_{jl}$. Let $\mathcal{R}$ put it into row $(i,k)$ and column $(j,l)$:
+#
+# $$
+# \mathcal{R}(M)_{(i,k),(j,l)} = M_{(i,j),(k,l)},
+# \qquad
+# \mathcal{R}(B \otimes A) = \operatorname{vec}(B) \operatorname{vec}(A)^\top.
+# \tag{5.5}
+# $$
+#
+# $\mathcal{R}$ only moves entries, so it is linear and keeps the norm. Applied to [(5.4)]:
+#
+# <div class="admonition theorem" markdown="1" id="thm-5.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 5.1 (the error of KFAC)</b></p>
+#
+# Rearranged, KFAC's error is $N$ times the covariance matrix, over the data, of the entries of
+# $B_n = \sum_v g_{vn} g_{vn}^\top$ with the entries of $A_n = a_n a_n^\top$:
+#
+# $$
+# \mathcal{R}(F - B \otimes A)
+# = \sum_n \operatorname{vec}(B_n - \bar B) \operatorname{vec}(A_n - \bar A)^\top
+# = N \operatorname{Cov}\bigl(\operatorname{vec} B_n, \operatorname{vec} A_n\bigr),
+# \tag{5.6}
+# $$
+#
+# and therefore $\lVert F - B \otimes A \rVert = N \lVert \operatorname{Cov} \rVert$. KFAC is exact
+# **if and only if** no entry of $B_n$ is correlated with any entry of $A_n$. In particular it is
+# exact if one of the two is the same for all data.
+#
+# </div>
+
+# %%
+def rearrange(M: Tensor, d_out: int, d_in: int) -> Tensor:
+    M = M.reshape(d_out, d_in, d_out, d_in)  # i j k l
+    return M.permute(0, 2, 1, 3).reshape(d_out * d_out, d_in * d_in)
+
+
+entries_B, entries_A = vec(torch.stack(B_n)), vec(torch.stack(A_n))  # one row per datum
+covariance = (entries_B - entries_B.mean(0)).T @ (entries_A - entries_A.mean(0)) / N
+
+assert_exact(rearrange(K.dense(), d_out, d_in), torch.outer(vec(K.B), vec(K.A)))
+assert_exact(rearrange(F - K.dense(), d_out, d_in), N * covariance)
+error = (F - K.dense()).norm()
+assert abs(error - N * covariance.norm()) <= 1e-10 * error
+print(f"‖F − B ⊗ A‖ = {error:.6f},  N ‖Cov‖ = {N * covariance.norm():.6f}")
+
+# %% [markdown]
+# One more consequence is worth having. The norm of a covariance can be computed from inner
+# products between data alone, and here these are squares of inner products of vectors:
+#
+# $$
+# \langle A_n, A_m \rangle = (a_n^\top a_m)^2,
+# \qquad
+# \langle B_n, B_m \rangle = \sum_{v, w} (g_{vn}^\top g_{wm})^2,
+# \qquad
+# \langle B_n \otimes A_n, B_m \otimes A_m \rangle = \langle B_n, B_m \rangle \langle A_n, A_m \rangle.
+# \tag{5.7}
+# $$
+#
+# So $\lVert F \rVert^2$ is the sum of all products of two $N \times N$ tables, and
+# $\lVert F - B \otimes A \rVert^2$ is the same with one table centred, which means that the means
+# of its rows and columns are subtracted. We can measure KFAC's error on wide layers without ever
+# forming their block. (Statisticians know the centred sum as a test of independence, the
+# Hilbert-Schmidt criterion, here with quadratic kernels.)
+
+# %%
+def error_without_block(io: LayerIO) -> float:
+    """Relative error of KFAC from inner products between data (one position only)."""
+    a, g = io.a.squeeze(1), io.g.squeeze(2)
+    table_A = (a @ a.T).square()  # [N, N]
+    table_B = torch.zeros_like(table_A)
+    for gv in g:
+        table_B += torch.einsum("no,wmo->wnm", gv, g).square().sum(0)
+    mean = table_A.mean(0)
+    centred = table_A - mean - mean[:, None] + mean.mean()
+    return ((centred * table_B).sum().clamp(min=0) / (table_A * table_B).sum()).sqrt().item()
+
+
+assert abs(error_without_block(io) - relative_error(K.dense(), F)) < 1e-10
+
+# %% [markdown]
+# ## Where KFAC is exact
+#
+# Each of the following follows from [Theorem 5.1] by asking: what does not vary with $n$?
+#
+# **A single datum.** With $N = 1$ nothing varies. Any network, any loss, any kind of vectors.
+# This makes $N = 1$ the most popular test of a KFAC implementation, and a weak one: it cannot see
+# how data are averaged. Keep this in mind for the pitfalls below.
+
+# %%
+for loss, target in ((CrossEntropyLoss(), torch.tensor([1])), (MSELoss(), torch.rand(1, 3))):
+    for fisher in (None, empirical, monte_carlo(2)):
+        chosen = {} if fisher is None else {"fisher": fisher}
+        for layer in layer_ios(mlp(5, 4, 6, 3), loss, X[:1], target, **chosen).values():
+            assert_exact(kfac(layer).dense(), layer.block())
+
+# %% [markdown]
+# **Deep linear networks with squared error.** Let $f_n = W_L \cdots W_1 x_n$, possibly with
+# biases. The Jacobian of $f_n$ with respect to $z_n$, the output of layer $l$, is
+# $J = W_L \cdots W_{l+1}$ for every datum, and the Hessian of the squared error with respect to
+# $f_n$ is $\tfrac{2}{D} I$ for every datum. The type-2 vectors are $J^\top$ times the columns of a
+# square root of that Hessian, hence
+#
+# $$
+# B_n = \sum_v g_{vn} g_{vn}^\top = J^\top \Bigl(\frac{2}{D} I\Bigr) J,
+# \tag{5.8}
+# $$
+#
+# in which nothing depends on $n$.
+#
+# <div class="admonition theorem" markdown="1" id="thm-5.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 5.2 (deep linear networks)</b></p>
+#
+# For a network of linear layers without activations and `MSELoss`, with mean or sum, with or
+# without biases and for every $N$, type-2 KFAC equals every layer's block of the GGN.
+#
+# </div>
+#
+# This is the workhorse of testing: all sizes may differ, $N$ is large, and every factor of two
+# or $N$ or $C$ shows.
+
+# %%
+for reduction in ("mean", "sum"):
+    for bias in (True, False):
+        for size in (1, 2, 11):
+            linear, loss = mlp(5, 4, 6, 3, activation=None, bias=bias), MSELoss(reduction=reduction)
+            X, y = torch.rand(size, 5), torch.rand(size, 3)
+            exact = block_diagonal(linear, ggn(linear, loss, X, y))
+            for name, layer in layer_ios(linear, loss, X, y).items():
+                assert_exact(kfac(layer).dense(), exact[name])
+
+# %% [markdown]
+# **The last layer with squared error**, in *any* network. Nothing comes after it, so $J = I$ in
+# [(5.8)] even if everything before it is nonlinear. The other layers of the same network are
+# not exact:
+
+# %%
+nonlinear, loss = mlp(5, 4, 6, 3), MSELoss()
+X, y = torch.randn(11, 5), torch.randn(11, 3)
+for name, layer in layer_ios(nonlinear, loss, X, y).items():
+    error = relative_error(kfac(layer).dense(), layer.block())
+    print(f"layer {name}: relative error {error:.1e}")
+    if name == "4":
+        assert_exact(kfac(layer).dense(), layer.block())
+    else:
+        assert error > 0.01
+
+# %% [markdown]
+# **Data that the first layer cannot tell apart.** The theorems so far need squared error. Here is
+# one for any loss and any nonlinearity. If the first layer $W_0$ has more inputs than outputs,
+# there are directions that it maps to zero. Move the inputs along these only,
+#
+# $$
+# x_n = x_0 + U c_n, \qquad W_0 U = 0,
+# \tag{5.9}
+# $$
+#
+# and the output of the first layer is the same for all $n$. Then so are all later activations,
+# the logits, the Hessian of the loss, and every Jacobian. For the first layer $B_n$ does not vary,
+# although $A_n$ does, as much as you like. For the later layers nothing varies. The empirical
+# Fisher joins in if the targets repeat as well.
+
+# %%
+def indistinguishable(first: Linear, N: int) -> Tensor:
+    """Inputs that differ, but not for a layer with fewer outputs than inputs."""
+    U = torch.linalg.svd(first.weight.detach()).Vh[first.out_features :]  # rows span the null space
+    return torch.rand(first.in_features) + torch.randn(N, len(U)) @ U
+
+
+deep = mlp(9, 4, 6, 3)
+X = indistinguishable(deep[0], 11)
+same, other = torch.full((11,), 2), torch.arange(11) % 3
+for loss in (CrossEntropyLoss(), CrossEntropyLoss(reduction="sum")):
+    for layer in layer_ios(deep, loss, X, other).values():
+        assert_exact(kfac(layer).dense(), layer.block())
+    for layer in layer_ios(deep, loss, X, same, empirical).values():
+        assert_exact(kfac(layer).dense(), layer.block())
+
+wrong = layer_ios(deep, loss, X, other, empirical)["0"]
+print(f"empirical, targets vary: {relative_error(kfac(wrong).dense(), wrong.block()):.3f}")
+assert relative_error(kfac(wrong).dense(), wrong.block()) > 0.01
+
+# %% [markdown]
+# **The biases**, in any network, with any loss, for any $N$. The input that belongs to the bias is
+# always one, so the corner entry of $A_n$ does not vary. Pick the rows and columns of $F$ that
+# belong to the bias, the last entry of every row of $W$. By [(5.2)] they form
+#
+# $$
+# F_\text{bias} = \sum_n B_n (A_n)_{-1,-1} = \sum_n B_n = B = A_{-1,-1} B.
+# \tag{5.10}
+# $$
+#
+# So whenever KFAC is used for a bias *alone*, there is no approximation within the block. And you
+# can test the factor $B$ of any implementation on any nonlinear network.
+
+# %%
+X, y, loss = torch.randn(11, 5), torch.randint(3, (11,)), CrossEntropyLoss()
+exact = block_diagonal(nonlinear, ggn(nonlinear, loss, X, y))
+for name, layer in layer_ios(nonlinear, loss, X, y).items():
+    d_in = layer.a.shape[-1]
+    bias = slice(d_in - 1, None, d_in)  # the last entry of every row of W
+    K = kfac(layer)
+    assert_exact(K.A[-1, -1] * K.B, exact[name][bias, bias])
+    whole = relative_error(K.dense(), exact[name])
+    print(f"layer {name}: bias block exact, whole block {whole:.3f} off")
+    assert whole > 0.01
+
+# %% [markdown]
+# ## Where it is not
+#
+# A theorem is understood when one knows what happens without its conditions. Two were used above:
+# constant Jacobians and a constant Hessian of the loss. Take away one at a time.
+#
+# *Cross-entropy instead of squared error.* The network is still linear, so the Jacobians are
+# constant, but the Hessian $\operatorname{diag}(p_n) - p_n p_n^\top$ depends on the predicted
+# probabilities and so on the datum. *Tanh instead of nothing.* The loss has a constant Hessian,
+# but the derivatives of the activations depend on the datum.
+
+# %%
+def errors(model: Module, loss: Module, X: Tensor, y: Tensor) -> list[float]:
+    ios = layer_ios(model, loss, X, y)
+    return [relative_error(kfac(io).dense(), io.block()) for io in ios.values()]
+
+
+X = 2 * torch.randn(50, 5)
+linear = mlp(5, 4, 6, 3, activation=None)
+for parameter in linear.parameters():
+    parameter.data *= 2  # predictions that are not all alike
+targets, labels = torch.randn(50, 3), torch.randint(3, (50,))
+table = {
+    "linear, squared error": errors(linear, MSELoss(), X, targets),
+    "linear, cross-entropy": errors(linear, CrossEntropyLoss(), X, labels),
+    "tanh,   squared error": errors(nonlinear, MSELoss(), X, targets),
+    "tanh,   cross-entropy": errors(nonlinear, CrossEntropyLoss(), X, labels),
+}
+for regime, row in table.items():
+    print(regime, "  ".join(f"{error:8.1e}" for error in row))
+assert max(table["linear, squared error"]) < 1e-10
+assert min(table["linear, cross-entropy"]) > 0.05
+assert min(table["tanh,   squared error"][:-1]) > 0.05 and table["tanh,   squared error"][-1] < 1e-10
+assert min(table["tanh,   cross-entropy"]) > 0.05
+
+# %% [markdown]
+# One column per layer. These errors are not small: KFAC does not claim to get every entry right.
+# It keeps how the inputs of a layer vary together and how the vectors at its output do, and it
+# drops which inputs came with which vectors.
+
+# %% [markdown]
+# ## How wrong on real data?
+#
+# How does the error depend on the network and on the number of data? We classify handwritten
+# digits ($8 \times 8$ pixels, ten classes) with networks of different width and depth, before and
+# after a short training, and measure each layer with [(5.7)], on up to 256 images.
+
+# %%
+digits = load_digits()
+images = torch.tensor(digits.data) / 16
+labels = torch.tensor(digits.target)
+order = torch.randperm(len(images))
+images, labels = images[order], labels[order]
+
+
+def train(model: Module, X: Tensor, y: Tensor, steps: int = 60) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        CrossEntropyLoss()(model(X), y).backward()
+        optimizer.step()
+
+
+def errors_of(model: Module, N: int) -> list[float]:
+    ios = layer_ios(model, CrossEntropyLoss(), images[:N], labels[:N])
+    return [error_without_block(io) for io in ios.values()]
+
+
+# %%
+def network(width: int, depth: int) -> Sequential:
+    return mlp(64, *[width] * (depth - 1), 10)
+
+
+networks = {("width", w): network(w, 3) for w in (5, 10, 20, 40)}
+networks |= {("depth", d): network(20, d) for d in (1, 2, 4, 8)}
+before = {key: errors_of(model, 128) for key, model in networks.items()}
+for model in networks.values():
+    train(model, images[:500], labels[:500])
+after = {key: errors_of(model, 128) for key, model in networks.items()}
+
+sizes, example = [1, 2, 4, 8, 16, 32, 64, 128, 256], networks["width", 20]
+for N in sizes:
+    after["N", N] = errors_of(example, N)
+with torch.no_grad():
+    hits = (example(images[500:]).argmax(1) == labels[500:]).double().mean().item()
+print(f"three layers of width 20: {hits:.0%} of unseen digits are right")
+assert hits > 0.8
+
