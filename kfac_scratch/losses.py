@@ -68,9 +68,8 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Fisher:
         raise ValueError(f"The Monte Carlo Fisher needs at least 1 sample, got {samples}.")
 
     def vectors(loss: Module, f: Tensor, y: Tensor) -> Tensor:
-        rows, weight = _rows(loss, f), _hessian_weights(loss, f, y)  # [N, P, C]
-        noise = _score_samples(loss, rows, samples, generator)  # [samples, N, P, C]
-        scale = weight / (samples * divisor(loss, f, y))
+        scale = _hessian_weights(loss, f, y) / samples
+        noise = _score_samples(loss, _rows(loss, f), samples, generator)  # [samples, N, P, C]
         return _as_output(loss, f, scale.sqrt() * noise)
 
     return vectors
@@ -111,7 +110,7 @@ def divisor(loss: Module, f: Tensor, y: Tensor) -> float:
 
 def _class_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N P C"]:
     """For every position by itself, the columns of a square root of its loss Hessian."""
-    rows, weight = _rows(loss, f), _hessian_weights(loss, f, y)  # [N, P, C]
+    weight, rows = _hessian_weights(loss, f, y), _rows(loss, f)  # [N, P, C]
     match loss:
         case CrossEntropyLoss():  # diag(p) - p p^T = sum_c p_c (p - e_c) (p - e_c)^T
             p = rows.softmax(-1)
@@ -120,7 +119,7 @@ def _class_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N P C
             S = (rows.sigmoid() * (-rows).sigmoid()).sqrt().diag_embed()
         case _:  # 2 I
             S = torch.full_like(rows, 2**0.5).diag_embed()
-    S = (weight / divisor(loss, f, y)).sqrt().unsqueeze(-1) * S  # [N, P, C, column]
+    S = weight.sqrt().unsqueeze(-1) * S  # [N, P, C, column]
     return S.movedim(-1, 0)
 
 
@@ -143,25 +142,26 @@ def _score_samples(
 
 
 def _hessian_weights(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "N P #C"]:
-    """The number by which each term's target multiplies the Hessian of its likelihood."""
+    """By what each term's target, and `1 / D`, multiply the Hessian of its likelihood."""
+    D = divisor(loss, f, y)
     match loss:
         case CrossEntropyLoss(label_smoothing=smoothing, ignore_index=ignored):
             C = f.shape[1]
             w = f.new_ones(C) if loss.weight is None else loss.weight.to(f.dtype)
             if y.is_floating_point():
                 soft = (1 - smoothing) * y.movedim(1, -1) + smoothing / C
-                return (soft * w).sum(-1).reshape(len(f), -1, 1).to(f.dtype)
+                return (soft * w).sum(-1).reshape(len(f), -1, 1).to(f.dtype) / D
             kept = y != ignored
             weight = (1 - smoothing) * w[y.where(kept, 0)] + smoothing * w.mean()
-            return (weight * kept).reshape(len(f), -1, 1)
+            return (weight * kept).reshape(len(f), -1, 1) / D
         case BCEWithLogitsLoss():
             positive = 1.0 if loss.pos_weight is None else loss.pos_weight
             weight = positive * y + (1 - y)
             if loss.weight is not None:
                 weight = loss.weight * weight
-            return _rows(loss, weight.expand_as(f).to(f.dtype))
+            return _rows(loss, weight.expand_as(f).to(f.dtype)) / D
         case _:
-            return _rows(loss, torch.ones_like(f))
+            return _rows(loss, torch.ones_like(f)) / D
 
 
 def _rows(loss: Module, f: Tensor) -> Float[Tensor, "N P C"]:

@@ -85,7 +85,7 @@ def matrices(
     Zero takes the colour of the page, so the picture reads on light and dark backgrounds.
 
     Args:
-        tensors: Matrices by title, which may hold math such as `"$B \otimes A$"`. A vector is
+        tensors: Matrices by title, which may hold math between dollar signs. A vector is
             drawn as one column.
         blocks: Sizes `(rows, columns)` of the blocks to be ruled off, by title.
         digits: If given, write each entry with so many digits after the point.
@@ -125,10 +125,10 @@ def _diverging() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     blue, orange = (0.13, 0.42, 0.82), (0.88, 0.38, 0.12)
-    stops = [(*blue, 1.0), (*blue, 0.0), (*orange, 0.0), (*orange, 1.0)]
-    return LinearSegmentedColormap.from_list(
-        "kfac", list(zip((0.0, 0.5, 0.5, 1.0), stops, strict=True))
-    )
+    opacity = (1.0, 0.62, 0.0)  # halfway a little stronger, which dark backgrounds need
+    below, above = [(*blue, o) for o in opacity], [(*orange, o) for o in reversed(opacity)]
+    at = (0.0, 0.25, 0.5, 0.5, 0.75, 1.0)
+    return LinearSegmentedColormap.from_list("kfac", list(zip(at, below + above, strict=True)))
 
 
 def _rule(ax: "Axes", M: Tensor, size: tuple[int, int]) -> None:

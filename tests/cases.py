@@ -5,6 +5,7 @@ All sizes within a problem are pairwise coprime where they can be, so that a wro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def tokens(*shape: int, high: int = 5) -> Callable[[], Tensor]:
 
 def mlp(*sizes: int, bias: bool = True, activation: Callable[[], Module] | None = None) -> Module:
     layers: list[Module] = []
-    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+    for d_in, d_out in pairwise(sizes):
         layers += [Linear(d_in, d_out, bias=bias)] + ([activation()] if activation else [])
     return Sequential(*(layers[:-1] if activation else layers))
 

@@ -11,6 +11,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
     assert actual.device == expected.device, (actual.device, expected.device)
+    actual, expected = actual.detach(), expected.detach()
     size = expected.abs().max()
     assert size > 0, "a zero matrix proves nothing"
     return float((actual - expected).abs().max() / size)

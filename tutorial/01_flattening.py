@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kfac_scratch.linalg import kron_matvec, psd_eigh, unvec, vec
-from kfac_scratch.show import code, matrices, source
+from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -58,6 +58,7 @@ assert dense_bytes == factor_bytes * d * d // 2
 # $$
 #
 # By hand, this is two loops:
+
 
 # %%
 def vec_by_hand(V: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ assert_close(vec(V), torch.nn.utils.parameters_to_vector([V]))
 # \tag{1.2}
 # $$
 
+
 # %%
 def cvec(V: Tensor) -> Tensor:
     return vec(V.mT)
@@ -130,6 +132,7 @@ assert not torch.equal(vec(V), cvec(V))
 # \tag{1.4}
 # $$
 
+
 # %%
 def kron_by_hand(B: Tensor, A: Tensor) -> Tensor:
     (p, m), (q, n) = B.shape, A.shape
@@ -137,8 +140,8 @@ def kron_by_hand(B: Tensor, A: Tensor) -> Tensor:
     for i in range(p):
         for j in range(q):
             for k in range(m):
-                for l in range(n):  # noqa: E741
-                    K[i * q + j, k * n + l] = B[i, k] * A[j, l]
+                for ell in range(n):
+                    K[i * q + j, k * n + ell] = B[i, k] * A[j, ell]
     return K
 
 
@@ -242,7 +245,7 @@ assert not torch.allclose(mixed, right)
 print(f"relative error of the mixture: {((mixed - right).norm() / right.norm()).item():.2f}")
 
 # %% [markdown]
-# The mixture is as wrong as a random answer, yet it is hard to notice. The two products differ
+# The mixture is far from right, yet it is hard to notice. The two products differ
 # only by a renumbering of rows and columns: with the permutation $K$ for which
 # $K \operatorname{vec}(V) = \operatorname{cvec}(V)$, [(1.6)] and [(1.7)] give
 #
@@ -255,7 +258,7 @@ print(f"relative error of the mixture: {((mixed - right).norm() / right.norm()).
 # these passes.
 
 # %%
-K = torch.eye(m * n)[cvec(torch.arange(m * n).reshape(m, n))]
+K = torch.eye(m * n)[cvec(torch.arange(16.0).reshape(m, n)).long()]
 assert_close(K @ vec(V), cvec(V))
 assert_close(torch.kron(A, B), K @ torch.kron(B, A) @ K.mT)
 
@@ -287,13 +290,14 @@ matrices(pair, blocks=dict.fromkeys(pair, (4, 4)))
 #
 # $$
 # \begin{aligned}
-# (B \otimes A)^\top &= B^\top \otimes A^\top, &
+# (B \otimes A)^\top &= B^\top \otimes A^\top, \\
 # (B \otimes A)^{-1} &= B^{-1} \otimes A^{-1}, \\
-# \operatorname{tr}(B \otimes A) &= \operatorname{tr}(B) \operatorname{tr}(A), &
+# \operatorname{tr}(B \otimes A) &= \operatorname{tr}(B) \operatorname{tr}(A), \\
 # B \otimes A &= (Q_B \otimes Q_A)(\Lambda_B \otimes \Lambda_A)(Q_B \otimes Q_A)^\top.
 # \end{aligned}
 # \tag{1.10}
 # $$
+
 
 # %%
 def spd(size: int) -> Tensor:
@@ -372,6 +376,7 @@ assert trick == 2 * m * n * (m + n)
 # %% [markdown]
 # On a clock, with the dense matrix already in memory:
 
+
 # %% tags=["hide-input"] alt="Log-log plot of seconds per product against the size of a square layer. The time of the dense product rises steeply; the time of the vec trick stays nearly flat and far below it for the larger sizes." caption="Median time of one product for a square layer of $d$ inputs and outputs, on the CPU of the machine that built this page."
 def seconds(function, *arguments) -> float:
     times = []
@@ -447,16 +452,16 @@ assert_close(joint, torch.kron(torch.eye(d_out), a1[None]))
 # by sending positions through the same operations as the values:
 
 # %%
-positions = torch.arange(d_out * d_in + d_out)
+positions = torch.arange(float(d_out * d_in + d_out))
 W_at, b_at = positions.split([d_out * d_in, d_out])
-order = vec(torch.cat([W_at.reshape(d_out, d_in), b_at[:, None]], dim=1))
+order = vec(torch.cat([W_at.reshape(d_out, d_in), b_at[:, None]], dim=1)).long()
 print(order.tolist())
 
 assert_close(joint, apart[:, order])
 assert_close(joint.mT @ joint, (apart.mT @ apart)[order][:, order])  # rows and columns of a matrix
 assert not torch.allclose(joint.mT @ joint, apart.mT @ apart)
 
-# %% tags=["hide-input"] alt="Two 15 by 15 heat maps of the same Gram matrix. With the bias kept apart, three blocks of 4 by 4 stand on the diagonal and stripes for the bias at the end of rows and columns. With the bias as last column of W there are three blocks of 5 by 5 on the diagonal and nothing else." caption="$J^\top J$ for the two orders. With the bias as a column of $W$ it is block-diagonal, $I \otimes a a^\top$."
+# %% tags=["hide-input"] alt="Two 15 by 15 heat maps of the same Gram matrix. With the bias kept apart, three blocks of 4 by 4 stand on the diagonal and stripes for the bias at the end of rows and columns. With the bias as last column of W there are three blocks of 5 by 5 on the diagonal and nothing else." caption="$J^\top J$ for the two orders. With the bias as a column of $W$ it is block-diagonal."
 orders = {r"$(\mathrm{vec}\,W,\ b)$": apart.mT @ apart, r"$\mathrm{vec}\,[W\ b]$": joint.mT @ joint}
 matrices(orders, blocks={r"$\mathrm{vec}\,[W\ b]$": (5, 5)})
 

@@ -488,3 +488,335 @@ with torch.no_grad():
 print(f"three layers of width 20: {hits:.0%} of unseen digits are right")
 assert hits > 0.8
 
+# %% tags=["hide-input"] alt="Three plots of the relative error of KFAC: against the width of the hidden layers, against the number of layers, and against the number of data. In the first two, the error before training is near zero and the error after training is large, and neither depends much on width or depth. In the third, the error is zero for one datum, jumps up at two, and then stays at the same level." caption="Relative error of KFAC on digits. Lines are means over the layers of a network, bands reach from the best to the worst layer. The right panel shows the three layers of one trained network."
+fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.1), sharey=True)
+for ax, kind in zip(axes, ("width", "depth"), strict=False):
+    for label, measured in (("untrained", before), ("trained", after)):
+        x = [size for k, size in measured if k == kind]
+        rows = [measured[kind, size] for size in x]
+        (line,) = ax.plot(x, [sum(row) / len(row) for row in rows], "o-", label=label)
+        low, high = [min(row) for row in rows], [max(row) for row in rows]
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, labels=x)
+    ax.set_xlabel({"width": "width (3 layers)", "depth": "layers (width 20)"}[kind])
+axes[0].set(ylabel="relative error of KFAC", ylim=(0, 1))
+axes[0].legend()
+for layer, row in enumerate(zip(*(after["N", N] for N in sizes), strict=True), 1):
+    axes[2].semilogx(sizes, row, "o-", base=2, label=f"layer {layer}")
+axes[2].set_xticks(sizes[::2], labels=sizes[::2])
+axes[2].set_xlabel("data $N$")
+axes[2].legend()
+plt.show()
+
+mean = {key: sum(row) / len(row) for key, row in after.items()}
+start = {key: sum(row) / len(row) for key, row in before.items()}
+assert all(mean[key] > 3 * start[key] for key in start)  # training matters most
+assert max(mean[key] for key in start) < 3 * min(mean[key] for key in start)
+assert max(after["N", 1]) < 1e-7 and min(after["N", 2]) > 0.05
+
+# %% [markdown]
+# Width and depth matter little, training matters a lot. [Theorem 5.1] says why. An untrained
+# network predicts nearly the same probabilities for every image, so $B_n$ hardly varies, and what
+# does not vary cannot be correlated. A trained network is sure about most images. For those the
+# Hessian $\operatorname{diag}(p_n) - p_n p_n^\top$ is nearly zero, and $B$ is the work of the few
+# images that are still in doubt. We can count them: $(\sum_n t_n)^2 / \sum_n t_n^2$ with
+# $t_n = \operatorname{tr} B_n$ is $N$ if all contribute alike and 1 if one contributes everything.
+
+# %%
+def contributing(model: Module, N: int) -> float:
+    g = layer_ios(model, CrossEntropyLoss(), images[:N], labels[:N])["4"].g
+    t = g.square().sum((0, 2, 3))  # the trace of every B_n
+    return (t.sum() ** 2 / t.square().sum()).item()
+
+
+fresh = network(20, 3)
+few, all_of_them = contributing(example, 128), contributing(fresh, 128)
+print(f"of 128 images, {all_of_them:.0f} contribute before training and {few:.0f} after")
+assert few < 0.5 * 128 < 0.9 * 128 < all_of_them
+
+# %% [markdown]
+# ## The whole network
+#
+# There is a second approximation, made before the first one: layers are treated one at a time.
+# The GGN of a network has blocks for every *pair* of layers, which show how a change in one layer
+# alters the slope for another. They come from the same gradients: put those of all layers behind
+# each other, and the sum of outer products is the complete GGN.
+
+# %%
+X, y, loss = 2 * torch.randn(20, 5), torch.randint(3, (20,)), CrossEntropyLoss()
+ios = layer_ios(nonlinear, loss, X, y)
+gradients = torch.cat([vec(io.gradients()).flatten(0, 1) for io in ios.values()], dim=1)
+
+places = torch.cat([W.flatten() for W in block_index(nonlinear).values()])
+G = ggn(nonlinear, loss, X, y)[places][:, places]  # layer by layer, the bias a column of W
+assert_exact(gradients.T @ gradients, G)
+
+diagonal = torch.block_diag(*(io.block() for io in ios.values()))
+K = torch.block_diag(*(kfac(io).dense() for io in ios.values()))
+print(f"error of dropping the pairs of layers: {relative_error(diagonal, G):.2f}")
+print(f"error of KFAC:                         {relative_error(K, G):.2f}")
+assert 0.1 < relative_error(diagonal, G) < relative_error(K, G)
+
+# %% tags=["hide-input"] alt="Three heat maps of 75 by 75 entries. The exact generalised Gauss-Newton matrix is filled everywhere. In the second, only the three blocks on the diagonal are left. The third, KFAC, has the same three blocks with a more regular pattern in them." caption="The curvature of a network with three layers. First the blocks between layers are dropped, then each block on the diagonal becomes a Kronecker product. (Colours end at a quarter of the largest entry.)"
+stages = {"exact GGN": G, "block diagonal": diagonal, "KFAC": K}
+matrices(stages, scale=G.abs().max().item() / 4)
+
+# %% [markdown]
+# Both errors are perpendicular to each other: one lives outside the diagonal blocks, one inside.
+# So their squares add up, and neither can make up for the other. The exactness theorems above
+# are about the blocks on the diagonal only. Even where KFAC is exact in that sense, as for deep
+# linear networks, the blocks between layers are not zero:
+
+# %%
+first, second = relative_error(diagonal, G), (diagonal - K).norm() / G.norm()
+assert abs(first**2 + second**2 - relative_error(K, G) ** 2) < 1e-10
+
+ios = layer_ios(linear, MSELoss(), X, torch.zeros(20, 3))
+gradients = torch.cat([vec(io.gradients()).flatten(0, 1) for io in ios.values()], dim=1)
+K = torch.block_diag(*(kfac(io).dense() for io in ios.values()))
+assert_exact(K, torch.block_diag(*(io.block() for io in ios.values())))
+assert relative_error(K, gradients.T @ gradients) > 0.1
+
+# %% [markdown]
+# ## Sampled vectors
+#
+# So far the vectors were *type-2*: an exact square root of the loss Hessian, one vector per class.
+# For a thousand classes these are a thousand backward passes. The Monte Carlo Fisher of
+# [chapter 3](03_losses.py) draws labels from the model instead and sends back the gradients at
+# those. How does this go together with KFAC? Only $B$ is affected, and KFAC is linear in $B$, so
+# the expectation passes through:
+#
+# $$
+# \mathbb{E}[\hat B \otimes A] = \mathbb{E}[\hat B] \otimes A = B \otimes A.
+# \tag{5.11}
+# $$
+#
+# **Monte Carlo KFAC is right in expectation about type-2 KFAC**, not about the exact block. How
+# fast does it get there? Let datum $n$ have the vector $h_{cn}$ for label $c$, with probability
+# $p_{cn}$. One sample of $\hat B$ is $\sum_n h_{c_n n} h_{c_n n}^\top$ with independent labels
+# $c_n$. The variances of its entries add up to
+#
+# $$
+# \sigma^2 = \sum_n \Bigl(\sum_c p_{cn} \lVert h_{cn} \rVert^4 - \lVert B_n \rVert^2\Bigr)
+# = \sum_n \Bigl(\sum_c \frac{\lVert g_{cn} \rVert^4}{p_{cn}} - \lVert B_n \rVert^2\Bigr),
+# \qquad
+# \mathbb{E} \lVert \hat B \otimes A - B \otimes A \rVert^2 = \frac{\sigma^2 \lVert A \rVert^2}{M}
+# \tag{5.12}
+# $$
+#
+# for $M$ samples. The second form uses that for cross-entropy the type-2 vector of class $c$ is
+# $g_{cn} = \sqrt{p_{cn}}\, h_{cn}$ up to its sign. So the error to expect is known in advance.
+
+# %%
+N, loss = 64, CrossEntropyLoss()
+X, y = images[:N], labels[:N]
+io = layer_ios(example, loss, X, y)["2"]
+F, K = io.block(), kfac(io)
+
+with torch.no_grad():
+    p = example(X).softmax(1)  # [N, C]
+g = io.g.squeeze(2)  # [C, N, d_out]
+fourth = (g.square().sum(-1) ** 2 / p.T).sum()
+squares = torch.einsum("vno,wno->nvw", g, g).square().sum()  # of the norms of all B_n
+sigma = (fourth - squares).sqrt()
+
+generator = torch.Generator(device=X.device).manual_seed(0)
+
+
+def sampled(M: int) -> LayerIO:
+    return layer_ios(example, loss, X, y, monte_carlo(M, generator), layers=["2"])["2"]
+
+
+# %% [markdown]
+# Now the check. By Chebyshev's inequality, the distance of $\hat B$ from its mean exceeds
+# $10 \sigma / \sqrt{M}$ with a probability of at most one in a hundred. With many samples this is
+# a small distance, and a factor of two in the scale would be far outside:
+
+# %%
+M = 4000
+bound = 10 * sigma / M**0.5
+distance = (kfac(sampled(M)).B - K.B).norm()
+print(f"distance {distance:.2e}, bound {bound:.2e}, norm of B {K.B.norm():.2e}")
+assert distance <= bound < K.B.norm() / 2  # half or twice B would fail
+assert_exact(kfac(sampled(1)).A, K.A)
+
+# %%
+counts, repeats = [1, 2, 4, 8, 16, 32, 64], 12
+to_kfac, to_exact = [], []
+for M in counts:
+    squared = torch.zeros(2)
+    for _ in range(repeats):
+        sample = torch.kron(kfac(sampled(M)).B, K.A)
+        squared += torch.stack([(sample - K.dense()).norm() ** 2, (sample - F).norm() ** 2])
+    rms = (squared / repeats).sqrt() / F.norm()
+    to_kfac.append(rms[0].item())
+    to_exact.append(rms[1].item())
+
+x, t = torch.tensor(counts).double().log(), torch.tensor(to_kfac).log()
+slope = ((x - x.mean()) * (t - t.mean())).sum() / (x - x.mean()).square().sum()
+print(f"slope of the sampling error in the doubly logarithmic plot: {slope:.2f}")
+assert -0.65 < slope < -0.35
+
+# %% tags=["hide-input"] alt="Double logarithmic plot against the number of samples M from 1 to 64. The distance of sampled KFAC from type-2 KFAC falls on the predicted line with slope minus one half. The distance from the exact block levels off at the error of KFAC itself, drawn as a horizontal line." caption="Sampling error falls as $1 / \sqrt{M}$, as [(5.12)] predicts. The distance to the exact block does not: what remains is KFAC's own error, which no number of samples removes."
+predicted = [(sigma * K.A.norm() / F.norm() / M**0.5).item() for M in counts]
+own = relative_error(K.dense(), F)
+fig, ax = plt.subplots(figsize=(6.4, 3.4))
+ax.loglog(counts, to_kfac, "o", label="distance to type-2 KFAC")
+ax.loglog(counts, predicted, "--", color=ax.lines[0].get_color(), label="predicted")
+ax.loglog(counts, to_exact, "s-", label="distance to the exact block")
+ax.axhline(own, color=ax.lines[2].get_color(), linestyle=":", label="KFAC's own error")
+ax.set(xlabel="samples $M$", ylabel="relative to the exact block")
+ax.set_xticks(counts, labels=counts)
+ax.minorticks_off()
+ax.legend()
+plt.show()
+expected = [(own**2 + e**2) ** 0.5 for e in predicted]
+assert all(0.5 < t / e < 2 for t, e in zip(to_kfac, predicted, strict=True))
+assert all(0.5 < t / e < 2 for t, e in zip(to_exact, expected, strict=True))
+enough = (predicted[0] / own) ** 2
+print(f"sampling costs as much as KFAC itself with M = {enough:.1f}")
+
+# %% [markdown]
+# The two errors add in squares, because the sampling error has mean zero. Beyond the printed
+# number of samples most of the error is KFAC's own, and more samples buy little. This is why one
+# sample per datum is the usual choice in training, where the factors are averaged over steps
+# anyway.
+#
+# ## The empirical Fisher is another matrix
+#
+# It is tempting to use the gradient that training computes anyway, at the label of the *data*.
+# The result is KFAC of the empirical Fisher. It is an approximation of that matrix, with an error
+# of its own, and that matrix is not the Fisher.
+
+# %%
+io = layer_ios(example, loss, X, y, empirical)["2"]
+E, KE = io.block(), kfac(io).dense()
+assert_exact(E, block_diagonal(example, empirical_fisher(example, loss, X, y))["2"])
+print(f"empirical Fisher from the Fisher:      {relative_error(E, F):.2f}")
+print(f"its KFAC from the empirical Fisher:    {relative_error(KE, E):.2f}")
+print(f"its KFAC from the Fisher:              {relative_error(KE, F):.2f}")
+print(f"KFAC of the Fisher from the Fisher:    {relative_error(K.dense(), F):.2f}")
+assert min(relative_error(E, F), relative_error(KE, E), relative_error(KE, F)) > 0.05
+
+# %% [markdown]
+# The difference is one of kind. Let a regression fit its data perfectly. Every gradient is zero
+# and so is the empirical Fisher, as if the loss were flat. The Fisher does not depend on the
+# targets at all:
+
+# %%
+X, perfect = torch.randn(11, 5), nonlinear[:]
+y = perfect(X).detach()
+for name, layer in layer_ios(perfect, MSELoss(), X, y, empirical).items():
+    assert layer.block().abs().max() < 1e-20
+    assert layer_ios(perfect, MSELoss(), X, y)[name].block().norm() > 0.01
+
+# %% [markdown]
+# ## Without $B$
+#
+# How much does each factor contribute? [Benzing (2022)](bibliography.md#foof) leaves $B$ out,
+#
+# $$
+# I \otimes A,
+# \qquad
+# (I \otimes A + \delta I)^{-1} \operatorname{vec}(V) = \operatorname{vec}\bigl(V (A + \delta I)^{-1}\bigr),
+# \tag{5.13}
+# $$
+#
+# calls it FOOF and reports that it often trains at least as well. It needs no vectors $g$ at all.
+# It is not an approximation of the block: its scale knows nothing of the loss.
+
+# %% tags=["beside", "remove-input"]
+code(foof)
+
+# %%
+io = layer_ios(nonlinear, CrossEntropyLoss(), X, torch.randint(3, (11,)))["2"]
+V = torch.randn(6, 5)
+A = kfac(io).A
+assert_exact(foof(io).inverse(0.1) @ V, V @ torch.linalg.inv(A + 0.1 * eye_like(A)))
+doubled = LayerIO(io.a, 2 * io.g)  # a loss four times as large
+assert_exact(kfac(doubled).dense(), 4 * kfac(io).dense())
+assert_exact(foof(doubled).dense(), foof(io).dense())
+
+# %% [markdown]
+# ## All of the data
+#
+# A data set does not fit into one batch. How are the factors of batches combined? Let batch $k$
+# have $N_k$ data and a loss that is a mean over $D_k$ terms. The loss of everything is a mean over
+# $D = \sum_k D_k$ terms, so the vectors of batch $k$, which carry $1/\sqrt{D_k}$, need
+# $1/\sqrt{D}$ instead:
+#
+# $$
+# B = \sum_k \frac{D_k}{D} B_k,
+# \qquad
+# A = \sum_k \frac{N_k}{N} A_k.
+# \tag{5.14}
+# $$
+#
+# Batches count by their size. In a stream one does not know $D$ before the end, so the package
+# undoes the division of every batch, adds up, and divides once:
+
+# %% tags=["remove-input"]
+code(kfac_over)
+
+# %%
+loss, X, y = CrossEntropyLoss(), images[:64], labels[:64]
+whole = {name: kfac(io) for name, io in layer_ios(example, loss, X, y).items()}
+unequal = list(zip(X.split([40, 20, 4]), y.split([40, 20, 4]), strict=True))
+over = kfac_over(example, loss, unequal, progress=False)
+for name, K in whole.items():
+    assert_exact(over[name].dense(), K.dense())
+
+# %% [markdown]
+# A small last batch is where an implementation with equal weights goes wrong. It is the same
+# mistake as to average the accuracies of batches, and it goes unnoticed as long as the size of
+# the data set is a multiple of the size of the batch:
+
+# %%
+def equal_weights(batches: list[tuple[Tensor, Tensor]], name: str) -> Tensor:
+    parts = [kfac(layer_ios(example, loss, *batch)[name]) for batch in batches]
+    B, A = torch.stack([K.B for K in parts]).mean(0), torch.stack([K.A for K in parts]).mean(0)
+    return torch.kron(B, A)
+
+
+equal = list(zip(X.split(16), y.split(16), strict=True))
+for name in ("2", "4"):
+    exact = whole[name].dense()
+    assert_exact(equal_weights(equal, name), exact)
+    error = relative_error(equal_weights(unequal, name), exact)
+    print(f"layer {name}: equal weights for batches of 40, 20 and 4 are {error:.0%} off")
+    assert error > 0.01
+
+# %% [markdown]
+# ## A first step
+#
+# What is it good for? Among other things, for steps that take curvature into account. With
+# $G_l$ the gradient of the loss with respect to the $W$ of layer $l$, KFAC's step is
+# $-\eta\, (B_l \otimes A_l + \delta I)^{-1} \operatorname{vec}(G_l)$ for every layer, with a damping
+# $\delta$ about which a later chapter has more to say. `inverse` computes it exactly, in the
+# eigenbasis of both factors. We compare one such step with one gradient step from the same
+# start, each with the best step size of a wide grid.
+
+# %%
+network_ = mlp(64, 20, 10)
+X, y, loss = images[:500], labels[:500], CrossEntropyLoss()
+value = loss(network_(X), y)
+names = [name for name, _ in network_.named_parameters()]
+slopes = torch.autograd.grad(value, list(network_.parameters()))
+gradient = dict(zip(names, slopes, strict=True))
+
+inverses = {n: kfac(io).inverse(1e-3) for n, io in layer_ios(network_, loss, X, y).items()}
+natural = preconditioner(network_, inverses)(gradient)
+
+
+def after_step(step: dict[str, Tensor], rate: float) -> float:
+    moved = {n: p - rate * step[n] for n, p in network_.named_parameters()}
+    return loss(torch.func.functional_call(network_, moved, (X,)), y).item()
+
+
+rates = [2.0**k for k in range(-8, 8)]
+best = {name: min(after_step(step, rate) for rate in rates)
+        for name, step in (("gradient", gradient), ("KFAC", natural))}  # fmt: skip
+print(f"loss {value:.3f}; after the best gradient step {best['gradient']:.3f},", end=" ")
+print(f"after the best KFAC step {best['KFAC']:.3f}")
+assert best["KFAC"] < best["gradient"] < value

@@ -36,7 +36,7 @@ OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n
 EQUATION = re.compile(r"\\tag\{(\d+\.\d+[a-z]?)\}")
 THEOREM = re.compile(r'<div[^>]* id="([a-z]+-\d+\.\d+)"[^>]*>\s*<p[^>]*>\s*<b>(\w+ \d+\.\d+)')
 FIGURE = re.compile(r'<figure[^>]* id="(fig-(\d+\.\d+))"')
-REFERENCE = re.compile(r"(?<![\]\w`\\])\[(\(\d+\.\d+[a-z]?\)|[A-Z]\w+ \d+\.\d+)\](?![\[(:])")
+REFERENCE = re.compile(r"(?<![\]\w`\\])\[(\(\d+\.\d+[a-z]?\)|[A-Z]\w+ \d+\.\d+)\](?![\[(])")
 FENCE = re.compile(r"^( *)(`{3,}|~{3,}).*?^\1\2`*~* *$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.DOTALL)
 

@@ -25,6 +25,8 @@ TIMEOUT = 300  # seconds per cell
 MAX_SVG = 400_000  # bytes
 PLACEHOLDERS = ("#010203", "#fdfcfb")  # ink and paper while a figure is drawn
 COLOURS = {"": ("#23262d", "#ffffff"), "-dark": ("#d8dbe3", "#1b1d23")}
+# headers of cells are read as Python strings: undo what that makes of \top, \beta, \nu, ...
+UNREAD = {ord(c): rf"\{name}" for c, name in zip("\a\b\t\n\v\f\r", "abtnvfr", strict=True)}
 LINK = re.compile(r"\]\((\d\d_\w+)\.py(#[^)]*)?\)")
 
 SETUP = f"""\
@@ -164,7 +166,7 @@ def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
     exporter = MarkdownExporter(config=Config({"TagRemovePreprocessor": tagged}))
     exporter.raw_template = TEMPLATE
     text, _ = exporter.from_notebook_node(nb)
-    return re.sub(r"\n{3,}", "\n\n", text), files
+    return text, files
 
 
 def _beside(left: NotebookNode, right: NotebookNode) -> list[NotebookNode]:
@@ -181,9 +183,10 @@ def _figure(
     data: NotebookNode, cell: NotebookNode, name: str, files: dict[str, bytes], where: str
 ) -> str:
     """One drawing as a light and a dark image with its text alternative and caption."""
-    alt = html.escape(cell.metadata.get("alt", ""))
+    alt = html.escape(cell.metadata.get("alt", "").translate(UNREAD))
     if not alt:
         raise ChapterError(f'{where} draws a figure without alt="..." in its cell header.')
+    caption = cell.metadata.get("caption", "").translate(UNREAD)
     number = 1 + len({file.split("-")[1].split(".")[0] for file in files})
     stem, size, images = f"{name}_files/figure-{number}", "", {}
     if svg := data.get("image/svg+xml"):
@@ -202,7 +205,6 @@ def _figure(
         files[f"{stem}.png"] = base64.b64decode(data["image/png"])
         images = {f"{stem}.png": ""}
     label = f"{int(name.split('_')[0])}.{number}"
-    caption = cell.metadata.get("caption", "")
     lines = [f'<img src="{src}" alt="{alt}" {size} loading="lazy">' for src in images]
     lines += [f'<figcaption markdown="span">**Figure {label}.** {caption}</figcaption>']
     return "\n".join([f'<figure class="plot" id="fig-{label}" markdown="1">', *lines, "</figure>"])

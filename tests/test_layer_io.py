@@ -1,0 +1,63 @@
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from laws import check_differs, check_equal
+
+from kfac_scratch import LayerIO, concatenate
+
+N, S, V, D_IN, D_OUT = 5, 3, 2, 7, 4
+
+
+def example(device, dtype=torch.float64):
+    a = torch.randn(N, S, D_IN, device=device, dtype=dtype)
+    return LayerIO(a, torch.randn(V, N, S, D_OUT, device=device, dtype=dtype))
+
+
+def test_gradients_are_sums_of_outer_products(device):
+    io = example(device)
+    G = io.gradients()
+    assert G.shape == (V, N, D_OUT, D_IN)
+    check_equal(G[1, 2], sum(torch.outer(io.g[1, 2, s], io.a[2, s]) for s in range(S)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_block_is_the_sum_of_outer_products_of_gradients(device, dtype):
+    io = example(device, dtype)
+    G = io.gradients().flatten(2).flatten(0, 1)
+    check_equal(io.block(), torch.einsum("ki,kj->ij", G, G))
+
+
+def test_reduced_averages_inputs_and_sums_vectors(device):
+    io = example(device)
+    assert io.reduced().a.shape == (N, 1, D_IN)
+    assert io.reduced().g.shape == (V, N, 1, D_OUT)
+    check_equal(io.reduced().a[:, 0], io.a.mean(1))
+    check_equal(io.reduced().g[:, :, 0], io.g.sum(2))
+    check_differs(io.reduced().block(), io.block())
+
+
+def test_reducing_twice_changes_nothing(device):
+    once = example(device).reduced()
+    check_equal(once.reduced().a, once.a)
+    check_equal(once.reduced().g, once.g)
+
+
+def test_reduction_is_exact_if_all_positions_agree(device):
+    io = example(device)
+    same_a = LayerIO(io.a[:, :1].expand(N, S, D_IN), io.g)
+    same_g = LayerIO(io.a, io.g[:, :, :1].expand(V, N, S, D_OUT))
+    check_equal(same_a.reduced().block(), same_a.block())
+    check_equal(same_g.reduced().block(), same_g.block())
+
+
+def test_a_batch_is_its_parts(device):
+    io = example(device)
+    parts = [LayerIO(io.a[s], io.g[:, s]) for s in (slice(2), slice(2, N))]
+    check_equal(concatenate(parts).a, io.a)
+    check_equal(concatenate(parts).g, io.g)
+    check_equal(parts[0].block() + parts[1].block(), io.block())
+
+
+def test_shapes_must_fit():
+    with pytest.raises(TypeCheckError):
+        LayerIO(torch.randn(N, S, D_IN), torch.randn(V, N + 1, S, D_OUT))

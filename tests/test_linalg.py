@@ -1,0 +1,108 @@
+import pytest
+import torch
+from laws import check_differs, check_equal
+
+from kfac_scratch.linalg import (
+    conjugate_gradient,
+    eye_like,
+    kron_matvec,
+    psd_eigh,
+    simultaneous_eigh,
+    unvec,
+    vec,
+)
+
+
+def psd(d, device, rank=None):
+    root = torch.randn(d, rank or d + 1, device=device)
+    return root @ root.T
+
+
+def test_vec_stacks_rows(device):
+    V = torch.tensor([[1.0, 2, 3], [4, 5, 6]], device=device)
+    assert vec(V).tolist() == [1, 2, 3, 4, 5, 6]
+    check_equal(unvec(vec(V), rows=2), V)
+    check_equal(unvec(vec(V.expand(7, 2, 3)), rows=2), V.expand(7, 2, 3))
+
+
+@pytest.mark.parametrize("rows", [0, -1, 4])
+def test_unvec_refuses_a_vector_that_does_not_fit(rows):
+    with pytest.raises(ValueError, match=f"no matrix with {rows} rows"):
+        unvec(torch.zeros(6), rows)
+
+
+def test_the_vec_trick_is_the_dense_kronecker_product(device):
+    B, A, V = (torch.randn(*s, device=device) for s in ((5, 2), (7, 3), (4, 2, 3)))
+    dense = torch.kron(B, A)
+    check_equal(kron_matvec(B, A, vec(V)), vec(V) @ dense.T)
+    check_equal(kron_matvec(B, A, vec(V)), vec(B @ V @ A.T))
+
+
+def test_the_factors_of_the_vec_trick_do_not_commute(device):
+    B, A, v = (torch.randn(*s, device=device) for s in ((3, 3), (3, 3), (9,)))
+    check_differs(kron_matvec(A, B, v), torch.kron(B, A) @ v)
+
+
+def test_psd_eigh_decomposes(device):
+    M = psd(5, device, rank=3)
+    s, Q = psd_eigh(M)
+    assert (s >= 0).all()
+    check_equal(Q * s @ Q.T, M)
+    check_equal(Q.T @ Q, eye_like(M))
+
+
+def test_psd_eigh_sets_round_off_to_zero_and_refuses_more(device):
+    M = torch.diag(torch.tensor([1.0, -1e-16], device=device))
+    assert (psd_eigh(M)[0] >= 0).all()
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        psd_eigh(torch.diag(torch.tensor([1.0, -1e-6], device=device)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_psd_eigh_refuses_non_finite_entries(bad):
+    with pytest.raises(ValueError, match="non-finite"):
+        psd_eigh(torch.full((2, 2), bad))
+
+
+def test_psd_eigh_falls_back_to_double_precision(monkeypatch):
+    original, seen = torch.linalg.eigh, []
+
+    def failing(M):
+        seen.append(M.dtype)
+        if M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("no convergence")
+        return original(M)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    M = psd(4, "cpu").float()
+    s, Q = psd_eigh(M)
+    assert seen == [torch.float32, torch.float64]
+    assert s.dtype == Q.dtype == torch.float32
+    check_equal(Q * s @ Q.T, M)
+
+
+def test_simultaneous_eigh_diagonalises_both(device):
+    P, M = psd(5, device), torch.randn(5, 5, device=device)
+    M = M + M.T
+    p, K = simultaneous_eigh(P, M)
+    check_equal(K.T @ P @ K, eye_like(P))
+    check_equal(K.T @ M @ K, torch.diag(p))
+
+
+def test_simultaneous_eigh_needs_a_definite_matrix(device):
+    with pytest.raises(ValueError, match="positive definite"):
+        simultaneous_eigh(psd(5, device, rank=2), eye_like(psd(5, device)))
+
+
+def test_conjugate_gradient_solves_every_system_of_a_batch(device):
+    M, b = psd(12, device) + torch.eye(12, device=device), torch.randn(3, 4, 3, device=device)
+    b[1] = 0  # a zero right-hand side has a zero solution
+    x = conjugate_gradient(lambda X: (X.flatten(1) @ M).reshape(X.shape), b, lambda r: r)
+    check_equal(x.flatten(1), torch.linalg.solve(M, b.flatten(1).T).T)
+
+
+def test_conjugate_gradient_refuses_an_indefinite_matrix(device):
+    b = torch.ones(1, 3, device=device)
+    scale = torch.tensor([1.0, -2.0, 0.5], device=device)
+    with pytest.raises(ValueError, match="negative curvature"):
+        conjugate_gradient(lambda x: scale * x, b, lambda r: r)

@@ -1,0 +1,253 @@
+import pytest
+import torch
+from laws import check_differs, check_equal
+from torch import nn
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, L1Loss, MSELoss
+
+from kfac_scratch.curvature import loss_hessian
+from kfac_scratch.losses import divisor, empirical, monte_carlo, type2, type2_classwise
+
+N, C, P1, P2 = 5, 3, 2, 7
+WEIGHT = torch.tensor([1.0, 2.0, 5.0])
+
+
+def labels(*shape, ignored=None):
+    y = torch.randint(C, shape)
+    if ignored is not None:
+        y.view(-1)[::4] = ignored
+    return y
+
+
+def soft(*shape):
+    return torch.rand(shape).softmax(1)
+
+
+LOSSES = {
+    "mse": (lambda r: MSELoss(reduction=r), (N, C), lambda: torch.randn(N, C)),
+    "mse-vector": (lambda r: MSELoss(reduction=r), (N,), lambda: torch.randn(N)),
+    "mse-grid": (lambda r: MSELoss(reduction=r), (N, P1, C), lambda: torch.randn(N, P1, C)),
+    "ce": (lambda r: CrossEntropyLoss(reduction=r), (N, C), lambda: labels(N)),
+    "ce-grid": (
+        lambda r: CrossEntropyLoss(reduction=r),
+        (N, C, P1, P2),
+        lambda: labels(N, P1, P2),
+    ),
+    "ce-soft": (lambda r: CrossEntropyLoss(reduction=r), (N, C, P1), lambda: soft(N, C, P1)),
+    "ce-weight": (
+        lambda r: CrossEntropyLoss(WEIGHT, reduction=r),
+        (N, C, P1),
+        lambda: labels(N, P1),
+    ),
+    "ce-ignored": (
+        lambda r: CrossEntropyLoss(reduction=r),
+        (N, C, P1),
+        lambda: labels(N, P1, ignored=-100),
+    ),
+    "ce-ignored-class": (
+        lambda r: CrossEntropyLoss(WEIGHT, ignore_index=1, reduction=r, label_smoothing=0.2),
+        (N, C),
+        lambda: labels(N),
+    ),
+    "ce-smoothed": (
+        lambda r: CrossEntropyLoss(label_smoothing=0.3, reduction=r),
+        (N, C),
+        lambda: labels(N),
+    ),
+    "ce-everything": (
+        lambda r: CrossEntropyLoss(WEIGHT, label_smoothing=0.3, reduction=r),
+        (N, C, P1),
+        lambda: soft(N, C, P1),
+    ),
+    "bce": (lambda r: BCEWithLogitsLoss(reduction=r), (N, C), lambda: torch.rand(N, C)),
+    "bce-grid": (
+        lambda r: BCEWithLogitsLoss(reduction=r),
+        (N, P1, P2),
+        lambda: torch.rand(N, P1, P2).round(),
+    ),
+    "bce-weighted": (
+        lambda r: BCEWithLogitsLoss(torch.rand(N, 1), reduction=r, pos_weight=WEIGHT),
+        (N, C),
+        lambda: torch.rand(N, C),
+    ),
+}
+EVERY = pytest.mark.parametrize("name", LOSSES)
+REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum"])
+
+
+def example(name, reduction, device, dtype=torch.float64):
+    make, shape, targets = LOSSES[name]
+    loss, f, y = make(reduction), torch.randn(shape), targets()
+    y = y.to(device, dtype) if y.is_floating_point() else y.to(device)
+    return loss.to(device, dtype), f.to(device, dtype), y
+
+
+def per_datum(vectors):
+    """Sum of outer products for every datum: block diagonal over the whole batch."""
+    S = vectors.reshape(*vectors.shape[:2], -1)  # [V, N, out / N]
+    return torch.block_diag(*torch.einsum("vni,vnj->nij", S, S))
+
+
+@EVERY
+@REDUCTIONS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_type2_is_a_root_of_the_loss_hessian(name, reduction, dtype, device):
+    loss, f, y = example(name, reduction, device, dtype)
+    vectors = type2(loss, f, y)
+    assert vectors.shape[1:] == f.shape
+    check_equal(per_datum(vectors), loss_hessian(loss, f, y))
+
+
+@EVERY
+@REDUCTIONS
+def test_divisor_is_sum_over_mean(name, reduction, device):
+    loss, f, y = example(name, reduction, device)
+    total = example(name, "sum", device)[0]
+    if hasattr(loss, "weight") and loss.weight is not None:
+        total.weight = loss.weight
+    expected = total(f, y) / loss(f, y) if reduction == "mean" else torch.ones_like(f.sum())
+    check_equal(torch.tensor(divisor(loss, f, y), device=device), expected)
+
+
+@EVERY
+@REDUCTIONS
+def test_empirical_are_gradients_over_the_root_of_the_divisor(name, reduction, device):
+    loss, f, y = example(name, reduction, device)
+    leaf = f.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, y), leaf)
+    (vector,) = empirical(loss, f, y)
+    check_equal(vector, gradient * divisor(loss, f, y) ** 0.5)
+    assert not f.requires_grad
+
+
+def test_empirical_of_summed_squared_error_is_four_times_the_residuals(device):
+    loss, f, y = example("mse", "sum", device)
+    r = f - y
+    expected = torch.block_diag(*(4 * torch.einsum("ni,nj->nij", r, r)))
+    check_equal(per_datum(empirical(loss, f, y)), expected)
+
+
+@EVERY
+def test_empirical_is_not_type2(name, device):
+    loss, f, y = example(name, "mean", device)
+    check_differs(per_datum(empirical(loss, f, y)), per_datum(type2(loss, f, y)))
+
+
+# ---- Monte Carlo: what can be drawn, how often, and with which scale ---------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n.startswith(("ce", "bce"))])
+@REDUCTIONS
+def test_monte_carlo_draws_scores_at_possible_labels(name, reduction, device):
+    """Every vector is, per position, one of the finitely many scaled scores."""
+    samples = 4
+    loss, f, y = example(name, reduction, device)
+    drawn = monte_carlo(samples, torch.Generator(device).manual_seed(1))(loss, f, y)
+    hessian = loss_hessian(loss, f, y).diagonal().reshape(f.shape)
+    if name.startswith("bce"):
+        p = f.sigmoid()
+        scale = (hessian / (p * (1 - p)) / samples).sqrt()
+        possible = torch.stack([scale * (p - 1), scale * p])
+        nearest = (drawn.unsqueeze(1) - possible).abs().amin(1)
+    else:
+        p = f.softmax(1)
+        scale = (hessian / (p * (1 - p)) / samples).sqrt()
+        onehot = torch.eye(C, device=device).reshape(C, 1, C, *[1] * (f.ndim - 2))
+        possible = scale * (p - onehot)  # [C, N, C, ...]
+        nearest = (drawn.unsqueeze(1) - possible).abs().amax(3).amin(1)
+    assert drawn.shape == (samples, *f.shape)
+    assert nearest.max() <= 1e-12 * possible.abs().max()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_monte_carlo_averages_to_type2(name, device):
+    """5 standard errors, estimated from 100 batches of samples, under a fixed seed."""
+    loss, f, y = example(name, "mean", device)
+    generator = torch.Generator(device).manual_seed(0)
+    fisher = monte_carlo(50, generator)
+    estimates = torch.stack([per_datum(fisher(loss, f, y)) for _ in range(100)])
+    standard_error = estimates.std(0) / 10
+    exact = per_datum(type2(loss, f, y))
+    assert ((estimates.mean(0) - exact).abs() <= 5 * standard_error + 1e-12).all()
+    shown = exact.abs() > 0.1 * exact.abs().max()
+    assert (standard_error < 0.1 * exact.abs())[shown].all()  # half of it would be noticed
+
+
+def test_monte_carlo_is_reproducible_by_its_generator(device):
+    loss, f, y = example("ce-grid", "mean", device)
+
+    def draw(seed):
+        return monte_carlo(3, torch.Generator(device).manual_seed(seed))(loss, f, y)
+
+    check_equal(draw(0), draw(0))
+    check_differs(draw(1), draw(0))
+
+
+def test_monte_carlo_needs_a_sample():
+    with pytest.raises(ValueError, match="at least 1 sample"):
+        monte_carlo(0)
+
+
+# ---- one vector per class ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mse", "ce", "bce"])
+def test_classwise_is_type2_for_one_position(name, device):
+    loss, f, y = example(name, "mean", device)
+    check_equal(type2_classwise(loss, f, y), type2(loss, f, y))
+
+
+@pytest.mark.parametrize("name", ["mse-grid", "ce-grid", "ce-ignored", "bce-grid"])
+def test_classwise_is_the_sum_of_type2_over_positions(name, device):
+    """It has cross terms between positions that the loss Hessian lacks."""
+    loss, f, y = example(name, "mean", device)
+    few, all_ = type2_classwise(loss, f, y), type2(loss, f, y)
+    check_equal(few, all_.unflatten(0, (len(few), -1)).sum(1))
+    check_differs(per_datum(few), per_datum(all_))
+
+
+# ---- what is refused --------------------------------------------------------------------------
+
+FISHERS = pytest.mark.parametrize("fisher", [type2, type2_classwise, empirical, monte_carlo(1)])
+
+
+@FISHERS
+@pytest.mark.parametrize("loss", [L1Loss(), nn.HuberLoss(), nn.NLLLoss()])
+def test_other_losses_are_refused_with_a_way_out(fisher, loss):
+    with pytest.raises(NotImplementedError, match=r"fisher\(loss, f, y\)"):
+        fisher(loss, torch.randn(N, C), torch.randn(N, C))
+
+
+@FISHERS
+def test_a_subclass_of_a_loss_may_be_another_loss(fisher):
+    class Half(MSELoss):
+        def forward(self, f, y):
+            return super().forward(f, y) / 2
+
+    with pytest.raises(NotImplementedError, match="Half"):
+        fisher(Half(), torch.randn(N, C), torch.randn(N, C))
+
+
+@FISHERS
+def test_no_reduction_is_refused(fisher):
+    with pytest.raises(NotImplementedError, match="'mean' or 'sum'"):
+        fisher(MSELoss(reduction="none"), torch.randn(N, C), torch.randn(N, C))
+
+
+@FISHERS
+@pytest.mark.parametrize("loss", [MSELoss(), BCEWithLogitsLoss()])
+def test_targets_that_would_be_broadcast_are_refused(fisher, loss):
+    with pytest.raises(ValueError, match="broadcast"):
+        fisher(loss, torch.randn(N, 1), torch.rand(N))
+
+
+@FISHERS
+@pytest.mark.parametrize("shape", [(N, C), (N + 1,), (N, P1)])
+def test_labels_of_another_shape_are_refused(fisher, shape):
+    with pytest.raises(ValueError, match="classes on axis 1"):
+        fisher(CrossEntropyLoss(), torch.randn(N, C), torch.zeros(shape, dtype=torch.long))
+
+
+@FISHERS
+def test_targets_that_are_all_ignored_are_refused(fisher):
+    with pytest.raises(ValueError, match="every target is ignored"):
+        fisher(CrossEntropyLoss(), torch.randn(N, C), torch.full((N,), -100))
