@@ -1,0 +1,977 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4. LayerIO: what flows through a layer
+#
+# **Part II: KFAC.** Why do two tensors per layer hold everything that KFAC, and every method like
+# it, needs to know about a network and its loss?
+#
+# A network can be a perceptron, a convolutional network or a transformer. The loss can be a squared
+# error or a cross-entropy, summed or averaged. A method that had to know about all of them at once
+# would be a long list of special cases. This chapter finds the narrow place that all of them pass
+# through: what goes *into* a layer's matrix, called $a$, and what comes *back* to its output,
+# called $g$. We derive that these two give the exact curvature block of the layer, build the code
+# that records them, and then look at everything that can go wrong on the way.
+
+# %%
+import copy
+import time
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+
+from kfac_scratch import capture, curvature
+from kfac_scratch.blocks import blocks, uncovered
+from kfac_scratch.capture import layer_ios, stream
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layers import input_rows, output_rows, weight_matrix
+from kfac_scratch.losses import divisor, empirical, monte_carlo, type2
+from kfac_scratch.show import code, matrices
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
+
+
+EXACT = 1e-10  # what we call equal in float64
+
+# %% [markdown]
+# ## A gradient is an outer product
+#
+# Begin with one datum and one layer, $z = W a$ with $W \in \mathbb{R}^{d_\text{out} \times
+# d_\text{in}}$. Something happens to $z$ afterwards, and a number $\ell$ comes out at the end.
+# Entry $W_{oi}$ occurs in one output only, $z_o = \sum_i W_{oi} a_i$, so
+# $\partial z_k / \partial W_{oi}$ is $a_i$ for $k = o$ and zero for all other $k$. The chain rule
+# sums over all entries of $z$ through which $W_{oi}$ can act, and just one term is left:
+#
+# $$
+# \frac{\partial \ell}{\partial W_{oi}}
+# = \sum_k \frac{\partial \ell}{\partial z_k} \frac{\partial z_k}{\partial W_{oi}}
+# = g_o a_i,
+# \qquad g := \frac{\partial \ell}{\partial z} \in \mathbb{R}^{d_\text{out}} .
+# \tag{4.1}
+# $$
+#
+# The gradient of a matrix with $d_\text{out} d_\text{in}$ entries is the outer product
+# $g a^\top$ of two vectors. It has rank one, whatever the rest of the network looks like: all that
+# the layers before have to say is in $a$, all that the layers after and the loss have to say is
+# in $g$.
+
+# %%
+d_out, d_in = 3, 4
+W = torch.randn(d_out, d_in, requires_grad=True)
+a = torch.randn(d_in)
+
+z = W @ a
+ell = z.tanh().exp().sum()  # any function of z
+g, gradient = torch.autograd.grad(ell, (z, W))
+
+by_hand = torch.zeros(d_out, d_in)
+for o in range(d_out):
+    for i in range(d_in):
+        by_hand[o, i] = g[o] * a[i]
+assert error(by_hand, gradient) <= EXACT
+print("rank of the gradient:", torch.linalg.matrix_rank(gradient).item())
+assert torch.linalg.matrix_rank(gradient) == 1
+
+# %% [markdown]
+# **Where is the bias?** As in [Chapter 1](01_flattening.py), it is the last column of $W$, and the
+# last entry of $a$ is the constant one: $z = W' a' + b = [W'\; b] \begin{pmatrix} a' \\ 1
+# \end{pmatrix}$. Then [(4.1)] contains the bias as well: its gradient is $g \cdot 1$, the last
+# column of $g a^\top$. From here on $a$ includes the one and $d_\text{in}$ counts it.
+
+# %% [markdown]
+# ## The same matrix at several positions
+#
+# A linear layer along a sequence applies one $W$ to every token. A convolution applies one $W$ to
+# every patch. A layer that a network calls twice applies one $W$ to two inputs. In all these cases
+#
+# $$
+# z_s = W a_s, \qquad s = 1, \dots, S .
+# \tag{4.2}
+# $$
+#
+# To differentiate, pretend that each position has a copy $W_s$ of its own. By [(4.1)] the
+# derivative with respect to copy $s$ is $g_s a_s^\top$, where $g_s = \partial \ell / \partial z_s$.
+# The copies are all equal to $W$, so $W$ acts through each of them, and the chain rule adds up
+# what they contribute:
+#
+# $$
+# G := \frac{\partial \ell}{\partial W} = \sum_{s=1}^{S} g_s a_s^\top .
+# \tag{4.3}
+# $$
+#
+# The positions may even feed into each other, as in a recurrent network where $a_2$ depends on
+# $z_1$. Nothing changes: $g_1$ then is the derivative along all paths from $z_1$ to $\ell$,
+# including those through $z_2$. This is what backpropagation computes anyway.
+
+# %%
+S = 3
+xs = torch.randn(S, d_in)
+z1 = W @ xs[0]
+a2 = torch.cat([z1.sin(), xs[1, :1]])  # the second input depends on the first output
+z2 = W @ a2
+z3 = W @ xs[2]
+ell = (z1 * z3).sum() + z2.exp().sum() + (z2 * z3).prod()
+
+gs = torch.autograd.grad(ell, (z1, z2, z3), retain_graph=True)
+(gradient,) = torch.autograd.grad(ell, W)
+terms = [torch.outer(g, a) for g, a in zip(gs, (xs[0], a2.detach(), xs[2]), strict=True)]
+assert error(sum(terms), gradient) <= EXACT
+assert error(terms[-1], gradient) > 0.01  # one position alone is not the gradient
+
+# %% tags=["hide-input"] alt="Four heat maps of 3 by 4 matrices: three outer products, in each of which all rows are multiples of one row, and their sum, which has no such pattern." caption="Every position adds one outer product. Each term has rank one, the sum need not."
+terms = {rf"$g_{s} a_{s}^\top$": t for s, t in enumerate(terms, start=1)}
+matrices(terms | {"$G$, their sum": gradient})
+
+# %% [markdown]
+# ## From gradients to curvature
+#
+# Now take $N$ data and a loss, $L = \frac{1}{D} \sum_n \ell_n(f_n)$, where $f_n$ is the network's
+# output for datum $n$ and $D$ what the loss divides by. [Chapter 2](02_curvature.py) defines the
+# generalised Gauss-Newton matrix (GGN). Datum $n$ only enters through $f_n$, so
+#
+# $$
+# \operatorname{GGN} = \sum_n J_n^\top H_n J_n,
+# \qquad J_n = \frac{\partial f_n}{\partial \theta},
+# \qquad H_n = \frac{\partial^2 L}{\partial f_n^2} .
+# \tag{4.4}
+# $$
+#
+# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. For
+# `type2`, the vectors $\sigma_{vn}$ are the columns of a square root:
+#
+# $$
+# H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
+# \tag{4.5}
+# $$
+#
+# The factor $1/D$ is in $H_n$ and so it is in the vectors: they carry all of the loss's scale.
+# Insert [(4.5)] into [(4.4)]:
+#
+# $$
+# \operatorname{GGN}
+# = \sum_{n} J_n^\top \Bigl( \sum_v \sigma_{vn} \sigma_{vn}^\top \Bigr) J_n
+# = \sum_{v, n} \bigl( J_n^\top \sigma_{vn} \bigr) \bigl( J_n^\top \sigma_{vn} \bigr)^\top .
+# \tag{4.6}
+# $$
+#
+# The vector $J_n^\top \sigma_{vn}$ is familiar. It is the gradient with respect to $\theta$ of the
+# number $\sigma_{vn}^\top f_n$ with $\sigma_{vn}$ held fixed: what one backward pass computes that
+# starts at the network's output with $\sigma_{vn}$ instead of with the gradient of a loss. And
+# gradients we know. Use [(4.3)] with $\ell = \sigma_{vn}^\top f_n$:
+#
+# <div class="admonition theorem" markdown="1" id="thm-4.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 4.1 (the block of a layer)</b></p>
+#
+# Let a layer compute $z_{ns} = W a_{ns}$, let $f_n$ depend on no datum but $n$, and let
+# $g_{vns} = (\partial f_n / \partial z_{ns})^\top \sigma_{vn}$ be what arrives at $z_{ns}$ when
+# $\sigma_{vn}$ is sent backward. Then the block of the GGN that belongs to
+# $\operatorname{vec}(W)$ is
+#
+# $$
+# \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top,
+# \qquad G_{vn} = \sum_s g_{vns} a_{ns}^\top .
+# \tag{4.7}
+# $$
+#
+# </div>
+#
+# **Proof.** The rows and columns of [(4.6)] that belong to $\operatorname{vec}(W)$ are made of the
+# entries of $J_n^\top \sigma_{vn}$ that belong to $\operatorname{vec}(W)$. These are the derivative
+# of $\sigma_{vn}^\top f_n$ with respect to $W$, which is $G_{vn}$ by [(4.3)]. $\blacksquare$
+#
+# Nothing has been approximated. If the vectors are not a square root but random with
+# $\mathbb{E} [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, [(4.7)] holds in expectation; if they are
+# gradients at the data's labels, the same sum is the empirical Fisher's block. Only the vectors
+# change, never the formula.
+
+# %% [markdown]
+# ### In the package
+#
+# So a layer on a batch is two tensors. They form one immutable value, the `LayerIO`. Every
+# approximation in this package is a function of it: none of them sees a network.
+#
+# The two methods are [(4.3)] and [(4.7)]. `block` is the definition, not a method for large layers.
+# It goes through the vectors one by one, so that the gradients of all of them never exist at once.
+
+# %% tags=["beside", "remove-input"]
+code(LayerIO.gradients, LayerIO.block)
+
+# %% [markdown]
+# | field | shape | what it is |
+# | --- | --- | --- |
+# | `a` | $[N, S, d_\text{in}]$ | inputs of $W$; with a bias, the last column is 1 |
+# | `g` | $[V, N, S, d_\text{out}]$ | vectors sent back to $W$'s output; all scale of the loss |
+#
+# The `a` has no axis $V$: whatever is sent backward, the forward pass is the same. And `g` has all
+# of the scale: if the loss is multiplied by $c$, `g` is multiplied by $\sqrt{c}$ and the block by
+# $c$, while `a` does not notice.
+
+# %% [markdown]
+# ## Recording, by hand
+#
+# How do we get $a$ and $g$ out of a network that somebody else wrote? PyTorch calls a *forward
+# hook* after a module has run, with the module's input and output. The input is $a$. The output is
+# the very tensor $z$ that the computation goes on with, so we may ask for derivatives with respect
+# to it.
+#
+# For $g$ we need $V$ vectors for each of $N$ data. The data come for free: as $f_n$ depends on
+# datum $n$ only, one backward pass that starts with $\sigma_{v1}, \dots, \sigma_{vN}$ at all
+# outputs gives $g_{vns}$ at all $z_{ns}$, and no datum disturbs another. The vectors do not:
+# their results would be added up. Hence $V$ backward passes, which `is_grads_batched=True` runs
+# as one.
+
+
+# %%
+def capture_by_hand(model, loss, X, y, pass_on=torch.clone) -> dict[str, LayerIO]:
+    calls = {}
+
+    def record(layer, inputs, output):
+        calls[layer] = inputs[0].detach(), output
+        return pass_on(output)  # what the next layer gets: a copy, see below
+
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [layer.register_forward_hook(record) for layer in linear.values()]
+    f = model(X)
+    for hook in hooks:
+        hook.remove()
+
+    outputs = [calls[layer][1] for layer in linear.values()]
+    gs = torch.autograd.grad(f, outputs, type2(loss, f, y), is_grads_batched=True)
+
+    ios = {}
+    for (name, layer), g in zip(linear.items(), gs, strict=True):
+        a = calls[layer][0]
+        a = torch.cat([a, torch.ones(len(a), 1)], dim=1)  # the bias column
+        ios[name] = LayerIO(a.unsqueeze(1), g.unsqueeze(2))  # S = 1
+    return ios
+
+
+N = 5
+model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+X, y = torch.randn(N, 4), torch.randint(3, (N,))
+loss = nn.CrossEntropyLoss()
+
+for name, io in capture_by_hand(model, loss, X, y).items():
+    print(f"layer {name}: a {tuple(io.a.shape)}, g {tuple(io.g.shape)}")
+
+# %% [markdown]
+# Is it right? [Chapter 2](02_curvature.py)'s `curvature.ggn` builds the whole matrix [(4.4)] from
+# full Jacobians. It knows nothing of layers, hooks or vectors; `block_diagonal` cuts a layer's
+# rows and columns out of it.
+
+
+# %%
+def check(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
+    exact = curvature.block_diagonal(model, curvature.ggn(model, loss, X, y))
+    assert ios.keys() == exact.keys()
+    return {name: error(io.block(), exact[name]) for name, io in ios.items()}
+
+
+errors = check(capture_by_hand(model, loss, X, y), model, loss, X, y)
+print(errors)
+assert max(errors.values()) <= EXACT
+
+# %% [markdown]
+# ## Why the hook returns a copy
+#
+# The hook above returns `output.clone()`, which looks like a waste. Pass on the output itself
+# instead, and nothing changes for the network above. But many networks save memory by activations
+# that write *into* their input:
+
+# %%
+in_place = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+
+with_copy = check(capture_by_hand(in_place, loss, X, y), in_place, loss, X, y)
+without = capture_by_hand(in_place, loss, X, y, pass_on=lambda z: z)
+without_copy = check(without, in_place, loss, X, y)
+print("with a copy:   ", with_copy)
+print("without a copy:", without_copy)
+assert max(with_copy.values()) <= EXACT
+assert without_copy["0"] > 0.1
+
+# %% [markdown]
+# No error, no warning, and a wrong block for the first layer. The tensor that we recorded as $z$
+# has been overwritten, and for autograd the name now stands for $\operatorname{relu}(z)$: the
+# derivative that we get is the one *after* the activation. The factor $\operatorname{relu}'(z)$
+# is missing, so all units look active. With the copy, the activation overwrites the copy. The price
+# is that each layer's output is in memory twice until the backward pass is over.
+
+# %%
+correct = capture_by_hand(in_place, loss, X, y)["0"].g
+wrong = without["0"].g
+active = (in_place[0](X) > 0).unsqueeze(1)
+assert error(wrong * active.to(wrong), correct) <= EXACT
+assert error(wrong, correct) > 0.1
+print(f"share of active units: {active.double().mean().item():.2f}")
+
+# %% [markdown]
+# ## What ships
+#
+# The package does the same in three pieces. The first is the hook. Three details differ from ours:
+# it appends to a list, as a layer may run several times; it also accepts an input that was passed by
+# name; and it notes the version of the input, a counter that PyTorch increases whenever a tensor is
+# written to. So a later change of the *input* is noticed as well.
+
+# %% tags=["remove-input"]
+code(capture._record)
+
+# %% [markdown]
+# The second piece sends vectors backward. Recorded outputs that the network's output does not depend
+# on get zeros, which is their derivative. A single vector goes without batching, because a few
+# operations cannot be batched: `chunk=1` is the way out for networks that contain one.
+
+# %% tags=["remove-input"]
+code(capture._backward)
+
+# %% [markdown]
+# The third is the whole procedure: find the layers, run forward with hooks, ask the loss for its
+# vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. `layer_ios`
+# joins the parts.
+
+# %% tags=["remove-input"]
+code(stream, layer_ios)
+
+# %% [markdown]
+# ## The theorem, checked
+#
+# A perceptron, a convolutional network with an in-place activation, and a network that applies one
+# layer twice, each with a squared error and a cross-entropy, averaged and summed. The layers of all
+# of them get their exact block:
+
+
+# %%
+def targets(loss: nn.Module, f: Tensor) -> Tensor:
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return torch.randint(f.shape[1], (len(f),))
+    return torch.randn_like(f)
+
+
+again = nn.Linear(4, 4)
+networks = {
+    "perceptron": (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
+    "convolutions": (
+        nn.Sequential(
+            nn.Conv2d(2, 3, 3, stride=2, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(3, 4, 2, dilation=2),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        ),
+        (2, 7, 5),
+    ),
+    "tied": (nn.Sequential(again, nn.Tanh(), again, nn.Tanh(), nn.Linear(4, 3)), (4,)),
+}
+
+for name, (net, shape) in networks.items():
+    for kind in (nn.MSELoss, nn.CrossEntropyLoss):
+        for reduction in ("mean", "sum"):
+            X, criterion = torch.randn(N, *shape), kind(reduction=reduction)
+            with torch.no_grad():
+                y = targets(criterion, net(X))
+            errors = check(layer_ios(net, criterion, X, y), net, criterion, X, y)
+            print(f"{name:>13} {kind.__name__:>17} {reduction:>5}: {max(errors.values()):.0e}")
+            assert max(errors.values()) <= EXACT
+
+# %% [markdown]
+# ### More than the blocks
+#
+# Equation [(4.6)] was about the whole GGN; only then did we pick a layer. So line up the gradients of
+# *all* layers for one pair $(v, n)$ as one long vector, and the sum of outer products is the full
+# matrix, including the blocks that couple two layers. These are what block-diagonal methods throw
+# away, and nothing but two tensors per layer is needed to get them back.
+
+# %%
+model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 4))
+X, y = torch.randn(N, 5), torch.randint(4, (N,))
+
+ios = layer_ios(model, loss, X, y)
+G = torch.cat([io.gradients().flatten(2) for io in ios.values()], dim=2)  # [V, N, D]
+full = torch.einsum("vnd,vne->de", G, G)
+
+order = torch.cat([W.flatten() for W in curvature.block_index(model).values()])
+exact = curvature.ggn(model, loss, X, y)[order][:, order]  # bias columns in place
+print(f"relative error of the full GGN: {error(full, exact):.0e}")
+assert error(full, exact) <= EXACT
+
+block_diagonal = torch.block_diag(*[io.block() for io in ios.values()])
+assert error(block_diagonal, exact) > 0.1  # the coupling is not small
+
+# %% tags=["hide-input"] alt="Two 24 by 24 heat maps divided into four blocks. In the full GGN all four blocks are filled; in the second picture only the two diagonal blocks are." caption="Left the full GGN of a network with two layers, from the concatenated gradients. Right what block-diagonal methods keep."
+pair = {"full GGN": full, "layer blocks": block_diagonal}
+matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
+
+# %% [markdown]
+# ## Layers as rows
+#
+# To be covered by all of this, a layer has to be brought into the form $z_{ns} = W a_{ns}$. Three
+# kinds can be, and they make up most of the parameters of most networks.
+#
+# **A linear layer** on an input of shape $[N, \ast, d]$ treats all axes in between alike: every entry
+# of them is a position.
+#
+# **A convolution** takes a patch of its input, as large as the kernel, and multiplies it with the
+# kernel; then it moves on to the next patch. With the patch and the kernel both flattened in the same
+# order (channel, then row, then column), this is a row times a matrix. Padding, stride and
+# dilation only decide which entries a patch consists of:
+
+
+# %%
+def patches_by_hand(conv: nn.Conv2d, image: Tensor) -> Tensor:
+    (kh, kw), (sh, sw) = conv.kernel_size, conv.stride
+    (dh, dw), (ph, pw) = conv.dilation, conv.padding
+    channels, height, width = image.shape
+    padded = torch.zeros(channels, height + 2 * ph, width + 2 * pw)
+    padded[:, ph : ph + height, pw : pw + width] = image
+
+    rows = []
+    for top in range(0, padded.shape[1] - dh * (kh - 1), sh):
+        for left in range(0, padded.shape[2] - dw * (kw - 1), sw):
+            patch = padded[
+                :,
+                top : top + dh * (kh - 1) + 1 : dh,
+                left : left + dw * (kw - 1) + 1 : dw,
+            ]
+            rows.append(patch.flatten())  # channel, row, column
+    return torch.stack(rows)  # [S, d_in]
+
+
+conv = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False)
+image = torch.randn(2, 5, 4)
+rows = patches_by_hand(conv, image)
+z = rows @ conv.weight.flatten(1).T  # [S, d_out]
+assert error(z.T, conv(image).flatten(1)) <= EXACT
+assert error(rows, input_rows(conv, image[None])[0, 0]) <= EXACT
+
+# %% tags=["hide-input"] alt="A 5 by 5 image of numbers, the four 3 by 3 patches that a kernel with stride 2 sees in it, and a 4 by 9 matrix whose rows are these patches flattened." caption="An image, its four patches for a 3 × 3 kernel with stride 2, and the rows $a_{ns}$ that they become. The middle row and column of the image occur in two patches, its centre in all four."
+conv = nn.Conv2d(1, 1, 3, stride=2, bias=False)
+tiny = torch.arange(-12.0, 13.0).reshape(5, 5)
+rows = input_rows(conv, tiny[None, None])[0, 0]
+pictures = {"image": tiny}
+pictures |= {f"patch {s + 1}": row.reshape(3, 3) for s, row in enumerate(rows)}
+matrices(pictures | {"rows": rows})
+
+# %% [markdown]
+# **An embedding** looks up column $t$ of $W$ for token $t$ (PyTorch stores the transpose, one token
+# per row). Looking up is multiplying with a one-hot vector, so $a_{ns}$ is one-hot.
+#
+# ### In the package
+#
+# The functions are short; what they state is the definition above. Groups of a convolution are a
+# leading axis: each is a layer of its own, with its own channels in and out and its own $W$.
+
+# %% tags=["remove-input"]
+code(input_rows, output_rows, weight_matrix)
+
+# %% [markdown]
+# One check covers them all: a layer without bias must compute $W$ times its rows.
+
+# %%
+kinds = [
+    (nn.Linear(4, 3, bias=False), torch.randn(2, 5, 7, 4)),
+    (nn.Conv1d(2, 3, 3, stride=2, padding=1, bias=False), torch.randn(2, 2, 11)),
+    (nn.Conv2d(4, 6, (2, 3), groups=2, padding=1, bias=False), torch.randn(2, 4, 5, 3)),
+    (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", bias=False), torch.randn(2, 2, 5, 4)),
+    (nn.Conv3d(2, 3, (2, 1, 3), dilation=(2, 1, 1), bias=False), torch.randn(2, 2, 4, 3, 5)),
+    (nn.Embedding(7, 3), torch.randint(7, (2, 5))),
+]
+for layer, x in kinds:
+    a = input_rows(layer, x)  # [groups, N, S, d_in]
+    z = output_rows(layer, layer(x).unsqueeze(0)).squeeze(1)  # [groups, N, S, d_out]
+    W = weight_matrix(layer, layer.weight).unsqueeze(1)  # [groups, 1, d_out, d_in]
+    assert error(a @ W.mT, z) <= EXACT
+    print(f"{type(layer).__name__:>9}: a {tuple(a.shape)}, z {tuple(z.shape)}")
+
+# %% [markdown]
+# Mistakes here do not announce themselves by shapes. Zeros in place of the circular padding give rows
+# of the right size with wrong content:
+
+# %%
+circular, x = kinds[3]
+zeros = copy.deepcopy(circular)
+zeros.padding_mode = "zeros"
+assert input_rows(zeros, x).shape == input_rows(circular, x).shape
+assert error(input_rows(zeros, x), input_rows(circular, x)) > 0.1
+
+# %% [markdown]
+# ## Blocks: which parameters belong to one $W$
+#
+# A block is mostly one layer, and its name is the layer's. Four situations need a rule.
+#
+# - **Shared weights.** Layers that share a weight are one block, as there is one $W$. Their positions
+#   are joined: $S$ adds up. If each has a bias of its own, $W$ has one column for each, and a row
+#   of $a$ contains a 1 for its own bias and a 0 for the others.
+# - **Groups** of a convolution are blocks of their own, named `layer[0]`, `layer[1]`, …
+# - **Frozen parameters** have no columns: a frozen bias means no column of ones, a frozen weight
+#   leaves only that column.
+# - **A layer whose parameters are all frozen** has no block.
+
+
+# %%
+def shapes(model: nn.Module, X: Tensor) -> None:
+    with torch.no_grad():
+        y = torch.randn_like(model(X))
+    ios = layer_ios(model, nn.MSELoss(), X, y)
+    for name, io in ios.items():
+        print(f"  {name}: a {tuple(io.a.shape)}, g {tuple(io.g.shape)}")
+    assert max(check(ios, model, nn.MSELoss(), X, y).values()) <= EXACT
+
+
+shared = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+shared[2].weight = shared[0].weight
+print("shared weight, two biases: one block with S = 2")
+shapes(shared, torch.randn(N, 4))
+io = layer_ios(shared, nn.MSELoss(), torch.randn(N, 4), torch.randn(N, 4))["0"]
+assert torch.equal(io.a[0, :, -2:], torch.eye(2))  # first call: first bias; second: second
+
+print("two groups: two blocks")
+shapes(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten()), torch.randn(N, 4, 5))
+
+frozen = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2))
+frozen[0].weight.requires_grad = False
+frozen[2].bias.requires_grad = False
+print("frozen weight of layer 0: one column; frozen bias of layer 2: 6 columns, not 7")
+shapes(frozen, torch.randn(N, 4))
+
+# %% [markdown]
+# ### What is not covered
+#
+# A layer norm has parameters, but they are not a matrix that is applied to rows. Other parameters
+# are used in ways that no rule describes. Leaving them out silently would be the worst answer: the
+# caller would believe that a step is taken for the whole network. So uncovered parameters are named
+# in a warning, and whatever would give a wrong block is an error that says what to do.
+
+# %%
+normed = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+X, y = torch.randn(N, 4), torch.randn(N, 3)
+print("uncovered:", uncovered(normed, blocks(normed)))
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer_ios(normed, nn.MSELoss(), X, y)
+    assert len(caught) == 1
+    print(caught[0].category.__name__, "-", caught[0].message)
+
+    layer_ios(normed, nn.MSELoss(), X, y, layers=["0", "2"])  # meant: no second warning
+    assert len(caught) == 1
+
+
+# %%
+def refused(expected: type[Exception], *arguments, **options) -> None:
+    """Run a capture that has to fail, and print why it does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer_ios(*arguments, **options)
+    except expected as reason:
+        print(f"{expected.__name__}: {reason}\n")
+    else:
+        raise AssertionError("this should have been refused")
+
+
+tokens = torch.randint(6, (N, 2))
+refused(NotImplementedError, normed, nn.MSELoss(), X, y, layers=["1"])
+
+normalised = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Linear(4, 3))
+refused(NotImplementedError, normalised, nn.MSELoss(), tokens, torch.randn(N, 2, 3))
+
+transposed = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
+transposed[1].weight = transposed[0].weight  # tied input and output embeddings
+refused(NotImplementedError, transposed, nn.MSELoss(), tokens, torch.randn(N, 2, 6))
+
+# %% [markdown]
+# ## What capture leaves behind
+#
+# Nothing. Hooks are removed, also when the forward pass fails; `torch.autograd.grad` returns
+# derivatives and writes no `.grad`; no parameter's gradient is computed at all; modes and flags stay
+# as they were. An optimizer can capture curvature between its own forward and backward pass without
+# a trace.
+
+
+# %%
+def traces(model: nn.Module) -> list:
+    hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()]
+    modes = [m.training for m in model.modules()]
+    grads = [p.grad is None for p in model.parameters()]
+    return [hooks, modes, grads, [p.requires_grad for p in model.parameters()]]
+
+
+model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.0), nn.Linear(6, 3)).eval()
+before = traces(model)
+assert before[0] == [0, 0, 0, 0]
+assert all(before[2])
+layer_ios(model, nn.MSELoss(), X, y)
+assert traces(model) == before
+assert not X.requires_grad
+
+refused(RuntimeError, model, nn.MSELoss(), torch.randn(N, 5), y)  # one input too many
+assert traces(model) == before
+
+# %% [markdown]
+# ## Memory, and chunks
+#
+# A `LayerIO` holds
+#
+# $$
+# \underbrace{N S d_\text{in}}_{a} + \underbrace{V N S d_\text{out}}_{g}
+# \tag{4.8}
+# $$
+#
+# numbers. For a linear layer the first part is what training keeps for the backward pass anyway. For
+# a convolution it is more, as an entry of the image stands in every patch that it is part of
+# ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided). The second part is $V$ times
+# the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$ (times
+# the positions, if there is a loss at each). With a thousand classes this soon does not fit. But the
+# block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO` with at most
+# `chunk` of them at a time, and one adds up.
+
+# %%
+C, N_large = 60, 100
+wide = nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, C))
+X, y = torch.randn(N_large, 50), torch.randint(C, (N_large,))
+
+
+def held(ios: dict[str, LayerIO]) -> int:
+    return sum(io.g.numel() for io in ios.values())
+
+
+together = layer_ios(wide, loss, X, y)
+assert held(together) == C * N_large * (80 + C)  # (4.8), with S = 1
+B = torch.einsum("vnso,vnsp->op", together["0"].g, together["0"].g)
+
+chunks, numbers, seconds = [1, 2, 5, 10, 20, 60], [], []
+for chunk in chunks:
+    start, in_parts, largest = time.perf_counter(), torch.zeros_like(B), 0
+    for ios in stream(wide, loss, X, y, chunk=chunk):
+        g = ios["0"].g.flatten(0, 2)
+        in_parts += g.T @ g
+        largest = max(largest, held(ios))
+    seconds.append(time.perf_counter() - start)
+    numbers.append(largest)
+    assert error(in_parts, B) <= EXACT
+    assert largest == chunk * N_large * (80 + C)
+print("numbers in g at once:", dict(zip(chunks, numbers, strict=True)))
+
+# %% tags=["hide-input"] alt="Two log-log plots over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk; the time of the whole capture is longest for chunks of one." caption="Memory grows in proportion to the chunk. Time, on the machine that built this page, falls as long as a larger chunk means fewer backward passes."
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+left.loglog(chunks, numbers, "o-")
+left.set(xlabel="chunk", ylabel="numbers in $g$ at once")
+right.loglog(chunks, seconds, "s-")
+right.set(xlabel="chunk", ylabel="seconds for all vectors")
+for ax in (left, right):
+    ax.set_xticks(chunks, labels=chunks)
+    ax.minorticks_off()
+plt.show()
+
+# %% [markdown]
+# ### Many vectors or one
+#
+# The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from the
+# model and sends one vector, whatever $C$ is. That makes $g$ smaller by the factor $C$, and the block
+# random: right on average, but not for the one sample in hand. More samples approach the exact block
+# slowly, at the rate of one over the square root of their number.
+
+# %%
+model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+X, y = torch.randn(N, 4), torch.randint(3, (N,))
+exact = curvature.block_diagonal(model, curvature.ggn(model, loss, X, y))["0"]
+generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+
+io = layer_ios(model, loss, X, y)["0"]
+print(f"type-2, {len(io.g):>5} vectors: error {error(io.block(), exact):.0e}")
+assert error(io.block(), exact) <= EXACT
+for samples in (1, 10, 100, 1000):
+    fisher = monte_carlo(samples, generator)
+    io = layer_ios(model, loss, X, y, fisher)["0"]
+    print(f"sampled, {len(io.g):>4} vectors: error {error(io.block(), exact):.2f}")
+    assert error(io.block(), exact) > EXACT
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# Most of the following has happened in public code. The cases share one property: the code runs.
+#
+# **Per-datum gradients of a mean loss.** The gradient of $L = \frac1N \sum_n \ell_n$ with respect to
+# $z_n$ is $\frac1N \nabla \ell_n$. Take it for the gradient of datum $n$, average the outer products
+# over data, and the result is $N^2$ times too small
+# ([an example](https://github.com/wiseodd/natural-gradients/issues/2)). Even a sum instead of an
+# average leaves it $N$ times too small, as curvature is quadratic in gradients but linear in the
+# loss. The scale that is right is $g = \nabla \ell_n / \sqrt{D}$:
+
+# %%
+z = model[0](X).detach().requires_grad_()
+(of_mean,) = torch.autograd.grad(loss(model[1:](z), y), z)  # [N, d_out]
+right = layer_ios(model, loss, X, y, empirical)["0"].g[0, :, 0]
+
+B_right = right.T @ right
+ratio_average = (B_right.trace() / (of_mean.T @ of_mean / N).trace()).item()
+ratio_sum = (B_right.trace() / (of_mean.T @ of_mean).trace()).item()
+print(f"N = {N}: averaged, too small by {ratio_average:.0f}; summed, too small by {ratio_sum:.0f}")
+assert abs(ratio_average - N**2) <= 1e-9
+assert abs(ratio_sum - N) <= 1e-9
+assert error(divisor(loss, model(X), y) ** 0.5 * of_mean, right) <= EXACT
+
+# %% [markdown]
+# **A hook that never runs.** `nn.MultiheadAttention` has a submodule `out_proj`, an ordinary linear
+# layer. Its forward pass is never called: the parent reads its weight and computes by itself. A library
+# that registers hooks for all linear layers waits for a call that does not come
+# ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267)). Note that the weight *is*
+# used. The package refuses:
+
+
+# %%
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attend(x, x, x)[0]
+
+
+attention, sequence = Attention(), torch.randn(N, 3, 4)
+ran = []
+hook = attention.attend.out_proj.register_forward_hook(lambda *_: ran.append(1))
+attention(sequence).square().sum().backward()
+hook.remove()
+assert ran == []
+assert attention.attend.out_proj.weight.grad.abs().max() > 0
+refused(ValueError, attention, nn.MSELoss(), sequence, torch.randn(N, 3, 4))
+
+# %% [markdown]
+# **The last call only.** A dictionary from layer to recording, as in `capture_by_hand`, keeps the last
+# call of a layer that runs twice. The first one is overwritten and its part of every gradient is lost:
+
+# %%
+tied, shape = networks["tied"]
+X, y = torch.randn(N, *shape), torch.randint(3, (N,))
+last_only = check(capture_by_hand(tied, loss, X, y), tied, loss, X, y)
+print("last call only:", {name: f"{e:.0e}" for name, e in last_only.items()})
+assert last_only["0"] > 0.1
+assert last_only["4"] <= EXACT  # runs once
+assert max(check(layer_ios(tied, loss, X, y), tied, loss, X, y).values()) <= EXACT
+
+# %% [markdown]
+# **A bias column of zeros.** `a.new_zeros` in place of `a.new_ones`, or ones that are appended before a
+# step that changes them, such as padding. The weight's part of the block remains right, so a test
+# without biases passes, and the bias has no curvature at all:
+
+# %%
+model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+io = layer_ios(model, loss, X, y)["0"]
+no_bias = LayerIO(torch.cat([io.a[..., :-1], torch.zeros_like(io.a[..., -1:])], -1), io.g)
+block, broken = (x.block().reshape(6, 5, 6, 5) for x in (io, no_bias))
+assert error(broken[:, :-1, :, :-1], block[:, :-1, :, :-1]) <= EXACT
+assert broken[:, -1].abs().max() == 0
+assert block[:, -1].abs().max() > 0
+
+# %% [markdown]
+# **The batch is not on axis 0.** Recurrent code often puts time first. Then axis 0 of the layer's input
+# counts positions, and gradients of different data are added up. The package compares with the
+# output's length:
+
+
+# %%
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):  # [N, T, 4]
+        return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1).sum(1)
+
+
+time_first = TimeFirst()
+refused(ValueError, time_first, loss, torch.randn(N, 7, 4), y)
+
+# %% [markdown]
+# A comparison of lengths cannot notice it when there are as many positions as data. Then the error is
+# silent, here and in every library that relies on shapes, which is a reason to test with sizes that
+# are all different:
+
+# %%
+square = torch.randn(N, N, 4)
+silent = check(layer_ios(time_first, loss, square, y), time_first, loss, square, y)
+print("as many positions as data:", silent)
+assert silent["layer"] > 0.1
+
+# %% [markdown]
+# **Batch normalisation in training mode** breaks the assumption of [Theorem 4.1] that $f_n$ depends on
+# datum $n$ only. The vectors of all data, sent backward together, then get mixed on their way. One can
+# run the code, but what comes out is not the block:
+
+
+# %%
+def with_norm(**options) -> nn.Module:
+    norm = nn.BatchNorm1d(6, affine=False, **options)
+    return nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3))
+
+
+mixing = with_norm(track_running_stats=False)  # always uses the statistics of the batch
+X = torch.randn(N, 4)
+X2 = X.clone()
+X2[1] += 1.0  # another datum changes
+assert error(mixing(X2)[0], mixing(X)[0]) > 1e-3  # and so does datum 0's output
+
+wrong = check(capture_by_hand(mixing, loss, X, y), mixing, loss, X, y)
+print(f"before the normalisation: error {wrong['0']:.2f}; after it: {wrong['3']:.0e}\n")
+assert wrong["0"] > 0.01
+assert wrong["3"] <= EXACT
+refused(ValueError, mixing, loss, X, y)
+
+# %% [markdown]
+# In evaluation mode the statistics are constants, and all is exact:
+
+# %%
+normed = with_norm()
+normed(X)  # collect statistics
+normed.eval()
+assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <= EXACT
+
+# %% [markdown]
+# **An input that is overwritten.** The copy protects $z$. The input $a$ is recorded as it is, because
+# copying all inputs would double the memory. If it is changed later, say by a residual connection
+# that is added in place, the version number that the hook noted tells:
+
+
+# %%
+class InPlaceResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = x.tanh()
+        z = self.layer(h)
+        h += z  # overwrites the layer's input
+        return h
+
+
+refused(ValueError, InPlaceResidual(), nn.MSELoss(), X, torch.randn(N, 4))
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 4.1.** What is the largest rank that the block of a layer can have, and the largest rank
+# of a single gradient $G_{vn}$? When is the block singular for certain?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The block is a sum of $V N$ matrices of rank at most one, so its rank is at most $V N$ and it is
+# singular whenever $V N \lt d_\text{out} d_\text{in}$: in practice, almost always. (With `type2`
+# and cross-entropy, $H_n$ has rank $C - 1$, since adding a constant to all logits changes nothing,
+# so even $(C - 1) N$ is a bound.) This is why damping is needed. By [(4.3)], a gradient has rank at
+# most $S$.
+#
+# </details>
+#
+# **Exercise 4.2.** Compute the gradient of the loss itself, with respect to every layer's $W$, from
+# `layer_ios(..., fisher=empirical)`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The empirical vectors are $\nabla \ell_n / \sqrt{D}$ and the gradient is $\frac{1}{D} \sum_n \nabla
+# \ell_n$. So it is $\frac{1}{\sqrt{D}} \sum_n G_{1n}$.
+#
+# </details>
+#
+# **Exercise 4.3.** Compute the trace of the block without forming any gradient, for $S = 1$ and for
+# general $S$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The trace of $\operatorname{vec}(G) \operatorname{vec}(G)^\top$ is $\sum_{oi} G_{oi}^2$. With
+# [(4.3)] that is $\sum_{s, s'} (g_s^\top g_{s'}) (a_s^\top a_{s'})$: two $S \times S$ matrices of
+# inner products, multiplied entry by entry and summed. For $S = 1$ it is $\lVert g \rVert^2 \lVert
+# a \rVert^2$.
+#
+# </details>
+#
+# **Exercise 4.4.** Is the block of a layer that is called twice the sum of two blocks, one for each
+# call?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# No. The *gradient* is a sum over calls, $G = G_1 + G_2$, and the outer product of a sum has cross
+# terms $\operatorname{vec}(G_1) \operatorname{vec}(G_2)^\top$ and its transpose. This is
+# where weight sharing becomes interesting, see [Chapter 6](06_weight_sharing.py).
+#
+# </details>
+#
+# **Exercise 4.5.** `LayerIO.reduced` averages $a$ and sums $g$ over positions. Show that this does not
+# change $G_{vn}$ if all positions of a datum receive the same vector, or if all have the same input.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The reduced gradient is $(\sum_s g_s)(\frac1S \sum_{s'} a_{s'})^\top$. If $g_s = g$ for all $s$, it is
+# $S g \cdot \frac1S \sum_s a_s^\top = \sum_s g_s a_s^\top$. If $a_s = a$ for all $s$, it is $(\sum_s
+# g_s) a^\top$, which is the same sum again.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+X, y = torch.randn(N, 4), torch.randint(3, (N,))
+io = layer_ios(model, loss, X, y)["0"]
+rank = torch.linalg.matrix_rank(io.block())  # 4.1
+assert rank == (3 - 1) * N
+assert rank < len(io.block())
+
+loss(model(X), y).backward()  # 4.2
+gradients = layer_ios(model, loss, X, y, empirical)["0"].gradients()
+from_io = gradients.sum((0, 1)) / N**0.5
+assert error(from_io, torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)) <= EXACT
+
+X = torch.randn(N, 4)
+io = layer_ios(tied, loss, X, y)["0"]  # S = 2
+gg = io.g @ io.g.mT  # [V, N, S, S]
+assert error((gg * (io.a @ io.a.mT)).sum(), io.block().trace()) <= EXACT  # 4.3
+assert torch.linalg.matrix_rank(io.gradients()).max() <= 2  # 4.1
+
+calls = [LayerIO(io.a[:, s : s + 1], io.g[:, :, s : s + 1]) for s in range(2)]  # 4.4
+assert error(sum(call.block() for call in calls), io.block()) > 0.1
+crossed = torch.einsum("vnd,vne->de", *(call.gradients().flatten(2) for call in calls))
+assert error(sum(call.block() for call in calls) + crossed + crossed.T, io.block()) <= EXACT
+
+same_g = LayerIO(io.a, io.g[:, :, :1].expand_as(io.g))  # 4.5
+same_a = LayerIO(io.a[:, :1].expand_as(io.a), io.g)
+for x in (same_g, same_a):
+    assert error(x.reduced().gradients(), x.gradients()) <= EXACT
+assert error(io.reduced().gradients(), io.gradients()) > 0.01
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Grosse and Martens (2016)](bibliography.md#kfc) for convolutions as rows of patches;
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) for weight sharing as the common view
+# of linear layers, convolutions and attention; [BackPACK](bibliography.md#backpack) for what else
+# can be computed from the same two tensors; PyTorch's notes on
+# [autograd and in-place operations](https://docs.pytorch.org/docs/stable/notes/autograd.html).
+#
+# [Chapter 5](05_kfac.py) takes the `LayerIO` and makes the one approximation that KFAC is.
