@@ -25,7 +25,7 @@ TIMEOUT = 300  # seconds per cell
 MAX_SVG = 400_000  # bytes
 PLACEHOLDERS = ("#010203", "#fdfcfb")  # ink and paper while a figure is drawn
 COLOURS = {"": ("#23262d", "#ffffff"), "-dark": ("#d8dbe3", "#1b1d23")}
-# headers of cells are read as Python strings: undo what that makes of \top, \beta, \nu, ...
+# Headers of cells are read as Python strings; this undoes what becomes of \\top, \\beta, \\nu.
 UNREAD = {ord(c): rf"\{name}" for c, name in zip("\a\b\t\n\v\f\r", "abtnvfr", strict=True)}
 LINK = re.compile(r"\]\((\d\d_\w+)\.py(#[^)]*)?\)")
 
