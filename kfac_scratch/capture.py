@@ -169,6 +169,8 @@ def _forward(model: Module, X: Tensor, found: list[Shared]) -> tuple[Tensor, dic
                 handle = layer.register_forward_hook(record, with_kwargs=True)
                 hooks.callback(handle.remove)
         f = model(X)
+    if not isinstance(f, Tensor) or f.ndim == 0:
+        raise ValueError("The model must return one tensor with the batch on axis 0.")
     return f, calls
 
 
@@ -241,8 +243,6 @@ def _check_model(
 
 
 def _check_calls(f: Tensor, found: list[Shared], calls: dict[str, list[Call]]) -> None:
-    if not isinstance(f, Tensor) or f.ndim == 0:
-        raise ValueError("The model must return one tensor with the batch on axis 0.")
     for block in found:
         name = block.name
         silent = [layer for layer in block.layers if all(c.layer is not layer for c in calls[name])]
