@@ -1,0 +1,1036 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. Curvature: Jacobians, Hessian, GGN
+#
+# **Part I: Curvature.** What is the curvature of a network, and why is the Hessian not what we
+# approximate?
+#
+# A gradient says which way is down, but not how far to go. For that one must know how fast the
+# gradient itself changes, and this is curvature: the second derivatives of the loss, one row and
+# one column per parameter. KFAC approximates curvature, but, as nearly every method of its kind,
+# not *this* one. It approximates the generalised Gauss-Newton matrix, GGN for short. This chapter
+# derives both matrices, shows where they agree and where not, and multiplies with them without
+# ever writing them down.
+
+# %%
+import time
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.func import functional_call, jacrev
+from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Parameter, ReLU, Sequential, Tanh
+from torch.testing import assert_close
+
+from kfac_scratch.curvature import (
+    block_diagonal,
+    block_index,
+    ggn,
+    ggn_product,
+    hessian,
+    hessian_product,
+    jacobian,
+    loss_hessian,
+    parameter_vector,
+)
+from kfac_scratch.show import code, matrices
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def relative(error: Tensor, exact: Tensor) -> float:
+    """Largest error relative to the largest entry."""
+    return (error.abs().max() / exact.abs().max()).item()
+
+
+# %% [markdown]
+# Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the
+# vector of all its $D$ parameters, flattened by rows as in [Chapter 1](01_flattening.py). All
+# outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, data first. The targets never
+# change, so the loss is a function of the outputs alone, and what we train is a composition:
+#
+# $$
+# L(\theta) = \ell(f(\theta)).
+# \tag{2.1}
+# $$
+#
+# The sizes of the example are different primes, so that no two of them can be confused unnoticed.
+
+# %%
+N, C = 7, 2
+model = Sequential(Linear(3, 5), Tanh(), Linear(5, C))
+loss = MSELoss(reduction="sum")
+X, y = torch.randn(N, 3), torch.randn(N, C)
+
+theta = parameter_vector(model)
+D = len(theta)
+print(f"{N} data × {C} outputs = {N * C} entries of f, {D} parameters")
+assert (5 * 3 + 5) + (C * 5 + C) == D
+
+# %% [markdown]
+# ## A parabola at a point
+#
+# Stand at $\theta$ and look in a direction $v$. The loss along this line, $\varphi(t) =
+# L(\theta + t v)$, is a function of one number, and such a function has a Taylor expansion. Its
+# derivatives at $t = 0$ follow from the chain rule,
+#
+# $$
+# \varphi'(0) = \sum_i \frac{\partial L}{\partial \theta_i} v_i = \nabla L^\top v,
+# \qquad
+# \varphi''(0) = \sum_{i, j} \frac{\partial^2 L}{\partial \theta_i \partial \theta_j} v_i v_j
+# = v^\top (\nabla^2_\theta L)\, v,
+# $$
+#
+# and hence
+#
+# $$
+# L(\theta + t v) = L(\theta) + t\, \nabla L^\top v + \tfrac{1}{2} t^2\, v^\top (\nabla^2_\theta L)\, v
+# + \mathcal{O}(t^3).
+# \tag{2.2}
+# $$
+#
+# The **Hessian** $\nabla^2_\theta L$ is the only matrix for which this holds: the number
+# $v^\top (\nabla^2_\theta L)\, v$ is the curvature of the loss in direction $v$, and a symmetric
+# matrix is determined by these numbers. A test of [(2.2)] needs no tolerance plucked from the air:
+# if the error is of third order, then halving $t$ divides it by $2^3 = 8$.
+
+
+# %%
+def network_at(theta: Tensor, model: Module = model, X: Tensor = X) -> Tensor:
+    """All outputs as one vector, for any value of the flat parameter vector."""
+    values, start = {}, 0
+    for name, p in model.named_parameters():
+        values[name] = theta[start : start + p.numel()].reshape(p.shape)
+        start += p.numel()
+    return functional_call(model, values, (X,)).flatten()
+
+
+def loss_at(theta: Tensor) -> Tensor:
+    return loss(network_at(theta), y.flatten())
+
+
+def parabola_error(M: Tensor, t: float) -> float:
+    parabola = loss_at(theta) + t * gradient @ v + 0.5 * t**2 * v @ M @ v
+    return abs(loss_at(theta + t * v) - parabola).item()
+
+
+gradient, H = jacrev(loss_at)(theta), hessian(model, loss, X, y)
+v = torch.randn(D)
+v = v / v.norm()
+ratio = parabola_error(H, 2e-3) / parabola_error(H, 1e-3)
+print(f"error at t = 0.002 divided by error at t = 0.001: {ratio:.2f}")
+assert abs(ratio - 8) < 0.3
+
+# %% [markdown]
+# ## The network as a linear map
+#
+# The first derivative of all outputs by all parameters is the **Jacobian**
+# $J \in \mathbb{R}^{NC \times D}$ with entries $J_{ki} = \partial f_k / \partial \theta_i$. It is
+# the linear map that the network looks like from nearby, $f(\theta + \delta) \approx f(\theta) +
+# J \delta$: a small change of the parameters goes in, the change of the outputs comes out. Autodiff
+# gives us two products with it and neither needs the matrix:
+#
+# | Product | Name | What runs |
+# | --- | --- | --- |
+# | $J v$ | Jacobian-vector product, `jvp` | one pass forward, with $v$ carried along |
+# | $J^\top u$ | vector-Jacobian product, `vjp` | one pass backward, starting from $u$ at the outputs |
+#
+# The second one is what `backward` does; a gradient is the special case $\nabla L = J^\top
+# \nabla \ell$. Send back a unit vector and you get one row of $J$. By hand, therefore:
+
+
+# %%
+def jacobian_by_hand(model: Module, X: Tensor) -> Tensor:
+    rows = []
+    for output in model(X).flatten():
+        derivatives = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([d.flatten() for d in derivatives]))
+    return torch.stack(rows)
+
+
+# %% [markdown]
+# ### In the package
+#
+# The same rows, all sent back at once: `jacrev` stacks the backward passes with `vmap`. The helper
+# `_network` makes the model a function of one flat vector, as `network_at` does above.
+
+# %% tags=["beside", "remove-input"]
+code(jacobian)
+
+# %%
+J = jacobian(model, X)
+print("Jacobian:", tuple(J.shape))
+assert_close(J, jacobian_by_hand(model, X))
+assert_close(J @ v, torch.func.jvp(network_at, (theta,), (v,))[1])
+assert_close(gradient, J.T @ (2 * (network_at(theta) - y.flatten())))
+
+# %% [markdown]
+# ## The chain rule, twice
+#
+# What is the second derivative of a composition? Differentiate [(2.1)] once by $\theta_i$. The
+# loss reaches $\theta_i$ through every output, so the chain rule sums over outputs,
+#
+# $$
+# \frac{\partial L}{\partial \theta_i}
+# = \sum_k \frac{\partial \ell}{\partial f_k} \frac{\partial f_k}{\partial \theta_i}.
+# \tag{2.3}
+# $$
+#
+# Now differentiate by $\theta_j$. Both factors of each summand depend on $\theta$, so the product
+# rule gives two sums. In the first, $\partial \ell / \partial f_k$ depends on $\theta_j$ through
+# every output $f_m$, which calls for the chain rule again:
+#
+# $$
+# \frac{\partial^2 L}{\partial \theta_j \partial \theta_i}
+# = \sum_{k, m} \frac{\partial f_m}{\partial \theta_j}
+# \frac{\partial^2 \ell}{\partial f_m \partial f_k} \frac{\partial f_k}{\partial \theta_i}
+# + \sum_k \frac{\partial \ell}{\partial f_k}
+# \frac{\partial^2 f_k}{\partial \theta_j \partial \theta_i}.
+# \tag{2.4}
+# $$
+#
+# Write $H_f = \nabla^2_f \ell$ for the Hessian of the loss with respect to the *outputs*, a matrix
+# of size $NC$, and $r_k = \partial \ell / \partial f_k$ for the slope of the loss at output $k$,
+# which for a squared error is twice the residual. As matrices,
+#
+# $$
+# \underbrace{\nabla^2_\theta L}_{\text{Hessian}}
+# = \underbrace{J^\top H_f\, J}_{\text{GGN}}
+# + \underbrace{\sum_k r_k \nabla^2_\theta f_k}_{\text{curvature of the network}}.
+# \tag{2.5}
+# $$
+#
+# The first term knows that the *loss* is curved and treats the network as the linear map $J$. The
+# second knows that the *network* is curved, and counts it in proportion to the slope of the loss.
+# The first term alone is the **generalised Gauss-Newton matrix**. By hand, with one Hessian per
+# output:
+
+
+# %%
+def network_curvature_by_hand(model: Module, loss: Module, X: Tensor, y: Tensor) -> Tensor:
+    theta, f = parameter_vector(model), model(X).detach().requires_grad_()
+    slopes = torch.autograd.grad(loss(f, y), f)[0].flatten()
+    total = torch.zeros(len(theta), len(theta))
+    for k, slope in enumerate(slopes):
+
+        def output(t: Tensor, k: int = k) -> Tensor:
+            return network_at(t, model, X)[k]
+
+        total += slope * torch.func.hessian(output)(theta)
+    return total
+
+
+# %% [markdown]
+# ### In the package
+#
+# Three definitions, each written down as it is defined. Dense matrices are for small networks; they
+# are the oracle against which everything faster is checked.
+
+# %% tags=["beside", "remove-input"]
+code(hessian, loss_hessian, ggn)
+
+# %%
+GGN = ggn(model, loss, X, y)
+rest = network_curvature_by_hand(model, loss, X, y)
+print(f"H - GGN - (curvature of the network): {relative(H - GGN - rest, H):.1e}")
+assert relative(H - GGN - rest, H) < 1e-10
+assert relative(rest, H) > 1e-2
+
+
+# %% tags=["hide-input"] alt="Three heat maps of 32 by 32: the Hessian equals the GGN plus a third matrix. The third is of visible size and has an empty lower right block, that of the last layer." caption="The two terms of [(2.5)]. Lines separate the first layer from the last; the latter's block of the third matrix is empty, and we will see why."
+def with_layers(fig):
+    """Rule off the layers: the first has 20 parameters."""
+    for ax in fig.axes[:-1]:
+        ax.axhline(19.5, color=ax.xaxis.label.get_color(), linewidth=0.8, alpha=0.7)
+        ax.axvline(19.5, color=ax.xaxis.label.get_color(), linewidth=0.8, alpha=0.7)
+    return fig
+
+
+with_layers(matrices({"Hessian": H, "GGN": GGN, "curvature of the network": rest}))
+
+# %% [markdown]
+# The loss is a sum over data, and no term couples two of them. So $H_f$ is block-diagonal with one
+# block $H_n \in \mathbb{R}^{C \times C}$ for each datum, and with $J_n$ for the rows of $J$ that
+# belong to datum $n$ the GGN becomes a sum of small contributions,
+#
+# $$
+# \mathrm{GGN} = \sum_n J_n^\top H_n J_n.
+# \tag{2.6}
+# $$
+
+# %%
+H_f = loss_hessian(loss, model(X), y).reshape(N, C, N, C)
+by_datum = [J.reshape(N, C, D)[n].T @ H_f[n, :, n] @ J.reshape(N, C, D)[n] for n in range(N)]
+assert relative(sum(by_datum) - GGN, GGN) < 1e-10
+assert H_f[0, :, 1].abs().max() == 0
+
+# %% [markdown]
+# ## The GGN is a Hessian, of another network
+#
+# "Drop the second term" sounds like an approximation made for convenience. There is a better way to
+# see it. Replace the network by its linearisation,
+#
+# $$
+# f^{\text{lin}}(\theta') = f(\theta) + J (\theta' - \theta),
+# \tag{2.7}
+# $$
+#
+# and keep the loss as it is.
+#
+# <div class="admonition theorem" markdown="1" id="thm-2.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 2.1 (the GGN linearises the network)</b></p>
+#
+# At $\theta' = \theta$, the Hessian of $\ell(f^{\text{lin}}(\theta'))$ is the GGN of
+# $\ell(f(\theta'))$.
+#
+# </div>
+#
+# **Proof.** Apply [(2.5)] to the network $f^{\text{lin}}$. Its Jacobian is $J$ everywhere, and its
+# second derivatives are zero, so the second term is gone and the Hessian is
+# $J^\top \bigl(\nabla^2_f \ell\bigr) J$ with $\nabla^2_f \ell$ taken at $f^{\text{lin}}(\theta')$.
+# At $\theta' = \theta$ this is $f(\theta)$, and what stands there is the GGN. $\blacksquare$
+#
+# We check it with cross-entropy, whose $H_f$ depends on where it is taken. Only at $\theta$ do the
+# two agree:
+
+# %%
+cross_entropy, labels = CrossEntropyLoss(reduction="sum"), torch.arange(N) % C
+f0 = network_at(theta)
+
+
+def loss_of_linearised(t: Tensor) -> Tensor:
+    return cross_entropy((f0 + J @ (t - theta)).reshape(N, C), labels)
+
+
+exact = ggn(model, cross_entropy, X, labels)
+here, elsewhere = (torch.func.hessian(loss_of_linearised)(t) for t in (theta, theta + v))
+print(
+    f"at θ: {relative(here - exact, exact):.1e}   elsewhere: {relative(elsewhere - exact, exact):.1e}"
+)
+assert relative(here - exact, exact) < 1e-10
+assert relative(elsewhere - exact, exact) > 1e-3
+
+# %% [markdown]
+# So there are two parabolas at $\theta$. Both have the right value and the right slope. Only that of
+# the Hessian has the right curvature: with the GGN in [(2.2)], the error is of second order, and
+# halving $t$ divides it by 4.
+
+# %%
+ratio = parabola_error(GGN, 2e-3) / parabola_error(GGN, 1e-3)
+print(f"error at t = 0.002 divided by error at t = 0.001: {ratio:.2f}")
+assert abs(ratio - 4) < 0.3
+
+# %% [markdown]
+# ### What is gained
+#
+# Why would anyone want the worse parabola? Because it has a bottom.
+#
+# <div class="admonition theorem" markdown="1" id="thm-2.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 2.2 (the GGN is positive semi-definite)</b></p>
+#
+# If the loss is convex in the outputs, then $v^\top \mathrm{GGN}\, v \ge 0$ for every $v$, whatever
+# the network.
+#
+# </div>
+#
+# **Proof.** $v^\top J^\top H_f J v = (J v)^\top H_f (J v)$, and the Hessian of a convex function is
+# positive semi-definite. $\blacksquare$
+#
+# Squared error and cross-entropy are convex in $f$. The loss as a function of $\theta$ is not, and
+# so its Hessian has negative eigenvalues, directions in which the parabola falls forever and its
+# "minimum" is a place to flee. A second reason is that the GGN contains no second derivative of
+# the network, only $J$. The third is the one that this whole site lives on: a positive
+# semi-definite $H_f$ has a square root $S$ with $S S^\top = H_f$, and then
+#
+# $$
+# \mathrm{GGN} = (J^\top S)(J^\top S)^\top
+# = \sum_v \bigl(J^\top s_v\bigr)\bigl(J^\top s_v\bigr)^\top
+# \tag{2.8}
+# $$
+#
+# is a sum of outer products of vectors $J^\top s_v$, each of which is one backward pass that starts
+# from a column $s_v$ of $S$. [Chapter 3](03_losses.py) finds these columns for the common losses,
+# and shows that for them the GGN is the Fisher.
+
+# %%
+eigenvalues_H, eigenvalues_GGN = torch.linalg.eigvalsh(H), torch.linalg.eigvalsh(GGN)
+print(f"smallest eigenvalue: Hessian {eigenvalues_H[0]:.3f}, GGN {eigenvalues_GGN[0]:.1e}")
+assert eigenvalues_H[0] < -1e-3 * eigenvalues_H[-1]
+assert eigenvalues_GGN[0] > -1e-12 * eigenvalues_GGN[-1]
+
+S = torch.linalg.cholesky(H_f.reshape(N * C, N * C))
+sent_back = [torch.func.vjp(network_at, theta)[1](s)[0] for s in S.T]
+outer_products = sum(torch.outer(w, w) for w in sent_back)
+assert relative(outer_products - GGN, GGN) < 1e-10
+
+# %% [markdown]
+# ## When do the two agree?
+#
+# The second term of [(2.5)] vanishes when one of its factors does. This makes three cases.
+#
+# **A network that is linear in its parameters** has $\nabla^2 f_k = 0$, and the two agree for every
+# loss. Mind the words: a *deep* linear network is linear in its inputs but not in its parameters,
+# since $W_2 W_1 x$ multiplies one parameter with another.
+
+
+# %%
+def disagreement(model: Module, loss: Module, X: Tensor, y: Tensor) -> float:
+    H = hessian(model, loss, X, y)
+    return relative(H - ggn(model, loss, X, y), H)
+
+
+shallow, deep = Linear(3, C), Sequential(Linear(3, 5), Linear(5, C))
+for name, network in {"linear": shallow, "deep linear": deep, "tanh": model}.items():
+    print(f"{name:12} squared error {disagreement(network, loss, X, y):.1e}", end="   ")
+    print(f"cross-entropy {disagreement(network, cross_entropy, X, labels):.1e}")
+
+assert disagreement(shallow, loss, X, y) < 1e-10
+assert disagreement(shallow, cross_entropy, X, labels) < 1e-10
+assert disagreement(deep, loss, X, y) > 1e-2
+
+# %% [markdown]
+# **A loss without slope.** For the squared error $r_k = 2 (f_k - y_k)$ is zero where the network
+# interpolates the data. Near such a point the GGN is nearly the Hessian, which is why Gauss-Newton
+# converges fast on problems with small residuals. Here the network makes its own targets:
+
+# %%
+target = model(X).detach()
+print(f"at zero residual:  {disagreement(model, loss, X, target):.1e}")
+print(f"at small residual: {disagreement(model, loss, X, target + 0.01 * y):.1e}")
+assert disagreement(model, loss, X, target) < 1e-10
+assert disagreement(model, loss, X, target + 0.01 * y) > 1e-5
+
+# %% [markdown]
+# Cross-entropy gets there only in the limit: its slope is $p - e_y$, the predicted probabilities
+# minus the one-hot label, which is never exactly zero, and at the same time $H_f$ goes to zero.
+#
+# **Within one layer of a piecewise linear network.** This is the case that matters for KFAC, which
+# keeps the blocks of the layers and drops what lies between them.
+#
+# <div class="admonition theorem" markdown="1" id="thm-2.3">
+# <p class="admonition-title" markdown="1"><b>Theorem 2.3 (same-layer blocks of a ReLU network)</b></p>
+#
+# Let a network consist of linear layers, each used once, and piecewise linear activations, and let
+# no activation stand at a kink. Then, for every loss, the diagonal block of the Hessian that belongs
+# to one layer equals that of the GGN. For the last layer this is so with any activations.
+#
+# </div>
+#
+# **Proof.** Let only the weights $W$ of one layer vary. What the layer receives, $a$, comes from
+# earlier layers and does not change. Its output $z = W a$ is linear in $W$. Everything after it is
+# affine in $z$ as long as no activation crosses a kink, which a small enough change does not do.
+# So each output is locally an affine function of $W$, and $\nabla^2_W f_k = 0$. After the last layer
+# nothing follows, so that no activation matters there. $\blacksquare$
+#
+# *Between* layers nothing of the kind holds: the outputs contain products of the weights of one
+# layer with those of another.
+
+# %% [markdown]
+# ### In the package
+#
+# To speak of blocks, we must know where a layer's $W$, with its bias as last column, lies in the
+# flat vector. `block_index` sends the positions through the same operations as the values, the
+# trick at the end of [Chapter 1](01_flattening.py), and `block_diagonal` cuts the blocks out.
+
+# %% tags=["beside", "remove-input"]
+code(block_index, block_diagonal)
+
+# %%
+relu = Sequential(Linear(3, 5), ReLU(), Linear(5, C))
+print(block_index(relu)["2"])  # layer "2": ten weights and two biases
+
+
+def by_layer(model: Module, loss: Module, y: Tensor) -> dict[str, float]:
+    H, G = hessian(model, loss, X, y), ggn(model, loss, X, y)
+    H_blocks, G_blocks = block_diagonal(model, H), block_diagonal(model, G)
+    return {name: relative(H_blocks[name] - G_blocks[name], H) for name in H_blocks}
+
+
+# %%
+for name, network in {"ReLU": relu, "deep linear": deep, "tanh": model}.items():
+    for what, (criterion, t) in {"squared": (loss, y), "entropy": (cross_entropy, labels)}.items():
+        first, last = by_layer(network, criterion, t).values()
+        print(f"{name:12} {what:8} first layer {first:.1e}   last layer {last:.1e}")
+        assert last < 1e-10
+        assert first > 1e-4 if network is model else first < 1e-10
+
+H_relu, GGN_relu = hessian(relu, loss, X, y), ggn(relu, loss, X, y)
+assert relative((H_relu - GGN_relu)[:20, 20:], H_relu) > 1e-2  # between layers they differ
+assert torch.linalg.eigvalsh(H_relu)[0] < 0  # so the whole Hessian is still indefinite
+
+# %% tags=["hide-input"] alt="Heat maps of Hessian minus GGN. For the ReLU network the two diagonal blocks are empty and the blocks between the layers are not. For the tanh network the block of the first layer is filled as well." caption="Hessian minus GGN. With ReLU it lives between the layers only."
+tanh_label, relu_label = "tanh: Hessian − GGN", "ReLU: Hessian − GGN"
+with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
+
+# %% [markdown]
+# The consequence is worth a pause. For a ReLU network, **a method that treats every layer by itself
+# loses nothing by using the GGN instead of the Hessian.** It sees the same blocks. All that is
+# indefinite about the Hessian of such a network comes from the blocks between layers.
+#
+# ## A picture: down the banana valley
+#
+# With two parameters one can draw all of this. The Rosenbrock function
+# $(1 - \theta_1)^2 + 100\, (\theta_2 - \theta_1^2)^2$ is a squared error in disguise: a "network"
+# with one datum, the two outputs
+#
+# $$
+# f(\theta) = \begin{pmatrix} 1 - \theta_1 \\ 10\, (\theta_2 - \theta_1^2) \end{pmatrix},
+# \qquad
+# J = \begin{pmatrix} -1 & 0 \\ -20\, \theta_1 & 10 \end{pmatrix},
+# \tag{2.9}
+# $$
+#
+# and the targets zero. Only $f_2$ is curved, with $\partial^2 f_2 / \partial \theta_1^2 = -20$. By
+# [(2.5)], Hessian and GGN $= 2 J^\top J$ differ in a single entry,
+#
+# $$
+# \nabla^2 L - 2 J^\top J = \begin{pmatrix} -400\, (\theta_2 - \theta_1^2) & 0 \\ 0 & 0 \end{pmatrix}.
+# \tag{2.10}
+# $$
+#
+# They agree on the parabola $\theta_2 = \theta_1^2$, the floor of the valley. Above it the
+# entry is negative and soon spoils the Hessian: it is indefinite wherever
+# $\theta_2 \gt \theta_1^2 + \tfrac{1}{200}$ (compute its determinant). The GGN has
+# $\det(2 J^\top J) = 400$ everywhere.
+
+
+# %%
+class Rosenbrock(Module):
+    """The function as a network: it ignores its input."""
+
+    def __init__(self, *start: float):
+        super().__init__()
+        self.theta = Parameter(torch.tensor(start))
+
+    def forward(self, X: Tensor) -> Tensor:
+        first, second = self.theta
+        return torch.stack([1 - first, 10 * (second - first**2)])[None]
+
+
+def curvature_at(*start: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient, Hessian and GGN of the Rosenbrock function."""
+    network, none, zero = Rosenbrock(*start), torch.zeros(1), torch.zeros(1, 2)
+    (gradient,) = torch.autograd.grad(loss(network(none), zero), network.parameters())
+    return gradient, hessian(network, loss, none, zero), ggn(network, loss, none, zero)
+
+
+start = (-0.5, 0.2625)
+slope, H_start, GGN_start = curvature_at(*start)
+assert_close((H_start - GGN_start)[0, 0].item(), -400 * (start[1] - start[0] ** 2))
+for shift, sign in {-1e-3: 1, 1e-3: -1}.items():  # just below and just above the boundary
+    _, H_edge, GGN_edge = curvature_at(0.7, 0.7**2 + 1 / 200 + shift)
+    assert torch.linalg.det(H_edge).sign() == sign
+    assert_close(torch.linalg.det(GGN_edge).item(), 400.0)
+print("eigenvalues of the Hessian:", [round(e, 1) for e in torch.linalg.eigvalsh(H_start).tolist()])
+print(
+    "eigenvalues of the GGN:    ", [round(e, 1) for e in torch.linalg.eigvalsh(GGN_start).tolist()]
+)
+
+# %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: those of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. That of the GGN's model is a minimum, on the right side, but beyond where the model is any good."
+x1, x2 = torch.meshgrid(
+    torch.linspace(-1.9, 1.7, 240, device="cpu"),
+    torch.linspace(-1.7, 2.4, 240, device="cpu"),
+    indexing="xy",
+)
+surface = (1 - x1) ** 2 + 100 * (x2 - x1**2) ** 2
+offset = torch.stack([x1 - start[0], x2 - start[1]], -1)
+height = (1 - start[0]) ** 2 + 100 * (start[1] - start[0] ** 2) ** 2
+
+fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), sharey=True, layout="constrained")
+for ax, M, name in zip(axes, (H_start, GGN_start), ("Hessian", "GGN"), strict=True):
+    quadratic = height + offset @ slope.cpu() + 0.5 * ((offset @ M.cpu()) * offset).sum(-1)
+    levels = [0.1, 0.5, 1, 2, 3, 3.6, 4.2, 6, 12, 30, 60]
+    ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.5)
+    ax.contour(x1, x2, quadratic, levels, colors="C1", linewidths=1, linestyles="dashed")
+    stationary = torch.tensor(start) - torch.linalg.solve(M, slope)
+    ax.plot(*stationary.tolist(), "x", color="C1", markersize=9, markeredgewidth=2.5)
+    ax.plot(*start, "o", color="C2", markersize=8)
+    ax.plot(1, 1, "*", color="C3", markersize=12)
+    ax.set(title=f"model of the {name}", xlabel=r"$\theta_1$", xlim=(-1.9, 1.7), ylim=(-1.7, 2.4))
+axes[0].set_ylabel(r"$\theta_2$")
+plt.show()
+
+# %% [markdown]
+# Newton's method jumps to the stationary point of the Hessian's model, $\theta - (\nabla^2_\theta
+# L)^{-1} \nabla L$. Where the Hessian is indefinite that is a saddle, and nothing says that the loss
+# falls on the way. Gauss-Newton jumps to that of the GGN's model. This is always downhill at first,
+# since the slope in the direction of the step is $-\nabla L^\top \mathrm{GGN}^{-1} \nabla L \lt 0$
+# for a positive definite matrix, but the jump can be far too long. The remedy is **damping**: add
+# $\delta I$ before solving,
+#
+# $$
+# \theta \leftarrow \theta - (\mathrm{GGN} + \delta I)^{-1} \nabla L,
+# \tag{2.11}
+# $$
+#
+# with a $\delta$ that shrinks after a step that lowered the loss, and otherwise grows until one
+# does. For a squared error this is the method of Levenberg and Marquardt. Three methods, one start:
+
+
+# %%
+def rosenbrock(point: Tensor) -> float:
+    return ((1 - point[0]) ** 2 + 100 * (point[1] - point[0] ** 2) ** 2).item()
+
+
+def descend(step, steps: int) -> list[Tensor]:
+    path = [torch.tensor(start)]
+    for _ in range(steps):
+        path.append(path[-1] - step(*curvature_at(*path[-1].tolist())))
+    return path
+
+
+def damped_gauss_newton(steps: int, damping: float = 1.0) -> list[Tensor]:
+    path = [torch.tensor(start)]
+    for _ in range(steps):
+        slope, _, GGN = curvature_at(*path[-1].tolist())
+        candidate = path[-1] - torch.linalg.solve(GGN + damping * torch.eye(2), slope)
+        if rosenbrock(candidate) < rosenbrock(path[-1]):
+            path.append(candidate)
+            damping /= 4
+        else:
+            damping *= 4
+    return path
+
+
+paths = {
+    "gradient descent": descend(lambda slope, H, GGN: slope / 1000, 40),
+    "Newton": descend(lambda slope, H, GGN: torch.linalg.solve(H, slope), 8),
+    "damped Gauss-Newton": damped_gauss_newton(30),
+}
+losses = {name: [rosenbrock(p) for p in path] for name, path in paths.items()}
+for name, values in losses.items():
+    print(f"{name:20} start {values[0]:.2f}   after one step {values[1]:6.2f}   ", end="")
+    print(f"after {len(values) - 1} steps {values[-1]:.0e}")
+
+assert losses["Newton"][1] > 10 * losses["Newton"][0]  # uphill, and to the wrong side:
+assert paths["Newton"][1][0] < paths["Newton"][0][0]
+accepted = losses["damped Gauss-Newton"]
+assert all(after < before for before, after in zip(accepted, accepted[1:], strict=False))
+assert accepted[-1] < 1e-12
+assert losses["gradient descent"][-1] > 0.1
+
+# %% tags=["hide-input"] alt="Left: paths on the Rosenbrock function. Gradient descent creeps along the valley floor. Newton first jumps backwards up the valley's tangent and then returns. Damped Gauss-Newton follows the valley to the minimum. Right: the loss, which for Newton rises before it falls." caption="The paths from ● to the minimum ★, and the loss along them."
+fig, (ax, curves) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
+ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.3)
+for (name, path), color, marker in zip(paths.items(), ("C0", "C1", "C2"), "osD", strict=True):
+    points = torch.stack(path).cpu()
+    ax.plot(points[:, 0], points[:, 1], marker + "-", color=color, markersize=4, label=name)
+    curves.semilogy(losses[name], marker + "-", color=color, markersize=3)
+ax.plot(*start, "o", color="C2", markersize=8)
+ax.plot(1, 1, "*", color="C3", markersize=12)
+ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-1.9, 1.7), ylim=(-1.7, 2.4))
+curves.set(xlabel="step", ylabel="loss", ylim=(1e-12, 1e4))
+ax.legend(loc="lower left")
+plt.show()
+
+# %% [markdown]
+# Newton's method recovers here, because its first step happens to land below the parabola, where the
+# Hessian is positive definite. A network gives no such promise: nothing pulls Newton's
+# method away from saddles, it is attracted by them.
+#
+# ## Products without matrices
+#
+# A network with a million parameters has a Hessian of a trillion entries. Yet most of what one wants
+# from a matrix, its largest eigenvalues, a solution of a linear system, a check of an
+# approximation, asks only for products with vectors. These cost about as much as a few gradients.
+#
+# **The Hessian** ([Pearlmutter, 1994](https://doi.org/10.1162/neco.1994.6.1.147)). The number
+# $\nabla L^\top v$ is a function of $\theta$ like any other; hold $v$ fixed and differentiate it:
+#
+# $$
+# \frac{\partial}{\partial \theta_i} \sum_j \frac{\partial L}{\partial \theta_j} v_j
+# = \sum_j \frac{\partial^2 L}{\partial \theta_i \partial \theta_j} v_j
+# = \bigl((\nabla^2_\theta L)\, v\bigr)_i.
+# \tag{2.12}
+# $$
+#
+# **The GGN** ([Schraudolph, 2002](bibliography.md#ggn)). Read $J^\top H_f J v$ from right to left:
+# push $v$ forward through the network, multiply by the small $H_f$, send the result backward,
+#
+# $$
+# v \;\mapsto\; J v \;\mapsto\; H_f (J v) \;\mapsto\; J^\top \bigl(H_f J v\bigr).
+# \tag{2.13}
+# $$
+#
+# In plain PyTorch, the first is two calls of `grad`. The second uses the old trick to get a product
+# with $J$ out of backward passes only: $u \mapsto J^\top u$ is linear in $u$, so its own transpose
+# applied to $v$ is $J v$.
+
+
+# %%
+def hessian_product_by_hand(model: Module, v: Tensor) -> Tensor:
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss(model(X), y), parameters, create_graph=True)
+    along = torch.cat([g.flatten() for g in first]) @ v
+    return torch.cat([g.flatten() for g in torch.autograd.grad(along, parameters)])
+
+
+def ggn_product_by_hand(model: Module, v: Tensor) -> Tensor:
+    f, parameters = model(X), list(model.parameters())
+    u = torch.zeros_like(f, requires_grad=True)
+    back = torch.autograd.grad(f, parameters, u, create_graph=True)  # J^T u, for any u
+    (Jv,) = torch.autograd.grad(torch.cat([b.flatten() for b in back]) @ v, u, retain_graph=True)
+    HJv = 2 * Jv  # for this loss, the Hessian is 2 I
+    return torch.cat([b.flatten() for b in torch.autograd.grad(f, parameters, HJv)])
+
+
+# %% [markdown]
+# ### In the package
+#
+# Both return a function, so that what does not depend on $v$ is prepared once. The Hessian product
+# sends $v$ backward through the gradient, which gives $v^\top \nabla^2_\theta L$; a Hessian is
+# symmetric, so this is the product. In the GGN product the three arrows of [(2.13)] are the last
+# three lines.
+
+# %% tags=["beside", "remove-input"]
+code(hessian_product, ggn_product)
+
+# %%
+H_times, GGN_times = hessian_product(model, loss, X, y), ggn_product(model, loss, X, y)
+assert_close(H_times(v), H @ v)
+assert_close(GGN_times(v), GGN @ v)
+assert_close(H_times(v), hessian_product_by_hand(model, v))
+assert_close(GGN_times(v), ggn_product_by_hand(model, v))
+assert not torch.allclose(H_times(v), GGN_times(v))
+
+# %% [markdown]
+# The product with the $i$-th unit vector is column $i$. Stack the products with all unit vectors and
+# you have the dense matrix back; `vmap` does it in one go:
+
+# %%
+columns = torch.stack([GGN_times(unit) for unit in torch.eye(D)], dim=1)
+assert relative(columns - GGN, GGN) < 1e-10
+assert relative(torch.func.vmap(H_times)(torch.eye(D)).mT - H, H) < 1e-10
+
+# %% [markdown]
+# What does it cost? We let the hidden layer grow and put everything on a clock. The dense Hessian
+# needs a backward pass for every parameter; the products follow the gradient at a constant
+# distance.
+
+
+# %%
+def seconds(function) -> float:
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def clock(width: int) -> dict[str, float]:
+    with torch.device("cpu"):
+        net = Sequential(Linear(16, width), Tanh(), Linear(width, 10))
+        data, target, v = torch.randn(64, 16), torch.randn(64, 10), parameter_vector(net)
+    problem, parameters = (net, loss, data, target), list(net.parameters())
+    H_times, GGN_times = hessian_product(*problem), ggn_product(*problem)
+    return {
+        "parameters": len(v),
+        "gradient": seconds(lambda: torch.autograd.grad(loss(net(data), target), parameters)),
+        "Hessian product": seconds(lambda: H_times(v)),
+        "GGN product": seconds(lambda: GGN_times(v)),
+        "dense Hessian": seconds(lambda: hessian(*problem)) if width <= 64 else float("nan"),
+    }
+
+
+rows = [clock(width) for width in (4, 8, 16, 32, 64, 512, 4096)]
+for row in rows:
+    times = "   ".join(f"{name} {1e3 * t:7.2f}" for name, t in row.items() if name != "parameters")
+    print(f"{row['parameters']:7,} parameters, milliseconds:   {times}")
+assert rows[4]["dense Hessian"] > 3 * rows[4]["Hessian product"]
+
+# %% tags=["hide-input"] alt="Log-log plot of seconds against the number of parameters. The dense Hessian rises steeply and stops early. Hessian product, GGN product and gradient stay nearly flat and then rise together, in parallel." caption="Best of seven runs on the CPU of the machine that built this page."
+fig, ax = plt.subplots(figsize=(6.4, 3.4))
+for name, marker in zip(list(rows[0])[1:], "osD^", strict=True):
+    ax.loglog([r["parameters"] for r in rows], [r[name] for r in rows], marker + "-", label=name)
+ax.set(xlabel="parameters $D$", ylabel="seconds")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## The spectrum of a trained network
+#
+# How different are the two in practice? Three spiral arms, three classes, and a network that is
+# trained until it separates them. For cross-entropy each $H_n$ has rank at most $C - 1$, because
+# adding the same number to all logits changes nothing. By [(2.6)], the rank of the GGN is at most
+# $N (C - 1)$. We take few data, such that this is less than the number of parameters.
+
+# %%
+arm = torch.arange(42) % 3
+radius = torch.linspace(0.3, 2.0, 42)
+angle = 2 * torch.pi / 3 * arm + 1.6 * radius
+spirals = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+mlp = Sequential(Linear(2, 8), Tanh(), Linear(8, 8), Tanh(), Linear(8, 3))
+mean_entropy, optimizer = CrossEntropyLoss(), torch.optim.Adam(mlp.parameters(), lr=0.02)
+history = []
+for step in range(601):
+    value = mean_entropy(mlp(spirals), arm)
+    if step in (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 600):
+        pair = (hessian(mlp, mean_entropy, spirals, arm), ggn(mlp, mean_entropy, spirals, arm))
+        history.append((step, value.item(), *pair))
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+
+for step, value, H_mlp, GGN_mlp in history[:: len(history) // 2]:
+    low = torch.linalg.eigvalsh(H_mlp)[0].item()
+    rank, gap = torch.linalg.matrix_rank(GGN_mlp).item(), (H_mlp - GGN_mlp).norm() / H_mlp.norm()
+    print(f"step {step:3}: loss {value:.4f}, smallest eigenvalue of H {low:9.1e}, ", end="")
+    print(f"rank of the GGN {rank} of {len(GGN_mlp)}, ‖H − GGN‖/‖H‖ = {gap:.2f}")
+    assert rank <= 42 * (3 - 1) < len(GGN_mlp)
+    assert low < 0
+    assert torch.linalg.eigvalsh(GGN_mlp)[0] > -1e-12
+assert history[-1][1] < 0.1 * history[0][1]
+
+# %% [markdown]
+# Eigenvalues of symmetric matrices cannot differ by more than the matrices do. Weyl's inequality
+# says so for each pair, in order of size:
+#
+# $$
+# |\lambda_i(\nabla^2_\theta L) - \lambda_i(\mathrm{GGN})|
+# \le \lVert \nabla^2_\theta L - \mathrm{GGN} \rVert_2.
+# \tag{2.14}
+# $$
+#
+# At the start, the network's own curvature is most of the Hessian. Once the data are fitted, the GGN
+# is, and its large eigenvalues are nearly those of the Hessian. The small ones, the negative ones
+# among them, still have little in common. Nor does the relative distance tend to zero, as it would
+# for a squared error: with cross-entropy, the slopes $p - e_y$ and the loss Hessian vanish together.
+
+# %%
+for _, _, H_mlp, GGN_mlp in history:
+    apart = torch.linalg.eigvalsh(H_mlp) - torch.linalg.eigvalsh(GGN_mlp)
+    assert apart.abs().max() <= torch.linalg.matrix_norm(H_mlp - GGN_mlp, 2) * (1 + 1e-10)
+
+for step, _, *pair in (history[0], history[-1]):
+    top_H, top_GGN = (torch.linalg.eigvalsh(M)[-1].item() for M in pair)
+    distance = (pair[0] - pair[1]).norm() / pair[0].norm()
+    print(
+        f"step {step:3}: largest eigenvalues {top_H:.2e} and {top_GGN:.2e}, distance {distance:.2f}"
+    )
+assert abs(top_H / top_GGN - 1) < 0.2
+
+# %% tags=["hide-input"] alt="Three panels. Sorted eigenvalues of Hessian and GGN before training: the Hessian's fall well below zero. The same after training: the largest agree, the Hessian still has small negative ones, the GGN none. Third: the loss and the relative distance of the two matrices during training." caption="Eigenvalues in order of size before and after training, on a scale that is linear near zero; and how far apart the two matrices are during training."
+fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
+for ax, (step, _, *pair) in zip(axes, (history[0], history[-1]), strict=False):
+    for M, label, marker in zip(pair, ("Hessian", "GGN"), "o.", strict=True):
+        ax.plot(torch.linalg.eigvalsh(M).flip(0).cpu(), marker, markersize=4, label=label)
+    ax.set_yscale("symlog", linthresh=1e-4)
+    ax.axhline(0, color=ax.xaxis.label.get_color(), linewidth=0.6, alpha=0.5)
+    ax.set(title=f"after {step} steps", xlabel="index", ylabel="eigenvalue" if step == 0 else "")
+axes[0].legend()
+steps, values, *_ = zip(*history, strict=True)
+gaps = [((H_ - G_).norm() / H_.norm()).item() for _, _, H_, G_ in history]
+axes[2].semilogy(steps, values, "o-", color="C2", label="loss")
+axes[2].semilogy(steps, gaps, "s-", color="C3", label=r"$\|H - \mathrm{GGN}\|\, /\, \|H\|$")
+axes[2].set(title="during training", xlabel="step")
+axes[2].legend()
+plt.show()
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **A factor that nobody wrote down.** PyTorch's `MSELoss()` divides by *all* output entries, $NC$,
+# `CrossEntropyLoss()` by the data, $N$, and textbooks put $\tfrac12$ before the square. Every
+# one of these scales the curvature, and several public KFAC codes had to correct one of them
+# ([an example](https://github.com/f-dangel/curvlinops/issues/108)). Compare
+# matrices, and let $N \neq C \neq 2$, so that the wrong factor names itself:
+
+
+# %%
+class HalfSquare(Module):
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (f - y).square().sum()
+
+
+for name, criterion in {"mean": MSELoss(), "sum with a half": HalfSquare()}.items():
+    scaled = ggn(model, criterion, X, y)
+    print(
+        f"{name}: 1 / {(GGN.trace() / scaled.trace()).item():.0f} of the plain sum (N = {N}, C = {C})"
+    )
+assert relative(N * C * ggn(model, MSELoss(), X, y) - GGN, GGN) < 1e-10
+assert relative(N * ggn(model, MSELoss(), X, y) - GGN, GGN) > 0.1
+assert relative(2 * ggn(model, HalfSquare(), X, y) - GGN, GGN) < 1e-10
+per_datum = CrossEntropyLoss()
+assert relative(N * ggn(model, per_datum, X, labels) - exact, exact) < 1e-10
+
+# %% [markdown]
+# **The softmax on the wrong side of the cut.** The GGN depends on where the composition [(2.1)] is
+# cut. If the network ends with `LogSoftmax` and the loss is `NLLLoss`, then $\ell$ is linear in $f$,
+# $H_f = 0$, and the GGN is zero, although $L$ is the same function as before. The curvature of the
+# softmax now belongs to the second term. Keep all that is curved *and convex* on the side of the
+# loss:
+
+# %%
+inside = Sequential(*model, torch.nn.LogSoftmax(1))
+outside_loss = torch.nn.NLLLoss(reduction="sum")
+H_entropy = hessian(model, cross_entropy, X, labels)
+assert relative(hessian(inside, outside_loss, X, labels) - H_entropy, H_entropy) < 1e-10
+assert ggn(inside, outside_loss, X, labels).abs().max() == 0
+assert exact.abs().max() > 0
+
+# %% [markdown]
+# **A slice instead of a block.** The parameters of a layer are neighbours in the flat vector, but
+# $(\operatorname{vec} W, b)$ is not $\operatorname{vec}([W\; b])$. A slice has the right size
+# and the right eigenvalues, and every entry but a few at the wrong place:
+
+# %%
+slice_, block = GGN[:20, :20], block_diagonal(model, GGN)["0"]
+assert_close(torch.linalg.eigvalsh(slice_), torch.linalg.eigvalsh(block))
+print(f"relative error of the slice: {relative(slice_ - block, block):.2f}")
+assert relative(slice_ - block, block) > 0.1
+
+# %% [markdown]
+# **Damping that accumulates.** A product with $M + \delta I$ that adds $\delta$ to a stored matrix,
+# or to its stored eigenvalues, in place is right the first time it is called. Test such a product by
+# calling it twice ([it happened](https://github.com/f-dangel/curvlinops/issues/156)):
+
+
+# %%
+class DampedInPlace:
+    def __init__(self, M: Tensor):
+        self.M = M.clone()
+
+    def __call__(self, v: Tensor, damping: float) -> Tensor:
+        self.M.diagonal().add_(damping)  # the mistake
+        return self.M @ v
+
+
+product = DampedInPlace(GGN)
+first, second = product(v, 0.1), product(v, 0.1)
+assert_close(first, GGN @ v + 0.1 * v)
+assert not torch.allclose(second, first)
+
+# %% [markdown]
+# **A product that is out of date.** `hessian_product` keeps the parameters that it was made with: a
+# copy. This makes it a proper matrix, the same at every call, but after an optimiser step it is the
+# matrix of the *old* point. Make another one after every step:
+
+# %%
+moving = Sequential(Linear(3, 5), Tanh(), Linear(5, C))
+stale = hessian_product(moving, loss, X, y)
+before = stale(v)
+with torch.no_grad():
+    for p in moving.parameters():
+        p.add_(0.1)  # as an optimiser does: in place
+assert_close(stale(v), before)
+assert not torch.allclose(hessian_product(moving, loss, X, y)(v), before)
+
+# %% [markdown]
+# **A different network at every call.** With dropout in training mode, every forward pass draws another
+# network, and a "product" that runs one is not even a linear map: it gives two answers for one
+# vector. Call `model.eval()` first.
+
+# %%
+dropout = Sequential(Linear(3, 5), torch.nn.Dropout(0.5), Linear(5, C))
+product = hessian_product(dropout, loss, X, y)
+assert not torch.allclose(product(v), product(v))
+dropout.eval()
+assert_close(product(v), product(v))
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 2.1.** Show that undamped Gauss-Newton reaches the minimum of the Rosenbrock function in
+# two steps from *every* starting point. Why is it damped nevertheless?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With as many outputs as parameters and an invertible $J$, the step solves $f + J \delta = 0$. Its
+# first row, $1 - \theta_1 - \delta_1 = 0$, sets $\theta_1$ to 1, where it stays. For
+# $\delta_1 = 0$ the second row is $10 (\theta_2 - \theta_1^2) + 10 \delta_2 = 0$, which the second
+# step solves exactly. But between the two steps $\theta_2 - \theta_1^2 = -\delta_1^2$, so the loss
+# may rise to $100\, \delta_1^4$, and in a network there is no such lucky second step.
+#
+# </details>
+#
+# **Exercise 2.2.** Let one layer of a ReLU network be used twice, $x \mapsto W \operatorname{relu}(W
+# x)$. Where does the proof of [Theorem 2.3] break, and what happens to the claim?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# What the second call receives depends on $W$, so the output is locally quadratic in $W$ instead of
+# affine. The blocks differ: the cross-layer term of two layers has become part of one.
+#
+# </details>
+#
+# **Exercise 2.3.** Write the parameters as a function of others, $\theta = \tau(\psi)$, with Jacobian
+# $T = \partial \theta / \partial \psi$. How do Hessian and GGN with respect to $\psi$ follow from
+# those with respect to $\theta$? Which of them would you expect to give steps that do not depend on
+# the parametrisation?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The Jacobian of the network becomes $J T$, hence the GGN becomes $T^\top \mathrm{GGN}\, T$. The
+# Hessian becomes $T^\top (\nabla^2_\theta L) T + \sum_i \frac{\partial L}{\partial \theta_i}
+# \nabla^2_\psi \tau_i$, by [(2.5)] with $\tau$ in the place of the network. The GGN transforms as
+# a matrix that measures lengths should, so the step $-\mathrm{GGN}^{-1} \nabla L$ in $\psi$ is, to first
+# order, the one in $\theta$ ($T^{-1}$ times it); that of Newton is not.
+#
+# </details>
+#
+# **Exercise 2.4.** Find the largest eigenvalue of the GGN with nothing but `ggn_product`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Power iteration: start with a random vector, multiply, normalise, repeat. The length before
+# normalising tends to the largest eigenvalue, because the part of the vector along the leading
+# eigenvector grows fastest.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+point = torch.tensor([-1.7, 3.3])
+for _ in range(2):
+    slope, _, GGN_here = curvature_at(*point.tolist())
+    point = point - torch.linalg.solve(GGN_here, slope)
+assert_close(point, torch.ones(2))
+
+tied = Linear(3, 3)
+assert by_layer(Sequential(tied, ReLU(), tied), loss, torch.randn(N, 3))["0"] > 1e-2
+assert by_layer(Sequential(tied, ReLU(), Linear(3, 3)), loss, torch.randn(N, 3))["0"] < 1e-10
+
+psi = theta.asinh()  # θ = sinh(ψ)
+T = psi.cosh().diag()
+H_psi = torch.func.hessian(lambda psi: loss_at(psi.sinh()))(psi)
+assert relative(H_psi - (T.mT @ H @ T + (gradient * psi.sinh()).diag()), H_psi) < 1e-10
+assert relative(H_psi - T.mT @ H @ T, H_psi) > 1e-3
+J_psi = jacrev(lambda psi: network_at(psi.sinh()))(psi)
+GGN_psi = 2 * J_psi.mT @ J_psi
+assert relative(GGN_psi - T.mT @ GGN @ T, GGN_psi) < 1e-10
+
+w, length = torch.randn(D), 0.0
+for _ in range(300):
+    w = GGN_times(w / w.norm())
+    length = w.norm()
+assert_close(length, eigenvalues_GGN[-1])
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Schraudolph (2002)](bibliography.md#ggn) on the GGN and products with it,
+# [Pearlmutter (1994)](https://doi.org/10.1162/neco.1994.6.1.147) on those with the Hessian, and
+# [Martens (2014)](bibliography.md#new-insights), sections 8 and 9, on why the GGN is more than an
+# approximation. [Botev, Ritter and Barber (2017)](bibliography.md#kfra) use that the blocks of
+# [Theorem 2.3] agree. [Chapter 3](03_losses.py) continues with the square root of $H_f$.
