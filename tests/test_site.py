@@ -125,10 +125,11 @@ def test_a_chapter_is_in_navigation_and_reading_map(site, stem):
 
 
 def test_every_module_is_in_the_api(site):
-    ids = Page(site / "api.html").ids
     for path in (ROOT / "kfac_scratch").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / "kfac_scratch").with_suffix("").parts)
         if not path.stem.startswith("_"):
-            assert ".".join(path.relative_to(ROOT).with_suffix("").parts) in ids
+            assert f"kfac_scratch.{name}" in Page(site / "api" / f"{name}.html").ids
+            assert f'href="api/{name}.html"' in (site / "api.html").read_text(encoding="utf-8")
 
 
 def test_nothing_of_the_workshop_is_published(site):

@@ -30,7 +30,7 @@ log = logging.getLogger("mkdocs.hooks.chapters")
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIAL, PACKAGE, TESTS = ROOT / "tutorial", ROOT / "kfac_scratch", ROOT / "tests"
 CACHE = ROOT / ".cache" / "chapters"
-NAV = "[0-9]*.py"  # stands for all chapters in the nav of mkdocs.yml
+NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
 
 EQUATION = re.compile(r"\\tag\{(\d+\.\d+[a-z]?)\}")
@@ -115,7 +115,7 @@ def _reading_map(config) -> str:
             rows.append(f"| **Part {part}** | | |")
         links = []
         for name in chapter.modules:
-            links.append(f"[`{name}`](api.md#kfac_scratch.{name})")
+            links.append(f"[`{name}`](api/{name}.md)")
             if (TESTS / f"test_{name}.py").exists():
                 url = f"{config.repo_url}/blob/main/tests/test_{name}.py"
                 links.append(f"[`test_{name}`]({url})")
@@ -126,7 +126,22 @@ def _reading_map(config) -> str:
 
 
 def _api(config) -> str:
-    return "\n\n".join(f"::: {name}" for name in modules())
+    rows = ["| Module | |", "| --- | --- |"]
+    for name in modules():
+        text = (
+            ast.get_docstring(ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())) or ""
+        )
+        summary = text.partition("\n\n")[0].replace("\n", " ").replace("|", r"\|")
+        rows.append(f"| [`{_short(name)}`]({_api_uri(name)}) | {summary} |")
+    return "\n".join(rows)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(f"{PACKAGE.name}.")
+
+
+def _api_uri(name: str) -> str:
+    return f"api/{_short(name)}.md"
 
 
 LISTS = {"<!-- chapters -->": _reading_map, "<!-- modules -->": _api}
@@ -174,14 +189,24 @@ class _EquationExtension(Extension):
 
 # ------------------------------------------------------------------ events of MkDocs
 def on_config(config):
-    """Put every chapter into the navigation, under its part."""
+    """Put every chapter into the navigation, under its part, and every module."""
     config.markdown_extensions.append(_EquationExtension())
     parts: dict[str, list[dict[str, str]]] = {}
     for chapter in chapters():
         parts.setdefault(chapter.part, []).append(chapter.nav)
-    at = config.nav.index(NAV)
-    config.nav[at : at + 1] = [{part: pages} for part, pages in parts.items()]
+    lists = {NAV: [{part: pages} for part, pages in parts.items()]}
+    lists[NAV_API] = [{_short(name): _api_uri(name)} for name in modules()]
+    config.nav = list(_expanded(config.nav, lists))
     return config
+
+
+def _expanded(nav, lists):
+    for item in nav:
+        if isinstance(item, dict):
+            ((title, pages),) = item.items()
+            yield {title: pages if isinstance(pages, str) else list(_expanded(pages, lists))}
+        else:
+            yield from lists.get(item, [item])
 
 
 def _execute(chapter: Chapter):
@@ -204,6 +229,9 @@ def on_files(files, config):
         for uri, content in extra.items():
             included = InclusionLevel.INCLUDED  # although *.ipynb in the folder are ignored
             files.append(File.generated(config, uri, content=content, inclusion=included))
+    for name in modules():
+        page = f"# {_short(name)}\n\n::: {name}\n"
+        files.append(File.generated(config, _api_uri(name), content=page))
     for file in files.documentation_pages():
         _collect(file.src_uri, file.content_string)
     return files
