@@ -28,7 +28,7 @@ from notebook import ChapterError, clean, render, run
 log = logging.getLogger("mkdocs.hooks.chapters")
 
 ROOT = Path(__file__).resolve().parents[2]
-TUTORIAL, PACKAGE, TESTS = ROOT / "tutorial", ROOT / "kfac_scratch", ROOT / "tests"
+TUTORIAL, PACKAGE = ROOT / "tutorial", ROOT / "kfac_scratch"
 CACHE = ROOT / ".cache" / "chapters"
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
@@ -115,10 +115,11 @@ def _reading_map(config) -> str:
             rows.append(f"| **Part {part}** | | |")
         links = []
         for name in chapter.modules:
-            links.append(f"[`{name}`](api/{name}.md)")
-            if (TESTS / f"test_{name}.py").exists():
-                url = f"{config.repo_url}/blob/main/tests/test_{name}.py"
-                links.append(f"[`test_{name}`]({url})")
+            tests = f"tests/test_{name}.py"
+            link = f"[`{name}`](api/{name}.md)"
+            if (ROOT / tests).exists():
+                link += f" ([tests]({config.repo_url}/blob/main/{tests}))"
+            links.append(link)
         question = " ".join(chapter.opening[5].split())
         title = f"{chapter.opening[1]}. {chapter.opening[2]}"
         rows.append(f"| [{title}]({chapter.uri}) | {question} | {', '.join(links)} |")
