@@ -890,8 +890,8 @@ assert found["A is a sum", 1] < 1e-10  # a single datum does not see it
 # **Gradients of a mean taken for gradients of a datum**
 # ([natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2)). A hook that
 # records the gradient of a *mean* loss sees $\tfrac1N \nabla \ell_n$. The factor
-# $\tfrac1N \sum_n \nabla \ell_n \nabla \ell_n^\top$ made of these contains $1/N^2$ twice over what
-# it should: once from each of the two gradients. Here is a plain backward pass, and the data of
+# $\tfrac1N \sum_n \nabla \ell_n \nabla \ell_n^\top$ made of these is too small by $N^2$, one $N$ from
+# each of the two gradients. Here is a plain backward pass, and the data of
 # [(5.9)], for which KFAC of the empirical Fisher is exact:
 
 # %%

@@ -1,0 +1,1059 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Weight sharing: expand and reduce
+#
+# **Part II: KFAC.** What becomes of the Kronecker product when a layer is applied not once per
+# datum but at many positions?
+#
+# A convolution applies the same weights at every pixel, a transformer at every token, a graph
+# network at every node. In [chapter 5](05_kfac.py) one datum meant one input $a_n$, and its
+# curvature was a single Kronecker product. With many positions, not even the curvature of a
+# single datum is one. So there is a second place where something has to be approximated, and
+# there are two ways to do it: **expand** and **reduce**
+# ([Eschenhagen et al. 2023](bibliography.md#weight-sharing)). Each is exact where the other fails.
+
+# %%
+import time
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import (
+    Conv1d,
+    Conv2d,
+    CrossEntropyLoss,
+    Embedding,
+    Linear,
+    Module,
+    MSELoss,
+    ReLU,
+    Sequential,
+    Tanh,
+)
+from torch.nn.functional import unfold
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfac_scratch.capture import REDUCE, layer_ios
+from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.kfac import kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layers import _averaged_patches, averaged_rows, input_rows
+from kfac_scratch.losses import Fisher, empirical, monte_carlo, type2, type2_classwise
+from kfac_scratch.show import code, matrices
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assert_exact(approximation: Tensor, exact: Tensor) -> None:
+    largest = exact.abs().max()
+    assert largest > 0  # two zero matrices would prove nothing
+    assert (approximation - exact).abs().max() <= 1e-10 * largest
+
+
+def relative_error(approximation: Tensor, exact: Tensor) -> float:
+    return ((approximation - exact).norm() / exact.norm()).item()
+
+
+# %% [markdown]
+# ## One matrix, many positions
+#
+# Four examples, one form. In each of them a layer computes
+#
+# $$
+# z_{ns} = W a_{ns}, \qquad n = 1, \dots, N, \quad s = 1, \dots, S,
+# \tag{6.1}
+# $$
+#
+# with the same $W$ for all positions $s$.
+#
+# **Convolution.** An output pixel is the inner product of a kernel with the patch of the image
+# that the kernel covers. Flatten the patches into rows $a_{ns}$ and the kernels into rows of $W$:
+# convolving is multiplying. The positions are the output pixels.
+
+# %%
+conv, x = Conv2d(1, 3, kernel_size=2, bias=False), torch.randn(1, 1, 4, 5)
+rows = []
+for i in range(3):
+    for j in range(4):
+        rows.append(x[0, :, i : i + 2, j : j + 2].flatten())
+patches, W = torch.stack(rows), conv.weight.detach().flatten(1)  # [S, d_in], [d_out, d_in]
+
+assert_exact((patches @ W.T).T.reshape(3, 3, 4), conv(x)[0].detach())
+assert_exact(input_rows(conv, x)[0, 0], patches)  # what the package does
+
+# %% tags=["hide-input"] alt="Four heat maps: a 4 by 5 image, the 12 by 4 matrix of its 2 by 2 patches, the 4 by 3 matrix of three flattened kernels, and the 12 by 3 matrix of outputs, one row per output pixel." caption="A convolution as a product: the image, its twelve $2 \times 2$ patches as rows $a_s$, three flattened kernels as columns of $W^\top$, and the output with one row per position."
+product = {"image": x[0, 0], "patches $a$": patches, r"$W^\top$": W.T, r"$a W^\top$": patches @ W.T}
+matrices(product)
+
+# %% [markdown]
+# **A linear layer along a sequence** is already of the form [(6.1)], the positions being tokens.
+#
+# **Attention** mixes tokens, but its weights do not: queries, keys, values and outputs are linear
+# layers applied to every token. What happens between them, softmax and all, is the business of
+# the backward pass that computes $g$.
+
+
+# %%
+class Attention(Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, S, d]
+        scores = self.q(x) @ self.k(x).mT / x.shape[-1] ** 0.5
+        return x + self.o(scores.softmax(-1) @ self.v(x))
+
+
+# %% [markdown]
+# **A graph layer** applies a linear layer to every node and then averages over the neighbours of
+# each node, which is a fixed matrix from the left. Again the weights see one node at a time, and
+# the positions are the nodes.
+
+
+# %%
+class Graph(Module):
+    def __init__(self, d_in: int, d_out: int, adjacency: Tensor) -> None:
+        super().__init__()
+        self.linear = Linear(d_in, d_out)
+        self.register_buffer("average", adjacency / adjacency.sum(1, keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, S, d_in]
+        return self.average @ self.linear(x)
+
+
+def path(S: int) -> Tensor:
+    """Adjacency of a path: every node is a neighbour of itself and of the nodes beside it."""
+    i = torch.arange(S)
+    return ((i - i[:, None]).abs() <= 1).double()
+
+
+class Mean(Module):
+    """Average over positions, as before a classification of whole sequences, images or graphs."""
+
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.axes)
+
+
+# %%
+N, S = 7, 5
+examples = {
+    "convolution": (Sequential(Conv1d(4, 3, 2, padding=1), Tanh(), Mean(2)), torch.randn(N, 4, S)),
+    "sequence": (Sequential(Linear(4, 3), Tanh(), Mean(1)), torch.randn(N, S, 4)),
+    "attention": (Sequential(Attention(4), Mean(1), Linear(4, 3)), torch.randn(N, S, 4)),
+    "graph": (Sequential(Graph(4, 3, path(S)), Tanh(), Mean(1)), torch.randn(N, S, 4)),
+}
+for kind, (model, X) in examples.items():
+    y = torch.randint(3, (N,))
+    exact = block_diagonal(model, ggn(model, CrossEntropyLoss(), X, y))
+    for name, io in layer_ios(model, CrossEntropyLoss(), X, y).items():
+        assert_exact(io.block(), exact[name])
+        print(f"{kind:12} {name:9} a {list(io.a.shape)!s:10}  g {list(io.g.shape)}")
+
+# %% [markdown]
+# The bias is the last column of $W$ and a one in every $a_{ns}$, as always. The assertion compares
+# the block made of $a$ and $g$ with plain autodiff. That block is what we look at next.
+#
+# ## The exact block, and its cross terms
+#
+# All positions use the same $W$, so the gradient of vector $v$ for datum $n$ is a sum over
+# positions, and its outer product with itself a double sum:
+#
+# $$
+# G_{vn} = \sum_s g_{vns} a_{ns}^\top,
+# \qquad
+# F = \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top
+# = \sum_{v, n} \sum_{s, s'} (g_{vns}\, g_{vns'}^\top) \otimes (a_{ns}\, a_{ns'}^\top).
+# \tag{6.2}
+# $$
+#
+# The last step is [(1.5)] and the mixed product [(1.9)], once for every pair of positions. The
+# terms with $s \neq s'$ are the **cross terms**. They are what is new.
+
+# %%
+model, X = examples["attention"]
+io = layer_ios(model, CrossEntropyLoss(), X, y)["0.v"]
+F = torch.zeros(4 * 5, 4 * 5)
+for n in range(N):
+    for g in io.g[:, n]:  # [S, d_out] for each vector
+        for s in range(S):
+            for t in range(S):
+                outer = torch.outer(g[s], g[t]), torch.outer(io.a[n, s], io.a[n, t])
+                F += torch.kron(*outer)
+assert_exact(F, io.block())
+
+# %% [markdown]
+# Which pairs matter? The trace of the term for $(s, s')$ is
+# $\sum_{v,n} (g_{vns}^\top g_{vns'})(a_{ns}^\top a_{ns'})$; over all pairs these numbers add up to
+# $\operatorname{tr} F$. Here they are as $S \times S$ tables, for three kinds of networks: one loss
+# per token and tokens that never meet; one loss per token after attention; one loss for the
+# average of all tokens.
+
+
+# %%
+def pairs(io: LayerIO) -> Tensor:
+    return (torch.einsum("vnso,vnto->nst", io.g, io.g) * (io.a @ io.a.mT)).sum(0)
+
+
+X, per_token, per_datum = torch.rand(N, S, 4), torch.randn(N, S, 4), torch.randn(N, 4)
+apart = Sequential(Linear(4, 6), Tanh(), Linear(6, 4))
+mixing = Sequential(Linear(4, 4), Attention(4))
+for parameter in mixing[1].parameters():
+    parameter.data *= 3  # a strong attention, to see something
+pooled = Sequential(Linear(4, 6), Tanh(), Linear(6, 4), Mean(1))
+tables = {
+    "loss per token": pairs(layer_ios(apart, MSELoss(), X, per_token)["0"]),
+    "same, after attention": pairs(layer_ios(mixing, MSELoss(), X, per_token)["0"]),
+    "loss of the average": pairs(layer_ios(pooled, MSELoss(), X, per_datum)["0"]),
+}
+tables = {name: table / table.abs().max() for name, table in tables.items()}
+off = {name: (1 - table.trace() / table.sum()).item() for name, table in tables.items()}
+for name, share in off.items():
+    print(f"{name:22} cross terms make up {share:.0%} of the trace")
+assert abs(off["loss per token"]) < 1e-10
+assert 0.05 < off["same, after attention"] < off["loss of the average"]
+
+# %% tags=["hide-input"] alt="Three 5 by 5 heat maps. The first is diagonal. The second has a strong diagonal and weaker entries elsewhere. The third is filled evenly." caption="Which pairs of positions contribute to the curvature of the first layer. Without mixing, only pairs of a position with itself; with an average before the loss, all pairs alike."
+matrices(tables)
+
+# %% [markdown]
+# ## Two settings, two approximations
+#
+# The outer two tables are the extremes, and each suggests an approximation.
+#
+# The **expand setting**: the loss has a term for every position, and positions do not mix. Every
+# vector $v$ belongs to one position of a datum and is zero at the others. The cross terms vanish,
+# so *drop them*. What remains is a sum over $NS$ terms, in which a position is just another
+# datum. Then take the product of averages, as in [(5.3)]:
+#
+# $$
+# F \approx \sum_{v, n, s} (g_{vns}\, g_{vns}^\top) \otimes (a_{ns}\, a_{ns}^\top)
+# \approx \underbrace{\Bigl(\sum_{v, n, s} g_{vns}\, g_{vns}^\top\Bigr)}_{B_\text{expand}} \otimes
+# \underbrace{\Bigl(\frac{1}{N S} \sum_{n, s} a_{ns}\, a_{ns}^\top\Bigr)}_{A_\text{expand}}.
+# \tag{6.3}
+# $$
+#
+# The **reduce setting**: positions are averaged or added up before the loss. In the simplest case
+# every position receives the same vector, and then the sum over positions in $G_{vn}$ acts on the
+# inputs alone. In general, write $\bar a_n = \tfrac1S \sum_s a_{ns}$ and
+# $\bar g_{vn} = \tfrac1S \sum_s g_{vns}$, and use that the sum of products is the product of the sums
+# plus a covariance (the same algebra as [(5.4)]):
+#
+# $$
+# G_{vn} = \sum_s g_{vns}\, a_{ns}^\top
+# = \Bigl(\sum_s g_{vns}\Bigr) \bar a_n^\top
+# + \underbrace{\sum_s (g_{vns} - \bar g_{vn})(a_{ns} - \bar a_n)^\top}_{\text{covariance over positions: drop it}}.
+# \tag{6.4}
+# $$
+#
+# What remains is a single outer product per datum, as if the layer had been applied once, to
+# $\bar a_n$. Then take the product of averages over data:
+#
+# $$
+# F \approx
+# \underbrace{\Bigl(\sum_{v, n} \hat g_{vn}\, \hat g_{vn}^\top\Bigr)}_{B_\text{reduce}} \otimes
+# \underbrace{\Bigl(\frac1N \sum_n \bar a_n \bar a_n^\top\Bigr)}_{A_\text{reduce}},
+# \qquad \hat g_{vn} = \sum_s g_{vns}.
+# \tag{6.5}
+# $$
+#
+# Inputs are **averaged**, vectors are **summed**. The reason is [(6.4)], and the scale: only a sum
+# of $g$ keeps the gradient right. Both approximations take a product of averages, expand once over
+# all positions of all data, reduce twice, first over positions and then over data.
+
+# %% [markdown]
+# ### In the package
+#
+# Neither needs code of its own. `kfac` treats positions as data, which is expand; reduce is the
+# same function after averaging and summing.
+
+# %% tags=["beside", "remove-input"]
+code(kfac, LayerIO.reduced)
+
+# %%
+io = layer_ios(pooled, MSELoss(), X, per_datum)["0"]
+expand, reduce = kfac(io), kfac(io.reduced())
+
+a, g = io.a, io.g
+A = sum(torch.outer(a[n, s], a[n, s]) for n in range(N) for s in range(S)) / (N * S)
+B = sum(torch.outer(g[v, n, s], g[v, n, s]) for v in range(4) for n in range(N) for s in range(S))
+assert_exact(expand.dense(), torch.kron(B, A))
+
+mean, total = a.mean(1), g.sum(2)
+A = sum(torch.outer(mean[n], mean[n]) for n in range(N)) / N
+B = sum(torch.outer(total[v, n], total[v, n]) for v in range(4) for n in range(N))
+assert_exact(reduce.dense(), torch.kron(B, A))
+
+spread = torch.einsum("vnso,nsi->vnoi", g - g.mean(2, keepdim=True), a - a.mean(1, keepdim=True))
+assert_exact(io.reduced().gradients() + spread, io.gradients())  # equation 6.4
+
+# %% [markdown]
+# ## When they are exact
+#
+# <div class="admonition theorem" markdown="1" id="thm-6.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 6.1 (expand and reduce)</b></p>
+#
+# **Expand** equals the exact block if every vector of a datum reaches a single position, and over
+# all data and positions one of $\sum_v g_{vns} g_{vns}^\top$ and $a_{ns} a_{ns}^\top$ does not vary.
+#
+# **Reduce** equals the exact block if each vector of a datum is the same at all its positions
+# ($g_{vns}$ does not depend on $s$), and over all data one of $\sum_v \hat g_{vn} \hat g_{vn}^\top$
+# and $\bar a_n \bar a_n^\top$ does not vary.
+#
+# </div>
+#
+# **Proof.** Under the first condition of each, the first step of [(6.3)] or the dropped term of
+# [(6.4)] loses nothing. Under the second, the second step is [Theorem 5.1]. $\blacksquare$
+#
+# For a deep linear network with squared error the second conditions hold, since Jacobians and the
+# Hessian of the loss are constant. Which first condition holds depends on where the positions are
+# averaged. If never, and the loss has a term per position: expand. If at the end: reduce. If
+# after layer $l$: before the average reduce, and behind it there is one position left and both
+# are the same. Let code fill in the table:
+
+
+# %%
+def linear_network(pool_after: int | None) -> Sequential:
+    """Four linear layers, positions averaged after one of them (0: at once, None: never)."""
+    sizes, layers = (5, 4, 6, 3, 2), []
+    for l in range(5):
+        layers += [Linear(sizes[l - 1], sizes[l])] if l > 0 else []
+        layers += [Mean(1)] if pool_after == l else []
+    return Sequential(*layers)
+
+
+def which(io: LayerIO) -> str:
+    F = io.block()
+    exact = [
+        name
+        for name, part in (("expand", io), ("reduce", io.reduced()))
+        if relative_error(kfac(part).dense(), F) < 1e-10
+    ]
+    return "both" if len(exact) == 2 else exact[0] if exact else "neither"
+
+
+N, S = 11, 7
+X = torch.rand(N, S, 5)
+table = {}
+for pool_after in (None, 4, 3, 2, 1, 0):
+    y = torch.randn(N, S, 2) if pool_after is None else torch.randn(N, 2)
+    for reduction in ("mean", "sum"):
+        ios = layer_ios(linear_network(pool_after), MSELoss(reduction=reduction), X, y)
+        table[pool_after] = [which(io) for io in ios.values()]
+        expected = ["reduce"] * (pool_after or 0) + ["both"] * (4 - (pool_after or 0))
+        assert table[pool_after] == (["expand"] * 4 if pool_after is None else expected)
+
+print("average after   " + "".join(f"layer {l:<4}" for l in range(1, 5)))
+for pool_after, row in table.items():
+    where = "never" if pool_after is None else f"layer {pool_after}" if pool_after else "the input"
+    print(f"{where:16}" + "".join(f"{entry:10}" for entry in row))
+
+# %% [markdown]
+# ### How wrong is the wrong one?
+#
+# Take the average at the end, and use expand. Every position receives the vector $g_{vn}/S$, so
+#
+# $$
+# B_\text{reduce} = \sum_{v,n} g_{vn} g_{vn}^\top = S\, B_\text{expand}.
+# \tag{6.6}
+# $$
+#
+# Up to this number the factors $B$ agree. The difference is in $A$. The exact block has
+# $\tfrac1S \sum_{s,s'} a_{ns} a_{ns'}^\top$ beside $B_\text{expand}$, and expand only the terms
+# $s = s'$ of it. If inputs at different positions are uncorrelated with mean zero, the others
+# cancel. If inputs are positive, as behind a ReLU, or have a bias, none of them cancel, and
+# expand is up to $S$ times too small. The corner of the bias shows the extreme.
+
+# %%
+X, y = torch.rand(N, S, 5), torch.randn(N, 2)
+for name, io in layer_ios(linear_network(4), MSELoss(), X, y).items():
+    F, expand, reduce = io.block(), kfac(io), kfac(io.reduced())
+    assert_exact(reduce.dense(), F)
+    assert_exact(reduce.B, S * expand.B)
+    error = relative_error(expand.dense(), F)
+    size = (expand.dense().norm() / F.norm()).item()
+    print(f"layer {name}: expand is {error:.0%} off, its norm is {size:.2f} of the exact one")
+    assert error > 0.01
+print(f"1 / S = {1 / S:.2f}")
+
+# %% [markdown]
+# The other way round: a loss per token, and reduce. With several loss terms per datum "reduce" is
+# not even uniquely defined. We take [(6.5)] literally, with one vector per entry of the output.
+# Other codes send one vector to all positions at once, and differ by a factor $S$. Either way the
+# inputs are averaged although nothing was averaged:
+
+# %%
+X, y = 3 * torch.randn(N, S, 5), torch.randn(N, S, 2)
+for name, io in layer_ios(linear_network(None), MSELoss(), X, y).items():
+    assert_exact(kfac(io).dense(), io.block())
+    error = relative_error(kfac(io.reduced()).dense(), io.block())
+    print(f"layer {name}: reduce is {error:.0%} off")
+    assert error > 0.01
+
+# %% [markdown]
+# ### One datum is not enough any more
+#
+# For $N = 1$ and one position, KFAC was exact for everything. With a loss per position it is not:
+# for expand, positions are data, and for cross-entropy their Hessians differ. Tests with a single
+# datum are trusted too much.
+
+
+# %%
+class ClassesFirst(Module):
+    """`CrossEntropyLoss` wants the classes on axis 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1)
+
+
+tagger, loss = Sequential(Linear(5, 3), ClassesFirst()), CrossEntropyLoss()
+for positions in (1, 7):
+    X = 2 * torch.randn(1, positions, 5)
+    io = layer_ios(tagger, loss, X, torch.randint(3, (1, positions)))["0"]
+    error = relative_error(kfac(io).dense(), io.block())
+    print(f"one datum, {positions} position(s): expand is {error:.1e} off")
+    assert error < 1e-10 if positions == 1 else error > 0.05
+
+# %% [markdown]
+# ### The biases again
+#
+# The input of a bias is one at every position. Its gradient is therefore $\sum_s g_{vns} = \hat
+# g_{vn}$, and its exact block is $\sum_{v,n} \hat g_{vn} \hat g_{vn}^\top = B_\text{reduce}$. **Reduce is
+# exact for biases in any network with any loss.** Expand is so only if there are no cross terms;
+# otherwise $A_{-1,-1} B_\text{expand}$ fails. This makes a good pair of tests:
+
+
+# %%
+def bias_errors(model: Module, X: Tensor, y: Tensor) -> tuple[float, float]:
+    """Of expand and reduce, on the rows and columns of the first layer's bias."""
+    name, io = next(iter(layer_ios(model, MSELoss(), X, y).items()))
+    d_in = io.a.shape[-1]
+    bias = slice(d_in - 1, None, d_in)
+    F = block_diagonal(model, ggn(model, MSELoss(), X, y))[name][bias, bias]
+    return relative_error(kfac(io).B, F), relative_error(kfac(io.reduced()).B, F)
+
+
+X = torch.rand(N, S, 4)
+errors = {
+    "tokens apart": bias_errors(apart, X, torch.randn(N, S, 4)),
+    "attention": bias_errors(mixing, X, torch.randn(N, S, 4)),
+    "average": bias_errors(pooled, X, torch.randn(N, 4)),
+}
+for kind, (expand, reduce) in errors.items():
+    print(f"{kind:14} expand {expand:.1e}   reduce {reduce:.1e}")
+    assert reduce < 1e-10
+assert errors["tokens apart"][0] < 1e-10
+assert min(errors["attention"][0], errors["average"][0]) > 0.01
+
+# %% [markdown]
+# ## Convolutions and padding
+#
+# The reduce setting of vision is a convolutional network with global average pooling. Is reduce
+# exact for it, if it is linear? The average sends the same vector to every output pixel, so for
+# the last convolution yes. For an earlier one, that vector travels back through the later
+# convolutions, and must arrive the same at all pixels. It does if the later layers treat all
+# pixels alike: with kernels of size one, or if the image is wrapped around (*circular* padding)
+# with stride one. It does not with zero padding, the usual choice, or with none: pixels at the
+# border take part in fewer outputs than those in the middle.
+
+
+# %%
+def convolutional(kernel: int, **settings) -> Sequential:
+    return Sequential(
+        Conv2d(2, 3, kernel, **settings),
+        Conv2d(3, 4, kernel, **settings),
+        Mean(2, 3),
+        Linear(4, 3),
+    )
+
+
+X, y = torch.rand(5, 2, 6, 7), torch.randn(5, 3)
+cases = {
+    "1 × 1 kernels": convolutional(1),
+    "circular padding": convolutional(3, padding=1, padding_mode="circular"),
+    "zero padding": convolutional(3, padding=1),
+    "no padding": convolutional(3),
+}
+found = {}
+for case, model in cases.items():
+    ios = layer_ios(model, MSELoss(), X, y).values()
+    found[case] = [relative_error(kfac(io.reduced()).dense(), io.block()) for io in ios]
+    print(f"{case:18}" + "".join(f"{error:10.1e}" for error in found[case]))
+
+for case in ("1 × 1 kernels", "circular padding"):
+    assert max(found[case]) < 1e-10
+for case in ("zero padding", "no padding"):
+    assert found[case][0] > 1e-3
+    assert max(found[case][1:]) < 1e-10
+
+# %% [markdown]
+# One column per layer. The break is real, but compare it with the errors of the wrong flavour
+# above: for large images borders are a small part of the pixels.
+#
+# ## Reduce without patches
+#
+# Eschenhagen et al. praise reduce for another reason, its cost. Expand needs all $N S$ patches,
+# and every pixel of the image is copied into as many patches as the kernel has entries. Reduce
+# needs only the *average* patch. Entry $j$ of it, for a kernel along one axis, is
+#
+# $$
+# \bar a_j = \frac1S \sum_{s=0}^{S-1} x_{\,s \cdot \text{stride} + j \cdot \text{dilation}}
+# = \frac1S \sum_p x_p P_{pj},
+# \qquad
+# P_{pj} = \begin{cases} 1 & p = s \cdot \text{stride} + j \cdot \text{dilation for some } s, \\
+# 0 & \text{else}. \end{cases}
+# \tag{6.7}
+# $$
+#
+# The pattern $P$ says which pixels meet which entry of the kernel. In two dimensions there is one
+# pattern per axis, because rows and columns of the image are chosen independently. So the average
+# patch is the image contracted with one small matrix per axis, and no patch is ever formed.
+
+
+# %% tags=["hide-input"] alt="Three heat maps of zeros and ones with ten rows, one per pixel, and three columns, one per entry of the kernel. For stride 1 there are three long overlapping bars, for stride 2 every second pixel is marked, for dilation 2 the bars are shifted by two." caption="The pattern $P$ for ten pixels and a kernel of three. Columns are entries of the kernel: each marks the pixels that it meets."
+def pattern(pixels: int, k: int, stride: int, dilation: int) -> Tensor:
+    S = (pixels - dilation * (k - 1) - 1) // stride + 1
+    P = torch.zeros(pixels, k)
+    for j in range(k):
+        for s in range(S):
+            P[s * stride + j * dilation, j] = 1
+    return P
+
+
+matrices({f"stride {s}, dilation {d}": pattern(10, 3, s, d) for s, d in ((1, 1), (2, 1), (1, 2))})
+
+# %% [markdown]
+# ### In the package
+#
+# With `setting=REDUCE`, the inputs are averaged while they are captured. One turn of the loop per
+# axis: build the pattern, contract.
+
+# %% tags=["remove-input"]
+code(_averaged_patches)
+
+# %%
+for settings in ({}, {"padding": 1}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2}):
+    model = Sequential(Conv2d(2, 3, (3, 2), **settings), Tanh(), Mean(2, 3))
+    slow = layer_ios(model, MSELoss(), X, y)["0"].reduced()
+    fast = layer_ios(model, MSELoss(), X, y, setting=REDUCE)["0"]
+    assert_exact(fast.a, slow.a)
+    assert_exact(fast.g, slow.g)
+
+x = torch.randn(10)
+assert_exact(
+    averaged_rows(Conv1d(1, 1, 3, stride=2), x.reshape(1, 1, 10))[0].flatten(),
+    x @ pattern(10, 3, 2, 1) / 4,
+)
+
+# %% [markdown]
+# What does it save? We time both ways to the averaged patch, and record the largest tensor that
+# each creates:
+
+
+# %%
+class Largest(TorchDispatchMode):
+    """Remember the size of the largest storage that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, Tensor):
+                self.size = max(self.size, t.untyped_storage().nbytes())
+        return out
+
+
+def cost(function, *arguments) -> tuple[float, float]:
+    """Median seconds, and megabytes of the largest tensor."""
+    with Largest() as largest:
+        function(*arguments)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[1], largest.size / 2**20
+
+
+def with_patches(conv: Conv2d, x: Tensor) -> Tensor:
+    return input_rows(conv, x).mean(2, keepdim=True)
+
+
+kernels, measured = [1, 3, 5, 7, 9], {"patches, then average": [], "without patches": []}
+image = torch.randn(8, 8, 32, 32, device="cpu")
+for k in kernels:
+    conv = Conv2d(8, 1, k, padding=k // 2, device="cpu")
+    with torch.device("cpu"):
+        assert_exact(averaged_rows(conv, image)[0], with_patches(conv, image))
+        measured["patches, then average"].append(cost(with_patches, conv, image))
+        measured["without patches"].append(cost(averaged_rows, conv, image))
+
+# %% tags=["hide-input"] alt="Two plots against the size of the kernel from 1 to 9, for 8 images of 32 by 32 pixels with 8 channels. Left, time: with patches it rises steeply, without it stays low. Right, the largest tensor in memory: with patches it grows with the square of the kernel, without it stays near the size of the image." caption="Averaging patches with and without forming them, on the CPU of the machine that built this page."
+fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
+for (name, rows), marker in zip(measured.items(), "os", strict=True):
+    axes[0].semilogy(kernels, [seconds for seconds, _ in rows], f"{marker}-", label=name)
+    axes[1].semilogy(kernels, [megabytes for _, megabytes in rows], f"{marker}-", label=name)
+axes[0].set(xlabel="kernel size", ylabel="seconds", xticks=kernels)
+axes[1].set(xlabel="kernel size", ylabel="largest tensor in MiB", xticks=kernels)
+axes[0].legend()
+plt.show()
+slow, fast = (rows[-1] for rows in measured.values())
+print(
+    f"9 × 9 kernel: {slow[0] / fast[0]:.0f} times faster, {slow[1] / fast[1]:.0f} times less memory"
+)
+assert fast[0] < slow[0]
+assert fast[1] < slow[1] / 20
+
+# %% [markdown]
+# ## Three networks on real data
+#
+# No network that anyone trains is linear. How wrong are the two flavours then? We classify
+# handwritten digits, $8 \times 8$ pixels, in three ways: with a convolutional network; with
+# attention over the eight rows of an image, each row with a one-hot code of its place; and with a
+# graph network, rows being nodes on a path. Each of them averages over positions before the
+# classifier, which is the reduce setting.
+
+# %%
+digits = load_digits()
+images = torch.tensor(digits.data).reshape(-1, 8, 8) / 16
+labels = torch.tensor(digits.target)
+order = torch.randperm(len(images))
+images, labels = images[order], labels[order]
+tokens = torch.cat([images, torch.eye(8).expand(len(images), 8, 8)], dim=2)  # [N, rows, 16]
+
+cnn = Sequential(
+    Conv2d(1, 8, 3, padding=1),
+    ReLU(),
+    Conv2d(8, 8, 3, stride=2, padding=1),
+    ReLU(),
+    Conv2d(8, 8, 3, stride=2, padding=1),
+    ReLU(),
+    Mean(2, 3),
+    Linear(8, 10),
+)
+transformer = Sequential(
+    Linear(16, 10), Attention(10), Linear(10, 10), Tanh(), Mean(1), Linear(10, 10)
+)
+graph = Sequential(
+    Graph(16, 12, path(8)), Tanh(), Graph(12, 12, path(8)), Tanh(), Mean(1), Linear(12, 10)
+)
+networks = {
+    "cnn": (cnn, images[:, None]),
+    "attention": (transformer, tokens),
+    "graph": (graph, tokens),
+}
+
+for kind, (model, inputs) in networks.items():
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for step in range(180):
+        batch = slice(100 * (step % 6), 100 * (step % 6) + 100)
+        optimizer.zero_grad()
+        CrossEntropyLoss()(model(inputs[batch]), labels[batch]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        hits = (model(inputs[600:]).argmax(1) == labels[600:]).double().mean().item()
+    print(f"{kind:10} {hits:.0%} of unseen digits are right")
+    assert hits > 0.5
+
+# %% [markdown]
+# For every layer we compare both flavours with the exact GGN block on 100 images. The relative
+# error punishes a wrong scale, and expand has one here. So we also print the cosine
+# $\langle K, F \rangle / (\lVert K \rVert \lVert F \rVert)$, which ignores the scale.
+
+
+# %%
+def cosine(K: Tensor, F: Tensor) -> float:
+    if K.norm() < 1e-12 * F.norm():
+        return 0.0  # zero up to round-off
+    return ((K * F).sum() / K.norm() / F.norm()).item()
+
+
+N, loss = 100, CrossEntropyLoss()
+shared = {}
+print("                            expand                    reduce")
+print("layer            S      error  cosine  norm      error  cosine  norm")
+for kind, (model, inputs) in networks.items():
+    for name, io in layer_ios(model, loss, inputs[:N], labels[:N]).items():
+        F, S = io.block(), io.a.shape[1]
+        row = []
+        for part in (io, io.reduced()):
+            K = kfac(part).dense()
+            row += [relative_error(K, F), cosine(K, F), (K.norm() / F.norm()).item()]
+        text = "{:7.2f} {:7.2f} {:6.2f}    {:7.2f} {:7.2f} {:6.2f}".format(*row)
+        print(f"{kind + ' ' + name:16}{S:2}    {text}")
+        if S > 1:
+            shared[kind, name] = row
+        else:
+            assert abs(row[0] - row[3]) < 1e-8  # one position: no difference
+
+keys = shared.pop(("attention", "1.k"))
+averages = [sum(row[i] for row in shared.values()) / len(shared) for i in range(6)]
+text = "{:7.2f} {:7.2f} {:6.2f}    {:7.2f} {:7.2f} {:6.2f}".format(*averages)
+print(f"mean over S > 1, but 1.k{text}")
+assert averages[3] < averages[0]  # error
+assert averages[4] > averages[1]  # cosine
+assert averages[2] < averages[5]  # norm
+assert keys[3] > 0.99
+
+# %% tags=["hide-input"] alt="Three 80 by 80 heat maps for the first convolution of the digit network. The exact block and KFAC-reduce are alike in pattern and strength. KFAC-expand shows a similar pattern, but much more faintly." caption="The first convolution of the trained network: exact block, expand and reduce in one colour scale, which ends at a third of the largest entry. Expand is fainter: it does not see that similar inputs at different positions add up."
+model, inputs = networks["cnn"]
+io = layer_ios(model, loss, inputs[:N], labels[:N])["0"]
+F = io.block()
+picture = {"exact": F, "expand": kfac(io).dense(), "reduce": kfac(io.reduced()).dense()}
+matrices(picture, scale=F.abs().max().item() / 3)
+
+# %% [markdown]
+# In the reduce setting reduce is the better of the two on average, although the networks are not
+# linear and borders are padded. Expand is mostly too small, for the reason given below [(6.6)]. One
+# row of the table, though, is different: the keys of the attention, which the mean leaves out.
+#
+# ### Reduce is blind to keys
+#
+# For the key projection of attention, reduce is 100 % off. This is no accident of training.
+#
+# <div class="admonition theorem" markdown="1" id="thm-6.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 6.2 (keys)</b></p>
+#
+# For the key projection of softmax self-attention, KFAC-reduce is the zero matrix, whatever the
+# data, the loss, and the rest of the network.
+#
+# </div>
+#
+# **Proof.** Token $s$ attends to token $t$ with the score $q_s^\top k_t / \sqrt{d}$. Shift all keys
+# of a datum by the same vector $c$. All scores of token $s$ change by the same number
+# $q_s^\top c / \sqrt{d}$, and softmax ignores that. So the output of the network does not change
+# in the direction in which all $k_t$ move alike. The derivative in that direction is
+# $\sum_t g_{vnt}^\top c$, for any $c$; hence $\hat g_{vn} = \sum_t g_{vnt} = 0$ and
+# $B_\text{reduce} = 0$. $\blacksquare$
+#
+# The same argument says that a bias of the keys does nothing, so its exact block is zero, too, in
+# accord with *reduce is exact for biases*. But the rest of the block is not zero. An optimiser
+# that uses reduce here divides by nothing but the damping. Expand does see the keys:
+
+# %%
+model, inputs = networks["attention"]
+io = layer_ios(model, loss, inputs[:N], labels[:N])["1.k"]
+F, expand, reduce = io.block(), kfac(io), kfac(io.reduced())
+print(f"norm of the exact block {F.norm():.1e}, of reduce {reduce.dense().norm():.1e}")
+print(f"cosine of expand with the exact block: {cosine(expand.dense(), F):.2f}")
+assert reduce.dense().norm() < 1e-12 * F.norm()
+assert cosine(expand.dense(), F) > 0.3
+
+V = torch.randn(10, 11)
+assert_exact(reduce.inverse(1e-3) @ V, V / 1e-3)
+
+# %% tags=["hide-input"] alt="Three 110 by 110 heat maps for the key projection. The exact block and KFAC-expand are filled with similar patterns, KFAC-reduce is empty." caption="The key projection: reduce is zero. Each panel has its own scale, the picture is of the pattern only."
+pattern_of = {name: M / M.abs().max() for name, M in (("exact", F), ("expand", expand.dense()))}
+matrices(pattern_of | {"reduce": reduce.dense()}, scale=0.3)
+
+# %% [markdown]
+# ### Which vectors?
+#
+# One more table, with one convolution and the classifier of the first network. The rows are the
+# kinds of vectors of [chapter 3](03_losses.py); for the sampled ones we take the root of the mean
+# square of twenty draws. The error is always that with respect to the exact GGN block.
+
+# %%
+model, inputs = networks["cnn"]
+exact = layer_ios(model, loss, inputs[:N], labels[:N], layers=["2", "7"])
+generator = torch.Generator(device=inputs.device).manual_seed(0)
+
+
+def flavours(fisher: Fisher) -> Tensor:
+    ios = layer_ios(model, loss, inputs[:N], labels[:N], fisher, layers=["2", "7"])
+    conv, linear = ios["2"], ios["7"]
+    return torch.tensor(
+        [
+            relative_error(kfac(conv).dense(), blocks["2"]),
+            relative_error(kfac(conv.reduced()).dense(), blocks["2"]),
+            relative_error(kfac(linear).dense(), blocks["7"]),
+        ]
+    )
+
+
+blocks = {name: io.block() for name, io in exact.items()}
+rows = {"type-2": flavours(type2)}
+for M in (10, 1):
+    draws = torch.stack([flavours(monte_carlo(M, generator)) for _ in range(20)])
+    rows[f"MC, {M} sample{'s' * (M > 1)}"] = draws.square().mean(0).sqrt()
+rows["empirical"] = flavours(empirical)
+print(f"{'':16}conv expand   conv reduce   linear")
+for kind, row in rows.items():
+    print(f"{kind:16}{row[0]:11.2f}{row[1]:14.2f}{row[2]:9.2f}")
+assert (rows["MC, 1 sample"] > rows["type-2"]).all()
+assert (rows["MC, 1 sample"][1:] > rows["MC, 10 samples"][1:]).all()
+
+# %% [markdown]
+# The first row is the error of the Kronecker product itself. Sampling adds to it, as
+# [(5.12)] says it must. The empirical Fisher is another matrix, and its row does not become
+# better with more of anything.
+#
+# ## Which one to use
+#
+# Use **expand** when the loss has a term per position (language models, segmentation), **reduce**
+# when positions are averaged before the loss (classification of images, sequences and graphs),
+# layer by layer where a network does both, and expand for keys. Behind the average it makes no
+# difference. `layer_ios` takes `setting` and `layers`, so both can be used in one network.
+#
+# There is one more choice for losses per token. Type-2 vectors are an exact square root of the loss
+# Hessian only with one vector for every class *and position* ([chapter 3](03_losses.py)). One
+# vector per class, sent to all positions at once, is cheaper by a factor of $S$. As long as
+# positions do not mix, the factors of expand cannot tell the difference; after attention they can.
+
+# %%
+for model, mixes in ((apart, False), (mixing, True)):
+    X, y = torch.rand(N, 5, 4), torch.randn(N, 5, 4)
+    full = next(iter(layer_ios(model, MSELoss(), X, y, type2).values()))
+    cheap = next(iter(layer_ios(model, MSELoss(), X, y, type2_classwise).values()))
+    error = relative_error(kfac(cheap).dense(), kfac(full).dense())
+    print(f"{len(full.g):2} or {len(cheap.g)} vectors: expand differs by {error:.1e}")
+    assert error > 0.05 if mixes else error < 1e-10
+
+# %% [markdown]
+# ## Other ways to share a weight
+#
+# A **grouped convolution** is several convolutions side by side, each with its own channels and
+# its own $W$: one block per group, and no approximation in treating them as separate layers.
+# **Tied weights** are a layer that is called more than once. Calls are positions: their rows are
+# put behind each other along $S$. An **embedding** multiplies a one-hot row, so $A$ of expand is
+# a diagonal matrix that holds how often each token occurs.
+
+# %%
+grouped = Sequential(Conv1d(4, 6, 3, groups=2), Tanh(), Mean(2))
+X, y = torch.randn(N, 4, 9), torch.randn(N, 6)
+for name, block in block_diagonal(grouped, ggn(grouped, MSELoss(), X, y)).items():
+    io = layer_ios(grouped, MSELoss(), X, y)[name]
+    assert_exact(io.block(), block)
+    print(f"{name}: a {list(io.a.shape)}")
+
+layer = Linear(4, 4)
+tied = Sequential(layer, Tanh(), layer, Tanh(), layer)
+X, y = torch.randn(N, 4), torch.randn(N, 4)
+io = layer_ios(tied, MSELoss(), X, y)["0"]
+assert_exact(io.block(), block_diagonal(tied, ggn(tied, MSELoss(), X, y))["0"])
+print(
+    f"three calls: a {list(io.a.shape)}, expand {relative_error(kfac(io).dense(), io.block()):.2f} off"
+)
+
+words = torch.randint(6, (N, 5))
+model = Sequential(Embedding(6, 4), Tanh(), Mean(1))
+io = layer_ios(model, MSELoss(), words, y)["0"]
+assert_exact(io.block(), block_diagonal(model, ggn(model, MSELoss(), words, y))["0"])
+assert_exact(kfac(io).A, (words.flatten().bincount(minlength=6) / words.numel()).diag())
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# For a single convolution with a squared error at every output pixel, expand is exact, and for
+# the same with an average over pixels, reduce is. So every mistake shows. Stride, padding and
+# dilation all differ from their defaults, and every size from every other. PyTorch's own `unfold`
+# makes the patches, so that we can get them wrong:
+
+# %%
+settings = {"kernel_size": (3, 2), "stride": 2, "padding": 1, "dilation": 2}
+conv = Conv2d(2, 5, bias=False, **settings)
+X = torch.randn(7, 2, 9, 11)
+z = conv(X)
+N, S, pixels = len(X), z.shape[2] * z.shape[3], X.shape[2] * X.shape[3]
+per_pixel, averaged = Sequential(conv), Sequential(conv, Mean(2, 3))
+io = layer_ios(per_pixel, MSELoss(), X, torch.randn_like(z))["0"]
+io_mean = layer_ios(averaged, MSELoss(), X, torch.randn(N, 5))["0"]
+
+
+def factor_A(**wrong) -> Tensor:
+    a = unfold(X, **{**settings, **wrong}).mT.flatten(0, 1)  # [N S, d_in]
+    return a.T @ a / len(a)
+
+
+A, B = factor_A(), kfac(io).B
+assert_exact(A, kfac(io).A)
+kernel_first = torch.arange(2 * 3 * 2).reshape(2, 3, 2).permute(1, 2, 0).flatten()
+mean = io_mean.reduced()
+mistakes = {
+    "correct (expand)": (torch.kron(B, A), io),
+    "A divided by N, not N S": (torch.kron(B, S * A), io),
+    "A divided by input pixels": (torch.kron(B, S / pixels * A), io),
+    "patches in the order of another framework": (
+        torch.kron(B, A[kernel_first][:, kernel_first]),
+        io,
+    ),
+    "factors in the wrong order": (torch.kron(A, B), io),
+    "stride ignored": (torch.kron(B, factor_A(stride=1)), io),
+    "padding ignored": (torch.kron(B, factor_A(padding=0)), io),
+    "dilation ignored": (torch.kron(B, factor_A(dilation=1)), io),
+    "correct (reduce)": (kfac(mean).dense(), io_mean),
+    "g averaged, not summed": (kfac(LayerIO(mean.a, mean.g / S)).dense(), io_mean),
+    "a summed, not averaged": (kfac(LayerIO(mean.a * S, mean.g)).dense(), io_mean),
+    "expand instead of reduce": (kfac(io_mean).dense(), io_mean),
+}
+for mistake, (wrong, right) in mistakes.items():
+    error = relative_error(wrong, right.block())
+    print(f"{mistake:42}{error:9.1e}")
+    assert error < 1e-10 if "correct" in mistake else error > 0.01
+
+# %% [markdown]
+# **Divided by the wrong number of positions.** The factors need the number of *output* positions.
+# With a stride the input has more pixels, and the curvature comes out too small
+# ([pytorch-a2c-ppo-acktr #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54)).
+#
+# **Is there a factor $S$?** Papers distribute $1/S$ differently over the two factors, and the
+# question has come up in public ([nngeometry #75](https://github.com/tfjgeorge/nngeometry/pull/75),
+# [tensorflow/kfac #41](https://github.com/tensorflow/kfac/issues/41)). Compare the products, on a
+# case where KFAC is exact, and there is nothing left to argue about.
+#
+# **A missing transpose** ([LBANN #2010](https://github.com/LBANN/lbann/pull/2010)). A patch has a
+# channel axis and spatial axes, and frameworks order them differently. It must be the order of
+# the flattened weight, here channels first. All sizes agree whichever way it is done.
+#
+# **Layers that are never called.** `torch.nn.MultiheadAttention` uses the weight of its output
+# projection without calling that layer, so a hook on it never fires
+# ([kfac-pytorch #267](https://github.com/gpauloski/kfac-pytorch/issues/267)). The package refuses,
+# with the name of the layer, rather than leave it out silently:
+
+
+# %%
+class BuiltIn(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0].mean(1)
+
+
+try:
+    layer_ios(
+        BuiltIn(), MSELoss(), torch.randn(7, 5, 4), torch.randn(7, 4), layers=["attention.out_proj"]
+    )
+    raise AssertionError("a layer that never ran must be refused")
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 6.1.** A deep linear network averages over $S$ positions at the end, and all positions
+# of a datum hold the same input. By which factor is expand off?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With equal inputs $a_{ns} = \bar a_n$, so $A_\text{expand} = A_\text{reduce}$, while
+# $B_\text{expand} = B_\text{reduce} / S$ by [(6.6)]. Reduce is exact, so expand is the exact block
+# divided by $S$.
+#
+# </details>
+#
+# **Exercise 6.2.** Show that $A_\text{expand} - A_\text{reduce}$ is positive semi-definite, and say
+# in words what it is.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $\tfrac1S \sum_s a_{ns} a_{ns}^\top - \bar a_n \bar a_n^\top
+# = \tfrac1S \sum_s (a_{ns} - \bar a_n)(a_{ns} - \bar a_n)^\top$, the covariance of the inputs of datum
+# $n$ over its positions. The difference is its mean over data.
+#
+# </details>
+#
+# **Exercise 6.3.** Circular padding with stride one keeps reduce exact. Why does stride two in the
+# second convolution break it for the first?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With stride two, shifting the input by one pixel does not shift the output. Pixels with even and
+# with odd coordinates meet different entries of the kernel, so they receive different vectors, and
+# the first condition of [Theorem 6.1] fails. (For an odd kernel. A kernel of two with stride two
+# meets every pixel once, each with another entry: it fails, too.)
+#
+# </details>
+#
+# **Exercise 6.4.** Positions are *added up* instead of averaged before the loss. Which of the two
+# is exact now?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Still reduce: all positions receive the same vector, only now without $1/S$. Inputs are averaged
+# as before, vectors are summed as before; the scale is in $g$ by itself. That is the reason for
+# keeping it there.
+#
+# </details>
+#
+# **Exercise 6.5.** Is reduce zero for the queries of attention, too?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# No. Shifting all *queries* by $c$ changes the score for token $t$ by $c^\top k_t / \sqrt d$, which
+# differs between the $t$ that softmax compares.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+S = 5
+X, y = torch.rand(N, 1, 5).expand(N, S, 5), torch.randn(N, 2)
+for io in layer_ios(linear_network(4), MSELoss(), X, y).values():
+    assert_exact(S * kfac(io).dense(), io.block())
+
+X = torch.rand(N, S, 5)
+for io in layer_ios(linear_network(4), MSELoss(), X, y).values():
+    gap = kfac(io).A - kfac(io.reduced()).A
+    centred = io.a - io.a.mean(1, keepdim=True)
+    assert_exact(gap, torch.einsum("nsi,nsj->ij", centred, centred) / (N * S))
+    assert torch.linalg.eigvalsh(gap)[0] > -1e-12
+
+circular = {"padding": 1, "padding_mode": "circular"}
+for stride in (1, 2):
+    strided = Sequential(Conv2d(2, 3, 3, **circular), Conv2d(3, 4, 3, stride=stride, **circular))
+    strided.append(Mean(2, 3))
+    io = layer_ios(strided, MSELoss(), torch.rand(N, 2, 6, 8), torch.randn(N, 4))["0"]
+    error = relative_error(kfac(io.reduced()).dense(), io.block())
+    assert error < 1e-10 if stride == 1 else error > 1e-3
+
+
+class Sum(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+
+added = Sequential(Linear(5, 4), Linear(4, 2), Sum())
+for io in layer_ios(added, MSELoss(), X, y).values():
+    assert_exact(kfac(io.reduced()).dense(), io.block())
+    assert relative_error(kfac(io).dense(), io.block()) > 0.01
+
+model, inputs = networks["attention"]
+io = layer_ios(model, CrossEntropyLoss(), inputs[:50], labels[:50])["1.q"]
+assert kfac(io.reduced()).dense().norm() > 0.01 * io.block().norm()
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) introduce the two settings and prove
+# when each is exact. [Grosse and Martens (2016)](bibliography.md#kfc) derive what is now called
+# expand, for convolutions, from assumptions about images: compare these with [Theorem 6.1].
+# [Dangel et al. (2025)](bibliography.md#from-scratch) have KFAC with code.
+# [Dangel, Müller and Zeinhofer (2024)](bibliography.md#pinns) use the positions for something
+# else: the coefficients of a Taylor expansion.
