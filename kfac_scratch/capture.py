@@ -125,14 +125,15 @@ def stream(
 def _expanded_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
     rows = []
     for call in calls:
-        dtype = call.layer.weight.dtype
-        row = input_rows(call.layer, call.x).to(dtype)
-        rows.append(_with_bias_columns(block, call.layer, row))
-    return torch.cat(rows, dim=2)
+        ends = block.bias_inputs(call.layer)
+        row = input_rows(call.layer, call.x, ends).to(call.layer.weight.dtype)
+        rows.append(row if block.weight is not None else row[..., -len(ends) :])
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
 
 def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N S d_out"]:
-    return torch.cat([output_rows(c.layer, g) for c, g in zip(calls, gs, strict=True)], dim=3)
+    rows = [output_rows(c.layer, g) for c, g in zip(calls, gs, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)
 
 
 def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
@@ -140,7 +141,8 @@ def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups 
     for call in calls:
         row, S = averaged_rows(call.layer, call.x)
         row = row.to(call.layer.weight.dtype)
-        sums.append(S * _with_bias_columns(block, call.layer, row))
+        ends = row.new_tensor(block.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
+        sums.append(S * torch.cat([row, ends] if block.weight is not None else [ends], dim=-1))
         count += S
     return torch.stack(sums).sum(0) / count
 
@@ -153,11 +155,6 @@ def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "group
 
 EXPAND = Setting(_expanded_inputs, _expanded_outputs)
 REDUCE = Setting(_averaged_inputs, _summed_outputs)
-
-
-def _with_bias_columns(block: Shared, layer: Layer, rows: Tensor) -> Tensor:
-    columns = rows.new_tensor(block.bias_inputs(layer)).expand(*rows.shape[:-1], -1)
-    return torch.cat([rows, columns] if block.weight is not None else [columns], dim=-1)
 
 
 def _forward(model: Module, X: Tensor, found: list[Shared]) -> tuple[Tensor, dict[str, list[Call]]]:

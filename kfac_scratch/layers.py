@@ -13,7 +13,7 @@ Sources: Grosse and Martens 2016 (arXiv:1602.01407), §3 for convolutions; Esche
 (arXiv:2311.00636), §3; for averages of patches without patches, Dangel 2023 (arXiv:2307.02275).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import get_args
 
@@ -28,15 +28,18 @@ Layer = Linear | Convolution | Embedding
 LAYERS = get_args(Layer)
 
 
-def input_rows(layer: Layer, x: Tensor) -> Float[Tensor, "groups N S d_in"]:
-    """The rows that `W` multiplies, without a bias column."""
+def input_rows(
+    layer: Layer, x: Tensor, ends: Sequence[float] = ()
+) -> Float[Tensor, "groups N S d_in"]:
+    """The rows that `W` multiplies, each with the numbers `ends` behind it for bias columns."""
     match layer:
         case Conv1d() | Conv2d() | Conv3d():
-            return _patches(layer, x)
+            rows = _written(_patches(layer, x), len(layer.kernel_size) + 1, ends)
+            return rows.flatten(2, -2)
         case Embedding():
-            rows = _one_hot(layer, x)
+            rows = _written(_one_hot(layer, x), 1, ends)
         case _:
-            rows = x
+            rows = _written(x, 1, ends)
     return rows.reshape(1, len(x), -1, rows.shape[-1])
 
 
@@ -106,17 +109,25 @@ def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
     return rows
 
 
-def _patches(
-    layer: Convolution, x: Float[Tensor, "N C *space"]
-) -> Float[Tensor, "groups N S d_in"]:
+def _patches(layer: Convolution, x: Float[Tensor, "N C *space"]) -> Float[Tensor, "groups N ..."]:
+    """All patches, as a view `[groups, N, *positions, C_group, *kernel]` of the padded input."""
     x = _padded(layer, x)
     for axis, (k, stride, dilation) in enumerate(_geometry(layer), start=2):
         x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
-    dims = len(layer.kernel_size)  # x is [N, C, *positions, *kernel]
-    x = x.unflatten(1, (layer.groups, -1))  # [N, groups, C, *positions, *kernel]
-    x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    S = prod(x.shape[2 : 2 + dims])
-    return x.reshape(layer.groups, len(x[0]), S, -1)
+    dims = len(layer.kernel_size)
+    x = x.unflatten(1, (layer.groups, -1))  # [N, groups, C_group, *positions, *kernel]
+    return x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+
+
+def _written(x: Tensor, axes: int, ends: Sequence[float]) -> Float[Tensor, "*rows d_in"]:
+    """Copy the last axes of a tensor into rows once, with some more numbers behind each row."""
+    d = prod(x.shape[-axes:])
+    if not ends:
+        return x.reshape(*x.shape[:-axes], d)
+    rows = x.new_empty(*x.shape[:-axes], d + len(ends))
+    rows[..., :d].unflatten(-1, x.shape[-axes:]).copy_(x)
+    rows[..., d:] = x.new_tensor(ends)
+    return rows
 
 
 def _averaged_patches(

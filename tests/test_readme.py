@@ -1,0 +1,35 @@
+"""The README's example runs as it stands, and shows what it says."""
+
+import re
+from pathlib import Path
+
+import torch
+from laws import check_equal
+
+from kfac_scratch import REDUCE, kfac, layer_ios
+from kfac_scratch.curvature import block_diagonal, ggn
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    torch.set_default_dtype(torch.float32)
+    shown: dict = {}
+    exec(compile(code, str(README), "exec"), shown)
+    data = shown["model"], shown["loss"], shown["X"], shown["y"]
+    assert {n: v.shape for n, v in shown["step"].items()} == {
+        n: p.shape for n, p in shown["model"].named_parameters()
+    }
+    for name, io in layer_ios(*data, setting=REDUCE).items():
+        check_equal(shown["reduce"][name].A, kfac(io).A)
+    model = shown["model"].double()
+    X = shown["X"].double()
+    exact = block_diagonal(model[:1], ggn(model[:1], torch.nn.MSELoss(), X, model[:1](X).detach()))
+    assert exact["0"].shape == shown["exact"].shape
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (README.parent / link).exists()] == []
