@@ -171,7 +171,7 @@ assert abs(K.A[-1, -1] - 1) < 1e-12
 print(f"numbers stored: exact {F.numel()}, KFAC {K.A.numel() + K.B.numel()}")
 print(f"relative error: {relative_error(K.dense(), F):.3f}")
 
-# %% tags=["hide-input"] alt="Three 24 by 24 heat maps with 6 by 6 blocks ruled off: the exact curvature block of a layer, KFAC's Kronecker product, in which every tile repeats one pattern, and the difference of the two, which is fainter but clearly not zero." caption="The exact block of the first layer, KFAC, and what is lost, in one colour scale. There is one $6 \times 6$ tile for every pair of output units. In KFAC all tiles are multiples of $A$, in the exact block they are not."
+# %% tags=["hide-input"] alt="Three 24 by 24 heat maps with 6 by 6 blocks ruled off: the exact curvature block of a layer, KFAC's Kronecker product, in which every tile repeats one pattern, and the difference of the two, which is fainter but clearly not zero." caption="The exact block of the first layer, KFAC, and what is lost, in one colour scale. There is one $6 \\times 6$ tile for every pair of output units. In KFAC all tiles are multiples of $A$, in the exact block they are not."
 picture = {"exact $F$": F, r"KFAC $B \otimes A$": K.dense(), "difference": F - K.dense()}
 matrices(picture, blocks=dict.fromkeys(picture, (d_in, d_in)))
 
@@ -666,7 +666,7 @@ slope = ((x - x.mean()) * (t - t.mean())).sum() / (x - x.mean()).square().sum()
 print(f"slope of the sampling error in the doubly logarithmic plot: {slope:.2f}")
 assert -0.65 < slope < -0.35
 
-# %% tags=["hide-input"] alt="Double logarithmic plot against the number of samples M from 1 to 64. The distance of sampled KFAC from type-2 KFAC falls on the predicted line with slope minus one half. The distance from the exact block levels off at the error of KFAC itself, drawn as a horizontal line." caption="Sampling error falls as $1 / \sqrt{M}$, as [(5.12)] predicts. The distance to the exact block does not: what remains is KFAC's own error, which no number of samples removes."
+# %% tags=["hide-input"] alt="Double logarithmic plot against the number of samples M from 1 to 64. The distance of sampled KFAC from type-2 KFAC falls on the predicted line with slope minus one half. The distance from the exact block levels off at the error of KFAC itself, drawn as a horizontal line." caption="Sampling error falls as $1 / \\sqrt{M}$, as [(5.12)] predicts. The distance to the exact block does not: what remains is KFAC's own error, which no number of samples removes."
 predicted = [(sigma * K.A.norm() / F.norm() / M**0.5).item() for M in counts]
 own = relative_error(K.dense(), F)
 fig, ax = plt.subplots(figsize=(6.4, 3.4))

@@ -95,7 +95,7 @@ patches, W = torch.stack(rows), conv.weight.detach().flatten(1)  # [S, d_in], [d
 assert_exact((patches @ W.T).T.reshape(3, 3, 4), conv(x)[0].detach())
 assert_exact(input_rows(conv, x)[0, 0], patches)  # what the package does
 
-# %% tags=["hide-input"] alt="Four heat maps: a 4 by 5 image, the 12 by 4 matrix of its 2 by 2 patches, the 4 by 3 matrix of three flattened kernels, and the 12 by 3 matrix of outputs, one row per output pixel." caption="A convolution as a product: the image, its twelve $2 \times 2$ patches as rows $a_s$, three flattened kernels as columns of $W^\top$, and the output with one row per position."
+# %% tags=["hide-input"] alt="Four heat maps: a 4 by 5 image, the 12 by 4 matrix of its 2 by 2 patches, the 4 by 3 matrix of three flattened kernels, and the 12 by 3 matrix of outputs, one row per output pixel." caption="A convolution as a product: the image, its twelve $2 \\times 2$ patches as rows $a_s$, three flattened kernels as columns of $W^\\top$, and the output with one row per position."
 product = {"image": x[0, 0], "patches $a$": patches, r"$W^\top$": W.T, r"$a W^\top$": patches @ W.T}
 matrices(product)
 
@@ -333,9 +333,9 @@ assert_exact(io.reduced().gradients() + spread, io.gradients())  # equation 6.4
 def linear_network(pool_after: int | None) -> Sequential:
     """Four linear layers, positions averaged after one of them (0: at once, None: never)."""
     sizes, layers = (5, 4, 6, 3, 2), []
-    for l in range(5):
-        layers += [Linear(sizes[l - 1], sizes[l])] if l > 0 else []
-        layers += [Mean(1)] if pool_after == l else []
+    for i in range(5):
+        layers += [Linear(sizes[i - 1], sizes[i])] if i > 0 else []
+        layers += [Mean(1)] if pool_after == i else []
     return Sequential(*layers)
 
 
@@ -360,7 +360,7 @@ for pool_after in (None, 4, 3, 2, 1, 0):
         expected = ["reduce"] * (pool_after or 0) + ["both"] * (4 - (pool_after or 0))
         assert table[pool_after] == (["expand"] * 4 if pool_after is None else expected)
 
-print("average after   " + "".join(f"layer {l:<4}" for l in range(1, 5)))
+print("average after   " + "".join(f"layer {i:<4}" for i in range(1, 5)))
 for pool_after, row in table.items():
     where = "never" if pool_after is None else f"layer {pool_after}" if pool_after else "the input"
     print(f"{where:16}" + "".join(f"{entry:10}" for entry in row))
@@ -527,7 +527,7 @@ for case in ("zero padding", "no padding"):
 # patch is the image contracted with one small matrix per axis, and no patch is ever formed.
 
 
-# %% tags=["hide-input"] alt="Three heat maps of zeros and ones with ten rows, one per pixel, and three columns, one per entry of the kernel. For stride 1 there are three long overlapping bars, for stride 2 every second pixel is marked, for dilation 2 the bars are shifted by two." caption="The pattern $P$ for ten pixels and a kernel of three. Columns are entries of the kernel: each marks the pixels that it meets."
+# %% tags=["hide-input"] alt="Three heat maps of zeros and ones with three rows, one per entry of the kernel, and ten columns, one per pixel. For stride 1 each row is a bar of eight pixels, shifted by one from row to row. For stride 2 every second pixel is marked. For dilation 2 bars of six pixels are shifted by two." caption="The pattern $P^\\top$ for ten pixels and a kernel of three: each row marks the pixels that one entry of the kernel meets."
 def pattern(pixels: int, k: int, stride: int, dilation: int) -> Tensor:
     S = (pixels - dilation * (k - 1) - 1) // stride + 1
     P = torch.zeros(pixels, k)
@@ -537,7 +537,8 @@ def pattern(pixels: int, k: int, stride: int, dilation: int) -> Tensor:
     return P
 
 
-matrices({f"stride {s}, dilation {d}": pattern(10, 3, s, d) for s, d in ((1, 1), (2, 1), (1, 2))})
+shown = {f"stride {s}, dilation {d}": pattern(10, 3, s, d).T for s, d in ((1, 1), (2, 1), (1, 2))}
+matrices(shown)
 
 # %% [markdown]
 # ### In the package
@@ -713,12 +714,12 @@ assert averages[4] > averages[1]  # cosine
 assert averages[2] < averages[5]  # norm
 assert keys[3] > 0.99
 
-# %% tags=["hide-input"] alt="Three 80 by 80 heat maps for the first convolution of the digit network. The exact block and KFAC-reduce are alike in pattern and strength. KFAC-expand shows a similar pattern, but much more faintly." caption="The first convolution of the trained network: exact block, expand and reduce in one colour scale, which ends at a third of the largest entry. Expand is fainter: it does not see that similar inputs at different positions add up."
+# %% tags=["hide-input"] alt="Three 80 by 80 heat maps for the first convolution of the digit network, with 10 by 10 tiles, one per pair of output channels. In the exact block a few tiles are strong. Reduce has the same strong tiles. Expand has its strong tiles mostly along the diagonal." caption="The first convolution of the trained network: exact block, expand and reduce in one colour scale, which ends at a third of the largest entry. One tile per pair of output channels."
 model, inputs = networks["cnn"]
 io = layer_ios(model, loss, inputs[:N], labels[:N])["0"]
 F = io.block()
 picture = {"exact": F, "expand": kfac(io).dense(), "reduce": kfac(io.reduced()).dense()}
-matrices(picture, scale=F.abs().max().item() / 3)
+matrices(picture, blocks=dict.fromkeys(picture, (10, 10)), scale=F.abs().max().item() / 3)
 
 # %% [markdown]
 # In the reduce setting reduce is the better of the two on average, although the networks are not
@@ -760,9 +761,11 @@ assert cosine(expand.dense(), F) > 0.3
 V = torch.randn(10, 11)
 assert_exact(reduce.inverse(1e-3) @ V, V / 1e-3)
 
-# %% tags=["hide-input"] alt="Three 110 by 110 heat maps for the key projection. The exact block and KFAC-expand are filled with similar patterns, KFAC-reduce is empty." caption="The key projection: reduce is zero. Each panel has its own scale, the picture is of the pattern only."
-pattern_of = {name: M / M.abs().max() for name, M in (("exact", F), ("expand", expand.dense()))}
-matrices(pattern_of | {"reduce": reduce.dense()}, scale=0.3)
+# %% tags=["hide-input"] alt="Three 55 by 55 heat maps for half of the key projection. The exact block and KFAC-expand are filled with similar patterns, KFAC-reduce is empty." caption="The key projection: reduce is zero. The other two are scaled to their largest entry, and only five of the ten output units are drawn."
+part = slice(0, 5 * 11)  # five of the ten output units
+shown = {"exact": F, "expand": expand.dense(), "reduce": reduce.dense()}
+shown = {name: M[part, part] / M.abs().max() for name, M in shown.items() if name != "reduce"}
+matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(shown, (11, 11)))
 
 # %% [markdown]
 # ### Which vectors?
