@@ -198,8 +198,8 @@ matrices(terms | {"$G$, their sum": gradient})
 # entries of $J_n^\top \sigma_{vn}$ that belong to $\operatorname{vec}(W)$. These are the derivative
 # of $\sigma_{vn}^\top f_n$ with respect to $W$, which is $G_{vn}$ by [(4.3)]. $\blacksquare$
 #
-# Nothing has been approximated. If the vectors are not a square root but random with
-# $\mathbb{E} [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, [(4.7)] holds in expectation; if they are
+# Nothing has been approximated. If the vectors are not a square root but random with $\mathbb{E}
+# [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, [(4.7)] holds in expectation; if they are
 # gradients at the data's labels, the same sum is the empirical Fisher's block. Only the vectors
 # change, never the formula.
 
@@ -326,18 +326,18 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # %% [markdown]
 # ## What ships
 #
-# The package does the same in three pieces. The first is the hook. Three details differ from ours:
-# it appends to a list, as a layer may run several times; it also accepts an input that was passed by
-# name; and it notes the version of the input, a counter that PyTorch increases whenever a tensor is
-# written to. So a later change of the *input* is noticed as well.
+# The package does the same in three pieces. The first is the hook. Three details differ from
+# ours: it appends to a list, as a layer may run several times; it also accepts an input that was
+# passed by name; and it notes the version of the input, a counter that PyTorch increases whenever
+# a tensor is written to. So a later change of the *input* is noticed as well.
 
 # %% tags=["remove-input"]
 code(capture._record)
 
 # %% [markdown]
-# The second piece sends vectors backward. Recorded outputs that the network's output does not depend
-# on get zeros, which is their derivative. A single vector goes without batching, because a few
-# operations cannot be batched: `chunk=1` is the way out for networks that contain one.
+# The second piece sends vectors backward. Recorded outputs that the network's output does not
+# depend on get zeros, which is their derivative. A single vector goes without batching, because a
+# few operations cannot be batched: `chunk=1` is the way out for networks that contain one.
 
 # %% tags=["remove-input"]
 code(capture._backward)
@@ -394,10 +394,11 @@ for name, (net, shape) in networks.items():
 # %% [markdown]
 # ### More than the blocks
 #
-# Equation [(4.6)] was about the whole GGN; only then did we pick a layer. So line up the gradients of
-# *all* layers for one pair $(v, n)$ as one long vector, and the sum of outer products is the full
-# matrix, including the blocks that couple two layers. These are what block-diagonal methods throw
-# away, and nothing but two tensors per layer is needed to get them back.
+# Equation [(4.6)] was about the whole GGN; only then did we pick a layer. So line up the
+# gradients of *all* layers for one pair $(v, n)$ as one long vector, and the sum of outer
+# products is the full matrix, including the blocks that couple two layers. These are what
+# block-diagonal methods throw away, and nothing but two tensors per layer is needed to get them
+# back.
 
 # %%
 model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 4))
@@ -425,12 +426,12 @@ matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
 # To be covered by all of this, a layer has to be brought into the form $z_{ns} = W a_{ns}$. Three
 # kinds can be, and they make up most of the parameters of most networks.
 #
-# **A linear layer** on an input of shape $[N, \ast, d]$ treats all axes in between alike: every entry
-# of them is a position.
+# **A linear layer** on an input of shape $[N, \ast, d]$ treats all axes in between alike: every
+# entry of them is a position.
 #
 # **A convolution** takes a patch of its input, as large as the kernel, and multiplies it with the
-# kernel; then it moves on to the next patch. With the patch and the kernel both flattened in the same
-# order (channel, then row, then column), this is a row times a matrix. Padding, stride and
+# kernel; then it moves on to the next patch. With the patch and the kernel both flattened in the
+# same order (channel, then row, then column), this is a row times a matrix. Padding, stride and
 # dilation only decide which entries a patch consists of:
 
 
@@ -461,13 +462,15 @@ z = rows @ conv.weight.flatten(1).T  # [S, d_out]
 assert error(z.T, conv(image).flatten(1)) <= EXACT
 assert error(rows, input_rows(conv, image[None])[0, 0]) <= EXACT
 
-# %% tags=["hide-input"] alt="A 5 by 5 image of numbers, the four 3 by 3 patches that a kernel with stride 2 sees in it, and a 4 by 9 matrix whose rows are these patches flattened." caption="An image, its four patches for a 3 × 3 kernel with stride 2, and the rows $a_{ns}$ that they become. The middle row and column of the image occur in two patches, its centre in all four."
+# %% tags=["hide-input"] alt="A 5 by 5 image with the numbers from -12 to 12, and the four 3 by 3 patches that a kernel with stride 2 sees in it: top left, top right, bottom left, bottom right. The centre of the image, 0, is a corner of all four." caption="An image and its four patches for a 3 × 3 kernel with stride 2. They overlap in the middle row and column of the image."
 conv = nn.Conv2d(1, 1, 3, stride=2, bias=False)
 tiny = torch.arange(-12.0, 13.0).reshape(5, 5)
-rows = input_rows(conv, tiny[None, None])[0, 0]
-pictures = {"image": tiny}
-pictures |= {f"patch {s + 1}": row.reshape(3, 3) for s, row in enumerate(rows)}
-matrices(pictures | {"rows": rows})
+rows = input_rows(conv, tiny[None, None])[0, 0]  # [S, d_in]
+patches = {f"patch {s + 1}": row.reshape(3, 3) for s, row in enumerate(rows)}
+matrices({"image": tiny} | patches, digits=0)
+
+# %% tags=["hide-input"] alt="A 4 by 9 heat map with numbers: row 1 is patch 1 of the previous figure read from left to right and top to bottom, and so on." caption="The rows $a_{ns}$ of this image: each patch, flattened."
+matrices({"$a_n$: one row for each patch": rows}, digits=0)
 
 # %% [markdown]
 # **An embedding** looks up column $t$ of $W$ for token $t$ (PyTorch stores the transpose, one token
@@ -501,8 +504,8 @@ for layer, x in kinds:
     print(f"{type(layer).__name__:>9}: a {tuple(a.shape)}, z {tuple(z.shape)}")
 
 # %% [markdown]
-# Mistakes here do not announce themselves by shapes. Zeros in place of the circular padding give rows
-# of the right size with wrong content:
+# Mistakes here do not announce themselves by shapes. Zeros in place of the circular padding give
+# rows of the right size with wrong content:
 
 # %%
 circular, x = kinds[3]
@@ -601,9 +604,9 @@ refused(NotImplementedError, transposed, nn.MSELoss(), tokens, torch.randn(N, 2,
 # ## What capture leaves behind
 #
 # Nothing. Hooks are removed, also when the forward pass fails; `torch.autograd.grad` returns
-# derivatives and writes no `.grad`; no parameter's gradient is computed at all; modes and flags stay
-# as they were. An optimizer can capture curvature between its own forward and backward pass without
-# a trace.
+# derivatives and writes no `.grad`; no parameter's gradient is computed at all; modes and flags
+# stay as they were. An optimizer can capture curvature between its own forward and backward pass
+# without a trace.
 
 
 # %%
@@ -635,12 +638,13 @@ assert traces(model) == before
 # \tag{4.8}
 # $$
 #
-# numbers. For a linear layer the first part is what training keeps for the backward pass anyway. For
-# a convolution it is more, as an entry of the image stands in every patch that it is part of
-# ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided). The second part is $V$ times
-# the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$ (times
-# the positions, if there is a loss at each). With a thousand classes this soon does not fit. But the
-# block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO` with at most
+# numbers. For a linear layer the first part is what training keeps for the backward pass anyway.
+# For a convolution it is more, as an entry of the image stands in every patch that it is part of
+# ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided). The second part is $V$
+# times the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$
+# (times the positions, if there is a loss at each). With a thousand classes this soon does not
+# fit. But the block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO`
+# with at most
 # `chunk` of them at a time, and one adds up.
 
 # %%
@@ -659,12 +663,15 @@ B = torch.einsum("vnso,vnsp->op", together["0"].g, together["0"].g)
 
 chunks, numbers, seconds = [1, 2, 5, 10, 20, 60], [], []
 for chunk in chunks:
-    start, in_parts, largest = time.perf_counter(), torch.zeros_like(B), 0
-    for ios in stream(wide, loss, X, y, chunk=chunk):
-        g = ios["0"].g.flatten(0, 2)
-        in_parts += g.T @ g
-        largest = max(largest, held(ios))
-    seconds.append(time.perf_counter() - start)
+    times = []
+    for _ in range(3):
+        start, in_parts, largest = time.perf_counter(), torch.zeros_like(B), 0
+        for ios in stream(wide, loss, X, y, chunk=chunk):
+            g = ios["0"].g.flatten(0, 2)
+            in_parts += g.T @ g
+            largest = max(largest, held(ios))
+        times.append(time.perf_counter() - start)
+    seconds.append(min(times))
     numbers.append(largest)
     assert error(in_parts, B) <= EXACT
     assert largest == chunk * N_large * (80 + C)
@@ -680,14 +687,15 @@ for ax in (left, right):
     ax.set_xticks(chunks, labels=chunks)
     ax.minorticks_off()
 plt.show()
+assert seconds[0] > seconds[-1]
 
 # %% [markdown]
 # ### Many vectors or one
 #
-# The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from the
-# model and sends one vector, whatever $C$ is. That makes $g$ smaller by the factor $C$, and the block
-# random: right on average, but not for the one sample in hand. More samples approach the exact block
-# slowly, at the rate of one over the square root of their number.
+# The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from
+# the model and sends one vector, whatever $C$ is. That makes $g$ smaller by the factor $C$, and
+# the block random: right on average, but not for the one sample in hand. More samples approach
+# the exact block slowly, at the rate of one over the square root of their number.
 
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -709,10 +717,10 @@ for samples in (1, 10, 100, 1000):
 #
 # Most of the following has happened in public code. The cases share one property: the code runs.
 #
-# **Per-datum gradients of a mean loss.** The gradient of $L = \frac1N \sum_n \ell_n$ with respect to
-# $z_n$ is $\frac1N \nabla \ell_n$. Take it for the gradient of datum $n$, average the outer products
-# over data, and the result is $N^2$ times too small
-# ([an example](https://github.com/wiseodd/natural-gradients/issues/2)). Even a sum instead of an
+# **Per-datum gradients of a mean loss.** The gradient of $L = \frac1N \sum_n \ell_n$ with respect
+# to $z_n$ is $\frac1N \nabla \ell_n$. Take it for the gradient of datum $n$, average the outer
+# products over data, and the result is $N^2$ times too small ([an
+# example](https://github.com/wiseodd/natural-gradients/issues/2)). Even a sum instead of an
 # average leaves it $N$ times too small, as curvature is quadratic in gradients but linear in the
 # loss. The scale that is right is $g = \nabla \ell_n / \sqrt{D}$:
 
@@ -730,9 +738,9 @@ assert abs(ratio_sum - N) <= 1e-9
 assert error(divisor(loss, model(X), y) ** 0.5 * of_mean, right) <= EXACT
 
 # %% [markdown]
-# **A hook that never runs.** `nn.MultiheadAttention` has a submodule `out_proj`, an ordinary linear
-# layer. Its forward pass is never called: the parent reads its weight and computes by itself. A library
-# that registers hooks for all linear layers waits for a call that does not come
+# **A hook that never runs.** `nn.MultiheadAttention` has a submodule `out_proj`, an ordinary
+# linear layer. Its forward pass is never called: the parent reads its weight and computes by
+# itself. A library that registers hooks for all linear layers waits for a call that does not come
 # ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267)). Note that the weight *is*
 # used. The package refuses:
 
@@ -757,8 +765,9 @@ assert attention.attend.out_proj.weight.grad.abs().max() > 0
 refused(ValueError, attention, nn.MSELoss(), sequence, torch.randn(N, 3, 4))
 
 # %% [markdown]
-# **The last call only.** A dictionary from layer to recording, as in `capture_by_hand`, keeps the last
-# call of a layer that runs twice. The first one is overwritten and its part of every gradient is lost:
+# **The last call only.** A dictionary from layer to recording, as in `capture_by_hand`, keeps the
+# last call of a layer that runs twice. The first one is overwritten and its part of every
+# gradient is lost:
 
 # %%
 tied, shape = networks["tied"]
@@ -770,9 +779,9 @@ assert last_only["4"] <= EXACT  # runs once
 assert max(check(layer_ios(tied, loss, X, y), tied, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# **A bias column of zeros.** `a.new_zeros` in place of `a.new_ones`, or ones that are appended before a
-# step that changes them, such as padding. The weight's part of the block remains right, so a test
-# without biases passes, and the bias has no curvature at all:
+# **A bias column of zeros.** `a.new_zeros` in place of `a.new_ones`, or ones that are appended
+# before a step that changes them, such as padding. The weight's part of the block remains right,
+# so a test without biases passes, and the bias has no curvature at all:
 
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -784,9 +793,9 @@ assert broken[:, -1].abs().max() == 0
 assert block[:, -1].abs().max() > 0
 
 # %% [markdown]
-# **The batch is not on axis 0.** Recurrent code often puts time first. Then axis 0 of the layer's input
-# counts positions, and gradients of different data are added up. The package compares with the
-# output's length:
+# **The batch is not on axis 0.** Recurrent code often puts time first. Then axis 0 of the layer's
+# input counts positions, and gradients of different data are added up. The package compares with
+# the output's length:
 
 
 # %%
@@ -803,9 +812,9 @@ time_first = TimeFirst()
 refused(ValueError, time_first, loss, torch.randn(N, 7, 4), y)
 
 # %% [markdown]
-# A comparison of lengths cannot notice it when there are as many positions as data. Then the error is
-# silent, here and in every library that relies on shapes, which is a reason to test with sizes that
-# are all different:
+# A comparison of lengths cannot notice it when there are as many positions as data. Then the
+# error is silent, here and in every library that relies on shapes, which is a reason to test with
+# sizes that are all different:
 
 # %%
 square = torch.randn(N, N, 4)
@@ -814,9 +823,9 @@ print("as many positions as data:", silent)
 assert silent["layer"] > 0.1
 
 # %% [markdown]
-# **Batch normalisation in training mode** breaks the assumption of [Theorem 4.1] that $f_n$ depends on
-# datum $n$ only. The vectors of all data, sent backward together, then get mixed on their way. One can
-# run the code, but what comes out is not the block:
+# **Batch normalisation in training mode** breaks the assumption of [Theorem 4.1] that $f_n$
+# depends on datum $n$ only. The vectors of all data, sent backward together, then get mixed on
+# their way. One can run the code, but what comes out is not the block:
 
 
 # %%
@@ -847,9 +856,9 @@ normed.eval()
 assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# **An input that is overwritten.** The copy protects $z$. The input $a$ is recorded as it is, because
-# copying all inputs would double the memory. If it is changed later, say by a residual connection
-# that is added in place, the version number that the hook noted tells:
+# **An input that is overwritten.** The copy protects $z$. The input $a$ is recorded as it is,
+# because copying all inputs would double the memory. If it is changed later, say by a residual
+# connection that is added in place, the version number that the hook noted tells:
 
 
 # %%
@@ -870,8 +879,8 @@ refused(ValueError, InPlaceResidual(), nn.MSELoss(), X, torch.randn(N, 4))
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 4.1.** What is the largest rank that the block of a layer can have, and the largest rank
-# of a single gradient $G_{vn}$? When is the block singular for certain?
+# **Exercise 4.1.** What is the largest rank that the block of a layer can have, and the largest
+# rank of a single gradient $G_{vn}$? When is the block singular for certain?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -890,7 +899,8 @@ refused(ValueError, InPlaceResidual(), nn.MSELoss(), X, torch.randn(N, 4))
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The empirical vectors are $\nabla \ell_n / \sqrt{D}$ and the gradient is $\frac{1}{D} \sum_n \nabla
+# The empirical vectors are $\nabla \ell_n / \sqrt{D}$ and the gradient is $\frac{1}{D} \sum_n
+# \nabla
 # \ell_n$. So it is $\frac{1}{\sqrt{D}} \sum_n G_{1n}$.
 #
 # </details>
@@ -920,15 +930,16 @@ refused(ValueError, InPlaceResidual(), nn.MSELoss(), X, torch.randn(N, 4))
 #
 # </details>
 #
-# **Exercise 4.5.** `LayerIO.reduced` averages $a$ and sums $g$ over positions. Show that this does not
-# change $G_{vn}$ if all positions of a datum receive the same vector, or if all have the same input.
+# **Exercise 4.5.** `LayerIO.reduced` averages $a$ and sums $g$ over positions. Show that this
+# does not change $G_{vn}$ if all positions of a datum receive the same vector, or if all have the
+# same input.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The reduced gradient is $(\sum_s g_s)(\frac1S \sum_{s'} a_{s'})^\top$. If $g_s = g$ for all $s$, it is
-# $S g \cdot \frac1S \sum_s a_s^\top = \sum_s g_s a_s^\top$. If $a_s = a$ for all $s$, it is $(\sum_s
-# g_s) a^\top$, which is the same sum again.
+# The reduced gradient is $(\sum_s g_s)(\frac1S \sum_{s'} a_{s'})^\top$. If $g_s = g$ for all $s$,
+# it is $S g \cdot \frac1S \sum_s a_s^\top = \sum_s g_s a_s^\top$. If $a_s = a$ for all $s$, it is
+# $(\sum_s g_s) a^\top$, which is the same sum again.
 #
 # </details>
 #
