@@ -37,11 +37,15 @@ def mkdocs_build(source: Path, target: Path) -> subprocess.CompletedProcess[str]
 
 
 @cache
+def _build() -> tuple[Path, subprocess.CompletedProcess[str]]:
+    target = Path(tempfile.mkdtemp(prefix="kfac-site-"))
+    return target, mkdocs_build(ROOT, target)
+
+
 def built_site() -> Path:
     """The folder of the built site."""
     missing("mkdocs", "material", "mkdocstrings", "nbclient", "nbconvert", "jupytext", "ipykernel")
-    target = Path(tempfile.mkdtemp(prefix="kfac-site-"))
-    built = mkdocs_build(ROOT, target)
+    target, built = _build()
     assert built.returncode == 0, built.stderr[-3000:]
     return target
 
