@@ -49,14 +49,15 @@ def jacobian(model: Module, X: Tensor) -> Float[Tensor, "out D"]:
 
 def loss_hessian(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "out out"]:
     """Second derivatives of the loss by the network's outputs."""
-    of_vector = lambda v: loss(v.reshape(f.shape), y)  # noqa: E731
-    return jacrev(jacrev(of_vector))(f.detach().flatten())
+    gradient = grad(lambda v: loss(v.reshape(f.shape), y))
+    return jacrev(gradient)(f.detach().flatten())
 
 
 def hessian(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "D D"]:
     """Second derivatives of the loss by the parameters."""
     network = _network(model, X)
-    return jacrev(jacrev(lambda t: loss(network(t), y)))(parameter_vector(model))
+    gradient = grad(lambda t: loss(network(t), y))  # jacrev here is wrong for LayerNorm (2.13)
+    return jacrev(gradient)(parameter_vector(model))
 
 
 def ggn(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "D D"]:
