@@ -552,7 +552,7 @@ height = (1 - start[0]) ** 2 + 100 * (start[1] - start[0] ** 2) ** 2
 fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), sharey=True, layout="constrained")
 for ax, M, name in zip(axes, (H_start, GGN_start), ("Hessian", "GGN"), strict=True):
     quadratic = height + offset @ slope.cpu() + 0.5 * ((offset @ M.cpu()) * offset).sum(-1)
-    levels = [0.1, 0.5, 1, 2, 3, 3.6, 4.2, 6, 12, 30, 60]
+    levels = [0.3, 1, 2, 3, 4, 8, 20, 50]
     ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.5)
     ax.contour(x1, x2, quadratic, levels, colors="C1", linewidths=1, linestyles="dashed")
     stationary = torch.tensor(start) - torch.linalg.solve(M, slope)
@@ -606,7 +606,7 @@ def damped_gauss_newton(steps: int, damping: float = 1.0) -> list[Tensor]:
 
 
 paths = {
-    "gradient descent": descend(lambda slope, H, GGN: slope / 1000, 40),
+    "gradient descent": descend(lambda slope, H, GGN: slope / 600, 300),
     "Newton": descend(lambda slope, H, GGN: torch.linalg.solve(H, slope), 8),
     "damped Gauss-Newton": damped_gauss_newton(30),
 }
@@ -629,10 +629,11 @@ for (name, path), color, marker in zip(paths.items(), ("C0", "C1", "C2"), "osD",
     points = torch.stack(path).cpu()
     ax.plot(points[:, 0], points[:, 1], marker + "-", color=color, markersize=4, label=name)
     curves.semilogy(losses[name], marker + "-", color=color, markersize=3)
+curves.set_xscale("symlog", linthresh=20)
 ax.plot(*start, "o", color="C2", markersize=8)
 ax.plot(1, 1, "*", color="C3", markersize=12)
 ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-1.9, 1.7), ylim=(-1.7, 2.4))
-curves.set(xlabel="step", ylabel="loss", ylim=(1e-12, 1e4))
+curves.set(xlabel="step (logarithmic beyond 20)", ylabel="loss", ylim=(1e-12, 1e4))
 ax.legend(loc="lower left")
 plt.show()
 
@@ -746,13 +747,16 @@ def clock(width: int) -> dict[str, float]:
     }
 
 
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # steadier times
 rows = [clock(width) for width in (4, 8, 16, 32, 64, 512, 4096)]
+torch.set_num_threads(threads)
 for row in rows:
     times = "   ".join(f"{name} {1e3 * t:7.2f}" for name, t in row.items() if name != "parameters")
     print(f"{row['parameters']:7,} parameters, milliseconds:   {times}")
 assert rows[4]["dense Hessian"] > 3 * rows[4]["Hessian product"]
 
-# %% tags=["hide-input"] alt="Log-log plot of seconds against the number of parameters. The dense Hessian rises steeply and stops early. Hessian product, GGN product and gradient stay nearly flat and then rise together, in parallel." caption="Best of seven runs on the CPU of the machine that built this page."
+# %% tags=["hide-input"] alt="Log-log plot of seconds against the number of parameters. The dense Hessian rises steeply and stops early. Hessian product, GGN product and gradient stay nearly flat and then rise together, in parallel." caption="Best of seven runs on one CPU thread of the machine that built this page."
 fig, ax = plt.subplots(figsize=(6.4, 3.4))
 for name, marker in zip(list(rows[0])[1:], "osD^", strict=True):
     ax.loglog([r["parameters"] for r in rows], [r[name] for r in rows], marker + "-", label=name)
@@ -822,7 +826,8 @@ for step, _, *pair in (history[0], history[-1]):
     print(
         f"step {step:3}: largest eigenvalues {top_H:.2e} and {top_GGN:.2e}, distance {distance:.2f}"
     )
-assert abs(top_H / top_GGN - 1) < 0.2
+    assert distance > 0.5 if step == 0 else distance < 0.4
+assert abs(top_H / top_GGN - 1) < 0.3
 
 # %% tags=["hide-input"] alt="Three panels. Sorted eigenvalues of Hessian and GGN before training: the Hessian's fall well below zero. The same after training: the largest agree, the Hessian still has small negative ones, the GGN none. Third: the loss and the relative distance of the two matrices during training." caption="Eigenvalues in order of size before and after training, on a scale that is linear near zero; and how far apart the two matrices are during training."
 fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
