@@ -91,20 +91,20 @@ def mlp(*sizes: int, activation: type[Module] | None = Tanh, bias: bool = True) 
 # &= \sum_{n, v} (g_{vn} \otimes a_n)(g_{vn} \otimes a_n)^\top
 #   && \operatorname{vec}(g a^\top) = g \otimes a \\
 # &= \sum_{n, v} (g_{vn} g_{vn}^\top) \otimes (a_n a_n^\top)
-#   && (P \otimes Q)(R \otimes T) = (P R) \otimes (Q T) \\
+#   && \text{mixed product} \\
 # &= \sum_{n} \Bigl(\sum_{v} g_{vn} g_{vn}^\top\Bigr) \otimes (a_n a_n^\top)
-#   && \otimes \text{ is linear, and } a_n \text{ does not depend on } v.
+#   && \otimes \text{ is linear in each factor.}
 # \end{aligned}
 # \tag{5.1}
 # $$
 #
-# The second and third lines are [(1.5)] and the mixed product [(1.9)]. Give the two small
-# matrices of a datum names,
+# The second and third lines are [(1.5)] and [(1.9)]. Give the two small matrices of a datum names,
+# one of size $d_\text{out} \times d_\text{out}$ and one of size $d_\text{in} \times d_\text{in}$:
 #
 # $$
-# B_n = \sum_{v} g_{vn} g_{vn}^\top \in \mathbb{R}^{d_\text{out} \times d_\text{out}},
+# B_n = \sum_{v} g_{vn} g_{vn}^\top,
 # \qquad
-# A_n = a_n a_n^\top \in \mathbb{R}^{d_\text{in} \times d_\text{in}},
+# A_n = a_n a_n^\top,
 # \qquad
 # F = \sum_{n} B_n \otimes A_n.
 # \tag{5.2}
@@ -138,10 +138,12 @@ print(f"F is {len(F)} × {len(F)}; B_n is {d_out} × {d_out} and A_n is {d_in} �
 # the average over data. Then
 #
 # $$
+# \begin{aligned}
 # F = N\, \mathbb{E}[B_n \otimes A_n]
-# \;\approx\; N\, \mathbb{E}[B_n] \otimes \mathbb{E}[A_n]
-# = \underbrace{\Bigl(\sum_{n, v} g_{vn} g_{vn}^\top\Bigr)}_{B} \otimes
+# &\approx N\, \mathbb{E}[B_n] \otimes \mathbb{E}[A_n] \\
+# &= \underbrace{\Bigl(\sum_{n, v} g_{vn} g_{vn}^\top\Bigr)}_{B} \otimes
 #   \underbrace{\Bigl(\frac{1}{N} \sum_n a_n a_n^\top\Bigr)}_{A}.
+# \end{aligned}
 # \tag{5.3}
 # $$
 #
@@ -184,12 +186,14 @@ matrices(picture, blocks=dict.fromkeys(picture, (d_in, d_in)))
 # $\bar A = \mathbb{E}[A_n]$,
 #
 # $$
+# \begin{aligned}
 # \sum_n (B_n - \bar B) \otimes (A_n - \bar A)
-# = \underbrace{\sum_n B_n \otimes A_n}_{F}
+# &= \underbrace{\sum_n B_n \otimes A_n}_{F}
 # - \underbrace{\sum_n B_n}_{N \bar B} \otimes \bar A
 # - \bar B \otimes \underbrace{\sum_n A_n}_{N \bar A}
-# + N \bar B \otimes \bar A
-# = F - B \otimes A.
+# + N \bar B \otimes \bar A \\
+# &= F - N \bar B \otimes \bar A = F - B \otimes A.
+# \end{aligned}
 # \tag{5.4}
 # $$
 #
@@ -213,9 +217,11 @@ matrices(picture, blocks=dict.fromkeys(picture, (d_in, d_in)))
 # $B_n = \sum_v g_{vn} g_{vn}^\top$ with the entries of $A_n = a_n a_n^\top$:
 #
 # $$
+# \begin{aligned}
 # \mathcal{R}(F - B \otimes A)
-# = \sum_n \operatorname{vec}(B_n - \bar B) \operatorname{vec}(A_n - \bar A)^\top
-# = N \operatorname{Cov}\bigl(\operatorname{vec} B_n, \operatorname{vec} A_n\bigr),
+# &= \sum_n \operatorname{vec}(B_n - \bar B) \operatorname{vec}(A_n - \bar A)^\top \\
+# &= N \operatorname{Cov}\bigl(\operatorname{vec} B_n, \operatorname{vec} A_n\bigr),
+# \end{aligned}
 # \tag{5.6}
 # $$
 #
@@ -246,11 +252,12 @@ print(f"‖F − B ⊗ A‖ = {error:.6f},  N ‖Cov‖ = {N * covariance.norm()
 # products between data alone, and here these are squares of inner products of vectors:
 #
 # $$
-# \langle A_n, A_m \rangle = (a_n^\top a_m)^2,
-# \qquad
-# \langle B_n, B_m \rangle = \sum_{v, w} (g_{vn}^\top g_{wm})^2,
-# \qquad
-# \langle B_n \otimes A_n, B_m \otimes A_m \rangle = \langle B_n, B_m \rangle \langle A_n, A_m \rangle.
+# \begin{aligned}
+# \langle B_n \otimes A_n, B_m \otimes A_m \rangle
+# &= \langle B_n, B_m \rangle \langle A_n, A_m \rangle, \\
+# \langle A_n, A_m \rangle &= (a_n^\top a_m)^2, \\
+# \langle B_n, B_m \rangle &= \sum_{v, w} (g_{vn}^\top g_{wm})^2.
+# \end{aligned}
 # \tag{5.7}
 # $$
 #
@@ -606,10 +613,12 @@ assert relative_error(K, gradients.T @ gradients) > 0.1
 # $c_n$. The variances of its entries add up to
 #
 # $$
-# \sigma^2 = \sum_n \Bigl(\sum_c p_{cn} \lVert h_{cn} \rVert^4 - \lVert B_n \rVert^2\Bigr)
-# = \sum_n \Bigl(\sum_c \frac{\lVert g_{cn} \rVert^4}{p_{cn}} - \lVert B_n \rVert^2\Bigr),
-# \qquad
-# \mathbb{E} \lVert \hat B \otimes A - B \otimes A \rVert^2 = \frac{\sigma^2 \lVert A \rVert^2}{M}
+# \begin{aligned}
+# \sigma^2 &= \sum_n \Bigl(\sum_c p_{cn} \lVert h_{cn} \rVert^4 - \lVert B_n \rVert^2\Bigr)
+# = \sum_n \Bigl(\sum_c \frac{\lVert g_{cn} \rVert^4}{p_{cn}} - \lVert B_n \rVert^2\Bigr), \\
+# \mathbb{E} \lVert \hat B \otimes A - B \otimes A \rVert^2
+# &= \frac{1}{M} \sigma^2 \lVert A \rVert^2
+# \end{aligned}
 # \tag{5.12}
 # $$
 #
@@ -723,19 +732,18 @@ for name, layer in layer_ios(perfect, MSELoss(), X, y, empirical).items():
 # %% [markdown]
 # ## Without $B$
 #
-# How much does each factor contribute? [Benzing (2022)](bibliography.md#foof) leaves $B$ out,
+# How much does each factor contribute? [Benzing (2022)](bibliography.md#foof) leaves $B$ out and
+# keeps $I \otimes A$. Its damped inverse acts on a gradient from the right only,
 #
 # $$
-# I \otimes A,
-# \qquad
 # (I \otimes A + \delta I)^{-1} \operatorname{vec}(V) = \operatorname{vec}\bigl(V (A + \delta I)^{-1}\bigr),
 # \tag{5.13}
 # $$
 #
-# calls it FOOF and reports that it often trains at least as well. It needs no vectors $g$ at all.
-# It is not an approximation of the block: its scale knows nothing of the loss.
+# The paper calls it FOOF and reports that it often trains at least as well. It needs no vectors $g$ at
+# all. It is not an approximation of the block: its scale knows nothing of the loss.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(foof)
 
 # %%

@@ -177,10 +177,11 @@ for kind, (model, X) in examples.items():
 # positions, and its outer product with itself a double sum:
 #
 # $$
-# G_{vn} = \sum_s g_{vns} a_{ns}^\top,
-# \qquad
-# F = \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top
+# \begin{aligned}
+# G_{vn} &= \sum_s g_{vns} a_{ns}^\top, \\
+# F &= \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top
 # = \sum_{v, n} \sum_{s, s'} (g_{vns}\, g_{vns'}^\top) \otimes (a_{ns}\, a_{ns'}^\top).
+# \end{aligned}
 # \tag{6.2}
 # $$
 #
@@ -275,8 +276,8 @@ matrices(tables)
 # $$
 #
 # Inputs are **averaged**, vectors are **summed**. The reason is [(6.4)], and the scale: only a sum
-# of $g$ keeps the gradient right. Both approximations take a product of averages, expand once over
-# all positions of all data, reduce twice, first over positions and then over data.
+# of $g$ keeps the gradient right. To sum up: reduce takes a product of averages twice, first over
+# the positions of a datum and then over data; expand ignores that positions belong to a datum.
 
 # %% [markdown]
 # ### In the package
@@ -514,11 +515,12 @@ for case in ("zero padding", "no padding"):
 # needs only the *average* patch. Entry $j$ of it, for a kernel along one axis, is
 #
 # $$
-# \bar a_j = \frac1S \sum_{s=0}^{S-1} x_{\,s \cdot \text{stride} + j \cdot \text{dilation}}
-# = \frac1S \sum_p x_p P_{pj},
-# \qquad
-# P_{pj} = \begin{cases} 1 & p = s \cdot \text{stride} + j \cdot \text{dilation for some } s, \\
+# \begin{aligned}
+# \bar a_j &= \frac1S \sum_{s=0}^{S-1} x_{\,s \cdot \text{stride} + j \cdot \text{dilation}}
+# = \frac1S \sum_p x_p P_{pj}, \\
+# P_{pj} &= \begin{cases} 1 & p = s \cdot \text{stride} + j \cdot \text{dilation for some } s, \\
 # 0 & \text{else}. \end{cases}
+# \end{aligned}
 # \tag{6.7}
 # $$
 #
@@ -662,6 +664,9 @@ networks = {
     "graph": (graph, tokens),
 }
 
+
+# %%
+lines = []
 for kind, (model, inputs) in networks.items():
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for step in range(180):
@@ -671,8 +676,9 @@ for kind, (model, inputs) in networks.items():
         optimizer.step()
     with torch.no_grad():
         hits = (model(inputs[600:]).argmax(1) == labels[600:]).double().mean().item()
-    print(f"{kind:10} {hits:.0%} of unseen digits are right")
+    lines.append(f"{kind:10} {hits:.0%} of unseen digits are right")
     assert hits > 0.5
+print("\n".join(lines))
 
 # %% [markdown]
 # For every layer we compare both flavours with the exact GGN block on 100 images. The relative
@@ -689,8 +695,9 @@ def cosine(K: Tensor, F: Tensor) -> float:
 
 N, loss = 100, CrossEntropyLoss()
 shared = {}
-print("                            expand                    reduce")
-print("layer            S      error  cosine  norm      error  cosine  norm")
+form = "{:24}{:7.2f} {:7.2f} {:6.2f}    {:7.2f} {:7.2f} {:6.2f}".format
+lines = [f"{'':33}expand{'':20}reduce"]
+lines += [f"{'layer':20}S     error  cosine   norm      error  cosine   norm"]
 for kind, (model, inputs) in networks.items():
     for name, io in layer_ios(model, loss, inputs[:N], labels[:N]).items():
         F, S = io.block(), io.a.shape[1]
@@ -698,8 +705,7 @@ for kind, (model, inputs) in networks.items():
         for part in (io, io.reduced()):
             K = kfac(part).dense()
             row += [relative_error(K, F), cosine(K, F), (K.norm() / F.norm()).item()]
-        text = "{:7.2f} {:7.2f} {:6.2f}    {:7.2f} {:7.2f} {:6.2f}".format(*row)
-        print(f"{kind + ' ' + name:16}{S:2}    {text}")
+        lines.append(form(f"{kind + ' ' + name:18}{S:3}", *row))
         if S > 1:
             shared[kind, name] = row
         else:
@@ -707,8 +713,8 @@ for kind, (model, inputs) in networks.items():
 
 keys = shared.pop(("attention", "1.k"))
 averages = [sum(row[i] for row in shared.values()) / len(shared) for i in range(6)]
-text = "{:7.2f} {:7.2f} {:6.2f}    {:7.2f} {:7.2f} {:6.2f}".format(*averages)
-print(f"mean over S > 1, but 1.k{text}")
+lines.append(form("mean over S > 1, no keys", *averages))
+print("\n".join(lines))
 assert averages[3] < averages[0]  # error
 assert averages[4] > averages[1]  # cosine
 assert averages[2] < averages[5]  # norm
