@@ -254,6 +254,16 @@ def on_page_markdown(text, page, config, files):
     return text + "\n"
 
 
+def on_page_content(html, page, config, files):
+    """Lists of contents show text only: leave out the marks of formulas in headings."""
+    entries = list(page.toc)
+    while entries:
+        entry = entries.pop()
+        entry.title = re.sub(r"\\\((.*?)\\\)", r"\1", entry.title)
+        entries += entry.children
+    return html
+
+
 def on_page_context(context, page, config, nav):
     """Let the edit link of a chapter lead to its script."""
     source = TUTORIAL / f"{page.file.name}.py"
