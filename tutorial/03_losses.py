@@ -302,8 +302,8 @@ for ax, probabilities in zip(axes, ([0.4, 0.35, 0.25], [0.05, 0.88, 0.07]), stri
     ax.set(
         aspect="equal",
         title=f"$p$ = ({', '.join(map(str, probabilities))})",
-        xlim=(-0.1, 1.15),
-        ylim=(-0.08, 1.02),
+        xlim=(-0.1, 1.3),
+        ylim=(-0.28, 1.0),
     )
     ax.axis("off")
 plt.show()
@@ -703,10 +703,15 @@ assert_close(
     directions(far)["empirical Fisher"],
 )
 
+
 # %% tags=["hide-input"] alt="Three direction fields over slope and intercept with contours of the loss. The gradient's arrows cross the long valley and its paths bend into it. The Fisher's arrows all point straight at the minimum. The empirical Fisher's arrows turn around it and its paths are bent." caption="Directions and four paths for linear regression with misspecified noise. Preconditioned by the Fisher every path is straight. The empirical Fisher distorts the field."
-span, height = torch.linspace(-2.2, 2.2, 15), torch.linspace(-3.6, 3.6, 15)
-grid = torch.stack(torch.meshgrid(best[0] + span, best[1] + height, indexing="xy"), -1)
-excess = grid - best
+def points_around(count: int) -> Tensor:
+    axes = torch.linspace(-2.2, 2.2, count), torch.linspace(-3.6, 3.6, count)
+    return best + torch.stack(torch.meshgrid(*axes, indexing="xy"), -1)
+
+
+grid, fine = points_around(15), points_around(100)
+excess = fine - best
 surface = torch.einsum("abi,ij,abj->ab", excess, inputs.T @ inputs / len(x), excess).cpu()
 scale = torch.tensor([4.4, 7.2])
 
@@ -719,7 +724,7 @@ def directions_at(points: Tensor) -> dict[str, Tensor]:
 fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.5), sharey=True, layout="constrained")
 for i, (ax, name) in enumerate(zip(axes, directions(far), strict=True)):
     ax.contour(
-        *grid.permute(2, 0, 1).cpu(),
+        *fine.permute(2, 0, 1).cpu(),
         surface,
         [0.1, 0.5, 2, 6, 15],
         colors="C0",
@@ -734,10 +739,11 @@ for i, (ax, name) in enumerate(zip(axes, directions(far), strict=True)):
     for _ in range(250):
         step = directions_at(path[-1])[name]
         length = (step / scale).norm(dim=-1, keepdim=True)
-        path.append(path[-1] + step * (0.006 / length).clamp(max=0.05))
+        remaining = ((path[-1] - best) / scale).norm(dim=-1, keepdim=True)
+        path.append(path[-1] + step / length * (0.05 * remaining).clamp(max=0.006))
     ax.plot(*torch.stack(path).permute(2, 0, 1).cpu(), color=f"C{i}", linewidth=2)
     ax.plot(*best.cpu(), "*", color="C3", markersize=12)
-    ax.set(title=name, xlabel="slope")
+    ax.set(title=name, xlabel="slope", xlim=(best[0].item() - 2.4, best[0].item() + 2.4))
 axes[0].set_ylabel("intercept")
 plt.show()
 
