@@ -12,16 +12,16 @@ Everything else in this package follows from this one choice.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
-def vec(V: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch mn"]:
+def vec(V: Num[Tensor, "*batch m n"]) -> Num[Tensor, "*batch mn"]:
     """Stack the rows of a matrix (or of every matrix in a batch) into one vector."""
     return V.flatten(-2)
 
 
-def unvec(v: Float[Tensor, "*batch mn"], rows: int) -> Float[Tensor, "*batch m n"]:
+def unvec(v: Num[Tensor, "*batch mn"], rows: int) -> Num[Tensor, "*batch m n"]:
     """Undo `vec` for a matrix with the given number of rows.
 
     Raises:
