@@ -16,8 +16,8 @@
 # **Part II: KFAC.** What is lost when the curvature of a layer becomes one Kronecker product,
 # and when is nothing lost?
 #
-# [Chapter 4](04_layer_io.py) ended with the exact curvature block of a layer, computed from what
-# the layer received, $a$, and what the loss sent back to its output, $g$. The block is a square
+# [Chapter 4](04_layer_io.py) computed the exact curvature block of a layer from what the layer
+# received, $a$, and what the loss sent back to its output, $g$. The block is a square
 # matrix with as many rows as the layer has weights. For one datum it is a Kronecker product of
 # two small matrices. For many data it is a *sum* of such products, and a sum of Kronecker
 # products is not a Kronecker product. KFAC acts as if it were.
@@ -693,13 +693,14 @@ expected = [(own**2 + e**2) ** 0.5 for e in predicted]
 assert all(0.5 < t / e < 2 for t, e in zip(to_kfac, predicted, strict=True))
 assert all(0.5 < t / e < 2 for t, e in zip(to_exact, expected, strict=True))
 enough = (predicted[0] / own) ** 2
-print(f"sampling costs as much as KFAC itself with M = {enough:.1f}")
+print(f"sampling is as wrong as KFAC itself with M = {enough:.1f} samples,")
+print(f"and {enough**0.5:.1f} times as wrong with one")
 
 # %% [markdown]
 # The two errors add in squares, because the sampling error has mean zero. Beyond the printed
-# number of samples most of the error is KFAC's own, and more samples buy little. This is why one
-# sample per datum is the usual choice in training, where the factors are averaged over steps
-# anyway.
+# number of samples most of the error is KFAC's own, and more samples buy little. With a single one,
+# the usual choice in training, sampling dominates on this small batch. Larger batches help, and
+# averaging the factors over steps, which is what optimisers do.
 #
 # ## The empirical Fisher is another matrix
 #
@@ -883,6 +884,8 @@ assert min(several.values()) > 0.05
 assert found["A is a sum", 1] < 1e-10  # a single datum does not see it
 
 # %% [markdown]
+# A single datum lets one of them pass, and cannot see anything else about averages over data.
+#
 # **Half the squared error or all of it?** The network's `MSELoss` has no $\tfrac12$ in front, so
 # its Hessian is $2 I / D$. Texts that start from $\tfrac12 \lVert f - y \rVert^2$ get $I / D$.
 # A factor of two separates their curvatures
