@@ -102,7 +102,7 @@ assert (5 * 3 + 5) + (C * 5 + C) == D
 # \tag{2.2}
 # $$
 #
-# The **Hessian** $\nabla^2_\theta L$ is the only matrix for which this holds: the number
+# The **Hessian** $\nabla^2_\theta L$ is the only symmetric matrix for which this holds: the number
 # $v^\top (\nabla^2_\theta L)\, v$ is the curvature of the loss in direction $v$, and a symmetric
 # matrix is determined by these numbers. A test of [(2.2)] needs no tolerance plucked from the air:
 # if the error is of third order, then halving $t$ divides it by $2^3 = 8$.
@@ -239,7 +239,7 @@ def network_curvature_by_hand(model: Module, loss: Module, X: Tensor, y: Tensor)
 # Three definitions, each written down as it is defined. Dense matrices are for small networks; they
 # are the oracle against which everything faster is checked.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(hessian, loss_hessian, ggn)
 
 # %%
@@ -351,8 +351,8 @@ assert abs(ratio - 4) < 0.3
 # positive semi-definite. $\blacksquare$
 #
 # Squared error and cross-entropy are convex in $f$. The loss as a function of $\theta$ is not, and
-# so its Hessian has negative eigenvalues, directions in which the parabola falls forever and its
-# "minimum" is a place to flee. A second reason is that the GGN contains no second derivative of
+# its Hessian usually has negative eigenvalues: directions in which the parabola falls forever, so that
+# the point where it is flat is no minimum. A second reason is that the GGN contains no second derivative of
 # the network, only $J$. The third is the one that this whole site lives on: a positive
 # semi-definite $H_f$ has a square root $S$ with $S S^\top = H_f$, and then
 #
@@ -416,7 +416,7 @@ assert disagreement(model, loss, X, target + 0.01 * y) > 1e-5
 
 # %% [markdown]
 # Cross-entropy gets there only in the limit: its slope is $p - e_y$, the predicted probabilities
-# minus the one-hot label, which is never exactly zero, and at the same time $H_f$ goes to zero.
+# minus the one-hot label, which is never exactly zero, and as it gets small $H_f$ does, too.
 #
 # **Within one layer of a piecewise linear network.** This is the case that matters for KFAC, which
 # keeps the blocks of the layers and drops what lies between them.
@@ -446,7 +446,7 @@ assert disagreement(model, loss, X, target + 0.01 * y) > 1e-5
 # flat vector. `block_index` sends the positions through the same operations as the values, the
 # trick at the end of [Chapter 1](01_flattening.py), and `block_diagonal` cuts the blocks out.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(block_index, block_diagonal)
 
 # %%
@@ -503,9 +503,9 @@ with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
 # $$
 #
 # They agree on the parabola $\theta_2 = \theta_1^2$, the floor of the valley. Above it the
-# entry is negative and soon spoils the Hessian: it is indefinite wherever
-# $\theta_2 \gt \theta_1^2 + \tfrac{1}{200}$ (compute its determinant). The GGN has
-# $\det(2 J^\top J) = 400$ everywhere.
+# entry is negative and soon spoils the Hessian: its determinant is
+# $400 - 80000\, (\theta_2 - \theta_1^2)$, so it is indefinite wherever
+# $\theta_2 \gt \theta_1^2 + \tfrac{1}{200}$. The determinant of the GGN is 400 everywhere.
 
 
 # %%
@@ -534,6 +534,7 @@ assert_close((H_start - GGN_start)[0, 0].item(), -400 * (start[1] - start[0] ** 
 for shift, sign in {-1e-3: 1, 1e-3: -1}.items():  # just below and just above the boundary
     _, H_edge, GGN_edge = curvature_at(0.7, 0.7**2 + 1 / 200 + shift)
     assert torch.linalg.det(H_edge).sign() == sign
+    assert_close(torch.linalg.det(H_edge).item(), 400 - 80000 * (1 / 200 + shift))
     assert_close(torch.linalg.det(GGN_edge).item(), 400.0)
 print("eigenvalues of the Hessian:", [round(e, 1) for e in torch.linalg.eigvalsh(H_start).tolist()])
 print(
@@ -606,6 +607,11 @@ def damped_gauss_newton(steps: int, damping: float = 1.0) -> list[Tensor]:
     return path
 
 
+# %% [markdown]
+# Gradient descent is given a rate at which it does not blow up where the valley is steepest on its way,
+# and far more steps than the others:
+
+# %%
 paths = {
     "gradient descent": descend(lambda slope, H, GGN: slope / 600, 300),
     "Newton": descend(lambda slope, H, GGN: torch.linalg.solve(H, slope), 8),
@@ -618,6 +624,7 @@ for name, values in losses.items():
 
 assert losses["Newton"][1] > 10 * losses["Newton"][0]  # uphill, and to the wrong side:
 assert paths["Newton"][1][0] < paths["Newton"][0][0]
+assert all(p[1] <= p[0] ** 2 + 1e-12 for p in paths["Newton"][1:])  # on or below the parabola
 accepted = losses["damped Gauss-Newton"]
 assert all(after < before for before, after in zip(accepted, accepted[1:], strict=False))
 assert accepted[-1] < 1e-12
@@ -639,9 +646,9 @@ ax.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Newton's method recovers here, because its first step happens to land below the parabola, where the
-# Hessian is positive definite. A network gives no such promise: nothing pulls Newton's
-# method away from saddles, it is attracted by them.
+# Newton's method recovers here, because on this function each of its steps lands on or below the
+# parabola, where the Hessian is positive definite. (The second row of the linear system that it solves
+# says so.) A network gives no such promise: Newton's method is not repelled by saddles but attracted.
 #
 # ## Products without matrices
 #
@@ -697,7 +704,7 @@ def ggn_product_by_hand(model: Module, v: Tensor) -> Tensor:
 # symmetric, so this is the product. In the GGN product the three arrows of [(2.13)] are the last
 # three lines.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(hessian_product, ggn_product)
 
 # %%

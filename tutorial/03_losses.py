@@ -125,7 +125,7 @@ def divisor_by_hand(loss: Module, f: Tensor, y: Tensor) -> float:
 # %% [markdown]
 # The package counts instead:
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(divisor)
 
 # %%
@@ -254,7 +254,7 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 # `type2` is that, in one line per loss. The general shape $[N, C, P]$ with $P$ positions is for
 # losses with several labels per datum, to which we come below; here $P = 1$.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(type2, losses._class_vectors)
 
 # %%
@@ -418,7 +418,7 @@ for kind, y in targets.items():
 # `curvature.fisher` is the oracle for this definition: it takes gradients at every label, weighted by
 # its probability, and uses no Hessian.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(curvature.fisher, curvature._labels)
 
 # %%
@@ -461,7 +461,9 @@ outputs = torch.tensor([0.3, -0.4])
 deviation = torch.exp(outputs[1] / 2)
 points = outputs[0] + deviation * 3**0.5 * torch.tensor([-1.0, 0.0, 1.0])
 weights = torch.tensor([1 / 6, 2 / 3, 1 / 6])
-hessians = torch.stack([torch.func.hessian(gaussian_term)(outputs, y) for y in points])
+hessians = torch.stack(
+    [torch.func.jacrev(torch.func.grad(gaussian_term))(outputs, y) for y in points]
+)
 scores = torch.stack([torch.func.grad(gaussian_term)(outputs, y) for y in points])
 F_f = torch.einsum("k,ki,kj->ij", weights, scores, scores)
 
@@ -519,7 +521,7 @@ for M in (1, 2, 3, 4):
 # `monte_carlo(M)` returns a function of the same kind as `type2`. Gaussian scores need no labels:
 # $2 (f - \hat y)$ with $\hat y$ of variance $\tfrac12$ is normal with variance 2.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(monte_carlo, losses._score_samples)
 
 # %% [markdown]
@@ -594,7 +596,7 @@ plt.show()
 # One vector per datum, of the same kind as before. PyTorch's gradient of a mean loss contains $1 / D$,
 # while a vector needs $1 / \sqrt D$; this is the line before the last.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(empirical, curvature.empirical_fisher)
 
 # %%
@@ -680,6 +682,10 @@ def angle(v: Tensor, w: Tensor) -> float:
     return torch.rad2deg(torch.acos((v @ w / v.norm() / w.norm()).clamp(-1, 1))).item()
 
 
+# %% [markdown]
+# Before the picture, two points in numbers. The step $-\mathrm{GGN}^{-1} \nabla L$ is exactly the way to
+# the minimum, so it is the measure of the other's length and course.
+
 # %%
 far, near = best + torch.tensor([1.5, 3.0]), best + torch.tensor([0.02, -0.03])
 for name, point in {"far away": far, "near": near}.items():
@@ -704,7 +710,7 @@ assert_close(
 )
 
 
-# %% tags=["hide-input"] alt="Three direction fields over slope and intercept with contours of the loss. The gradient's arrows cross the long valley and its paths bend into it. The Fisher's arrows all point straight at the minimum. The empirical Fisher's arrows turn around it and its paths are bent." caption="Directions and four paths for linear regression with misspecified noise. Preconditioned by the Fisher every path is straight. The empirical Fisher distorts the field."
+# %% tags=["hide-input"] alt="Three direction fields over slope and intercept with contours of the loss. The gradient's arrows cross the long valley and its paths bend into it. The Fisher's arrows all point straight at the minimum. Most of the empirical Fisher's arrows point past it, and its paths make detours or leave the picture." caption="Directions and four paths for linear regression with misspecified noise. All paths may be equally long. Preconditioned by the Fisher they are straight and arrive. The empirical Fisher sends some on long detours."
 def points_around(count: int) -> Tensor:
     axes = torch.linspace(-2.2, 2.2, count), torch.linspace(-3.6, 3.6, count)
     return best + torch.stack(torch.meshgrid(*axes, indexing="xy"), -1)
@@ -742,6 +748,8 @@ for i, (ax, name) in enumerate(zip(axes, directions(far), strict=True)):
         remaining = ((path[-1] - best) / scale).norm(dim=-1, keepdim=True)
         path.append(path[-1] + step / length * (0.05 * remaining).clamp(max=0.006))
     ax.plot(*torch.stack(path).permute(2, 0, 1).cpu(), color=f"C{i}", linewidth=2)
+    left = (((path[-1] - best) / scale).norm(dim=-1)).max().item()
+    assert left > 0.1 if name == "empirical Fisher" else left < 0.1
     ax.plot(*best.cpu(), "*", color="C3", markersize=12)
     ax.set(title=name, xlabel="slope", xlim=(best[0].item() - 2.4, best[0].item() + 2.4))
 axes[0].set_ylabel("intercept")
@@ -768,10 +776,13 @@ plt.show()
 # \tag{3.10}
 # $$
 #
-# and the cross terms claim that the loss couples positions, which it does not. So we give the
-# shortcut a name of its own.
+# and the cross terms claim that the loss couples positions, which it does not.
+#
+# ### In the package
+#
+# The shortcut has a name of its own, `type2_classwise`, and nothing uses it unless it is asked for.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(type2_classwise)
 
 # %%
@@ -870,8 +881,12 @@ for fisher in (type2, type2_classwise):
 # $\sqrt{\sum_c q_c w_c}$. An ignored label has the number zero. Without class weights $\sum_c q_c = 1$:
 # **soft targets and label smoothing leave the curvature as it is.** For BCE, the factor of the
 # positive class multiplies half of the term, and the number is $w\, y + (1 - y)$.
+#
+# ### In the package
+#
+# One number for each label. Everything else, `type2` and `monte_carlo`, multiplies by its square root.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(losses._hessian_weights)
 
 # %%
@@ -1118,7 +1133,10 @@ half = lambda f: 0.5 * (f - y).square().sum()  # noqa: E731
 square = MSELoss(reduction="sum")
 assert_close(2 * torch.func.grad(half)(f), torch.func.grad(lambda f: square(f, y))(f))
 n = N * C
-assert_close(torch.func.hessian(half)(f).reshape(n, n), curvature.loss_hessian(square, f, y) / 2)
+assert_close(
+    torch.func.jacrev(torch.func.grad(half))(f).reshape(n, n),
+    curvature.loss_hessian(square, f, y) / 2,
+)
 
 logits = f[:, :1]
 with_zero = torch.cat([torch.zeros_like(logits), logits], 1)
