@@ -313,7 +313,7 @@ assert ranks["its inverse"] > 2
 # where it is far below it is a gradient step of length $1 / \delta$: flat directions, about which
 # the data say little, are not trusted to be as flat as they look.
 
-# %% tags=["hide-input"] alt="Left: a heat map of the base-ten logarithm of all products of eigenvalues of a 12 by 20 layer, falling from one corner to the opposite one. Right: on log axes, the factor by which each direction is scaled against its eigenvalue: a straight line falling with slope minus one without damping, flattening out to the left of the damping for two damped inverses." caption="Left: logarithms of all eigenvalues $\beta_o \alpha_i$. Right: what the inverse multiplies each direction with. Damping caps it at $1 / \delta$."
+# %% tags=["hide-input"] alt="Left: a heat map of the base-ten logarithm of all products of eigenvalues of a 12 by 20 layer, falling from one corner to the opposite one. Right: on log axes, the factor by which each direction is scaled against its eigenvalue: a straight line falling with slope minus one without damping, flattening out to the left of the damping for two damped inverses." caption="Left: logarithms of all eigenvalues of the product, one for each pair of eigenvalues of the factors. Right: what the inverse multiplies each direction with. Damping caps it at one over the damping."
 spread = Kronecker(torch.logspace(0, -4, 20).diag(), torch.logspace(0, -3, 12).diag())
 table = spread.eigen().scale.flip((0, 1))
 eigenvalues = spread.eigenvalues().cpu().numpy()
@@ -794,7 +794,7 @@ for (way, dtype), errors in measured.items():
     print(f"{way:>7} {str(dtype)[6:]}: {errors[0]:.0e} at damping {dampings[0]:.0e}", end=", ")
     print(f"{errors[-1]:.0e} at damping {dampings[-1]:.0e}")
 
-# %% tags=["hide-input"] alt="Log-log plot of the relative error of a step against the damping, for float32 and float64 and for the dense matrix and its factors. All curves fall towards larger damping. In each precision the dense curve lies above that of the factors for small damping, and in float32 it reaches an error of one. Dashed lines for the predictions run above the curves for small damping and meet them for large damping." caption="Error of $(B \otimes A + \delta I)^{-1} \operatorname{vec}(V)$ for an ill-conditioned matrix. Dashed: the predictions for the dense matrix and for the factors."
+# %% tags=["hide-input"] alt="Log-log plot of the relative error of a step against the damping, for float32 and float64 and for the dense matrix and its factors. All curves fall towards larger damping. In each precision the dense curve lies above that of the factors for small damping, and in float32 it reaches an error of one. Dashed lines for the predictions run above the curves for small damping and meet them for large damping." caption="Error of one damped step for an ill-conditioned matrix. Dashed: the predictions for the dense matrix and for the factors."
 fig, ax = plt.subplots(figsize=(6.5, 3.6))
 for (way, dtype), errors in measured.items():
     marker = "o" if way == "factors" else "s"
