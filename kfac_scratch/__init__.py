@@ -2,6 +2,8 @@
 
 from kfac_scratch.blocks import blocks, uncovered
 from kfac_scratch.capture import EXPAND, REDUCE, layer_ios, stream
+from kfac_scratch.damping import factored_inverse
+from kfac_scratch.ekfac import ekfac, rescaled
 from kfac_scratch.kfac import foof, kfac, kfac_over
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.losses import (
@@ -41,13 +43,16 @@ __all__ = [
     "blocks",
     "concatenate",
     "divisor",
+    "ekfac",
     "empirical",
+    "factored_inverse",
     "foof",
     "kfac",
     "kfac_over",
     "layer_ios",
     "monte_carlo",
     "preconditioner",
+    "rescaled",
     "stream",
     "type2",
     "type2_classwise",

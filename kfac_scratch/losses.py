@@ -13,7 +13,7 @@ datum, the outer products of its `V` vectors sum to a curvature of $L$ with resp
 - `monte_carlo(M)`: gradients at `M` labels drawn from the model. Right in expectation.
 - `empirical`: gradients at the data's own labels. Another matrix: the empirical Fisher.
 - `type2_classwise`: one vector per class for all positions of a datum at once. Cheaper, and
-  different from `type2` as soon as the network mixes positions.
+  another approximation as soon as the network mixes positions.
 
 The likelihoods are Gaussian with variance 1/2 (`MSELoss`, so that $\ell_n$ is the squared error),
 categorical (`CrossEntropyLoss`) and Bernoulli (`BCEWithLogitsLoss`). Class weights, `pos_weight`,
@@ -48,8 +48,9 @@ def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
 def type2_classwise(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
     """One vector per class, sent to all positions of a datum at once: `type2` summed over them.
 
-    Equals `type2` for one position, and whenever no layer after the one in question mixes
-    positions. Otherwise it adds cross terms between positions that the loss Hessian lacks.
+    Equals `type2` for one position. With several, it gives KFAC-expand the same factors as long as
+    no layer after the one in question mixes positions; a layer that does, and every exact block,
+    gain cross terms between positions that the loss Hessian lacks.
     """
     return _as_output(loss, f, _class_vectors(loss, f, y))
 
