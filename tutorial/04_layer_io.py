@@ -25,6 +25,7 @@
 
 # %%
 import copy
+import textwrap
 import time
 import warnings
 
@@ -482,7 +483,8 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 # ### In the package
 #
 # The functions are short; what they state is the definition above. Groups of a convolution are a
-# leading axis: each is a layer of its own, with its own channels in and out and its own $W$.
+# leading axis: each is a layer of its own, with its own channels in and out and its own $W$. The
+# `ends` are what bias columns hold; they are written together with the rows, to save a copy.
 
 # %% tags=["remove-input"]
 code(input_rows, output_rows, weight_matrix)
@@ -574,7 +576,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     layer_ios(normed, nn.MSELoss(), X, y)
     assert len(caught) == 1
-    print(caught[0].category.__name__, "-", caught[0].message)
+    print(textwrap.fill(f"{caught[0].category.__name__}: {caught[0].message}", width=90))
 
     layer_ios(normed, nn.MSELoss(), X, y, layers=["0", "2"])  # meant: no second warning
     assert len(caught) == 1
@@ -588,7 +590,7 @@ def refused(expected: type[Exception], *arguments, **options) -> None:
             warnings.simplefilter("ignore")
             layer_ios(*arguments, **options)
     except expected as reason:
-        print(f"{expected.__name__}: {reason}\n")
+        print(textwrap.fill(f"{expected.__name__}: {reason}", width=90), end="\n\n")
     else:
         raise AssertionError("this should have been refused")
 

@@ -24,6 +24,7 @@
 # where the structure ends, and what to do there.
 
 # %%
+import textwrap
 import time
 
 import matplotlib.pyplot as plt
@@ -465,6 +466,12 @@ for name, matrix in zoo.items():
 # $$
 #
 # It has the form of [(7.5)]; only the matrices at both ends are not orthogonal.
+#
+# ### In the package
+#
+# `simultaneous_eigh` is [(7.9)], line by line: two triangular solves for $L^{-1} M L^{-\top}$, an
+# eigendecomposition, and one more solve for $K$. `KroneckerSum` calls it twice and returns a
+# `Congruence`, which is the right-hand side of [(7.11)].
 
 # %% tags=["beside", "remove-input"]
 code(simultaneous_eigh)
@@ -579,7 +586,7 @@ def refused(function) -> None:
     try:
         function()
     except ValueError as reason:
-        print("ValueError:", reason)
+        print(textwrap.fill(f"ValueError: {reason}", width=90))
     else:
         raise AssertionError("this should have been refused")
 
