@@ -48,7 +48,11 @@ def test_there_are_chapters():
 
 
 @each_chapter
-@pytest.mark.filterwarnings("error", "ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.filterwarnings(
+    "error",
+    "ignore:FigureCanvasAgg is non-interactive",
+    "ignore:.*torch.jit.script.*:DeprecationWarning",  # PyTorch's own, at its first jvp
+)
 def test_runs_as_a_script(path, defaults, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # a chapter needs no file beside it
     runpy.run_path(str(path), run_name="__main__")

@@ -117,6 +117,7 @@ def run(path: Path, package: Path, cache: Path) -> NotebookNode:
         timeout=TIMEOUT,
         kernel_name="python3",
         extra_arguments=["--log-level=ERROR"],
+        coalesce_streams=True,
         resources=where,
     )
     inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
