@@ -10,6 +10,7 @@ import copy
 import importlib
 import inspect
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -60,11 +61,13 @@ def kfac(model, loss, X, y, fisher_type="type-2", kfac_approx="expand", **option
 
 
 def kfac_operator(model, loss, X, y, **options) -> Any:
-    """curvlinops's KFAC as its operator, with the factors computed: what a benchmark times."""
-    operator = _operator(
-        *("KFACLinearOperator", model, loss, X, y), separate_weight_and_bias=False, **options
-    )
-    if hasattr(operator, "compute_kronecker_factors"):  # later versions compute at once
+    """curvlinops's KFAC of the linear and 2d convolution layers with its factors computed."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    chosen = {id(p) for layer in layers for p in layer.parameters()}
+    names = {n for n, p in _trainable(model).items() if id(p) in chosen}
+    options = {"separate_weight_and_bias": False, "num_data": len(X)} | options
+    operator = _operator("KFACLinearOperator", model, loss, X, y, names, **options)
+    if hasattr(operator, "compute_kronecker_factors"):  # later releases have computed them
         operator.compute_kronecker_factors()
     return operator
 
@@ -122,9 +125,23 @@ def _dense(kind, model, loss, X, y, names=None, **options) -> Tensor:
 
 def _backpack_run(model, loss, X, y, extension: str) -> dict[str, Tensor]:
     """The parameters of a copy of the model with BackPACK's results written into them."""
+    return backpack_runner(model, loss, extension)(X, y)
+
+
+def backpack_runner(model, loss, extension: str, **options) -> Callable[[Tensor, Tensor], dict]:
+    """A function of (X, y) that runs a BackPACK extension on a copy of the model.
+
+    Of a copy, because BackPACK's hooks would stay. Returns the parameters, which hold the results.
+    """
     backpack = _library("backpack")
-    extensions = importlib.import_module("backpack.extensions")
-    model = backpack.extend(copy.deepcopy(model))  # the copy, because its hooks would stay
-    with backpack.backpack(getattr(extensions, extension)()):
-        backpack.extend(copy.deepcopy(loss))(model(X), y).backward()
-    return _trainable(model)
+    kind = getattr(importlib.import_module("backpack.extensions"), extension)
+    model = backpack.extend(copy.deepcopy(model))
+    loss = backpack.extend(copy.deepcopy(loss))
+
+    def run(X: Tensor, y: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        with backpack.backpack(kind(**options)):
+            loss(model(X), y).backward()
+        return _trainable(model)
+
+    return run
