@@ -886,9 +886,9 @@ for wrong in (exchanged, transposed):
 # **Averages of the wrong thing.** Curvature is averaged over batches, workers or time. What may
 # be averaged is the matrix, then inverted. The average of inverses is a different matrix, and not
 # a harmless one: it is larger in every direction, because the inverse is convex (for numbers: the
-# mean of $1/x$ exceeds $1$ over the mean of $x$). Steps come out too long, mostly in directions
-# in which batches disagree. And averaging the factors separately is not averaging the products,
-# though it is what KFAC does, as a further approximation:
+# mean of $1/x$ exceeds $1$ over the mean of $x$). Steps come out too long. And averaging the
+# factors separately is not averaging the products, though it is what KFAC does, as a further
+# approximation:
 
 # %%
 pieces = [Kronecker(spd(d_in, 0.01), spd(d_out, 0.01)) for _ in range(4)]
@@ -920,7 +920,7 @@ assert error(averaged * alpha @ averaged.T, A) > 0.1
 
 # %% [markdown]
 # **No damping.** The factor $A$ is a mean of $N S$ outer products, so it is singular if $N S \lt
-# d_\text{in}$; a constant input pixel or a token that is not in the batch is enough as well. An
+# d_\text{in}$; a pixel that is never lit or a token that is not in the batch is enough as well. An
 # eigenvalue that is exactly zero can be refused:
 
 # %%
