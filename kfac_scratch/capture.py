@@ -9,7 +9,6 @@ Memory: `N * S * d_in + V * N * S * d_out` numbers for each layer, besides the g
 pass. `stream` yields the vectors in chunks, so that `V` is bounded.
 """
 
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,22 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfac_scratch.blocks import Shared, blocks, uncovered
+from kfac_scratch.blocks import Shared, blocks
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.layers import LAYERS, Layer, averaged_rows, input_rows, output_rows
+from kfac_scratch.layers import Call, Layer, averaged_rows, input_rows, output_rows
 from kfac_scratch.losses import Fisher, type2
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One use of a layer during the forward pass."""
-
-    layer: Layer
-    x: Tensor
-    version: int  # of x when the layer read it
-    z: Tensor
+from kfac_scratch.refusals import check_calls, check_model, check_output
 
 
 @dataclass(frozen=True)
@@ -100,10 +89,10 @@ def stream(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
     found = blocks(model, layers)
-    _check_model(model, X, found, layers)
+    check_model(model, X, found, layers)
     with torch.enable_grad():
         f, calls = _forward(model, X, found)
-    _check_calls(f, found, calls)
+    check_calls(f, found, calls)
     vectors = fisher(loss, f, y)
     if vectors.shape[1:] != f.shape:
         raise ValueError(
@@ -165,9 +154,7 @@ def _forward(model: Module, X: Tensor, found: list[Shared]) -> tuple[Tensor, dic
             for layer in block.layers:
                 handle = layer.register_forward_hook(record, with_kwargs=True)
                 hooks.callback(handle.remove)
-        f = model(X)
-    if not isinstance(f, Tensor) or f.ndim == 0:
-        raise ValueError("The model must return one tensor with the batch on axis 0.")
+        f = check_output(model(X))
     return f, calls
 
 
@@ -211,84 +198,3 @@ def _backward(f: Tensor, outputs: list[Tensor], vectors: Tensor, retain: bool) -
     return [
         n if sent.get(id(z)) is None else sent[id(z)] for z, n in zip(outputs, none, strict=True)
     ]
-
-
-def _check_model(
-    model: Module, X: Tensor, found: list[Shared], layers: Collection[str] | None
-) -> None:
-    if not found:
-        kinds = ", ".join(kind.__name__ for kind in LAYERS)
-        raise ValueError(f"The model has no trainable layer of a supported kind ({kinds}).")
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"Layer {name!r} ({type(module).__name__}) uses the statistics of the batch, so no "
-                "datum has a gradient of its own: call model.eval() first."
-            )
-    if isinstance(X, Tensor):
-        if len(X) == 0:
-            raise ValueError("The batch is empty.")
-        device = found[0].layers[0].weight.device
-        if X.device != device:
-            raise ValueError(f"X is on {X.device} but the model is on {device}: move one of them.")
-    if layers is None and (names := uncovered(model, found)):
-        warnings.warn(
-            f"No block covers the trainable parameters {names}. To say that this is meant, pass "
-            "layers=[...].",
-            stacklevel=4,
-        )
-
-
-def _check_calls(f: Tensor, found: list[Shared], calls: dict[str, list[Call]]) -> None:
-    for block in found:
-        name = block.name
-        silent = [layer for layer in block.layers if all(c.layer is not layer for c in calls[name])]
-        if silent:
-            raise ValueError(
-                f"Layer {name!r} ({type(silent[0]).__name__}) never ran in the forward pass: its "
-                "weight is unused, or used without calling the layer (as nn.MultiheadAttention "
-                "does). Leave it out with layers=[...], or call it as a layer."
-            )
-        for call in calls[name]:
-            _check_call(name, call, len(f))
-    if not f.isfinite().all():
-        raise ValueError(_where_not_finite(calls))
-
-
-def _check_call(name: str, call: Call, N: int) -> None:
-    layer, x, z = call.layer, call.x, call.z
-    kind = f"Layer {name!r} ({type(layer).__name__})"
-    if x._version != call.version:
-        raise ValueError(f"The input of {kind} was modified in place after the layer used it.")
-    dims = len(getattr(layer, "kernel_size", ())) + 2
-    if len(x) != N or x.ndim < 1 or (dims > 2 and x.ndim != dims) or z.ndim < 2:
-        raise ValueError(
-            f"{kind} got an input of shape {tuple(x.shape)} while the model's output is for {N} "
-            "data: axis 0 of a layer's input must be the batch; other shared axes come after it."
-        )
-    _check_subclass(kind, call)
-
-
-def _where_not_finite(calls: dict[str, list[Call]]) -> str:
-    for name, uses in calls.items():
-        for call in uses:
-            for what, t in (("input", call.x), ("output", call.z)):
-                if not t.isfinite().all():
-                    n = int((~t.isfinite()).flatten(1).any(1).nonzero()[0])
-                    return f"The {what} of layer {name!r} is not finite, first for datum {n}."
-    return "The model's output has non-finite entries although its layers have none."
-
-
-def _check_subclass(kind: str, call: Call) -> None:
-    """A subclass with a forward of its own must still compute what its parent computes."""
-    layer = call.layer
-    if type(layer) in LAYERS:
-        return
-    parent = next(cls for cls in LAYERS if isinstance(layer, cls))
-    with torch.no_grad():
-        same = parent.forward(layer, call.x)
-    if same.shape != call.z.shape or not torch.allclose(same, call.z, rtol=1e-4, atol=1e-6):
-        raise NotImplementedError(
-            f"{kind} does not compute what {parent.__name__} computes, so its gradient is not that "
-            "of one matrix applied to its input: leave it out with layers=[...]."
-        )

@@ -7,6 +7,7 @@ from jaxtyping import install_import_hook
 install_import_hook("kfac_scratch", "beartype.beartype")
 
 torch.backends.cudnn.allow_tf32 = False  # float32 tests mean float32
+torch.set_num_threads(1)  # faster than many for matrices of this size
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
