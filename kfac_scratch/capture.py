@@ -43,7 +43,7 @@ def layer_ios(
     *,
     setting: "Setting | None" = None,
     layers: Collection[str] | None = None,
-    chunk: int = 32,
+    chunk: int | None = None,
 ) -> dict[str, LayerIO]:
     """The `LayerIO` of every block of a model on one batch, by name (see `blocks`).
 
@@ -58,7 +58,8 @@ def layer_ios(
         layers: Names of the layers to cover. Default: all supported ones; trainable parameters
             that this leaves out are named in a warning.
         chunk: How many vectors are sent backward at once. With 1, by plain autodiff without
-            `torch.vmap`, which works for operations that cannot be batched.
+            `torch.vmap`, which works for operations that cannot be batched. Default: 1 on a CPU,
+            whose cache holds one vector's pass but not several, 32 elsewhere.
 
     Raises:
         ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
@@ -67,8 +68,10 @@ def layer_ios(
         NotImplementedError: For layers and losses that are not covered.
     """
     parts = list(stream(model, loss, X, y, fisher, setting=setting, layers=layers, chunk=chunk))
+    if len(parts) == 1:
+        return parts[0]
     return {
-        name: LayerIO(io.a, torch.cat([part[name].g for part in parts]))
+        name: LayerIO(io.a, _joined([part[name].g for part in parts]))
         for name, io in parts[0].items()
     }
 
@@ -82,11 +85,11 @@ def stream(
     *,
     setting: "Setting | None" = None,
     layers: Collection[str] | None = None,
-    chunk: int = 32,
+    chunk: int | None = None,
 ) -> Iterator[dict[str, LayerIO]]:
     """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
     setting = EXPAND if setting is None else setting
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
     found = blocks(model, layers)
     check_model(model, X, found, layers)
@@ -100,7 +103,7 @@ def stream(
         )
     used = [setting.inputs(block, calls[block.name]) for block in found]
     flat = [call.z for block in found for call in calls[block.name]]
-    parts = vectors.split(chunk)
+    parts = vectors.split(chunk or (1 if vectors.device.type == "cpu" else 32))
     for i, part in enumerate(parts):
         sent = iter(_backward(f, flat, part, retain=i + 1 < len(parts)))
         ios = {}
@@ -109,6 +112,11 @@ def stream(
             for name, a_, g_ in zip(block.names, a, g, strict=True):
                 ios[name] = LayerIO(a_, g_.to(a_.dtype))
         yield ios
+
+
+def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
+    """Concatenate along V; rows that are stored as columns (of convolutions) stay so."""
+    return torch.cat([g.mT for g in gs]).mT if gs[0].mT.is_contiguous() else torch.cat(gs)
 
 
 def _expanded_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:

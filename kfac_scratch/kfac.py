@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from kfac_scratch.capture import EXPAND, Setting, stream
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like
+from kfac_scratch.linalg import eye_like, gram
 from kfac_scratch.losses import Fisher, divisor, type2
 from kfac_scratch.matrices import Kronecker
 
@@ -35,8 +35,8 @@ def kfac(io: LayerIO) -> Kronecker:
     `A` is the mean of `a a^T` over data and positions, `B` the sum of `g g^T` over all vectors.
     Law: exact if `a a^T` or `sum_v g g^T` is the same for all data and there is one position.
     """
-    a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)
-    return Kronecker(a.T @ a / len(a), g.T @ g)
+    N, S, _ = io.a.shape
+    return Kronecker(gram(io.a) / (N * S), gram(io.g.flatten(0, 1)))
 
 
 def foof(io: LayerIO) -> Kronecker:
@@ -56,7 +56,7 @@ def kfac_over(
     *,
     setting: Setting = EXPAND,
     layers: Collection[str] | None = None,
-    chunk: int = 32,
+    chunk: int | None = None,
     terms: Callable[[Module, Tensor, Tensor], float] = divisor,
     progress: bool | None = None,
 ) -> dict[str, Kronecker]:
@@ -72,7 +72,7 @@ def kfac_over(
         fisher: Which vectors to send backward, see `losses`.
         setting: `EXPAND` or `REDUCE`.
         layers: Names of the layers to cover.
-        chunk: How many vectors are sent backward at once.
+        chunk: How many vectors are sent backward at once, see `layer_ios`.
         terms: How many terms a batch loss is the mean of, 1 for a sum: `losses.divisor`.
         progress: Show a progress bar. Default: on a terminal only.
 
@@ -108,11 +108,11 @@ class _Sums:
     rows: int = 0
 
     def add(self, io: LayerIO, with_inputs: bool) -> None:
-        factors = kfac(io)
-        rows = io.a.shape[0] * io.a.shape[1]
-        self.B = self.B.to(factors.B) + factors.B
-        if with_inputs:
-            self.A, self.rows = self.A.to(factors.A) + rows * factors.A, self.rows + rows
+        B = gram(io.g.flatten(0, 1))
+        self.B = self.B.to(B) + B
+        if with_inputs:  # the parts of one batch have the same inputs
+            A = gram(io.a)
+            self.A, self.rows = self.A.to(A) + A, self.rows + io.a.shape[0] * io.a.shape[1]
 
     def factors(self, D: float) -> Kronecker:
         return Kronecker(self.A / self.rows, self.B / D)

@@ -45,8 +45,7 @@ def input_rows(
     """The rows that `W` multiplies, each with the numbers `ends` behind it for bias columns."""
     match layer:
         case Conv1d() | Conv2d() | Conv3d():
-            rows = _written(_patches(layer, x), len(layer.kernel_size) + 1, ends)
-            return rows.flatten(2, -2)
+            return _written_patches(layer, x, ends)
         case Embedding():
             rows = _written(_one_hot(layer, x), 1, ends)
         case _:
@@ -120,14 +119,27 @@ def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
     return rows
 
 
+def _written_patches(
+    layer: Convolution, x: Float[Tensor, "N C *space"], ends: Sequence[float]
+) -> Float[Tensor, "groups N S d_in"]:
+    """Rows in one copy: stored as columns, because neighbouring positions are so in `x`, too."""
+    x = _patches(layer, x)  # [groups, N, C_group, *kernel, *positions]
+    d = prod(x.shape[2 : 3 + len(layer.kernel_size)])
+    S = prod(x.shape[3 + len(layer.kernel_size) :])
+    columns = x.new_empty(*x.shape[:2], d + len(ends), S)
+    columns[:, :, :d].view(x.shape).copy_(x)
+    columns[:, :, d:] = x.new_tensor(ends).unsqueeze(-1)
+    return columns.mT
+
+
 def _patches(layer: Convolution, x: Float[Tensor, "N C *space"]) -> Float[Tensor, "groups N ..."]:
-    """All patches, as a view `[groups, N, *positions, C_group, *kernel]` of the padded input."""
+    """All patches, as a view `[groups, N, C_group, *kernel, *positions]` of the padded input."""
     x = _padded(layer, x)
     for axis, (k, stride, dilation) in enumerate(_geometry(layer), start=2):
         x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
     dims = len(layer.kernel_size)
     x = x.unflatten(1, (layer.groups, -1))  # [N, groups, C_group, *positions, *kernel]
-    return x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    return x.permute(1, 0, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
 
 
 def _written(x: Tensor, axes: int, ends: Sequence[float]) -> Float[Tensor, "*rows d_in"]:

@@ -43,6 +43,15 @@ def kron_matvec(
     return vec(B @ unvec(v, rows=B.shape[1]) @ A.mT)
 
 
+def gram(rows: Float[Tensor, "K S d"]) -> Float[Tensor, "d d"]:
+    """Sum of `r r^T` over all rows `r`. Rows stored as long columns are not copied."""
+    _, S, d = rows.shape
+    if rows.mT.is_contiguous() and d < S:
+        return torch.stack([(r.mT @ r).sum(0) for r in rows.split(32)]).sum(0)
+    flat = rows.reshape(-1, d)
+    return flat.T @ flat
+
+
 def eye_like(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The identity of a matrix's size, dtype and device."""
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)

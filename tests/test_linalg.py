@@ -5,6 +5,7 @@ from laws import check_differs, check_equal
 from kfac_scratch.linalg import (
     conjugate_gradient,
     eye_like,
+    gram,
     kron_matvec,
     psd_eigh,
     simultaneous_eigh,
@@ -41,6 +42,15 @@ def test_the_vec_trick_is_the_dense_kronecker_product(device):
 def test_the_factors_of_the_vec_trick_do_not_commute(device):
     B, A, v = (torch.randn(*s, device=device) for s in ((3, 3), (3, 3), (9,)))
     check_differs(kron_matvec(A, B, v), torch.kron(B, A) @ v)
+
+
+@pytest.mark.parametrize("stored_as_columns", [True, False])
+@pytest.mark.parametrize(("K", "S", "d"), [(67, 5, 3), (2, 3, 5), (1, 1, 1)])
+def test_gram_sums_outer_products_of_rows(K, S, d, stored_as_columns, device):
+    rows = torch.randn(K, S, d, device=device)
+    if stored_as_columns:
+        rows = rows.mT.contiguous().mT
+    check_equal(gram(rows), torch.einsum("ksi,ksj->ij", rows, rows))
 
 
 def test_psd_eigh_decomposes(device):

@@ -170,7 +170,7 @@ def test_an_operation_that_cannot_be_batched_needs_chunk_1(device):
     model = Model(Linear(D, 4), Linear(4, C)).to(device)
     data = MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
     with pytest.raises(RuntimeError, match="pass chunk=1"):
-        layer_ios(model, *data)
+        layer_ios(model, *data, chunk=2)
     exact = block_diagonal(model, ggn(Sequential(*model), *data))
     check_equal(layer_ios(model, *data, chunk=1)["0"].block(), exact["0"])
 
