@@ -60,12 +60,13 @@ def eye_like(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 def psd_eigh(M: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
     """Eigenvalues (ascending, none negative) and eigenvectors of a PSD matrix.
 
-    Round-off below zero is set to zero. A decomposition that fails in a lower precision is
+    What cannot be told from zero, up to `d * eps` times the largest magnitude, is zero, so that
+    a singular matrix is seen to be singular. A decomposition that fails in a lower precision is
     repeated in float64.
 
     Raises:
-        ValueError: If the matrix has non-finite entries, or an eigenvalue that is negative
-            beyond round-off, `-10 * d * eps` times the largest magnitude.
+        ValueError: If the matrix has non-finite entries, or an eigenvalue that is negative beyond
+            ten times that.
     """
     if not M.isfinite().all():
         raise ValueError(f"A {tuple(M.shape)} matrix to be decomposed has non-finite entries.")
@@ -74,13 +75,13 @@ def psd_eigh(M: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor,
         eigenvalues, Q = torch.linalg.eigh(M)
     except RuntimeError:  # LinAlgError happens in float32 for very ill-conditioned factors
         eigenvalues, Q = (t.to(M.dtype) for t in torch.linalg.eigh(M.double()))
-    tolerance = 10 * len(M) * torch.finfo(M.dtype).eps * eigenvalues.abs().amax()
-    if (eigenvalues < -tolerance).any():
+    tolerance = len(M) * torch.finfo(M.dtype).eps * eigenvalues.abs().amax()
+    if (eigenvalues < -10 * tolerance).any():
         raise ValueError(
             f"A matrix that should be positive semi-definite has the eigenvalue "
             f"{eigenvalues.min():.3g} (largest: {eigenvalues.max():.3g})."
         )
-    return eigenvalues.clamp(min=0), Q
+    return eigenvalues.where(eigenvalues > tolerance, 0.0), Q
 
 
 def simultaneous_eigh(

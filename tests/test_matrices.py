@@ -149,6 +149,15 @@ def test_a_singular_matrix_needs_damping(M):
     check_equal(M.inverse(0.5) @ torch.ones(3, 2), torch.full((3, 2), 2.0))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_singular_factor_is_seen_whatever_the_sign_of_its_round_off(seed, device):
+    torch.manual_seed(seed)
+    root = torch.randn(3, 5, device=device)
+    M = Kronecker(root.T @ root, torch.eye(2, device=device))
+    with pytest.raises(ValueError, match="singular"):
+        M.inverse(0.0)
+
+
 def test_samples_have_the_inverse_as_covariance(device):
     """5 standard errors of `samples` draws, entry by entry, under a fixed seed."""
     M, samples = to(kronecker(), device), 20_000
