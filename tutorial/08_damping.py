@@ -1,0 +1,843 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 8. Damping: how far to trust the model
+#
+# **Part II: KFAC.** Why does the inverse of a curvature matrix need damping, how much of it, and
+# where does it go?
+#
+# Earlier chapters passed a small positive number to every inverse and promised an explanation. This
+# chapter gives it. Damping $\delta$ turns $(B \otimes A)^{-1}$ into
+# $(B \otimes A + \delta I)^{-1}$. That is one plus sign, but in practice it decides more about a
+# step than anything else in KFAC: too little and the step explodes, too much and nothing is left
+# of the curvature. We find out what damping does to each direction, compare the exact version with
+# the cheaper one that damps both factors, and let the loss itself tell how much is needed.
+
+# %%
+from math import isfinite
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
+from torch.nn.utils import vector_to_parameters
+from torch.testing import assert_close
+
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.curvature import block_index, ggn, parameter_vector
+from kfac_scratch.damping import (
+    balance,
+    factored_inverse,
+    levenberg_marquardt,
+    reduction_ratio,
+    relative,
+)
+from kfac_scratch.kfac import kfac
+from kfac_scratch.linalg import eye_like, psd_eigh
+from kfac_scratch.matrices import Kronecker, LinearMap
+from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.show import code
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+kron, inv = torch.kron, torch.linalg.inv
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to ten digits of the largest entry."""
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+# %% [markdown]
+# The example is a network of two layers for the handwritten digits of the earlier chapters, after
+# a short training. Its gradient and curvature come from a batch of 200 images.
+
+# %%
+digits = load_digits()
+order = torch.randperm(len(digits.target))
+images, labels = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
+
+model, loss = Sequential(Linear(64, 20), Tanh(), Linear(20, 10)), CrossEntropyLoss()
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+for _ in range(40):
+    optimizer.zero_grad()
+    loss(model(images[:500]), labels[:500]).backward()
+    optimizer.step()
+
+X, y = images[500:700], labels[500:700]
+value = loss(model(X), y)
+slopes = torch.autograd.grad(value, list(model.parameters()))
+gradient = dict(zip(dict(model.named_parameters()), slopes, strict=True))
+factors = {name: kfac(io) for name, io in layer_ios(model, loss, X, y).items()}
+
+
+def step(inverses: dict[str, LinearMap]) -> dict[str, Tensor]:
+    """Minus the inverse times the gradient, for all layers."""
+    return {name: -v for name, v in preconditioner(model, inverses)(gradient).items()}
+
+
+def after(s: dict[str, Tensor]) -> float:
+    """The loss after a full step."""
+    moved = {name: p.detach() + s[name] for name, p in model.named_parameters()}
+    return loss(functional_call(model, moved, (X,)), y).item()
+
+
+def length(s: dict[str, Tensor]) -> float:
+    return torch.cat([v.flatten() for v in s.values()]).norm().item()
+
+
+weights = length({name: p.detach() for name, p in model.named_parameters()})
+print(f"loss {value.item():.3f}, length of the vector of all weights {weights:.1f}")
+
+# %% [markdown]
+# ## What happens without
+#
+# Some pixels are zero in all images of the batch. The factor $A$ of the first layer then has rows
+# of zeros, and $B \otimes A$ has no inverse; the package says so. Round-off hides this in many
+# implementations, so let us come close to no damping instead:
+
+# %%
+try:
+    factors["0"].inverse(0.0)
+except ValueError as error:
+    print(error)
+else:
+    raise AssertionError("a singular matrix was inverted")
+
+losses, lengths = {}, {}
+for damping in (1e-12, 1e-8, 1e-4, 0.1, 10.0):
+    s = step({name: K.inverse(damping) for name, K in factors.items()})
+    losses[damping], lengths[damping] = after(s), length(s)
+    print(f"damping {damping:.0e}: length {lengths[damping]:9.2f}, loss {losses[damping]:9.3f}")
+assert losses[1e-12] > 10 * value > 10 * losses[0.1]
+assert lengths[1e-12] > 10 * weights
+assert losses[0.1] < losses[10.0] < value  # too much damping: hardly a step
+
+# %% [markdown]
+# Nearly without damping the step is many times longer than the vector of all weights, and the
+# loss is many times larger afterwards. And this is the batch on which gradient and curvature
+# were computed. With damping, the same step is a good one. There are two different reasons.
+#
+# ## Reason one: small eigenvalues are noise
+#
+# A step divides the gradient's coefficient along an eigenvector by the eigenvalue. So small
+# eigenvalues matter most, and they are the ones that we know least about. Take the factor $A$ of
+# the first layer, from 100 images. Eigenvalue $\alpha_i$ is the mean of $(q_i^\top a)^2$ over
+# these images. Measure the same mean along the same $q_i$ with *other* images:
+
+# %%
+a = layer_ios(model, loss, images, labels)["0"].a.squeeze(1)
+few, fresh = a[500:600], a[600:]
+alpha, QA = psd_eigh(few.T @ few / len(few))
+measured = (fresh @ QA).square().mean(0)
+
+kept = alpha > 1e-10  # pixels that are always zero say nothing either way
+ratio = (measured / alpha)[kept]
+print(f"largest ten eigenvalues: fresh images see {ratio[-10:].median().item():.2f} times as much")
+print(f"smallest ten:            fresh images see {ratio[:10].median().item():.2f} times as much")
+assert 0.7 < ratio[-10:].median() < 1.5
+assert ratio[:10].median() > 3
+assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are not flat at all
+
+# %% [markdown]
+# The large eigenvalues are right. The small ones are too small, systematically: the decomposition
+# *chose* those directions because these 100 images happened to vary little along them. (The
+# smallest eigenvalue is a minimum, and the minimum of estimates is too low even if every single
+# estimate is right on average.) Dividing by a number that is too small by a factor of three or
+# more gives a step that is too long by this factor. Adding $\delta$ to all eigenvalues repairs the
+# small ones and leaves the large ones alone.
+#
+# ## Reason two: the model is local
+#
+# With exact curvature from infinitely many data there would still be damping. The step minimises
+# a *model* of the loss, the parabola
+#
+# $$
+# m(s) = L + h^\top s + \tfrac12 s^\top M s ,
+# \tag{8.1}
+# $$
+#
+# where $h$ is the gradient of all weights as one vector and $M$ is the curvature. The model agrees with the loss near $s = 0$, and
+# nothing is known about it far away. Its minimiser $-M^{-1} h$ may be far away. One way out is to
+# charge for distance,
+#
+# $$
+# m(s) + \tfrac{\delta}{2} \lVert s \rVert^2
+# \quad\text{with the gradient}\quad
+# h + M s + \delta s .
+# \tag{8.2}
+# $$
+#
+# The gradient vanishes at $s_\delta = -(M + \delta I)^{-1} h$: the damped step. Another way out is
+# to forbid distance: minimise $m$ among all steps that are no longer than some radius. This is
+# called a **trust region**. The two are the same:
+#
+# <div class="admonition theorem" markdown="1" id="thm-8.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 8.1 (damping is a trust region)</b></p>
+#
+# Let $M$ be symmetric positive semi-definite and $\delta \gt 0$. Among all steps that are not
+# longer than $s_\delta = -(M + \delta I)^{-1} h$, the model $m$ is smallest at $s_\delta$. The
+# length $\lVert s_\delta \rVert$ falls as $\delta$ grows, if $h \ne 0$.
+#
+# </div>
+#
+# **Proof.** $s_\delta$ minimises [(8.2)], which is convex. So for every $s$,
+# $m(s) + \tfrac{\delta}{2} \lVert s \rVert^2 \ge m(s_\delta) + \tfrac{\delta}{2} \lVert s_\delta \rVert^2$.
+# If $\lVert s \rVert \le \lVert s_\delta \rVert$, then $m(s) \ge m(s_\delta)$. For the length, write
+# $h = \sum_i c_i u_i$ with the orthonormal eigenvectors $u_i$ of $M$ and their eigenvalues
+# $\lambda_i$. Then
+#
+# $$
+# s_\delta = -\sum_i \frac{c_i}{\lambda_i + \delta}\, u_i ,
+# \qquad
+# \lVert s_\delta \rVert^2 = \sum_i \frac{c_i^2}{(\lambda_i + \delta)^2} ,
+# \tag{8.3}
+# $$
+#
+# and every summand with $c_i \ne 0$ falls as $\delta$ grows. $\blacksquare$
+
+# %%
+R, h = torch.randn(12, 8), torch.randn(12)
+M = R @ R.T / 8  # of rank 8: four flat directions
+
+
+def m(s: Tensor) -> Tensor:
+    """The model's change, for one step or for many."""
+    return s @ h + (s @ M * s).sum(-1) / 2
+
+
+damped = {d: -torch.linalg.solve(M + d * eye_like(M), h) for d in (0.01, 0.1, 1.0, 10.0)}
+for s in damped.values():
+    others = torch.randn(10_000, 12)
+    others *= s.norm() / others.norm(dim=1, keepdim=True)  # as long as s
+    others[5000:] = s + 0.1 * others[5000:]  # and near to s
+    inside = others[others.norm(dim=1) <= s.norm()]
+    assert len(inside) > 5000
+    assert m(s) < m(inside).min()
+norms = [s.norm().item() for s in damped.values()]
+assert norms == sorted(norms, reverse=True)
+
+# %% [markdown]
+# The radius for a damping depends on the gradient, and one cannot be computed from the other
+# without solving an equation. Fixing the damping is one policy and fixing the
+# radius is another; the steps come from the same family.
+#
+# ## Damping as a filter
+#
+# Equation [(8.3)] can be read direction by direction, in two ways:
+#
+# $$
+# \frac{c_i}{\lambda_i + \delta}
+# = \underbrace{\frac{\lambda_i}{\lambda_i + \delta}}_{\text{filter}} \cdot
+#   \underbrace{\frac{c_i}{\lambda_i}}_{\text{Newton}}
+# = \underbrace{\frac{\delta}{\lambda_i + \delta}}_{1 - \text{filter}} \cdot
+#   \underbrace{\frac{c_i}{\delta}}_{\text{gradient}} .
+# \tag{8.4}
+# $$
+#
+# Where $\lambda_i$ is far above $\delta$, the filter is one and the step is Newton's. Where it is
+# far below, the step is a gradient step with learning rate $1 / \delta$. In between, at
+# $\lambda_i = \delta$, it is half of either. So $\delta$ is a place on the axis of eigenvalues: it
+# says which directions are trusted. The sum of the filter over all directions counts them,
+# $\sum_i \lambda_i / (\lambda_i + \delta)$. Let us see this for the first layer.
+
+# %%
+K = factors["0"]
+eigen = K.eigen()
+W = torch.cat([gradient["0.weight"], gradient["0.bias"][:, None]], dim=1)  # bias: last column
+coefficients = eigen.QB.T @ W @ eigen.QA  # of the gradient, by the formula of chapter 7
+assert_exact(eigen.QB @ coefficients @ eigen.QA.T, W)
+
+for damping in (1e-6, 1e-4, 1e-2):
+    trusted = (eigen.scale / (eigen.scale + damping)).sum().item()
+    print(f"damping {damping:.0e}: {trusted:6.1f} of {eigen.scale.numel()} directions are trusted")
+    along = eigen.QB.T @ (K.inverse(damping) @ W) @ eigen.QA
+    assert_exact(along, coefficients / (eigen.scale + damping))
+
+# %% tags=["hide-input"] alt="Two plots against the eigenvalue on a logarithmic axis. Left: the filter for three dampings, S-shaped curves that rise from zero to one and cross one half where the eigenvalue equals the damping. Right: the size of the step along every eigenvector of the first layer, as clouds of dots for the three dampings. The clouds agree for large eigenvalues; to the left they separate, and the smaller the damping, the higher the cloud." caption="Left: the fraction of the Newton step that damping lets through. Right: how far the step goes along each eigenvector of the first layer's curvature, $\\lvert c_i \\rvert / (\\lambda_i + \\delta)$. Damping takes away what the smallest eigenvalues would contribute."
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+grid = torch.logspace(-9, 0, 200)
+spectrum, c = eigen.scale.flatten().cpu(), coefficients.flatten().abs().cpu()
+shown = spectrum > 1e-9
+for damping in (1e-6, 1e-4, 1e-2):
+    (line,) = left.semilogx(grid.cpu(), (grid / (grid + damping)).cpu(), label=rf"$\delta = 10^{{{round(torch.tensor(damping).log10().item())}}}$")  # fmt: skip
+    left.axvline(damping, color=line.get_color(), linestyle=":", linewidth=1)
+    size = c[shown] / (spectrum[shown] + damping)
+    right.loglog(spectrum[shown], size, ".", markersize=3, alpha=0.5, rasterized=True)
+left.set(xlabel=r"eigenvalue $\lambda$", ylabel=r"$\lambda / (\lambda + \delta)$")
+right.set(xlabel=r"eigenvalue $\lambda_i$", ylabel="step along its eigenvector", ylim=(1e-7, 1e3))
+left.legend()
+plt.show()
+
+# %% [markdown]
+# ## Where to put it: exact damping
+#
+# For KFAC, $M = B \otimes A$ for each layer. [Chapter 7](07_matrices.py) showed that damping leaves
+# the Kronecker products, but not the eigenbasis: with $A = Q_A \operatorname{diag}(\alpha) Q_A^\top$,
+# $B = Q_B \operatorname{diag}(\beta) Q_B^\top$ and a gradient $G$ in the shape of $W$,
+#
+# $$
+# (B \otimes A + \delta I)^{-1} \operatorname{vec}(G)
+# = \operatorname{vec}\Bigl( Q_B \Bigl[
+# \frac{(Q_B^\top G\, Q_A)_{oi}}{\beta_o \alpha_i + \delta} \Bigr]_{oi} Q_A^\top \Bigr) .
+# \tag{8.5}
+# $$
+#
+# This is exact for every $\delta$, and another $\delta$ needs no other decomposition.
+
+# %%
+small = Kronecker(*(R @ R.T / 9 for R in (torch.randn(5, 9), torch.randn(3, 9))))
+A, B, G = small.A, small.B, torch.randn(3, 5)
+I5, I3, I15, eig = torch.eye(5), torch.eye(3), torch.eye(15), small.eigen()
+
+solved = eig.QB.T @ G @ eig.QA
+for o in range(3):
+    for i in range(5):
+        solved[o, i] /= eig.scale[o, i] + 0.1
+by_hand = eig.QB @ solved @ eig.QA.T
+assert_exact(by_hand, small.inverse(0.1) @ G)
+assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
+
+# %% [markdown]
+# ## Factored damping
+#
+# An eigendecomposition costs several times as much as a Cholesky factorisation. The original KFAC
+# therefore damps each factor, so that the inverse is a Kronecker product and two factorisations
+# suffice. How should $\delta$ be shared? Take any $\pi \gt 0$ and multiply out; the Kronecker
+# product is linear in each factor:
+#
+# $$
+# \begin{aligned}
+# \Bigl(B + \tfrac{\sqrt\delta}{\pi} I\Bigr) \otimes \bigl(A + \pi \sqrt\delta I\bigr)
+# &= B \otimes A + \delta\, I \otimes I + E_\pi , \\
+# E_\pi &= \pi \sqrt\delta\; B \otimes I + \tfrac{\sqrt\delta}{\pi}\; I \otimes A .
+# \end{aligned}
+# \tag{8.6}
+# $$
+#
+# The first two terms are what we want. $E_\pi$ is the price. For $\pi = 1$ this is [(1.11)]. We
+# cannot make it vanish, but we can make it small. Measure it by its trace, which is the sum of its
+# eigenvalues, with $\operatorname{tr}(B \otimes I) = d_\text{in} \operatorname{tr} B$:
+#
+# $$
+# \operatorname{tr} E_\pi
+# = \sqrt\delta \Bigl( \pi\, d_\text{in} \operatorname{tr} B
+# + \tfrac{1}{\pi}\, d_\text{out} \operatorname{tr} A \Bigr) .
+# \tag{8.7}
+# $$
+#
+# The derivative by $\pi$ is $\sqrt\delta\, (d_\text{in} \operatorname{tr} B - d_\text{out} \operatorname{tr} A / \pi^2)$.
+# It is zero where
+#
+# $$
+# \pi^2 = \frac{d_\text{out} \operatorname{tr} A}{d_\text{in} \operatorname{tr} B}
+# = \frac{\operatorname{tr} A / d_\text{in}}{\operatorname{tr} B / d_\text{out}} ,
+# \tag{8.8}
+# $$
+#
+# a ratio of mean eigenvalues, and this is the minimum, since [(8.7)] grows without bound in both
+# directions. In words: each factor gets damping in proportion to its own size.
+
+
+# %%
+def excess(K: Kronecker, damping: float, pi: float) -> Tensor:
+    """E of (8.6): what factored damping adds beyond `damping * I`."""
+    root, I_A, I_B = damping**0.5, eye_like(K.A), eye_like(K.B)
+    whole = kron(K.B + root / pi * I_B, K.A + pi * root * I_A)
+    return whole - K.dense() - damping * eye_like(whole)
+
+
+d, pi = 0.1, balance(small).item()
+assert_exact(excess(small, d, pi), d**0.5 * (pi * kron(B, I5) + kron(I3, A) / pi))
+assert_close(pi**2, (A.trace() / 5 / (B.trace() / 3)).item())
+traces = {factor: excess(small, d, factor * pi).trace().item() for factor in (0.5, 0.9, 1, 1.1, 2)}
+print("trace of E at multiples of pi:", {f: round(t, 3) for f, t in traces.items()})
+assert min(traces, key=traces.__getitem__) == 1
+
+# %% [markdown]
+# ### In the package
+
+# %% tags=["beside", "remove-input"]
+code(factored_inverse, balance)
+
+# %%
+inverse = factored_inverse(small, d)
+assert_exact(inverse.dense(), inv(kron(B + d**0.5 / pi * I3, A + pi * d**0.5 * I5)))
+assert not torch.allclose(inverse.dense(), small.inverse(d).dense(), rtol=0.05)
+
+# %% [markdown]
+# ### It always damps too much
+#
+# <div class="admonition theorem" markdown="1" id="thm-8.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 8.2 (factored damping over-damps)</b></p>
+#
+# Let $A$ and $B$ be symmetric positive semi-definite, $\delta, \pi \gt 0$. Then $E_\pi$ is positive
+# semi-definite. In the eigenbasis of $B \otimes A$, every coefficient of the factored step is that
+# of the exact step, times
+#
+# $$
+# \frac{x y + 1}{(x + 1)(y + 1)} \le 1
+# \qquad\text{with}\quad x = \frac{\alpha_i}{\pi \sqrt\delta},\quad y = \frac{\pi \beta_o}{\sqrt\delta} .
+# \tag{8.9}
+# $$
+#
+# </div>
+#
+# **Proof.** Adding multiples of the identity changes no eigenvectors, so the matrices in
+# [(8.6)] share the basis $Q_B \otimes Q_A$. The eigenvalues of $E_\pi$ are
+# $\pi \sqrt\delta \beta_o + \sqrt\delta \alpha_i / \pi \ge 0$. The factored step divides by
+# $(\beta_o + \sqrt\delta / \pi)(\alpha_i + \pi \sqrt\delta) = \delta (y + 1)(x + 1)$ and the exact
+# step by $\beta_o \alpha_i + \delta = \delta (xy + 1)$. The ratio is [(8.9)], and
+# $(x + 1)(y + 1) = xy + 1 + x + y$. $\blacksquare$
+#
+# So the factored step is shorter, in every direction, whatever $\pi$ is. Where both eigenvalues
+# are large compared with their share of the damping, or both are small, the ratio is near one.
+# It is small where one is large and the other small: for $x \to \infty$ it tends to
+# $y / (y + 1)$, as if the damping were $\delta x$ there. Such mixed directions are the normal
+# case for a Kronecker product.
+
+# %%
+for share in (0.3, 1.0, pi, 5.0):
+    E = excess(small, d, share)
+    assert torch.linalg.eigvalsh(E).min() >= -1e-12
+    x, y_ = eig.QA.T @ A @ eig.QA, eig.QB.T @ B @ eig.QB
+    x, y_ = x.diagonal() / (share * d**0.5), y_.diagonal() * share / d**0.5
+    predicted = (torch.outer(y_, x) + 1) / torch.outer(y_ + 1, x + 1)
+    factored = kron(inv(B + d**0.5 / share * I3), inv(A + share * d**0.5 * I5)) @ G.flatten()
+    coefficient = eig.QB.T @ factored.reshape(3, 5) @ eig.QA
+    assert_exact(coefficient, predicted * (eig.QB.T @ (small.inverse(d) @ G) @ eig.QA))
+    assert predicted.max() < 1
+    assert factored.norm() < (small.inverse(d) @ G).norm()
+
+# %% [markdown]
+# ### Why pi is not optional
+#
+# $B \otimes A = (B / c) \otimes (c A)$: how the scale is split between the factors is a
+# convention. Ours gives all of the loss's scale to $B$ ([Chapter 5](05_kfac.py)), others differ.
+# A result that depends on the convention is a bug waiting for a comparison. By [(8.8)], $\pi$ turns
+# into $c \pi$, so that
+#
+# $$
+# \Bigl(\tfrac1c B + \tfrac{\sqrt\delta}{c \pi} I\Bigr) \otimes \bigl(c A + c \pi \sqrt\delta I\bigr)
+# = \Bigl(B + \tfrac{\sqrt\delta}{\pi} I\Bigr) \otimes \bigl(A + \pi \sqrt\delta I\bigr) .
+# \tag{8.10}
+# $$
+#
+# The damped matrix stays the same. With a fixed $\pi = 1$ it does not:
+
+
+# %%
+def fixed_pi(K: Kronecker, damping: float) -> Kronecker:
+    root, I_A, I_B = damping**0.5, eye_like(K.A), eye_like(K.B)
+    return Kronecker(inv(K.A + root * I_A), inv(K.B + root * I_B))
+
+
+for c in (1e-3, 200.0):  # 200 is the size of our batch: conventions differ by that much
+    other = Kronecker(c * A, B / c)
+    assert_exact(other.dense(), small.dense())
+    assert_exact(factored_inverse(other, d).dense(), factored_inverse(small, d).dense())
+    share = (fixed_pi(other, d) @ G).norm() / (fixed_pi(small, d) @ G).norm()
+    print(f"c = {c:5g}, pi = 1: a step {share:.3f} times as long")
+    assert share < 0.5
+
+# %% [markdown]
+# ### How much shorter, on digits
+#
+# Steps of the trained network for a range of dampings:
+
+# %%
+dampings = torch.logspace(-8, 2, 21).tolist()
+exact = Kronecker.inverse
+curves, best = {}, {}
+for kind, invert in {"exact": exact, "factored": factored_inverse, "π = 1": fixed_pi}.items():
+    steps = [step({name: invert(K, d) for name, K in factors.items()}) for d in dampings]
+    curves[kind] = ([length(s) for s in steps], [after(s) for s in steps])
+    best[kind], at = min(zip(curves[kind][1], dampings, strict=True))
+    print(f"{kind:8} lowest loss after a full step {best[kind]:.3f}, at damping {at:.0e}")
+    assert best[kind] < value
+
+shares = [f / e for f, e in zip(curves["factored"][0], curves["exact"][0], strict=True)]
+print(f"factored steps are {min(shares):.2f} to {max(shares):.2f} times as long as exact ones")
+assert min(shares) < 0.5 < max(shares) < 1
+assert best["factored"] < best["exact"]
+
+# %% tags=["hide-input"] alt="Two log-log plots against the damping, each with three curves: exact, factored, and factored with pi equal to one. Left, the length of the step: all fall, the exact one is the longest throughout, and the curves come together for very large damping. Right, the loss after the full step: high for small damping, a minimum in between, then a rise to the loss before the step. The minimum of the factored curves lies at smaller damping and is lower." caption="Length of a full step (left) and the loss after it (right; dotted, the loss before). Factored damping takes shorter steps at the same damping, so its best damping is smaller."
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+for (kind, (long, loss_after)), style in zip(curves.items(), ("-", "--", ":"), strict=True):
+    left.loglog(dampings, long, style, label=kind)
+    right.loglog(dampings, loss_after, style)
+right.axhline(value.item(), color=right.xaxis.label.get_color(), linestyle=":", linewidth=1)
+left.set(xlabel=r"damping $\delta$", ylabel=r"$\Vert s \Vert$")
+right.set(xlabel=r"damping $\delta$", ylabel="loss after the step")
+left.legend()
+plt.show()
+
+# %% [markdown]
+# A damping that was tuned for one kind is wrong for the other: say which one you use. And note
+# that the *lowest* loss is not that of exact damping here. It inverts $B \otimes A + \delta I$
+# exactly, but $B \otimes A$ is an approximation, and the extra damping of mixed directions happens
+# to suit this network. Exactness makes a step well defined and free of conventions. It
+# does not make it the best step.
+#
+# ## The unit of damping
+#
+# Multiply the loss by $c$. Then gradient and curvature are multiplied by $c$, and
+#
+# $$
+# (c M + c\, \delta I)^{-1} (c\, h) = (M + \delta I)^{-1} h .
+# \tag{8.11}
+# $$
+#
+# The step is the same **if damping is multiplied by $c$ as well**. Damping has the unit of
+# curvature. A common $c$ is the number of data: for `reduction="sum"` instead of `"mean"`, the
+# same number means $N$ times less damping.
+
+# %%
+of_mean = factors["2"]
+of_sum = kfac(layer_ios(model, CrossEntropyLoss(reduction="sum"), X, y)["2"])
+N, V = len(X), torch.randn(10, 21)
+for invert in (exact, factored_inverse):
+    assert_exact(invert(of_sum, N * 1e-3) @ (N * V), invert(of_mean, 1e-3) @ V)
+    assert not torch.allclose(invert(of_sum, 1e-3) @ (N * V), invert(of_mean, 1e-3) @ V, rtol=0.1)
+assert not torch.allclose(fixed_pi(of_sum, N * 1e-3) @ (N * V), fixed_pi(of_mean, 1e-3) @ V)
+
+# %% [markdown]
+# With $\pi = 1$ even the scaled damping gives another step; Exercise 8.2 asks why.
+#
+# A number that suits one loss or layer need not suit another. It helps to state damping as a
+# fraction $\varphi$ of the mean eigenvalue of each layer's own curvature:
+#
+# $$
+# \delta_l = \varphi \cdot \frac{\operatorname{tr} M_l}{d_\text{out} d_\text{in}} .
+# \tag{8.12}
+# $$
+
+# %% tags=["beside", "remove-input"]
+code(relative)
+
+# %%
+for name, K in factors.items():
+    print(f"layer {name}: mean eigenvalue {relative(K, 1.0):.1e}")
+    assert_close(relative(K, 1.0), K.eigenvalues().mean().item())
+sum_step = of_sum.inverse(relative(of_sum, 0.1)) @ (N * V)
+assert_exact(sum_step, of_mean.inverse(relative(of_mean, 0.1)) @ V)
+
+# %% [markdown]
+# This is a choice and not a law. A damping of its own for each layer changes the shape of the
+# trust region from a ball to an ellipsoid: it allows longer steps in flat layers.
+#
+# ## Levenberg and Marquardt: ask the loss
+#
+# How much damping is right depends on how well the model predicts the loss. That can be tested
+# at every step, because both are known afterwards. The **reduction ratio** is what happened over
+# what was promised:
+#
+# $$
+# \rho = \frac{L(\theta + s) - L(\theta)}{h^\top s + \tfrac12 s^\top M s} .
+# \tag{8.13}
+# $$
+#
+# The denominator is $m(s) - L$ of [(8.1)], *without* the charge for distance: that is not part of
+# the loss. For the damped step it is always negative. Since $(M + \delta I) s = -h$, we can
+# replace $h$ by $-M s - \delta s$:
+#
+# $$
+# h^\top s + \tfrac12 s^\top M s
+# = -s^\top M s - \delta s^\top s + \tfrac12 s^\top M s
+# = -\tfrac12 s^\top M s - \delta \lVert s \rVert^2 .
+# \tag{8.14}
+# $$
+#
+# So $\rho$ is positive exactly if the loss went down. A ratio near one says that the model was
+# right. A ratio near zero or below says that the step left the region in which it is. Hence the
+# rule: above $\tfrac34$ shrink the damping, below $\tfrac14$ raise it, in between leave it. Two
+# thresholds instead of one keep it from switching back and forth.
+#
+# The ratio must use the same batch three times: for the slope, the curvature, and the two losses.
+# Otherwise it measures the difference between batches.
+
+# %% tags=["beside", "remove-input"]
+code(reduction_ratio, levenberg_marquardt)
+
+# %% [markdown]
+# On a loss that *is* a parabola, the ratio is one, whatever the step:
+
+# %%
+for s in (*damped.values(), torch.randn(12)):
+    at_0, at_s = 3.0, 3.0 + m(s).item()
+    assert abs(reduction_ratio(at_0, at_s, m(s).item()) - 1) < 1e-10
+for d_, s in damped.items():
+    assert_close(m(s), -(s @ M @ s) / 2 - d_ * s @ s)
+assert [levenberg_marquardt(1.0, r, factor=0.5) for r in (0.9, 0.5, 0.1, -3)] == [0.5, 1, 2, 2]
+
+# %% [markdown]
+# ### A run
+#
+# A small network learns a wave from 40 points. We use two models of its loss: the exact GGN of all
+# weights together, and KFAC's blocks. Each predicts with its own $M$, so that for KFAC the ratio
+# judges the whole model: the parabola *and* the approximation of its curvature. A step after which
+# the loss is higher is not taken; only the damping changes.
+
+
+# %%
+def kfac_matrix(net: Module, loss: Module, X: Tensor, y: Tensor) -> Tensor:
+    """KFAC's blocks in one matrix over all weights; the rest is zero."""
+    theta = parameter_vector(net)
+    M = torch.zeros(len(theta), len(theta))
+    for name, io in layer_ios(net, loss, X, y).items():
+        place = block_index(net)[name].flatten()
+        M[place[:, None], place] = kfac(io).dense()
+    return M
+
+
+def run(curvature, damping: float, adapt: bool = True, steps: int = 60) -> list[tuple]:
+    torch.manual_seed(1)
+    net, squared = (
+        Sequential(Linear(1, 10), Tanh(), Linear(10, 10), Tanh(), Linear(10, 1)),
+        MSELoss(),
+    )
+    X = torch.linspace(-1, 1, 40)[:, None]
+    y, history = (5 * X).sin(), []
+    for _ in range(steps):
+        before = squared(net(X), y)
+        h = torch.cat([v.flatten() for v in torch.autograd.grad(before, list(net.parameters()))])
+        M, theta = curvature(net, squared, X, y), parameter_vector(net)
+        s = -torch.linalg.solve(M + damping * eye_like(M), h)
+
+        vector_to_parameters(theta + s, net.parameters())
+        value = squared(net(X), y).item()
+        ratio = reduction_ratio(before.item(), value, (h @ s + s @ M @ s / 2).item())
+        history.append((before.item(), damping, ratio))
+        if adapt:
+            damping = levenberg_marquardt(damping, ratio)
+            if not value < before.item():  # also if it is not a number
+                vector_to_parameters(theta, net.parameters())
+    return history
+
+
+# %%
+runs = {"exact GGN": run(ggn, 1.0), "KFAC": run(kfac_matrix, 1.0)}
+fixed = {d: run(ggn, d, adapt=False) for d in (1e-6, 1.0)}
+for name, history in (runs | {f"fixed at {d:g}": h for d, h in fixed.items()}).items():
+    start, end = history[0], history[-1]
+    print(f"{name:14} loss {start[0]:.3f} -> {end[0]:.1e}, damping now {end[1]:.0e}")
+final, final_kfac = (history[-1] for history in runs.values())
+assert final[0] < final_kfac[0] < 0.5 * runs["KFAC"][0][0]
+assert all(final[0] < history[-1][0] / 10 for history in fixed.values())
+assert final[1] < 0.01
+assert final_kfac[1] > 3 * final[1]  # KFAC's model is trusted less
+
+# %% tags=["hide-input"] alt="Three plots against the step number, for the exact GGN and for KFAC: the loss, which falls for both, much further with the exact GGN; the damping, which falls by orders of magnitude for the exact GGN and ends higher for KFAC; and the reduction ratio, scattered around one for the exact GGN and lower for KFAC, with the two thresholds as dotted lines." caption="Levenberg-Marquardt with two models. Left: loss (dashed: exact GGN with a fixed damping of 1). Middle: the damping. Right: the reduction ratio and the two thresholds."
+fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
+for name, history in runs.items():
+    loss_, damping_, ratio_ = zip(*history, strict=True)
+    left.semilogy(loss_, label=name)
+    middle.semilogy(damping_)
+    shown_ratio = [float("nan") if r is None else max(r, -0.5) for r in ratio_]
+    right.plot(shown_ratio, ".-", linewidth=0.7, markersize=4)
+left.semilogy([h_[0] for h_ in fixed[1.0]], "--", color="C0", linewidth=1, label="damping 1")
+for threshold in (0.25, 0.75):
+    right.axhline(threshold, color=right.xaxis.label.get_color(), linestyle=":", linewidth=1)
+left.set(xlabel="step", title="loss")
+middle.set(xlabel="step", title="damping")
+right.set(xlabel="step", title=r"ratio $\rho$", ylim=(-0.6, 2))
+left.legend()
+plt.show()
+
+# %% [markdown]
+# With exact curvature, damping starts high, while the parabola is good for short steps only, and
+# falls as the minimum comes near: the steps turn into Newton's. No fixed damping does both. KFAC's
+# damping ends higher. Its $M$ leaves out what happens between layers, and no nearness to the
+# minimum repairs this. The rule notices and asks for distrust.
+#
+# ### The end, and after the end
+#
+# At a minimum there is nothing left to predict: [(8.13)] becomes $0 / 0$. In floating point this
+# is round-off over round-off, a random number that would drive the damping about.
+# `reduction_ratio` returns `None` when the model promises less than the loss can resolve, and
+# damping stays. Least squares is a parabola, so the true ratio is one at every step:
+
+# %%
+Z, t, w = torch.randn(30, 4), torch.randn(30), torch.zeros(4)
+M4, naive, seen = 2 * Z.T @ Z / 30, [], []
+for _ in range(40):
+    h4 = 2 * Z.T @ (Z @ w - t) / 30
+    s = -torch.linalg.solve(M4 + 0.1 * torch.eye(4), h4)
+    promised = (h4 @ s + s @ M4 @ s / 2).item()
+    values = [(Z @ v - t).square().mean().item() for v in (w, w + s)]
+    naive.append((values[1] - values[0]) / promised if promised else float("nan"))
+    seen.append(reduction_ratio(*values, promised))
+    w = w + s
+print("naive ratio:", [f"{r:.3g}" for r in naive[:4]], "...", [f"{r:.3g}" for r in naive[7:16]])
+assert seen[-1] is None
+assert all(abs(r - 1) < 0.01 for r in seen if r is not None)
+assert any(not isfinite(r) or abs(r - 1) > 0.5 for r in naive)
+assert levenberg_marquardt(0.1, naive[-1]) > 0.1 == levenberg_marquardt(0.1, seen[-1])
+
+# %% [markdown]
+# The other end is a step so long that the loss is not a number. Every comparison with `nan` is
+# false. A rule that only asks "above?" and "below?" leaves damping where it is, and the next step
+# is as bad. It must count as the worst ratio there is:
+
+# %%
+nan = float("nan")
+assert (nan > 3 / 4) == (nan < 1 / 4) == False  # noqa: E712  # what a careless rule would ask
+assert levenberg_marquardt(1.0, nan, factor=0.5) == 2.0
+assert levenberg_marquardt(1.0, reduction_ratio(1.0, nan, -0.5), factor=0.5) == 2.0
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **Damping stored in the factors.** Factors are averaged over steps,
+# $\bar A \leftarrow \mu \bar A + (1 - \mu) A_t$ with a decay $\mu$. An implementation adds the
+# damping to $\bar A$ in place, inverts, and averages on with the same tensor. What was added is
+# carried along. It obeys $e \leftarrow \mu e + \gamma$ if $\gamma$ is added each time, and the fixed
+# point $e = \mu e + \gamma$ is
+#
+# $$
+# e = \frac{\gamma}{1 - \mu} .
+# \tag{8.15}
+# $$
+
+# %%
+decay, gamma = 0.95, 0.01
+stored, clean = torch.zeros(5, 5), torch.zeros(5, 5)
+for _ in range(800):
+    R = torch.randn(5, 20)
+    stored = decay * stored + (1 - decay) * R @ R.T / 20
+    clean = decay * clean + (1 - decay) * R @ R.T / 20
+    stored += gamma * I5  # damp in place, then invert `stored`
+effective = (stored - clean).diagonal()
+print(f"asked for {gamma}, got {effective.mean().item():.3f}")
+assert_exact(effective, torch.full((5,), gamma / (1 - decay)))
+before = small.A.clone()
+factored_inverse(small, 0.1)
+assert torch.equal(small.A, before)  # the package stores nothing
+
+# %% [markdown]
+# A damping twenty times larger than asked for is a working optimiser with a puzzling optimum of
+# its settings. (A relative, with eigenvalues in place of an average, is at the end of
+# [Chapter 7](07_matrices.py).)
+#
+# **Pi or pi squared?** The traces give $\pi^2$. In one
+# [public discussion](https://github.com/Thrandis/EKFAC-pytorch/issues/4), a reader doubted lines
+# that were right, because the variable called `pi` held $\pi^2$ and was used under a root. Whoever
+# "corrects" such lines to the formula of the paper, and keeps the variable, damps with $\pi^2$ for
+# $\pi$. Nothing breaks: the two shares still multiply to $\delta$. But the trace is no longer
+# minimal, and the invariance is gone:
+
+# %%
+confused = balance(small).item() ** 2
+assert abs(confused - pi) > 0.1 * pi
+assert excess(small, d, confused).trace() > 1.01 * excess(small, d, pi).trace()
+for c in (0.1, 10.0):
+    other = Kronecker(c * A, B / c)
+    E, E_c = excess(small, d, confused), excess(other, d, balance(other).item() ** 2)
+    print(f"c = {c:4g}: trace of E {E_c.trace() / E.trace():.2f} times as large")
+    assert not torch.allclose(E_c, E, rtol=0.1)
+
+# %% [markdown]
+# **Damping in one term only.** Methods without inverses update their estimate by expressions in
+# which the curvature occurs several times, and each occurrence needs the damping
+# ([an example of a forgotten one](https://github.com/f-dangel/singd/issues/17)). Here is a small
+# iteration of that kind. $X \leftarrow X + \tfrac12 (I - X M_\delta) X + \tfrac12 X (I - M_\delta X)$
+# converges to the inverse of $M_\delta = M + \delta I$. Forget $\delta$ in the second term and at
+# the fixed point $X = X (M + \tfrac{\delta}{2} I) X$: it converges all the same, to the inverse with
+# half the damping.
+
+
+# %%
+def iterate(M: Tensor, first: float, second: float) -> Tensor:
+    I_M = eye_like(M)
+    X = I_M / (M.trace() + first + second)
+    for _ in range(60):
+        X = X + (I_M - X @ (M + first * I_M)) @ X / 2 + X @ (I_M - (M + second * I_M) @ X) / 2
+    return X
+
+
+assert_exact(iterate(A, 0.1, 0.1), inv(A + 0.1 * I5))
+forgotten = iterate(A, 0.1, 0.0)
+assert not torch.allclose(forgotten, inv(A + 0.1 * I5), rtol=1e-2)
+assert_exact(forgotten, inv(A + 0.05 * I5))
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 8.1.** For $A = \alpha I$ (a single input, say), $B \otimes A + \delta I$ *is* a
+# Kronecker product. Of what? Does factored damping find it?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $(B + \tfrac{\delta}{\alpha} I) \otimes \alpha I$: all of the damping goes to $B$. Factored damping
+# puts some into $A$, for every $\pi$, and $E_\pi$ is positive semi-definite with a positive trace.
+# It is not exact even here.
+#
+# </details>
+#
+# **Exercise 8.2.** Multiply the loss by $c$ and the damping too. Why is the factored step unchanged
+# with $\pi$ from [(8.8)], but not with $\pi = 1$?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The loss changes $B$ to $c B$ and leaves $A$ alone, $\pi$ becomes $\pi / \sqrt c$ and $\sqrt\delta$
+# becomes $\sqrt{c \delta}$. Then $\sqrt{c \delta} / (\pi / \sqrt c) = c \sqrt\delta / \pi$ and
+# $\sqrt{c \delta}\, \pi / \sqrt c = \sqrt\delta\, \pi$, as it should be. With $\pi = 1$ both factors
+# get $\sqrt c$ times as much, where $B$ needs $c$ and $A$ needs $1$.
+#
+# </details>
+#
+# **Exercise 8.3.** The loss has an extra term $\tfrac{w}{2} \lVert \theta \rVert^2$ (weight decay).
+# What changes in the step?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Its gradient is $w \theta$ and its Hessian $w I$. So the gradient becomes $h + w \theta$, and the
+# damping $\delta + w$. In the reduction ratio, $w$ belongs to $M$, because it is part of the loss,
+# and $\delta$ does not.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+multiple = Kronecker(0.7 * I5, B)  # 8.2
+assert_exact(kron(B + d / 0.7 * I3, 0.7 * I5), multiple.dense() + d * I15)  # 8.1
+assert not torch.allclose(factored_inverse(multiple, d).dense(), multiple.inverse(d).dense())
+
+for c in (0.01, 30.0):  # 8.2
+    scaled = Kronecker(A, c * B)
+    assert_exact(factored_inverse(scaled, c * d) @ (c * G), factored_inverse(small, d) @ G)
+    step_1 = fixed_pi(small, d) @ G
+    assert not torch.allclose(fixed_pi(scaled, c * d) @ (c * G), step_1, rtol=0.05)
+
+theta, weight = torch.randn(12), 0.3  # 8.3
+whole = lambda s: m(s) + weight / 2 * (theta + s) @ (theta + s) + d / 2 * s @ s  # noqa: E731
+s = -torch.linalg.solve(M + (weight + d) * eye_like(M), h + weight * theta)
+assert torch.func.grad(whole)(s).abs().max() < 1e-10
+
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Martens and Grosse (2015)](bibliography.md#kfac), section 6, for factored damping and for the
+# adaptation of the damping in KFAC; their section 6.4 rescales the step with exact curvature, which
+# repairs part of what KFAC's model gets wrong. Nocedal and Wright, *Numerical Optimization*,
+# chapters 4 and 10, for trust regions and Levenberg-Marquardt.
