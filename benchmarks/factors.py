@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kfac_scratch import EXPAND, REDUCE, empirical, kfac, layer_ios, monte_carlo, type2
+from kfac_scratch import EXPAND, REDUCE, empirical, kfac_over, monte_carlo, type2
 from tests import reference
 
 FISHERS = {
@@ -84,8 +84,8 @@ def contenders(model, loss, X, y, fisher: str, setting: str) -> dict[str, Callab
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
     def ours():
-        ios = layer_ios(model, loss, X, y, vectors, setting=SETTINGS[setting], layers=layers)
-        return {name: kfac(io) for name, io in ios.items()}
+        options = {"setting": SETTINGS[setting], "layers": layers, "progress": False}
+        return kfac_over(model, loss, [(X, y)], vectors, **options)
 
     def curvlinops():
         options = {"kfac_approx": setting, "num_per_example_loss_terms": 1}

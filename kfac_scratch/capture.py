@@ -134,20 +134,25 @@ def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "gro
 
 
 def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
-    sums, count = [], 0
+    means, counts = [], []
     for call in calls:
         row, S = averaged_rows(call.layer, call.x)
         row = row.to(call.layer.weight.dtype)
         ends = row.new_tensor(block.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
-        sums.append(S * torch.cat([row, ends] if block.weight is not None else [ends], dim=-1))
-        count += S
-    return torch.stack(sums).sum(0) / count
+        means.append(torch.cat([row, ends] if block.weight is not None else [ends], dim=-1))
+        counts.append(S)
+    if len(means) == 1:
+        return means[0]
+    total = sum(counts)
+    return sum(
+        (S / total * mean for S, mean in zip(counts, means, strict=True)), start=0 * means[0]
+    )
 
 
 def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
     pairs = zip(calls, gs, strict=True)
     sums = [output_rows(c.layer, g).sum(3, keepdim=True) for c, g in pairs]
-    return torch.stack(sums).sum(0)
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 EXPAND = Setting(_expanded_inputs, _expanded_outputs)

@@ -15,9 +15,8 @@ factor only, Benzing 2022 (arXiv:2201.12250).
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
@@ -36,7 +35,7 @@ def kfac(io: LayerIO) -> Kronecker:
     Law: exact if `a a^T` or `sum_v g g^T` is the same for all data and there is one position.
     """
     N, S, _ = io.a.shape
-    return Kronecker(gram(io.a) / (N * S), gram(io.g.flatten(0, 1)))
+    return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))
 
 
 def foof(io: LayerIO) -> Kronecker:
@@ -92,27 +91,34 @@ def kfac_over(
         parts = stream(model, loss, X, y, of_sum, setting=setting, layers=layers, chunk=chunk)
         for i, ios in enumerate(parts):
             for name, io in ios.items():
-                sums.setdefault(name, _Sums()).add(io, with_inputs=i == 0)
+                _add(sums, name, io, with_inputs=i == 0)
     if not sums:
         raise ValueError("The data loader yielded no batch.")
     D = D if getattr(loss, "reduction", None) == "mean" else 1.0
     return {name: total.factors(D) for name, total in sums.items()}
 
 
+def _add(sums: "dict[str, _Sums]", name: str, io: LayerIO, with_inputs: bool) -> None:
+    """Add a part of a batch to a layer's sums; the parts of one batch have the same inputs."""
+    N, S, _ = io.a.shape
+    B = gram(io.g.flatten(0, 1))
+    if name not in sums:
+        sums[name] = _Sums(gram(io.a), B, N * S)
+        return
+    total = sums[name]
+    total.B += B
+    if with_inputs:
+        total.A += gram(io.a)
+        total.rows += N * S
+
+
 @dataclass(eq=False)
 class _Sums:
     """Running sums of `a a^T` and `g g^T`, and the number of rows `a`."""
 
-    A: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    B: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    rows: int = 0
-
-    def add(self, io: LayerIO, with_inputs: bool) -> None:
-        B = gram(io.g.flatten(0, 1))
-        self.B = self.B.to(B) + B
-        if with_inputs:  # the parts of one batch have the same inputs
-            A = gram(io.a)
-            self.A, self.rows = self.A.to(A) + A, self.rows + io.a.shape[0] * io.a.shape[1]
+    A: Tensor
+    B: Tensor
+    rows: int
 
     def factors(self, D: float) -> Kronecker:
-        return Kronecker(self.A / self.rows, self.B / D)
+        return Kronecker(self.A.div_(self.rows), self.B.div_(D))

@@ -44,7 +44,6 @@ d = 1024
 dense_bytes, factor_bytes = 4 * (d * d) ** 2, 4 * 2 * d * d
 print(f"curvature of one {d} × {d} layer: {dense_bytes / 2**40:.0f} TiB in float32")
 print(f"its two Kronecker factors:        {factor_bytes / 2**20:.0f} MiB")
-assert dense_bytes == factor_bytes * d * d // 2
 
 # %% [markdown]
 # ## Rows, one after the other
@@ -200,8 +199,7 @@ assert_close(vec(torch.outer(g, a)), torch.kron(g, a))
 # ### In the package
 #
 # The right-hand side of [(1.6)] never forms $B \otimes A$. It folds the vector, multiplies
-# twice with small matrices, and flattens again. The line below is the one that runs whenever
-# this package applies a Kronecker product to a vector.
+# twice with small matrices, and flattens again.
 
 # %% tags=["beside", "remove-input"]
 code(kron_matvec)
@@ -246,8 +244,8 @@ print(f"relative error of the mixture: {((mixed - right).norm() / right.norm()).
 
 # %% [markdown]
 # The mixture is far from right, yet it is hard to notice. The two products differ
-# only by a renumbering of rows and columns: with the permutation $K$ for which
-# $K \operatorname{vec}(V) = \operatorname{cvec}(V)$, [(1.6)] and [(1.7)] give
+# only by a renumbering of rows and columns: for square factors, and with the permutation $K$ for
+# which $K \operatorname{vec}(V) = \operatorname{cvec}(V)$, [(1.6)] and [(1.7)] give
 #
 # $$
 # A \otimes B = K (B \otimes A) K^\top.
@@ -264,7 +262,8 @@ assert_close(torch.kron(A, B), K @ torch.kron(B, A) @ K.mT)
 
 B, A = B @ B.mT, A @ A.mT  # symmetric, so that the eigenvalues are real
 ours, theirs = torch.kron(B, A), torch.kron(A, B)
-for statistic in (torch.trace, torch.linalg.matrix_norm, torch.linalg.eigvalsh):
+linalg = torch.linalg
+for statistic in (torch.trace, linalg.det, linalg.matrix_norm, linalg.eigvalsh):
     assert_close(statistic(ours), statistic(theirs))
 assert not torch.allclose(ours, theirs)
 
@@ -284,9 +283,9 @@ matrices(pair, blocks=dict.fromkeys(pair, (4, 4)))
 # $$
 #
 # Everything that makes KFAC cheap is a special case. With $D = B^{-1}$ and $C = A^{-1}$ the right
-# side is the identity; with eigenvectors $B = Q_B \Lambda_B Q_B^\top$ and
-# $A = Q_A \Lambda_A Q_A^\top$ it is a diagonal matrix between orthogonal ones. The transpose and
-# the trace are read off [(1.3)].
+# side is the identity. Symmetric factors have orthonormal eigenvectors,
+# $B = Q_B \Lambda_B Q_B^\top$ and $A = Q_A \Lambda_A Q_A^\top$, and [(1.9)], used twice, pulls
+# these apart from the eigenvalues. The transpose and the trace are read off [(1.3)].
 #
 # $$
 # \begin{aligned}
@@ -330,8 +329,8 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # \tag{1.11}
 # $$
 #
-# The exact damped inverse exists at the same cost, however, because $\delta I$ does not change
-# the eigenvectors in [(1.10)]:
+# The exact damped inverse needs only the eigenvectors of the two factors, however, because
+# $\delta I$ does not change those of their product in [(1.10)]:
 #
 # $$
 # (B \otimes A + \delta I)^{-1}
@@ -408,7 +407,8 @@ plt.show()
 #
 # A network has several parameters. Its gradient is the concatenation of their flattened
 # gradients, and its Jacobian that of the columns belonging to each. Here is a layer
-# $z = W a + b$. Row $i$ of $W$ meets only output $i$, so by [(1.5)]
+# $z = W a + b$. Output $i$ depends on row $i$ of $W$ only, and its derivative by that row is
+# $a^\top$. With one row for each output and the columns in the order of [(1.1)],
 #
 # $$
 # \frac{\partial z}{\partial \operatorname{vec}(W)} = I \otimes a^\top,
@@ -480,8 +480,9 @@ kernel = W.mT.contiguous()  # d_in × d_out
 assert_close(kernel.flatten(), cvec(W))
 
 # %% [markdown]
-# **A transpose that was never carried out.** `V.T` only changes strides. `flatten` and `reshape`
-# copy when they must; `view` and writing through a flattened copy do not do what one hopes:
+# **A transpose that was never carried out.** `V.T` only changes strides. `view` refuses it, which
+# is the good case. `flatten` and `reshape` copy when they must, and what is written into a copy is
+# lost:
 
 # %%
 try:
@@ -491,7 +492,7 @@ except RuntimeError as error:
     print(error)
 
 transposed = W.mT.clone(memory_format=torch.preserve_format)
-transposed.flatten()[0] = 1e3  # writes into a copy, which is lost
+transposed.flatten()[0] = 1e3  # writes into a copy
 assert_close(transposed, W.mT)
 
 # %% [markdown]
