@@ -363,8 +363,8 @@ assert abs(ratio - 4) < 0.3
 # $$
 #
 # is a sum of outer products of vectors $J^\top s_v$ (here $v$ numbers the columns of $S$), each of
-# which is one backward pass that starts from a column $s_v$. [Chapter 3](03_losses.py) finds these columns for the common losses,
-# and shows that for them the GGN is the Fisher.
+# which is one backward pass that starts from a column $s_v$. [Chapter 3](03_losses.py) finds these
+# columns for the common losses, and shows that for them the GGN is the Fisher.
 
 # %%
 eigenvalues_H, eigenvalues_GGN = torch.linalg.eigvalsh(H), torch.linalg.eigvalsh(GGN)
@@ -540,6 +540,9 @@ print("eigenvalues of the Hessian:", [round(e, 1) for e in torch.linalg.eigvalsh
 print(
     "eigenvalues of the GGN:    ", [round(e, 1) for e in torch.linalg.eigvalsh(GGN_start).tolist()]
 )
+
+# %% [markdown]
+# The starting point lies above that boundary. Here are both quadratic models of the loss there:
 
 # %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: those of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. That of the GGN's model is a minimum, on the right side, but beyond where the model is any good."
 x1, x2 = torch.meshgrid(
@@ -731,7 +734,7 @@ assert relative(torch.func.vmap(H_times)(torch.eye(D)).mT - H, H) < 1e-10
 
 # %%
 class Operations(TorchDispatchMode):
-    """Counts multiplications and additions in matrix products."""
+    """Counts multiplications and additions in matrix products, inside `torch.func` as well."""
 
     total = 0
 
@@ -771,10 +774,13 @@ for width in (4, 8, 16, 32, 64):
     assert counts["dense Hessian"] > len(unit) * counts["gradient"]
 
 # %% tags=["hide-input"] alt="Log-log plot of operations against the number of parameters. Gradient, Hessian product and GGN product are three parallel lines close to each other. The dense Hessian lies far above them and rises twice as steeply." caption="Operations for a batch of 64 data. Either product costs a fixed number of gradients; the dense Hessian costs more than one gradient per parameter."
+sizes = [size for size, _ in rows]
 fig, ax = plt.subplots(figsize=(6.4, 3.4))
 for name, marker in zip(rows[0][1], "osD^", strict=True):
-    ax.loglog([D_ for D_, _ in rows], [c[name] for _, c in rows], marker + "-", label=name)
+    ax.loglog(sizes, [c[name] for _, c in rows], marker + "-", label=name)
 ax.set(xlabel="parameters $D$", ylabel="operations")
+ax.set_xticks(sizes, labels=sizes)
+ax.minorticks_off()
 ax.legend()
 plt.show()
 
@@ -914,27 +920,6 @@ slice_, block = GGN[:20, :20], block_diagonal(model, GGN)["0"]
 assert_close(torch.linalg.eigvalsh(slice_), torch.linalg.eigvalsh(block))
 print(f"relative error of the slice: {relative(slice_ - block, block):.2f}")
 assert relative(slice_ - block, block) > 0.1
-
-# %% [markdown]
-# **Damping that accumulates.** A product with $M + \delta I$ that adds $\delta$ to a stored matrix,
-# or to its stored eigenvalues, in place is right the first time it is called. Test such a product by
-# calling it twice ([it happened](https://github.com/f-dangel/curvlinops/pull/156)):
-
-
-# %%
-class DampedInPlace:
-    def __init__(self, M: Tensor):
-        self.M = M.clone()
-
-    def __call__(self, v: Tensor, damping: float) -> Tensor:
-        self.M.diagonal().add_(damping)  # the mistake
-        return self.M @ v
-
-
-product = DampedInPlace(GGN)
-first, second = product(v, 0.1), product(v, 0.1)
-assert_close(first, GGN @ v + 0.1 * v)
-assert not torch.allclose(second, first)
 
 # %% [markdown]
 # **A product that is out of date.** `hessian_product` keeps the parameters that it was made with: a
