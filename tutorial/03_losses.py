@@ -168,9 +168,9 @@ for loss, outputs, y in [
 # **Bernoulli.** From $p = \sigma(f)$ one gets $\ell = \log(1 + e^f) - y f$, then
 # $\partial \ell / \partial f = p - y$, and $\nabla^2 \ell = p (1 - p)$ for each entry.
 #
-# Something remarkable has happened three times: **the target dropped out of the second derivative.**
-# In each case $\ell$ is $-y^\top f$ (up to a factor) plus a function of $f$ alone. This will be the
-# reason that GGN and Fisher are one.
+# The same happened three times: **the target dropped out of the second derivative.** In each case
+# $y$ (or $e_y$) and $f$ meet in $y^\top f$ only, which is linear in $f$. This will be the reason that
+# GGN and Fisher are one.
 
 
 # %%
@@ -278,10 +278,9 @@ matrices({"Hessian": H_p, "$S$": S_p, "triangular root": triangular})
 
 # %% [markdown]
 # A square root is not unique: $S Q$ is another one for every orthogonal $Q$. Why prefer [(3.5)] to the
-# triangular one, which saves a vector? Because it needs no decomposition, and because its columns mean
-# something. Picture the predictions for three classes as points of a triangle whose
-# corners are certainty. Column $c$ is an arrow from the prediction towards corner $c$, shortened by
-# $\sqrt{p_c}$.
+# triangular one, which saves a vector? It needs no decomposition, and its columns mean something.
+# Picture the predictions for three classes as points of a triangle whose corners are certainty.
+# Column $c$ is an arrow from the prediction towards corner $c$, shortened by $\sqrt{p_c}$.
 
 # %% tags=["hide-input"] alt="Two triangles whose corners are the three classes. Left: a prediction near the centre, with three arrows of similar length towards the corners. Right: a prediction near one corner, where all three arrows are short." caption="The columns of [(3.5)] for an undecided (left) and a confident prediction (right). The ellipse is that of the Hessian, the sum of the arrows' outer products."
 corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], device="cpu")
@@ -445,8 +444,8 @@ for c, column in enumerate(type2(loss, f, y)):
 #
 # [Theorem 3.1] holds for every likelihood, [Theorem 3.2] needs a Hessian without $y$. Take a Gaussian
 # whose network predicts the mean $m$ *and* the logarithm $t$ of the variance: $\ell = \tfrac12 t +
-# \tfrac12 (y - m)^2 e^{-t}$. Its Hessian depends on $y$, is not even positive semi-definite, and only its average
-# is the Fisher. Three points and weights (those of Gauss and Hermite) average exactly here, because
+# \tfrac12 (y - m)^2 e^{-t}$. Its Hessian depends on $y$, is indefinite unless $y = m$, and only its average is the
+# Fisher. Three points and weights (those of Gauss and Hermite) average exactly here, because
 # they are exact for polynomials of degree up to five in $y$, and outer products of scores have
 # degree four.
 
@@ -476,9 +475,8 @@ assert torch.linalg.eigvalsh(hessians[0])[0] < 0
 # %% [markdown]
 # ## Monte Carlo: draw the labels
 #
-# With fifty thousand classes, fifty thousand backward passes for each batch are too many. An
-# expectation can be estimated: draw $M$ labels $\hat y_{1n}, \dots, \hat y_{Mn}$ from $p(\cdot \mid f_n)$
-# and average,
+# With many classes, one backward pass per class is too much. An expectation can be estimated: draw
+# $M$ labels $\hat y_{1n}, \dots, \hat y_{Mn}$ from $p(\cdot \mid f_n)$ and average,
 #
 # $$
 # \widehat{H}_n = \frac{1}{D M} \sum_{m = 1}^{M} \nabla \ell(f_n, \hat y_{mn})\,
@@ -527,11 +525,11 @@ code(monte_carlo, losses._score_samples)
 # %% [markdown]
 # How should one test a random function? First test all that is not random about it. Undo the scale
 # of [(3.7)], and each vector must be $p - e_c$ for *some* class, exactly. What remains is how often
-# each class occurs, and for this one honest statistical test is enough. We take a number that depends on all
-# classes, $u^\top \widehat H u$ for a fixed $u$. Its expectation and its standard error $\sigma$ are
-# known exactly, by enumeration. If the code is right, a mean of this many independent terms is nearly
-# normal, and a deviation of more than $5 \sigma$ has a probability of less than one in a million. The
-# test is also worth something: it prints how small an error it would notice.
+# each class occurs. We take a number that depends on all classes, $u^\top \widehat H u$ for a fixed
+# $u$. Its expectation and its standard error $\sigma$ are known exactly, by enumeration. If the code
+# is right, a mean of this many independent terms is nearly normal, and a deviation of more than
+# $5 \sigma$ has a probability of less than one in a million. The cell also prints how small an error
+# it would notice.
 
 # %%
 loss, M = CrossEntropyLoss(), 20_000
@@ -573,8 +571,7 @@ plt.show()
 # %% [markdown]
 # ## The empirical Fisher is another matrix
 #
-# Drawing labels seems roundabout when the data already have some. Their gradients are even at hand from
-# training. The matrix
+# Drawing labels seems roundabout when the data already have some. The matrix
 #
 # $$
 # E = \frac{1}{D} \sum_n \nabla_\theta\, \ell(f_n, y_n)\; \nabla_\theta\, \ell(f_n, y_n)^\top
@@ -610,8 +607,7 @@ for kind, y in targets.items():
 # %% [markdown]
 # **When the two agree.** On average over targets drawn from the model they are equal; that is
 # the definition of the Fisher. So they come close for large $N$ if the model is *right*, parameters and
-# noise included. We enumerate the average, for a single datum such that there are $C$
-# possible data sets:
+# noise included. A single datum has $C$ possible labels, and we enumerate the average:
 
 # %%
 loss, one = CrossEntropyLoss(), X[:1]
@@ -622,7 +618,7 @@ exact = curvature.ggn(model, loss, one, torch.tensor([0]))
 assert relative(average - exact, exact) < 1e-10
 
 # %% [markdown]
-# **When they do not.** Look at [(3.9)]: the empirical Fisher is a square of residuals.
+# **When they do not.** By [(3.9)], the empirical Fisher is a square of residuals.
 #
 # - Where the network fits its data exactly, $E = 0$, whatever the curvature.
 # - Where all residuals are ten times larger, $E$ is a hundred times larger, while the GGN of a
@@ -710,6 +706,10 @@ assert_close(
 )
 
 
+# %% [markdown]
+# Now the whole plane:
+
+
 # %% tags=["hide-input"] alt="Three direction fields over slope and intercept with contours of the loss. The gradient's arrows cross the long valley and its paths bend into it. The Fisher's arrows all point straight at the minimum. Most of the empirical Fisher's arrows point past it, and its paths make detours or leave the picture." caption="Directions and four paths for linear regression with misspecified noise. All paths may be equally long. Preconditioned by the Fisher they are straight and arrive. The empirical Fisher sends some on long detours."
 def points_around(count: int) -> Tensor:
     axes = torch.linspace(-2.2, 2.2, count), torch.linspace(-3.6, 3.6, count)
@@ -756,8 +756,8 @@ axes[0].set_ylabel("intercept")
 plt.show()
 
 # %% [markdown]
-# None of this forbids using $E$ as a preconditioner, and people do. It only is no approximation of the
-# Fisher or the GGN, and it should be neither tested nor named as one.
+# None of this forbids using $E$ as a preconditioner. It only is no approximation of the Fisher or the
+# GGN in general, and it should be neither tested nor named as one.
 #
 # ## Many labels for one datum
 #
@@ -767,8 +767,8 @@ plt.show()
 # root has **$C P$ columns**: each is nonzero at a single position. This is what `type2` returns.
 #
 # That is many backward passes. It is tempting to send, for each class, its columns for *all*
-# positions at once: $C$ passes instead of $C P$. Public codes do so. Is it allowed? The outer product
-# of a sum is not the sum of outer products; with $s_c = \sum_s s_{cs}$,
+# positions at once: $C$ passes instead of $C P$. Is it allowed? The outer product of a sum is not the
+# sum of outer products; with $s_c = \sum_s s_{cs}$,
 #
 # $$
 # s_c s_c^\top = \sum_s s_{cs} s_{cs}^\top
@@ -879,8 +879,8 @@ for fisher in (type2, type2_classwise):
 # Here $q$ is the target distribution ($e_y$ for a label, or what smoothing makes of it) and $w$
 # the class weights. So the vectors are those of before times one number per label,
 # $\sqrt{\sum_c q_c w_c}$. An ignored label has the number zero. Without class weights $\sum_c q_c = 1$:
-# **soft targets and label smoothing leave the curvature as it is.** For BCE, the factor of the
-# positive class multiplies half of the term, and the number is $w\, y + (1 - y)$.
+# **soft targets and label smoothing leave the curvature as it is.** For BCE, `pos_weight` multiplies
+# the first part of the term, $-y \log p$, by $w$, and the number is $w\, y + (1 - y)$.
 #
 # ### In the package
 #
@@ -913,8 +913,8 @@ for name, (loss, y) in options.items():
     assert ignoring < 1e-10 if name in ("label_smoothing", "soft targets") else ignoring > 0.1
 
 # %% [markdown]
-# With weights, the numbers $e^{-\ell(f, y)}$ no longer sum to a constant over the labels $y$, so there is
-# no distribution to draw from. The GGN exists all the same. `monte_carlo` draws from the
+# With weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no
+# longer the negative log-likelihood of a distribution. The GGN exists all the same. `monte_carlo` draws from the
 # unweighted model and multiplies by the number above. The oracle `fisher`, which stands for the
 # definition, refuses:
 
@@ -965,9 +965,9 @@ except NotImplementedError as error:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# Most mistakes in KFAC's factor $B$ are made here, before any layer is reached, and each of the following
-# was found in a public code. One comparison, `curvature_of(vectors)` against the autodiff Hessian, catches those
-# that do not involve chance. We make them one by one.
+# Mistakes in KFAC's factor $B$ can be made here, before any layer is reached. One comparison,
+# `curvature_of(vectors)` against the autodiff Hessian, catches those that do not involve chance. We make
+# them one by one.
 
 
 # %%
@@ -1001,11 +1001,11 @@ for name, (vectors, loss, outputs, labels) in mistakes.items():
 assert relative(curvature_of(softmax_root(f, 1)) - curvature_of(type2(total, f, hard)), f) < 1e-10
 
 # %% [markdown]
-# The axis is a subtle one, since `softmax(-1)` is right for outputs of shape $[N, C]$ and wrong as soon
-# as there are positions behind the classes. The last line of the list is the first entry of our
-# bug museum: [an early public code](https://github.com/wiseodd/natural-gradients/issues/2) took the
-# gradients of a mean loss, which contain $1 / N$ each, for those of single data, so that its outer products
-# are $N^2$ times too small.
+# The axis is a subtle one, since `softmax(-1)` is right for outputs of shape $[N, C]$ and wrong as
+# soon as there are positions behind the classes. On the last line, outer products of the gradients
+# of a mean loss, which contain $1 / N$ each, are summed. [A public
+# code](https://github.com/wiseodd/natural-gradients/issues/2) averaged them instead, which makes
+# them $N^2$ times too small, not $N$ times.
 #
 # **Mixing data.** Outer products belong to one datum each. Summing gradients over the batch first, as one
 # plain `backward` does, adds the terms $n \neq n'$. The blocks on the diagonal are right, and so a test with a
@@ -1021,8 +1021,8 @@ assert_close(alone.T @ alone, curvature.loss_hessian(entropy, f[:1], hard[:1]))
 
 # %% [markdown]
 # **The square root of the number of samples.** With $1 / M$ on the vectors in place of $1 / \sqrt M$, the
-# curvature is $M$ times too small, and for $M = 1$, the default of many codes, it is right. Our
-# deterministic test of Monte Carlo, that undoing the scale must give one-hot labels, sees it:
+# curvature is $M$ times too small, and for $M = 1$ it is right. Our deterministic test of Monte Carlo,
+# that undoing the scale must give one-hot labels, sees it:
 
 
 # %%
@@ -1089,8 +1089,8 @@ assert (found - expected).abs() > 5 * sigma
 # <summary>Solution</summary>
 #
 # The Hessian is halved, $I$ in place of $2 I$. The empirical Fisher contains the gradient twice and
-# becomes a quarter, $J^\top r r^\top J$. A curvature is linear in the loss, a product of gradients quadratic; only for a
-# loss that is a negative log-likelihood *without* a factor in front can the two mean the same.
+# becomes a quarter, $J^\top r r^\top J$. A curvature is linear in the loss, a product of gradients
+# quadratic.
 #
 # </details>
 #
@@ -1102,7 +1102,7 @@ assert (found - expected).abs() > 5 * sigma
 #
 # The softmax of $(0, f)$ is $(1 - p, p)$ with $p = \sigma(f)$. The logits depend on $f$ through the Jacobian
 # $j = (0, 1)^\top$, linearly, so the curvature is
-# $j^\top (\operatorname{diag} - \dots)\, j$, the lower right entry of [(3.3)]: $p - p^2 = p (1 - p)$.
+# $j^\top \nabla^2 \ell\, j$, the lower right entry of [(3.3)]: $p - p^2 = p (1 - p)$.
 #
 # </details>
 #
