@@ -1,0 +1,615 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 10. EKFAC: the right eigenvalues in KFAC's basis
+#
+# **Part III: Better and faster.** The eigenvalues of KFAC are products of averages. Which ones would
+# be best for its eigenvectors?
+#
+# KFAC gives each layer two things: a basis, the eigenvectors $Q_B \otimes Q_A$, and a number for each
+# basis vector, the product $\beta_o \alpha_i$ of two eigenvalues. The Kronecker structure is needed
+# for the basis, since nobody can store or rotate with a general one. It is not needed for the
+# numbers: there are as many of them as weights, and that many we can store. EKFAC keeps the
+# basis and replaces the numbers by the best ones. This chapter shows which those are, what they
+# repair and what they do not, and how they stay fresh when the basis does not.
+
+# %%
+from collections.abc import Iterator
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
+
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.ekfac import ekfac, rescaled, second_moments
+from kfac_scratch.kfac import kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.losses import empirical
+from kfac_scratch.matrices import KroneckerEigen
+from kfac_scratch.show import code
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to ten digits of the largest entry."""
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def relative_error(M: Tensor, F: Tensor) -> float:
+    return ((M - F).norm() / F.norm()).item()
+
+
+# %% [markdown]
+# ## The best diagonal in a given basis
+#
+# Let $F$ be the exact block of a layer and $U$ any orthogonal matrix of the same size. We look for
+# numbers $s_k$ such that $U \operatorname{diag}(s)\, U^\top$ is as near to $F$ as possible, in the
+# norm of Frobenius, $\lVert M \rVert^2 = \sum_{kl} M_{kl}^2 = \operatorname{tr}(M^\top M)$. This norm
+# does not change under rotation: $\operatorname{tr}(U^\top M^\top U\, U^\top M U) = \operatorname{tr}(M^\top M)$,
+# as $U U^\top = I$ and factors may be moved around a trace. Therefore
+#
+# $$
+# \begin{aligned}
+# \lVert F - U \operatorname{diag}(s)\, U^\top \rVert^2
+# &= \lVert U^\top F U - \operatorname{diag}(s) \rVert^2 \\
+# &= \sum_{k \ne l} (U^\top F U)_{kl}^2 + \sum_k \bigl( (U^\top F U)_{kk} - s_k \bigr)^2 .
+# \end{aligned}
+# \tag{10.1}
+# $$
+#
+# We have no influence on the first sum, and can make the second one zero. The best numbers are
+#
+# $$
+# s_k = (U^\top F U)_{kk} = u_k^\top F u_k ,
+# \tag{10.2}
+# $$
+#
+# the curvatures along the basis vectors. Matrices that are diagonal in the basis $U$ are a linear
+# space, and [(10.1)] is the projection onto it: drop all other coordinates, leave those as they are.
+#
+# <div class="admonition theorem" markdown="1" id="thm-10.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 10.1 (the best eigenvalues)</b></p>
+#
+# Let $s$ be as in [(10.2)] and $E = U \operatorname{diag}(s)\, U^\top$. For all numbers $t$,
+#
+# $$
+# \begin{aligned}
+# \lVert F - E \rVert^2 &= \lVert F \rVert^2 - \lVert s \rVert^2 , \\
+# \lVert F - U \operatorname{diag}(t)\, U^\top \rVert^2
+# &= \lVert F - E \rVert^2 + \lVert s - t \rVert^2 ,
+# \end{aligned}
+# \tag{10.3}
+# $$
+#
+# and $\operatorname{tr} E = \operatorname{tr} F$. If $F$ is positive semi-definite, so is $E$.
+#
+# </div>
+#
+# **Proof.** The second line is [(10.1)], first with $t$ for $s$ and then with $s$ itself, which leaves
+# the first sum. With $t = 0$ it reads $\lVert F \rVert^2 = \lVert F - E \rVert^2 + \lVert s \rVert^2$,
+# the first line. The trace of $U^\top F U$ is that of $F$ and the sum of the $s_k$.
+# Finally $u_k^\top F u_k \ge 0$. $\blacksquare$
+#
+# Choose $U = Q_B \otimes Q_A$ and $t_{oi} = \beta_o \alpha_i$, and the second line compares with KFAC:
+# **EKFAC is never farther from the block than KFAC**, and as near only if it equals KFAC. What it
+# repairs is $\lVert s - \beta \alpha^\top \rVert$, and what stays is what KFAC's basis gets wrong.
+#
+# ## As second moments
+#
+# How do we get $s$ without $F$? The block is a sum of outer products of gradients,
+# $F = \sum_{vn} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top$ ([Theorem 4.1]). The basis
+# vector $r_o \otimes q_i$ is the matrix $r_o q_i^\top$ with its rows lined up, by [(1.5)]. So
+#
+# $$
+# s_{oi} = \sum_{v, n} \bigl( (r_o \otimes q_i)^\top \operatorname{vec}(G_{vn}) \bigr)^2
+# = \sum_{v, n} \bigl( Q_B^\top G_{vn} Q_A \bigr)_{oi}^2 .
+# \tag{10.4}
+# $$
+#
+# Rotate every gradient, square every entry, add up. As loops:
+
+
+# %%
+def second_moments_by_hand(io: LayerIO, QA: Tensor, QB: Tensor) -> Tensor:
+    s = torch.zeros(len(QB), len(QA))
+    for v in range(io.g.shape[0]):
+        for n in range(io.g.shape[1]):
+            G = torch.zeros(len(QB), len(QA))
+            for position in range(io.g.shape[2]):
+                G += torch.outer(io.g[v, n, position], io.a[n, position])
+            s += (QB.T @ G @ QA) ** 2
+    return s
+
+
+def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
+    """Inputs and vectors of a layer with 5 inputs and 3 outputs, made up."""
+    return LayerIO(torch.randn(N, S, 5), torch.randn(V, N, S, 3))
+
+
+for S in (1, 4):
+    io = random_io(7, S)
+    F, K = io.block(), kfac(io).eigen()
+    U = torch.kron(K.QB, K.QA)
+    s = second_moments_by_hand(io, K.QA, K.QB)
+    assert_exact(s.flatten(), (U.T @ F @ U).diagonal())
+    assert_exact(second_moments(io, K.QA, K.QB), s)
+
+# %% [markdown]
+# With one position per datum, $G_{vn} = g_{vn} a_n^\top$ and its rotation is the outer product of
+# $Q_B^\top g_{vn}$ and $Q_A^\top a_n$. The square of an outer product is the outer product of
+# squares. With $\beta_o = \sum_{vn} (r_o^\top g_{vn})^2$ and
+# $\alpha_i = \tfrac1N \sum_n (q_i^\top a_n)^2$, the eigenvalues that KFAC has,
+#
+# $$
+# \begin{aligned}
+# s_{oi} &= \sum_n \Bigl( \sum_v (r_o^\top g_{vn})^2 \Bigr) (q_i^\top a_n)^2 , \\
+# s_{oi} - \beta_o \alpha_i
+# &= N \operatorname{Cov} \Bigl( \sum_v (r_o^\top g_{vn})^2,\; (q_i^\top a_n)^2 \Bigr) .
+# \end{aligned}
+# \tag{10.5}
+# $$
+#
+# KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's
+# error is a covariance of all entries of $B_n$ and $A_n$; EKFAC adds back the part of it that sits
+# on the diagonal of the basis. The two agree if and only if no squared projection of $g$ is
+# correlated with one of $a$.
+#
+# ### In the package
+#
+# The case of one position never forms a gradient: two rotations, two squares, one product of
+# matrices.
+
+# %% tags=["beside", "remove-input"]
+code(ekfac, second_moments)
+
+# %%
+for S in (1, 4):
+    io = random_io(7, S)
+    F, K, E = io.block(), kfac(io).eigen(), ekfac(io)
+    assert_exact(E.QA, K.QA)
+    error = (F - E.dense()).square().sum()
+    assert_exact(error, F.square().sum() - E.scale.square().sum())
+    to_kfac = (F - K.dense()).square().sum()
+    assert_exact(to_kfac, error + (E.scale - K.scale).square().sum())
+    assert_exact(E.trace(), F.trace())
+    assert abs(K.trace() - F.trace()) > 1e-4 * F.trace()
+    assert E.scale.min() >= 0
+    print(f"{S} position(s): error of KFAC {(to_kfac**0.5 / F.norm()).item():.3f}, EKFAC {relative_error(E.dense(), F):.3f}")  # fmt: skip
+
+io = random_io(7)
+K, E = kfac(io).eigen(), ekfac(io)
+along_g, along_a = (io.g.squeeze(2) @ K.QB).square().sum(0), (io.a.squeeze(1) @ K.QA).square()
+covariance = (along_g - along_g.mean(0)).T @ (along_a - along_a.mean(0)) / 7
+assert_exact(E.scale - K.scale, 7 * covariance)
+
+# %% [markdown]
+# ### Per datum, not per position
+#
+# With weight sharing, a datum's gradient is a sum over positions, and [(10.4)] squares the sum. If
+# one squares every position's gradient and adds, the products of different positions are lost. The
+# result is the best diagonal for another matrix: that of data with one position each.
+
+# %%
+io = random_io(7, S=4)
+E = ekfac(io)
+flat = LayerIO(io.a.reshape(28, 1, 5), io.g.reshape(2, 28, 1, 3))  # positions as if they were data
+per_position = KroneckerEigen(E.QA, E.QB, second_moments(flat, E.QA, E.QB))
+wrong, right = (relative_error(M.dense(), io.block()) for M in (per_position, E))
+print(f"error: {right:.3f} per datum, {wrong:.3f} per position")
+assert_exact(kfac(flat).dense(), kfac(io).dense())  # KFAC itself cannot tell them apart
+assert wrong > 1.05 * right
+assert abs(per_position.trace() - io.block().trace()) > 0.01 * io.block().trace()
+
+# %% [markdown]
+# ## Where EKFAC is exact
+#
+# $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single
+# datum, deep linear networks with squared error, the last layer with squared error
+# ([Chapter 5](05_kfac.py) has the list). By [Theorem 10.1], it is exact exactly if the eigenvectors
+# are right, that is, if $F$ is diagonal in KFAC's basis. For an ordinary network that is not so:
+
+# %%
+X, targets, classes = torch.randn(11, 5), torch.randn(11, 3), torch.randint(3, (11,))
+linear = Sequential(Linear(5, 4), Linear(4, 6), Linear(6, 3))
+for io in layer_ios(linear, MSELoss(), X, targets).values():
+    assert_exact(ekfac(io).dense(), io.block())
+
+bent = Sequential(Linear(5, 4), Tanh(), Linear(4, 6), Tanh(), Linear(6, 3))
+assert_exact(ekfac(layer_ios(bent, MSELoss(), X, targets)["4"]).dense(), layer_ios(bent, MSELoss(), X, targets)["4"].block())  # fmt: skip
+for io in layer_ios(bent, CrossEntropyLoss(), X, classes).values():
+    k, e = (relative_error(M.dense(), io.block()) for M in (kfac(io), ekfac(io)))
+    print(f"tanh and cross-entropy: KFAC {k:.3f}, EKFAC {e:.3f}")
+    assert 0.01 < e < k
+
+# %% [markdown]
+# ## A trained network
+#
+# How much is gained where it matters? We train three layers on handwritten digits, and look at the
+# eigenvalues of every layer. Of KFAC's error, [(10.3)] says how much was in the eigenvalues.
+
+# %%
+digits = load_digits()
+order = torch.randperm(len(digits.target))
+images, labels = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
+loss = CrossEntropyLoss()
+
+
+def network() -> Sequential:
+    return Sequential(Linear(64, 16), Tanh(), Linear(16, 16), Tanh(), Linear(16, 10))
+
+
+def train(model: Sequential, steps: int) -> Iterator[int]:
+    """Stop before every step, and once at the end."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for number in range(steps):
+        yield number
+        batch = torch.randint(1000, (100,))
+        optimizer.zero_grad()
+        loss(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    yield steps
+
+
+model = network()
+list(train(model, 100))
+X, y = images[1000:1200], labels[1000:1200]
+ios = layer_ios(model, loss, X, y)
+table = {}
+for name, io in ios.items():
+    F, K, E = io.block(), kfac(io).eigen(), ekfac(io)
+    table[name] = relative_error(K.dense(), F), relative_error(E.dense(), F)
+    k, e = table[name]
+    print(f"layer {name}: KFAC {k:.3f}, EKFAC {e:.3f}; ", end="")
+    print(f"in the eigenvalues: {1 - e**2 / k**2:.0%} of the squared error")
+    assert_exact(E.trace(), F.trace())
+    assert e < k
+
+# %% tags=["hide-input"] alt="Three log-log scatter plots, one per layer, of EKFAC's eigenvalues against KFAC's products, with the diagonal as a dashed line. The points form clouds about the diagonal, which scatter by a factor of several to both sides." caption="Every eigenvalue of KFAC and its correction. On the dashed line EKFAC would agree with KFAC. (Eigenvalues of zero are left out.)"
+fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
+for ax, (name, io) in zip(axes, ios.items(), strict=True):
+    products, moments = kfac(io).eigen().scale.flatten(), ekfac(io).scale.flatten()
+    shown = products > 1e-8 * products.max()
+    x, corrected = products[shown].cpu(), moments[shown].cpu()
+    ax.loglog(x, corrected, ".", markersize=3, alpha=0.6, rasterized=True)
+    ends = [x.min(), x.max()]
+    ax.loglog(ends, ends, "--", color=ax.xaxis.label.get_color(), linewidth=1)
+    ax.set(title=f"layer {name}", xlabel=r"KFAC: $\beta_o \alpha_i$")
+axes[0].set_ylabel(r"EKFAC: $s_{oi}$")
+plt.show()
+
+factor = ekfac(ios["2"]).scale / kfac(ios["2"]).eigen().scale
+print(f"layer 2: corrections from {factor.min().item():.2f} to {factor.max().item():.2f}")
+assert factor.max() > 2 > 0.5 > factor.min()
+
+# %% [markdown]
+# KFAC gets the order of magnitude right, over many orders of magnitude. Individual eigenvalues are
+# off by the printed factors, and a step divides by them. But note how little of the *error* was in
+# the eigenvalues. Most of it is in the basis: $F$ is far from diagonal in it, and no
+# eigenvalues repair that.
+#
+# ## What EKFAC does not promise
+#
+# The theorem compares diagonals *in KFAC's basis*. The plain diagonal of $F$ uses another basis,
+# that of the weights themselves. It may be the better one. We let chance look for layers where it is:
+
+
+# %%
+def random_layer(seed: int) -> LayerIO:
+    torch.manual_seed(seed)
+    return LayerIO(torch.randn(8, 1, 4), torch.randn(1, 8, 1, 3))
+
+
+trials, diagonal_wins = 400, []
+for seed in range(trials):
+    io = random_layer(seed)
+    F, K, E = io.block(), kfac(io), ekfac(io)
+    plain, k, e = (relative_error(M, F) for M in (F.diagonal().diag(), K.dense(), E.dense()))
+    assert e <= k
+    if plain < e:
+        diagonal_wins.append((plain, e))
+print(
+    f"of {trials} random layers, the plain diagonal is nearer to F than EKFAC in {len(diagonal_wins)}"
+)
+print(f"an example: diagonal {diagonal_wins[0][0]:.3f}, EKFAC {diagonal_wins[0][1]:.3f}")
+assert 0 < len(diagonal_wins) < trials / 4
+
+# %% [markdown]
+# Second, distance of matrices is not what an optimiser feels. It uses the damped *inverse*, in
+# which the smallest eigenvalues weigh most, while the norm of Frobenius is about the largest. Take the
+# same layers. Compare the inverses with that of $F + \delta I$. And compare steps: a step $p$ from a
+# gradient $h$, with the best learning rate, lowers the damped parabola by
+# $\tfrac12 (h^\top p)^2 / \bigl( p^\top (F + \delta I) p \bigr)$.
+
+# %%
+farther, lower = 0, 0
+for seed in range(trials):
+    io = random_layer(seed)
+    damped = io.block() + 0.1 * io.block().trace() / 12 * torch.eye(12)
+    delta = (0.1 * io.block().trace() / 12).item()
+    h = io.gradients().sum((0, 1))
+    distance, decrease = [], []
+    for M in (kfac(io), ekfac(io)):
+        distance.append((M.inverse(delta).dense() - torch.linalg.inv(damped)).norm())
+        p = (M.inverse(delta) @ h).flatten()
+        decrease.append((h.flatten() @ p) ** 2 / (p @ damped @ p))
+    farther += int(distance[1] > distance[0])
+    lower += int(decrease[1] < decrease[0])
+print(f"EKFAC's inverse is farther off than KFAC's in {farther} of {trials} layers,")
+print(f"and its step lowers the parabola less in {lower}")
+assert 0 < farther < lower < trials / 2
+
+# %% [markdown]
+# So "nearer" is a theorem, "a better step" is the usual outcome, and neither implies the other.
+#
+# ## Basis now and then, eigenvalues often
+#
+# Two eigendecompositions cost of the order of $d_\text{out}^3 + d_\text{in}^3$, and not with the
+# efficiency of products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$
+# with one position. This suggests to compute a basis rarely, and fresh eigenvalues in it often.
+# [Theorem 10.1] holds for *any* orthogonal basis, so fresh eigenvalues in an old basis are still
+# the best ones for it.
+
+# %% tags=["beside", "remove-input"]
+code(rescaled)
+
+# %% [markdown]
+# We train once more and watch the middle layer, always on the same 200 images. KFAC and its basis are
+# kept after 5 steps, in the wild beginning, and in a second experiment after 100 steps.
+
+# %%
+kinds = ("stale KFAC", "fresh KFAC", "stale basis, fresh eigenvalues", "fresh EKFAC")
+measured, young = {}, network()
+for number in train(young, 160):
+    if number % 5 or number == 0:
+        continue
+    io = layer_ios(young, loss, X, y)["2"]
+    if number in (5, 100):
+        old, start = kfac(io).eigen(), number
+        measured[start] = []
+    F = io.block()
+    now = old, kfac(io), rescaled(old, io), ekfac(io)
+    row = [relative_error(M.dense(), F) for M in now]
+    measured[start].append((number - start, *row, (old.trace() / F.trace()).item()))
+    assert row[2] <= row[0]
+    assert row[3] <= row[1]
+
+# %%
+after_30 = {start: rows[6] for start, rows in measured.items()}
+for start, row in after_30.items():
+    print(f"kept after {start} steps, and {row[0]} steps later:")
+    for kind, error in zip(kinds, row[1:5], strict=True):
+        print(f"    {kind:31} error {error:.3f}")
+    print(f"    stale trace over true trace {row[5]:.2f}")
+loss_of_basis = {start: row[3] - row[4] for start, row in after_30.items()}
+assert loss_of_basis[5] > 0.2
+assert 0 < loss_of_basis[100] < 0.1
+assert max(after_30[5][5], 1 / after_30[5][5]) > 1.5
+
+# %% tags=["hide-input"] alt="Two plots of the relative error of four approximations of the middle layer against training steps since the basis was kept. Left, kept after 5 steps: stale KFAC rises to about one, the stale basis with fresh eigenvalues stays a little below it, and fresh KFAC and fresh EKFAC are far lower. Right, kept after 100 steps: all four are close together, with fresh EKFAC lowest and stale KFAC highest." caption="What goes stale, and when. Left: kept after 5 steps; within 20 steps the old basis is of little use. Right: kept after 100 steps; the old basis lasts."
+fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained", sharey=True)
+for ax, (start, rows) in zip(axes, measured.items(), strict=True):
+    steps, *curves = list(zip(*rows, strict=True))[:5]
+    for kind, curve, style in zip(kinds, curves, ("-", "--", "-", "--"), strict=True):
+        ax.plot(steps[:13], curve[:13], "." + style, label=kind)
+    ax.set(xlabel="steps since then", title=f"kept after {start} steps", ylim=(0, None))
+axes[0].set_ylabel("relative error")
+axes[1].legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# In the beginning the features change, and a basis is out of date after a few steps. Fresh eigenvalues
+# then repair the *scale* of the block, since their trace is exact, and little else. Later a basis
+# lasts. So the period between two bases should be short at first and may be long later. Guaranteed
+# at every moment is only what the loop asserts: fresh eigenvalues are no worse than old ones.
+#
+# ### What may be averaged
+#
+# One batch is noisy, so eigenvalues are averaged over batches: `decay` is the weight of the old ones.
+# In a fixed basis, this is right. [(10.2)] is linear in $F$, so with a decay $\mu$
+#
+# $$
+# \mu\, s + (1 - \mu)\, s'
+# = \operatorname{diag} \bigl( U^\top (\mu F + (1 - \mu) F') U \bigr) ,
+# \tag{10.6}
+# $$
+#
+# the average of best eigenvalues is best for the average of the blocks. If the basis has changed in
+# between, $s_k$ and $s'_k$ are curvatures along different directions with the same number, and their
+# average is a curvature along neither.
+
+# %%
+first, second = (layer_ios(model, loss, images[i], labels[i])["2"] for i in (slice(200), slice(200, 400)))  # fmt: skip
+M1, M2, average = ekfac(first), ekfac(second), (first.block() + second.block()) / 2
+same = rescaled(M1, second, decay=0.5)
+U = torch.kron(M1.QB, M1.QA)
+assert_exact(same.scale.flatten(), (U.T @ average @ U).diagonal())
+
+mixed = KroneckerEigen(M1.QA, M1.QB, (M1.scale + M2.scale) / 2)
+right, wrong = (relative_error(M.dense(), average) for M in (same, mixed))
+print(f"error: {right:.3f} in one basis, {wrong:.3f} with eigenvalues of two bases")
+assert wrong > right
+assert_exact(mixed.trace(), same.trace())  # the trace does not see it
+
+# %% [markdown]
+# Two batches of the same network have similar bases, whose eigenvectors come in a similar order.
+# That is the mild case. With an order that differs, the average is meaningless, even for the same $F$:
+
+# %%
+turned = KroneckerEigen(M1.QA.flip(1), M1.QB, M1.scale.flip(1))  # the same matrix
+assert_exact(turned.dense(), M1.dense())
+mixed = KroneckerEigen(M1.QA, M1.QB, (M1.scale + turned.scale) / 2)
+F = first.block()
+print(
+    f"error: {relative_error(M1.dense(), F):.3f}, averaged {relative_error(mixed.dense(), F):.3f}"
+)
+assert relative_error(mixed.dense(), F) > 1.2 * relative_error(M1.dense(), F)
+
+# %% [markdown]
+# So, when the basis changes, start the eigenvalues anew. (Exercise 10.3 has a way to carry them over.)
+#
+# ## What goes wrong in practice
+#
+# **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after
+# every backward pass, gradients of single data are not. So it is tempting to rotate the *batch*
+# gradient and to average its square over steps, scaled by $N$, as a
+# [public implementation](https://github.com/Thrandis/EKFAC-pytorch) offers. With $\hat G_n$ for the
+# rotated gradients,
+#
+# $$
+# \Bigl( \sum_n \hat G_n \Bigr)_{oi}^2
+# = \sum_n \bigl( \hat G_n \bigr)_{oi}^2 + \sum_{n \ne m} \bigl( \hat G_n \bigr)_{oi} \bigl( \hat G_m \bigr)_{oi} .
+# \tag{10.7}
+# $$
+#
+# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms, and vanishes on average only if
+# gradients of different data are independent with mean zero: at a minimum, for the empirical
+# Fisher. Far from it, the mean gradient dominates. On a single batch the left side is the
+# diagonal of a matrix of rank one.
+#
+# For the label of the data ($V = 1$), the vectors $g$ carry $1 / \sqrt N$, so the left side is $N$ times
+# the square of the mean gradient, as in that implementation:
+
+# %%
+torch.manual_seed(2)
+start = Sequential(Linear(64, 16), Tanh(), Linear(16, 10))
+for state, net in (("untrained", start), ("trained", model)):
+    io = layer_ios(net, loss, X, y, empirical)["2"]
+    E = ekfac(io)
+    mean_squared = (E.QB.T @ io.gradients().sum((0, 1)) @ E.QA).square()
+    print(
+        f"{state}: sum of squares {E.trace().item():.3f}, square of the sum {mean_squared.sum().item():.3f}"
+    )
+    if state == "untrained":
+        assert mean_squared.sum() > 2 * E.trace()
+    assert not torch.allclose(mean_squared, E.scale, rtol=0.5)
+
+# %% [markdown]
+# **Scales and basis that do not belong together.** `eigh` returns eigenvectors with arbitrary signs,
+# and orders them by eigenvalue, so their order may change from one call to the next. Signs do not
+# matter, since [(10.4)] squares. The order does. An implementation that recomputes the basis
+# and goes on with the old scales, or that restores only one of the two from a checkpoint, pairs
+# numbers with the wrong vectors. The eigenvalues, the trace and the determinant all look right.
+
+# %%
+signs = torch.sign(torch.randn(17))
+assert_exact(KroneckerEigen(M1.QA * signs, M1.QB, M1.scale).dense(), M1.dense())
+unpaired = KroneckerEigen(M1.QA, M1.QB, M1.scale[:, torch.randperm(17)])
+assert_exact(unpaired.eigenvalues(), M1.eigenvalues())
+assert relative_error(unpaired.dense(), M1.dense()) > 0.5
+
+# %% [markdown]
+# **Eigenvectors averaged.** The mean of two orthogonal matrices is not orthogonal
+# ([Chapter 7](07_matrices.py)), so [Theorem 10.1] does not apply to it. Average the factors,
+# decompose, and then rescale:
+
+# %%
+averaged = (M1.QA + M2.QA) / 2
+assert (averaged.T @ averaged - eye_like(averaged)).abs().max() > 0.1
+basis = kfac(LayerIO(torch.cat([first.a, second.a]), torch.cat([first.g, second.g], 1) / 2**0.5))
+proper = rescaled(rescaled(basis.eigen(), first), second, decay=0.5)
+broken = KroneckerEigen(averaged, (M1.QB + M2.QB) / 2, proper.scale)
+assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.dense(), average)
+
+# %% [markdown]
+# **Moments per position**, as above: KFAC gives no hint, since its factors are the same.
+#
+# ## Exercises
+#
+# **Exercise 10.1.** Let the inputs be one-hot vectors (an embedding) and the layer have one output.
+# Show that EKFAC is exact. Is KFAC?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $a_n a_n^\top$ is diagonal, $B_n$ is a number, so $F = \sum_n B_n a_n a_n^\top$ and $A$ are diagonal.
+# If all frequencies differ, $A$'s eigenvectors are the unit vectors, up to sign, and $F$ is diagonal
+# in this basis. KFAC replaces the mean of $B_n$ over the data with token $i$ by the mean over all.
+#
+# </details>
+#
+# **Exercise 10.2.** Which orthogonal basis makes the error of [(10.3)] smallest? Which one gives the
+# plain diagonal?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The eigenvectors of $F$: then $\lVert s \rVert = \lVert F \rVert$ and the error is zero. $U = I$
+# gives the plain diagonal. KFAC's basis is neither, which is why it can lose against the
+# second and never wins against the first.
+#
+# </details>
+#
+# **Exercise 10.3.** The basis changes from $Q$ to $Q'$, and the old gradients are gone. Let $E$ be the
+# old EKFAC matrix. Which eigenvalues are best for $E$ in the new basis? Compute them with matrices
+# of the size of the factors only.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With $R_A = Q_A^\top Q_A'$ and $R_B = Q_B^\top Q_B'$, the new basis vector $(o, i)$ has the
+# coordinates $(R_B)_{po} (R_A)_{ji}$ in the old basis, so by [(10.2)] the curvature of $E$ along it is
+# $\sum_{pj} (R_B)_{po}^2\, s_{pj} (R_A)_{ji}^2$. As matrices,
+# $(R_B \odot R_B)^\top s\, (R_A \odot R_A)$. What $F$ had off the diagonal is lost.
+#
+# </details>
+#
+# **Exercise 10.4.** Multiply the loss by $c$. What happens to $s$? And if only some data are scaled?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# All $g$ are multiplied by $\sqrt c$, hence $s$ by $c$; the basis stays. If weights differ between
+# data, then the basis changes as well: $B$ sees the weights, and $A$ does not.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3, 3])  # 10.1
+io = LayerIO(torch.eye(4)[tokens][:, None], torch.randn(2, 10, 1, 1))
+assert_exact(ekfac(io).dense(), io.block())
+assert relative_error(kfac(io).dense(), io.block()) > 0.05
+
+io = random_layer(0)  # 10.2
+F, I4, I3 = io.block(), torch.eye(4), torch.eye(3)
+assert_exact(second_moments(io, I4, I3).flatten(), F.diagonal())
+assert_exact(torch.linalg.eigvalsh(F).norm(), F.norm())
+
+RA, RB = M1.QA.T @ M2.QA, M1.QB.T @ M2.QB  # 10.3
+carried, U = RB.square().T @ M1.scale @ RA.square(), torch.kron(M2.QB, M2.QA)
+assert_exact(carried.flatten(), (U.T @ M1.dense() @ U).diagonal())
+assert not torch.allclose(carried, second_moments(first, M2.QA, M2.QB), rtol=0.01)
+
+scaled = LayerIO(first.a, 3**0.5 * first.g)  # 10.4
+assert_exact(ekfac(scaled).dense(), 3 * ekfac(first).dense())
+weights = torch.linspace(0, 2, 200)[:, None, None]
+weighted = kfac(LayerIO(first.a, weights * first.g))
+assert_exact(weighted.A, kfac(first).A)
+assert not torch.allclose(weighted.B / weighted.B.norm(), kfac(first).B / kfac(first).B.norm(), rtol=0.01)  # fmt: skip
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [George et al. (2018)](bibliography.md#ekfac) introduce EKFAC and the amortised form;
+# [Gao et al. (2021)](bibliography.md#tkfac) make KFAC's trace exact in another way, by weighting the
+# factors; [Martens and Grosse (2015)](bibliography.md#kfac) for the basis. In the package,
+# `KroneckerEigen` of [Chapter 7](07_matrices.py) does the rest: an EKFAC matrix is inverted, damped
+# and sampled from like any other.
