@@ -26,7 +26,6 @@
 # %%
 import copy
 import textwrap
-import time
 import warnings
 
 import matplotlib.pyplot as plt
@@ -223,8 +222,8 @@ code(LayerIO.gradients, LayerIO.block)
 # | `g` | $[V, N, S, d_\text{out}]$ | vectors sent back to $W$'s output; all scale of the loss |
 #
 # The `a` has no axis $V$: whatever is sent backward, the forward pass is the same. And `g` has all
-# of the scale: if the loss is multiplied by $c$, `g` is multiplied by $\sqrt{c}$ and the block by
-# $c$, while `a` does not notice.
+# of the scale: if the loss is multiplied by $c$, type-2 vectors are multiplied by $\sqrt{c}$ and
+# the block by $c$, while `a` does not notice.
 
 # %% [markdown]
 # ## Recording, by hand
@@ -288,8 +287,13 @@ def check(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
 
 
 errors = check(capture_by_hand(model, loss, X, y), model, loss, X, y)
-print(errors)
+print({name: f"{e:.0e}" for name, e in errors.items()})
 assert max(errors.values()) <= EXACT
+
+reductions = (loss, nn.CrossEntropyLoss(reduction="sum"))
+mean, total = (capture_by_hand(model, reduction, X, y)["0"] for reduction in reductions)
+assert torch.equal(total.a, mean.a)  # N times the loss, the same inputs
+assert error(total.g, N**0.5 * mean.g) <= EXACT
 
 # %% [markdown]
 # ## Why the hook returns a copy
@@ -304,8 +308,8 @@ in_place = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)
 with_copy = check(capture_by_hand(in_place, loss, X, y), in_place, loss, X, y)
 without = capture_by_hand(in_place, loss, X, y, pass_on=lambda z: z)
 without_copy = check(without, in_place, loss, X, y)
-print("with a copy:   ", with_copy)
-print("without a copy:", without_copy)
+for kind, errors in (("with a copy", with_copy), ("without a copy", without_copy)):
+    print(f"{kind:>14}:", {name: f"{e:.0e}" for name, e in errors.items()})
 assert max(with_copy.values()) <= EXACT
 assert without_copy["0"] > 0.1
 
@@ -314,7 +318,7 @@ assert without_copy["0"] > 0.1
 # has been overwritten, and for autograd the name now stands for $\operatorname{relu}(z)$: the
 # derivative that we get is the one *after* the activation. The factor $\operatorname{relu}'(z)$
 # is missing, so all units look active. With the copy, the activation overwrites the copy. The price
-# is that each layer's output is in memory twice until the backward pass is over.
+# is memory: a layer's output may be there twice until the backward pass is over.
 
 # %%
 correct = capture_by_hand(in_place, loss, X, y)["0"].g
@@ -345,8 +349,8 @@ code(capture._backward)
 
 # %% [markdown]
 # The third is the whole procedure: find the layers, run forward with hooks, ask the loss for its
-# vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. `layer_ios`
-# joins the parts.
+# vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
+# refuse what would give a wrong block; we will meet some of them. `layer_ios` joins the parts.
 
 # %% tags=["remove-input"]
 code(stream, layer_ios)
@@ -427,8 +431,8 @@ matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
 # %% [markdown]
 # ## Layers as rows
 #
-# To be covered by all of this, a layer has to be brought into the form $z_{ns} = W a_{ns}$. Three
-# kinds can be, and they make up most of the parameters of most networks.
+# To be covered by all of this, a layer has to be brought into the form $z_{ns} = W a_{ns}$. Here
+# are three kinds that can be.
 #
 # **A linear layer** on an input of shape $[N, \ast, d]$ treats all axes in between alike: every
 # entry of them is a position.
@@ -610,8 +614,7 @@ refused(NotImplementedError, transposed, nn.MSELoss(), tokens, torch.randn(N, 2,
 #
 # Nothing. Hooks are removed, also when the forward pass fails; `torch.autograd.grad` returns
 # derivatives and writes no `.grad`; no parameter's gradient is computed at all; modes and flags
-# stay as they were. An optimizer can capture curvature between its own forward and backward pass
-# without a trace.
+# stay as they were.
 
 
 # %%
@@ -643,14 +646,16 @@ assert traces(model) == before
 # \tag{4.8}
 # $$
 #
-# numbers. For a linear layer the first part is what training keeps for the backward pass anyway.
+# numbers. For a linear layer the first part is as large as what training keeps for its backward
+# pass, and a column of ones.
 # For a convolution it is more, as an entry of the image stands in every patch that it is part of
 # ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided). The second part is $V$
 # times the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$
 # (times the positions, if there is a loss at each). With a thousand classes this soon does not
 # fit. But the block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO`
-# with at most
-# `chunk` of them at a time, and one adds up.
+# with at most `chunk` of them at a time, and one adds up. Fewer vectors at a time need less memory
+# and more backward passes. (What `stream` does without a `chunk` can be read in its source above:
+# one vector at a time on a CPU, more on a GPU.)
 
 # %%
 C, N_large = 60, 100
@@ -666,39 +671,35 @@ together = layer_ios(wide, loss, X, y)
 assert held(together) == C * N_large * (80 + C)  # (4.8), with S = 1
 B = torch.einsum("vnso,vnsp->op", together["0"].g, together["0"].g)
 
-chunks, numbers, seconds = [1, 2, 5, 10, 20, 60], [], []
+chunks, numbers, passes = [1, 2, 5, 10, 20, 60], [], []
 for chunk in chunks:
-    times = []
-    for _ in range(3):
-        start, in_parts, largest = time.perf_counter(), torch.zeros_like(B), 0
-        for ios in stream(wide, loss, X, y, chunk=chunk):
-            g = ios["0"].g.flatten(0, 2)
-            in_parts += g.T @ g
-            largest = max(largest, held(ios))
-        times.append(time.perf_counter() - start)
-    seconds.append(min(times))
+    count, in_parts, largest = 0, torch.zeros_like(B), 0
+    for ios in stream(wide, loss, X, y, chunk=chunk):
+        g = ios["0"].g.flatten(0, 2)
+        in_parts += g.T @ g
+        count, largest = count + 1, max(largest, held(ios))
+    passes.append(count)
     numbers.append(largest)
     assert error(in_parts, B) <= EXACT
     assert largest == chunk * N_large * (80 + C)
+    assert count * chunk == C
 print("numbers in g at once:", dict(zip(chunks, numbers, strict=True)))
 
-# %% tags=["hide-input"] alt="Two log-log plots over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk; the time of the whole capture is longest for chunks of one." caption="Memory grows in proportion to the chunk. Time, on the machine that built this page, falls as long as a larger chunk means fewer backward passes."
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
-left.loglog(chunks, numbers, "o-")
-left.set(xlabel="chunk", ylabel="numbers in $g$ at once")
-right.loglog(chunks, seconds, "s-")
-right.set(xlabel="chunk", ylabel="seconds for all vectors")
-for ax in (left, right):
-    ax.set_xticks(chunks, labels=chunks)
-    ax.minorticks_off()
+# %% tags=["hide-input"] alt="Log-log plot over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk, the backward passes fall in proportion to it, from 60 to 1." caption="Memory grows in proportion to the chunk, the number of backward passes falls in proportion to it."
+fig, ax = plt.subplots(figsize=(5.5, 2.9))
+ax.loglog(chunks, numbers, "o-", label="numbers in $g$ at once")
+ax.loglog(chunks, passes, "s-", label="backward passes")
+ax.set(xlabel="chunk")
+ax.set_xticks(chunks, labels=chunks)
+ax.minorticks_off()
+ax.legend()
 plt.show()
-assert seconds[0] > seconds[-1]
 
 # %% [markdown]
 # ### Many vectors or one
 #
 # The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from
-# the model and sends one vector, whatever $C$ is. That makes $g$ smaller by the factor $C$, and
+# the model and sends one vector, whatever $V$ is for type-2. That makes $g$ smaller by that factor, and
 # the block random: right on average, but not for the one sample in hand. More samples approach
 # the exact block slowly, at the rate of one over the square root of their number.
 
@@ -723,7 +724,8 @@ assert errors[-1] < errors[0] / 3  # about 1 / sqrt(1000) on average
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# Most of the following has happened in public code. The cases share one property: the code runs.
+# Some of the following has happened in public code, as linked. Most mistakes share one property:
+# the code runs.
 #
 # **Per-datum gradients of a mean loss.** The gradient of $L = \frac1N \sum_n \ell_n$ with respect
 # to $z_n$ is $\frac1N \nabla \ell_n$. Take it for the gradient of datum $n$, average the outer
@@ -749,8 +751,8 @@ assert error(divisor(loss, model(X), y) ** 0.5 * of_mean, right) <= EXACT
 # **A hook that never runs.** `nn.MultiheadAttention` has a submodule `out_proj`, an ordinary
 # linear layer. Its forward pass is never called: the parent reads its weight and computes by
 # itself. A library that registers hooks for all linear layers waits for a call that does not come
-# ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267)). Note that the weight *is*
-# used. The package refuses:
+# ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267), with an error at the first
+# step). Note that the weight *is* used. The package refuses:
 
 
 # %%
@@ -827,7 +829,7 @@ refused(ValueError, time_first, loss, torch.randn(N, 7, 4), y)
 # %%
 square = torch.randn(N, N, 4)
 silent = check(layer_ios(time_first, loss, square, y), time_first, loss, square, y)
-print("as many positions as data:", silent)
+print(f"as many positions as data: error {silent['layer']:.2f}")
 assert silent["layer"] > 0.1
 
 # %% [markdown]
@@ -864,9 +866,9 @@ normed.eval()
 assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# **An input that is overwritten.** The copy protects $z$. The input $a$ is recorded as it is,
-# because copying all inputs would double the memory. If it is changed later, say by a residual
-# connection that is added in place, the version number that the hook noted tells:
+# **An input that is overwritten.** The copy protects $z$. The input $a$ is recorded as it is, to
+# save memory. If it is changed later, say by a residual connection that is added in place, the
+# version number that the hook noted tells:
 
 
 # %%
@@ -894,10 +896,10 @@ refused(ValueError, InPlaceResidual(), nn.MSELoss(), X, torch.randn(N, 4))
 # <summary>Solution</summary>
 #
 # The block is a sum of $V N$ matrices of rank at most one, so its rank is at most $V N$ and it is
-# singular whenever $V N \lt d_\text{out} d_\text{in}$: in practice, almost always. (With `type2`
-# and cross-entropy, $H_n$ has rank $C - 1$, since adding a constant to all logits changes nothing,
-# so even $(C - 1) N$ is a bound.) This is why damping is needed. By [(4.3)], a gradient has rank at
-# most $S$.
+# singular whenever $V N \lt d_\text{out} d_\text{in}$, which for a batch is common. (With `type2`
+# and cross-entropy, $H_n$ has rank at most $C - 1$, since adding a constant to all logits changes
+# nothing, so even $(C - 1) N$ is a bound.) This is one reason for damping. By [(4.3)], a gradient
+# has rank at most $S$.
 #
 # </details>
 #
@@ -907,9 +909,8 @@ refused(ValueError, InPlaceResidual(), nn.MSELoss(), X, torch.randn(N, 4))
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The empirical vectors are $\nabla \ell_n / \sqrt{D}$ and the gradient is $\frac{1}{D} \sum_n
-# \nabla
-# \ell_n$. So it is $\frac{1}{\sqrt{D}} \sum_n G_{1n}$.
+# The empirical vectors are $\nabla \ell_n / \sqrt{D}$ and the gradient is
+# $\frac{1}{D} \sum_n \nabla \ell_n$. So it is $\frac{1}{\sqrt{D}} \sum_n G_{1n}$.
 #
 # </details>
 #
