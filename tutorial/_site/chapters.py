@@ -220,7 +220,7 @@ def _execute(chapter: Chapter):
 def on_files(files, config):
     """Execute the chapters and add their pages, figures and notebooks."""
     _targets.clear()
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         rendered = list(pool.map(_execute, chapters()))
     for chapter, (text, extra) in zip(chapters(), rendered, strict=True):
         stem = chapter.path.stem

@@ -120,10 +120,11 @@ def run(path: Path, package: Path, cache: Path) -> NotebookNode:
         coalesce_streams=True,
         resources=where,
     )
-    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    # One thread each, since several chapters run at once and their matrices are small.
+    own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_NUM_THREADS": "1"}
     try:  # the kernel of this interpreter, whatever else is registered as python3
         os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-        client.execute(env={**os.environ, **inline})
+        client.execute(env={**os.environ, **own})
     except Exception as error:  # a failing cell, a dead kernel, a timeout
         raise ChapterError(f"{path.name} failed:\n{error}") from None
     del nb.cells[0]
@@ -173,7 +174,7 @@ def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
 def _beside(left: NotebookNode, right: NotebookNode) -> list[NotebookNode]:
     """Text since the last heading to the left, a code cell to its right."""
     *head, last = re.split(r"(?m)^(?=##+ )", left.source)
-    heading, text = last.split("\n", 1) if last.startswith("#") else ("", last)
+    heading, _, text = last.partition("\n") if last.startswith("#") else ("", "", last)
     opening = '<div class="beside" markdown="1">\n<div class="beside-text" markdown="1">'
     above = "".join([*head, heading])
     left.source = f'{above}\n\n{opening}\n\n{text}\n\n</div>\n<div markdown="1">'
