@@ -157,8 +157,8 @@ print(f"F is {len(F)} × {len(F)}; B_n is {d_out} × {d_out} and A_n is {d_in} �
 #
 # ### In the package
 #
-# Data, positions and vectors are rows of two tall matrices; a factor is one product of such a
-# matrix with itself. (The divisor is `len(a)`: data times positions.)
+# Data, positions and vectors are rows of two tall matrices. `gram` sums $r r^\top$ over all rows
+# $r$ of one of them. (The divisor is data times positions.)
 
 # %% tags=["beside", "remove-input"]
 code(kfac)
@@ -262,10 +262,9 @@ print(f"‖F − B ⊗ A‖ = {error:.6f},  N ‖Cov‖ = {N * covariance.norm()
 # $$
 #
 # So $\lVert F \rVert^2$ is the sum of all products of two $N \times N$ tables, and
-# $\lVert F - B \otimes A \rVert^2$ is the same with one table centred, which means that the means
-# of its rows and columns are subtracted. We can measure KFAC's error on wide layers without ever
-# forming their block. (Statisticians know the centred sum as a test of independence, the
-# Hilbert-Schmidt criterion, here with quadratic kernels.)
+# $\lVert F - B \otimes A \rVert^2$ is the same with one table centred: the means of its rows and
+# of its columns are subtracted, and the mean of all its entries is added back. We can measure
+# KFAC's error on wide layers without ever forming their block.
 
 
 # %%
@@ -352,8 +351,9 @@ for name, layer in layer_ios(nonlinear, loss, X, y).items():
 
 # %% [markdown]
 # **Data that the first layer cannot tell apart.** The theorems so far need squared error. Here is
-# one for any loss and any nonlinearity. If the first layer $W_0$ has more inputs than outputs,
-# there are directions that it maps to zero. Move the inputs along these only,
+# one for any nonlinearity, and any loss whose Hessian does not depend on the target, like those of
+# [Chapter 3](03_losses.py) without class weights. If the first layer $W_0$ has more inputs than
+# outputs, there are directions that it maps to zero. Move the inputs along these only,
 #
 # $$
 # x_n = x_0 + U c_n, \qquad W_0 U = 0,
@@ -501,7 +501,7 @@ with torch.no_grad():
 print(f"three layers of width 20: {hits:.0%} of unseen digits are right")
 assert hits > 0.8
 
-# %% tags=["hide-input"] alt="Three plots of the relative error of KFAC: against the width of the hidden layers, against the number of layers, and against the number of data. In the first two, the error before training is near zero and the error after training is large, and neither depends much on width or depth. In the third, the error is zero for one datum, jumps up at two, and then stays at the same level." caption="Relative error of KFAC on digits. Lines are means over the layers of a network, bands reach from the best to the worst layer. The right panel shows the three layers of one trained network."
+# %% tags=["hide-input"] alt="Three plots of the relative error of KFAC: against the width of the hidden layers, against the number of layers, and against the number of data. In the first two, the error before training is near zero and the error after training is large, and it grows slowly with width and depth. In the third, the error is zero for one datum, rises over the first few, and then falls slowly." caption="Relative error of KFAC on digits. Lines are means over the layers of a network, bands reach from the best to the worst layer. The right panel shows the three layers of one trained network."
 fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.1), sharey=True)
 for ax, kind in zip(axes, ("width", "depth"), strict=False):
     for label, measured in (("untrained", before), ("trained", after)):
@@ -530,9 +530,9 @@ assert max(after["N", 1]) < 1e-7
 assert min(after["N", 2]) > 0.05
 
 # %% [markdown]
-# Width and depth matter little, training matters a lot. [Theorem 5.1] says why. An untrained
+# Training matters far more than width or depth. [Theorem 5.1] says why. An untrained
 # network predicts nearly the same probabilities for every image, so $B_n$ hardly varies, and what
-# does not vary cannot be correlated. A trained network is sure about most images. For those the
+# does not vary cannot be correlated. The trained network is sure about most images. For those the
 # Hessian $\operatorname{diag}(p_n) - p_n p_n^\top$ is nearly zero, and $B$ is the work of the few
 # images that are still in doubt. We can count them: $(\sum_n t_n)^2 / \sum_n t_n^2$ with
 # $t_n = \operatorname{tr} B_n$ is $N$ if all contribute alike and 1 if one contributes everything.
@@ -555,8 +555,8 @@ assert few < 0.5 * 128 < 0.9 * 128 < all_of_them
 #
 # There is a second approximation, made before the first one: layers are treated one at a time.
 # The GGN of a network has blocks for every *pair* of layers, which show how a change in one layer
-# alters the slope for another. They come from the same gradients: put those of all layers behind
-# each other, and the sum of outer products is the complete GGN.
+# alters the slope for another. As in [Chapter 4](04_layer_io.py), they come from the same
+# gradients.
 
 # %%
 X, y, loss = 2 * torch.randn(20, 5), torch.randint(3, (20,)), CrossEntropyLoss()
@@ -695,12 +695,14 @@ assert all(0.5 < t / e < 2 for t, e in zip(to_exact, expected, strict=True))
 enough = (predicted[0] / own) ** 2
 print(f"sampling is as wrong as KFAC itself with M = {enough:.1f} samples,")
 print(f"and {enough**0.5:.1f} times as wrong with one")
+assert enough > 1  # a single sample does not reach it
 
 # %% [markdown]
 # The two errors add in squares, because the sampling error has mean zero. Beyond the printed
 # number of samples most of the error is KFAC's own, and more samples buy little. With a single one,
-# the usual choice in training, sampling dominates on this small batch. Larger batches help, and
-# averaging the factors over steps, which is what optimisers do.
+# the usual choice in training, sampling dominates on this small batch. Larger batches help, as
+# [(5.12)] has more data to average over, and so does averaging the factors over steps, which is what
+# optimisers do.
 #
 # ## The empirical Fisher is another matrix
 #
@@ -737,12 +739,12 @@ for name, layer in layer_ios(perfect, MSELoss(), X, y, empirical).items():
 # keeps $I \otimes A$. Its damped inverse acts on a gradient from the right only,
 #
 # $$
-# (I \otimes A + \delta I)^{-1} \operatorname{vec}(V) = \operatorname{vec}\bigl(V (A + \delta I)^{-1}\bigr),
+# (I \otimes A + \delta I)^{-1} \operatorname{vec}(V) = \operatorname{vec}\bigl(V (A + \delta I)^{-1}\bigr).
 # \tag{5.13}
 # $$
 #
-# The paper calls it FOOF and reports that it often trains at least as well. It needs no vectors $g$ at
-# all. It is not an approximation of the block: its scale knows nothing of the loss.
+# The paper calls it FOOF and reports that it often trains at least as well. It needs no vectors $g$
+# at all. It is not an approximation of the block: its scale knows nothing of the loss.
 
 # %% tags=["remove-input"]
 code(foof)
@@ -845,8 +847,8 @@ assert best["KFAC"] < best["gradient"] < value
 #
 # Most mistakes with KFAC are mistakes of scale, and training hides them, because the step size
 # can be tuned until they cancel. [Theorem 5.2] does not hide anything. Here are six wrong
-# versions, of kinds that public code has had, for one layer of a deep linear network with squared
-# error. Next to $N = 11$ we try the popular test with a single datum.
+# versions for one layer of a deep linear network with squared error. Next to $N = 11$ we try the
+# popular test with a single datum.
 
 
 # %%
@@ -882,44 +884,25 @@ several = {mistake: error for (mistake, size), error in found.items() if size ==
 assert several.pop("correct") < 1e-10
 assert min(several.values()) > 0.05
 assert found["A is a sum", 1] < 1e-10  # a single datum does not see it
+assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") > 0.05
 
 # %% [markdown]
 # A single datum lets one of them pass, and cannot see anything else about averages over data.
 #
-# **Half the squared error or all of it?** The network's `MSELoss` has no $\tfrac12$ in front, so
-# its Hessian is $2 I / D$. Texts that start from $\tfrac12 \lVert f - y \rVert^2$ get $I / D$.
-# A factor of two separates their curvatures
-# ([curvlinops #82](https://github.com/f-dangel/curvlinops/issues/82)).
+# **Half the squared error or all of it?** `MSELoss` has no $\tfrac12$ in front, so its Hessian is
+# $2 I / D$. Texts that start from $\tfrac12 \lVert f - y \rVert^2$ get $I / D$. Both are right
+# about their own loss; a comparison has to know which one is meant.
 #
 # **Divided by what?** `MSELoss()` averages over all $N C$ entries of the output, not over the $N$
 # data ([curvlinops #108](https://github.com/f-dangel/curvlinops/issues/108)).
 #
-# **The empirical Fisher taken for the Fisher**
-# ([kfac-pytorch #109](https://github.com/gpauloski/kfac-pytorch/issues/109)). Reading the factors
-# off an ordinary backward pass gives the empirical one, whatever the paper says.
+# **The empirical Fisher taken for the Fisher.** Reading the factors off an ordinary backward pass
+# gives the empirical one. A library may choose that; its users should know
+# ([a question to kfac-pytorch](https://github.com/gpauloski/kfac-pytorch/issues/109)).
 #
-# **Gradients of a mean taken for gradients of a datum**
-# ([natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2)). A hook that
-# records the gradient of a *mean* loss sees $\tfrac1N \nabla \ell_n$. The factor
-# $\tfrac1N \sum_n \nabla \ell_n \nabla \ell_n^\top$ made of these is too small by $N^2$, one $N$ from
-# each of the two gradients. Here is a plain backward pass, and the data of
-# [(5.9)], for which KFAC of the empirical Fisher is exact:
-
-# %%
-X, y = indistinguishable(deep[0], 11), torch.full((11,), 2)
-z = deep[0](X)
-(recorded,) = torch.autograd.grad(CrossEntropyLoss()(deep[1:](z), y), z)  # 1/N is in here
-
-right = kfac(layer_ios(deep, CrossEntropyLoss(), X, y, empirical)["0"])
-exact = block_diagonal(deep, empirical_fisher(deep, CrossEntropyLoss(), X, y))["0"]
-B = recorded.T @ recorded / 11
-assert_exact(right.dense(), exact)
-assert_exact(11**2 * B, right.B)
-print(
-    f"B is too small by {right.B.norm() / B.norm():.0f} = N², error {relative_error(torch.kron(B, right.A), exact):.3f}"
-)
-
-# %% [markdown]
+# **Gradients of a mean taken for gradients of a datum.** [Chapter 4](04_layer_io.py) shows that a
+# factor $B$ made of these is too small by $N$ or $N^2$.
+#
 # **Equal weights for unequal batches**, as above. Test with a last batch that is smaller.
 #
 # ## Exercises
