@@ -50,7 +50,7 @@ from kfac_scratch.curvature import block_diagonal, ggn
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.layers import _averaged_patches, averaged_rows, input_rows
-from kfac_scratch.losses import Fisher, empirical, monte_carlo, type2, type2_classwise
+from kfac_scratch.losses import type2, type2_classwise
 from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
@@ -186,7 +186,7 @@ for kind, (model, X) in examples.items():
 # $$
 #
 # The last step is [(1.5)] and the mixed product [(1.9)], once for every pair of positions. The
-# terms with $s \neq s'$ are the **cross terms**. They are what is new.
+# terms with $s \neq s'$ are the **cross terms**. With one position there are none.
 
 # %%
 model, X = examples["attention"]
@@ -376,11 +376,11 @@ for pool_after, row in table.items():
 # \tag{6.6}
 # $$
 #
-# Up to this number the factors $B$ agree. The difference is in $A$. The exact block has
-# $\tfrac1S \sum_{s,s'} a_{ns} a_{ns'}^\top$ beside $B_\text{expand}$, and expand only the terms
-# $s = s'$ of it. If inputs at different positions are uncorrelated with mean zero, the others
-# cancel. If inputs are positive, as behind a ReLU, or have a bias, none of them cancel, and
-# expand is up to $S$ times too small. The corner of the bias shows the extreme.
+# Up to this number the factors $B$ agree. The difference is in $A$. The exact block has the mean
+# over data of $\tfrac1S \sum_{s,s'} a_{ns} a_{ns'}^\top$ beside $B_\text{expand}$, and expand only
+# the terms $s = s'$ of it. If inputs at different positions are uncorrelated with mean zero, the
+# others cancel, up to chance. If inputs are positive, as behind a ReLU, none of them do, and expand
+# is up to $S$ times too small. In the corner of the bias it is $S$ times too small exactly.
 
 # %%
 X, y = torch.rand(N, S, 5), torch.randn(N, 2)
@@ -390,20 +390,25 @@ for name, io in layer_ios(linear_network(4), MSELoss(), X, y).items():
     assert_exact(reduce.B, S * expand.B)
     error = relative_error(expand.dense(), F)
     size = (expand.dense().norm() / F.norm()).item()
+    bias = slice(io.a.shape[-1] - 1, None, io.a.shape[-1])  # the last entry of every row of W
+    assert_exact(S * expand.dense()[bias, bias], F[bias, bias])
     print(f"layer {name}: expand is {error:.0%} off, its norm is {size:.2f} of the exact one")
     assert error > 0.01
 print(f"1 / S = {1 / S:.2f}")
 
 # %% [markdown]
 # The other way round: a loss per token, and reduce. With several loss terms per datum "reduce" is
-# not even uniquely defined. We take [(6.5)] literally, with one vector per entry of the output.
-# Other codes send one vector to all positions at once, and differ by a factor $S$. Either way the
-# inputs are averaged although nothing was averaged:
+# not even uniquely defined. We take [(6.5)] literally, with one vector per entry of the output. To
+# send one vector per class to all positions at once is another reading, here larger by a factor
+# $S$. Either way the inputs are averaged although nothing was averaged:
 
 # %%
 X, y = 3 * torch.randn(N, S, 5), torch.randn(N, S, 2)
-for name, io in layer_ios(linear_network(None), MSELoss(), X, y).items():
+model = linear_network(None)
+classwise = layer_ios(model, MSELoss(), X, y, type2_classwise)
+for name, io in layer_ios(model, MSELoss(), X, y).items():
     assert_exact(kfac(io).dense(), io.block())
+    assert_exact(kfac(classwise[name].reduced()).B, S * kfac(io.reduced()).B)
     error = relative_error(kfac(io.reduced()).dense(), io.block())
     print(f"layer {name}: reduce is {error:.0%} off")
     assert error > 0.01
@@ -412,8 +417,7 @@ for name, io in layer_ios(linear_network(None), MSELoss(), X, y).items():
 # ### One datum is not enough any more
 #
 # For $N = 1$ and one position, KFAC was exact for everything. With a loss per position it is not:
-# for expand, positions are data, and for cross-entropy their Hessians differ. Tests with a single
-# datum are trusted too much.
+# for expand, positions are data, and for cross-entropy their Hessians differ.
 
 
 # %%
@@ -437,8 +441,8 @@ for positions in (1, 7):
 #
 # The input of a bias is one at every position. Its gradient is therefore $\sum_s g_{vns} = \hat
 # g_{vn}$, and its exact block is $\sum_{v,n} \hat g_{vn} \hat g_{vn}^\top = B_\text{reduce}$. **Reduce is
-# exact for biases in any network with any loss.** Expand is so only if there are no cross terms;
-# otherwise $A_{-1,-1} B_\text{expand}$ fails. This makes a good pair of tests:
+# exact for biases in any network with any loss.** Expand is so only if the cross terms vanish or
+# cancel; otherwise $A_{-1,-1} B_\text{expand}$ fails. This makes a good pair of tests:
 
 
 # %%
@@ -510,9 +514,10 @@ for case in ("zero padding", "no padding"):
 #
 # ## Reduce without patches
 #
-# Eschenhagen et al. praise reduce for another reason, its cost. Expand needs all $N S$ patches,
-# and every pixel of the image is copied into as many patches as the kernel has entries. Reduce
-# needs only the *average* patch. Entry $j$ of it, for a kernel along one axis, is
+# Reduce has another advantage, its cost. Expand needs all $N S$ patches, and every pixel of the
+# image is copied into as many patches as cover it: with stride one and away from the border, as
+# many as the kernel has entries. Reduce needs only the *average* patch. Entry $j$ of it, for a
+# kernel along one axis, is
 #
 # $$
 # \begin{aligned}
@@ -741,7 +746,7 @@ matrices(picture, blocks=dict.fromkeys(picture, (17, 17)))
 #
 # ### Reduce is blind to keys
 #
-# For the key projection of attention, reduce is 100 % off. This is no accident of training.
+# For the key projection of attention, reduce is zero. This is no accident of training.
 #
 # <div class="admonition theorem" markdown="1" id="thm-6.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 6.2 (keys)</b></p>
@@ -784,46 +789,6 @@ shown = {name: M[part, part] / M.abs().max() for name, M in shown.items() if nam
 matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(shown, (11, 11)))
 
 # %% [markdown]
-# ### Which vectors?
-#
-# One more table, with one convolution and the classifier of the first network. The rows are the
-# kinds of vectors of [chapter 3](03_losses.py); for the sampled ones we take the root of the mean
-# square of twenty draws. The error is always that with respect to the exact GGN block.
-
-# %%
-model, inputs = networks["cnn"]
-exact = layer_ios(model, loss, inputs[:N], labels[:N], layers=["2", "7"])
-generator = torch.Generator(device=inputs.device).manual_seed(0)
-
-
-def flavours(fisher: Fisher) -> Tensor:
-    ios = layer_ios(model, loss, inputs[:N], labels[:N], fisher, layers=["2", "7"])
-    conv, linear = ios["2"], ios["7"]
-    return torch.tensor(
-        [
-            relative_error(kfac(conv).dense(), blocks["2"]),
-            relative_error(kfac(conv.reduced()).dense(), blocks["2"]),
-            relative_error(kfac(linear).dense(), blocks["7"]),
-        ]
-    )
-
-
-blocks = {name: io.block() for name, io in exact.items()}
-rows = {"type-2": flavours(type2)}
-for M in (10, 1):
-    draws = torch.stack([flavours(monte_carlo(M, generator)) for _ in range(20)])
-    rows[f"MC, {M} sample{'s' * (M > 1)}"] = draws.square().mean(0).sqrt()
-rows["empirical"] = flavours(empirical)
-print(f"{'':16}conv expand   conv reduce   linear")
-for kind, row in rows.items():
-    print(f"{kind:16}{row[0]:11.2f}{row[1]:14.2f}{row[2]:9.2f}")
-assert rows["type-2"][2] < rows["MC, 10 samples"][2] < rows["MC, 1 sample"][2]
-
-# %% [markdown]
-# The first row is the error of the Kronecker product itself. Sampling adds to it, as
-# [(5.12)] says it must. The empirical Fisher is another matrix, and its row does not become
-# better with more of anything.
-#
 # ## Which one to use
 #
 # Use **expand** when the loss has a term per position (language models, segmentation), **reduce**
@@ -848,11 +813,10 @@ for model, mixes in ((apart, False), (mixing, True)):
 # %% [markdown]
 # ## Other ways to share a weight
 #
-# A **grouped convolution** is several convolutions side by side, each with its own channels and
-# its own $W$: one block per group, as if they were separate layers.
-# **Tied weights** are a layer that is called more than once. Calls are positions: their rows are
-# put behind each other along $S$. An **embedding** multiplies a one-hot row, so $A$ of expand is
-# a diagonal matrix that holds how often each token occurs.
+# [Chapter 4](04_layer_io.py) has three more kinds of rows. A **grouped convolution** is one block per
+# group. **Tied weights** are positions: the rows of all calls are put behind each other along $S$.
+# An **embedding** multiplies one-hot rows, so $A$ of expand is a diagonal matrix that holds how
+# often each token occurs.
 
 # %%
 grouped = Sequential(Conv1d(4, 6, 3, groups=2), Tanh(), Mean(2))
@@ -929,41 +893,21 @@ for mistake, (wrong, right) in mistakes.items():
 
 # %% [markdown]
 # **Divided by the wrong number of positions.** The factors need the number of *output* positions.
-# With a stride the input has more pixels, and the curvature comes out too small
-# ([pytorch-a2c-ppo-acktr #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54)).
+# With a stride the input has more pixels, and the curvature comes out too small (raised in
+# [pytorch-a2c-ppo-acktr #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54)).
 #
 # **Is there a factor $S$?** Papers distribute $1/S$ differently over the two factors, and the
 # question has come up in public ([nngeometry #75](https://github.com/tfjgeorge/nngeometry/pull/75),
 # [tensorflow/kfac #41](https://github.com/tensorflow/kfac/issues/41)). Compare the products, on a
 # case where KFAC is exact, and there is nothing left to argue about.
 #
-# **A missing transpose** ([LBANN #2010](https://github.com/LBANN/lbann/pull/2010)). A patch has a
-# channel axis and spatial axes, and frameworks order them differently. It must be the order of
-# the flattened weight, here channels first. All sizes agree whichever way it is done.
+# **Axes in another order.** A patch has a channel axis and spatial axes, and frameworks order them
+# differently. It must be the order of the flattened weight, here channels first. All sizes agree
+# whichever way it is done. (A relative, a transpose that was missing and then fixed:
+# [LBANN #2010](https://github.com/LBANN/lbann/pull/2010).)
 #
-# **Layers that are never called.** `torch.nn.MultiheadAttention` uses the weight of its output
-# projection without calling that layer, so a hook on it never fires
-# ([kfac-pytorch #267](https://github.com/gpauloski/kfac-pytorch/issues/267)). The package refuses,
-# with the name of the layer, rather than leave it out silently:
-
-
-# %%
-class BuiltIn(Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x)[0].mean(1)
-
-
-try:
-    layer_ios(
-        BuiltIn(), MSELoss(), torch.randn(7, 5, 4), torch.randn(7, 4), layers=["attention.out_proj"]
-    )
-    raise AssertionError("a layer that never ran must be refused")
-except ValueError as error:
-    print(error)
+# **Layers that are never called**, such as the output projection of `torch.nn.MultiheadAttention`:
+# see [Chapter 4](04_layer_io.py).
 
 # %% [markdown]
 # ## Exercises
