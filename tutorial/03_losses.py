@@ -1003,7 +1003,7 @@ assert relative(curvature_of(softmax_root(f, 1)) - curvature_of(type2(total, f, 
 # %% [markdown]
 # The axis is a subtle one, since `softmax(-1)` is right for outputs of shape $[N, C]$ and wrong as
 # soon as there are positions behind the classes. On the last line, the gradients of a mean loss, which
-# contain $1 / N$ each, are taken for those of single data; [Chapter 5](05_kfac.py) meets this again.
+# contain $1 / N$ each, are taken for those of single data; [Chapter 4](04_layer_io.py) meets this again.
 #
 # **Mixing data.** Outer products belong to one datum each. Summing gradients over the batch first, as one
 # plain `backward` does, adds the terms $n \neq n'$. The blocks on the diagonal are right, and so a test with a
