@@ -573,7 +573,7 @@ for s in (*damped.values(), torch.randn(12)):
     assert abs(reduction_ratio(at_0, at_s, m(s).item()) - 1) < 1e-10
 for d_, s in damped.items():
     assert_close(m(s), -(s @ M @ s) / 2 - d_ * s @ s)
-assert [levenberg_marquardt(1.0, r, factor=0.5) for r in (0.9, 0.5, 0.1, -3)] == [0.5, 1, 2, 2]
+assert [levenberg_marquardt(1.0, r, factor=0.5) for r in (0.9, 0.5, 0.1, -3.0)] == [0.5, 1, 2, 2]
 
 # %% [markdown]
 # ### A run
