@@ -813,8 +813,8 @@ for model, mixes in ((apart, False), (mixing, True)):
 # %% [markdown]
 # ## Other ways to share a weight
 #
-# [Chapter 4](04_layer_io.py) has three more kinds of rows. A **grouped convolution** is one block per
-# group. **Tied weights** are positions: the rows of all calls are put behind each other along $S$.
+# [Chapter 4](04_layer_io.py) has three more kinds of rows. A **grouped convolution** is one block
+# per group. **Tied weights** are positions: the rows of all calls are put behind each other along $S$.
 # An **embedding** multiplies one-hot rows, so $A$ of expand is a diagonal matrix that holds how
 # often each token occurs.
 

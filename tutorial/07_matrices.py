@@ -985,7 +985,8 @@ assert error(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E) <= EXACT
 #
 # `KroneckerSum(Kronecker(delta * I, I), Kronecker(A, B)).inverse(0.0)`: two terms, of which the
 # first is positive definite. The Cholesky factors are multiples of the identity, so the common
-# basis is orthogonal up to scale, and [(7.11)] is [(7.5)] in another scaling. It is the third term that does not fit, not the identity.
+# basis is orthogonal up to scale, and [(7.11)] is [(7.5)] in another scaling. It is the third term
+# that does not fit, not the identity.
 #
 # </details>
 #
