@@ -190,7 +190,8 @@ for S in (1, 4):
     assert_exact(E.trace(), F.trace())
     assert abs(K.trace() - F.trace()) > 1e-4 * F.trace()
     assert E.scale.min() >= 0
-    print(f"{S} position(s): error of KFAC {(to_kfac**0.5 / F.norm()).item():.3f}, EKFAC {relative_error(E.dense(), F):.3f}")  # fmt: skip
+    print(f"{S} position(s): error of KFAC {relative_error(K.dense(), F):.3f},", end=" ")
+    print(f"of EKFAC {relative_error(E.dense(), F):.3f}")
 
 io = random_io(7)
 K, E = kfac(io).eigen(), ekfac(io)
@@ -231,7 +232,8 @@ for io in layer_ios(linear, MSELoss(), X, targets).values():
     assert_exact(ekfac(io).dense(), io.block())
 
 bent = Sequential(Linear(5, 4), Tanh(), Linear(4, 6), Tanh(), Linear(6, 3))
-assert_exact(ekfac(layer_ios(bent, MSELoss(), X, targets)["4"]).dense(), layer_ios(bent, MSELoss(), X, targets)["4"].block())  # fmt: skip
+last = layer_ios(bent, MSELoss(), X, targets)["4"]
+assert_exact(ekfac(last).dense(), last.block())
 for io in layer_ios(bent, CrossEntropyLoss(), X, classes).values():
     k, e = (relative_error(M.dense(), io.block()) for M in (kfac(io), ekfac(io)))
     print(f"tanh and cross-entropy: KFAC {k:.3f}, EKFAC {e:.3f}")
@@ -270,15 +272,13 @@ model = network()
 list(train(model, 100))
 X, y = images[1000:1200], labels[1000:1200]
 ios = layer_ios(model, loss, X, y)
-table = {}
 for name, io in ios.items():
     F, K, E = io.block(), kfac(io).eigen(), ekfac(io)
-    table[name] = relative_error(K.dense(), F), relative_error(E.dense(), F)
-    k, e = table[name]
+    k, e = relative_error(K.dense(), F), relative_error(E.dense(), F)
     print(f"layer {name}: KFAC {k:.3f}, EKFAC {e:.3f}; ", end="")
     print(f"in the eigenvalues: {1 - e**2 / k**2:.0%} of the squared error")
     assert_exact(E.trace(), F.trace())
-    assert e < k
+    assert 0.8 * k < e < k
 
 # %% tags=["hide-input"] alt="Three log-log scatter plots, one per layer, of EKFAC's eigenvalues against KFAC's products, with the diagonal as a dashed line. The points form clouds about the diagonal, which scatter by a factor of several to both sides." caption="Every eigenvalue of KFAC and its correction. On the dashed line EKFAC would agree with KFAC. (Eigenvalues of zero are left out.)"
 fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
@@ -323,9 +323,7 @@ for seed in range(trials):
     assert e <= k
     if plain < e:
         diagonal_wins.append((plain, e))
-print(
-    f"of {trials} random layers, the plain diagonal is nearer to F than EKFAC in {len(diagonal_wins)}"
-)
+print(f"of {trials} layers, the plain diagonal is nearer to F than EKFAC in {len(diagonal_wins)}")
 print(f"an example: diagonal {diagonal_wins[0][0]:.3f}, EKFAC {diagonal_wins[0][1]:.3f}")
 assert 0 < len(diagonal_wins) < trials / 4
 
@@ -434,7 +432,8 @@ plt.show()
 # average is a curvature along neither.
 
 # %%
-first, second = (layer_ios(model, loss, images[i], labels[i])["2"] for i in (slice(200), slice(200, 400)))  # fmt: skip
+first = layer_ios(model, loss, images[:200], labels[:200])["2"]
+second = layer_ios(model, loss, images[200:400], labels[200:400])["2"]
 M1, M2, average = ekfac(first), ekfac(second), (first.block() + second.block()) / 2
 same = rescaled(M1, second, decay=0.5)
 U = torch.kron(M1.QB, M1.QA)
@@ -468,7 +467,7 @@ assert relative_error(mixed.dense(), F) > 1.2 * relative_error(M1.dense(), F)
 # **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after
 # every backward pass, gradients of single data are not. So it is tempting to rotate the *batch*
 # gradient and to average its square over steps, scaled by $N$, as a
-# [public implementation](https://github.com/Thrandis/EKFAC-pytorch) offers. With $\hat G_n$ for the
+# [public implementation](https://github.com/Thrandis/EKFAC-pytorch) offers (its option `ra`). With $\hat G_n$ for the
 # rotated gradients,
 #
 # $$
@@ -492,9 +491,8 @@ for state, net in (("untrained", start), ("trained", model)):
     io = layer_ios(net, loss, X, y, empirical)["2"]
     E = ekfac(io)
     mean_squared = (E.QB.T @ io.gradients().sum((0, 1)) @ E.QA).square()
-    print(
-        f"{state}: sum of squares {E.trace().item():.3f}, square of the sum {mean_squared.sum().item():.3f}"
-    )
+    print(f"{state}: sum of squares {E.trace().item():.2f},", end=" ")
+    print(f"square of the sum {mean_squared.sum().item():.2f}")
     if state == "untrained":
         assert mean_squared.sum() > 2 * E.trace()
     assert not torch.allclose(mean_squared, E.scale, rtol=0.5)
@@ -569,16 +567,6 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # </details>
 #
-# **Exercise 10.4.** Multiply the loss by $c$. What happens to $s$? And if only some data are scaled?
-#
-# <details class="solution" markdown="1">
-# <summary>Solution</summary>
-#
-# All $g$ are multiplied by $\sqrt c$, hence $s$ by $c$; the basis stays. If weights differ between
-# data, then the basis changes as well: $B$ sees the weights, and $A$ does not.
-#
-# </details>
-#
 # The solutions, checked:
 
 # %% tags=["hide-input"]
@@ -596,13 +584,6 @@ RA, RB = M1.QA.T @ M2.QA, M1.QB.T @ M2.QB  # 10.3
 carried, U = RB.square().T @ M1.scale @ RA.square(), torch.kron(M2.QB, M2.QA)
 assert_exact(carried.flatten(), (U.T @ M1.dense() @ U).diagonal())
 assert not torch.allclose(carried, second_moments(first, M2.QA, M2.QB), rtol=0.01)
-
-scaled = LayerIO(first.a, 3**0.5 * first.g)  # 10.4
-assert_exact(ekfac(scaled).dense(), 3 * ekfac(first).dense())
-weights = torch.linspace(0, 2, 200)[:, None, None]
-weighted = kfac(LayerIO(first.a, weights * first.g))
-assert_exact(weighted.A, kfac(first).A)
-assert not torch.allclose(weighted.B / weighted.B.norm(), kfac(first).B / kfac(first).B.norm(), rtol=0.01)  # fmt: skip
 print("all hold")
 
 # %% [markdown]
