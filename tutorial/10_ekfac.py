@@ -467,27 +467,24 @@ assert relative_error(mixed.dense(), F) > 1.2 * relative_error(M1.dense(), F)
 # **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after
 # every backward pass, gradients of single data are not. So it is tempting to rotate the *batch*
 # gradient and to average its square over steps, scaled by $N$, as a
-# [public implementation](https://github.com/Thrandis/EKFAC-pytorch) offers (its option `ra`). With $\hat G_n$ for the
-# rotated gradients,
+# [public implementation](https://github.com/Thrandis/EKFAC-pytorch) offers (its option `ra`). With
+# $\hat G_n$ for the rotated gradients,
 #
 # $$
 # \Bigl( \sum_n \hat G_n \Bigr)_{oi}^2
-# = \sum_n \bigl( \hat G_n \bigr)_{oi}^2 + \sum_{n \ne m} \bigl( \hat G_n \bigr)_{oi} \bigl( \hat G_m \bigr)_{oi} .
+# = \sum_n (\hat G_n)_{oi}^2 + \sum_{n \ne m} (\hat G_n)_{oi} (\hat G_m)_{oi} .
 # \tag{10.7}
 # $$
 #
-# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms, and vanishes on average only if
-# gradients of different data are independent with mean zero: at a minimum, for the empirical
-# Fisher. Far from it, the mean gradient dominates. On a single batch the left side is the
-# diagonal of a matrix of rank one.
-#
-# For the label of the data ($V = 1$), the vectors $g$ carry $1 / \sqrt N$, so the left side is $N$ times
-# the square of the mean gradient, as in that implementation:
+# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms. On average over batches of
+# independent data each of them is the square of the mean gradient, so it vanishes only where that
+# does: at a minimum. We try it with the gradients of the labels in the data, that is, with the
+# empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$ times the square of the mean
+# gradient, as in that implementation:
 
 # %%
 torch.manual_seed(2)
-start = Sequential(Linear(64, 16), Tanh(), Linear(16, 10))
-for state, net in (("untrained", start), ("trained", model)):
+for state, net in (("untrained", network()), ("trained", model)):
     io = layer_ios(net, loss, X, y, empirical)["2"]
     E = ekfac(io)
     mean_squared = (E.QB.T @ io.gradients().sum((0, 1)) @ E.QA).square()
