@@ -550,9 +550,11 @@ assert_exact(sum_step, of_mean.inverse(relative(of_mean, 0.1)) @ V)
 # replace $h$ by $-M s - \delta s$:
 #
 # $$
+# \begin{aligned}
 # h^\top s + \tfrac12 s^\top M s
-# = -s^\top M s - \delta s^\top s + \tfrac12 s^\top M s
-# = -\tfrac12 s^\top M s - \delta \lVert s \rVert^2 .
+# &= -s^\top M s - \delta s^\top s + \tfrac12 s^\top M s \\
+# &= -\tfrac12 s^\top M s - \delta \lVert s \rVert^2 .
+# \end{aligned}
 # \tag{8.14}
 # $$
 #
@@ -561,7 +563,7 @@ assert_exact(sum_step, of_mean.inverse(relative(of_mean, 0.1)) @ V)
 # $\tfrac34$ shrink the damping, below $\tfrac14$ raise it, in between leave it. Gradient, curvature
 # and both losses must be of the same batch, or the ratio measures the difference between batches.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(reduction_ratio, levenberg_marquardt)
 
 # %% [markdown]
