@@ -43,6 +43,15 @@ def kron_matvec(
     return vec(B @ unvec(v, rows=B.shape[1]) @ A.mT)
 
 
+def kron(B: Float[Tensor, "p m"], A: Float[Tensor, "q n"]) -> Float[Tensor, "pq mn"]:
+    """The dense Kronecker product `B ⊗ A`, whatever the memory layout of the two.
+
+    `torch.kron` (2.13) fails if one of them is stored by rows and the other by columns, as
+    eigenvectors are.
+    """
+    return torch.kron(B.contiguous(), A.contiguous())
+
+
 def gram(rows: Float[Tensor, "K S d"]) -> Float[Tensor, "d d"]:
     """Sum of `r r^T` over all rows `r`. Rows stored as long columns are not copied."""
     _, S, d = rows.shape

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import conjugate_gradient, eye_like, psd_eigh, simultaneous_eigh
+from kfac_scratch.linalg import conjugate_gradient, eye_like, kron, psd_eigh, simultaneous_eigh
 
 
 @runtime_checkable
@@ -153,7 +153,7 @@ class KroneckerEigen:
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
-        Q = torch.kron(self.QB, self.QA)
+        Q = kron(self.QB, self.QA)
         return Q * self.scale.flatten() @ Q.T
 
     def trace(self) -> Float[Tensor, ""]:
@@ -203,7 +203,7 @@ class Kronecker:
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
-        return torch.kron(self.B, self.A)
+        return kron(self.B, self.A)
 
     def trace(self) -> Float[Tensor, ""]:
         """Sum of the eigenvalues."""

@@ -84,6 +84,16 @@ def test_kronecker_is_b_kron_a(device):
     check_equal((M @ V).flatten(), torch.kron(M.B, M.A) @ V.flatten())
 
 
+@pytest.mark.parametrize("transposed", ["QA", "QB"])
+def test_bases_may_be_stored_by_rows_or_by_columns(transposed, device):
+    M = to(MATRICES["kronecker-eigen"](), device)
+    stored = {
+        name: t.mT.contiguous().mT if name == transposed else t.contiguous()
+        for name, t in vars(M).items()
+    }
+    check_equal(KroneckerEigen(**stored).dense(), M.dense())
+
+
 def test_determinant_of_a_kronecker_product(device):
     M = to(kronecker(), device)
     check_equal(M.logdet(), D_IN * torch.logdet(M.B) + D_OUT * torch.logdet(M.A))
