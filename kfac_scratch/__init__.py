@@ -5,6 +5,7 @@ from kfac_scratch.capture import EXPAND, REDUCE, layer_ios, stream
 from kfac_scratch.damping import factored_inverse
 from kfac_scratch.ekfac import ekfac, rescaled
 from kfac_scratch.kfac import foof, kfac, kfac_over
+from kfac_scratch.kronecker_sum import KroneckerSum
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.losses import (
     Fisher,
@@ -19,7 +20,6 @@ from kfac_scratch.matrices import (
     Diagonal,
     Kronecker,
     KroneckerEigen,
-    KroneckerSum,
     LinearMap,
     Matrix,
 )

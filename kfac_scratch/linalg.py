@@ -52,6 +52,13 @@ def kron(B: Float[Tensor, "p m"], A: Float[Tensor, "q n"]) -> Float[Tensor, "pq 
     return torch.kron(B.contiguous(), A.contiguous())
 
 
+def scale_in_basis(
+    QA: Float[Tensor, "n n"], QB: Float[Tensor, "m m"], scale: Float[Tensor, "m n"], V: Tensor
+) -> Float[Tensor, "*batch m n"]:
+    """Multiply `(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` onto matrices `V`."""
+    return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT
+
+
 def gram(rows: Float[Tensor, "K S d"]) -> Float[Tensor, "d d"]:
     """Sum of `r r^T` over all rows `r`. Rows stored as long columns are not copied."""
     _, S, d = rows.shape

@@ -7,8 +7,7 @@ A matrix here stands for a symmetric positive semi-definite one on `vec(V)`. Its
 - `M.inverse(delta) @ (M @ V + delta * V) == V`: damping is added when the inverse is taken and
   is never stored in the matrix.
 
-Sources: Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6; Van Loan and Pitsianis 1993;
-Koroko et al. 2022 (arXiv:2201.10285), §3.4 for the sum of two products.
+Sources: Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6; Van Loan and Pitsianis 1993.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import conjugate_gradient, eye_like, kron, psd_eigh, simultaneous_eigh
+from kfac_scratch.linalg import eye_like, kron, psd_eigh, scale_in_basis
 
 
 @runtime_checkable
@@ -55,7 +54,7 @@ class Dense:
 
     def inverse(self, damping: float) -> "Dense":
         """The inverse of `M + damping * I`."""
-        _check_damping(damping)
+        check_damping(damping)
         L, failed = torch.linalg.cholesky_ex(self.M + damping * eye_like(self.M))
         if failed.any():
             raise ValueError(f"M + {damping:g} I is not positive definite: use a larger damping.")
@@ -145,7 +144,7 @@ class KroneckerEigen:
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """Rotate into the eigenbasis, scale, rotate back."""
-        return _scale_in_basis(self.QA, self.QB, self.scale, V)
+        return scale_in_basis(self.QA, self.QB, self.scale, V)
 
     def inverse(self, damping: float) -> "KroneckerEigen":
         """The inverse of `M + damping * I`, exact and in the same basis."""
@@ -230,89 +229,14 @@ class Kronecker:
         return self.eigen().inverse_sqrt(damping)
 
 
-@dataclass(frozen=True, eq=False)
-class KroneckerSum:
-    """`B1 ⊗ A1 + B2 ⊗ A2`: positive semi-definite as a sum, though the second need not be."""
-
-    first: Kronecker
-    second: Kronecker
-
-    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """The sum of both products."""
-        return self.first @ V + self.second @ V
-
-    def inverse(self, damping: float) -> LinearMap:
-        """The inverse of the sum plus `damping * I`.
-
-        Without damping, by simultaneous diagonalisation of both pairs, which needs a positive
-        definite first term. A third term `damping * I` shares no basis with two general ones:
-        then the inverse runs conjugate gradients at every product, preconditioned by the damped
-        first term. To stay direct, damp the factors of the first term and pass 0.
-        """
-        _check_damping(damping)
-        if damping > 0:
-            return IterativeInverse(self, damping, self.first.inverse(damping))
-        (p, KA), (q, KB) = (
-            simultaneous_eigh(self.first.A, self.second.A),
-            simultaneous_eigh(self.first.B, self.second.B),
-        )
-        scale = 1 + torch.outer(q, p)
-        if (scale <= 0).any():
-            raise ValueError("The sum of two Kronecker products is not positive definite.")
-        return Congruence(KA, KB, 1 / scale)
-
-    def dense(self) -> Float[Tensor, "D D"]:
-        """The whole matrix."""
-        return self.first.dense() + self.second.dense()
-
-    def trace(self) -> Float[Tensor, ""]:
-        """Sum of the eigenvalues."""
-        return self.first.trace() + self.second.trace()
-
-    def diagonal(self) -> Float[Tensor, "D"]:
-        """Diagonal entries in the order of `vec(V)`."""
-        return self.first.diagonal() + self.second.diagonal()
-
-
-@dataclass(frozen=True, eq=False)
-class Congruence:
-    """`(KB ⊗ KA) diag(vec(scale)) (KB ⊗ KA)^T` with invertible, not orthogonal, `KA` and `KB`."""
-
-    KA: Float[Tensor, "d_in d_in"]
-    KB: Float[Tensor, "d_out d_out"]
-    scale: Float[Tensor, "d_out d_in"]
-
-    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Map into the common basis, scale, map back."""
-        return _scale_in_basis(self.KA, self.KB, self.scale, V)
-
-
-@dataclass(frozen=True, eq=False)
-class IterativeInverse:
-    """`(M + damping * I)^{-1}` by preconditioned conjugate gradients at every product."""
-
-    M: Matrix
-    damping: float
-    preconditioner: LinearMap
-
-    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Solve `M X + damping * X = V`."""
-        return conjugate_gradient(
-            lambda X: self.M @ X + self.damping * X, V, lambda X: self.preconditioner @ X
-        )
-
-
-def _scale_in_basis(QA: Tensor, QB: Tensor, scale: Tensor, V: Tensor) -> Tensor:
-    return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT
-
-
-def _check_damping(damping: float) -> None:
+def check_damping(damping: float) -> None:
+    """Refuse a damping that is negative or not a number."""
     if not damping >= 0:
         raise ValueError(f"damping must be at least 0, got {damping}.")
 
 
 def _reciprocal(eigenvalues: Tensor, damping: float) -> Tensor:
-    _check_damping(damping)
+    check_damping(damping)
     if damping == 0 and (eigenvalues <= 0).any():
         raise ValueError("A singular matrix has no inverse: pass a positive damping.")
     return 1 / (eigenvalues + damping)

@@ -2,12 +2,12 @@ import pytest
 import torch
 from laws import check_differs, check_equal, check_matrix, check_spectrum
 
+from kfac_scratch.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices import (
     Dense,
     Diagonal,
     Kronecker,
     KroneckerEigen,
-    KroneckerSum,
     LinearMap,
     Matrix,
 )
@@ -120,21 +120,6 @@ def test_damping_is_never_stored(make):
     first = M.inverse(0.1) @ V
     check_equal(M.inverse(0.1) @ V, first)
     check_equal(M.dense(), before)
-
-
-def test_a_sum_is_inverted_directly_without_damping(device):
-    M, V = to(kronecker_sum(), device), torch.randn(5, D_OUT, D_IN, device=device)
-    check_equal(M.inverse(0.0) @ (M @ V), V)
-
-
-def test_an_indefinite_sum_is_refused(device):
-    first = Kronecker(torch.eye(D_IN), torch.eye(D_OUT))
-    second = Kronecker(torch.diag(torch.tensor([1.0, -3, 0])), torch.eye(D_OUT))
-    M = to(KroneckerSum(first, second), device)
-    with pytest.raises(ValueError, match="not positive definite"):
-        M.inverse(0.0)
-    with pytest.raises(ValueError, match="negative curvature"):
-        M.inverse(0.1) @ torch.ones(D_OUT, D_IN, device=device)
 
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan")])

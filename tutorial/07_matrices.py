@@ -35,17 +35,20 @@ from torch import Tensor, nn
 from kfac_scratch import curvature
 from kfac_scratch.capture import layer_ios
 from kfac_scratch.kfac import kfac
-from kfac_scratch.linalg import conjugate_gradient, psd_eigh, simultaneous_eigh, vec
+from kfac_scratch.kronecker_sum import Congruence, IterativeInverse, KroneckerSum
+from kfac_scratch.linalg import (
+    conjugate_gradient,
+    psd_eigh,
+    scale_in_basis,
+    simultaneous_eigh,
+    vec,
+)
 from kfac_scratch.matrices import (
-    Congruence,
     Dense,
     Diagonal,
-    IterativeInverse,
     Kronecker,
     KroneckerEigen,
-    KroneckerSum,
     Matrix,
-    _scale_in_basis,
 )
 from kfac_scratch.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices, source
@@ -199,7 +202,7 @@ code(
     KroneckerEigen.__matmul__,
     KroneckerEigen.inverse,
     KroneckerEigen.inverse_sqrt,
-    _scale_in_basis,
+    scale_in_basis,
 )
 
 # %%
