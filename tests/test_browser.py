@@ -1,5 +1,7 @@
 """The site opened from disk in Chromium, with the network switched off."""
 
+from functools import cache
+
 import pytest
 from built_site import CHROMIUM, built_site, missing, pages, unavailable
 
@@ -39,95 +41,116 @@ def browser():
         running.close()
 
 
+def opened(context, path):
+    """Open a page, wait for its formulas, and collect whatever goes wrong."""
+    page = context.new_page()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("requestfailed", lambda request: page.problems.append(request.url))
+    page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
+    page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
+    page.goto(path.as_uri())
+    page.wait_for_function(READY, timeout=120_000)
+    return page
+
+
 @pytest.fixture
 def visit(browser):
-    """Open a page, wait for its formulas, and collect whatever goes wrong."""
-    contexts = []
-
-    def opened(path, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("requestfailed", lambda request: page.problems.append(request.url))
-        page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
-        page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
-        page.goto(path.as_uri())
-        page.wait_for_function(READY)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
+    with browser.new_context(**DESKTOP) as context:
+        yield lambda name: opened(context, built_site() / name)
 
 
-def on_every_page(visit, script, **options):
-    """Answers of a script that should be empty, by page."""
-    found = {}
-    for path in pages():
-        page = visit(path, **options)
-        answer = page.evaluate(script) + page.problems
-        if answer:
-            found[path.name] = answer
-        page.context.close()
-    return found
+@pytest.fixture(scope="module")
+def survey(browser):
+    """Answers by page and question, from one visit of every page for each screen and scheme."""
+    asked = {
+        "desktop": {"broken": BROKEN_MATH, "raw": UNTYPESET, "cut off": CUT_OFF, "shown": SHOWN},
+        "phone": {"sideways": SIDEWAYS},
+    }
+
+    @cache
+    def answers(screen, scheme):
+        found = {}
+        for path in pages():
+            size = DESKTOP if screen == "desktop" else PHONE
+            with browser.new_context(color_scheme=scheme, **size) as context:
+                page = opened(context, path)
+                found[path] = {name: page.evaluate(js) for name, js in asked[screen].items()}
+                if screen == "desktop":
+                    found[path]["inaccessible"] = inaccessible(page)
+                found[path]["problems"] = page.problems
+        return found
+
+    def ask(question, screen, scheme="light"):
+        return {path: answer[question] for path, answer in answers(screen, scheme).items()}
+
+    return ask
 
 
-def test_every_formula_is_typeset(visit):
-    assert on_every_page(visit, BROKEN_MATH, **DESKTOP) == {}
-    assert on_every_page(visit, UNTYPESET, **DESKTOP) == {}
-
-
-def test_no_formula_is_cut_off_on_a_desktop(visit):
-    assert on_every_page(visit, CUT_OFF, **DESKTOP) == {}
-
-
-@SCHEMES
-def test_a_phone_does_not_scroll_sideways(visit, scheme):
-    assert on_every_page(visit, SIDEWAYS, color_scheme=scheme, **PHONE) == {}
-
-
-@SCHEMES
-def test_pages_are_accessible(visit, scheme):
+def inaccessible(page):
+    """Violations of WCAG A and AA, as axe reports them."""
     from axe_playwright_python.sync_playwright import Axe
 
-    axe, found = Axe(), {}
-    for path in pages():
-        page = visit(path, color_scheme=scheme, **DESKTOP)
-        options = {"resultTypes": ["violations"], "runOnly": {"type": "tag", "values": RULES}}
-        results = axe.run(page, options=options)
-        if results.violations_count:
-            found[path.name] = results.generate_report()
-        page.context.close()
+    options = {"resultTypes": ["violations"], "runOnly": {"type": "tag", "values": RULES}}
+    results = Axe().run(page, options=options)
+    return results.generate_report() if results.violations_count else ""
+
+
+def some(answers):
+    """Pages with an answer that should be empty."""
+    return {path.name: answer for path, answer in answers.items() if answer}
+
+
+def test_every_formula_is_typeset(survey):
+    assert some(survey("broken", "desktop")) == {}
+    assert some(survey("raw", "desktop")) == {}
+
+
+def test_no_formula_is_cut_off_on_a_desktop(survey):
+    assert some(survey("cut off", "desktop")) == {}
+
+
+@SCHEMES
+@pytest.mark.parametrize("screen", ["desktop", "phone"])
+def test_no_request_fails_and_no_error_is_logged(survey, screen, scheme):
+    assert some(survey("problems", screen, scheme)) == {}
+
+
+@SCHEMES
+def test_a_phone_does_not_scroll_sideways(survey, scheme):
+    assert some(survey("sideways", "phone", scheme)) == {}
+
+
+@SCHEMES
+def test_pages_are_accessible(survey, scheme):
+    found = some(survey("inaccessible", "desktop", scheme))
     assert found == {}, "\n".join(found.values())
 
 
-def test_figures_follow_the_colour_scheme(visit):
-    figures = [path for path in pages() if 'class="plot"' in path.read_text(encoding="utf-8")]
-    assert figures
-    for path in figures:
-        light = visit(path, color_scheme="light", **DESKTOP).evaluate(SHOWN)
-        dark = visit(path, color_scheme="dark", **DESKTOP).evaluate(SHOWN)
-        assert len(light) == len(dark) == path.read_text(encoding="utf-8").count('class="plot"')
-        assert all(src.endswith("#only-light") for src in light)
-        assert all(src.endswith("-dark.svg#only-dark") for src in dark)
+def test_figures_follow_the_colour_scheme(survey):
+    light, dark = survey("shown", "desktop", "light"), survey("shown", "desktop", "dark")
+    assert any(light.values())
+    for path in light:
+        figures = path.read_text(encoding="utf-8").count('class="plot"')
+        assert len(light[path]) == len(dark[path]) == figures
+        assert all(src.endswith("#only-light") for src in light[path])
+        assert all(src.endswith("-dark.svg#only-dark") for src in dark[path])
 
 
 def test_home_fits_on_one_screen(visit):
-    page = visit(built_site() / "index.html", **DESKTOP)
+    page = visit("index.html")
     bottom = page.evaluate("document.querySelector('.start').getBoundingClientRect().bottom")
     assert bottom <= 800
 
 
 def test_a_numbered_equation_can_be_jumped_to(visit):
-    page = visit(built_site() / "01_flattening.html", **DESKTOP)
+    page = visit("01_flattening.html")
     page.click("a[href='#eq-1.6'] >> nth=0")
     assert page.evaluate("document.querySelector(':target').id") == "eq-1.6"
 
 
 def test_search_works_from_disk(visit):
-    page = visit(built_site() / "index.html", **DESKTOP)
+    page = visit("index.html")
     page.click(".md-search__input")
     page.keyboard.type("Kronecker", delay=20)
     page.wait_for_selector(".md-search-result__item")
