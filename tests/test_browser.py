@@ -76,9 +76,9 @@ def survey(browser):
             with browser.new_context(color_scheme=scheme, **size) as context:
                 page = opened(context, path)
                 found[path] = {name: page.evaluate(js) for name, js in asked[screen].items()}
+                found[path]["problems"] = list(page.problems)  # axe adds requests of its own
                 if screen == "desktop":
                     found[path]["inaccessible"] = inaccessible(page)
-                found[path]["problems"] = page.problems
         return found
 
     def ask(question, screen, scheme="light"):
