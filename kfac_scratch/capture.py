@@ -143,10 +143,8 @@ def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups 
         counts.append(S)
     if len(means) == 1:
         return means[0]
-    total = sum(counts)
-    return sum(
-        (S / total * mean for S, mean in zip(counts, means, strict=True)), start=0 * means[0]
-    )
+    sums = [S * mean for S, mean in zip(counts, means, strict=True)]
+    return torch.stack(sums).sum(0) / sum(counts)
 
 
 def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:

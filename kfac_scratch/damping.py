@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices import Dense, Diagonal, Kronecker, KroneckerEigen
 
 
@@ -30,10 +29,8 @@ def factored_inverse(K: Kronecker, damping: float) -> Kronecker:
     """
     if not damping > 0:
         raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
-    pi, root = balance(K), damping**0.5
-    return Kronecker(
-        _inverse(K.A + root * pi * eye_like(K.A)), _inverse(K.B + root / pi * eye_like(K.B))
-    )
+    pi, root = float(balance(K)), damping**0.5
+    return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)
 
 
 def balance(K: Kronecker) -> Float[Tensor, ""]:
@@ -79,10 +76,3 @@ def levenberg_marquardt(
     if not isfinite(ratio) or ratio < 1 / 4:
         return damping / factor
     return max(minimum, damping * factor) if ratio > 3 / 4 else damping
-
-
-def _inverse(M: Tensor) -> Tensor:
-    L, failed = torch.linalg.cholesky_ex(M)
-    if failed.any():
-        raise ValueError("A damped factor is not positive definite: use a larger damping.")
-    return torch.cholesky_inverse(L)

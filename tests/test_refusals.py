@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from laws import check_equal
+from test_capture import C, D, N, simple
 from torch import nn
 from torch.nn import (
     BatchNorm1d,
@@ -14,21 +15,12 @@ from torch.nn import (
     Linear,
     Module,
     MSELoss,
-    ReLU,
     Sequential,
 )
 from torch.nn.functional import linear
 
 from kfac_scratch import layer_ios
 from kfac_scratch.curvature import block_diagonal, ggn
-
-N, D, C = 5, 3, 2
-
-
-def simple(device):
-    torch.manual_seed(0)
-    model = Sequential(Linear(D, 4), ReLU(inplace=True), Linear(4, C)).to(device)
-    return model, MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
 
 
 def test_parameters_without_a_block_are_named_in_a_warning(device):
