@@ -82,9 +82,11 @@ class Chapter:
     def modules(self) -> list[str]:
         """The module of the same stem, or else those that the chapter imports."""
         stem = self.path.stem[3:]
-        found = re.findall(r"^from kfac_scratch\.(\w+) import", self.path.read_text(), re.MULTILINE)
-        if (PACKAGE / f"{stem}.py").exists():
-            return [stem]
+        found = re.findall(
+            r"^from kfac_scratch\.([\w.]+) import", self.path.read_text(), re.MULTILINE
+        )
+        if own := [name for name in modules() if name.split(".")[-1] == stem]:
+            return [_short(own[0])]
         return [name for name in dict.fromkeys(found) if name != "show"]
 
 
@@ -115,7 +117,7 @@ def _reading_map(config) -> str:
             rows.append(f"| **Part {part}** | | |")
         links = []
         for name in chapter.modules:
-            tests = f"tests/test_{name}.py"
+            tests = f"tests/test_{name.split('.')[-1]}.py"
             link = f"[`{name}`](api/{name}.md)"
             if (ROOT / tests).exists():
                 link += f" ([tests]({config.repo_url}/blob/main/{tests}))"

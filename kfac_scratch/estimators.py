@@ -1,0 +1,138 @@
+r"""Estimators: papers that remember. From one batch after another to one matrix.
+
+An approximation sees one batch. Training averages over batches with exponentially decaying
+weights, and every update is a weighted mean of the state so far and the batch:
+
+$$
+M_t = (1 - w_t)\, M_{t-1} + w_t \hat M_t , \qquad w_t = \frac{1 - \rho}{1 - \rho^t} .
+$$
+
+The first weight is 1, so that nothing needs a start value, and $M_t$ is the bias-corrected average
+$\sum_i \rho^{t-i} \hat M_i / \sum_i \rho^{t-i}$. The state is the matrix itself, a value.
+
+Sources: Martens and Grosse 2015 (arXiv:1503.05671), §5 (moving averages of factors); the bias
+correction is that of Kingma and Ba 2015 (arXiv:1412.6980), §3.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices import Matrix
+
+Approximation = Callable[[LayerIO], Matrix]
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """How a matrix follows a stream of batches."""
+
+    def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
+        """The matrix after one more batch.
+
+        Args:
+            state: The matrix so far, which stays as it is; None before the first batch.
+            io: The layer on the new batch.
+            weight: Share of the new batch in the result, in (0, 1]; what was before has the rest.
+        """
+        ...
+
+
+def weight_of_newest(decay: float, count: int) -> float:
+    """Share of batch number `count` (from 1) in a bias-corrected average with that decay.
+
+    With `decay = 1` this is `1 / count`: the plain mean of all batches.
+
+    Raises:
+        ValueError: If the decay is not in [0, 1], or there is no batch.
+    """
+    if not 0 <= decay <= 1 or count < 1:
+        raise ValueError(
+            f"decay must lie in [0, 1] and count from 1 on, got decay={decay}, count={count}."
+        )
+    return 1 / count if decay == 1 else (1 - decay) / (1 - decay**count)
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Average an approximation's tensors over batches, each field by itself.
+
+    For a Kronecker product this is the usual moving average of both factors, which differs from
+    the average of the products. Matrices with a basis of eigenvectors have no such average.
+    """
+
+    approximation: Approximation
+
+    def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
+        """Move every tensor of the state towards that of the new batch."""
+        new = self.approximation(io)
+        return new if state is None else _mixed(state, new, weight)
+
+
+@dataclass(frozen=True)
+class Latest:
+    """Forget: the matrix of the newest batch alone."""
+
+    approximation: Approximation
+
+    def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
+        """The approximation on the new batch."""
+        return self.approximation(io)
+
+
+def estimator(approximation: "Approximation | Estimator") -> Estimator:
+    """What remembers as it is; a function of one batch as the average of its results."""
+    return approximation if isinstance(approximation, Estimator) else Averaged(approximation)
+
+
+def _mixed(old: Any, new: Any, weight: float) -> Any:
+    if type(old) is not type(new):
+        raise TypeError(f"A {type(new).__name__} cannot be averaged with a {type(old).__name__}.")
+    changes = {}
+    for field in fields(new):
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if field.name.startswith(("Q", "U")):
+            raise TypeError(
+                f"The average of two {type(new).__name__} has no meaning, because bases of "
+                f"eigenvectors ({field.name}) cannot be averaged: use an estimator for this "
+                "approximation, or Latest(approximation), which keeps the newest batch only."
+            )
+        if isinstance(b, Tensor):
+            changes[field.name] = torch.lerp(a, b, weight)
+        elif is_dataclass(b):
+            changes[field.name] = _mixed(a, b, weight)
+    return replace(new, **changes)
+
+
+# ---- as plain tensors ---------------------------------------------------------------------------
+
+
+def tensors(value: Any) -> dict[str, Any]:
+    """A matrix or its inverse as a nested dictionary of tensors and numbers, for checkpoints."""
+    return {
+        f.name: tensors(v) if is_dataclass(v := getattr(value, f.name)) else v
+        for f in fields(value)
+    }
+
+
+def restored(like: Any, saved: Mapping[str, Any]) -> Any:
+    """Undo `tensors`, given any value of the same structure.
+
+    Raises:
+        ValueError: If the structures differ.
+    """
+    names = [f.name for f in fields(like)]
+    if set(names) != set(saved):
+        raise ValueError(
+            f"A checkpoint holds {sorted(saved)}, but a {type(like).__name__} consists of "
+            f"{sorted(names)}: was it written with another approximation?"
+        )
+    changes = {
+        name: restored(getattr(like, name), value) if isinstance(value, Mapping) else value
+        for name, value in saved.items()
+    }
+    return replace(like, **changes)

@@ -1,0 +1,1 @@
+"""Better and faster: one file per paper, each a function of `LayerIO`."""
