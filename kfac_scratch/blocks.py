@@ -43,6 +43,11 @@ class Shared:
         """Names of the blocks: one for each group."""
         return [self.name if self.groups == 1 else f"{self.name}[{i}]" for i in range(self.groups)]
 
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the trainable parameters."""
+        return (*([] if self.weight is None else [self.weight]), *self.biases)
+
     def bias_inputs(self, layer: Layer) -> list[float]:
         """What one layer feeds into the bias columns: 1 for its own bias, 0 for the others'."""
         return [float(bias is layer._parameters.get("bias")) for bias in self.biases.values()]
@@ -103,7 +108,7 @@ def blocks(model: Module, layers: Collection[str] | None = None) -> list[Shared]
 
 def uncovered(model: Module, covered: list[Shared]) -> list[str]:
     """Names of the trainable parameters that are in none of the blocks."""
-    names = {name for b in covered for name in (b.weight, *b.biases)}
+    names = {name for b in covered for name in b.parameter_names}
     return [n for n, p in model.named_parameters() if p.requires_grad and n not in names]
 
 

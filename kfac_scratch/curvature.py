@@ -22,7 +22,7 @@ Sources: Schraudolph 2002; Martens 2014 (arXiv:1412.1193), §§5, 8, 9; Kunstner
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,12 @@ Product = Callable[[Float[Tensor, "D"]], Float[Tensor, "D"]]
 def parameter_vector(model: Module) -> Float[Tensor, "D"]:
     """The trainable parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in _parameters(model).values()])
+
+
+def flatten_values(model: Module, values: Mapping[str, Tensor]) -> Float[Tensor, "D"]:
+    """Values by parameter name in the order of `parameter_vector`; what is not named is zero."""
+    parts = [values.get(name, torch.zeros_like(p)) for name, p in _parameters(model).items()]
+    return torch.cat([part.detach().flatten() for part in parts])
 
 
 def jacobian(model: Module, X: Tensor) -> Float[Tensor, "out D"]:
@@ -113,6 +119,32 @@ def ggn_product(model: Module, loss: Module, X: Tensor, y: Tensor) -> Product:
         return vjp(network, theta)[1](HJv)[0]
 
     return product
+
+
+def ggn_gram(
+    model: Module,
+    loss: Module,
+    X: Tensor,
+    y: Tensor,
+    directions: Float[Tensor, "K D"],
+    theta: Float[Tensor, "D"] | None = None,
+) -> Float[Tensor, "K K"]:
+    """All products `u^T G v` of some directions: one forward derivative each, none backward.
+
+    Args:
+        model: The network.
+        loss: The loss.
+        X: Its input.
+        y: Targets.
+        directions: Changes of the parameters, as rows in the order of `parameter_vector`.
+        theta: Where to linearise, by default at the model's own parameters.
+    """
+    network, theta = _network(model, X), parameter_vector(model) if theta is None else theta
+    gradient = grad(lambda f: loss(f, y))
+    pairs = [_jvp(network, theta, v) for v in directions]
+    J = torch.stack([Jv.flatten() for _, Jv in pairs])
+    HJ = torch.stack([vjp(gradient, f)[1](Jv)[0].flatten() for f, Jv in pairs])
+    return J @ HJ.T
 
 
 def empirical_fisher_product(model: Module, loss: Module, X: Tensor, y: Tensor) -> Product:

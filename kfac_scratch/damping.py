@@ -14,7 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.matrices import Dense, Diagonal, Kronecker, KroneckerEigen
+from kfac_scratch.matrices import (
+    Dense,
+    Diagonal,
+    Kronecker,
+    KroneckerEigen,
+    LinearMap,
+    Matrix,
+)
+
+
+def exact_inverse(M: Matrix, damping: float) -> LinearMap:
+    """The inverse of `M + damping * I`, to be passed where damping is chosen."""
+    return M.inverse(damping)
 
 
 def factored_inverse(K: Kronecker, damping: float) -> Kronecker:

@@ -14,7 +14,7 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671), §5 (moving averages of fac
 correction is that of Kingma and Ba 2015 (arXiv:1412.6980), §3.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -106,33 +106,3 @@ def _mixed(old: Any, new: Any, weight: float) -> Any:
         elif is_dataclass(b):
             changes[field.name] = _mixed(a, b, weight)
     return replace(new, **changes)
-
-
-# ---- as plain tensors ---------------------------------------------------------------------------
-
-
-def tensors(value: Any) -> dict[str, Any]:
-    """A matrix or its inverse as a nested dictionary of tensors and numbers, for checkpoints."""
-    return {
-        f.name: tensors(v) if is_dataclass(v := getattr(value, f.name)) else v
-        for f in fields(value)
-    }
-
-
-def restored(like: Any, saved: Mapping[str, Any]) -> Any:
-    """Undo `tensors`, given any value of the same structure.
-
-    Raises:
-        ValueError: If the structures differ.
-    """
-    names = [f.name for f in fields(like)]
-    if set(names) != set(saved):
-        raise ValueError(
-            f"A checkpoint holds {sorted(saved)}, but a {type(like).__name__} consists of "
-            f"{sorted(names)}: was it written with another approximation?"
-        )
-    changes = {
-        name: restored(getattr(like, name), value) if isinstance(value, Mapping) else value
-        for name, value in saved.items()
-    }
-    return replace(like, **changes)

@@ -1,0 +1,50 @@
+"""Checkpoints: matrices and their inverses as nested dictionaries of tensors and numbers.
+
+What is saved holds no code and no class names, so that `torch.load(..., weights_only=True)` reads
+it. What the tensors mean is told by an example of the same structure when they are read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.layer_io import LayerIO
+
+
+def tensors(value: Any) -> dict[str, Any]:
+    """A matrix or its inverse as a nested dictionary of tensors and numbers, for checkpoints."""
+    return {
+        f.name: tensors(v) if is_dataclass(v := getattr(value, f.name)) else v
+        for f in fields(value)
+    }
+
+
+def restored(like: Any, saved: Mapping[str, Any]) -> Any:
+    """Undo `tensors`, given any value of the same structure.
+
+    Raises:
+        ValueError: If the structures differ.
+    """
+    names = [f.name for f in fields(like)]
+    if set(names) != set(saved):
+        raise ValueError(
+            f"A checkpoint holds {sorted(saved)}, but a {type(like).__name__} consists of "
+            f"{sorted(names)}: was it written with another approximation?"
+        )
+    return replace(like, **{name: _restored(getattr(like, name), v) for name, v in saved.items()})
+
+
+def _restored(like: Any, saved: Any) -> Any:
+    if isinstance(saved, Mapping):
+        return restored(like, saved)
+    return saved.to(like.device) if isinstance(saved, Tensor) else saved
+
+
+def example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:
+    """A layer with this matrix on one datum of ones, from which examples are made."""
+    a, g = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
+    return LayerIO(a[None, None], g[None, None, None])
