@@ -15,13 +15,17 @@ the trace is exact.
 Source: George et al. 2018 (arXiv:1806.03884), §3.
 """
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kfac_scratch.estimators import Averaged, Estimator
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices import KroneckerEigen
+from kfac_scratch.matrices import KroneckerEigen, Matrix
 
 
 def ekfac(io: LayerIO) -> KroneckerEigen:
@@ -48,6 +52,62 @@ def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEig
         raise ValueError(f"decay must lie in [0, 1], got {decay}.")
     scale = second_moments(io, M.QA, M.QB)
     return KroneckerEigen(M.QA, M.QB, torch.lerp(scale, M.scale, decay))
+
+
+@dataclass(frozen=True)
+class AmortisedEKFAC:
+    """EKFAC as an `Estimator`: cheap new eigenvalues for every batch, a new basis now and then.
+
+    Args:
+        basis_every: Updates between two eigendecompositions.
+        factors: The estimator that the basis is taken from; its matrices need a method `eigen()`.
+    """
+
+    basis_every: int = 10
+    factors: Estimator = field(default_factory=lambda: Averaged(kfac))
+
+    def update(self, state: "EKFACState | None", io: LayerIO, weight: float) -> "EKFACState":
+        """Average the factors, and the second moments in the current basis.
+
+        A new basis starts with the moments that the old matrix has in it, which keeps the trace.
+        """
+        factors: Any = self.factors.update(None if state is None else state.factors, io, weight)
+        if state is None:
+            M = factors.eigen()
+            return EKFACState(factors, rescaled(M, io), 1)
+        M, age = state.M, state.age
+        if age % self.basis_every == 0:
+            M = M.carried_over(factors.eigen())
+        return EKFACState(factors, rescaled(M, io, 1 - weight), age + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class EKFACState:
+    """An EKFAC matrix `M`, the averaged factors for its next basis, and the batches so far."""
+
+    factors: Matrix
+    M: KroneckerEigen
+    age: int
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`M` applied to `V`."""
+        return self.M @ V
+
+    def inverse(self, damping: float) -> KroneckerEigen:
+        """The inverse of `M + damping * I`."""
+        return self.M.inverse(damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.M.dense()
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.M.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.M.diagonal()
 
 
 def second_moments(

@@ -15,11 +15,8 @@ correction is that of Kingma and Ba 2015 (arXiv:1412.6980), §3.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
 
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices import Matrix
@@ -59,18 +56,31 @@ def weight_of_newest(decay: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class Averaged:
-    """Average an approximation's tensors over batches, each field by itself.
+    """Average an approximation over batches, by the matrices' own method `mixed`.
 
     For a Kronecker product this is the usual moving average of both factors, which differs from
-    the average of the products. Matrices with a basis of eigenvectors have no such average.
+    the average of the products.
     """
 
     approximation: Approximation
 
     def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
-        """Move every tensor of the state towards that of the new batch."""
+        """Move the state towards the matrix of the new batch.
+
+        Raises:
+            TypeError: If matrices of this kind have no average.
+        """
         new = self.approximation(io)
-        return new if state is None else _mixed(state, new, weight)
+        kind = type(new).__name__
+        if not hasattr(new, "mixed"):
+            raise TypeError(
+                f"A {kind} has no method mixed(new, weight), so it cannot be averaged over "
+                "batches: use an estimator made for this approximation, or "
+                "Latest(approximation), which keeps the newest batch only."
+            )
+        if state is not None and type(state) is not type(new):
+            raise TypeError(f"A {kind} cannot be averaged with a {type(state).__name__}.")
+        return new if state is None else state.mixed(new, weight)
 
 
 @dataclass(frozen=True)
@@ -87,22 +97,3 @@ class Latest:
 def estimator(approximation: "Approximation | Estimator") -> Estimator:
     """What remembers as it is; a function of one batch as the average of its results."""
     return approximation if isinstance(approximation, Estimator) else Averaged(approximation)
-
-
-def _mixed(old: Any, new: Any, weight: float) -> Any:
-    if type(old) is not type(new):
-        raise TypeError(f"A {type(new).__name__} cannot be averaged with a {type(old).__name__}.")
-    changes = {}
-    for field in fields(new):
-        a, b = getattr(old, field.name), getattr(new, field.name)
-        if field.name.startswith(("Q", "U")):
-            raise TypeError(
-                f"The average of two {type(new).__name__} has no meaning, because bases of "
-                f"eigenvectors ({field.name}) cannot be averaged: use an estimator for this "
-                "approximation, or Latest(approximation), which keeps the newest batch only."
-            )
-        if isinstance(b, Tensor):
-            changes[field.name] = torch.lerp(a, b, weight)
-        elif is_dataclass(b):
-            changes[field.name] = _mixed(a, b, weight)
-    return replace(new, **changes)

@@ -7,6 +7,8 @@ A matrix here stands for a symmetric positive semi-definite one on `vec(V)`. Its
 - `M.inverse(delta) @ (M @ V + delta * V) == V`: damping is added when the inverse is taken and
   is never stored in the matrix.
 
+`M.mixed(new, weight)` is the average of two matrices of a kind, where that has a meaning.
+
 Sources: Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6; Van Loan and Pitsianis 1993.
 """
 
@@ -64,6 +66,10 @@ class Dense:
         """The matrix itself."""
         return self.M
 
+    def mixed(self, new: "Dense", weight: float) -> "Dense":
+        """The average with another matrix, which has the weight."""
+        return Dense(torch.lerp(self.M, new.M, weight))
+
     def trace(self) -> Float[Tensor, ""]:
         """Sum of the eigenvalues."""
         return self.M.trace()
@@ -108,6 +114,10 @@ class Diagonal:
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
         return self.scale.flatten().diag()
+
+    def mixed(self, new: "Diagonal", weight: float) -> "Diagonal":
+        """The average with another matrix, which has the weight."""
+        return Diagonal(torch.lerp(self.scale, new.scale, weight))
 
     def trace(self) -> Float[Tensor, ""]:
         """Sum of the eigenvalues."""
@@ -155,6 +165,19 @@ class KroneckerEigen:
         Q = kron(self.QB, self.QA)
         return Q * self.scale.flatten() @ Q.T
 
+    def mixed(self, new: "KroneckerEigen", weight: float) -> "KroneckerEigen":
+        """The average in the new basis; bases themselves are never averaged."""
+        scale = self.carried_over(new).scale
+        return KroneckerEigen(new.QA, new.QB, torch.lerp(scale, new.scale, weight))
+
+    def carried_over(self, basis: "KroneckerEigen") -> "KroneckerEigen":
+        """The matrix nearest to this one among those with the eigenvectors of `basis`.
+
+        Its eigenvalues are this matrix's curvatures along the new basis vectors.
+        """
+        RA, RB = self.QA.T @ basis.QA, self.QB.T @ basis.QB
+        return KroneckerEigen(basis.QA, basis.QB, RB.square().T @ self.scale @ RA.square())
+
     def trace(self) -> Float[Tensor, ""]:
         """Sum of the eigenvalues."""
         return self.scale.sum()
@@ -190,6 +213,10 @@ class Kronecker:
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """`B V A`, the vec trick."""
         return self.B @ V @ self.A
+
+    def mixed(self, new: "Kronecker", weight: float) -> "Kronecker":
+        """Averages of both factors, with a weight for the new ones: not the average product."""
+        return Kronecker(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))
 
     def eigen(self) -> KroneckerEigen:
         """The same matrix by its eigendecomposition: that of both factors."""
