@@ -26,7 +26,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from kfac_scratch.blocks import blocks, layer_names
-from kfac_scratch.capture import EXPAND, Setting, layer_ios
+from kfac_scratch.capture import EXPAND, Setting, full_precision, layer_ios
 from kfac_scratch.checkpoints import example_io, restored, tensors
 from kfac_scratch.estimators import Approximation, Estimator, estimator, weight_of_newest
 from kfac_scratch.kfac import kfac
@@ -192,10 +192,11 @@ class KFAC(Optimizer):
             layers=self._layers,
         )
         weight = weight_of_newest(self.decay, self.updates + 1)
-        self.matrices = {
-            name: self.estimator.update(self.matrices.get(name), io, weight)
-            for name, io in ios.items()
-        }
+        with full_precision(X.device):
+            self.matrices = {
+                name: self.estimator.update(self.matrices.get(name), io, weight)
+                for name, io in ios.items()
+            }
         self.updates += 1
 
     # ---- step ------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ class KFAC(Optimizer):
         group, change = self._groups()[0], step.change()
         curve = preconditioner(self.model, self.matrices, layers=self._layers)
         numbers = {
-            "step": self.steps,
+            "step": float(self.steps),
             "lr": group["lr"],
             "damping": group["damping"],
             "step_norm": norm(change),
