@@ -162,6 +162,15 @@ def test_amortised_scales_are_the_averaged_moments_in_the_one_basis(device):
     check_equal(state.trace(), average.trace())
 
 
+def test_a_new_basis_starts_with_the_old_matrix_seen_in_it(device):
+    first, second = stream(device, 2)
+    old = AmortisedEKFAC(basis_every=1).update(None, first, 1.0)
+    M = AmortisedEKFAC(basis_every=1).update(old, second, 0.3).M
+    U = torch.kron(M.QB, M.QA)
+    average = 0.7 * old.dense() + 0.3 * second.block()
+    check_equal(M.scale.flatten(), (U.T @ average @ U).diagonal())
+
+
 def test_a_new_basis_keeps_the_averaged_trace(device):
     ios, how, state = stream(device), AmortisedEKFAC(basis_every=2), None
     for t, io in enumerate(ios, start=1):
