@@ -90,6 +90,14 @@ def test_further_terms(S, device):
     check_equal(R.to_inputs(Y).flatten(), D.T @ Y.flatten())
 
 
+@SHARED
+def test_only_the_symmetric_part_counts(S, device):
+    R = Rearranged(random_io(device, S))
+    X, Y = torch.randn(5, 5, device=device), torch.randn(3, 3, device=device)
+    check_equal(R.to_outputs(X), R.to_outputs((X + X.T) / 2))
+    check_equal(R.to_inputs(Y), R.to_inputs((Y + Y.T) / 2))
+
+
 @pytest.mark.parametrize("entries", [1, 15, 40, 10**6])
 def test_gradients_come_in_parts(entries, device):
     io = random_io(device, 4)
@@ -151,7 +159,11 @@ def test_the_tolerance_is_the_residual(device):
     io = random_io(device)
     D = dense(io.block(), 3)
     for tolerance in (1e-2, 1e-4, 1e-8):
+        tiny = Rearranged(LayerIO(io.a, 1e-4 * io.g))
+        K = power_svd(tiny, torch.eye(3, device=device), tolerance)
+        scaled = Kronecker(1e4 * K.A, 1e4 * K.B)
         K = power_svd(Rearranged(io), torch.eye(3, device=device), tolerance)
+        check_equal(scaled.A, K.A)
         x, y, sigma = K.A.flatten() / K.A.norm(), K.B.flatten() / K.B.norm(), K.A.norm() ** 2
         check_equal(D.T @ y, sigma * x)
         assert tolerance / 1e4 < (D @ x - sigma * y).norm() / sigma < tolerance
@@ -176,6 +188,15 @@ def test_lanczos_reaches_the_top_pairs_of_a_larger_layer(device):
     pairs = lanczos_svd(Rearranged(io), generic_start(Rearranged(io)))
     assert abs(pairs[0].A.norm() ** 2 - expected[0]) < 1e-10 * expected[0]
     assert abs(pairs[1].A.norm() ** 2 - expected[1]) < 1e-4 * expected[1]
+
+
+def test_lanczos_stays_orthogonal_where_singular_values_fall_steeply(device):
+    a = torch.randn(60, 1, 6, device=device) * torch.logspace(0, -4, 6, device=device)
+    g = torch.randn(1, 60, 1, 5, device=device) * torch.logspace(0, -4, 5, device=device)
+    R = Rearranged(LayerIO(a, g))
+    pairs = lanczos_svd(R, generic_start(R), pairs=15, steps=15)
+    F = R.io.block()
+    assert (sum(K.dense() for K in pairs) - F).norm() < 1e-13 * F.norm()
 
 
 def test_two_steps_are_too_few_for_two_pairs(device):

@@ -144,6 +144,21 @@ def test_not_exact_on_nonlinear_nets(case, device):
     check_differs(tkfac(io).dense(), io.block())
 
 
+def test_a_bias_alone_is_exact_for_kfac_only(device):
+    a = torch.cat([torch.randn(9, 1, 4, device=device), torch.ones(9, 1, 1, device=device)], 2)
+    io = LayerIO(a, torch.randn(2, 9, 1, 3, device=device))
+    exact = io.block()[4::5, 4::5]
+    check_equal(kfac(io).dense()[4::5, 4::5], exact)
+    check_differs(tkfac(io).dense()[4::5, 4::5], exact, by=0.05)
+
+
+def test_equals_kfac_if_all_lengths_are_equal(device):
+    io = random_io(device, V=1)
+    a, g = (torch.nn.functional.normalize(t, dim=-1) for t in (io.a, io.g))
+    check_equal(tkfac(LayerIO(a, g)).dense(), kfac(LayerIO(a, g)).dense())
+    check_differs(tkfac(LayerIO(a, io.g)).dense(), kfac(LayerIO(a, io.g)).dense())
+
+
 # ---- orders -----------------------------------------------------------------------------------
 
 
@@ -161,6 +176,31 @@ def test_often_nearer_than_kfac_where_sizes_vary_together(device):
         io = common_size(seed, device)
         F = io.block()
         assert frobenius(tkfac(io), F) < frobenius(kfac(io), F)
+
+
+def log(M):
+    eigenvalues, Q = torch.linalg.eigh(M)
+    return Q * eigenvalues.log() @ Q.T
+
+
+def relative_entropy(F, M):
+    """`tr(F log F - F log M - F + M)`: zero for `M == F`, otherwise positive."""
+    return float((F @ (log(F) - log(M)) - F + M).trace())
+
+
+@SHARED
+def test_no_other_product_is_nearer_in_relative_entropy(S, device):
+    for _ in range(50):
+        io = random_io(device, S, n=20)
+        F, K = io.block(), tkfac(io).kronecker()
+        best = relative_entropy(F, K.dense())
+        assert 0 < best < relative_entropy(F, kfac(io).dense())
+        for size in (-0.01, 0.01):
+            assert best < relative_entropy(F, (1 + size) * K.dense())
+        X, Y = (0.1 * torch.randn(d, d, device=device) for d in (5, 3))
+        A, B = (P + P.trace() * Z @ Z.T for P, Z in ((K.A, X), (K.B, Y)))
+        other = torch.kron(B, A)
+        assert best < relative_entropy(F, other * F.trace() / other.trace())
 
 
 def nearly_independent(device):

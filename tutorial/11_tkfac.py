@@ -267,7 +267,8 @@ for io in layer_ios(bent, CrossEntropyLoss(), X, classes).values():
 # the bias.
 
 # %%
-io = layer_ios(bent, CrossEntropyLoss(), X, classes)["0"]
+lengths = torch.linspace(0.2, 3, 11)[:, None]
+io = layer_ios(bent, CrossEntropyLoss(), lengths * X, classes)["0"]
 bias = slice(5, None, 6)  # last column of W, rows stacked
 exact = io.block()[bias, bias]
 assert_exact(kfac(io).dense()[bias, bias], exact)
