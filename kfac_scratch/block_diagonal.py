@@ -35,6 +35,10 @@ class BlockDiagonal:
             raise ValueError(f"M + {damping:g} I is not positive definite: use a larger damping.")
         return BlockDiagonal(torch.cholesky_inverse(L))
 
+    def mixed(self, new: "BlockDiagonal", weight: float) -> "BlockDiagonal":
+        """The average with another matrix, which has the weight."""
+        return BlockDiagonal(torch.lerp(self.blocks, new.blocks, weight))
+
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
         return torch.block_diag(*self.blocks)
@@ -63,6 +67,10 @@ class Beside:
     def inverse(self, damping: float) -> "Beside":
         """The inverse of `M + damping * I`, each part by itself."""
         return Beside(self.filters.inverse(damping), self.bias.inverse(damping))
+
+    def mixed(self, new: "Beside", weight: float) -> "Beside":
+        """The average with another matrix, which has the weight."""
+        return Beside(self.filters.mixed(new.filters, weight), self.bias.mixed(new.bias, weight))
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""

@@ -272,6 +272,7 @@ class KFAC(Optimizer):
             damping=self._by_name("damping"),
             layers=tuple(block.parameter_names for block in self._blocks),
             memory={name: self.state[p] for name, p in self._names.items()},
+            inverses=self.inverses,
             batch=self._batch,
         )
 

@@ -47,19 +47,42 @@ def preconditioner(
             f"{sorted(set(maps) - set(names))}."
         )
 
+    return blockwise(found, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()}, rest)
+
+
+def blockwise(
+    found: list[Shared],
+    step: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    rest: Callable[[Tensor], Tensor] | None = None,
+) -> Preconditioner:
+    """A function of matrices by block name as a function of values by parameter name.
+
+    Args:
+        found: The blocks.
+        step: From one `[d_out, d_in]` matrix for each block to as many.
+        rest: As in `preconditioner`.
+    """
+
     def apply(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        moved = step(block_matrices(found, values))
         result = {}
         for block in found:
-            Vs = block.matrices(values)
-            result.update(
-                block.parameters([maps[n] @ V for n, V in zip(block.names, Vs, strict=True)])
-            )
+            result.update(block.parameters([moved[name] for name in block.names]))
         others = [name for name in values if name not in result]
         if others and rest is None:
             raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
         return result | {name: rest(values[name]) for name in others if rest is not None}
 
     return apply
+
+
+def block_matrices(found: list[Shared], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values by parameter name as one `[d_out, d_in]` matrix for each block, by its name."""
+    return {
+        name: V
+        for block in found
+        for name, V in zip(block.names, block.matrices(values), strict=True)
+    }
 
 
 def inverses(

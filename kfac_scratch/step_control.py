@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.matrices import LinearMap
+
 Values = Mapping[str, Tensor]
 
 
@@ -48,6 +50,7 @@ class Step:
         momentum: Factors of the previous change.
         damping: Damping of the block that a parameter is in.
         layers: Names of the parameters of each layer.
+        inverses: What gave the directions, by block name.
         memory: Tensors that a control keeps from step to step, which it writes itself.
         batch: The mini-batch, if it is known.
         notes: What controls report, for a history.
@@ -62,6 +65,7 @@ class Step:
     damping: Mapping[str, float]
     layers: tuple[tuple[str, ...], ...]
     memory: Mapping[str, dict[str, Tensor]]
+    inverses: Mapping[str, LinearMap] = field(default_factory=dict)
     batch: Batch | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 

@@ -4,8 +4,9 @@ from cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from laws import check_differs, check_equal, check_matrix, error
 
 from kfac_scratch import LayerIO, concatenate, kfac, layer_ios
+from kfac_scratch.checkpoints import restored, tensors
 from kfac_scratch.curvature import block_diagonal, ggn
-from kfac_scratch.estimators import Averaged, restored, tensors, weight_of_newest
+from kfac_scratch.estimators import Averaged, weight_of_newest
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.low_rank import LowRankKronecker, inverse_of_damped_factors
 from kfac_scratch.matrices import Kronecker

@@ -6,7 +6,8 @@ from cases import CONV_PER_LOCATION, NONLINEAR
 from laws import check_differs, check_equal, check_matrix
 
 from kfac_scratch.capture import layer_ios
-from kfac_scratch.estimators import Averaged, Latest, restored, tensors
+from kfac_scratch.checkpoints import restored, tensors
+from kfac_scratch.estimators import Averaged, Latest
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.matrices import Dense

@@ -5,8 +5,9 @@ from laws import check_differs, check_equal, check_matrix, check_spectrum
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch import LayerIO, kfac, layer_ios
+from kfac_scratch.checkpoints import restored, tensors
 from kfac_scratch.curvature import block_diagonal, ggn
-from kfac_scratch.estimators import Averaged, restored, tensors, weight_of_newest
+from kfac_scratch.estimators import Averaged, weight_of_newest
 from kfac_scratch.variants.tkfac import PartialTraces, tkfac
 
 SHARED = pytest.mark.parametrize("S", [1, 4])

@@ -177,6 +177,11 @@ class Randomized:
         """The inverse of `low_rank() + damping * I`, exact."""
         return self.low_rank().inverse(damping)
 
+    def mixed(self, new: "Randomized", weight: float) -> "Randomized":
+        """Averages of both factors, in which the new ones have the weight."""
+        A, B = torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight)
+        return Randomized(A, B, self.sketch)
+
     def dense(self) -> Float[Tensor, "D D"]:
         """The dense twin of `low_rank()`."""
         return self.low_rank().dense()

@@ -18,6 +18,7 @@ with $\delta$ the trace.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,6 +51,14 @@ class PartialTraces:
     def inverse(self, damping: float) -> KroneckerEigen:
         """The inverse of `M + damping * I`, exact, in the eigenbasis of both factors."""
         return self.kronecker().inverse(damping)
+
+    def mixed(self, new: "PartialTraces", weight: float) -> "PartialTraces":
+        """The matrix of the averaged block, in which the new one has the weight."""
+        return PartialTraces(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))
+
+    def eigen(self) -> KroneckerEigen:
+        """The same matrix by the eigendecompositions of both factors."""
+        return self.kronecker().eigen()
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""

@@ -24,16 +24,20 @@ forms are those of Tang, Nabben, Vuik and Erlangga 2009 (doi:10.1007/s10915-009-
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.blocks import blocks
+from kfac_scratch.blocks import blocks, layer_names
+from kfac_scratch.capture import layer_ios
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.losses import Fisher
 from kfac_scratch.matrices import LinearMap, check_damping
-from kfac_scratch.preconditioner import Preconditioner
+from kfac_scratch.preconditioner import Preconditioner, block_matrices, blockwise
+from kfac_scratch.step_control import Control, Step
 from kfac_scratch.variants.coarse_spaces import Blocks, CoarseSpace, Space, nicolaides
 
 BlockMap = Callable[[Blocks], dict[str, Tensor]]
@@ -184,19 +188,37 @@ def two_level(
     def fine(r: Blocks) -> dict[str, Tensor]:
         return {name: maps[name] @ v for name, v in r.items()}
 
-    def apply(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        Vs = [V for block in found for V in block.matrices(values)]
-        r = dict(zip(names, Vs, strict=True))
-        step = combine(fine, F, coarse_inverse(ios, space(maps, r), damping))(r)
-        result = {}
-        for block in found:
-            result.update(block.parameters([step[name] for name in block.names]))
-        others = [name for name in values if name not in result]
-        if others and rest is None:
-            raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
-        return result | {name: rest(values[name]) for name in others if rest is not None}
+    def step(r: Blocks) -> Mapping[str, Tensor]:
+        return combine(fine, F, coarse_inverse(ios, space(maps, r), damping))(r)
 
-    return apply
+    return blockwise(found, step, rest)
+
+
+def coarse_correction(fisher: Fisher, space: CoarseSpace = nicolaides) -> Control:
+    """`adef2` as a step control: corrects the preconditioned gradient of an optimizer's step.
+
+    Put it first, before what changes the length of the step. Every step sends the vectors of
+    `fisher` back once more: the cross-blocks are those of the batch itself.
+    """
+
+    def control(step: Step) -> Step:
+        if step.batch is None:
+            raise ValueError("A coarse level needs the batch: call observe(X, y) in every step.")
+        damping, *others = set(step.damping.values())
+        if others:
+            raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
+        model, loss, X, y = step.batch
+        found = [block for block in blocks(model) if set(block.names) <= set(step.inverses)]
+        with torch.enable_grad():
+            ios = layer_ios(model, loss, X, y, fisher, layers=layer_names(model, found))
+        r = block_matrices(found, step.gradient)
+        Q = coarse_inverse(ios, space(step.inverses, r), damping)
+        x = block_matrices(found, step.direction)
+        left = _difference(r, curvature(ios, damping)(x))
+        correction = blockwise(found, lambda _: Q(left))(step.gradient)
+        return replace(step, direction=_sum(step.direction, correction))
+
+    return control
 
 
 def _sum(x: Blocks, y: Blocks) -> dict[str, Tensor]:
