@@ -118,8 +118,8 @@ class KFAC(Optimizer):
             params = [p for p in model.parameters() if p.requires_grad]
         defaults = dict(zip(NUMBERS, (lr, momentum, weight_decay, damping), strict=True))
         super().__init__(params, defaults)
-        self._names = trainable(model, self.param_groups, NUMBERS)
-        self._blocks = covered(blocks(model, layers), self._names)
+        self._trained = trainable(model, self.param_groups, NUMBERS)
+        self._blocks = covered(blocks(model, layers), self._trained)
         self._layers = layer_names(model, self._blocks)
         self._rest = self._first_order(rest)
 
@@ -140,7 +140,7 @@ class KFAC(Optimizer):
     def _first_order(self, rest: Callable[[list[Parameter]], Optimizer] | None) -> Optimizer | None:
         """Hand the parameters without a block over; what is left is preconditioned."""
         ours = {name for block in self._blocks for name in block.parameter_names}
-        others = {name: p for name, p in self._names.items() if name not in ours}
+        others = {name: p for name, p in self._trained.items() if name not in ours}
         if others and rest is None:
             raise ValueError(
                 f"No block covers the parameters {list(others)}: pass rest=lambda params: "
@@ -148,7 +148,7 @@ class KFAC(Optimizer):
             )
         if not ours:
             raise ValueError("No given parameter is in a block: there is nothing to precondition.")
-        self._names = {name: p for name, p in self._names.items() if name in ours}
+        self._names = {name: p for name, p in self._trained.items() if name in ours}
         mine = {id(p) for p in self._names.values()}
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
@@ -236,9 +236,9 @@ class KFAC(Optimizer):
         gradients = self._gradients()
         if not gradients:
             raise ValueError("No parameter has a gradient: call loss.backward() before step().")
-        finite = torch.stack([g.isfinite().all() for g in gradients.values()])
-        if not finite.all():
-            name = list(gradients)[int((~finite).nonzero()[0])]
+        if torch.stack([g.sum() for g in gradients.values()]).isfinite().all():
+            return  # one pass and one synchronisation; a sum may also overflow
+        for name in (name for name, g in gradients.items() if not g.isfinite().all()):
             raise ValueError(
                 f"The gradient of {name!r} is not finite; nothing was changed. Skip the batch, or, "
                 "with float16, step through a torch.amp.GradScaler, which does so."
@@ -246,12 +246,7 @@ class KFAC(Optimizer):
 
     def _gradients(self) -> dict[str, Tensor]:
         """Of all parameters that have one, the first-order rule's included."""
-        given = {id(p) for group in self.param_groups for p in group["params"]}
-        return {
-            name: p.grad
-            for name, p in self.model.named_parameters()
-            if id(p) in given and p.grad is not None
-        }
+        return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
 
     def _preconditioner(self) -> Preconditioner:
         return preconditioner(self.model, self.inverses, layers=self._layers)

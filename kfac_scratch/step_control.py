@@ -163,10 +163,10 @@ def _adam(memory: dict[str, Tensor], g: Tensor, betas: tuple[float, float], eps:
         memory["step"] = torch.zeros((), dtype=torch.float32)
     memory["step"] += 1
     m = memory["exp_avg"].lerp_(g, 1 - betas[0])
-    v = memory["exp_avg_sq"].lerp_(g.square(), 1 - betas[1])
+    v = memory["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     count = float(memory["step"])
-    m_hat, v_hat = m / (1 - betas[0] ** count), v / (1 - betas[1] ** count)
-    return m_hat / (v_hat.sqrt() + eps)
+    m_scale, v_scale = 1 - betas[0] ** count, 1 - betas[1] ** count
+    return m / m_scale / (v.sqrt().div_(v_scale**0.5).add_(eps))
 
 
 def _check_limit(limit: float) -> None:
