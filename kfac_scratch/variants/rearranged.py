@@ -2,8 +2,10 @@ r"""The rearranged block: a matrix in which Kronecker products have rank one.
 
 Move the entries of a layer's exact block $F$ such that every Kronecker product becomes an outer
 product, $\mathcal{R}(B \otimes A) = \operatorname{vec}(B) \operatorname{vec}(A)^\top$. Singular
-pairs of $R = \mathcal{R}(F)$ are then Kronecker products near $F$. $R$ has $d_\text{out}^2$ rows
-and $d_\text{in}^2$ columns and is never formed: with the gradients $G_{vn}$ of the layer,
+pairs of $R = \mathcal{R}(F)$ are then Kronecker products near $F$. With the gradients $G_{vn}$ of
+the layer, $F$ is the sum of $\operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top$ and $R$
+that of $G_{vn} \otimes G_{vn}$, with $d_\text{out}^2$ rows and $d_\text{in}^2$ columns. It is never
+formed, since
 
 $$
 R \operatorname{vec}(X) = \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) ,
