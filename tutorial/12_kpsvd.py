@@ -43,7 +43,6 @@ from kfac_scratch.variants.kpsvd import (
     Recompressed,
     deflation,
     ekpsvd,
-    generic_start,
     guarded,
     guarded_inverse,
     kfac_corrected,
@@ -350,7 +349,7 @@ assert abs(kpsvd(io).trace() / io.block().trace() - 1) > 0.01
 # fixed random matrix.
 
 # %% tags=["beside", "remove-input"]
-code(nearest_sum, generic_start)
+code(nearest_sum, Rearranged.generic)
 
 # %%
 io = counted([[4, 1, 1], [1, 4, 1], [1, 1, 3]], [1.0, 1, 1], [1.0, 1, 1])
@@ -358,7 +357,7 @@ R = Rearranged(io)
 sigma = torch.linalg.svdvals(symmetric(3).T @ rearranged(io.block(), 3, 3) @ symmetric(3))
 rest = R.minus(power_svd(R, torch.eye(3), tolerance=1e-13))
 print("singular values:", " ".join(f"{s:.4f}" for s in sigma[:3].tolist()))
-for name, start in (("identity", torch.eye(3)), ("generic", generic_start(R))):
+for name, start in (("identity", torch.eye(3)), ("generic", R.generic())):
     found = power_svd(rest, start).A.norm() ** 2
     print(f"second from the {name} start: {found.item():.4f}")
     assert abs(found - sigma[2 if name == "identity" else 1]) < 1e-6
@@ -394,14 +393,14 @@ for _ in range(100):
 X, y = images[1000:1200], labels[1000:1200]
 ios = layer_ios(model, loss, X, y)
 R = Rearranged(ios["2"])
-start = generic_start(R)
-first, second = lanczos_svd(R, start, steps=60)
+start = R.generic()
+first, second = lanczos_svd(R, start, steps=60)[:2]
 sigma = [(K.A.norm() ** 2).item() for K in (first, second)]
 steps = range(2, 17)
 missing = {"power": ([], []), "Lanczos": ([], [])}
 for k in steps:
     power = power_svd(R, R.identity(), 0.0, k), power_svd(R.minus(first), start, 0.0, k)
-    both = lanczos_svd(R, start, steps=k)
+    both = lanczos_svd(R, start, steps=k)[:2]
     for name, pairs in (("power", power), ("Lanczos", both)):
         for curve, K, s in zip(missing[name], pairs, sigma, strict=True):
             curve.append(max(1 - (K.A.norm() ** 2).item() / s, 1e-16))
