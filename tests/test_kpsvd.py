@@ -294,6 +294,11 @@ def test_refused(damping, margin, device):
         guarded_inverse(M, damping, margin)
 
 
+def test_one_step_is_too_few_for_two_terms(device):
+    with pytest.raises(ValueError, match="at least two steps"):
+        lanczos(random_io(device), steps=1)
+
+
 # ---- over batches -----------------------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.damping import balance
@@ -41,16 +40,17 @@ def deflation(io: LayerIO, tolerance: float = 1e-6) -> KroneckerSum:
 
 
 def lanczos(io: LayerIO, steps: int = 12) -> KroneckerSum:
-    """The same sum, both terms at once, in a Krylov space of the given number of steps."""
+    """The same sum, both terms at once, from the given number of Lanczos steps: at least 2."""
+    if steps < 2:
+        raise ValueError(f"Two terms need at least two steps, got {steps}.")
     R = Rearranged(io)
-    first, *rest = lanczos_svd(R, generic_start(R), pairs=2, steps=steps)
-    return KroneckerSum(first, *(rest or [Kronecker(0 * first.A, first.B)]))
+    return KroneckerSum(*lanczos_svd(R, R.generic(), steps)[:2])
 
 
 def kfac_corrected(io: LayerIO, tolerance: float = 1e-6) -> KroneckerSum:
     """KFAC and the product nearest to its error."""
     first, R = kfac(io), Rearranged(io)
-    return KroneckerSum(first, power_svd(R.minus(first), generic_start(R), tolerance))
+    return KroneckerSum(first, power_svd(R.minus(first), R.generic(), tolerance))
 
 
 def ekpsvd(io: LayerIO, tolerance: float = 1e-6) -> KroneckerEigen:
@@ -67,16 +67,7 @@ def nearest_product(R: Rearranged, tolerance: float = 1e-6) -> Kronecker:
 def nearest_sum(R: Rearranged, tolerance: float = 1e-6) -> KroneckerSum:
     """The sum of two products nearest to a rearranged matrix."""
     first = nearest_product(R, tolerance)
-    return KroneckerSum(first, power_svd(R.minus(first), generic_start(R), tolerance))
-
-
-def generic_start(R: Rearranged) -> Float[Tensor, "d_out d_out"]:
-    """The identity plus a fixed random matrix: the identity may be orthogonal to a second pair."""
-    eye = R.identity()
-    noise = torch.randn(
-        *eye.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu", dtype=eye.dtype
-    )
-    return eye + 0.1 * (noise + noise.T).to(eye)
+    return KroneckerSum(first, power_svd(R.minus(first), R.generic(), tolerance))
 
 
 # ---- in use -----------------------------------------------------------------------------------

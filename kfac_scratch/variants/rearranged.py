@@ -2,8 +2,10 @@ r"""The rearranged block: a matrix in which Kronecker products have rank one.
 
 Move the entries of a layer's exact block $F$ such that every Kronecker product becomes an outer
 product, $\mathcal{R}(B \otimes A) = \operatorname{vec}(B) \operatorname{vec}(A)^\top$. Singular
-pairs of $R = \mathcal{R}(F)$ are then Kronecker products near $F$. $R$ has $d_\text{out}^2$ rows
-and $d_\text{in}^2$ columns and is never formed: with the gradients $G_{vn}$ of the layer,
+pairs of $R = \mathcal{R}(F)$ are then Kronecker products near $F$. With the gradients $G_{vn}$ of
+the layer, $F$ is the sum of $\operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top$ and $R$
+that of $G_{vn} \otimes G_{vn}$, with $d_\text{out}^2$ rows and $d_\text{in}^2$ columns. It is never
+formed, since
 
 $$
 R \operatorname{vec}(X) = \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) ,
@@ -70,8 +72,14 @@ class Rearranged:
         return Rearranged(self.io, (*self.plus, Kronecker(-K.A, K.B)))
 
     def identity(self) -> Float[Tensor, "d_out d_out"]:
-        """The start of a search for the top pair, which it cannot be orthogonal to."""
+        """Where to start for the top pair of a block, to which it is not orthogonal."""
         return eye_like(self.io.g.new_empty(2 * self.io.g.shape[-1:]))
+
+    def generic(self) -> Float[Tensor, "d_out d_out"]:
+        """Where to start for other pairs: the identity plus a fixed random symmetric matrix."""
+        eye, generator = self.identity(), torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(*eye.shape, generator=generator, device="cpu", dtype=eye.dtype)
+        return eye + 0.1 * (noise + noise.T).to(eye)
 
 
 def gradients_in_parts(
@@ -117,16 +125,14 @@ def power_svd(
     return _pair(X.norm(), _unit(X), Y)
 
 
-def lanczos_svd(
-    R: Rearranged, Y: Float[Tensor, "d_out d_out"], pairs: int = 2, steps: int = 12
-) -> list[Kronecker]:
-    """The top singular pairs of `R` by Golub-Kahan-Lanczos, with full re-orthogonalisation.
+def lanczos_svd(R: Rearranged, Y: Float[Tensor, "d_out d_out"], steps: int = 12) -> list[Kronecker]:
+    """As many singular pairs of `R` as steps, the top ones first and most accurate.
+
+    Golub-Kahan-Lanczos with full re-orthogonalisation. If there are fewer pairs, others are zero.
 
     Builds orthonormal `Xs` and `Ys` with `R Xs = Ys L`, `L` lower bidiagonal, from one product with
     `R` and one with its transpose for each step, and takes the singular pairs of the small `L`.
     """
-    d_in, d_out = R.io.a.shape[-1], R.io.g.shape[-1]
-    steps = min(steps, d_in * (d_in + 1) // 2, d_out * (d_out + 1) // 2)
     Xs: list[Tensor] = []
     Ys, L = [_unit(Y)], Y.new_zeros(steps + 1, steps)
     for k in range(steps):
@@ -138,7 +144,7 @@ def lanczos_svd(
     X, Y = torch.stack(Xs), torch.stack(Ys)
     return [
         _pair(sigma[k], torch.tensordot(Vh[k], X, 1), torch.tensordot(U[:, k], Y, 1))
-        for k in range(min(pairs, steps))
+        for k in range(steps)
     ]
 
 

@@ -17,4 +17,5 @@ from kfac_scratch.variants.tkfac import tkfac
 def tekfac(io: LayerIO) -> KroneckerEigen:
     """Rescale TKFAC's eigenbasis by the gradients' second moments in it."""
     basis = tkfac(io).kronecker().eigen()
-    return KroneckerEigen(basis.QA, basis.QB, second_moments(io, basis.QA, basis.QB))
+    scale = second_moments(io, basis.QA, basis.QB)
+    return KroneckerEigen(basis.QA, basis.QB, scale)

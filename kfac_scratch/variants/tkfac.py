@@ -91,7 +91,8 @@ def tkfac(io: LayerIO) -> PartialTraces:
 
 def _weighted_factors(io: LayerIO) -> PartialTraces:
     """One position: `g a^T` has the partial traces `|g|^2 a a^T` and `|a|^2 g g^T`."""
-    size_a = io.a.square().sum(-1, keepdim=True)  # [N, 1, 1]
-    size_g = io.g.square().sum((0, -1)).unsqueeze(-1)  # [N, 1, 1]
-    A = gram(io.a * size_g.sqrt())
-    return PartialTraces(A, gram((io.g * size_a.sqrt()).flatten(0, 1)))
+    size_a = io.a.square().sum(-1, keepdim=True)
+    size_g = io.g.square().sum((0, -1)).unsqueeze(-1)
+    A = gram(io.a * size_g.sqrt())  # sizes: [N, 1, 1]
+    B = gram((io.g * size_a.sqrt()).flatten(0, 1))
+    return PartialTraces(A, B)
