@@ -47,7 +47,7 @@ def brand(
     C, Q, R = split(U, X)  # X = U C + Q R
     H = torch.cat([C, R])
     w, W = torch.linalg.eigh(H @ H.mT + torch.cat([d, d.new_zeros(len(R))]).diag())
-    return (torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
+    return straightened(torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
 
 
 def split(
@@ -72,6 +72,11 @@ def split(
     return C, Q, T @ R
 
 
+def straightened(U: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
+    """A step of Newton and Schulz to the nearest orthonormal basis, lest round-off adds up."""
+    return 1.5 * U - 0.5 * U @ (U.mT @ U)
+
+
 def truncated(factor: Factor, rank: int, tail: Tail) -> Factor:
     """Keep the leading eigenpairs; the others become part of the tail."""
     U, d, c = factor
@@ -86,7 +91,7 @@ def followed(
 ) -> Factor:
     """`(1 - weight)` times the truncated factor plus `weight * X X^T`, by its eigenpairs.
 
-    A factor of at most `rank + K` rows is neither truncated nor updated, but decomposed in full.
+    A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full.
     """
     U, d, c = truncated(factor, rank, tail)
     if len(d) + X.shape[1] > len(U):
@@ -111,9 +116,13 @@ def _in_full(factor: Factor, X: Tensor, weight: float) -> Factor:
 class Brand:
     """B-KFAC: `rank` eigenpairs of each factor, from one batch to the next.
 
-    Law: without truncation, the factors are exactly the moving averages of KFAC's. For layers with
-    one position: with several, a batch has as many rows as positions, so that small layers are
-    decomposed in full and large ones gain little.
+    Law: without truncation, the factors are exactly the moving averages of KFAC's; with
+    `trace_matched`, their traces always are. The tail is a part of the matrix that is updated, so
+    a tail above what was cut off (`smallest_kept`) adds up. The paper updates without one
+    (`nothing`).
+
+    A batch has as many columns as there are rows `a`, or `g`. With many positions or vectors that
+    is soon the whole size of a factor, which is then kept in full.
 
     Attributes:
         rank: Eigenpairs that an update starts from; the state has those of the batch besides.
