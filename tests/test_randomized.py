@@ -199,6 +199,7 @@ def test_error_of_the_damped_inverse(tail, device):
     if tail is nothing:
         assert eigenvalues[0] > -1e-9
     if tail is smallest_kept:
+        check_equal(c, values[6])
         assert eigenvalues[-1] < 1e-9
     if tail is trace_matched:
         assert eigenvalues[0] < -0.1 < 0.1 < eigenvalues[-1]

@@ -12,8 +12,7 @@ not exact is to cut them back to $r$ before the next batch. The paper's three al
 `Brand` (B-KFAC), and two that also keep the factors, `Repaired(brand, refreshed, period)`
 (B-R-KFAC) and `Repaired(brand, corrected, period)` (B-KFAC-C).
 
-Sources: Puiu 2022 (arXiv:2210.08494); Brand 2006 (Linear Algebra and its Applications 415), for
-the update.
+Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`.
 """
 
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.low_rank import FourBlocks, LowRankKronecker
+from kfac_scratch.low_rank_update import brand_update
 from kfac_scratch.matrices import Kronecker
 from kfac_scratch.variants.randomized import Randomized, Sketch, Tail, trace_matched
 
@@ -34,42 +34,6 @@ Factor = tuple[Float[Tensor, "d _"], Float[Tensor, "_"], Float[Tensor, ""]]  # U
 
 
 # ---- one factor ---------------------------------------------------------------------------------
-
-
-def brand(
-    U: Float[Tensor, "d r"], d: Float[Tensor, "r"], X: Float[Tensor, "d K"]
-) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k"]]:
-    """The eigenpairs of `U diag(d) U^T + X X^T` for orthonormal `U`, eigenvalues descending.
-
-    What `X` adds to the span of `U` gets a basis of its own; there are `r + K` eigenpairs, less
-    the directions that `X` does not add.
-    """
-    C, Q, R = split(U, X)  # X = U C + Q R
-    H = torch.cat([C, R])
-    w, W = torch.linalg.eigh(H @ H.mT + torch.cat([d, d.new_zeros(len(R))]).diag())
-    return (torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
-
-
-def split(
-    U: Float[Tensor, "d r"], X: Float[Tensor, "d K"]
-) -> tuple[Float[Tensor, "r K"], Float[Tensor, "d k"], Float[Tensor, "k K"]]:
-    """`X = U C + Q R` with `Q` orthonormal, and orthogonal to `U`.
-
-    Where `X` lies in the span of `U`, up to round-off, what is left of it is round-off that is
-    *not* orthogonal to `U`. So the projection is done twice, directions below the precision are
-    dropped, and the basis of the others is projected once more.
-    """
-    C = U.mT @ X
-    rest = X - U @ C
-    again = U.mT @ rest
-    C, rest = C + again, rest - U @ again
-    Q, R = torch.linalg.qr(rest)
-    left, s, right = torch.linalg.svd(R, full_matrices=False)
-    size = torch.linalg.matrix_norm(torch.cat([C, R]), 2)  # that of X
-    kept = s > 10 * torch.finfo(X.dtype).eps * size
-    Q, R = Q @ left[:, kept], s[kept].unsqueeze(1) * right[kept]
-    Q, T = torch.linalg.qr(Q - U @ (U.mT @ Q))
-    return C, Q, T @ R
 
 
 def truncated(factor: Factor, rank: int, tail: Tail) -> Factor:
@@ -86,13 +50,13 @@ def followed(
 ) -> Factor:
     """`(1 - weight)` times the truncated factor plus `weight * X X^T`, by its eigenpairs.
 
-    A factor of at most `rank + K` rows is neither truncated nor updated, but decomposed in full.
+    A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full.
     """
     U, d, c = truncated(factor, rank, tail)
     if len(d) + X.shape[1] > len(U):
         return _in_full(factor, X, weight)
     c = (1 - weight) * c
-    U, d = brand(U, (1 - weight) * d - c, weight**0.5 * X)
+    U, d = brand_update(U, (1 - weight) * d - c, weight**0.5 * X)
     return U, (d + c).clamp(min=0), c
 
 
@@ -111,9 +75,13 @@ def _in_full(factor: Factor, X: Tensor, weight: float) -> Factor:
 class Brand:
     """B-KFAC: `rank` eigenpairs of each factor, from one batch to the next.
 
-    Law: without truncation, the factors are exactly the moving averages of KFAC's. For layers with
-    one position: with several, a batch has as many rows as positions, so that small layers are
-    decomposed in full and large ones gain little.
+    Law: without truncation, the factors are exactly the moving averages of KFAC's; with
+    `trace_matched`, their traces always are. The tail is a part of the matrix that is updated, so
+    a tail above what was cut off (`smallest_kept`) adds up. The paper updates without one
+    (`nothing`).
+
+    A batch has as many columns as there are rows `a`, or `g`. With many positions or vectors that
+    is soon the whole size of a factor, which is then kept in full.
 
     Attributes:
         rank: Eigenpairs that an update starts from; the state has those of the batch besides.
