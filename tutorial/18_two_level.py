@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 18. Two levels: what KFAC's blocks leave out
 #
