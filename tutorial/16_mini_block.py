@@ -10,7 +10,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 16. Mini-block Fisher: one block per neuron
 #
