@@ -106,6 +106,12 @@ def blocks(model: Module, layers: Collection[str] | None = None) -> list[Shared]
     return found
 
 
+def layer_names(model: Module, found: list[Shared]) -> list[str]:
+    """Names of all layers of some blocks, as `blocks(model, layers)` takes them."""
+    layers = {id(layer) for block in found for layer in block.layers}
+    return [name for name, module in model.named_modules() if id(module) in layers]
+
+
 def uncovered(model: Module, covered: list[Shared]) -> list[str]:
     """Names of the trainable parameters that are in none of the blocks."""
     names = {name for b in covered for name in b.parameter_names}

@@ -96,12 +96,13 @@ def stream(
     with torch.enable_grad():
         f, calls = _forward(model, X, found)
     check_calls(f, found, calls)
-    vectors = fisher(loss, f, y)
+    with full_precision(f.device):
+        vectors = fisher(loss, _upcast(f), y).to(f.dtype)
+        used = [setting.inputs(block, calls[block.name]) for block in found]
     if vectors.shape[1:] != f.shape:
         raise ValueError(
             f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}]."
         )
-    used = [setting.inputs(block, calls[block.name]) for block in found]
     flat = [call.z for block in found for call in calls[block.name]]
     parts = vectors.split(chunk or (1 if vectors.device.type == "cpu" else 32))
     for i, part in enumerate(parts):
@@ -112,6 +113,15 @@ def stream(
             for name, a_, g_ in zip(block.names, a, g, strict=True):
                 ios[name] = LayerIO(a_, g_.to(a_.dtype))
         yield ios
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Suspend autocast: factors, and what they are made of, keep the parameters' precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _upcast(f: Tensor) -> Tensor:
+    return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
 
 
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:

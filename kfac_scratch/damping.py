@@ -19,14 +19,7 @@ from kfac_scratch.matrices import (
     Diagonal,
     Kronecker,
     KroneckerEigen,
-    LinearMap,
-    Matrix,
 )
-
-
-def exact_inverse(M: Matrix, damping: float) -> LinearMap:
-    """The inverse of `M + damping * I`, to be passed where damping is chosen."""
-    return M.inverse(damping)
 
 
 def factored_inverse(K: Kronecker, damping: float) -> Kronecker:

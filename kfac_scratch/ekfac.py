@@ -66,6 +66,10 @@ class AmortisedEKFAC:
     basis_every: int = 10
     factors: Estimator = field(default_factory=lambda: Averaged(kfac))
 
+    def __post_init__(self) -> None:
+        if self.basis_every < 1:
+            raise ValueError(f"basis_every must be at least 1, got {self.basis_every}.")
+
     def update(self, state: "EKFACState | None", io: LayerIO, weight: float) -> "EKFACState":
         """Average the factors, and the second moments in the current basis.
 

@@ -100,8 +100,14 @@ def check_layer(name: str, layer: Layer) -> None:
     """Refuse settings under which a layer's gradient is not that of one matrix.
 
     Raises:
-        NotImplementedError: Naming the layer and the way out.
+        ValueError: For an empty weight.
+        NotImplementedError: For other settings, naming the layer and the way out.
     """
+    if layer.weight.numel() == 0:
+        raise ValueError(
+            f"Layer {name!r} has an empty weight of shape {tuple(layer.weight.shape)}, so there is "
+            "no curvature: leave the layer out with layers=[...]."
+        )
     if isinstance(layer, Embedding):
         for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(layer, setting):

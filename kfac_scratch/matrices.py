@@ -256,6 +256,11 @@ class Kronecker:
         return self.eigen().inverse_sqrt(damping)
 
 
+def exact_inverse(M: Matrix, damping: float) -> LinearMap:
+    """The inverse of `M + damping * I`, to be passed where damping is chosen."""
+    return M.inverse(damping)
+
+
 def check_damping(damping: float) -> None:
     """Refuse a damping that is negative or not a number."""
     if not damping >= 0:

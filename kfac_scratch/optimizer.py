@@ -25,15 +25,15 @@ from torch import Generator, Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from kfac_scratch.blocks import Shared, blocks
-from kfac_scratch.capture import EXPAND, Setting, layer_ios
+from kfac_scratch.blocks import blocks, layer_names
+from kfac_scratch.capture import EXPAND, Setting, full_precision, layer_ios
 from kfac_scratch.checkpoints import example_io, restored, tensors
-from kfac_scratch.damping import exact_inverse
 from kfac_scratch.estimators import Approximation, Estimator, estimator, weight_of_newest
 from kfac_scratch.kfac import kfac
 from kfac_scratch.losses import Fisher, monte_carlo
-from kfac_scratch.matrices import LinearMap, Matrix
-from kfac_scratch.preconditioner import Preconditioner, preconditioner
+from kfac_scratch.matrices import LinearMap, Matrix, exact_inverse
+from kfac_scratch.parameter_groups import covered, trainable
+from kfac_scratch.preconditioner import Preconditioner, inverses, preconditioner
 from kfac_scratch.quadratic_model import before_step, ratio_after_step
 from kfac_scratch.step_control import Batch, Control, Step, dot, norm
 
@@ -118,8 +118,9 @@ class KFAC(Optimizer):
             params = [p for p in model.parameters() if p.requires_grad]
         defaults = dict(zip(NUMBERS, (lr, momentum, weight_decay, damping), strict=True))
         super().__init__(params, defaults)
-        self._names = self._named_parameters()
-        self._blocks = self._covered(blocks(model, layers))
+        self._trained = trainable(model, self.param_groups, NUMBERS)
+        self._blocks = covered(blocks(model, layers), self._trained)
+        self._layers = layer_names(model, self._blocks)
         self._rest = self._first_order(rest)
 
         self.matrices: dict[str, Matrix] = {}
@@ -136,41 +137,10 @@ class KFAC(Optimizer):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
-    def _named_parameters(self) -> dict[str, Parameter]:
-        """The trainable ones that were given, by name."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        found = {}
-        for group in self.param_groups:
-            for key in NUMBERS:
-                if not group[key] >= 0:
-                    raise ValueError(f"{key} must be at least 0, got {group[key]}.")
-            for p in group["params"]:
-                if id(p) not in names:
-                    shape = tuple(p.shape)
-                    raise ValueError(f"A parameter of shape {shape} is not one of the model's.")
-                if p.requires_grad:
-                    found[names[id(p)]] = p
-        return found
-
-    def _covered(self, found: list[Shared]) -> list[Shared]:
-        """The blocks whose parameters are all to be trained; those with none are left alone."""
-        kept = []
-        for block in found:
-            inside = [name in self._names for name in block.parameter_names]
-            if any(inside) and not all(inside):
-                raise ValueError(
-                    f"Of the parameters {block.parameter_names} of block {block.name!r} only a "
-                    "part was given: give all of them, freeze those that shall stay as they are, "
-                    "or leave the layer out with layers=[...]."
-                )
-            if all(inside):
-                kept.append(block)
-        return kept
-
     def _first_order(self, rest: Callable[[list[Parameter]], Optimizer] | None) -> Optimizer | None:
         """Hand the parameters without a block over; what is left is preconditioned."""
         ours = {name for block in self._blocks for name in block.parameter_names}
-        others = {name: p for name, p in self._names.items() if name not in ours}
+        others = {name: p for name, p in self._trained.items() if name not in ours}
         if others and rest is None:
             raise ValueError(
                 f"No block covers the parameters {list(others)}: pass rest=lambda params: "
@@ -178,7 +148,7 @@ class KFAC(Optimizer):
             )
         if not ours:
             raise ValueError("No given parameter is in a block: there is nothing to precondition.")
-        self._names = {name: p for name, p in self._names.items() if name in ours}
+        self._names = {name: p for name, p in self._trained.items() if name in ours}
         mine = {id(p) for p in self._names.values()}
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if id(p) in mine]
@@ -202,10 +172,6 @@ class KFAC(Optimizer):
         values = {id(p): float(group[key]) for group in self._groups() for p in group["params"]}
         return {name: values[id(p)] for name, p in self._names.items()}
 
-    def _layer_names(self) -> list[str]:
-        layers = {id(layer) for block in self._blocks for layer in block.layers}
-        return [name for name, module in self.model.named_modules() if id(module) in layers]
-
     # ---- curvature -------------------------------------------------------------------------
 
     def observe(self, X: Tensor, y: Tensor) -> None:
@@ -223,34 +189,15 @@ class KFAC(Optimizer):
         ios = layer_ios(
             *(self.model, self.loss, X, y, self.fisher),
             setting=self.setting,
-            layers=self._layer_names(),
+            layers=self._layers,
         )
         weight = weight_of_newest(self.decay, self.updates + 1)
-        self.matrices = {
-            name: self.estimator.update(self.matrices.get(name), io, weight)
-            for name, io in ios.items()
-        }
+        with full_precision(X.device):
+            self.matrices = {
+                name: self.estimator.update(self.matrices.get(name), io, weight)
+                for name, io in ios.items()
+            }
         self.updates += 1
-
-    def _invert(self) -> dict[str, LinearMap]:
-        by_name = self._by_name("damping")
-        inverses = {}
-        for block in self._blocks:
-            damping, *others = {by_name[name] for name in block.parameter_names}
-            if others:
-                raise ValueError(
-                    f"The parameters of block {block.name!r} are in groups with the dampings "
-                    f"{sorted([damping, *others])}: a block has one."
-                )
-            for name in block.names:
-                try:
-                    inverses[name] = self.invert(self.matrices[name], damping)
-                except (ValueError, RuntimeError) as error:  # RuntimeError: torch.linalg's
-                    raise ValueError(
-                        f"The curvature of block {name!r} has no inverse with damping {damping:g} "
-                        f"(step {self.steps}; nothing was changed). {error}"
-                    ) from error
-        return inverses
 
     # ---- step ------------------------------------------------------------------------------
 
@@ -271,7 +218,8 @@ class KFAC(Optimizer):
                 loss = closure()
         self._check_gradients()
         if self._precondition is None or self.steps % self.inverse_every == 0:
-            self.inverses = self._invert()
+            damping = self._by_name("damping")
+            self.inverses = inverses(self._blocks, self.matrices, damping, self.invert)
             self._precondition = self._preconditioner()
         step = self._proposal(self._precondition)
         for control in self.controls:
@@ -288,9 +236,9 @@ class KFAC(Optimizer):
         gradients = self._gradients()
         if not gradients:
             raise ValueError("No parameter has a gradient: call loss.backward() before step().")
-        finite = torch.stack([g.isfinite().all() for g in gradients.values()])
-        if not finite.all():
-            name = list(gradients)[int((~finite).nonzero()[0])]
+        if torch.stack([g.sum() for g in gradients.values()]).isfinite().all():
+            return  # one pass and one synchronisation; a sum may also overflow
+        for name in (name for name, g in gradients.items() if not g.isfinite().all()):
             raise ValueError(
                 f"The gradient of {name!r} is not finite; nothing was changed. Skip the batch, or, "
                 "with float16, step through a torch.amp.GradScaler, which does so."
@@ -298,15 +246,10 @@ class KFAC(Optimizer):
 
     def _gradients(self) -> dict[str, Tensor]:
         """Of all parameters that have one, the first-order rule's included."""
-        given = {id(p) for group in self.param_groups for p in group["params"]}
-        return {
-            name: p.grad
-            for name, p in self.model.named_parameters()
-            if id(p) in given and p.grad is not None
-        }
+        return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
 
     def _preconditioner(self) -> Preconditioner:
-        return preconditioner(self.model, self.inverses, layers=self._layer_names())
+        return preconditioner(self.model, self.inverses, layers=self._layers)
 
     def _proposal(self, precondition: Preconditioner) -> Step:
         gradient = {n: torch.zeros_like(p) for n, p in self._names.items()} | {
@@ -324,6 +267,7 @@ class KFAC(Optimizer):
             damping=self._by_name("damping"),
             layers=tuple(block.parameter_names for block in self._blocks),
             memory={name: self.state[p] for name, p in self._names.items()},
+            inverses=self.inverses,
             batch=self._batch,
         )
 
@@ -347,9 +291,9 @@ class KFAC(Optimizer):
 
     def _summary(self, step: Step, loss: Any) -> dict[str, float]:
         group, change = self._groups()[0], step.change()
-        curve = preconditioner(self.model, self.matrices, layers=self._layer_names())
+        curve = preconditioner(self.model, self.matrices, layers=self._layers)
         numbers = {
-            "step": self.steps,
+            "step": float(self.steps),
             "lr": group["lr"],
             "damping": group["damping"],
             "step_norm": norm(change),

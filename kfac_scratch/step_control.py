@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.matrices import LinearMap
+
 Values = Mapping[str, Tensor]
 
 
@@ -48,6 +50,7 @@ class Step:
         momentum: Factors of the previous change.
         damping: Damping of the block that a parameter is in.
         layers: Names of the parameters of each layer.
+        inverses: What gave the directions, by block name.
         memory: Tensors that a control keeps from step to step, which it writes itself.
         batch: The mini-batch, if it is known.
         notes: What controls report, for a history.
@@ -62,6 +65,7 @@ class Step:
     damping: Mapping[str, float]
     layers: tuple[tuple[str, ...], ...]
     memory: Mapping[str, dict[str, Tensor]]
+    inverses: Mapping[str, LinearMap] = field(default_factory=dict)
     batch: Batch | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
@@ -159,10 +163,10 @@ def _adam(memory: dict[str, Tensor], g: Tensor, betas: tuple[float, float], eps:
         memory["step"] = torch.zeros((), dtype=torch.float32)
     memory["step"] += 1
     m = memory["exp_avg"].lerp_(g, 1 - betas[0])
-    v = memory["exp_avg_sq"].lerp_(g.square(), 1 - betas[1])
+    v = memory["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     count = float(memory["step"])
-    m_hat, v_hat = m / (1 - betas[0] ** count), v / (1 - betas[1] ** count)
-    return m_hat / (v_hat.sqrt() + eps)
+    m_scale, v_scale = 1 - betas[0] ** count, 1 - betas[1] ** count
+    return m / m_scale / (v.sqrt().div_(v_scale**0.5).add_(eps))
 
 
 def _check_limit(limit: float) -> None:

@@ -36,13 +36,23 @@ def empirical_fisher(model, loss, X, y) -> Tensor:
 
 def kfac(model, loss, X, y, fisher_type="type-2", kfac_approx="expand", **options):
     """curvlinops's KFAC: a dense block for every linear and 2d convolution layer, by name."""
+    settings = {"fisher_type": fisher_type, "kfac_approx": kfac_approx, **options}
+    return _blocks("KFACLinearOperator", model, loss, X, y, **settings)
+
+
+def ekfac(model, loss, X, y, fisher_type="type-2", **options):
+    """curvlinops's EKFAC, in the same form."""
+    return _blocks("EKFACLinearOperator", model, loss, X, y, fisher_type=fisher_type, **options)
+
+
+def _blocks(operator, model, loss, X, y, **settings):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     chosen = {id(p) for layer in layers.values() for p in layer.parameters()}
     names = {id(p): n for n, p in _trainable(model).items() if id(p) in chosen}
     M = _dense(
-        *("KFACLinearOperator", model, loss, X, y),
+        *(operator, model, loss, X, y),
         names=list(names.values()),
-        **{"fisher_type": fisher_type, "kfac_approx": kfac_approx, **options},
+        **settings,
         separate_weight_and_bias=False,
     )
     places, start = {}, 0

@@ -5,7 +5,8 @@ from laws import check_differs, check_equal, check_matrix, check_spectrum
 
 from kfac_scratch import LayerIO, ekfac, kfac, layer_ios, rescaled
 from kfac_scratch.curvature import block_diagonal, ggn
-from kfac_scratch.ekfac import second_moments
+from kfac_scratch.ekfac import AmortisedEKFAC, second_moments
+from kfac_scratch.estimators import Averaged, weight_of_newest
 from kfac_scratch.matrices import KroneckerEigen
 
 
@@ -124,3 +125,72 @@ def test_decay_outside_of_the_unit_interval_is_refused(decay, device):
     io = random_io(device, 1)
     with pytest.raises(ValueError, match="decay must lie in"):
         rescaled(ekfac(io), io, decay)
+
+
+def stream(device, count=5, S=2):
+    return [random_io(device, S) for _ in range(count)]
+
+
+def test_amortised_with_a_basis_for_every_batch_follows_the_averaged_factors(device):
+    ios, how, state, K = stream(device), AmortisedEKFAC(basis_every=1), None, None
+    for t, io in enumerate(ios, start=1):
+        state = how.update(state, io, weight_of_newest(0.9, t))
+        K = Averaged(kfac).update(K, io, weight_of_newest(0.9, t))
+        check_equal(state.factors.dense(), K.dense())
+        check_equal(KroneckerEigen(state.M.QA, state.M.QB, K.eigen().scale).dense(), K.dense())
+
+
+def test_amortised_keeps_a_basis_for_its_period(device):
+    how, state, bases = AmortisedEKFAC(basis_every=3), None, []
+    for t, io in enumerate(stream(device, 7), start=1):
+        state = how.update(state, io, weight_of_newest(0.9, t))
+        bases.append(state.M.QA)
+    changes = [bool((bases[t] != bases[t - 1]).any()) for t in range(1, 7)]
+    assert changes == [False, False, True, False, False, True]
+
+
+def test_amortised_scales_are_the_averaged_moments_in_the_one_basis(device):
+    """Between two bases, they are the diagonal of the averaged exact block in the basis."""
+    ios, how, state = stream(device), AmortisedEKFAC(basis_every=100), None
+    for t, io in enumerate(ios, start=1):
+        state = how.update(state, io, weight_of_newest(0.8, t))
+    weights = torch.tensor([0.8 ** (4 - i) for i in range(5)], device=device)
+    blocks = torch.stack([io.block() for io in ios])
+    average = (weights[:, None, None] * blocks).sum(0) / weights.sum()
+    U = torch.kron(state.M.QB, state.M.QA)
+    check_equal(state.M.scale.flatten(), (U.T @ average @ U).diagonal())
+    check_equal(state.trace(), average.trace())
+
+
+def test_a_new_basis_starts_with_the_old_matrix_seen_in_it(device):
+    first, second = stream(device, 2)
+    old = AmortisedEKFAC(basis_every=1).update(None, first, 1.0)
+    M = AmortisedEKFAC(basis_every=1).update(old, second, 0.3).M
+    U = torch.kron(M.QB, M.QA)
+    average = 0.7 * old.dense() + 0.3 * second.block()
+    check_equal(M.scale.flatten(), (U.T @ average @ U).diagonal())
+
+
+def test_a_new_basis_keeps_the_averaged_trace(device):
+    ios, how, state = stream(device), AmortisedEKFAC(basis_every=2), None
+    for t, io in enumerate(ios, start=1):
+        state = how.update(state, io, weight_of_newest(1.0, t))
+    check_equal(state.trace(), torch.stack([io.block().trace() for io in ios]).mean())
+
+
+def test_amortised_state_is_a_matrix(device):
+    state = AmortisedEKFAC().update(None, random_io(device, 2), 1.0)
+    check_matrix(state, (3, 5))
+    check_equal(state.trace(), state.dense().trace())
+    check_equal(state.diagonal(), state.dense().diagonal())
+
+
+def test_amortised_takes_other_factors(device):
+    how = AmortisedEKFAC(factors=Averaged(lambda io: kfac(io.reduced())))
+    io = random_io(device, 4)
+    check_equal(how.update(None, io, 1.0).M.QA, kfac(io.reduced()).eigen().QA)
+
+
+def test_a_basis_needs_a_period():
+    with pytest.raises(ValueError, match="basis_every must be at least 1"):
+        AmortisedEKFAC(basis_every=0)

@@ -3,8 +3,9 @@ import torch
 from laws import check_equal
 from torch.nn import Conv1d, Embedding, Flatten, LayerNorm, Linear, MSELoss, Sequential, Tanh
 
-from kfac_scratch import Dense, kfac, layer_ios, preconditioner
+from kfac_scratch import Dense, blocks, kfac, layer_ios, preconditioner
 from kfac_scratch.curvature import block_index, ggn
+from kfac_scratch.preconditioner import inverses
 
 DAMPING = 0.1
 
@@ -81,3 +82,26 @@ def test_maps_must_belong_to_the_blocks(device):
         preconditioner(model, maps)
     with pytest.raises(ValueError, match=r"without a block: \['5'\]"):
         preconditioner(model, maps | {"3": maps["0[0]"], "5": maps["0[0]"]})
+
+
+# ---- inverses ---------------------------------------------------------------------------------
+
+
+def test_inverses_have_the_damping_of_their_block(device):
+    model = Sequential(Linear(5, 4), Linear(4, 3)).to(device)
+    found = blocks(model)
+    matrices = {
+        name: Dense(torch.eye(b.matrices(dict(model.named_parameters()))[0].numel(), device=device))
+        for b in found
+        for name in b.names
+    }
+    damping = {"0.weight": 1.0, "0.bias": 1.0, "1.weight": 3.0, "1.bias": 3.0}
+    result = inverses(found, matrices, damping)
+    check_equal(result["0"].dense(), matrices["0"].dense() / 2)
+    check_equal(result["1"].dense(), matrices["1"].dense() / 4)
+    with pytest.raises(ValueError, match=r"block '0' are in groups with the dampings \[1.0, 2.0\]"):
+        inverses(found, matrices, damping | {"0.bias": 2.0})
+    with pytest.raises(ValueError, match=r"block '0' has no inverse with damping 0\. "):
+        inverses(
+            found, {n: Dense(0 * M.M) for n, M in matrices.items()}, dict.fromkeys(damping, 0.0)
+        )

@@ -12,11 +12,19 @@ from kfac_scratch.curvature import block_diagonal, ggn
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def run(count):
+    """What is defined after the first `count` examples."""
+    codes = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     shown: dict = {}
-    exec(compile(code, str(README), "exec"), shown)
+    for code in codes[:count]:
+        exec(compile(code, str(README), "exec"), shown)
+    return shown
+
+
+def test_example_runs():
+    shown = run(1)
     data = shown["model"], shown["loss"], shown["X"], shown["y"]
     assert {n: v.shape for n, v in shown["step"].items()} == {
         n: p.shape for n, p in shown["model"].named_parameters()
@@ -27,6 +35,12 @@ def test_example_runs():
     exact = block_diagonal(few[0], ggn(*few))["0"]
     check_equal(layer_ios(*few)["0"].block(), exact)
     assert shown["exact"].shape == exact.shape
+
+
+def test_training_example_descends():
+    shown = run(2)
+    X, y, loss = shown["X"], shown["y"], shown["loss"]
+    assert loss(shown["model"](X), y) < loss(run(1)["model"](X), y) - 0.5
 
 
 def test_every_linked_file_exists():

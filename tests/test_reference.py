@@ -15,6 +15,7 @@ from kfac_scratch import (
     EXPAND,
     REDUCE,
     Kronecker,
+    ekfac,
     empirical,
     foof,
     kfac,
@@ -263,3 +264,15 @@ def test_references_use_the_layout_of_block_index():
     exact = block_diagonal(model, reference.ggn(*args))
     assert N > 1
     assert distance(reference.kfac(*args)["0"], exact["0"]) > 0.01
+
+
+@pytest.mark.parametrize("net", [net for net in NETS if not net.per_token], ids=str)
+@losses
+@reductions
+@pytest.mark.parametrize("fisher", [type2, empirical])
+def test_ekfac_is_that_of_curvlinops(net, loss, reduction, fisher):
+    """For one loss term per datum: with more, curvlinops squares the gradient of every term."""
+    args = problem(net, loss, reduction)
+    ios = layer_ios(*args, fisher)
+    theirs = reference.ekfac(*args, "type-2" if fisher is type2 else "empirical")
+    check_equal({n: ekfac(io).dense() for n, io in ios.items() if n in theirs}, theirs)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
 from kfac_scratch.capture import layer_ios
-from kfac_scratch.ekfac import ekfac, rescaled, second_moments
+from kfac_scratch.ekfac import AmortisedEKFAC, ekfac, rescaled, second_moments
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
@@ -460,7 +460,37 @@ print(
 assert relative_error(mixed.dense(), F) > 1.2 * relative_error(M1.dense(), F)
 
 # %% [markdown]
-# So, when the basis changes, start the eigenvalues anew. (Exercise 10.3 has a way to carry them over.)
+# So, when the basis changes, either start the eigenvalues anew, or carry the old *matrix* over: the
+# best numbers for $U \operatorname{diag}(s)\, U^\top$ in the new basis are its curvatures along the new
+# vectors, by [(10.2)]. Exercise 10.3 computes them with small matrices only.
+#
+# ### The amortised form
+#
+# An optimiser wants all of this from one object that it can show batch after batch. It averages
+# KFAC's factors, which is cheap; takes a new basis from them every `basis_every` batches, carrying the
+# old matrix over; and in between moves the eigenvalues in the basis it has. The argument `weight` is
+# the share of the new batch in the average, so that `1 - weight` is $\mu$.
+
+# %% tags=["beside", "remove-input"]
+code(AmortisedEKFAC.update, KroneckerEigen.carried_over)
+
+# %%
+ios = [layer_ios(model, loss, images[b : b + 200], labels[b : b + 200])["2"] for b in (0, 200, 400)]
+estimator, state = AmortisedEKFAC(basis_every=2), None
+for count, io in enumerate(ios, start=1):
+    state = estimator.update(state, io, weight=1 / count)  # the plain average of all batches
+assert_exact(state.trace(), torch.stack([io.block().trace() for io in ios]).mean())
+
+before = AmortisedEKFAC().update(None, ios[0], 1.0)  # carried over into a basis, or into itself
+assert_exact(before.M.carried_over(before.M).dense(), before.dense())
+moved = before.M.carried_over(ekfac(ios[1]))
+assert_exact(moved.trace(), before.trace())
+assert relative_error(moved.dense(), before.dense()) > 0.05
+
+# %% [markdown]
+# The trace of the average is exact whenever and however often the basis changes, because a carried
+# matrix keeps its trace. What carrying over loses is what the old matrix had off the diagonal of the new
+# basis, as the last line shows.
 #
 # ## What goes wrong in practice
 #

@@ -1,0 +1,771 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 16. Mini-block Fisher: one block per neuron
+#
+# **Part III: Better and faster.** KFAC gives all neurons of a layer one common matrix. What if every
+# neuron keeps its own, exact, and nothing is kept between neurons?
+#
+# The weights of one neuron are one row of $W$. A layer with 10 neurons and 17 inputs has a block of
+# 170 by 170, and along its diagonal sit ten small ones of 17 by 17, one for each neuron. The mini-block
+# Fisher keeps these and drops the rest. Where KFAC *models* the whole block, this method *cuts*
+# it. Measured as matrices, the cut is usually the coarser approximation of the two. Measured by the step
+# that comes out, it often is not. This chapter shows why, what it costs, and how to pay less.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import (
+    BCEWithLogitsLoss,
+    Conv2d,
+    CrossEntropyLoss,
+    Flatten,
+    Linear,
+    MSELoss,
+    Sequential,
+    Tanh,
+)
+from torch.nn.functional import avg_pool2d
+
+from kfac_scratch.block_diagonal import Beside, BlockDiagonal
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.curvature import ggn_product
+from kfac_scratch.damping import levenberg_marquardt, reduction_ratio
+from kfac_scratch.ekfac import ekfac
+from kfac_scratch.kfac import foof, kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.losses import empirical, type2
+from kfac_scratch.matrices import Diagonal, Kronecker, Matrix
+from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.show import code, matrices
+from kfac_scratch.variants.mini_block import (
+    BlocksByRows,
+    Woodbury,
+    _blocks,
+    _merged,
+    mini_block,
+    mini_block_filters,
+    mini_block_rows,
+    mini_block_shared,
+)
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to ten digits of the largest entry."""
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def relative_error(M: Tensor, F: Tensor) -> float:
+    return ((M - F).norm() / F.norm()).item()
+
+
+def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
+    """Inputs and vectors of a layer with 5 inputs and 3 outputs, made up."""
+    return LayerIO(torch.randn(N, S, 5), torch.randn(V, N, S, 3))
+
+
+# %% [markdown]
+# ## A neuron is a row
+#
+# A layer's block is a sum of outer products of gradients ([Theorem 4.1]), and $\operatorname{vec}$
+# stacks the rows of a gradient. So the part of the block that couples row $o$ with row $p$ is
+#
+# $$
+# F_{op} = \sum_{v,n} (G_{vn})_{o \cdot}^\top\, (G_{vn})_{p \cdot}
+# \qquad \in \mathbb{R}^{d_\text{in} \times d_\text{in}} .
+# \tag{16.1}
+# $$
+#
+# With one position, $G_{vn} = g_{vn} a_n^\top$, and row $o$ of it is the input times a number. Then
+#
+# $$
+# F_{op} = \sum_n \Bigl( \sum_v g_{vno}\, g_{vnp} \Bigr)\, a_n a_n^\top,
+# \qquad
+# F_o = F_{oo} = \sum_n \Bigl( \sum_v g_{vno}^2 \Bigr)\, a_n a_n^\top .
+# \tag{16.2}
+# $$
+#
+# $F_o$ is what KFAC's factor $A$ is, a second moment of the inputs, except that every datum counts
+# as much as neuron $o$ matters to it. KFAC has the same $A$ for all neurons. By hand:
+
+
+# %%
+def mini_block_by_hand(io: LayerIO) -> Tensor:
+    V, N, S, d_out = io.g.shape
+    F = torch.zeros(d_out, io.a.shape[2], io.a.shape[2])
+    for o in range(d_out):
+        for v in range(V):
+            for n in range(N):
+                row = torch.zeros(io.a.shape[2])
+                for s in range(S):
+                    row += io.g[v, n, s, o] * io.a[n, s]
+                F[o] += torch.outer(row, row)
+    return F
+
+
+for S in (1, 4):
+    io = random_io(7, S)
+    blocks, F = mini_block_by_hand(io), io.block()
+    for o in range(3):
+        assert_exact(blocks[o], F[5 * o : 5 * o + 5, 5 * o : 5 * o + 5])
+    assert_exact(mini_block(io).blocks, blocks)
+
+io = random_io(7)
+weight = io.g.square().sum((0, 2))  # [N, d_out]
+assert_exact(mini_block(io).blocks[1], io.a[:, 0].T @ (weight[:, 1:2] * io.a[:, 0]))
+
+# %% [markdown]
+# ### In the package
+#
+# With one position, only the sum of squares over the vectors enters, so that all vectors of a datum
+# are merged into one before the work begins (`_merged`). What is left is one batched product of
+# matrices.
+
+# %% tags=["beside", "remove-input"]
+code(mini_block, _blocks, _merged)
+
+# %% [markdown]
+# The result is a `BlockDiagonal`: $K$ small matrices as one tensor. Its inverse is one batched
+# Cholesky factorisation, its product with a gradient one batched product. No neuron waits for
+# another.
+
+# %% tags=["beside", "remove-input"]
+code(BlockDiagonal.__matmul__, BlockDiagonal.inverse)
+
+# %%
+io = random_io(7, S=4)
+M, V, delta = mini_block(io), torch.randn(3, 5), 0.1
+step = M.inverse(delta) @ V
+assert_exact(M @ step + delta * step, V)
+for o in range(3):  # every neuron solves its own small system
+    assert_exact(step[o], torch.linalg.solve(M.blocks[o] + delta * torch.eye(5), V[o]))
+
+# %% tags=["hide-input"] alt="Heat maps of a 15 by 15 block in three versions. The exact block has nine 5 by 5 parts, all of which differ. The mini-block version has the three parts on the diagonal, exactly, and zero elsewhere. KFAC fills all nine parts, each with a multiple of one and the same pattern." caption="A layer with three neurons and five inputs. The mini-blocks are exact and know nothing of each other; KFAC repeats one matrix $A$ in nine strengths."
+torch.manual_seed(1)
+io = random_io(12, V=1)
+io = LayerIO(io.a * torch.tensor([2.0, 1.5, 1.0, 1.0, 0.7]), io.g)
+matrices(
+    {"exact block": io.block(), "mini-block": mini_block(io).dense(), "KFAC": kfac(io).dense()},
+    blocks=dict.fromkeys(("exact block", "mini-block", "KFAC"), (5, 5)),
+)
+
+# %% [markdown]
+# ## The best of its kind
+#
+# <div class="admonition theorem" markdown="1" id="thm-16.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 16.1 (cutting is projecting)</b></p>
+#
+# Let $M$ have the blocks $F_o$, and let $T$ be any matrix that does not mix neurons, with blocks $T_o$.
+# Then
+#
+# $$
+# \begin{aligned}
+# \lVert F - M \rVert^2 &= \lVert F \rVert^2 - \sum_o \lVert F_o \rVert^2 , \\
+# \lVert F - T \rVert^2 &= \lVert F - M \rVert^2 + \sum_o \lVert F_o - T_o \rVert^2 ,
+# \end{aligned}
+# \tag{16.3}
+# $$
+#
+# and $\operatorname{tr} M = \operatorname{tr} F$. If $F$ is positive semi-definite, so is $M$.
+#
+# </div>
+#
+# **Proof.** The squared norm is a sum over entries. $F - M$ has the entries outside of the blocks,
+# $F - T$ those and the differences inside. The trace is a sum over the diagonal, which lies inside. For a
+# vector $x$ with parts $x_o$, $x^\top M x = \sum_o x_o^\top F_o x_o$, and each term is $y^\top F y$ for a
+# vector $y$ that is zero outside of neuron $o$. $\blacksquare$
+#
+# So the mini-block Fisher is nearer to $F$ than the diagonal, than KFAC restricted to its
+# diagonal blocks $B_{oo} A$, than $I \otimes A$ for any $A$. It is *not* compared with KFAC itself, which
+# does mix neurons. Either may win:
+
+# %%
+nearer = 0
+for seed in range(200):
+    torch.manual_seed(seed)
+    io = random_io(7)
+    F, M = io.block(), mini_block(io)
+    error, K = relative_error(M.dense(), F), kfac(io)
+    inside = torch.block_diag(*(K.B[o, o] * K.A for o in range(3)))
+    for other in (F.diagonal().diag(), inside, foof(io).dense()):
+        assert error < relative_error(other, F)
+    assert_exact(M.trace(), F.trace())
+    assert_exact((F - M.dense()).norm() ** 2, F.norm() ** 2 - M.blocks.norm() ** 2)
+    nearer += int(error < relative_error(K.dense(), F))
+print(f"of 200 layers, mini-blocks are nearer to F than KFAC in {nearer}")
+assert 0 < nearer < 200
+
+# %% [markdown]
+# ## Where it is exact
+#
+# It is exact if and only if all $F_{op}$ of [(16.1)] with $o \ne p$ vanish. Three ways to get there:
+#
+# - The layer has **one neuron**.
+# - **No datum reaches two neurons**: $g_{vno}\, g_{vnp} = 0$. A layer of experts, of which every datum
+#   uses one, is of this kind.
+# - **The last layer, with a loss that does not mix outputs.** The loss Hessian of a squared error
+#   is $2 I$ per datum and that of binary cross-entropy is diagonal, so each of the type-2 vectors has a
+#   single entry. This holds for *every* network. With softmax and cross-entropy, it does not.
+
+# %%
+io = random_io(9, S=4)
+one = LayerIO(io.a, io.g[..., :1])
+assert_exact(mini_block(one).dense(), one.block())
+
+mine = torch.arange(9)[:, None] % 3 == torch.arange(3)
+experts = LayerIO(io.a, io.g * mine[:, None])
+assert_exact(mini_block(experts).dense(), experts.block())
+print(f"experts: KFAC is off by {relative_error(kfac(experts).dense(), experts.block()):.0%}")
+
+net, X = Sequential(Linear(5, 4), Tanh(), Linear(4, 3)), torch.randn(11, 5)
+labels = {
+    MSELoss: torch.randn(11, 3),
+    BCEWithLogitsLoss: torch.rand(11, 3),
+    CrossEntropyLoss: torch.randint(3, (11,)),
+}
+for kind, y in labels.items():
+    hidden, last = layer_ios(net, kind(), X, y).values()
+    errors = [relative_error(mini_block(io).dense(), io.block()) for io in (hidden, last)]
+    print(f"{kind.__name__:17} hidden layer {errors[0]:.2f}, last layer {errors[1]:.2f}")
+    assert errors[0] > 0.1
+    assert (errors[1] < 1e-14) == (kind is not CrossEntropyLoss)
+
+# %% [markdown]
+# Compare KFAC's list ([Chapter 5](05_kfac.py)): a single datum, deep linear networks with squared
+# error. In both, $F$ is a Kronecker product $B \otimes A$, whose part between neurons $o$ and $p$ is
+# $B_{op} A$. Mini-blocks are exact there only if $B$ is diagonal. And on the experts above KFAC fails.
+# Neither list contains the other. They meet if $F = B \otimes A$ with a diagonal $B$:
+
+# %%
+linear = Sequential(Linear(5, 4), Linear(4, 3))
+io = layer_ios(linear, MSELoss(), X, torch.randn(11, 3))["0"]
+assert_exact(kfac(io).dense(), io.block())
+print(
+    f"deep linear: mini-blocks are off by {relative_error(mini_block(io).dense(), io.block()):.0%}"
+)
+assert relative_error(mini_block(io).dense(), io.block()) > 0.1
+
+a = torch.randn(4, 1, 5).repeat_interleave(3, 0)  # all pairs of an input and a vector
+io = LayerIO(a, torch.tensor([1.0, 2.0, 3.0]).diag().repeat(4, 1).reshape(1, 12, 1, 3))
+assert_exact(mini_block(io).dense(), io.block())
+assert_exact(kfac(io).dense(), io.block())
+
+# %% [markdown]
+# ## Near as a matrix, good as a step
+#
+# A trained network, three seeds. For every layer we compare two numbers. The first is the distance
+# to the exact block. The second is what a step feels: with a gradient $h$ and
+# $F_\delta = F + \delta I$, the damped parabola
+# $q(p) = \tfrac12 p^\top F_\delta\, p - h^\top p$ has its minimum at $F_\delta^{-1} h$. A step in
+# the direction $p$ with the best length reaches the share
+#
+# $$
+# \frac{(h^\top p)^2}{(p^\top F_\delta\, p)\; (h^\top F_\delta^{-1} h)} \in [0, 1]
+# \tag{16.4}
+# $$
+#
+# of the decrease that is possible. It does not depend on the length of $p$, hence not on a learning
+# rate. The damping is 1 % of the mean eigenvalue of $F$.
+
+# %%
+digits = load_digits()
+images = avg_pool2d(torch.tensor(digits.images) / 16, 2).flatten(1)  # 4 by 4 pixels
+targets, loss = torch.tensor(digits.target), CrossEntropyLoss()
+
+
+def network() -> Sequential:
+    return Sequential(Linear(16, 12), Tanh(), Linear(12, 12), Tanh(), Linear(12, 10))
+
+
+def trained(seed: int, steps: int) -> tuple[Sequential, Tensor, Tensor]:
+    """A network, and 500 images that it was not trained on."""
+    torch.manual_seed(seed)
+    order = torch.randperm(len(targets))
+    X, y, model = images[order], targets[order], network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        batch = torch.randint(1000, (100,))
+        optimizer.zero_grad()
+        loss(model(X[batch]), y[batch]).backward()
+        optimizer.step()
+    return model, X[1000:1500], y[1000:1500]
+
+
+def share(M: Matrix, F: Tensor, h: Tensor) -> float:
+    delta = 0.01 * F.diagonal().mean().item()
+    damped, p = F + delta * eye_like(F), (M.inverse(delta) @ h).flatten()
+    best = h.flatten() @ torch.linalg.solve(damped, h.flatten())
+    return ((h.flatten() @ p) ** 2 / (p @ damped @ p) / best).item()
+
+
+def diagonal(io: LayerIO) -> Diagonal:
+    return Diagonal(io.block().diagonal().reshape(io.g.shape[-1], -1))
+
+
+# %%
+methods = {"diagonal": diagonal, "KFAC": kfac, "EKFAC": ekfac, "mini-block": mini_block}
+measured = {}  # [seeds, (error, share)] by training, method and layer
+for steps in (0, 400):
+    for seed in range(3):
+        model, X, y = trained(seed, steps)
+        at_labels = layer_ios(model, loss, X, y, empirical)
+        for layer, io in layer_ios(model, loss, X, y).items():
+            F, h = io.block(), at_labels[layer].gradients().sum((0, 1))
+            for name, method in methods.items():
+                M = method(io)
+                row = relative_error(M.dense(), F), share(M, F, h)
+                measured.setdefault((steps, name, layer), []).append(row)
+measured = {key: torch.tensor(rows, device="cpu") for key, rows in measured.items()}
+
+for steps in (0, 400):
+    print(f"\nafter {steps} steps{'':9}  error in layer 0 / 2 / 4       share in layer 0 / 2 / 4")
+    for name in methods:
+        rows = torch.stack([measured[steps, name, layer] for layer in ("0", "2", "4")])
+        for k in (0, 1):
+            numbers = zip(rows[:, :, k].mean(1), rows[:, :, k].std(1), strict=True)
+            start = f"{name:12}" if k == 0 else ""
+            print(start, *(f"{m:6.2f} ± {s:.2f}" for m, s in numbers), end="" if k == 0 else "\n")
+
+for layer, farther, better in (("0", 2, -0.1), ("4", 0, 0.2)):  # trained, first and last layer:
+    K, M = (measured[400, name, layer].mean(0) for name in ("KFAC", "mini-block"))
+    assert M[0] > farther * K[0]  # however far away,
+    assert M[1] > K[1] + better  # the step is as good as KFAC's, or better
+K, M = (measured[0, name, "0"].mean(0) for name in ("KFAC", "mini-block"))
+assert K[1] > M[1] + 0.2  # untrained: KFAC's is better
+
+# %% tags=["hide-input"] alt="Two scatter plots of the share of the possible decrease against the relative error, one point for each of three layers and three seeds. Left, untrained: KFAC and EKFAC sit at error zero and share one, mini-block at errors from 0.3 to 0.8 and shares from 0.55 to one, the diagonal far right and low. Right, trained: KFAC spreads over errors from 0.2 to 0.8 with shares from 0.3 to 0.6; mini-block has errors of 0.55 to 0.7 and shares from 0.5 to 0.85; the diagonal stays far right and low." caption="Three layers, three seeds. The distance does not tell how good the step is: on the right, at equal error, mini-blocks reach more than KFAC."
+fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
+for ax, steps in zip(axes, (0, 400), strict=True):
+    for name, marker in zip(methods, "vos^", strict=True):
+        points = torch.cat([measured[steps, name, layer] for layer in ("0", "2", "4")])
+        ax.plot(*points.T, marker, label=name, alpha=0.8)
+    title = "trained" if steps else "untrained"
+    ax.set(xlabel="relative error of the block", title=title, xlim=(-0.04, 1.04), ylim=(0, 1.05))
+axes[0].set_ylabel("share of the possible decrease")
+axes[0].legend(fontsize="small", loc="lower left")
+plt.show()
+
+# %% [markdown]
+# In the untrained network, inputs and vectors have little to do with each other. $F$ is close to
+# $B \otimes A$, and $B$ is far from diagonal. KFAC is nearly exact there, and dropping what lies
+# between neurons costs a good part of the step.
+#
+# Training changes this. Each neuron has its own data to care about, those on which it still errs, so
+# that one $A$ for all neurons is off. In the first layer KFAC still is three times nearer to $F$, and
+# its step no better. In the last layer mini-blocks win by both numbers.
+#
+# To see what a step feels, go along the eigenvectors $u_k$ of $F$, with eigenvalues $\lambda_k$. The
+# right inverse stretches $u_k$ by $1 / (\lambda_k + \delta)$, so that
+#
+# $$
+# (\lambda_k + \delta)\; u_k^\top (M + \delta I)^{-1} u_k
+# \tag{16.5}
+# $$
+#
+# should be 1: above, a step goes too far in this direction, below not far enough.
+
+# %%
+model, X, y = trained(0, 400)
+io = layer_ios(model, loss, X, y)["4"]
+F, h = io.block(), layer_ios(model, loss, X, y, empirical)["4"].gradients().sum((0, 1))
+curvatures, U = torch.linalg.eigh(F)
+delta = 0.01 * F.diagonal().mean().item()
+stretched = {}
+for name, method in (("KFAC", kfac), ("mini-block", mini_block)):
+    inverse = method(io).inverse(delta).dense()
+    stretched[name] = ((curvatures + delta) * (U.T @ inverse @ U).diagonal()).flip(0).cpu()
+    tenths = stretched[name].unflatten(0, (10, -1)).mean(1)
+    print(f"{name:11} by tenths, steepest first:", *(f"{t:.2f}" for t in tenths))
+assert stretched["KFAC"][:13].mean() > 1.5 * stretched["mini-block"][:13].mean() > 1.5
+assert stretched["KFAC"][91:117].mean() < 0.6 < stretched["mini-block"][91:117].mean()
+
+flattest = U[:, :13]  # a common shift of all logits, one for each of 13 inputs
+assert curvatures[:13].max() < 1e-12 * curvatures.max()
+assert (flattest.T @ h.flatten()).norm() < 1e-12 * h.norm()
+
+# %% tags=["hide-input"] alt="Line plot of how far the inverses of KFAC and mini-block stretch 130 eigenvectors of the exact block, relative to the right inverse, on a logarithmic axis from 0.1 to 8. KFAC starts near 4 at the steepest directions and falls steadily to 0.2, crossing 1 after a quarter. Mini-block starts below 2 and stays between 0.8 and 2 up to direction 117, then drops to 0.15, where KFAC is exactly 1." caption="The last layer of a trained network, from steep to flat directions; 1 is right. The 13 flattest directions on the right have no curvature and no gradient."
+fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+for name, values in stretched.items():
+    ax.semilogy(values, label=name)
+ax.axhline(1, color=ax.xaxis.label.get_color(), linewidth=0.8, linestyle="--")
+ax.set(xlabel="eigenvector of F, steepest first", ylabel="stretched by, relative to right")
+ax.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# KFAC overshoots along steep directions and creeps along flat ones. Mini-blocks are right up to a
+# factor of two, with one exception: the 13 flattest directions add the same to all logits.
+# Softmax does not see that, so these directions have no curvature. KFAC's $B$ knows, mini-blocks
+# cannot, since it takes all neurons to notice. But such a direction has no gradient either, so that
+# the step does not feel it, while every matrix norm of the inverse does.
+#
+# This is one family of small networks, and one damping. It does not show that mini-blocks are the
+# better choice. It shows that the error of a matrix does not decide.
+#
+# ## What it costs
+#
+# Per layer, with $N$ data, one position and merged vectors, counting multiplications:
+#
+# | | numbers kept | update | inverse | step |
+# | --- | --- | --- | --- | --- |
+# | KFAC | $d_\text{in}^2 + d_\text{out}^2$ | $N d_\text{in}^2 + V N d_\text{out}^2$ | $\sim d_\text{in}^3 + d_\text{out}^3$ | $d_\text{in} d_\text{out} (d_\text{in} + d_\text{out})$ |
+# | mini-block | $d_\text{out} d_\text{in}^2$ | $N d_\text{out} d_\text{in}^2$ | $\sim d_\text{out} d_\text{in}^3$ | $d_\text{out} d_\text{in}^2$ |
+#
+# The step is cheaper than KFAC's. Everything else has the factor $d_\text{out}$. In the paper the
+# inverse is recomputed rarely, and the small systems run at once on a GPU; its abstract puts the cost
+# of an iteration at slightly more than that of a first-order method. The factor in memory stays:
+
+
+# %%
+def numbers(d_in: int, d_out: int) -> tuple[int, int, int]:
+    """What KFAC and mini-blocks keep for a layer, and the numbers in the exact block."""
+    return d_in**2 + d_out**2, d_out * d_in**2, (d_in * d_out) ** 2
+
+
+for d_in, d_out in ((17, 10), (785, 1000), (1025, 4096)):
+    ours = "  ".join(f"{n * 4 / 2**20:12,.1f}" for n in numbers(d_in, d_out))
+    print(f"{d_in:5} to {d_out:4}, MiB in float32: KFAC, mini-block, exact {ours}")
+assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
+
+# %% [markdown]
+# For wide layers one has to do something. There are three ways.
+#
+# ### First way: do not form the blocks
+#
+# If there are fewer data than inputs, $F_o$ has a low rank. With the rows
+# $R_o = \operatorname{diag}(|g_{\cdot o}|)\, a$, where $|g_{no}|$ is the norm over the vectors, [(16.2)] says
+# $F_o = R_o^\top R_o$, and Woodbury's identity turns the large system into one of size $N$,
+#
+# $$
+# (R_o^\top R_o + \delta I)^{-1}
+# = \frac1\delta \Bigl( I - R_o^\top \bigl( R_o R_o^\top + \delta I \bigr)^{-1} R_o \Bigr).
+# \tag{16.6}
+# $$
+#
+# To check it, multiply by $R_o^\top R_o + \delta I$ and use
+# $(R_o^\top R_o + \delta I) R_o^\top = R_o^\top (R_o R_o^\top + \delta I)$. The small matrices are
+#
+# $$
+# (R_o R_o^\top)_{nm} = |g_{no}|\, |g_{mo}|\; a_n^\top a_m .
+# \tag{16.7}
+# $$
+#
+# All neurons share the inner products of the inputs. They are computed once, and no row $R_o$ is ever
+# formed: what is kept is the layer's input and its vectors.
+
+# %% tags=["beside", "remove-input"]
+code(BlocksByRows.inverse, Woodbury.__matmul__)
+
+# %%
+io = LayerIO(torch.randn(20, 1, 300), torch.randn(4, 20, 1, 6))
+full, low, V = mini_block(io), mini_block_rows(io), torch.randn(6, 300)
+assert_exact(low.inverse(0.01) @ V, full.inverse(0.01) @ V)
+assert_exact(low @ V, full @ V)
+kept = low.a.numel() + low.g.numel() + low.inverse(0.01).L.numel()
+print(f"numbers kept: {full.blocks.numel():,} in blocks, {kept:,} in rows and small factors")
+assert full.blocks.numel() > 50 * kept
+
+several = LayerIO(torch.randn(4, 3, 300), torch.randn(2, 4, 3, 6))  # V N rows for each neuron
+assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inverse(0.1) @ V)
+
+# %% [markdown]
+# What is lost is the average over batches. A sum of blocks of many batches has a high rank. Rows can
+# only be collected, not averaged.
+#
+# ### Second way: one block for all neurons
+#
+# Give all neurons the mean of their blocks,
+#
+# $$
+# \bar F = \frac{1}{d_\text{out}} \sum_o F_o
+# = \frac{1}{d_\text{out}} \sum_{v,n} G_{vn}^\top G_{vn},
+# \qquad F \approx I \otimes \bar F .
+# \tag{16.8}
+# $$
+#
+# Of all matrices $I \otimes A$ this one is nearest to $F$, since by [(16.3)] it has to minimise
+# $\sum_o \lVert F_o - A \rVert^2$, which the mean does. Two methods of other chapters are close
+# relatives. With one position,
+# $\bar F \propto \sum_n \bigl( \sum_v \lVert g_{vn} \rVert^2 \bigr) a_n a_n^\top$: this is KFAC's input
+# factor with every datum weighted by the size of its vectors. It is the input factor of **TKFAC**, up to
+# scale, with $I$ for the other one. And it is **FOOF**, $I \otimes A$, if all vectors have one size.
+
+# %% tags=["beside", "remove-input"]
+code(mini_block_shared)
+
+# %%
+io = random_io(9)
+shared, F = mini_block_shared(io), io.block()
+assert_exact(shared.A, mini_block(io).blocks.mean(0))
+tkfac_input = torch.einsum("vnoi,vnoj->ij", io.gradients(), io.gradients())
+assert_exact(3 * shared.A, tkfac_input)
+assert_exact(shared.trace(), F.trace())
+for _ in range(100):
+    noise = 0.1 * torch.randn(5, 5)
+    other = Kronecker(shared.A + noise + noise.T, shared.B)
+    assert relative_error(shared.dense(), F) < relative_error(other.dense(), F)
+
+unit = LayerIO(io.a, io.g / io.g.norm(dim=-1, keepdim=True))
+A, B = mini_block_shared(unit).A, foof(unit).A
+assert_exact(A / A.trace(), B / B.trace())
+assert relative_error(shared.A / shared.A.trace(), foof(io).A / foof(io).A.trace()) > 0.01
+
+# %% [markdown]
+# ### Third way: cut finer
+#
+# A convolution's row of $W$ consists of one filter for each input channel. The paper keeps one block
+# for each *filter*: for a kernel of $k \times k$ that is $k^2 \times k^2$, whatever the number of
+# channels. [Theorem 16.1] holds for every way to cut. A `LayerIO` does not know the kernel, so its size
+# has to be passed; a bias is a filter with a single entry.
+
+# %% tags=["beside", "remove-input"]
+code(mini_block_filters, Beside.__matmul__)
+
+# %%
+conv = Sequential(Conv2d(3, 2, (2, 2)), Tanh(), Flatten(), Linear(32, 3))
+io = layer_ios(conv, loss, torch.randn(8, 3, 5, 5), torch.randint(3, (8,)))["0"]
+F, rows, filters = io.block(), mini_block(io), mini_block_filters(size=4)(io)
+for piece in range(3):
+    at = slice(4 * piece, 4 * piece + 4)
+    assert_exact(filters.filters.blocks[piece], F[at, at])
+assert_exact(filters.bias.scale[1, 0], F[25, 25])
+errors = [relative_error(M.dense(), F) for M in (rows, filters, diagonal(io))]
+print("error of rows {:.3f}, filters {:.3f}, single weights {:.3f}".format(*errors))
+assert errors[0] < errors[1] < errors[2]
+
+# %% tags=["hide-input"] alt="Heat maps of a 26 by 26 block. The exact one is full. The second has two blocks of 13 by 13 on its diagonal. The third has six blocks of 4 by 4, and two single entries for the biases." caption="A convolution with three input channels, two output channels, a kernel of $2 \times 2$ and a bias. Finer cuts keep less."
+matrices({"exact block": F, "rows": rows.dense(), "filters": filters.dense()})
+
+# %% [markdown]
+# ## Training with it
+#
+# The paper's claim is faster training than with first-order methods. At our size we can take the
+# learning rate out of the comparison. Each method gets the same fixed batch of 200 images with all
+# pixels, the best length of its direction according to the exact damped parabola, as in [(16.4)], and
+# a damping that follows [Chapter 8](08_damping.py)'s rule. What is left is the quality of the
+# direction. We count steps, not seconds.
+
+# %%
+pixels = torch.tensor(digits.data) / 16
+
+
+def minimise(seed: int, method, fisher=type2, steps: int = 12) -> list[float]:
+    torch.manual_seed(seed)
+    batch = torch.randperm(len(targets))[:200]
+    X, y, damping = pixels[batch], targets[batch], 0.01
+    model = Sequential(Linear(64, 16), Tanh(), Linear(16, 16), Tanh(), Linear(16, 10))
+    parameters, losses = dict(model.named_parameters()), []
+    for _ in range(steps):
+        before = loss(model(X), y)
+        losses.append(before.item())
+        h = dict(
+            zip(parameters, torch.autograd.grad(before, list(parameters.values())), strict=True)
+        )
+        step = h
+        if method is not None:
+            ios = layer_ios(model, loss, X, y, fisher)
+            step = preconditioner(model, {n: method(io).inverse(damping) for n, io in ios.items()})(
+                h
+            )
+        p, slope = flat(step, parameters), flat(h, parameters) @ flat(step, parameters)
+        length = slope / (p @ (ggn_product(model, loss, X, y)(p) + damping * p))
+        with torch.no_grad():
+            for name, w in parameters.items():
+                w -= length * step[name]
+            after = loss(model(X), y).item()
+            ratio = reduction_ratio(before.item(), after, -0.5 * (length * slope).item())
+            if after > before:  # a step that failed is taken back
+                for name, w in parameters.items():
+                    w += length * step[name]
+        damping = levenberg_marquardt(damping, ratio, factor=0.7)
+    return losses
+
+
+def flat(values: dict[str, Tensor], names: dict[str, Tensor]) -> Tensor:
+    return torch.cat([values[name].flatten() for name in names])
+
+
+# %%
+single = mini_block_filters(1)  # blocks of one weight: the diagonal
+contestants = {"gradient": None, "diagonal": single, "KFAC": kfac, "mini-block": mini_block}
+curves = {
+    name: torch.tensor([minimise(seed, method) for seed in range(3)], device="cpu")
+    for name, method in contestants.items()
+}
+for name, runs in curves.items():
+    print(f"{name:11} loss after 11 steps:", *(f"{run[-1]:8.4f}" for run in runs))
+for seed in range(3):
+    assert curves["mini-block"][seed, -1] < 0.5 * curves["gradient"][seed, -1]
+    assert curves["mini-block"][seed, -1] < 0.5 * curves["diagonal"][seed, -1]
+
+# %% tags=["hide-input"] alt="Training loss, on a logarithmic axis, against steps for four methods with three seeds each. The gradient and the diagonal fall slowly and stay near one. KFAC and mini-block fall by two orders of magnitude within twelve steps, and their bands of seeds overlap." caption="Three seeds each. KFAC and mini-blocks can hardly be told apart; a single number per weight gains little."
+fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+for k, (name, runs) in enumerate(curves.items()):
+    ax.semilogy(runs.T, color=f"C{k}", linewidth=1, alpha=0.4)
+    ax.semilogy(runs.log().mean(0).exp(), color=f"C{k}", label=name)
+ax.set(xlabel="step", ylabel="training loss")
+ax.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# The gap is between the methods that keep curvature *within* a neuron and those that do not. The
+# diagonal has the same trace as the mini-blocks and the same labels. It lacks the correlations of
+# the inputs.
+#
+# ## What goes wrong in practice
+#
+# **The other order of the weights.** If vec stacks columns, the weights of a neuron are not next to
+# each other. Contiguous blocks on the diagonal of that matrix belong to *inputs*: they couple all neurons
+# through one input. That is a method, too, but not this one.
+
+# %%
+io = random_io(9)
+by_columns = torch.arange(15).reshape(3, 5).T.flatten()
+F_columns = io.block()[by_columns][:, by_columns]  # the block for a vec that stacks columns
+assert_exact(F_columns[0::3, 0::3], mini_block(io).blocks[0])  # strided: every third row
+wrong = F_columns[:5, :5]
+assert relative_error(wrong, mini_block(io).blocks[0]) > 0.1
+
+# %% [markdown]
+# **The gradient of the batch instead of gradients of data.** It is at hand, and its rows have the right
+# shape. But the outer product of *one* row has rank one, and its expectation is not $F_o$
+# (the sum of squares is not the square of the sum, as in [(10.7)]). The damped inverse then does
+# nothing but shorten the row itself:
+
+# %%
+io = random_io(9)
+G = io.gradients().sum((0, 1))
+rank_one, delta = BlockDiagonal(G.unsqueeze(2) * G.unsqueeze(1)), 0.1
+expected = G / (G.square().sum(1, keepdim=True) + delta)  # rows divided by a number
+assert_exact(rank_one.inverse(delta) @ G, expected)
+M = mini_block(io)
+cosine = torch.cosine_similarity(M.inverse(delta) @ G, G)
+print("cosine of row and step, true blocks:", *(f"{c:.2f}" for c in cosine.tolist()))
+assert cosine.max() < 0.999
+
+# %% [markdown]
+# **One block per position.** With weight sharing, (16.1) sums over positions before it multiplies.
+# Flattening positions into the batch drops the products of different positions, as it does for EKFAC
+# ([Chapter 10](10_ekfac.py)); KFAC-expand does not notice, mini-blocks do.
+
+# %%
+io = random_io(7, S=4)
+flattened = LayerIO(io.a.reshape(28, 1, 5), io.g.reshape(2, 28, 1, 3))
+assert_exact(kfac(flattened).dense(), kfac(io).dense())
+right, wrong = (relative_error(mini_block(x).dense(), io.block()) for x in (io, flattened))
+print(f"error: {right:.3f} per datum, {wrong:.3f} per position")
+assert wrong > 1.02 * right
+
+# %% [markdown]
+# **Which Fisher.** The paper uses gradients at the labels of the data, the *empirical* Fisher, which
+# needs one backward pass that is done anyway. Late in training the two differ: data that are
+# fitted vanish from the empirical Fisher, and a direction that the data have stopped to pull at looks
+# flat. Against the parabola with the GGN, the step is then worth little. (Which
+# parabola describes the loss is another question; see [Chapter 3](03_losses.py).)
+
+# %%
+shares = []
+for seed in range(3):
+    model, X, y = trained(seed, 400)
+    at_labels, ios = layer_ios(model, loss, X, y, empirical), layer_ios(model, loss, X, y)
+    h = at_labels["4"].gradients().sum((0, 1))
+    F = ios["4"].block()
+    shares.append([share(mini_block(x["4"]), F, h) for x in (ios, at_labels)])
+    print(f"last layer, seed {seed}: share {shares[-1][0]:.2f}, empirical {shares[-1][1]:.2f}")
+    assert shares[-1][0] > shares[-1][1] + 0.2
+
+# %% [markdown]
+# **One damping for neurons of different scale.** A neuron that hardly matters has a small block, which
+# a damping made for the layer drowns. Exercise 16.3 looks at this.
+#
+# ## Exercises
+#
+# **Exercise 16.1.** The input of a layer is one-hot (an embedding). Show that mini-blocks are
+# diagonal, and that the mini-block Fisher then equals the diagonal of $F$. What does KFAC keep that they
+# lose?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $a_n a_n^\top$ has a single nonzero entry, on the diagonal, so $F_o$ is diagonal by [(16.2)]. KFAC's
+# $B \otimes A$ has a diagonal $A$, and keeps the coupling of neurons for one token.
+#
+# </details>
+#
+# **Exercise 16.2.** Replace $W$ by $W' = W T$ and the inputs by $T^{-1} a$, with an invertible $T$: the
+# same network in other coordinates. Show that the undamped mini-block step is the same, and that the
+# diagonal's is not. What about $W' = T W$?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The gradient with respect to $W'$ is $G T^{-\top}$, so row $o$ becomes $G_o T^{-\top}$ and the block
+# $T^{-1} F_o T^{-\top}$. The step is $G_o T^{-\top} (T^{-1} F_o T^{-\top})^{-1} = G_o F_o^{-1} T$, and
+# this is the old step in the coordinates $W' = W T$. The diagonal of $T^{-1} F_o T^{-\top}$ does not
+# transform like this. For $T W$, rows are mixed, and blocks with them: mini-blocks are not invariant,
+# KFAC is.
+#
+# </details>
+#
+# **Exercise 16.3.** Multiply all vectors of one neuron by 100. How do the undamped step, the
+# step with a fixed damping, and the step with a damping relative to the block change, for that
+# neuron's gradient multiplied by 100 as well?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $F_o$ grows by $10^4$ and the row by 100, so the undamped step falls to a hundredth. With
+# $\delta_o = c \operatorname{tr} F_o / d_\text{in}$, damping grows along and the same holds. With a fixed
+# $\delta$ the step changes by some other factor in every direction, and its direction changes.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 4])  # 16.1
+io = LayerIO(torch.eye(5)[tokens][:, None], torch.randn(2, 8, 1, 3))
+assert_exact(mini_block(io).dense(), io.block().diagonal().diag())
+
+io, T = random_io(40), torch.randn(5, 5) + 3 * torch.eye(5)  # 16.2
+moved = LayerIO(io.a @ torch.linalg.inv(T).T, io.g)
+h, h_moved = io.gradients().sum((0, 1)), moved.gradients().sum((0, 1))
+assert_exact(mini_block(moved).inverse(0.0) @ h_moved, (mini_block(io).inverse(0.0) @ h) @ T)
+wrong = (diagonal(io).inverse(0.0) @ h) @ T
+assert relative_error(diagonal(moved).inverse(0.0) @ h_moved, wrong) > 0.1
+
+large = LayerIO(io.a, io.g * torch.tensor([100.0, 1.0, 1.0]))  # 16.3
+M, L, row = mini_block(io), mini_block(large), h.clone()
+row[0] *= 100
+assert_exact((L.inverse(0.0) @ row)[0], (M.inverse(0.0) @ h)[0] / 100)
+mean = M.blocks[0].trace().item() / 5
+assert_exact((L.inverse(1e4 * mean) @ row)[0], (M.inverse(mean) @ h)[0] / 100)
+changed = (L.inverse(mean) @ row)[0], (M.inverse(mean) @ h)[0]
+assert torch.cosine_similarity(*changed, dim=0) < 0.999
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Bahamou et al. (2023)](bibliography.md#mini-block) introduce the method, with an idealised version
+# that converges linearly, and experiments on autoencoders, convolutional and graph networks.
+# [Benzing (2022)](bibliography.md#foof) argues for $I \otimes A$, "gradient descent on neurons".
+# [Gao et al. (2021)](bibliography.md#tkfac) weight both of KFAC's factors as [(16.8)] weights one.
+# [Kunstner et al. (2019)](bibliography.md#empirical-fisher) on the empirical Fisher.
