@@ -4,6 +4,7 @@ Every method gets the same schedule, a cosine that ends at a horizon of its own 
 linear warm-up. Settings are drawn from quasi-random sequences with fixed seeds.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,8 @@ from torch.optim import Optimizer
 
 from benchmarks.tasks import Task
 from kfac_scratch import EXPAND, REDUCE, factored_inverse, kfac
-from kfac_scratch.damping import exact_inverse
 from kfac_scratch.ekfac import AmortisedEKFAC
+from kfac_scratch.matrices import exact_inverse
 from kfac_scratch.optimizer import KFAC
 from kfac_scratch.step_control import graft
 
@@ -34,6 +35,9 @@ class Log:
     def __call__(self, u: float) -> float:
         return float(f"{self.low * (self.high / self.low) ** u:.3g}")
 
+    def where(self, value: float) -> float:
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -43,6 +47,9 @@ class Choice:
 
     def __call__(self, u: float) -> Any:
         return self.values[int(u * len(self.values))]
+
+    def where(self, value: Any) -> float:
+        return (self.values.index(value) + 0.5) / len(self.values)
 
 
 Space = Mapping[str, Log | Choice]
@@ -54,6 +61,7 @@ class Method:
 
     space: Space
     build: Callable[[Task, nn.Module, Config], Optimizer]
+    usual: Config | None = None  # where a sweep of learning rates starts, if there is one
 
 
 Point = list[float]  # of the unit cube, one coordinate for each axis of a space
@@ -63,6 +71,13 @@ def spread(space: Space, count: int, seed: int) -> list[Point]:
     """Points of a scrambled Sobol sequence: they fill the space evenly."""
     engine = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed)
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
+
+
+def sweep(space: Space, usual: Config, count: int) -> list[Point]:
+    """Learning rates over their whole range, with the usual settings for all else."""
+    point = {name: axis.where(usual[name]) for name, axis in space.items() if name != "lr"}
+    found = ({**point, "lr": (i + 0.5) / count} for i in range(count))
+    return [[of[name] for name in space] for of in found]
 
 
 def neighbour(space: Space, point: Point, random: Random) -> Point:
@@ -80,7 +95,7 @@ def settings(space: Space, point: Point) -> Config:
     return {name: axis(u) for (name, axis), u in zip(space.items(), point, strict=True)}
 
 
-SCHEDULE: Space = {"horizon": Log(0.15, 1.0), "warmup": Choice((0.0, 0.1, 0.2))}
+SCHEDULE: Space = {"horizon": Log(0.1, 1.0), "warmup": Choice((0.0, 0.1, 0.2))}
 ADAM: Space = {
     "lr": Log(1e-3, 1e-1),
     "beta1": Choice((0.8, 0.9, 0.95)),
@@ -100,6 +115,7 @@ def adamw(task: Task, model: nn.Module, config: Config) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), betas=betas, **options)
 
 
+USUAL: Config = {"horizon": 0.9, "warmup": 0.1}
 FIRST_ORDER = {
     "sgd": Method(
         SCHEDULE
@@ -110,8 +126,11 @@ FIRST_ORDER = {
             "weight_decay": Choice((0.0, 1e-4, 1e-3)),
         },
         sgd,
+        USUAL | {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
     ),
-    "adamw": Method(SCHEDULE | ADAM, adamw),
+    "adamw": Method(
+        SCHEDULE | ADAM, adamw, USUAL | {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0}
+    ),
 }
 
 # ---- KFAC ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 are built of linear layers and convolutions, and every layer's input has the batch on axis 0.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,7 @@ class Task:
     budget: int  # steps
     every: int  # steps between two evaluations
     trials: int  # settings to try for each method
+    seeds: int  # to compare the best of them on
 
     def measured(self, model: nn.Module) -> float:
         with torch.no_grad():
@@ -41,6 +43,11 @@ class Task:
 
     def reached(self, value: float) -> bool:
         return self.sign * value >= self.sign * self.target
+
+    def best(self, values: list[float]) -> float:
+        """The best of finite values, and infinitely bad if there is none."""
+        finite = [value for value in values if math.isfinite(value)]
+        return max(finite, key=lambda v: self.sign * v, default=-self.sign * math.inf)
 
 
 class Block(nn.Module):
@@ -149,7 +156,7 @@ def split(X: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def transformer_task() -> Task:
-    options = {"target": 0.95, "batch": 64, "budget": 400, "every": 5, "trials": 24}
+    options = {"target": 0.95, "batch": 64, "budget": 400, "every": 5, "trials": 24, "seeds": 3}
     data = split(*digits())
     return Task(
         VisionTransformer, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options
@@ -157,7 +164,7 @@ def transformer_task() -> Task:
 
 
 def graph_task() -> Task:
-    options = {"target": 0.96, "batch": 100, "budget": 100, "every": 2, "trials": 64}
+    options = {"target": 0.96, "batch": 100, "budget": 100, "every": 2, "trials": 64, "seeds": 5}
     images, y = digits()
     data = split(neighbourhoods(images), y)
     data |= {"X": data["X"][:LABELS], "y": data["y"][:LABELS]}
@@ -165,13 +172,13 @@ def graph_task() -> Task:
 
 
 def autoencoder_task() -> Task:
-    options = {"target": 0.40, "batch": 700, "budget": 1500, "every": 10, "trials": 24}
+    options = {"target": 0.40, "batch": 700, "budget": 2000, "every": 10, "trials": 24, "seeds": 3}
     X = digits()[0][:TRAINING].flatten(1)
     return Task(autoencoder, nn.MSELoss(), X, X, X, X, metric=squared_error, sign=-1, **options)
 
 
 def convolutional_task() -> Task:
-    options = {"target": 0.98, "batch": 128, "budget": 150, "every": 5, "trials": 40}
+    options = {"target": 0.98, "batch": 128, "budget": 150, "every": 5, "trials": 40, "seeds": 5}
     data = split(*digits())
     return Task(convolutional, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options)
 

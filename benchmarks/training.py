@@ -1,9 +1,9 @@
 """Steps and CPU time to a fixed target, KFAC beside SGD and AdamW: `python -m benchmarks.training`.
 
-Protocol. Every method gets the same budget of steps, the same family of schedules and at least as
+Protocol. Every method has the same budget of steps, the same family of schedules, and at least as
 many trials. A hit is the first of two consecutive evaluations that reach the target. CPU time is
-that of training alone, on one thread. Settings are drawn and tried on one seed; the best of
-them are tried on two more, and the smallest median wins; all numbers reported are from fresh seeds,
+that of training alone, on one thread. Settings are drawn and tried on one seed, the best of them
+are tried on a few more, and the smallest median wins. All numbers that count are from fresh seeds,
 where the methods take turns. A run that misses counts as infinite in every median.
 
     python -m benchmarks.training --search            # most of an hour
@@ -16,92 +16,36 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.factors import about
-from benchmarks.methods import FIRST_ORDER, METHODS, Config, Method, neighbour, settings, spread
+from benchmarks.loop import Run, train
+from benchmarks.methods import (
+    FIRST_ORDER,
+    METHODS,
+    Config,
+    Point,
+    neighbour,
+    settings,
+    spread,
+    sweep,
+)
+from benchmarks.step_time import step_times
 from benchmarks.tasks import TASKS, Task
+from benchmarks.variants import outcomes
 
 RESULTS = Path(__file__).parent / "results"
-KEPT, SEARCH_SEEDS = 4, (0, 1, 2)  # settings of the second round, and its seeds
+SWEPT = 8  # learning rates of a first-order method's sweep
+KEPT = 4  # settings of the second round
 FINAL_SEEDS = tuple(range(100, 109))
-
-
-@dataclass
-class Run:
-    """What one training run gave; all lists have one entry per evaluation."""
-
-    seed: int
-    steps: int | None = None  # to the hit
-    cpu: float | None = None  # seconds to the hit
-    total: float = 0.0  # CPU seconds of the whole run
-    metric: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-
-
-def train(task: Task, method: Method, config: Config, seed: int, limit: float | None = None) -> Run:
-    """Train until the schedule ends; with a limit, until the hit or until the cost exceeds it."""
-    torch.manual_seed(seed)
-    model = task.model()
-    optimizer = method.build(task, model, config)
-    horizon = round(config["horizon"] * task.budget)
-    schedule = LambdaLR(optimizer, lambda k: cosine(k / horizon, config["warmup"]))
-    observe = getattr(optimizer, "observe", lambda X, y: None)
-    data = batches(task, seed)
-    run = Run(seed)
-    at_evaluations = []
-    for step in range(1, horizon + 1):
-        start = time.process_time()
-        X, y = next(data)
-        optimizer.zero_grad()
-        loss = task.loss(model(X), y)
-        loss.backward()
-        observe(X, y)
-        optimizer.step()
-        schedule.step()
-        run.total += time.process_time() - start
-        if step % task.every == 0:
-            run.metric.append(round(task.measured(model), 5))
-            run.loss.append(round(loss.item(), 5))
-            at_evaluations.append(run.total)
-            if not math.isfinite(run.loss[-1]):
-                break
-            if run.steps is None and (hit := first_hit(task, run.metric)) is not None:
-                run.steps, run.cpu = (hit + 1) * task.every, at_evaluations[hit]
-            if limit is not None and (run.steps is not None or step * run.total > limit):
-                break
-    return run
-
-
-def cosine(progress: float, warmup: float) -> float:
-    """The learning rate's factor: up a line, then down half a cosine."""
-    if progress < warmup:
-        return progress / warmup + 1e-3
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
-
-
-def first_hit(task: Task, metric: list[float]) -> int | None:
-    """Index of the first of two consecutive evaluations that reach the target."""
-    reached = [task.reached(value) for value in metric]
-    return next((i for i in range(len(reached) - 1) if reached[i] and reached[i + 1]), None)
-
-
-def batches(task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of one size, for ever."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(task.X), generator=generator)
-        for index in order.split(task.batch):
-            if len(index) == task.batch:
-                yield task.X[index], task.y[index]
 
 
 def median(values: list[float | None]) -> float:
@@ -116,25 +60,32 @@ def search(task: Task, name: str) -> dict:
     """Try settings on one seed, the best of them on more, and keep the one of smallest cost.
 
     The first half of the settings fills the space, the others are neighbours of the best so far.
+    First-order methods, of which there are fewer, have half as many more, and before them a sweep.
     """
     method, random = METHODS[name], Random(0)
     count = 3 * task.trials // 2 if name in FIRST_ORDER else task.trials
+    points: list[Point | None] = [
+        *spread(method.space, count // 2, 0),
+        *(count - count // 2) * [None],
+    ]
+    if method.usual is not None:
+        points = [*sweep(method.space, method.usual, SWEPT), *points]
     trials: list[dict] = []
-    for point in spread(method.space, count // 2, seed=0) + (count - count // 2) * [None]:
+    for point in points:
         best = sorted(trials, key=partial(rank, task))[:KEPT]
         point = point or neighbour(method.space, random.choice(best)["point"], random)
         limit = best[-1]["cost"] or math.inf if len(best) == KEPT else math.inf
         config = settings(method.space, point)
-        run = train(task, method, config, SEARCH_SEEDS[0], limit)
-        metric = max(run.metric, key=lambda value: task.sign * value, default=math.nan)
+        run = train(task, method, config, 0, limit)
+        metric = task.best(run.metric)
         trials.append({"config": config, "point": point, "cost": cost(run), "best": metric})
     kept = sorted(trials, key=partial(rank, task))[:KEPT]
     for trial in kept:
-        runs = [train(task, method, trial["config"], s, math.inf) for s in SEARCH_SEEDS]
+        runs = [train(task, method, trial["config"], s, math.inf) for s in range(task.seeds)]
         trial |= {"all_steps": [run.steps for run in runs], "all_costs": [cost(r) for r in runs]}
     winner = min(kept, key=lambda t: (median(t["all_costs"]), rank(task, t)))
     for trial in trials:
-        trial["point"] = [round(u, 4) for u in trial["point"]]
+        del trial["point"]
     return {"trials": trials, "winner": winner["config"], "steps": winner["all_steps"]}
 
 
@@ -183,52 +134,71 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
 
 def written(result: dict) -> str:
     """JSON with every list of numbers on one line, and null for what is infinite."""
+    text = json.dumps(_finite(result), indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text) + "\n"
 
-    def finite(value):
-        if isinstance(value, dict):
-            return {k: finite(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    text = json.dumps(finite(result), indent=1)
-    join = lambda found: " ".join(found.group().split())  # noqa: E731
-    return re.sub(r"\[[^\[\]{}]*\]", join, text) + "\n"
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def stored(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run_search(task: Task, path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        start = time.process_time()
+        found = search(task, name)
+        result = stored(path)
+        result.setdefault("search", {})[name] = found
+        path.write_text(written(result))
+        seconds = time.process_time() - start
+        print(path.stem, name, found["winner"], found["steps"], f"{seconds:.0f} s", flush=True)
+
+
+def run_finals(task: Task, path: Path) -> None:
+    result = stored(path)
+    runs = finals(task, {name: of["winner"] for name, of in result["search"].items()})
+    result |= about(torch.device("cpu")) | {"finals": runs, "summary": summary(runs)}
+    path.write_text(written(result))
+    for name, row in result["summary"].items():
+        print(path.stem, f"{name:13s}", row, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, action="append", help="only this task")
-    parser.add_argument("--method", choices=METHODS, action="append", help="only this method")
+    parser.add_argument("--method", choices=METHODS, action="append", help="search only for this")
     parser.add_argument("--search", action="store_true", help="find settings, and store them")
     parser.add_argument("--finals", action="store_true", help="run the stored settings")
+    parser.add_argument("--step-time", action="store_true", help="time steps of T1 and T4")
+    parser.add_argument("--variants", action="store_true", help="every variant on T3 and T4")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for task_name in args.task or TASKS:
-        path = args.results / f"training-{task_name}.json"
-        task, stored = TASKS[task_name](), json.loads(path.read_text()) if path.exists() else {}
+    warnings.filterwarnings("ignore", message="Converting a tensor")
+    results = {name: args.results / f"training-{name}.json" for name in TASKS}
+    for name in args.task or TASKS:
         if args.search:
-            for name in args.method or METHODS:
-                start = time.process_time()
-                found = search(task, name)
-                stored.setdefault("search", {})[name] = found
-                seconds = time.process_time() - start
-                print(
-                    task_name, name, found["winner"], found["steps"], f"{seconds:.0f} s", flush=True
-                )
-                path.write_text(written(stored))
+            run_search(TASKS[name](), results[name], args.method or METHODS)
         if args.finals:
-            winners = {n: stored["search"][n]["winner"] for n in METHODS if n in stored["search"]}
-            runs = finals(task, winners)
-            stored |= {
-                "about": about(torch.device("cpu")),
-                "finals": runs,
-                "summary": summary(runs),
-            }
-            path.write_text(written(stored))
-            for name, row in stored["summary"].items():
-                print(task_name, name, row, flush=True)
+            run_finals(TASKS[name](), results[name])
+    if args.step_time:
+        times = {name: step_times(TASKS[name](), rounds=9) for name in ("T1", "T4")}
+        _write(args.results / "training-step-time.json", times)
+    if args.variants:
+        found = {n: stored(results[n])["search"]["kfac-expand"]["winner"] for n in ("T3", "T4")}
+        table = {name: outcomes(TASKS[name](), config) for name, config in found.items()}
+        _write(args.results / "training-variants.json", {"settings": found} | table)
+
+
+def _write(path: Path, result: dict) -> None:
+    path.write_text(written(about(torch.device("cpu")) | result))
 
 
 if __name__ == "__main__":
