@@ -201,7 +201,7 @@ def main() -> None:
         times = {name: step_times(TASKS[name](), rounds=9) for name in ("T1", "T4")}
         _write(args.results / "training-step-time.json", times)
     if args.variants:
-        found = {n: stored(results[n])["search"]["kfac-expand"]["winner"] for n in ("T3", "T4")}
+        found = {n: stored(results[n])["search"]["ekfac"]["winner"] for n in ("T3", "T4")}
         table = {name: outcomes(TASKS[name](), config) for name, config in found.items()}
         _write(args.results / "training-variants.json", {"settings": found} | table)
 
