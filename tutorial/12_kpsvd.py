@@ -129,9 +129,10 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # And the product of $G \otimes G$ with a vector is the vec trick, [(1.6)]:
 #
 # $$
-# R \operatorname{vec}(X) = \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) ,
-# \qquad
-# R^\top \operatorname{vec}(Y) = \operatorname{vec} \Bigl( \sum_{v,n} G_{vn}^\top Y G_{vn} \Bigr) .
+# \begin{aligned}
+# R \operatorname{vec}(X) &= \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) , \\
+# R^\top \operatorname{vec}(Y) &= \operatorname{vec} \Bigl( \sum_{v,n} G_{vn}^\top Y G_{vn} \Bigr) .
+# \end{aligned}
 # \tag{12.3}
 # $$
 #
@@ -139,9 +140,10 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # and $R^\top \operatorname{vec}(I)$. With one position, $G = g a^\top$, no gradient is needed either:
 #
 # $$
-# \sum_{v,n} G_{vn} X G_{vn}^\top = \sum_n (a_n^\top X a_n) \sum_v g_{vn} g_{vn}^\top ,
-# \qquad
-# \sum_{v,n} G_{vn}^\top Y G_{vn} = \sum_n \Bigl( \sum_v g_{vn}^\top Y g_{vn} \Bigr) a_n a_n^\top .
+# \begin{aligned}
+# \sum_{v,n} G_{vn} X G_{vn}^\top &= \sum_n (a_n^\top X a_n) \sum_v g_{vn} g_{vn}^\top , \\
+# \sum_{v,n} G_{vn}^\top Y G_{vn} &= \sum_n \Bigl( \sum_v g_{vn}^\top Y g_{vn} \Bigr) a_n a_n^\top .
+# \end{aligned}
 # \tag{12.4}
 # $$
 #
@@ -508,7 +510,7 @@ assert shrunk[1e-6] > shrunk[1e-2] > shrunk[1e-1]
 # ## Nearer, and then?
 #
 # The paper reports that all four methods are nearer to the Fisher than KFAC, and faster than KFAC on
-# three autoencoders. The first half is [Theorem 12.2], nearly. We measure both at our scale: the error, and
+# three autoencoders. The first half is [Theorem 12.2]. We measure both at our scale: the error, and
 # what a step is worth. The step is $p = -M_\delta^{-1} h$ for the gradient $h$ of the layer, with the best
 # learning rate; we print the share of the damped parabola's largest possible decrease that it achieves.
 # The last member of the family is not in the paper: the eigenvectors of KPSVD with the
