@@ -253,6 +253,13 @@ def test_a_batch_is_its_members_though_they_stop_at_different_times(device):
     check_equal(together[3], 1e-9 * together[1])
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-310, 1e150])
+def test_no_square_of_a_gradient_underflows(size, device):
+    M, G = cg_fac(random_io(device)), gradient(device)
+    inverse = truncated_inverse(M, 0.1, max_iter=200, tol=0.0)  # far beyond convergence
+    check_equal(inverse @ (size * G) / size, inverse @ G)
+
+
 def test_a_truncated_inverse_is_not_a_linear_map(device):
     M, (X, Y) = cg_fac(random_io(device, N=8)), gradient(device, 2)
     inverse = truncated_inverse(M, 0.1, max_iter=2)

@@ -143,8 +143,11 @@ def truncated_cg(
     Raises:
         ValueError: If a direction of negative curvature shows that `M` is not positive definite.
     """
-    x, r, z = torch.zeros_like(b), b, precondition(b)
-    p, rz, target = z, _dot(b, z), tol**2 * _dot(b, b)
+    size = b.abs().amax((-2, -1), keepdim=True)  # in its own unit, no square underflows
+    size = size.where(size > 0, 1.0)
+    x, r = torch.zeros_like(b), b / size
+    z, target = precondition(r), (tol**2 * _dot(r, r)).clamp_min(_nothing(b))
+    p, rz = z, _dot(r, z)
     for _ in range(max_iter):
         active = _dot(r, r) > target
         if not active.any():
@@ -158,7 +161,12 @@ def truncated_cg(
         z = precondition(r)
         rz, old = _dot(r, z), rz
         p = z + rz / old.where(old > 0, 1.0) * p
-    return x
+    return size * x
+
+
+def _nothing(b: Tensor) -> float:
+    """A square that cannot be told from zero."""
+    return torch.finfo(b.dtype).tiny / torch.finfo(b.dtype).eps
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
