@@ -483,7 +483,7 @@ io = LayerIO(torch.randn(20, 1, 300), torch.randn(4, 20, 1, 6))
 full, low, V = mini_block(io), mini_block_rows(io), torch.randn(6, 300)
 assert_exact(low.inverse(0.01) @ V, full.inverse(0.01) @ V)
 assert_exact(low @ V, full @ V)
-kept = low.a.numel() + low.g.numel() + low.inverse(0.01).L.numel()
+kept = low.U.a.numel() + low.U.g.numel() + low.inverse(0.01).L.numel()
 print(f"numbers kept: {full.blocks.numel():,} in blocks, {kept:,} in rows and small factors")
 assert full.blocks.numel() > 50 * kept
 
