@@ -359,6 +359,7 @@ class Residual(nn.Module):
     def forward(self, x):
         x = x + torch.tanh(self.a(x))
         x = 0.5 * x - nn.functional.gelu(self.b(x)) + torch.ones(3, device=x.device)
+        x = torch.linspace(0, 1, 3, device=x.device) - x  # torch's own subtraction
         return self.out(x)
 
 
