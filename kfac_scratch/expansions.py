@@ -46,6 +46,11 @@ class Expansion(Protocol):
         """What each coefficient is: a multiset of directions, or the number of a sum."""
         ...
 
+    @property
+    def tops(self) -> list[int]:
+        """Which coefficients serve no other: useless, unless they are wanted themselves."""
+        ...
+
     def start(self, X: Float[Tensor, "N d"]) -> Coefficients:
         """The coefficients of `x` itself."""
         ...
@@ -96,6 +101,12 @@ class SecondOrder:
         """The value, the directions, the sums."""
         singles = [(i,) for i in range(self.directions.shape[-2])]
         return [(), *singles, *range(len(self.C))]
+
+    @property
+    def tops(self) -> list[int]:
+        """The sums; or the directions; or the value."""
+        sums = range(1 + self.directions.shape[-2], len(self.names))
+        return list(sums or range(1, len(self.names)) or [0])
 
     def start(self, X: Float[Tensor, "N d"]) -> Coefficients:
         """`x` has the directions as first derivatives, and no second ones."""

@@ -68,6 +68,13 @@ class Partials:
         """The derivatives that travel by themselves, then the sums."""
         return [*self.kept, *range(len(self.sums))]
 
+    @property
+    def tops(self) -> list[int]:
+        """The sums, and what is part of no other derivative."""
+        all_of_them = [*self.kept, *(alpha for total in self.sums for alpha in total)]
+        parts = {beta for alpha in all_of_them for beta in submultisets(alpha)}
+        return [s for s, name in enumerate(self.names) if name not in parts]
+
     def start(self, X: Float[Tensor, "N d"]) -> Coefficients:
         """`x` has the directions as first derivatives, and no others."""
         c = X.new_zeros(len(X), len(self.names), checked(self.directions, X).shape[1])

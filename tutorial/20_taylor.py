@@ -151,7 +151,10 @@ print("value, first and second derivative at the first point:", by_hand[0].tolis
 # $\partial^\beta z$ becomes $\partial_v \partial^\beta z$: the new member joins that block. Every partition of the
 # larger multiset arises once in this way. $\blacksquare$
 #
-# The proof is an algorithm. Equal products are counted, not listed:
+# ### As an algorithm
+#
+# The proof is one: put the last member into a block by itself, or into each of the blocks that are
+# there. Equal products are counted, not listed.
 
 # %% tags=["beside", "remove-input"]
 code(partitions)
@@ -189,7 +192,7 @@ for k in range(1, 5):
 V = torch.randn(2, 3)
 expansion = jets(V, 6)
 coefficients = taylor.taylor(net, X, expansion)  # [N, S, 1]
-print("S =", len(expansion.names), "coefficients:", expansion.names)
+print("S =", len(expansion.names), "coefficients:", *expansion.names[:5], "and so on")
 for s, alpha in enumerate(expansion.names):
     assert_exact(coefficients[:, s, 0], derivative(net, X, [V[r] for r in alpha]))
 
@@ -298,7 +301,7 @@ def forward_laplacian_by_hand(net: nn.Sequential, x: Tensor, C: Tensor) -> Tenso
 # needs $\sigma'''$, and then both passes are a few sweeps over the coefficients. (Tests differentiate
 # [(20.3)] by autodiff and compare.)
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(SecondOrder.form, taylor.forward_laplacian)
 
 # %%
@@ -419,6 +422,8 @@ for column, (ax, title) in enumerate(zip(axes, titles, strict=True)):
     for name, values in costs.items():
         ax.loglog(sizes, [row[column] for row in values], "o-", label=name)
     ax.set(xlabel="dimension $d$", title=title)
+    ax.set_xticks(sizes, labels=sizes)
+    ax.minorticks_off()
 axes[0].legend()
 plt.show()
 
@@ -435,7 +440,7 @@ plt.show()
 # answer instead. So a *jet can be passed to a model in place of a tensor*, and nothing in the model needs
 # to know:
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(taylor.Jet.__torch_function__, taylor._linear, taylor.taylor)
 
 # %% [markdown]
@@ -487,12 +492,12 @@ assert (model(on_boundary) == 0).all()
 #
 # $$
 # z_{ns} = W a_{ns}, \qquad
-# a_{ns} = \begin{pmatrix} h_{ns} \\ 1 \end{pmatrix} \text{ for the value}, \quad
-# \begin{pmatrix} h_{ns} \\ 0 \end{pmatrix} \text{ for the derivatives,}
+# a_{n0} = \begin{pmatrix} h_{n0} \\ 1 \end{pmatrix}, \quad
+# a_{ns} = \begin{pmatrix} h_{ns} \\ 0 \end{pmatrix} \text{ for } s \gt 0 ,
 # \tag{20.8}
 # $$
 #
-# with the bias in the last column of $W$, as always. That is a layer with weight sharing and $S = d + 2$
+# with the value at $s = 0$, and the bias in the last column of $W$, as always. That is a layer with weight sharing and $S = d + 2$
 # positions. Only the bias is unusual: its input is 1 at one position and 0 at all
 # others. Between the linear layers, an activation now mixes the positions, as attention would.
 # [Chapter 21](21_pinn.py) applies KFAC to this network.
