@@ -568,7 +568,7 @@ plt.show()
 code(PartialTraces.kronecker)
 
 # %% [markdown]
-# `Averaged` moves every tensor of a matrix towards that of the newest batch. For TKFAC this
+# `Averaged` moves $A$ and $B$ towards those of the newest batch. For TKFAC this
 # gives **TKFAC of the averaged block, exactly**, for any number of batches and any decay. For KFAC nothing of
 # the kind holds: averaged factors do not belong to any averaged block.
 

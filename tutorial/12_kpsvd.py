@@ -582,7 +582,7 @@ assert total["KPSVD"] < 0.97 * total["TKFAC"]
 # A single product may be averaged factor by factor, as KFAC is: both factors have the same norm and
 # no sign to lose. (Still, averages of factors are not factors of the average.) For two products that is
 # wrong. The second pair's signs are arbitrary, and when $\sigma_1$ and $\sigma_2$, or $\sigma_2$ and $\sigma_3$,
-# change places, so do the terms. `Averaged` does not know this.
+# change places, so do the terms. `Averaged` refuses a `KroneckerSum` for that reason.
 #
 # There is a clean way. [(12.1)] holds for any matrix that we can multiply with. The average of the old
 # matrix and the new block, $(1 - w) M + w F$, is one: a batch and two further products. So take the nearest sum to
@@ -594,13 +594,13 @@ code(Recompressed.update)
 # %%
 two = [random_io(1, V=1) for _ in range(2)]  # two data: the average is a sum of two products
 average = 0.5 * two[0].block() + 0.5 * two[1].block()
-states = {}
-for name, estimator in (("factors", Averaged(deflation)), ("blocks", Recompressed(nearest_sum))):
-    state = estimator.update(None, two[0], 1.0)
-    states[name] = estimator.update(state, two[1], 0.5)
-    print(f"averages of {name}: error {relative_error(states[name].dense(), average):.3f}")
-assert_exact(states["blocks"].dense(), average)
-assert relative_error(states["factors"].dense(), average) > 0.1
+old, now = (deflation(io) for io in two)
+by_factors = KroneckerSum(old.first.mixed(now.first, 0.5), old.second.mixed(now.second, 0.5))
+by_blocks = Recompressed(nearest_sum).update(old, two[1], 0.5)
+for name, M in {"factors": by_factors, "blocks": by_blocks}.items():
+    print(f"averages of {name}: error {relative_error(M.dense(), average):.3f}")
+assert_exact(by_blocks.dense(), average)
+assert relative_error(by_factors.dense(), average) > 0.1
 
 M = kpsvd(random_io(20))
 new = random_io(20)
