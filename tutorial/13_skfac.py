@@ -24,6 +24,8 @@
 # positions. Then we look at what one batch cannot know, and why that makes the damping matter more.
 
 # %%
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -38,7 +40,7 @@ from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import empirical, monte_carlo, type2
-from kfac_scratch.low_rank import FourBlocks, inverse_of_damped_factors
+from kfac_scratch.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
 from kfac_scratch.matrices import Kronecker
 from kfac_scratch.preconditioner import preconditioner
 from kfac_scratch.roots import (
@@ -163,7 +165,7 @@ assert_exact(inverse_by_hand(U, gamma), torch.linalg.inv(A + gamma * eye_like(A)
 # $U^\top = Q R$ gives $U U^\top = R^\top R$, and the $d$ columns of $R^\top$ do as well. So no more is
 # ever stored than for the factor.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(skfac, few)
 
 # %% [markdown]
@@ -201,7 +203,7 @@ for fisher in (monte_carlo(1, generator), type2):
 # balances them with $\pi$, which needs the traces of the factors only, and these are the sums of all
 # squared entries of the columns.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(woodbury_inverse, WoodburyInverse, factored_woodbury)
 
 # %%
@@ -294,7 +296,7 @@ assert gain[0] < 2 < 10 < gain[-1]
 #
 # Everything in the middle is small.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(push_through)
 
 # %% [markdown]
@@ -351,7 +353,7 @@ for gamma in gammas:
     for row, step in zip(forms.values(), steps, strict=True):
         row.append(relative_error(step.double(), right))
 
-# %% tags=["hide-input"] alt="Log-log plot of the relative error of a step in single precision against the damping of the factors, from one down to ten to the minus seven. The step that is pushed through stays at a small error, the two others grow by two orders of magnitude for each order of magnitude of the damping, until they exceed the step itself." caption="Error of a step in single precision, for the batch's own gradient. Both forms that divide by the damping lose all digits; the one that does not keeps them."
+# %% tags=["hide-input"] alt="Log-log plot of the relative error of a step in single precision against the damping of the factors, from one down to ten to the minus seven. The step that is pushed through stays at a small error, the three others grow by two orders of magnitude for each order of magnitude of the damping, until they exceed the step itself." caption="Error of a step in single precision, for the batch's own gradient. All forms that divide by the damping lose all digits, even in double precision if the gradient was rounded; the one that does not keeps them."
 fig, ax = plt.subplots(figsize=(6.2, 3.4))
 for (name, row), style in zip(forms.items(), ("-", "--", ":", "-"), strict=True):
     ax.loglog(gammas, row, "." + style, label=name)
@@ -379,19 +381,9 @@ assert forms["pushed through"][0] < 0.1
 # All other eigenvalues are zero. Complete both bases in any way. The eigenvalues of
 # $B \otimes A + \delta I$ are $\beta_i \alpha_j + \delta$ where both vectors are known, and $\delta$
 # everywhere else.
-
-# %% tags=["hide-input"] alt="Heat map of the eigenvalues of a damped inverse, as many rows as the layer has outputs and as many columns as it has inputs. The upper left rectangle has varying small values, the rest is one constant." caption="Eigenvalues of $(B \otimes A + \delta I)^{-1}$, arranged by eigenvectors of $B$ (rows) and of $A$ (columns), the largest first. Three columns for $A$, two for $B$."
-M = KroneckerRoots(torch.randn(12, 3), torch.randn(8, 2))
-Q_A, Q_B = torch.linalg.svd(M.UA).U, torch.linalg.svd(M.UB).U  # completed to bases
-inverse = M.inverse(0.5)
-table = torch.stack(
-    [torch.stack([r @ (inverse @ torch.outer(r, q)) @ q for q in Q_A.T]) for r in Q_B.T]
-)
-matrices({r"$1 / (\beta_i \alpha_j + \delta)$": table})
-
-# %% [markdown]
-# So: divide everything by $\delta$, and correct the rectangle. The low-rank methods of the next
-# chapters give the unknown directions a number, too, so that the package treats the general case.
+#
+# So: divide everything by $\delta$, and correct a rectangle. Other low-rank
+# methods give the unknown directions a number, too, so that the package treats the general case.
 # Let $A$ have the eigenvalue $c_A$ outside of its known vectors and $B$ have $c_B$. The table then
 # has four blocks. Write $w$ for the inverse eigenvalues of each,
 #
@@ -408,7 +400,27 @@ matrices({r"$1 / (\beta_i \alpha_j + \delta)$": table})
 # corrected twice, and gets $w_{ij} - w_{i\cdot} - w_{\cdot j} + w$ in addition. Products cost
 # $d_\text{in} d_\text{out}$ times the number of columns, as before.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["hide-input"] alt="Two heat maps of 8 by 12 eigenvalues. Left, for few columns: the upper left rectangle of 2 by 3 has small, varying values, and all the rest is one constant. Right, with tails: four blocks; rows beside the rectangle and columns below it vary along one direction, and the lower right block is one constant." caption="Eigenvalues of $(B \\otimes A + \\delta I)^{-1}$, arranged by eigenvectors of $B$ (rows) and of $A$ (columns), the largest first. Three vectors of $A$ and two of $B$ are known."
+Q_A, Q_B = (torch.linalg.qr(torch.randn(d, d)).Q for d in (12, 8))
+known = torch.tensor([3.0, 2.0, 1.2]), torch.tensor([2.0, 1.0])
+
+
+def table(c_A: float, c_B: float) -> Tensor:
+    """Eigenvalues of the damped inverse, by applying it to every pair of eigenvectors."""
+    tails = torch.tensor([c_A, c_B])
+    M = LowRankKronecker(Q_A[:, :3], known[0], tails[0], Q_B[:, :2], known[1], tails[1])
+    inverse = M.inverse(0.5)
+    pairs = torch.einsum("po,qi->oipq", Q_B, Q_A)
+    return torch.einsum("oipq,oipq->oi", pairs, inverse @ pairs)
+
+
+assert_exact(table(0, 0)[:2, :3], 1 / (torch.outer(known[1], known[0]) + 0.5))
+assert_exact(table(0.9, 0.6)[2:, 3:], torch.full((6, 9), 1 / (0.9 * 0.6 + 0.5)))
+matrices(
+    {r"few columns: $c_A = c_B = 0$": table(0, 0), r"$c_A = 0.9$, $c_B = 0.6$": table(0.9, 0.6)}
+)
+
+# %% tags=["remove-input"]
 code(KroneckerRoots.inverse, KroneckerRoots.low_rank, FourBlocks.__matmul__)
 
 # %%
@@ -446,7 +458,7 @@ for io in ios.values():
 # positions into parts of equal size, the $A_{\mathcal T}$ of all parts average to the full $A$,
 # and the $B_{\mathcal T}$ to the full $B$: each part is an unbiased guess of both.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(averaged, subsampled, at_positions)
 
 
@@ -571,7 +583,7 @@ assert growth["another batch"] > 50 > 10 > growth["own batch"]
 # what remembers. The weights of the dropped batches are left out of the sum, and the rest is
 # scaled up to one.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(Window.update)
 
 # %%
@@ -610,7 +622,7 @@ try:
     Averaged(skfac).update(state, stream[1], 0.5)
     raise AssertionError
 except TypeError as refused:
-    print(refused)
+    print(fill(str(refused), 90))
 wrong = KroneckerRoots((state.UA + skfac(stream[1]).UA) / 2, (state.UB + skfac(stream[1]).UB) / 2)
 right = Averaged(kfac).update(kfac(stream[0]), stream[1], 0.5)
 assert relative_error(wrong.UB @ wrong.UB.T, right.B) > 0.3
@@ -717,12 +729,16 @@ assert relative_error(without, with_bias[:, :-1]) > 1e-3
 # takes the columns themselves apart:
 
 # %%
-twice = KroneckerRoots(*(1000 * torch.cat([V, V], dim=1).float() for V in (M.UA, M.UA)))
+four_times = torch.full((3, 4), 1000.0).float()  # four data, all the same
 try:
-    woodbury_inverse(KroneckerRoots(torch.full((3, 4), 1e3).float(), twice.UB), 1e-6, 1e-6)
+    woodbury_inverse(KroneckerRoots(four_times, four_times), 1e-6, 1e-6)
     raise AssertionError
 except ValueError as refused:
-    print(refused)
+    print(fill(str(refused), 90))
+exact = KroneckerRoots(four_times.double(), four_times.double()).inverse(1e-6)
+single = KroneckerRoots(four_times, four_times).inverse(1e-6)
+G = torch.randn(3, 3)
+assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 
 # %% [markdown]
 # ## Exercises
