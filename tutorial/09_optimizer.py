@@ -13,14 +13,14 @@
 # %% [markdown]
 # # 9. The optimizer: from a matrix to a training run
 #
-# **Part II: KFAC.** Batches follow one another and parameters move: how does one matrix follow them,
-# and who decides how long a step is?
+# **Part II: KFAC.** Batches follow one another and parameters move: how does one matrix follow
+# them, and who decides how long a step is?
 #
 # By now we can turn a batch into one matrix for each layer, damp it, invert it, and apply it to a
 # gradient. An optimizer repeats this, and repetition raises three questions that a single batch
-# does not. What is remembered from one batch to the next? How far does a step go? And how seldom may
-# the expensive parts be done? The answers are short, but each has a version that looks the same and
-# is wrong. This chapter derives the right ones, shows the wrong ones fail, and ends with
+# does not. What is remembered from one batch to the next? How far does a step go? And how seldom
+# may the expensive parts be done? The answers are short, but each has a version that looks the
+# same and is wrong. This chapter derives the right ones, shows the wrong ones fail, and ends with
 # measurements of what all of it is worth, including where it is worth nothing.
 
 # %%
@@ -142,9 +142,9 @@ for count, (X, y) in enumerate(batches(10), start=1):
         parameters[name].data += change[name]
 
 # %% [markdown]
-# The shipped optimizer has PyTorch's interface, and the loop has one more line than usual: `observe`
-# shows it the batch. If it may look at every batch, it takes the same steps as our loop, to the last
-# bit.
+# The shipped optimizer has PyTorch's interface, and the loop has one more line than usual:
+# `observe` shows it the batch. If it may look at every batch, it takes the same steps as our loop,
+# to the last bit.
 
 # %%
 theirs = network()
@@ -175,11 +175,12 @@ code(KFAC.observe, KFAC.update_curvature, KFAC.step)
 # %% [markdown]
 # ### How often
 #
-# A step costs a forward and a backward pass and, for each layer, a few products with small matrices.
-# The matrices cost another two passes, and the inverse costs $d_\text{in}^3 + d_\text{out}^3$.
-# Curvature changes more slowly than the gradient, which is different in every batch. So both may be
-# done every so many steps: `factor_every` and `inverse_every`, 10 unless you say otherwise. We count
-# passes through the network, and compare what is reached.
+# A step costs a forward and a backward pass and, for each layer, a few products with small
+# matrices. The matrices cost another two passes, and the inverse costs
+# $d_\text{in}^3 + d_\text{out}^3$. Curvature changes more slowly than the gradient, which is
+# different in every batch. So both may be done every so many steps: `factor_every` and
+# `inverse_every`, 10 unless you say otherwise. We count passes through the network, and compare
+# what is reached.
 
 
 # %%
@@ -214,9 +215,10 @@ assert max(reached.values()) < 0.3
 # %% [markdown]
 # ## Averages over batches
 #
-# A batch is a noisy witness of curvature. An optimizer averages over many, but the parameters move,
-# so old batches should count less. The usual compromise is an exponential average: with a **decay**
-# $\rho$, a batch that is $k$ batches old has the weight $\rho^k$. Divided by the sum of the weights,
+# A batch is a noisy witness of curvature. An optimizer averages over many, but the parameters
+# move, so old batches should count less. The usual compromise is an exponential average: with a
+# **decay** $\rho$, a batch that is $k$ batches old has the weight $\rho^k$. Divided by the sum of
+# the weights,
 #
 # $$
 # M_t = \frac{1}{Z_t} \sum_{i=1}^{t} \rho^{\,t-i} \hat M_i ,
@@ -225,8 +227,8 @@ assert max(reached.values()) < 0.3
 # \tag{9.2}
 # $$
 #
-# where $\hat M_i$ is what batch $i$ alone gives. Nobody stores all $\hat M_i$. It is enough to know the
-# share of the newest one.
+# where $\hat M_i$ is what batch $i$ alone gives. Nobody stores all $\hat M_i$. It is enough to
+# know the share of the newest one.
 #
 # <div class="admonition theorem" markdown="1" id="thm-9.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 9.1 (bias-corrected average)</b></p>
@@ -249,11 +251,12 @@ assert max(reached.values()) < 0.3
 # Z_t M_t = \rho Z_{t-1} M_{t-1} + \hat M_t .
 # $$
 #
-# Divide by $Z_t$, and the first coefficient is $\rho Z_{t-1} / Z_t = 1 - 1 / Z_t = 1 - w_t$. For $t = 1$
-# it is zero. $\blacksquare$
+# Divide by $Z_t$, and the first coefficient is $\rho Z_{t-1} / Z_t = 1 - 1 / Z_t = 1 - w_t$. For
+# $t = 1$ it is zero. $\blacksquare$
 #
-# The state is a matrix, the update takes a matrix to a matrix, and nothing needs a start value. This
-# is all that the package calls an **estimator**. A function of one batch becomes one with `Averaged`:
+# The state is a matrix, the update takes a matrix to a matrix, and nothing needs a start value.
+# This is all that the package calls an **estimator**. A function of one batch becomes one with
+# `Averaged`:
 
 # %% tags=["remove-input"]
 code(weight_of_newest, Averaged)
@@ -293,9 +296,9 @@ for t in (1, 2, 7):
 # $$
 #
 # batches. For $\rho = 0.95$ this is 39. And which side does a "decay of 0.95" weigh? Here, and in
-# [Martens and Grosse (2015)](bibliography.md#kfac), the old one. If it weighs the *new* matrix, $\rho$ is in truth 0.05, and the average is over
-# 1.1 batches: no average at all. With the weights fixed, we can see how far each is from the factor
-# of all 1000 images:
+# [Martens and Grosse (2015)](bibliography.md#kfac), the old one. If it weighs the *new* matrix,
+# $\rho$ is in truth 0.05, and the average is over 1.1 batches: no average at all. With the network
+# held fixed, we can see how far each is from the factor of all 1000 images:
 
 # %%
 whole = kfac(layer_ios(model, loss, images[:1000], labels[:1000])["0"])
@@ -319,8 +322,8 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # %% [markdown]
 # ### Never start at the identity
 #
-# Some implementations start the average at $M_0 = I$ and use the constant share $w = 1 - \rho$. Unrolled,
-# for each factor,
+# Some implementations start the average at $M_0 = I$ and use the constant share $w = 1 - \rho$.
+# Unrolled, for each factor,
 #
 # $$
 # A_t = \rho^t I + (1 - \rho) \sum_{i=1}^{t} \rho^{\,t-i} \hat A_i
@@ -337,11 +340,11 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # \tag{9.6}
 # $$
 #
-# We know the right side: it is factored damping, [(8.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$.
-# **A start at the identity is a damping that decays**, on a schedule that nobody chose: for
-# $\rho = 0.95$ it is $\delta = \gamma_1^2 = 361$ in the first step. And $\pi = 1$ is the wrong one, for $A$
-# has entries of order one, while $B$, which carries the scale of the loss, is small. An estimator
-# that does this is five lines, and it can be passed to the optimizer like any other:
+# We know the right side: it is factored damping, [(8.6)], with $\sqrt\delta = \gamma_t$ and
+# $\pi = 1$. **A start at the identity is a damping that decays**, on a schedule that nobody chose:
+# for $\rho = 0.95$ it is $\delta = \gamma_1^2 = 361$ in the first step. And $\pi = 1$ is the wrong
+# one, for $A$ has entries of order one, while $B$, which carries the scale of the loss, is small.
+# An estimator that does this is five lines, and it can be passed to the optimizer like any other:
 
 
 # %%
@@ -367,10 +370,8 @@ for t in (1, 10, 30, 60):
 
     lengths[t] = ((biased.inverse(1e-3) @ G).norm() / (right.inverse(1e-3) @ G).norm()).item()
     shares[t] = 0.95**t * len(right.B) / biased.B.trace().item()
-    print(
-        f"batch {t:2}: hidden damping {gamma**2:7.1e}; of the trace of B {shares[t]:4.0%}", end=" "
-    )
-    print(f"is the identity; step {lengths[t]:.3f} times as long")
+    print(f"batch {t:2}: hidden damping {gamma**2:7.1e}, identity {shares[t]:4.0%} of the", end=" ")
+    print(f"trace of B, step {lengths[t]:.3f} times as long")
 assert max(lengths.values()) < 0.5 < shares[60] < shares[1]
 assert lengths[10] < lengths[30] < lengths[60]
 
@@ -393,11 +394,11 @@ assert lengths[10] < lengths[30] < lengths[60]
 # \tag{9.7}
 # $$
 #
-# The difference is a covariance between $B$ and $A$, this time over batches. Which of the two do we
-# want? The average of products is a sum of Kronecker products and not one itself, so it could not be
-# inverted cheaply. And the average of factors is what KFAC would give for *one large batch* made of
-# all small ones, as long as the parameters stay. It is the other average that depends on how the data
-# were cut into batches.
+# The difference is a covariance between $B$ and $A$, this time over batches. Which of the two do
+# we want? The average of products is a sum of Kronecker products and not one itself, so it could
+# not be inverted cheaply. And the average of factors is what KFAC would give for *one large batch*
+# made of all small ones, as long as the parameters stay. It is the other average that depends on
+# how the data were cut into batches.
 
 # %%
 first, second = stream[:2]
@@ -415,16 +416,16 @@ products = (K1.dense() + K2.dense()) / 2
 assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()
 
 # %% [markdown]
-# For other matrices the average is another: `Diagonal` and `Dense` average entries; an eigenbasis is
-# never averaged but replaced, and the eigenvalues are carried over ([Chapter 10](10_ekfac.py)). Each
-# matrix knows its own rule, its method `mixed`, and one without it is refused by name.
+# For other matrices the average is another: `Diagonal` and `Dense` average entries; an eigenbasis
+# is never averaged but replaced, and the eigenvalues are carried over ([Chapter 10](10_ekfac.py)).
+# Each matrix knows its own rule, its method `mixed`, and one without it is refused by name.
 #
 # ## How long is a step?
 #
-# The undamped Newton step is right for a parabola. Ours is a guess of a parabola, from a few batches,
-# block by block. [Chapter 8](08_damping.py) took one such step and damped it. What if we take many?
-# We run 25 steps for a grid of dampings and learning rates, first with the bare rule [(9.1)], then
-# with two of the controls that follow, and look at the loss afterwards.
+# The undamped Newton step is right for a parabola. Ours is a guess of a parabola, from a few
+# batches, block by block. [Chapter 8](08_damping.py) took one such step and damped it. What if we
+# take many? We run 25 steps for a grid of dampings and learning rates, first with the bare rule
+# [(9.1)], then with two of the controls that follow, and look at the loss afterwards.
 
 # %%
 dampings, rates = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), (1e-3, 1e-2, 1e-1, 1.0)
@@ -447,6 +448,8 @@ for name, count in worse.items():
 assert worse["no control"] >= 8
 assert worse["graft"] < worse["no control"]
 assert all(outcome["graft", d, r] < start for d in dampings for r in rates[:3])
+dead = [outcome["KL clip", d, 0.1] / outcome["KL clip", d, 1.0] for d in dampings[:3]]
+assert max(abs(ratio - 1) for ratio in dead) < 1e-3  # the learning rate has no effect
 good = [max(outcome["graft", d, 0.01] for d in dampings), outcome["no control", 1e-4, 0.01]]
 assert good[0] < 0.5 * start < start < good[1]
 
@@ -456,9 +459,7 @@ for ax, name in zip(axes, controls, strict=True):
     table = [[outcome[name, d, r] for r in rates] for d in dampings]
     ax.imshow([[math.log10(v) for v in row] for row in table], vmin=-1.3, vmax=3, aspect="auto")
     for (i, row), j in itertools.product(enumerate(table), range(len(rates))):
-        text = (
-            f"{row[j]:.2f}" if row[j] < 10 else f"{row[j]:.0f}" if row[j] < 1e4 else f"{row[j]:.0e}"
-        )
+        text = f"{row[j]:.2f}" if row[j] < 10 else f"{row[j]:.0f}" if row[j] < 1e4 else "> 10⁴"
         shade = "#f4f4f4" if row[j] < 20 else "#222222"
         ax.text(j, i, text, ha="center", va="center", fontsize=8, color=shade)
     ax.set_xticks(range(len(rates)), [f"{r:g}" for r in rates])
@@ -468,27 +469,28 @@ axes[0].set_ylabel(r"damping $\delta$")
 plt.show()
 
 # %% [markdown]
-# Without control, damping and learning rate have to be found together, in a narrow region. The reason
-# is a single number: the length of the step. A small damping makes it long, and so does a large
-# learning rate. The controls of the package fix the length, each by its own yardstick. They do not make
-# every setting a good one: a clip does not save a damping that is far too small, and a grafted step with
-# $\eta = 1$ is as absurd as Adam's. But good settings are no longer hard to hit. A control is a function from a step to a step, and a step is a value: gradient, direction, rates,
+# Without control, damping and learning rate have to be found together, in a narrow region. The
+# reason is a single number: the length of the step. A small damping makes it long, and so does a
+# large learning rate. The controls of the package fix the length, each by its own yardstick. They
+# do not make every setting a good one: a clip does not save a damping that is far too small, and a
+# grafted step with $\eta = 1$ is as absurd as Adam's. But good settings are no longer hard to hit.
+# A control is a function from a step to a step, and a step is a value: gradient, direction, rates,
 # nothing taken yet.
 #
 # ## The KL clip
 #
 # What is a natural yardstick? What the step does to the model's *predictions*. For a small change
-# $\Delta$ of the parameters, the KL divergence between the predicted distributions before and after,
-# averaged over the data, is
+# $\Delta$ of the parameters, the KL divergence between the predicted distributions before and
+# after, averaged over the data, is
 #
 # $$
 # \operatorname{KL} = \tfrac12\, \Delta^\top F \Delta + O(\lVert \Delta \rVert^3) ,
 # \tag{9.8}
 # $$
 #
-# because its value and its slope vanish at $\Delta = 0$, and its second derivative there is the Fisher
-# $F$ ([Chapter 2](02_curvature.py)). So we could forbid $\Delta^\top F \Delta$ to exceed some $\kappa$.
-# The product with $F$ need not even be computed:
+# because its value and its slope vanish at $\Delta = 0$, and its second derivative there is the
+# Fisher $F$ ([Chapter 2](02_curvature.py)). So we could forbid $\Delta^\top F \Delta$ to exceed
+# some $\kappa$. The product with $F$ need not even be computed:
 #
 # <div class="admonition theorem" markdown="1" id="thm-9.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 9.2 (KL clip)</b></p>
@@ -500,24 +502,28 @@ plt.show()
 # \tag{9.9}
 # $$
 #
-# Then $\nu \Delta$ satisfies $(\nu \Delta)^\top (M + \delta I)\, (\nu \Delta) \le \kappa$, with equality if
-# $\nu \lt 1$. In particular $\tfrac12 (\nu \Delta)^\top M (\nu \Delta) \le \kappa / 2$.
+# Then $\nu \Delta$ satisfies $(\nu \Delta)^\top (M + \delta I)\, (\nu \Delta) \le \kappa$, with
+# equality if $\nu \lt 1$. In particular
+# $\tfrac12 (\nu \Delta)^\top M (\nu \Delta) \le \kappa / 2$.
 #
 # </div>
 #
-# **Proof.** $\Delta^\top (M + \delta I) \Delta = \eta^2 P^\top (M + \delta I) P = \eta^2 P^\top h$, and
-# scaling the step by $\nu$ scales this by $\nu^2$. $M$ is no larger than $M + \delta I$. $\blacksquare$
+# **Proof.**
+# $\Delta^\top (M + \delta I) \Delta = \eta^2 P^\top (M + \delta I) P = \eta^2 P^\top h$, and
+# scaling the step by $\nu$ scales this by $\nu^2$. $M$ is no larger than $M + \delta I$.
+# $\blacksquare$
 #
-# For a block-diagonal $M$ the product $h^\top P$ is a sum over layers of $\langle P_l, G_l \rangle$,
-# the sum of the products of all entries. Gradient and step are both at hand.
+# For a block-diagonal $M$ the product $h^\top P$ is a sum over layers of
+# $\langle P_l, G_l \rangle$, the sum of the products of all entries. Gradient and step are both at
+# hand.
 
 # %% tags=["remove-input"]
 code(kl_clip, squared_length)
 
 
 # %% [markdown]
-# We check the theorem on a trained network, with the blocks of KFAC for $M$; and, with the exact GGN
-# of all layers, that $\kappa / 2$ bounds the KL divergence of the predictions.
+# We check the theorem on a trained network, with the blocks of KFAC for $M$; and, with the exact
+# GGN of all layers, that $\kappa / 2$ bounds the KL divergence of the predictions.
 
 
 # %%
@@ -594,30 +600,30 @@ for name, direction in {"exact": newton_direction, "KFAC": kfac_direction}.items
         flat = flatten_values(model, change)
         quadratic, true = (flat @ F @ flat / 2).item(), kl_after(change)
         wrong.append(abs(true / quadratic - 1))
-        print(
-            f"{name:5} half the limit {limit / 2:.0e}: KL {true:.2e}, to second order {quadratic:.2e}"
-        )
+        print(f"{name:5} half the limit {limit / 2:.0e}:", end=" ")
+        print(f"KL {true:.2e}, to second order {quadratic:.2e}")
         assert quadratic < limit / 2 if name == "exact" else quadratic > limit
     assert wrong[2] < 0.05  # (9.8)
     assert name == "KFAC" or wrong[2] < wrong[0] / 5
 
 # %% [markdown]
-# With the exact GGN the quadratic is below half of the limit, and the KL divergence follows it as the
-# limit gets smaller; for the largest one it does not. With KFAC the length is bounded in *KFAC's*
-# metric, and the predictions change several times as much as that says: it leaves out what happens
-# between layers, and its steps move all layers the same way at once. The limit is a knob, not a guarantee.
+# With the exact GGN the quadratic is below half of the limit, and the KL divergence follows it as
+# the limit gets smaller; for the largest one it does not. With KFAC the length is bounded in
+# *KFAC's* metric, and the predictions change several times as much as that says: it leaves out
+# what happens between layers, and its steps move all layers the same way at once. The limit is a
+# knob, not a guarantee.
 #
-# Two things are outside of the clip. *Momentum* is added afterwards: if successive steps agree, $\mu = 0.9$
-# makes the change up to ten times as long, a hundred times in squared length. *Weight decay* is
-# added as well. Public implementations of the clip leave both out, too.
+# Two things are outside of the clip. *Momentum* is added afterwards: if successive steps agree,
+# $\mu = 0.9$ makes the change up to ten times as long, a hundred times in squared length. *Weight
+# decay* is added as well. Public implementations of the clip leave both out, too.
 #
 # ### The trap
 #
 # Look at [(9.9)] again. While the clip is active, $\nu \eta = \sqrt{\kappa / h^\top P}$. **The
-# learning rate cancels.** That explains the equal columns in the heat map, and anyone who tunes $\eta$ there
-# tunes nothing. It becomes a trap with a schedule: a clip that uses the *current* rate undoes the
-# schedule, and the rate never falls. The package compares with the base rate, and leaves the
-# schedule outside. The other version is one line, so we can compare:
+# learning rate cancels.** That explains the equal columns in the heat map, and anyone who tunes
+# $\eta$ there tunes nothing. It becomes a trap with a schedule: a clip that uses the *current*
+# rate undoes the schedule, and the rate never falls. The package compares with the base rate, and
+# leaves the schedule outside. The other version is one line, so we can compare:
 
 
 # %%
@@ -665,20 +671,23 @@ plt.show()
 #
 # ## A norm, and Adam's norm
 #
-# **`norm_constraint`** is the same with the plain length: $\nu = \min(1, c / \lVert \eta P \rVert)$.
-# It needs no assumption about $P$, and knows nothing about the model.
+# **`norm_constraint`** is the same with the plain length:
+# $\nu = \min(1, c / \lVert \eta P \rVert)$. It needs no assumption about $P$, and knows nothing
+# about the model.
 #
 # **`graft`** takes the length from elsewhere. Adam has a good idea of how long a step should be,
-# for reasons of its own; KFAC has a good idea of the direction. So each layer gets the direction of the one
-# and the length of the other: with Adam's step $u_l$ (at learning rate 1) for layer $l$,
+# for reasons of its own; KFAC has a good idea of the direction. So each layer gets the direction
+# of the one and the length of the other: with Adam's step $u_l$ (at learning rate 1) for layer
+# $l$,
 #
 # $$
 # P_l \leftarrow \frac{\lVert u_l \rVert}{\lVert P_l \rVert}\, P_l .
 # \tag{9.10}
 # $$
 #
-# The learning rate then means what it means for Adam, and its range is known. The scale of each layer's
-# matrix drops out: $B \otimes A$ and $5 (B \otimes A)$ give the same step if damping is scaled along.
+# The learning rate then means what it means for Adam, and its range is known. The scale of each
+# layer's matrix drops out: $B \otimes A$ and $5 (B \otimes A)$ give the same step if damping is
+# scaled along.
 
 # %% tags=["remove-input"]
 code(norm_constraint, graft)
@@ -707,9 +716,9 @@ short = norm_constraint(0.1)(unclipped).change()
 assert abs(torch.cat([v.flatten() for v in short.values()]).norm().item() - 0.1) < 1e-10
 
 # %% [markdown]
-# What is given up? The length that curvature knows. On a linear regression KFAC is the exact Hessian
-# ([Chapter 5](05_kfac.py)), so one step with $\eta = 1$ ends at the minimum. A grafted step points to
-# the minimum, too, but has Adam's length, and needs many.
+# What is given up? The length that curvature knows. On a linear regression KFAC is the exact
+# Hessian ([Chapter 5](05_kfac.py)), so one step with $\eta = 1$ ends at the minimum. A grafted
+# step points to the minimum, too, but has Adam's length, and needs many.
 
 # %%
 squared, inputs = MSELoss(), torch.randn(40, 6)
@@ -742,9 +751,9 @@ assert regress(grafting, 5) > 1e-2
 #
 # `controls=[graft(), norm_constraint(0.1)]` first grafts and then limits. Order matters: the other
 # way round, graft would forget the limit. And one order has a subtlety. Once graft has scaled each
-# layer by its own number, $P$ is no longer $(M + \delta I)^{-1} h$, so the sum in [(9.9)] is no longer a
-# squared length, and [Theorem 9.2] does not apply. A clip behind a graft still shortens steps when
-# they get long, but its limit has lost its meaning. After a graft, limit the norm.
+# layer by its own number, $P$ is no longer $(M + \delta I)^{-1} h$, so the sum in [(9.9)] is no
+# longer a squared length, and [Theorem 9.2] does not apply. A clip behind a graft still shortens
+# steps when they get long, but its limit has lost its meaning. After a graft, limit the norm.
 
 # %%
 both, limit = graft()(unclipped), 1e-3
@@ -761,8 +770,8 @@ assert abs(ratio - 1) > 0.05
 # %% [markdown]
 # ## Ask the exact model
 #
-# The controls so far pick a length by rules of thumb. The parabola itself can tell, and it need not be
-# KFAC's. A *direction* must be cheap, so it uses blocks. A *length* along a given direction
+# The controls so far pick a length by rules of thumb. The parabola itself can tell, and it need
+# not be KFAC's. A *direction* must be cheap, so it uses blocks. A *length* along a given direction
 # is one number, and for that we can afford the exact GGN $C$ of all layers on the batch:
 #
 # $$
@@ -770,8 +779,9 @@ assert abs(ratio - 1) > 0.05
 # \tag{9.11}
 # $$
 #
-# Let $D = -P$ be the new direction, $\Delta_0$ the previous change, and $\Delta = \eta D + \mu \Delta_0$ with
-# both numbers free. With $\tilde C = C + \delta I$ and $U = [D, \Delta_0]$, a matrix with two columns,
+# Let $D = -P$ be the new direction, $\Delta_0$ the previous change, and
+# $\Delta = \eta D + \mu \Delta_0$ with both numbers free. With $\tilde C = C + \delta I$ and
+# $U = [D, \Delta_0]$, a matrix with two columns,
 #
 # $$
 # m = (U^\top h)^\top \begin{bmatrix} \eta \\ \mu \end{bmatrix}
@@ -791,9 +801,10 @@ assert abs(ratio - 1) > 0.05
 # \tag{9.12}
 # $$
 #
-# The model's value there is $\tfrac12 h^\top \Delta$. The four entries need no product with $C$: since
-# $C = \sum_n J_n^\top H_n J_n$, we have $u^\top C w = \sum_n (J_n u)^\top H_n (J_n w)$, and $J_n u$ is one forward
-# derivative. So learning rate and momentum cost two forward passes, and neither is tuned.
+# The model's value there is $\tfrac12 h^\top \Delta$. The four entries need no product with $C$:
+# since $C = \sum_n J_n^\top H_n J_n$, we have $u^\top C w = \sum_n (J_n u)^\top H_n (J_n w)$, and
+# $J_n u$ is one forward derivative. So learning rate and momentum cost two forward passes, and
+# neither is tuned.
 
 # %% tags=["remove-input"]
 code(quadratic_model)
@@ -806,19 +817,21 @@ code(quadratic_model)
 #
 # Let the loss be a parabola with a positive definite matrix $C$ and let $\delta = 0$. Let the
 # preconditioner $Q$ in $P = Q h$ be fixed and positive definite. Then the steps of [(9.12)] are
-# those of the conjugate gradient method with the preconditioner $Q$. They end at the minimum after at
-# most as many steps as there are parameters.
+# those of the conjugate gradient method with the preconditioner $Q$. They end at the minimum after
+# at most as many steps as there are parameters.
 #
 # </div>
 #
-# **Proof.** The conjugate gradient method goes along $d_t = D_t + \beta_t d_{t-1}$, and $d_{t-1}$ is a multiple
-# of its previous change $\Delta_{t-1}$. So its next change lies in the plane of $D_t$ and $\Delta_{t-1}$. It
-# is known to reach the minimum over *all* points $\theta_0 + \operatorname{span}(D_1, \dots, D_t)$. This set
-# contains the plane through the present point, so it reaches the minimum over that plane, too, and that is
-# what [(9.12)] computes. By induction both are at the same point, with the same previous change. $\blacksquare$
+# **Proof.** The conjugate gradient method goes along $d_t = D_t + \beta_t d_{t-1}$, and $d_{t-1}$
+# is a multiple of its previous change $\Delta_{t-1}$. So its next change lies in the plane of
+# $D_t$ and $\Delta_{t-1}$. It is known to reach the minimum over *all* points
+# $\theta_0 + \operatorname{span}(D_1, \dots, D_t)$. This set contains the plane through the
+# present point, so it reaches the minimum over that plane, too, and that is what [(9.12)]
+# computes. By induction both are at the same point, with the same previous change. $\blacksquare$
 #
-# The optimizer does this if its preconditioner is fixed. `invert` is a function like all the others, so
-# we can pass one that ignores the curvature. Beside it, conjugate gradients from the textbook:
+# The optimizer does this if its preconditioner is fixed. `invert` is a function like all the
+# others, so we can pass one that ignores the curvature. Beside it, conjugate gradients from the
+# textbook:
 
 # %%
 R = torch.randn(12, 12)
@@ -851,11 +864,12 @@ assert (linear[0].weight - minimum).norm() < 1e-7
 # %% [markdown]
 # ### On a network
 #
-# The classical test of KFAC is an autoencoder: it shall reproduce its input through a narrow layer.
-# We compare on one batch of 400 digits. Adam gets the best of five learning rates. KFAC with fixed
-# rates gets the best of eight settings. The quadratic model gets none: its damping starts from a
-# guess and is adapted by the rule of [Chapter 8](08_damping.py), which is passed as `adapt_damping`, and
-# it has no learning rate. `record` is called after every step with a dictionary of numbers.
+# The classical test of KFAC is an autoencoder: it shall reproduce its input through a narrow
+# layer. We compare on one batch of 400 digits. Adam gets the best of five learning rates. KFAC
+# with fixed rates gets the best of eight settings. The quadratic model gets none: its damping
+# starts from a guess and is adapted by the rule of [Chapter 8](08_damping.py), which is passed as
+# `adapt_damping`, and it has no learning rate. `record` is called after every step with a
+# dictionary of numbers.
 
 # %%
 pixels = images[:400]
@@ -919,9 +933,8 @@ runs["fixed rates"] = min(tried, key=lambda errors: errors[-1])
 
 for name, errors in runs.items():
     print(f"{name:16} error {errors[0]:.1f} -> {errors[-1]:.2f}")
-print(
-    f"fixed rates: after 60 steps {sum(e[-1] > e[0] for e in tried)} of {len(tried)} are worse than at first"
-)
+diverged = sum(errors[-1] > errors[0] for errors in tried)
+print(f"fixed rates: {diverged} of {len(tried)} settings end above the start")
 assert runs["quadratic model"][-1] < 0.8 * min(runs["Adam"][-1], runs["fixed rates"][-1])
 
 # %% tags=["hide-input"] alt="Six small plots against the step: the error of the three methods, of which the quadratic model falls fastest; its learning rate, which stays well below one and falls; its momentum, which rises from zero towards one; the damping, which falls step by step by more than two orders of magnitude; the reduction ratio at every fifth step, above three quarters; and the KL divergence and the norm of the steps." caption="The autoencoder, and what `record=` collected with the quadratic model. Learning rate and momentum come from [(9.12)]; the damping falls at every fifth step, because the reduction ratio is above $\\tfrac34$."
@@ -959,23 +972,25 @@ assert 0 < stale < fresh < 0.7
 assert history[-1]["damping"] < 0.1 * history[0]["damping"]
 
 # %% [markdown]
-# The learning rate is far below one throughout. That is the exact model's verdict on KFAC's blocks: all
-# layers move at once, each as if the others stood still, and together they overshoot. One number
-# corrects the common length. The momentum corrects more, since it brings a second direction. And look
-# at the teeth. They have the period of five steps in which matrices and inverses are renewed: a fresh
-# direction may be followed much farther than the same inverse four steps later.
+# The learning rate is far below one throughout. That is the exact model's verdict on KFAC's
+# blocks: all layers move at once, each as if the others stood still, and together they overshoot.
+# One number corrects the common length. The momentum corrects more, since it brings a second
+# direction. And look at the teeth. They have the period of five steps in which matrices and
+# inverses are renewed: a fresh direction may be followed much farther than the same inverse four
+# steps later.
 #
-# **Its limits.** The model is exact *on the batch*. On a small batch it fits the noise of that batch,
-# and momentum that it chooses follows the noise of the last one. Use it with large batches. And the
-# parameters of another optimizer, `rest=` below, are not in the model.
+# **Its limits.** The model is exact *on the batch*. On a small batch it fits the noise of that
+# batch, and momentum that it chooses follows the noise of the last one. Use it with large batches.
+# And the parameters of another optimizer, `rest=` below, are not in the model.
 #
 # ## Paths on a landscape
 #
-# With two parameters we can look. First a linear regression with two inputs that are nearly equal. Its
-# loss is a long valley, and its Hessian is KFAC's $B \otimes A$. Then a network with one weight in each of two
-# layers, $f(x) = w_2 \tanh(w_1 x)$. Its valley is bent: the loss hardly changes if one weight grows and
-# the other shrinks. Here KFAC sees each layer by itself, so its matrix is diagonal, and the valley is
-# *not* along an axis. The first-order methods get the best of four learning rates each.
+# With two parameters we can look. First a linear regression with two inputs that are nearly equal.
+# Its loss is a long valley, and its Hessian is KFAC's $B \otimes A$. Then a network with one
+# weight in each of two layers, $f(x) = w_2 \tanh(w_1 x)$. Its valley is bent: the loss hardly
+# changes if one weight grows and the other shrinks. Here KFAC sees each layer by itself, so its
+# matrix is diagonal, and the valley is *not* along an axis. The first-order methods get the best
+# of four learning rates each.
 
 
 # %%
@@ -1101,9 +1116,10 @@ axes[1].set_title("two layers, one weight each")
 plt.show()
 
 # %% [markdown]
-# With two parameters, the plane of $D$ and $\Delta_0$ is everything, so from the second step on the quadratic
-# model *is* the exact Newton step, and it is no surprise that the two agree. In a real network it is
-# two directions out of very many. It remains true that it sees what blocks cannot.
+# With two parameters, the plane of $D$ and $\Delta_0$ is everything, so from the second step on
+# the quadratic model *is* the exact Newton step, and it is no surprise that the two agree. In a
+# real network it is two directions out of very many. It remains true that it sees what blocks
+# cannot.
 #
 # ## Spectra during training
 #
@@ -1162,20 +1178,22 @@ right.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# At first $B$ has nine large eigenvalues: vectors come from ten classes and sum to zero, and the units, not yet
-# saturated, pass all of them on in the same way. Then the features form. Both factors change by orders of
-# magnitude within a few dozen steps, and hardly afterwards. So matrices should be renewed often at first
-# and may be left alone later, as [Chapter 10](10_ekfac.py) finds for bases. `factor_every` and `inverse_every`
-# are attributes that a loop may change at any time. And a damping is a place on the axis of eigenvalues
+# At first $B$ has nine large eigenvalues: vectors come from ten classes and sum to zero, and the
+# units, not yet saturated, pass all of them on in the same way. Then the features form. Both
+# factors change by orders of magnitude within a few dozen steps, and hardly afterwards. So
+# matrices should be renewed often at first and may be left alone later, as
+# [Chapter 10](10_ekfac.py) finds for bases. `factor_every` and `inverse_every` are attributes that
+# a loop may change at any time. And a damping is a place on the axis of eigenvalues
 # ([Chapter 8](08_damping.py)): when these move, the same number means something else.
 #
 # ## Using it
 #
 # The loop of the second section is all there is to it. This one has what a real one has: layers
-# without a block, a schedule, groups, weight decay. `KFAC` preconditions linear layers, convolutions and
-# embeddings. The parameters of anything else, here of a `LayerNorm`, go to the optimizer that `rest=`
-# makes for them. Its groups are appended to `param_groups`, so that a schedule acts on all of them.
-# Groups work as everywhere in PyTorch, and may have their own damping.
+# without a block, a schedule, groups, weight decay. `KFAC` preconditions linear layers,
+# convolutions and embeddings. The parameters of anything else, here of a `LayerNorm`, go to the
+# optimizer that `rest=` makes for them. Its groups are appended to `param_groups`, so that a
+# schedule acts on all of them. Groups work as everywhere in PyTorch, and may have their own
+# damping.
 
 # %%
 torch.manual_seed(0)
@@ -1214,9 +1232,10 @@ assert max(group["lr"] for group in optimizer.param_groups) < 1e-4  # the schedu
 # %% [markdown]
 # ### Which approximation
 #
-# The matrix of a layer is an argument: a function of `LayerIO`, or an estimator if it remembers more than
-# an average. Every method of Part III fits in. So do the view of weight sharing
-# ([Chapter 6](06_weight_sharing.py)), the inverse, and the Fisher. On a small convolutional network:
+# The matrix of a layer is an argument: a function of `LayerIO`, or an estimator if it remembers
+# more than an average. Every method of Part III fits in. So do the view of weight sharing
+# ([Chapter 6](06_weight_sharing.py)), the inverse, and the Fisher. On a small convolutional
+# network:
 
 
 # %%
@@ -1273,9 +1292,10 @@ assert value < 1.5
 # %% [markdown]
 # ### Stop and go on
 #
-# `state_dict` holds the matrices, the inverses, the counters and, if a generator was given, its state:
-# tensors and numbers only, so that `torch.load` reads it with `weights_only=True`. A run that was
-# interrupted ends at the same bits as one that was not. (The schedule has a state of its own.)
+# `state_dict` holds the matrices, the inverses, the counters and, if a generator was given, its
+# state: tensors and numbers only, so that `torch.load` reads it with `weights_only=True`. A run
+# that was interrupted ends at the same bits as one that was not. (The schedule has a state of its
+# own.)
 
 
 # %%
@@ -1309,8 +1329,9 @@ print(f"{len(file.getvalue()) / 1024:.0f} KiB; equal to the last bit")
 # %% [markdown]
 # ### What is refused
 #
-# A wrong step is worse than none. What cannot be right raises, with the place and the way out, *before* a
-# parameter or a matrix has changed, so that a loop may catch the error and take the next batch.
+# A wrong step is worse than none. What cannot be right raises, with the place and the way out,
+# *before* a parameter or a matrix has changed, so that a loop may catch the error and take the
+# next batch.
 
 # %%
 normed = Sequential(Linear(64, 24), LayerNorm(24), Linear(24, 10))
@@ -1345,19 +1366,20 @@ assert all(math.isfinite(value) for value in went_on)
 # %% [markdown]
 # ## Training results, honestly
 #
-# The examples so far had few steps and settings chosen by hand. For a fair answer to "is it worth it?", the
-# settings of *every* method must be searched with the same effort, and the result measured on runs that the
-# search has not seen. `benchmarks/training.py` does this, for four tasks on the digits, on one CPU thread:
+# The examples so far had few steps and settings chosen by hand. For a fair answer to "is it worth
+# it?", the settings of *every* method must be searched with the same effort, and the result
+# measured on runs that the search has not seen. `benchmarks/training.py` does this, for four tasks
+# on the digits, on one CPU thread:
 #
-# - Every method has the same budget of steps, the same family of schedules (a cosine to a horizon of its
-#   own choice, with or without warm-up) and the same ranges for what they share. SGD and AdamW get half again
-#   as many trials as the KFAC methods.
-# - Settings are tried on one seed, and the best of them on a few more; steps times seconds to the target
-#   decide. All numbers below are from nine fresh seeds.
-# - A **hit** is the first of two consecutive measurements that reach the target. A run that misses counts as
-#   infinite in the median. CPU time is that of training, measurements excluded.
-# - All KFAC methods have the graft. A control called `no-curvature` is the same code with a damping of 1000, which
-#   leaves of KFAC nothing but the gradient. What it gains is not due to curvature.
+# - Every method has the same budget of steps, the same family of schedules (a cosine to a horizon
+#   of its own choice, with or without warm-up) and the same ranges for what they share. SGD and
+#   AdamW get half again as many trials as the KFAC methods.
+# - Settings are tried on one seed, and the best of them on a few more; steps times seconds to the
+#   target decide. All numbers below are from nine fresh seeds.
+# - A **hit** is the first of two consecutive measurements that reach the target. A run that misses
+#   counts as infinite in the median. CPU time is that of training, measurements excluded.
+# - All KFAC methods have the graft. A control called `no-curvature` is the same code with a damping
+#   of 1000, which leaves of KFAC nothing but the gradient. What it gains is not due to curvature.
 
 # %%
 RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
@@ -1443,8 +1465,8 @@ for i, (task, finals) in enumerate(results.items()):
 plt.show()
 
 # %% [markdown]
-# How to read it: *clearly* less means that three quarters of the runs needed less than three quarters of the
-# runs of the best first-order method, so that the quartiles do not overlap.
+# How to read it: *clearly* less means that three quarters of the runs needed less than three
+# quarters of the runs of the best first-order method, so that the quartiles do not overlap.
 
 
 # %%
@@ -1473,11 +1495,12 @@ for task, finals in results.items():
 #
 # All of the following is in public code, and none of it raises an error.
 #
-# **Two mistakes that hide each other.** [One implementation](https://github.com/lzhangbv/kfac_pytorch)
-# has `factor_decay=0.95` and computes `alpha * new + (1 - alpha) * current`: the decay weighs the new
-# matrix, so there is hardly an average. The same code adds damping to the running factor in place, and
-# [(8.15)] says that this multiplies it by $1 / (1 - \rho)$, which would be 20. But with the decay on the
-# wrong side it is $1 / 0.95$, and nobody notices. Whoever repairs one of the two makes things worse.
+# **Two mistakes that hide each other.**
+# [One implementation](https://github.com/lzhangbv/kfac_pytorch) has `factor_decay=0.95` and
+# computes `alpha * new + (1 - alpha) * current`: the decay weighs the new matrix, so there is
+# hardly an average. The same code adds damping to the running factor in place, and [(8.15)] says
+# that this multiplies it by $1 / (1 - \rho)$, which would be 20. But with the decay on the wrong
+# side it is $1 / 0.95$, and nobody notices. Whoever repairs one of the two makes things worse.
 
 # %%
 for decay in (0.95, 0.05):
@@ -1489,13 +1512,14 @@ for decay in (0.95, 0.05):
 
 # %% [markdown]
 # **The identity in the average.** The same code, and a
-# [widely used one](https://github.com/gpauloski/kfac-pytorch), start both factors at the identity. See
-# [(9.6)].
+# [widely used one](https://github.com/gpauloski/kfac-pytorch), start both factors at the identity.
+# See [(9.6)].
 #
-# **A batch size inside the damping.** Gradients of a mean loss carry $1 / N$. If a hook stores these $g$ and
-# takes the *mean* of $g g^\top$, as the widely used code does, the result is $B / N^2$ with our $B$. The
-# missing factor is the same in every step, so training works, with a damping that is $N^2$ times what it
-# says, and changes when the batch size does. Repeat every datum four times, and nothing should change:
+# **A batch size inside the damping.** Gradients of a mean loss carry $1 / N$. If a hook stores
+# these $g$ and takes the *mean* of $g g^\top$, as the widely used code does, the result is
+# $B / N^2$ with our $B$. The missing factor is the same in every step, so training works, with a
+# damping that is $N^2$ times what it says, and changes when the batch size does. Repeat every
+# datum four times, and nothing should change:
 
 
 # %%
@@ -1514,14 +1538,14 @@ assert_exact(repeated, once)
 assert_exact(mean_of_outer_products(X4, y4), mean_of_outer_products(X, y) / 16)
 
 # %% [markdown]
-# **A learning rate that does nothing.** Both implementations clip with the rate of the moment, $\eta^2$ in
-# [(9.9)]. Their users schedule a rate that cancels while the clip is active.
+# **A learning rate that does nothing.** Both implementations clip with the rate of the moment,
+# $\eta^2$ in [(9.9)]. Their users schedule a rate that cancels while the clip is active.
 #
-# **A damping that arrives late.** An inverse holds the damping that it was taken with. If damping is adapted
-# in every step and the inverse renewed in every tenth, nine of ten values are never used, and the
-# reduction ratio judges another damping than the one that it changes. This holds for our optimizer, too. Let
-# `inverse_every` be no longer than `adapt_every`. (With an eigendecomposition at hand, another damping costs
-# nothing, [(8.5)].)
+# **A damping that arrives late.** An inverse holds the damping that it was taken with. If damping
+# is adapted in every step and the inverse renewed in every tenth, nine of ten values are never
+# used, and the reduction ratio judges another damping than the one that it changes. This holds for
+# our optimizer, too. Let `inverse_every` be no longer than `adapt_every`. (With an
+# eigendecomposition at hand, another damping costs nothing, [(8.5)].)
 
 # %%
 optimizer = KFAC(network(), loss, damping=1e-2, inverse_every=10, factor_every=10)
@@ -1536,45 +1560,46 @@ train(optimizer.model, optimizer, data[4:11])
 assert_exact(optimizer.inverses["0"] @ V, optimizer.matrices["0"].inverse(1.0) @ V)
 
 # %% [markdown]
-# **A control that was judged by one seed.** The best of many settings on one seed is partly luck, and so are
-# the last percents of a curve. The table above has nine fresh seeds for each method.
+# **A control that was judged by one seed.** The best of many settings on one seed is partly luck,
+# and so are the last percents of a curve. The table above has nine fresh seeds for each method.
 #
 # ## Exercises
 #
 # **Exercise 9.1.** [Martens and Grosse (2015)](bibliography.md#kfac) use the decay
-# $\rho_t = \min(1 - 1/t, \rho)$ in $M_t = \rho_t M_{t-1} + (1 - \rho_t) \hat M_t$. What is $M_t$ as long as
-# $t \le 1 / (1 - \rho)$? Is it [(9.2)]?
+# $\rho_t = \min(1 - 1/t, \rho)$ in $M_t = \rho_t M_{t-1} + (1 - \rho_t) \hat M_t$. What is $M_t$
+# as long as $t \le 1 / (1 - \rho)$? Is it [(9.2)]?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $\rho_t = 1 - 1/t$, $t M_t = (t - 1) M_{t-1} + \hat M_t$, so $t M_t$ is the sum of all $\hat M_i$ and $M_t$ their
-# plain mean. [(9.2)] decays from the first batch on; it is the plain mean only for $\rho = 1$. Later both
-# forget at the same rate.
+# With $\rho_t = 1 - 1/t$, $t M_t = (t - 1) M_{t-1} + \hat M_t$, so $t M_t$ is the sum of all
+# $\hat M_i$ and $M_t$ their plain mean. [(9.2)] decays from the first batch on; it is the plain
+# mean only for $\rho = 1$. Later both forget at the same rate.
 #
 # </details>
 #
-# **Exercise 9.2.** Multiply the loss by $c$. How must damping, learning rate and the limit of the KL clip
-# change, so that all steps stay the same? And with graft?
+# **Exercise 9.2.** Multiply the loss by $c$. How must damping, learning rate and the limit of the
+# KL clip change, so that all steps stay the same? And with graft?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Gradient and curvature are multiplied by $c$. With the damping $c\, \delta$, $P$ stays, by [(8.11)]. So the
-# learning rate stays, too, but $h^\top P$ in [(9.9)] is multiplied by $c$, so the limit must be $c\, \kappa$.
-# With graft only the damping changes, as Adam does not see the scale either (up to its $\epsilon$).
+# Gradient and curvature are multiplied by $c$. With the damping $c\, \delta$, $P$ stays, by
+# [(8.11)]. So the learning rate stays, too, but $h^\top P$ in [(9.9)] is multiplied by $c$, so the
+# limit must be $c\, \kappa$. With graft only the damping changes, as Adam does not see the scale
+# either (up to its $\epsilon$).
 #
 # </details>
 #
-# **Exercise 9.3.** Let KFAC be exact, $M = C$, and take the first step with [(9.12)]. What is $\eta$? What is it for
-# $M = 2 C$ and damping $2 \delta$ in the inverse?
+# **Exercise 9.3.** Let KFAC be exact, $M = C$, and take the first step with [(9.12)]. What is
+# $\eta$? What is it for $M = 2 C$ and damping $2 \delta$ in the inverse?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $\Delta_0 = 0$ leaves $\eta = h^\top P / (P^\top \tilde C P)$. With $P = \tilde C^{-1} h$ both are the same and $\eta = 1$.
-# With $2 \tilde C$ the direction is half as long, $P = \tfrac12 \tilde C^{-1} h$, and $\eta = 2$: the common scale of
-# the preconditioner drops out.
+# $\Delta_0 = 0$ leaves $\eta = h^\top P / (P^\top \tilde C P)$. With $P = \tilde C^{-1} h$ both
+# are the same and $\eta = 1$. With $2 \tilde C$ the direction is half as long,
+# $P = \tfrac12 \tilde C^{-1} h$, and $\eta = 2$: the common scale of the preconditioner drops out.
 #
 # </details>
 #
@@ -1614,8 +1639,13 @@ assert_exact(scaled_run(7.0, None), scaled_run(1.0, None))
 for factor in (1.0, 2.0):  # 9.3
     linear, seen = Sequential(Linear(6, 3)), []
     options = {"controls": [quadratic_model], "damping": 0.1, "fisher": type2}
-    inverted = lambda M, damping, c=factor: Kronecker(M.A, c * M.B).inverse(c * damping)  # noqa: E731
-    optimizer = KFAC(linear, squared, invert=inverted, record=seen.append, **options)
+    optimizer = KFAC(
+        linear,
+        squared,
+        invert=lambda M, damping, c=factor: Kronecker(M.A, c * M.B).inverse(c * damping),
+        record=seen.append,
+        **options,
+    )
     squared(linear(inputs), targets).backward()
     optimizer.observe(inputs, targets)
     optimizer.step()
@@ -1625,9 +1655,10 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Martens and Grosse (2015)](bibliography.md#kfac), sections 5 to 8: averages, damping, the quadratic model
-# with its momentum, and all of it together. [Ba, Grosse and Martens (2017)](bibliography.md#kl-clip) scale
-# steps by their KL divergence; [Agarwal et al. (2020)](bibliography.md#grafting) study grafting;
+# [Martens and Grosse (2015)](bibliography.md#kfac), sections 5 to 8: averages, damping, the
+# quadratic model with its momentum, and all of it together.
+# [Ba, Grosse and Martens (2017)](bibliography.md#kl-clip) scale steps by their KL divergence;
+# [Agarwal et al. (2020)](bibliography.md#grafting) study grafting;
 # [Kingma and Ba (2015)](bibliography.md#adam) have the bias correction and the norm that we graft.
-# [Benzing (2022)](bibliography.md#foof) asks whether KFAC works for the reasons that are usually given. For
-# conjugate gradients, Golub and Van Loan, *Matrix Computations*, chapter 11.
+# [Benzing (2022)](bibliography.md#foof) asks whether KFAC works for the reasons that are usually
+# given. For conjugate gradients, Golub and Van Loan, *Matrix Computations*, chapter 11.
