@@ -260,6 +260,14 @@ def test_no_square_of_a_gradient_underflows(size, device):
     check_equal(inverse @ (size * G) / size, inverse @ G)
 
 
+@pytest.mark.parametrize(("dtype", "damping"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_a_residual_that_underflows_is_no_negative_curvature(dtype, damping, device):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        M, G = cg_fac(random_io(device, dtype=dtype)), gradient(device, dtype=dtype)
+        assert (truncated_inverse(M, damping, 300, tol=0.0) @ G).isfinite().all()
+
+
 def test_a_truncated_inverse_is_not_a_linear_map(device):
     M, (X, Y) = cg_fac(random_io(device, N=8)), gradient(device, 2)
     inverse = truncated_inverse(M, 0.1, max_iter=2)

@@ -414,10 +414,10 @@ def table(c_A: float, c_B: float) -> Tensor:
     return torch.einsum("oipq,oipq->oi", pairs, inverse @ pairs)
 
 
-assert_exact(table(0, 0)[:2, :3], 1 / (torch.outer(known[1], known[0]) + 0.5))
+assert_exact(table(0.0, 0.0)[:2, :3], 1 / (torch.outer(known[1], known[0]) + 0.5))
 assert_exact(table(0.9, 0.6)[2:, 3:], torch.full((6, 9), 1 / (0.9 * 0.6 + 0.5)))
 matrices(
-    {r"few columns: $c_A = c_B = 0$": table(0, 0), r"$c_A = 0.9$, $c_B = 0.6$": table(0.9, 0.6)}
+    {r"few columns: $c_A = c_B = 0$": table(0.0, 0.0), r"$c_A = 0.9$, $c_B = 0.6$": table(0.9, 0.6)}
 )
 
 # %% tags=["remove-input"]
