@@ -10,6 +10,7 @@ from kfac_scratch.checkpoints import restored, tensors
 from kfac_scratch.estimators import Averaged, Latest
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO, concatenate
+from kfac_scratch.linalg import conjugate_gradient
 from kfac_scratch.matrices import Dense
 from kfac_scratch.variants.cg_fac import (
     Gradients,
@@ -20,7 +21,6 @@ from kfac_scratch.variants.cg_fac import (
     kernel_inverse,
     products,
     same_batch_step,
-    truncated_cg,
     truncated_inverse,
 )
 from kfac_scratch.variants.skfac import skfac
@@ -317,7 +317,7 @@ def test_a_preconditioner_does_not_change_the_solution(device):
 
 def test_negative_curvature_is_an_error_not_a_plain_gradient(device):
     with pytest.raises(ValueError, match="negative curvature"):
-        truncated_cg(lambda X: -X, gradient(device), lambda R: R, 5, 0.1)
+        conjugate_gradient(lambda X: -X, gradient(device), lambda R: R, 5, 0.1)
 
 
 def test_a_singular_matrix_has_no_undamped_inverse(device):

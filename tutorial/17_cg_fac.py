@@ -36,7 +36,7 @@ from kfac_scratch.damping import factored_inverse
 from kfac_scratch.estimators import Averaged, Latest, weight_of_newest
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO, concatenate
-from kfac_scratch.linalg import eye_like
+from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.losses import empirical, monte_carlo
 from kfac_scratch.matrices import Dense, Matrix
 from kfac_scratch.preconditioner import preconditioner
@@ -51,7 +51,6 @@ from kfac_scratch.variants.cg_fac import (
     kernel_inverse,
     products,
     same_batch_step,
-    truncated_cg,
     truncated_inverse,
 )
 from kfac_scratch.variants.skfac import skfac
@@ -202,7 +201,7 @@ for k in (1, 3, 6):
 # of negative curvature is an error.
 
 # %% tags=["remove-input"]
-code(truncated_cg)
+code(conjugate_gradient)
 
 # %% [markdown]
 # <div class="admonition theorem" markdown="1" id="thm-17.1">
@@ -619,7 +618,7 @@ for tol, k in needed.items():
 
 # %%
 try:
-    truncated_cg(lambda X: -X, G, lambda R: R, max_iter=5, tol=0.1)
+    conjugate_gradient(lambda X: -X, G, lambda R: R, max_iter=5, tol=0.1)
     raise AssertionError
 except ValueError as refused:
     print(refused)
