@@ -596,7 +596,9 @@ plt.show()
 #
 # Our nets are small, our batch is fixed, and a deeper network couples more layers. What can be said is
 # that at this size we find what Koroko et al. found for the coarse spaces that cost little, and that a
-# second level should be measured against the other uses of a product with $F$.
+# second level should be measured against the other uses of a product with $F$. And this is a classifier.
+# In [Chapter 19](19_comparison.py) there is an autoencoder whose blocks KFAC models almost exactly, so that
+# coupling is all that is missing: there one length per layer recovers half of it, ones again nothing.
 #
 # ## In training
 #
