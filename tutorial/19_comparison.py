@@ -41,11 +41,11 @@ from kfac_scratch.damping import factored_inverse
 from kfac_scratch.ekfac import ekfac
 from kfac_scratch.kfac import foof, kfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like
+from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices import Dense, LinearMap, Matrix
 from kfac_scratch.roots import factored_woodbury
 from kfac_scratch.variants.brand import Brand
-from kfac_scratch.variants.cg_fac import cg_fac, truncated_cg, truncated_inverse
+from kfac_scratch.variants.cg_fac import cg_fac, truncated_inverse
 from kfac_scratch.variants.coarse_spaces import krylov, nicolaides, residual
 from kfac_scratch.variants.kpsvd import ekpsvd, guarded_inverse, kfac_corrected, kpsvd, lanczos
 from kfac_scratch.variants.mini_block import (
@@ -262,7 +262,7 @@ def cg_share(problem: Problem, steps: int = 2) -> float:
         layers = problem.split(row.flatten())
         return problem.joined({name: maps[name] @ v for name, v in layers.items()}).reshape(1, -1)
 
-    row = truncated_cg(lambda x: x @ problem.F, problem.h.reshape(1, -1), fine, steps, 0.0)
+    row = conjugate_gradient(lambda x: x @ problem.F, problem.h.reshape(1, -1), fine, steps, 0.0)
     return problem.share(row.flatten())
 
 
