@@ -191,8 +191,8 @@ matrices({"layers 0, 2, 4, 6": pairs}, digits=2)
 #
 # $$
 # \begin{aligned}
-# c_{vn} &= \sum_l \langle G_{vn}^{(l)}, X_l \rangle
-# = \sum_l \sum_s g_{vns}^{(l)\top} X_l\, a_{ns}^{(l)} , \\
+# c_{vn} &= \sum_l \langle G_{vn}^{(l)}, X_l \rangle \\
+# &= \sum_l \sum_s g_{vns}^{(l)\top} X_l\, a_{ns}^{(l)} , \\
 # (F X)_l &= \sum_{v,n} c_{vn}\, G_{vn}^{(l)} .
 # \end{aligned}
 # \tag{18.2}
@@ -224,8 +224,8 @@ assert_exact(problem.joined(problem.product(X)), problem.F @ problem.joined(X))
 #
 # $$
 # \begin{aligned}
-# y &= E^{-1} Z^\top r , & E &= Z^\top F_\delta Z , \\
-# Z y &= Q r , & Q &= Z E^{-1} Z^\top ,
+# y &= E^{-1} Z^\top r , \quad E = Z^\top F_\delta Z , \\
+# Z y &= Q r , \quad Q = Z E^{-1} Z^\top ,
 # \end{aligned}
 # \tag{18.3}
 # $$
