@@ -15,7 +15,6 @@ Sources: Müller and Zeinhofer 2023 (arXiv:2302.13163); Guzmán-Cordero et al. 2
 """
 
 from collections.abc import Callable, Sequence
-from math import inf, isfinite
 
 import torch
 from jaxtyping import Float
@@ -134,22 +133,17 @@ def line_search(
 ) -> tuple[float, float]:
     """A step at which halving and doubling do not lower the loss further, and the loss there.
 
-    Walks over powers of two from `start`. A loss that is not a number counts as infinite. If
-    nothing down to `lowest` is better than `before`, the step is 0.
+    Walks over powers of two from `start`. If nothing down to `lowest` is better than `before`, the
+    step is 0. Every comparison asks for a smaller loss, which one that is not a number never is.
     """
-
-    def value(step: float) -> float:
-        found = at(step)
-        return found if isfinite(found) else inf
-
-    step, best = start, value(start)
+    step, best = start, at(start)
     while not best < before and step > lowest:  # downhill first
         step /= 2
-        best = value(step)
+        best = at(step)
     if not best < before:
         return 0.0, before
     for factor in (0.5, 2.0):
-        while (found := value(factor * step)) < best and factor * step >= lowest:
+        while (found := at(factor * step)) < best and factor * step >= lowest:
             step, best = factor * step, found
     return step, best
 

@@ -337,6 +337,20 @@ def test_momentum_accumulates_directions(device):
     check_equal(as_vector(second.previous), expected)
 
 
+def test_what_is_remembered_is_the_step_that_was_taken():
+    """Also where the model's step was too long and has been shortened."""
+    model, terms = setting("cpu")
+    terms = [Term(lambda u, x: u.value**5 - 1, terms[0].X[:3], value(2))]
+    lengths, state = [], None
+    for _ in range(4):
+        W = weights(model)
+        state = KFACStar().step(model, terms, state)
+        moved_by = {n: V - W[n] for n, V in weights(model).items()}
+        check_equal(as_vector(state.previous), as_vector(moved_by))
+        lengths.append(state.length)
+    assert min(lengths) < 1
+
+
 def test_gauss_newton_raises_the_damping_until_it_succeeds(device):
     model, terms = setting(device)
     terms = [Term(lambda u, x: (40 * u.value).sin() + u.lap, terms[0].X, laplacian(2))]
