@@ -38,8 +38,9 @@ from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.kfac import kfac
 from kfac_scratch.linalg import eye_like
-from kfac_scratch.losses import monte_carlo
+from kfac_scratch.losses import monte_carlo, type2
 from kfac_scratch.matrices import Dense
+from kfac_scratch.optimizer import KFAC
 from kfac_scratch.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 from kfac_scratch.variants.coarse_spaces import krylov, nicolaides, residual, spectral
@@ -49,6 +50,7 @@ from kfac_scratch.variants.two_level import (
     adef2,
     along,
     bnn,
+    coarse_correction,
     coarse_inverse,
     coarse_matrix,
     curvature,
@@ -614,6 +616,30 @@ flat = torch.cat([step[name].flatten() for name in parameters])
 assert_exact(flat, problem.step(problem.gradient(), adef2, nicolaides))
 one_level = preconditioner(problem.model, problem.maps)(g)
 assert step.keys() == one_level.keys()
+
+# %% [markdown]
+# In the optimizer of [Chapter 9](09_optimizer.py) the second level of ADEF2 is a step control, because
+# it starts from the fine step, which the optimizer has already. It looks at the batch of the step once
+# more, with vectors of its own, and belongs in front of whatever changes the length.
+
+# %% tags=["remove-input"]
+code(coarse_correction)
+
+# %%
+settings = {"lr": 1.0, "momentum": 0.0, "damping": problem.delta, "fisher": type2}
+optimizer = KFAC(problem.model, loss, controls=[coarse_correction(type2)], **settings)
+before = {name: p.detach().clone() for name, p in parameters.items()}
+optimizer.zero_grad()
+loss(problem.model(problem.X), problem.y).backward()
+optimizer.observe(problem.X, problem.y)
+optimizer.step()
+taken = torch.cat([(before[name] - p.detach()).flatten() for name, p in parameters.items()])
+
+problem.model.load_state_dict(before)
+ios = layer_ios(problem.model, loss, problem.X, problem.y)
+fine = {name: kfac(io).inverse(problem.delta) for name, io in ios.items()}
+expected = two_level(problem.model, ios, fine, problem.delta)(g)
+assert_exact(taken, torch.cat([expected[name].flatten() for name in parameters]))
 
 # %% [markdown]
 # The extra cost of a step is one product with $F$, [(18.2)], about that of a forward and a backward pass
