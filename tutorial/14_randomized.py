@@ -223,20 +223,23 @@ for iterations in range(4):
     print(f"{iterations} iterations miss {missed.item():.0e} of the six leading eigenvectors")
 assert missed < 0.01
 
-# %% tags=["beside", "remove-input"]
+# %% [markdown]
+# ### In the package
+#
+# The same with matrices: $q$ vectors at once, and a QR decomposition for the two inner loops. The start
+# comes from a seed that is a part of the value, so that a result can be repeated. Since it has nothing to
+# do with $M$, the same start may be used every time.
+
+# %% tags=["remove-input"]
 code(range_basis)
 
 # %% [markdown]
-# The package does the same with matrices: $q$ vectors at once, and a QR decomposition for the two inner
-# loops. The start comes from a seed that is a part of the value, so that a result can be repeated. Since it
-# has nothing to do with $M$, the same start may be used every time.
-#
 # ## Three things to do with it
 #
 # Given $Q$, with $q$ orthonormal columns, the paper offers two approximations of $M$, both by one more
 # product with it.
 #
-# **SRE** ("symmetric randomised eigendecomposition") compresses $M$ to the span of $Q$ on both sides:
+# **SRE** compresses $M$ to the span of $Q$ on both sides:
 #
 # $$
 # Q Q^\top M Q Q^\top = (Q W) \operatorname{diag}(\theta)\, (Q W)^\top ,
@@ -244,7 +247,7 @@ code(range_basis)
 # \tag{14.3}
 # $$
 #
-# The $\theta_i$ are called Ritz values. **RS** ("randomised SVD") takes a singular value decomposition
+# The $\theta_i$ are called Ritz values. **RS** takes a singular value decomposition
 # $Q^\top M = \tilde U \operatorname{diag}(\sigma)\, V^\top$, throws $\tilde U$ away and takes
 # $V \operatorname{diag}(\sigma)\, V^\top$. What matrix is this? Its square is
 # $V \operatorname{diag}(\sigma^2)\, V^\top = (Q^\top M)^\top (Q^\top M)$, so
@@ -261,7 +264,7 @@ code(range_basis)
 # \tag{14.5}
 # $$
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(rs, sre, nystrom)
 
 
@@ -279,12 +282,11 @@ assert_exact(from_pairs(*nystrom(M, Q)), M @ Q @ torch.linalg.solve(Q.T @ M @ Q,
 # <div class="admonition theorem" markdown="1" id="thm-14.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 14.2 (the order)</b></p>
 #
-# Let $M$ be positive definite. For the same $Q$, $\text{RS} \preceq \text{Nyström} \preceq M$, and the
-# eigenvalues, each sequence from the largest on, satisfy
+# Let $M$ be positive definite. For the same $Q$, RS $\preceq$ Nyström $\preceq M$. The eigenvalues of SRE, RS,
+# Nyström and $M$, in this order and each from the largest on, satisfy
 #
 # $$
-# \theta_i^{\text{SRE}} \le \sigma_i^{\text{RS}} \le \nu_i^{\text{Nyström}} \le \lambda_i(M) ,
-# \qquad i \le q .
+# \theta_i \le \sigma_i \le \nu_i \le \lambda_i , \qquad i \le q .
 # \tag{14.6}
 # $$
 #
@@ -354,7 +356,7 @@ plt.show()
 # dropped in the end. A factor with at most $r + \ell$ rows, $\ell$ for the oversampling, needs no
 # randomness: it is decomposed in full.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(leading)
 
 # %%
@@ -396,7 +398,7 @@ assert best < more < plain
 #
 # The author's code has had the first and the second one; this package's default is the third.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(trace_matched, smallest_kept, nothing)
 
 # %%
@@ -462,7 +464,7 @@ plt.show()
 #
 # This costs $\mathcal{O}(d_\text{out} d_\text{in} (r_A + r_B))$, the square of the width.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(FourBlocks.__matmul__)
 
 # %%
@@ -474,14 +476,14 @@ assert_exact(M.inverse(0.01) @ G, Z @ ((Z.T @ G @ W) / (torch.outer(e, d) + 0.01
 assert_exact(M.trace(), L.trace())
 
 # %% [markdown]
-# ### In the package
+# ### As an approximation
 #
 # `randomized(rank)` is a function of a [`LayerIO`](api/layer_io.md), as every approximation. Its result
 # keeps KFAC's two factors, because *they* are what is averaged over batches: the average of two
 # bases of eigenvectors has no meaning ([Chapter 10](10_ekfac.py)). The decomposition happens when the
 # inverse is taken, every so many steps. RS is the default, `low_rank(sre)` is SRE-KFAC.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(Randomized)
 
 # %% [markdown]
@@ -512,7 +514,7 @@ assert relative_error(approximate, step) < 0.01
 # times less time per epoch than KFAC and about 3.3 times less to the same accuracy. Behind this
 # are two statements: that training is the same, and that the inverses are cheaper. We look at each.
 #
-# **Training is the same.** The same seeds, once with all eigenpairs and once with 16 of 64 to 257:
+# **Training is the same.** The same seeds, once with all eigenpairs and once with 16 of up to 257:
 
 # %%
 losses_rs, _ = train(Averaged(randomized(16)))
@@ -528,10 +530,11 @@ assert difference < 0.5
 # **The inverses are cheaper**, from some width on. Times depend on the machine, so this chapter does not
 # measure them. The repository has a benchmark, `python -m benchmarks.scaling`, which times one square layer
 # in single precision on one thread, and a stored result. It is read from the repository's folder
-# `benchmarks/results`; a notebook that was downloaded by itself shows the numbers on the site only.
+# `benchmarks/results`; where that is missing, as for a downloaded notebook, the figure is left out.
 
 # %% tags=["hide-input"] alt="Two log-log plots of time against the width of a layer. Left, the inverse update: K-FAC is the steepest line and reaches tens of seconds at width 8192, RS-KFAC and SRE-KFAC are flatter and nearly coincide. Right, applying the inverse: K-FAC again steeper than RS-KFAC." caption="Time for one update of a factor's inverse (left), and for applying both to a gradient (right), against the width of a square layer."
 RESULT = Path(kfac_scratch.__file__).parents[1] / "benchmarks/results/scaling-cpu.json"
+WIDTHS = [256, 1024, 4096]
 scaling = json.loads(RESULT.read_text()) if RESULT.exists() else None
 if scaling is None:
     print("No stored benchmark here: clone the repository and run python -m benchmarks.scaling")
@@ -544,6 +547,8 @@ else:
                 times = [sorted(r["seconds"])[len(r["seconds"]) // 2] for r in points]
                 ax.loglog([r["width"] for r in points], times, ".-", label=method)
         ax.set(title=part, xlabel="width")
+        ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
+        ax.minorticks_off()
     axes[0].set_ylabel("seconds")
     axes[0].legend()
     plt.show()
@@ -557,6 +562,9 @@ if scaling is not None:
             print(f"{row['method']:8} {row['part']:6} grows as d^{row['exponent']:.2f}", end="")
             print(f" ({low:.2f} to {high:.2f}) for d in {row['widths']}")
     print("faster than K-FAC from width", scaling["faster than K-FAC from"]["RS-KFAC"])
+    power = {(r["method"], r["part"]): r["exponent"] for r in scaling["exponents"]}
+    assert power["RS-KFAC", "update"] < 2.5 < power["K-FAC", "update"]
+    assert power["RS-KFAC", "apply"] < 2.6 < power["K-FAC", "apply"]
 
 # %% [markdown]
 # The expected powers are 3 and 2. Measured ones may be a few tenths larger, where matrices outgrow the
@@ -568,18 +576,18 @@ if scaling is not None:
 #
 # ## What goes wrong in practice
 #
-# **Powers without QR.** $M^4 \Omega$ has its columns weighted by $\lambda_i^4$. In single precision, whatever is below
-# $10^{-7}$ of the largest weight is lost, that is, eigenvalues below about a fiftieth of the first. The
-# QR decomposition between two products restores the small ones in time. A public implementation of SRE
+# **Powers without QR.** In $M^3 \Omega$, eigenvectors have weights $\lambda_i^3$. In single precision, whatever is
+# below $10^{-7}$ of the largest weight is lost: eigenvalues below about one 200th of the first. A QR
+# decomposition between two products restores the small ones in time. A public implementation of SRE
 # multiplies three times without it. We compare the Ritz values:
 
 # %%
 M32, values32 = (t.float() for t in made_up(60))
 Y = torch.randn(60, 40, dtype=torch.float32)
-for _ in range(4):
+for _ in range(3):
     Y = M32 @ Y
 naive = sre(M32, torch.linalg.qr(Y).Q)[0]
-careful = sre(M32, range_basis(M32, Sketch(30, 10, 3)))[0]
+careful = sre(M32, range_basis(M32, Sketch(30, 10, 2)))[0]
 for number in (10, 20, 30):
     wrong, right = (abs(d[number - 1] / values32[number - 1] - 1).item() for d in (naive, careful))
     print(f"relative error of eigenvalue {number}: {wrong:.0e} without QR, {right:.0e} with")

@@ -129,13 +129,14 @@ for update in (update_by_hand, brand_update):
     assert_exact(V.T @ V, torch.eye(7))
     assert_exact(from_pairs(V, w), from_pairs(U, d) + X @ X.T)
 
-# %% tags=["beside", "remove-input"]
+# %% [markdown]
+# The package takes all columns at once. `split` is [(15.1)], and `straightened` removes round-off. Both are
+# shown below, where it is about what goes wrong.
+
+# %% tags=["remove-input"]
 code(brand_update)
 
 # %% [markdown]
-# The package takes all columns at once. `split` is [(15.1)], and `straightened` removes round-off; both come
-# below.
-#
 # ## The average, and its tail
 #
 # A moving average is $(1 - w) M + w \hat M$. For the factor of the inputs $\hat M = \tfrac1N \sum_n a_n a_n^\top$, so
@@ -165,7 +166,7 @@ code(brand_update)
 # eigenpairs and $c = 1$: an average that starts there carries $\rho^t$ in its tail. The author's code adds $\rho^t$ to the
 # damping instead, which is the same.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(followed)
 
 
@@ -295,7 +296,7 @@ plt.show()
 # the moving average of KFAC's factors. `Brand(rank)` has as its state the eigenpairs and the
 # tails of both factors, a matrix like any other.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(Brand.update)
 
 
@@ -346,7 +347,7 @@ assert_exact(follow(Brand(rank=8), small).dense(), follow(Averaged(kfac), small)
 #
 # Each bracket is a product with a low-rank matrix, $\mathcal{O}(K d\, r)$.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(product_of_rows)
 
 # %%
@@ -375,8 +376,8 @@ assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 
 # %% [markdown]
 # Three things follow. What is averaged over steps, or added to the gradient, such as momentum and
-# weight decay, has no rows any more and acts on the formed step. A layer with narrower width than
-# a few hundred gains nothing. And at large widths, the cost of KFAC disappears behind that of
+# weight decay, has no rows any more and acts on the formed step. The narrower the layer, the less
+# there is to gain, and below $r + K$ nothing. And at large widths, what is added disappears behind
 # the gradient.
 #
 # The stored result of the repository's benchmark, `python -m benchmarks.scaling` (see
@@ -385,6 +386,7 @@ assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 
 # %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: K-FAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: K-FAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). The dashed line is the gradient itself."
 RESULT = Path(kfac_scratch.__file__).parents[1] / "benchmarks/results/scaling-cpu.json"
+WIDTHS = [256, 2048, 16384]
 scaling = json.loads(RESULT.read_text()) if RESULT.exists() else None
 if scaling is None:
     print("No stored benchmark here: clone the repository and run python -m benchmarks.scaling")
@@ -399,6 +401,8 @@ else:
                 style = "--" if method == "gradient" else ".-"
                 ax.loglog([r["width"] for r in points], times, style, label=method)
         ax.set(title=part, xlabel="width")
+        ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
+        ax.minorticks_off()
     axes[0].set_ylabel("seconds")
     axes[1].legend(fontsize="small")
     plt.show()
@@ -417,6 +421,9 @@ if scaling is not None:
     print(f"error of the damped inverse at width {scaling['errors']['width']}")
     for method, error in scaling["errors"]["of the inverse"].items():
         print(f"    {method:24} {error:.3f}")
+    power = {(r["method"], r["part"]): r["exponent"] for r in scaling["exponents"]}
+    linear = [power[m, p] for m in ("B-KFAC", "SKFAC") for p in ("update", "apply")]
+    assert max(linear) < 1.5 < power["RS-KFAC", "update"] < 2.5 < power["K-FAC", "update"]
 
 # %% [markdown]
 # The expected powers are 3, 2, 1 and 1. [SKFAC](13_skfac.py) is the cheapest, as it knows the last batch only, which its
@@ -473,9 +480,9 @@ assert max(curve[-1] for curve in curves.values()) < 0.5
 assert difference < 0.5
 
 # %% [markdown]
-# The paper reports, for VGG16 on CIFAR-10, that two of its three algorithms are faster than RS-KFAC for every
-# accuracy that was aimed at. Note that it changed the network such that most of the weights are in fully connected
-# layers. For convolutions, the paper itself does not recommend the updates, for the reason above.
+# The paper reports, for a modified VGG16 on CIFAR-10, that two of its three algorithms are faster than RS-KFAC
+# for every accuracy that was aimed at. It says that they apply mainly to fully connected layers, for the
+# reason above.
 #
 # ## Two repairs
 #
@@ -487,7 +494,7 @@ assert difference < 0.5
 #   pairs of $M$ in their span: $U_S^\top M\, U_S = W \operatorname{diag}(\mu)\, W^\top$,
 #   $U_S \leftarrow U_S W$, $d_S \leftarrow \mu$.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(refreshed, ritz)
 
 # %% [markdown]
@@ -584,7 +591,7 @@ for _ in range(10):
     pairs["package"] = brand_update(*pairs["package"], X)
 wrong = {}
 for name, (V, w) in pairs.items():
-    inverse = 10 * torch.eye(100) + V * (1 / (w + 0.1) - 10) @ V.T  # [(14.7)]
+    inverse = 10 * torch.eye(100) + V * (1 / (w + 0.1) - 10) @ V.T  # (14.7)
     wrong[name] = relative_error(inverse, torch.linalg.inv(M + 0.1 * torch.eye(100)))
     orthogonality = (V.T @ V - torch.eye(len(w))).norm().item()
     print(f"{name:8} {len(w):2} eigenpairs, |V'V - I| = {orthogonality:.0e},", end=" ")
@@ -597,7 +604,7 @@ assert wrong["package"] < 1e-12 < 1e-6 < wrong["naive"]
 # near zero. The *inverse* is not, as [(14.7)] needs orthonormal columns: the wrong directions have
 # the largest weight there. A test that compares the matrix would not find this.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(split, straightened)
 
 # %% [markdown]
