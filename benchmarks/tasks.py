@@ -1,0 +1,191 @@
+"""The tasks of `benchmarks.training`: small networks on scikit-learn's handwritten digits.
+
+1797 images of 8 x 8 pixels, split once into 1400 for training and 397 for validation. All models
+are built of linear layers and convolutions, and every layer's input has the batch on axis 0.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+TRAINING = 1400  # of 1797 images
+LABELS, NEIGHBOURS = 200, 10  # of the graph network
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model, data, and the result that counts as success."""
+
+    model: Callable[[], nn.Module]
+    loss: nn.Module
+    X: Tensor
+    y: Tensor
+    X_test: Tensor  # what the metric is measured on
+    y_test: Tensor
+    metric: Callable[[Tensor, Tensor], float]
+    target: float
+    sign: int  # 1 if the metric should be above the target, -1 if below
+    batch: int
+    budget: int  # steps
+    every: int  # steps between two evaluations
+    trials: int  # settings to try for each method
+    seeds: int  # to compare the best of them on
+
+    def measured(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            return self.metric(model(self.X_test), self.y_test)
+
+    def reached(self, value: float) -> bool:
+        return self.sign * value >= self.sign * self.target
+
+    def best(self, values: list[float]) -> float:
+        """The best of finite values, and infinitely bad if there is none."""
+        finite = [value for value in values if math.isfinite(value)]
+        return max(finite, key=lambda v: self.sign * v, default=-self.sign * math.inf)
+
+
+class Block(nn.Module):
+    """A transformer block built of linear layers."""
+
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        h = self.norm1(x)
+        q, k, v = (
+            p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(torch.relu(self.up(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """Tokens are patches of 2 x 2 pixels; the class is read off the mean token."""
+
+    def __init__(self, width: int = 64, depth: int = 2):
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x):  # [N, 1, 8, 8]
+        patches = nn.functional.unfold(x, 2, stride=2).transpose(1, 2)  # [N, 16, 4]
+        h = self.blocks(self.embed(patches) + self.position)
+        return self.head(self.norm(h).mean(1))
+
+
+class GraphNetwork(nn.Module):
+    """Two graph convolutions on an image and its neighbours, a mean, and a classifier.
+
+    Input: every node's pixels, followed by its row of the normalised adjacency matrix.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):  # [N, nodes, 64 + nodes]
+        pixels, adjacency = x[..., :64], x[..., 64:]
+        h = torch.relu(self.first(adjacency @ pixels))
+        h = torch.relu(self.second(adjacency @ h))
+        return self.head(h.mean(1))
+
+
+def autoencoder() -> nn.Module:
+    widths = (64, 100, 50, 10, 50, 100, 64)
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional() -> nn.Module:
+    first = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()]
+    second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(512, 10))
+
+
+def accuracy(f: Tensor, y: Tensor) -> float:
+    return float((f.argmax(1) == y).float().mean())
+
+
+def squared_error(f: Tensor, y: Tensor) -> float:
+    """Summed over pixels, averaged over images."""
+    return float((f - y).square().sum(1).mean())
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """All images in [0, 1] and their labels, shuffled once."""
+    data = load_digits()
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(data.images, dtype=torch.float32) / 16
+    return images[order].unsqueeze(1), torch.tensor(data.target)[order]
+
+
+def neighbourhoods(images: Tensor) -> Tensor:
+    """Each image and its nearest neighbours as a graph: pixels and normalised adjacency.
+
+    Two nodes are connected if one of them is among the other's nearest neighbours. Adjacency
+    matrices have self-loops and are normalised as `D^-1/2 (A + I) D^-1/2`.
+    """
+    flat = images.flatten(1)
+    nearest = torch.cdist(flat, flat).topk(NEIGHBOURS + 1, largest=False).indices  # itself first
+    linked = torch.zeros(len(flat), len(flat)).scatter_(1, nearest, 1.0)
+    linked = torch.maximum(linked, linked.T)
+    A = linked[nearest[:, :, None], nearest[:, None, :]]  # [N, nodes, nodes]
+    root = A.sum(-1).rsqrt()
+    return torch.cat([flat[nearest], root[:, :, None] * A * root[:, None, :]], dim=-1)
+
+
+def split(X: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"X": X[:TRAINING], "y": y[:TRAINING], "X_test": X[TRAINING:], "y_test": y[TRAINING:]}
+
+
+def transformer_task() -> Task:
+    options = {"target": 0.95, "batch": 64, "budget": 400, "every": 5, "trials": 24, "seeds": 3}
+    data = split(*digits())
+    return Task(
+        VisionTransformer, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options
+    )
+
+
+def graph_task() -> Task:
+    options = {"target": 0.96, "batch": 100, "budget": 100, "every": 2, "trials": 64, "seeds": 5}
+    images, y = digits()
+    data = split(neighbourhoods(images), y)
+    data |= {"X": data["X"][:LABELS], "y": data["y"][:LABELS]}
+    return Task(GraphNetwork, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options)
+
+
+def autoencoder_task() -> Task:
+    options = {"target": 0.40, "batch": 700, "budget": 2000, "every": 10, "trials": 24, "seeds": 3}
+    X = digits()[0][:TRAINING].flatten(1)
+    return Task(autoencoder, nn.MSELoss(), X, X, X, X, metric=squared_error, sign=-1, **options)
+
+
+def convolutional_task() -> Task:
+    options = {"target": 0.98, "batch": 128, "budget": 150, "every": 5, "trials": 40, "seeds": 5}
+    data = split(*digits())
+    return Task(convolutional, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "T1": transformer_task,
+    "T2": graph_task,
+    "T3": autoencoder_task,
+    "T4": convolutional_task,
+}

@@ -1,0 +1,83 @@
+"""Every variant trains two tasks, with the settings that were found for KFAC-expand and no others.
+
+Nothing is tuned: only what gives the curvature is exchanged, so that this says whether a variant
+can be trained with, not which is best.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from benchmarks.loop import train
+from benchmarks.methods import Config, Method, curvature
+from benchmarks.tasks import Task
+from kfac_scratch import KFAC, kfac, monte_carlo
+from kfac_scratch.ekfac import AmortisedEKFAC
+from kfac_scratch.estimators import Averaged, Latest
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices import exact_inverse
+from kfac_scratch.roots import KroneckerRoots
+from kfac_scratch.variants.brand import Brand
+from kfac_scratch.variants.cg_fac import cg_fac, truncated_inverse
+from kfac_scratch.variants.kpsvd import (
+    Recompressed,
+    guarded_inverse,
+    kfac_corrected,
+    nearest_product,
+    nearest_sum,
+)
+from kfac_scratch.variants.mini_block import mini_block, mini_block_shared
+from kfac_scratch.variants.randomized import randomized
+from kfac_scratch.variants.skfac import Window, averaged, skfac
+from kfac_scratch.variants.tkfac import tkfac
+from kfac_scratch.variants.two_level import coarse_correction
+
+SEEDS = (200, 201, 202)
+
+
+def skfac_of_averages(io: LayerIO) -> KroneckerRoots:
+    """A convolution's positions are averaged: otherwise columns are as many as rows."""
+    return skfac(averaged(io))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kfac": {"approximation": kfac},
+    "ekfac": {"approximation": AmortisedEKFAC(1)},
+    "tkfac": {"approximation": tkfac},
+    "tekfac": {"approximation": AmortisedEKFAC(1, Averaged(tkfac))},
+    "kpsvd": {"approximation": Recompressed(nearest_product)},
+    "deflation": {"approximation": Recompressed(nearest_sum), "invert": guarded_inverse},
+    "kfac_corrected": {"approximation": Latest(kfac_corrected), "invert": guarded_inverse},
+    "skfac": {"approximation": Window(5, skfac_of_averages)},
+    "randomized": {"approximation": randomized(32)},
+    "brand": {"approximation": Brand(32)},
+    "mini_block": {"approximation": mini_block},
+    "mini_block_shared": {"approximation": mini_block_shared},
+    "cg_fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
+    "two_level": {"approximation": kfac, "controls": [coarse_correction(monte_carlo(1))]},
+}
+
+
+def build(options: dict[str, Any], task: Task, model: nn.Module, config: Config) -> KFAC:
+    """KFAC-expand with another approximation, its inverse, and controls before the graft."""
+    optimizer = curvature(task, model, config, options["approximation"])
+    optimizer.invert = options.get("invert", exact_inverse)
+    optimizer.controls = (*options.get("controls", ()), *optimizer.controls)
+    return optimizer
+
+
+def outcomes(task: Task, config: Config) -> dict[str, dict]:
+    """For every variant: hits, steps to the hit, the best value, and errors, over three seeds."""
+    table = {}
+    for name, options in VARIANTS.items():
+        method = Method({}, partial(build, options))
+        runs = [train(task, method, config, seed) for seed in SEEDS]
+        table[name] = {
+            "steps": [run.steps for run in runs],
+            "best": [task.best(run.metric) for run in runs],
+            "seconds": [run.total for run in runs],
+            "errors": [run.error for run in runs if run.error],
+        }
+        print(f"{name:20s}{table[name]}", flush=True)
+    return table
