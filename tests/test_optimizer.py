@@ -428,6 +428,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 from test_optimizer import RESUMABLE, resumable, run
 torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)  # as in the tests: sums in one order
 for name in RESUMABLE:
     file = {folder!r} + "/" + name + ".pt"
     optimizer = resumable(name)

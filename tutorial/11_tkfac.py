@@ -42,9 +42,8 @@ from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices import Dense, Kronecker
 from kfac_scratch.show import code, matrices
-from kfac_scratch.variants import tkfac as module
 from kfac_scratch.variants.tekfac import tekfac
-from kfac_scratch.variants.tkfac import PartialTraces, tkfac
+from kfac_scratch.variants.tkfac import PartialTraces, _weighted_factors, tkfac
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -198,7 +197,7 @@ for S in (1, 4):
 # With more than one position, gradients are formed, but only a bounded number of them at a time.
 
 # %% tags=["beside", "remove-input"]
-code(tkfac, module._weighted_factors)
+code(tkfac, _weighted_factors)
 
 # %%
 for S in (1, 4):

@@ -38,9 +38,9 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import simultaneous_eigh
 from kfac_scratch.matrices import Kronecker
 from kfac_scratch.show import code
-from kfac_scratch.variants import kpsvd as module
 from kfac_scratch.variants.kpsvd import (
     Recompressed,
+    _common_basis,
     deflation,
     ekpsvd,
     guarded,
@@ -471,7 +471,7 @@ assert M.diagonal().min() < -0.1 < 0 <= io.block().diagonal().min()
 # common basis.
 
 # %% tags=["remove-input"]
-code(guarded, guarded_inverse, module._common_basis)
+code(guarded, guarded_inverse, _common_basis)
 
 # %%
 delta = 0.01
