@@ -26,6 +26,7 @@
 
 # %%
 import json
+import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_scratch
-from kfac_scratch import pinn
+from kfac_scratch import pinn, pinn_gramian
 from kfac_scratch.ekfac import ekfac
 from kfac_scratch.expansions import laplacian, value
 from kfac_scratch.kfac import kfac
@@ -50,7 +51,7 @@ from kfac_scratch.pinn_gramian import (
     residuals,
     transposed_times,
     weights,
-)  # fmt: skip
+)
 from kfac_scratch.pinn_metric import TermWise, congruence, damped_factors, ekfac_inverse
 from kfac_scratch.pinn_problems import kovasznay, mlp, poisson
 from kfac_scratch.pinn_solvers import best_combination, dense, in_kernel, line_search, per_layer
@@ -142,7 +143,7 @@ for name, term in mistakes.items():
         linearize(model, [term])
         raise AssertionError("should have been refused")
     except ValueError as error:
-        print(f"{name}: {error}\n")
+        print(f"{name}:", *textwrap.wrap(str(error), 90), sep="\n    ")
 
 # %% [markdown]
 # ## One forward pass, one reverse pass
@@ -173,7 +174,7 @@ for name, term in mistakes.items():
 # coefficients of the network's output, which copes with nonlinear equations and sees what is not used. Then one call
 # of autodiff goes back to the outputs of all layers.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(pinn._linearized)
 
 # %% [markdown]
@@ -202,9 +203,7 @@ for name, io in parts[0].ios.items():
 # The gradient came for free, from the same $a$ and $g$. So do products with the Jacobian, as
 # $(J V)_n = \sum_s g_{ns}^\top V a_{ns}$, without another pass through a graph:
 
-# %% tags=["beside", "remove-input"]
-from kfac_scratch import pinn_gramian
-
+# %% tags=["remove-input"]
 code(pinn_gramian._times, pinn_gramian.transposed_times)
 
 # %% [markdown]
@@ -352,7 +351,7 @@ assert_exact(kfac(pruned).dense(), io.block())
 #
 # Whitening by the sum of both, not by one of them, keeps all numbers in $[0, 1]$, and works if one term is singular.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(congruence)
 
 # %%
@@ -397,7 +396,7 @@ for t in range(1, 4):
 # with the $a$ and $g$ that are already there. Nothing limits us to two directions. `per_layer` gives each layer
 # its own $\alpha$ and $\mu$, at no extra cost, and is never worse in the model.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(best_combination, KFACStar.step)
 
 # %% [markdown]
@@ -426,7 +425,7 @@ assert gramian(parts).shape == (59, 59)
 assert kernel(parts).shape == (80, 80)
 assert torch.linalg.matrix_rank(kernel(parts)) <= 59
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(in_kernel)
 
 # %% [markdown]
