@@ -36,7 +36,8 @@ class Log:
         return float(f"{self.low * (self.high / self.low) ** u:.3g}")
 
     def where(self, value: float) -> float:
-        return math.log(value / self.low) / math.log(self.high / self.low)
+        u = math.log(value / self.low) / math.log(self.high / self.low)
+        return min(max(u, 0.0), 1 - 1e-9)  # values are rounded
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Choice:
         return self.values[int(u * len(self.values))]
 
     def where(self, value: Any) -> float:
+        value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         return (self.values.index(value) + 0.5) / len(self.values)
 
 
@@ -75,9 +77,8 @@ def spread(space: Space, count: int, seed: int) -> list[Point]:
 
 def sweep(space: Space, usual: Config, count: int) -> list[Point]:
     """Learning rates over their whole range, with the usual settings for all else."""
-    point = {name: axis.where(usual[name]) for name, axis in space.items() if name != "lr"}
-    found = ({**point, "lr": (i + 0.5) / count} for i in range(count))
-    return [[of[name] for name in space] for of in found]
+    rates = (space["lr"]((i + 0.5) / count) for i in range(count))
+    return [place(space, usual | {"lr": rate}) for rate in rates]
 
 
 def neighbour(space: Space, point: Point, random: Random) -> Point:
@@ -89,6 +90,11 @@ def neighbour(space: Space, point: Point, random: Random) -> Point:
                 new = random.random() if isinstance(axis, Choice) else random.gauss(point[i], 0.1)
                 moved[i] = min(max(new, 0.0), 1 - 1e-9)
     return moved
+
+
+def place(space: Space, config: Config) -> Point:
+    """Where settings are: the inverse of `settings`, up to the middle of each choice."""
+    return [axis.where(config[name]) for name, axis in space.items()]
 
 
 def settings(space: Space, point: Point) -> Config:

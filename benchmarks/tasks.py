@@ -156,7 +156,7 @@ def split(X: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def transformer_task() -> Task:
-    options = {"target": 0.95, "batch": 64, "budget": 400, "every": 5, "trials": 24, "seeds": 3}
+    options = {"target": 0.95, "batch": 64, "budget": 600, "every": 5, "trials": 24, "seeds": 5}
     data = split(*digits())
     return Task(
         VisionTransformer, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options

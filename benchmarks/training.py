@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from benchmarks.methods import (
     Config,
     Point,
     neighbour,
+    place,
     settings,
     spread,
     sweep,
@@ -56,37 +57,43 @@ def median(values: list[float | None]) -> float:
 # ---- search -------------------------------------------------------------------------------------
 
 
-def search(task: Task, name: str) -> dict:
+def search(task: Task, name: str, trials: Sequence[dict] = (), more: int = 0) -> dict:
     """Try settings on one seed, the best of them on more, and keep the one of smallest cost.
 
     The first half of the settings fills the space, the others are neighbours of the best so far.
     First-order methods, of which there are fewer, have half as many more, and before them a sweep.
+
+    Args:
+        task: What to train.
+        name: The method.
+        trials: Those of an earlier search, which this one continues.
+        more: How many neighbours to try then.
     """
-    method, random = METHODS[name], Random(0)
-    count = 3 * task.trials // 2 if name in FIRST_ORDER else task.trials
-    points: list[Point | None] = [
-        *spread(method.space, count // 2, 0),
-        *(count - count // 2) * [None],
-    ]
-    if method.usual is not None:
-        points = [*sweep(method.space, method.usual, SWEPT), *points]
-    trials: list[dict] = []
-    for point in points:
-        best = sorted(trials, key=partial(rank, task))[:KEPT]
-        point = point or neighbour(method.space, random.choice(best)["point"], random)
+    space, random = METHODS[name].space, Random(len(trials))
+    tried = list(trials)
+    for start in [None] * more if trials else starts(task, name):
+        best = sorted(tried, key=partial(rank, task))[:KEPT]
+        point = start or neighbour(space, place(space, random.choice(best)["config"]), random)
         limit = best[-1]["cost"] or math.inf if len(best) == KEPT else math.inf
-        config = settings(method.space, point)
-        run = train(task, method, config, 0, limit)
-        metric = task.best(run.metric)
-        trials.append({"config": config, "point": point, "cost": cost(run), "best": metric})
-    kept = sorted(trials, key=partial(rank, task))[:KEPT]
-    for trial in kept:
-        runs = [train(task, method, trial["config"], s, math.inf) for s in range(task.seeds)]
+        config = settings(space, point)
+        run = train(task, METHODS[name], config, 0, limit)
+        tried.append({"config": config, "cost": cost(run), "best": task.best(run.metric)})
+    kept = sorted(tried, key=partial(rank, task))[:KEPT]
+    for trial in (trial for trial in kept if "all_steps" not in trial):
+        runs = [train(task, METHODS[name], trial["config"], s, math.inf) for s in range(task.seeds)]
         trial |= {"all_steps": [run.steps for run in runs], "all_costs": [cost(r) for r in runs]}
-    winner = min(kept, key=lambda t: (median(t["all_costs"]), rank(task, t)))
-    for trial in trials:
-        del trial["point"]
-    return {"trials": trials, "winner": winner["config"], "steps": winner["all_steps"]}
+    seen = [trial for trial in tried if "all_steps" in trial]
+    winner = min(seen, key=lambda t: (median(t["all_costs"]), rank(task, t)))
+    return {"trials": tried, "winner": winner["config"], "steps": winner["all_steps"]}
+
+
+def starts(task: Task, name: str) -> list[Point | None]:
+    """Where to look first; None is a neighbour of what is best by then."""
+    method = METHODS[name]
+    count = 3 * task.trials // 2 if name in FIRST_ORDER else task.trials
+    swept = [] if method.usual is None else sweep(method.space, method.usual, SWEPT)
+    half = count // 2
+    return [*swept, *spread(method.space, half, seed=0), *[None] * (count - half)]
 
 
 def cost(run: Run) -> float | None:
@@ -150,10 +157,11 @@ def stored(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def run_search(task: Task, path: Path, names: Iterable[str]) -> None:
+def run_search(task: Task, path: Path, names: Iterable[str], more: int = 0) -> None:
     for name in names:
         start = time.process_time()
-        found = search(task, name)
+        earlier = stored(path).get("search", {}).get(name, {}).get("trials", ()) if more else ()
+        found = search(task, name, earlier, more)
         result = stored(path)
         result.setdefault("search", {})[name] = found
         path.write_text(written(result))
@@ -175,6 +183,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, action="append", help="only this task")
     parser.add_argument("--method", choices=METHODS, action="append", help="search only for this")
     parser.add_argument("--search", action="store_true", help="find settings, and store them")
+    parser.add_argument("--more", type=int, default=0, help="continue a search by so many settings")
     parser.add_argument("--finals", action="store_true", help="run the stored settings")
     parser.add_argument("--step-time", action="store_true", help="time steps of T1 and T4")
     parser.add_argument("--variants", action="store_true", help="every variant on T3 and T4")
@@ -185,7 +194,7 @@ def main() -> None:
     results = {name: args.results / f"training-{name}.json" for name in TASKS}
     for name in args.task or TASKS:
         if args.search:
-            run_search(TASKS[name](), results[name], args.method or METHODS)
+            run_search(TASKS[name](), results[name], args.method or METHODS, args.more)
         if args.finals:
             run_finals(TASKS[name](), results[name])
     if args.step_time:

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from benchmarks.loop import batches, cosine, first_hit, train
-from benchmarks.methods import METHODS, Choice, Log, Method, neighbour, settings, spread, sweep
+from benchmarks.methods import (
+    METHODS,
+    Choice,
+    Log,
+    Method,
+    neighbour,
+    place,
+    settings,
+    spread,
+    sweep,
+)
 from benchmarks.step_time import PERIODS as TIMED_PERIODS
 from benchmarks.step_time import STEPS
 from benchmarks.tasks import TASKS, Task, autoencoder, squared_error
@@ -138,6 +148,9 @@ def test_axes():
     assert log.where(1e-2) == pytest.approx(0.5)
     assert [choice(u) for u in (0.0, 0.34, 0.99)] == ["a", "b", "c"]
     assert all(choice(choice.where(v)) == v for v in choice.values)
+    for method in METHODS.values():
+        config = settings(method.space, spread(method.space, 5, seed=1)[-1])
+        assert settings(method.space, place(method.space, config)) == config
 
 
 def test_settings_are_seeded_and_fill_the_space():
@@ -173,6 +186,8 @@ def test_search_gives_first_order_methods_more_trials_and_returns_one_of_them():
     assert len(found["trials"]) == 8 + 6
     assert found["winner"] in [trial["config"] for trial in found["trials"]]
     assert all(set(t["config"]) == set(METHODS["adamw"].space) for t in found["trials"])
+    longer = search(task, "adamw", json.loads(written(found))["trials"], more=3)
+    assert len(longer["trials"]) == len(found["trials"]) + 3
 
 
 # ---- numbers ------------------------------------------------------------------------------------
