@@ -241,7 +241,7 @@ def steps(device: torch.device, rounds: int) -> list[dict]:
             torch.manual_seed(0)
             model, state = mlp(*sizes).to(device), [None]
 
-            def run(method=method, model=model, state=state) -> None:
+            def run(method=method, model=model, terms=terms, state=state) -> None:
                 state[0] = method.step(model, terms, state[0])
 
             runs[method_name] = run
