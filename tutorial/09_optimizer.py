@@ -1462,6 +1462,9 @@ for task, finals in results.items():  # what was stored must follow from the sto
     assert all((steps is None) == (number is None) for steps, number in hits)
     ((spacing[task]),) = {steps // number for steps, number in hits if number}
 
+# %% [markdown]
+# Ratios are to the best first-order method:
+
 # %%
 best_of = {
     (task, key): min(quartiles(finals[name], key)[1] for name in FIRST_ORDER)
