@@ -65,7 +65,7 @@ def reduction_ratio(before: float, after: float, predicted: float) -> float | No
 
     None where the model predicts no change beyond round-off: then a ratio says nothing.
     """
-    if abs(predicted) < 1e-12 * abs(before):
+    if abs(predicted) <= 1e-12 * abs(before):
         return None
     return (after - before) / predicted
 

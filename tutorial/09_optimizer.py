@@ -1627,9 +1627,9 @@ assert_exact(mean_of_outer_products(X4, y4), mean_of_outer_products(X, y) / 16)
 #
 # **A damping that arrives late.** An inverse holds the damping that it was taken with. If damping
 # is adapted in every step and the inverse renewed in every tenth, nine of ten values are never
-# used, and the reduction ratio judges another damping than the one that it changes. This holds for
-# our optimizer, too. Let `inverse_every` be no longer than `adapt_every`. (With an
-# eigendecomposition at hand, another damping costs nothing, [(8.5)].)
+# used, and the reduction ratio judges another damping than the one that it changes. So our optimizer
+# inverts anew in the step after an adaptation. (With an eigendecomposition at hand, another damping
+# costs nothing, [(8.5)].) A damping that you set by hand waits for the next inversion:
 
 # %%
 optimizer = KFAC(network(), loss, damping=1e-2, inverse_every=10, factor_every=10)
