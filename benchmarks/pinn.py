@@ -211,7 +211,7 @@ def methods(problem: str) -> dict[str, object]:
         "KFAC* per layer": KFACStar(candidates=per_layer, metric=wise, **options),
         "EKFAC*": KFACStar(metric=TermWise(0.6, ekfac_inverse), **options),
         "Gauss-Newton": GaussNewton(solver=exact, **options),
-        "ENGD": Spring(1e-10, solver=exact, **options),
+        "ENGD": Spring(1e-12, solver=exact, **options),
         "SPRING": Spring(1e-10, 0.9, solver=exact, **options),
     }
 

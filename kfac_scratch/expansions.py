@@ -140,6 +140,8 @@ class SecondOrder:
     ) -> Float[Tensor, "N M h"]:
         """`sum_ij C_ij x_i y_j` for every sum."""
         C = self.C.to(x)
+        if C.ndim == 2 and C.stride(1) == 0:  # one weight for all directions: fewer sweeps
+            return C[:, :1] * (x * y).sum(1, keepdim=True)
         if C.ndim == 2:
             return torch.stack([(c.unsqueeze(1) * x * y).sum(1) for c in C], dim=1)
         data = "n" if C.ndim == 4 else ""
@@ -151,8 +153,9 @@ class SecondOrder:
         """The derivative of `sum(top * form(x, x))` with respect to `x`."""
         C = self.C.to(x)
         if C.ndim == 2:
-            parts = zip(C, top.split(1, dim=1), strict=True)
-            return 2 * x * sum(c.unsqueeze(1) * t for c, t in parts)
+            C = C[:, :1] if C.stride(1) == 0 else C
+            parts = zip(2 * C, top.split(1, dim=1), strict=True)
+            return x * sum(c.unsqueeze(1) * t for c, t in parts)
         data = "n" if C.ndim == 4 else ""
         return torch.einsum(f"m{data}ij,nmh,njh->nih", C + C.mT, top, x)
 
@@ -221,8 +224,10 @@ def along(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
 
 def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
     """All first derivatives, and the Laplacian over the given coordinates (default: all)."""
+    if coordinates is None:
+        return SecondOrder(torch.eye(d), torch.ones(1, 1).expand(1, d))
     C = torch.zeros(1, d)
-    C[0, list(range(d) if coordinates is None else coordinates)] = 1.0
+    C[0, list(coordinates)] = 1.0
     return SecondOrder(torch.eye(d), C)
 
 

@@ -288,6 +288,16 @@ SECOND = {
     "value": (value(3), Partials(torch.eye(3))),
     "gradient": (along(torch.eye(3)), Partials(torch.eye(3), [(0,), (1,), (2,)])),
     "laplacian": (
+        laplacian(3),
+        Partials(torch.eye(3), sums=[{(0, 0): 1.0, (1, 1): 1.0, (2, 2): 1.0}]),
+    ),
+    "constant": (
+        SecondOrder(torch.eye(3), torch.tensor([[0.5], [-2.0]]).expand(2, 3)),
+        Partials(
+            torch.eye(3), sums=[{(i, i): c for i in range(3)} for c in (0.5, -2.0)]
+        ),
+    ),
+    "partial laplacian": (
         laplacian(3, [1, 2]),
         Partials(torch.eye(3), [(0,)], [{(1, 1): 1.0, (2, 2): 1.0}]),
     ),
