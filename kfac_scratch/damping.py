@@ -9,17 +9,22 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671), §6.3 (factored Tikhonov) a
 """
 
 from math import isfinite
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.matrices import (
-    Dense,
-    Diagonal,
-    Kronecker,
-    KroneckerEigen,
-)
+from kfac_scratch.matrices import Dense, Kronecker
+
+
+@runtime_checkable
+class HasDiagonal(Protocol):
+    """A matrix that knows its diagonal."""
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        ...
 
 
 def factored_inverse(K: Kronecker, damping: float) -> Kronecker:
@@ -50,7 +55,7 @@ def balance(K: Kronecker) -> Float[Tensor, ""]:
     return torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()
 
 
-def relative(M: Diagonal | Kronecker | KroneckerEigen | Dense, fraction: float) -> float:
+def relative(M: HasDiagonal, fraction: float) -> float:
     """A layer's own damping: a fraction of its mean eigenvalue, for every scale of the loss."""
     return fraction * float(M.diagonal().mean())
 
@@ -60,7 +65,7 @@ def reduction_ratio(before: float, after: float, predicted: float) -> float | No
 
     None where the model predicts no change beyond round-off: then a ratio says nothing.
     """
-    if abs(predicted) < 1e-12 * abs(before):
+    if abs(predicted) <= 1e-12 * abs(before):
         return None
     return (after - before) / predicted
 

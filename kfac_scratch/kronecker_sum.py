@@ -49,11 +49,6 @@ class KroneckerSum:
             raise ValueError("The sum of two Kronecker products is not positive definite.")
         return Congruence(KA, KB, 1 / scale)
 
-    def mixed(self, new: "KroneckerSum", weight: float) -> "KroneckerSum":
-        """Averages of all factors, with a weight for the new ones."""
-        first, second = (self.first.mixed(new.first, weight), self.second.mixed(new.second, weight))
-        return KroneckerSum(first, second)
-
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
         return self.first.dense() + self.second.dense()

@@ -91,7 +91,8 @@ def psd_eigh(M: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor,
         eigenvalues, Q = torch.linalg.eigh(M)
     except RuntimeError:  # LinAlgError happens in float32 for very ill-conditioned factors
         eigenvalues, Q = (t.to(M.dtype) for t in torch.linalg.eigh(M.double()))
-    tolerance = len(M) * torch.finfo(M.dtype).eps * eigenvalues.abs().amax()
+    unit = torch.finfo(M.dtype)
+    tolerance = (len(M) * unit.eps * eigenvalues.abs().amax()).clamp(min=unit.tiny)
     if (eigenvalues < -10 * tolerance).any():
         raise ValueError(
             f"A matrix that should be positive semi-definite has the eigenvalue "
@@ -123,31 +124,44 @@ def conjugate_gradient(
     matvec: Callable[[Tensor], Tensor],
     b: Float[Tensor, "*batch m n"],
     precondition: Callable[[Tensor], Tensor],
+    max_iter: int | None = None,
+    tol: float | None = None,
 ) -> Float[Tensor, "*batch m n"]:
     """Solve `M x = b` for a positive definite `M`, separately for every matrix in the batch.
 
-    Iterates until every residual is below `10 * eps` of its right-hand side, or for `2 m n` steps.
-    Source: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, §11.5.
+    Each stops when its residual is below `tol` times its right-hand side, all after `max_iter`
+    steps. Default: `10 * eps`, and `2 m n` steps. Started from zero, so that `<x, b> > 0` at any
+    time. Source: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, §11.5.
 
     Raises:
         ValueError: If a direction of negative curvature shows that `M` is not positive definite.
     """
-    x, r = torch.zeros_like(b), b.clone()
-    z = precondition(r)
-    p, rz, target = z, _dot(r, z), (10 * torch.finfo(b.dtype).eps) ** 2 * _dot(b, b)
-    for _ in range(2 * b.shape[-2] * b.shape[-1]):
-        if (_dot(r, r) <= target).all():
+    max_iter = 2 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
+    tol = 10 * torch.finfo(b.dtype).eps if tol is None else tol
+    size = b.abs().amax((-2, -1), keepdim=True)  # in its own unit, no square underflows
+    size = size.where(size > 0, 1.0)
+    x, r = torch.zeros_like(b), b / size
+    z, target = precondition(r), (tol**2 * _dot(r, r)).clamp_min(_nothing(b))
+    p, rz = z, _dot(r, z)
+    for _ in range(max_iter):
+        active = _dot(r, r) > target
+        if not active.any():
             break
         Mp = matvec(p)
         curvature = _dot(p, Mp)
-        if ((curvature <= 0) & (rz > 0)).any():
+        if (active & (curvature <= 0)).any():
             raise ValueError("Conjugate gradients met negative curvature: use a larger damping.")
-        step = rz / curvature.where(curvature > 0, 1.0)
+        step = torch.where(active, rz / curvature.where(active, 1.0), 0.0)
         x, r = x + step * p, r - step * Mp
         z = precondition(r)
         rz, old = _dot(r, z), rz
         p = z + rz / old.where(old > 0, 1.0) * p
-    return x
+    return size * x
+
+
+def _nothing(b: Tensor) -> float:
+    """A square that cannot be told from zero."""
+    return torch.finfo(b.dtype).tiny / torch.finfo(b.dtype).eps
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - dA, cA: mathematical letters
 r"""Kronecker products of low-rank factors: a few eigenpairs, and one number for all the rest.
 
 A factor that was estimated from few rows, or whose spectrum decays, is known by a few eigenpairs

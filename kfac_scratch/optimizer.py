@@ -69,7 +69,7 @@ class KFAC(Optimizer):
         layers: Names of the layers to precondition. Default: all supported ones.
         adapt_damping: From a damping and a reduction ratio to the next damping, for example
             `levenberg_marquardt`.
-        adapt_every: Steps between two adaptations.
+        adapt_every: Steps between two adaptations; the step after one inverts anew.
         generator: Source of randomness for the default `fisher`, saved with the state.
         record: Called after every step with a dictionary of numbers: `step`, `lr`, `damping`,
             `step_norm`, `kl` (to second order, by the matrices), `loss` (if `step` got a closure),
@@ -146,6 +146,14 @@ class KFAC(Optimizer):
                 f"No block covers the parameters {list(others)}: pass rest=lambda params: "
                 "torch.optim.AdamW(params, lr=1e-3), say, or do not give them to the optimizer."
             )
+        for group in self.param_groups:
+            own = [key for key in NUMBERS if group[key] != self.defaults[key]]
+            names = [name for name, p in others.items() if any(p is q for q in group["params"])]
+            if own and names:
+                raise ValueError(
+                    f"The parameters {names} are in a group with its own {own}, but have no block: "
+                    "give them a group without, and set in rest=... what holds for them."
+                )
         if not ours:
             raise ValueError("No given parameter is in a block: there is nothing to precondition.")
         self._names = {name: p for name, p in self._trained.items() if name in ours}
@@ -287,6 +295,7 @@ class KFAC(Optimizer):
         ratio = ratio_after_step(before)
         for group in self._groups():
             group["damping"] = self.adapt_damping(group["damping"], ratio)
+        self.inverses, self._precondition = {}, None  # the next step inverts with it
         return {"ratio": float("nan") if ratio is None else ratio}
 
     def _summary(self, step: Step, loss: Any) -> dict[str, float]:
@@ -322,19 +331,20 @@ class KFAC(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, with an optimizer that was built the same way."""
         own = state_dict["kfac"]
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        if self._rest is not None:
-            self._share(self._rest)
         parameters = dict(self.model.named_parameters())
         like = {
             name: self.estimator.update(None, example_io(W), 1.0)
             for block in self._blocks
             for name, W in zip(block.names, block.matrices(parameters), strict=True)
         }
-        self.matrices = {n: restored(like[n], saved) for n, saved in own["matrices"].items()}
-        self.inverses = {
+        matrices = {n: restored(like[n], saved) for n, saved in own["matrices"].items()}
+        inverses = {
             n: restored(self.invert(like[n], 1.0), saved) for n, saved in own["inverses"].items()
         }
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        if self._rest is not None:
+            self._share(self._rest)
+        self.matrices, self.inverses = matrices, inverses
         self.steps, self.updates = own["steps"], own["updates"]
         self._precondition = self._preconditioner() if self.inverses else None
         if self.generator is not None:

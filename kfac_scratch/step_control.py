@@ -91,6 +91,7 @@ def kl_clip(limit: float) -> Control:
     $\nu = \min(1, \sqrt{\kappa / \sum_l \eta_l^2 \langle P_l, G_l \rangle})$. If $P$ is the damped
     inverse applied to $G$, the sum is $\delta^\top (F + \lambda I) \delta$, and half of it bounds
     the KL divergence between the model's predictions before and after the step, to second order.
+    Behind `graft`, which changes the length of every layer, the limit has no such meaning.
     """
     _check_limit(limit)
 
@@ -123,6 +124,8 @@ def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Contr
 
     The learning rate then means what it means for Adam. Its two moments are kept per parameter.
     """
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}: gradients may be zero.")
 
     def control(step: Step) -> Step:
         adam = {name: _adam(step.memory[name], g, betas, eps) for name, g in step.gradient.items()}

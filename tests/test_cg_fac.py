@@ -10,6 +10,7 @@ from kfac_scratch.checkpoints import restored, tensors
 from kfac_scratch.estimators import Averaged, Latest
 from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO, concatenate
+from kfac_scratch.linalg import conjugate_gradient
 from kfac_scratch.matrices import Dense
 from kfac_scratch.variants.cg_fac import (
     Gradients,
@@ -20,7 +21,6 @@ from kfac_scratch.variants.cg_fac import (
     kernel_inverse,
     products,
     same_batch_step,
-    truncated_cg,
     truncated_inverse,
 )
 from kfac_scratch.variants.skfac import skfac
@@ -253,6 +253,21 @@ def test_a_batch_is_its_members_though_they_stop_at_different_times(device):
     check_equal(together[3], 1e-9 * together[1])
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-310, 1e150])
+def test_no_square_of_a_gradient_underflows(size, device):
+    M, G = cg_fac(random_io(device)), gradient(device)
+    inverse = truncated_inverse(M, 0.1, max_iter=200, tol=0.0)  # far beyond convergence
+    check_equal(inverse @ (size * G) / size, inverse @ G)
+
+
+@pytest.mark.parametrize(("dtype", "damping"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_a_residual_that_underflows_is_no_negative_curvature(dtype, damping, device):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        M, G = cg_fac(random_io(device, dtype=dtype)), gradient(device, dtype=dtype)
+        assert (truncated_inverse(M, damping, 300, tol=0.0) @ G).isfinite().all()
+
+
 def test_a_truncated_inverse_is_not_a_linear_map(device):
     M, (X, Y) = cg_fac(random_io(device, N=8)), gradient(device, 2)
     inverse = truncated_inverse(M, 0.1, max_iter=2)
@@ -302,7 +317,7 @@ def test_a_preconditioner_does_not_change_the_solution(device):
 
 def test_negative_curvature_is_an_error_not_a_plain_gradient(device):
     with pytest.raises(ValueError, match="negative curvature"):
-        truncated_cg(lambda X: -X, gradient(device), lambda R: R, 5, 0.1)
+        conjugate_gradient(lambda X: -X, gradient(device), lambda R: R, 5, 0.1)
 
 
 def test_a_singular_matrix_has_no_undamped_inverse(device):

@@ -124,6 +124,10 @@ def test_damping_has_a_minimum():
     assert levenberg_marquardt(1e-8, 1.0) == 1e-8
 
 
+def test_nothing_predicted_of_nothing_is_no_ratio():
+    assert reduction_ratio(0.0, 0.0, 0.0) is None
+
+
 def test_at_convergence_damping_stays():
     ratio = reduction_ratio(1.0, 1.0 - 2e-16, -1e-14)
     assert ratio is None

@@ -90,7 +90,7 @@ def test_both_ways_to_a_sum_agree(S, dtype, device):
 
 @SHARED
 def test_orders(S, device):
-    for seed in range(120 if S == 1 else 30):
+    for seed in range(100 if S == 1 else 20):
         io = common_size(seed, device)
         if S > 1 or seed % 3 == 0:
             torch.manual_seed(seed)
@@ -156,7 +156,7 @@ def test_equals_kfac_only_without_correlation(device):
 
 
 @pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM[::5] + CONSTANT_HESSIAN[::5], ids=str)
+@pytest.mark.parametrize("case", DEEP_LINEAR[::2] + ONE_DATUM[::5] + CONSTANT_HESSIAN[::5], ids=str)
 def test_exact_where_kfac_is(case, method, device):
     problem = case.build(device)
     exact = block_diagonal(problem[0], ggn(*problem))

@@ -116,3 +116,10 @@ def test_conjugate_gradient_refuses_an_indefinite_matrix(device):
     scale = torch.tensor([1.0, -2.0, 0.5], device=device)
     with pytest.raises(ValueError, match="negative curvature"):
         conjugate_gradient(lambda x: scale * x, b, lambda r: r)
+
+
+def test_psd_eigh_of_numbers_at_the_end_of_the_range(device):
+    """Eigenvalues below the smallest normal number are zero, whatever their sign."""
+    M = 3e-316 * torch.ones(4, 4, device=device)
+    eigenvalues, _ = psd_eigh(M - 1e-317 * torch.eye(4, device=device))
+    assert (eigenvalues == 0).all()

@@ -213,6 +213,12 @@ def test_averages_over_batches_are_those_of_all_data(device):
         check_equal(2 * M.dense(), approximation(both).dense())
 
 
+def test_rows_have_no_average(device):
+    """A mean of rows is no rows of a mean: estimators refuse, instead of being wrong."""
+    with pytest.raises(TypeError, match="BlocksByRows has no method mixed"):
+        Averaged(mini_block_rows).update(None, random_io(device), 1.0)
+
+
 # ---- filters of a convolution -----------------------------------------------------------------
 
 

@@ -325,6 +325,41 @@ def test_parameters_without_a_block_need_a_rule(device):
         KFAC(with_norm(device), CrossEntropyLoss())
 
 
+def test_a_groups_own_numbers_are_not_lost_on_parameters_without_a_block(device):
+    model = with_norm(device)
+    norms = list(model[2].parameters())
+    layers = [p for i in (0, 1, 5) for p in model[i].parameters()]
+    groups = [{"params": layers}, {"params": norms, "weight_decay": 0.1}]
+    with pytest.raises(ValueError, match=r"\['2.weight', '2.bias'\] are in a group with its own"):
+        KFAC(model, CrossEntropyLoss(), groups, rest=adamw)
+    groups[1].pop("weight_decay")
+    KFAC(model, CrossEntropyLoss(), groups, rest=adamw)
+
+
+def test_an_adapted_damping_is_used_in_the_next_step(device):
+    model, loss = classifier(device), CrossEntropyLoss()
+    optimizer = KFAC(model, loss, adapt_damping=lambda d, _: 2 * d, adapt_every=2, **PLAIN)
+    dampings = []
+    for seed in range(5):
+        take(optimizer, *data(device, seed=seed))
+        M = optimizer.matrices["0"]
+        used = [d for d in (0.2, 0.4, 0.8) if optimizer.inverses and torch.equal(
+            optimizer.inverses["0"].scale, M.inverse(d).scale)]  # fmt: skip
+        dampings.append(used)
+    assert dampings == [[0.2], [], [0.4], [], [0.8]]
+
+
+def test_a_perfect_fit_is_no_error(device):
+    model, loss = Sequential(Linear(6, 3)).to(device), MSELoss()
+    X, _ = data(device)
+    y = model(X).detach()
+    optimizer = KFAC(model, loss, adapt_damping=levenberg_marquardt, adapt_every=1)
+    before = values(model)
+    take(optimizer, X, y)
+    assert all((d == 0).all() for d in change(model, before).values())
+    assert optimizer.param_groups[0]["damping"] == 1e-3
+
+
 def test_parameters_that_were_not_given_stay(device):
     model, loss = classifier(device), CrossEntropyLoss()
     before = values(model)
@@ -428,6 +463,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 from test_optimizer import RESUMABLE, resumable, run
 torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)  # as in the tests: sums in one order
 for name in RESUMABLE:
     file = {folder!r} + "/" + name + ".pt"
     optimizer = resumable(name)
@@ -478,6 +514,17 @@ def test_a_checkpoint_of_another_approximation_is_refused():
     run(one, range(2))
     with pytest.raises(ValueError, match="another approximation"):
         other.load_state_dict(one.state_dict())
+
+
+def test_a_refused_checkpoint_changes_nothing():
+    one, other = resumable("kfac"), resumable("amortised")
+    run(one, range(2))
+    run(other, range(2))
+    one.param_groups[0]["lr"] = 0.5
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="another approximation"):
+        other.load_state_dict(one.state_dict())
+    assert snapshot(other) == before
 
 
 def test_loading_onto_a_device_moves_the_matrices(device):

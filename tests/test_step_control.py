@@ -171,6 +171,11 @@ def test_a_dead_layer_stays_where_it_is(device):
     assert step.direction["second"].abs().max() > 0
 
 
+def test_graft_needs_a_positive_eps():
+    with pytest.raises(ValueError, match="eps must be positive"):
+        graft(eps=0.0)
+
+
 def test_controls_compose_from_left_to_right(device):
     step = example(device)
     one = norm_constraint(1e-3)(graft()(step))

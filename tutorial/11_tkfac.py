@@ -42,9 +42,8 @@ from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices import Dense, Kronecker
 from kfac_scratch.show import code, matrices
-from kfac_scratch.variants import tkfac as module
 from kfac_scratch.variants.tekfac import tekfac
-from kfac_scratch.variants.tkfac import PartialTraces, tkfac
+from kfac_scratch.variants.tkfac import PartialTraces, _weighted_factors, tkfac
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -198,7 +197,7 @@ for S in (1, 4):
 # With more than one position, gradients are formed, but only a bounded number of them at a time.
 
 # %% tags=["beside", "remove-input"]
-code(tkfac, module._weighted_factors)
+code(tkfac, _weighted_factors)
 
 # %%
 for S in (1, 4):
@@ -505,13 +504,11 @@ print(f"{relative_error(TE.dense(), F):.3f}")
 assert relative_error(TE.dense(), F) > 5 * relative_error(E.dense(), F)
 
 # %% [markdown]
-# On the trained network above, the basis of TKFAC was the better one:
+# On the trained network, [Figure 11.2], the basis of TKFAC was the better one:
 
 # %%
-final = {name: curve[-1] for name, curve in errors.items()}
-print({name: f"{error:.3f}" for name, error in final.items()})
-assert final["TEKFAC"] < final["TKFAC"]
-assert final["TEKFAC"] < final["EKFAC"] < final["KFAC"]
+assert errors["TEKFAC"][-1] < errors["EKFAC"][-1]
+print({name: round(curve[-1], 3) for name, curve in errors.items()})
 
 # %% [markdown]
 # ## What the weights cost
@@ -563,13 +560,14 @@ plt.show()
 # So what should be averaged? Equation [(11.3)] divides by the trace, and a mean of ratios is not the ratio
 # of the means. Partial traces, however, are linear in $F$. The mean of the partial traces of several
 # blocks is the partial trace of their mean. So the state that an estimator keeps is
-# $A$ and $B$ as in [(11.2)], without the division, which is done when the matrix is used:
+# $A$ and $B$ as in [(11.2)], the two fields of `PartialTraces`, without the division. That is done when the
+# matrix is used.
 
 # %% tags=["beside", "remove-input"]
-code(PartialTraces)
+code(PartialTraces.kronecker)
 
 # %% [markdown]
-# `Averaged` moves every tensor of a matrix towards that of the newest batch. For TKFAC this
+# `Averaged` moves $A$ and $B$ towards those of the newest batch. For TKFAC this
 # gives **TKFAC of the averaged block, exactly**, for any number of batches and any decay. For KFAC nothing of
 # the kind holds: averaged factors do not belong to any averaged block.
 

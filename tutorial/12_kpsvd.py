@@ -38,9 +38,9 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import simultaneous_eigh
 from kfac_scratch.matrices import Kronecker
 from kfac_scratch.show import code
-from kfac_scratch.variants import kpsvd as module
 from kfac_scratch.variants.kpsvd import (
     Recompressed,
+    _common_basis,
     deflation,
     ekpsvd,
     guarded,
@@ -126,12 +126,13 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # \tag{12.2}
 # $$
 #
-# And the product of $G \otimes G$ with a vector is the vec trick, [(1.7)]:
+# And the product of $G \otimes G$ with a vector is the vec trick, [(1.6)]:
 #
 # $$
-# R \operatorname{vec}(X) = \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) ,
-# \qquad
-# R^\top \operatorname{vec}(Y) = \operatorname{vec} \Bigl( \sum_{v,n} G_{vn}^\top Y G_{vn} \Bigr) .
+# \begin{aligned}
+# R \operatorname{vec}(X) &= \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) , \\
+# R^\top \operatorname{vec}(Y) &= \operatorname{vec} \Bigl( \sum_{v,n} G_{vn}^\top Y G_{vn} \Bigr) .
+# \end{aligned}
 # \tag{12.3}
 # $$
 #
@@ -139,9 +140,10 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # and $R^\top \operatorname{vec}(I)$. With one position, $G = g a^\top$, no gradient is needed either:
 #
 # $$
-# \sum_{v,n} G_{vn} X G_{vn}^\top = \sum_n (a_n^\top X a_n) \sum_v g_{vn} g_{vn}^\top ,
-# \qquad
-# \sum_{v,n} G_{vn}^\top Y G_{vn} = \sum_n \Bigl( \sum_v g_{vn}^\top Y g_{vn} \Bigr) a_n a_n^\top .
+# \begin{aligned}
+# \sum_{v,n} G_{vn} X G_{vn}^\top &= \sum_n (a_n^\top X a_n) \sum_v g_{vn} g_{vn}^\top , \\
+# \sum_{v,n} G_{vn}^\top Y G_{vn} &= \sum_n \Bigl( \sum_v g_{vn}^\top Y g_{vn} \Bigr) a_n a_n^\top .
+# \end{aligned}
 # \tag{12.4}
 # $$
 #
@@ -186,7 +188,7 @@ code(Rearranged.to_outputs, Rearranged.to_inputs)
 # iteration** for $R^\top R$. The error falls with every turn, and what remains of the other
 # singular vectors shrinks by $(\sigma_2 / \sigma_1)^2$ each time.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(power_svd)
 
 # %% [markdown]
@@ -251,10 +253,10 @@ assert errors[0] <= relative_error(tkfac(io).dense(), F)
 #
 # $$
 # \begin{aligned}
-# \text{KFAC} &: \textstyle\sum_k \kappa_k^2 ,
-# & \text{KPSVD} &: \lVert F \rVert^2 - \sigma_1^2 , \\
-# \text{KFAC-CORRECTED} &: \textstyle\sum_k \kappa_k^2 - \kappa_1^2 ,
-# & \text{Deflation, Lanczos} &: \lVert F \rVert^2 - \sigma_1^2 - \sigma_2^2 .
+# \text{KFAC} &: \textstyle\sum_k \kappa_k^2 , \\
+# \text{KFAC-CORRECTED} &: \textstyle\sum_k \kappa_k^2 - \kappa_1^2 , \\
+# \text{KPSVD} &: \lVert F \rVert^2 - \sigma_1^2 , \\
+# \text{Deflation, Lanczos} &: \lVert F \rVert^2 - \sigma_1^2 - \sigma_2^2 .
 # \end{aligned}
 # \tag{12.5}
 # $$
@@ -297,9 +299,9 @@ for S in (1, 4):
     assert_exact(corrected, squared_error(K, F) - kappa[0] ** 2)
 
 # %% [markdown]
-# What is *not* ordered: KFAC-CORRECTED and KPSVD, which spends one term where the other spends
-# two. A search over layers with one-hot data of a few lengths finds examples for both. If KFAC is far off, its
-# correction is busy with making up for that. Nor are EKFAC and KPSVD ordered: with one-hot data $F$ is
+# What is *not* ordered: KFAC-CORRECTED and KPSVD, although the first has two terms and the second one. If KFAC
+# is far off, its correction is busy with making up for that. Layers with one-hot data, of equal or of different
+# lengths, are examples for both. Nor are EKFAC and KPSVD ordered: with one-hot data $F$ is
 # diagonal, so EKFAC is exact; for the datum that does not matter, [Chapter 11](11_tkfac.py), KPSVD is.
 
 
@@ -348,7 +350,7 @@ assert abs(kpsvd(io).trace() / io.block().trace() - 1) > 0.01
 # sign under that exchange, like $\operatorname{diag}(1, -1, 0)$. So the second search starts at the identity plus a
 # fixed random matrix.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(nearest_sum, Rearranged.generic)
 
 # %%
@@ -457,21 +459,10 @@ assert M.diagonal().min() < -0.1 < 0 <= io.block().diagonal().min()
 
 # %% [markdown]
 # The inverse of an eigenvalue $-\lambda$ with damping is $1 / (\delta - \lambda)$, which may be anything: a step of any
-# length, and uphill if $\delta \lt \lambda$. To see what to do, recall from [Chapter 7](07_matrices.py) how a sum of two products is
-# inverted: there are $K_A$, $K_B$ and numbers $p$, $q$ with
-#
-# $$
-# K_A^\top A_1 K_A = I, \quad K_A^\top A_2 K_A = \operatorname{diag}(p), \quad
-# K_B^\top B_1 K_B = I, \quad K_B^\top B_2 K_B = \operatorname{diag}(q) .
-# \tag{12.6}
-# $$
-#
-# In this common basis the sum is $1 + q_o p_i$, the second term relative to the first, and its inverse is
-#
-# $$
-# (K_B \otimes K_A) \operatorname{diag} \Bigl( \frac{1}{1 + q_o p_i} \Bigr) (K_B \otimes K_A)^\top .
-# \tag{12.7}
-# $$
+# length, and uphill if $\delta \lt \lambda$. To see what to do, recall from [(7.10)] how a sum of two products is
+# inverted. In a common, not orthogonal basis $K_A$, $K_B$ the first term becomes the identity, and the second
+# one diagonal with entries $q_o p_i$. The sum is $1 + q_o p_i$ there, and by [(7.11)] the inverse is the
+# reciprocal of that.
 #
 # So positivity can be read off: $q_o p_i > -1$ for all pairs. If not, multiply the second term by the largest
 # $\theta \le 1$ for which $1 + \theta q_o p_i$ is at least a margin, say a tenth. Nothing has to be
@@ -480,7 +471,7 @@ assert M.diagonal().min() < -0.1 < 0 <= io.block().diagonal().min()
 # common basis.
 
 # %% tags=["remove-input"]
-code(guarded, guarded_inverse, module._common_basis)
+code(guarded, guarded_inverse, _common_basis)
 
 # %%
 delta = 0.01
@@ -519,7 +510,7 @@ assert shrunk[1e-6] > shrunk[1e-2] > shrunk[1e-1]
 # ## Nearer, and then?
 #
 # The paper reports that all four methods are nearer to the Fisher than KFAC, and faster than KFAC on
-# three autoencoders. The first half is [Theorem 12.2], nearly. We measure both at our scale: the error, and
+# three autoencoders. The first half is [Theorem 12.2]. We measure both at our scale: the error, and
 # what a step is worth. The step is $p = -M_\delta^{-1} h$ for the gradient $h$ of the layer, with the best
 # learning rate; we print the share of the damped parabola's largest possible decrease that it achieves.
 # The last member of the family is not in the paper: the eigenvectors of KPSVD with the
@@ -591,25 +582,25 @@ assert total["KPSVD"] < 0.97 * total["TKFAC"]
 # A single product may be averaged factor by factor, as KFAC is: both factors have the same norm and
 # no sign to lose. (Still, averages of factors are not factors of the average.) For two products that is
 # wrong. The second pair's signs are arbitrary, and when $\sigma_1$ and $\sigma_2$, or $\sigma_2$ and $\sigma_3$,
-# change places, so do the terms. `Averaged` does not know this.
+# change places, so do the terms. `Averaged` refuses a `KroneckerSum` for that reason.
 #
 # There is a clean way. [(12.1)] holds for any matrix that we can multiply with. The average of the old
 # matrix and the new block, $(1 - w) M + w F$, is one: a batch and two further products. So take the nearest sum to
 # *that*.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(Recompressed.update)
 
 # %%
 two = [random_io(1, V=1) for _ in range(2)]  # two data: the average is a sum of two products
 average = 0.5 * two[0].block() + 0.5 * two[1].block()
-states = {}
-for name, estimator in (("factors", Averaged(deflation)), ("blocks", Recompressed(nearest_sum))):
-    state = estimator.update(None, two[0], 1.0)
-    states[name] = estimator.update(state, two[1], 0.5)
-    print(f"averages of {name}: error {relative_error(states[name].dense(), average):.3f}")
-assert_exact(states["blocks"].dense(), average)
-assert relative_error(states["factors"].dense(), average) > 0.1
+old, now = (deflation(io) for io in two)
+by_factors = KroneckerSum(old.first.mixed(now.first, 0.5), old.second.mixed(now.second, 0.5))
+by_blocks = Recompressed(nearest_sum).update(old, two[1], 0.5)
+for name, M in {"factors": by_factors, "blocks": by_blocks}.items():
+    print(f"averages of {name}: error {relative_error(M.dense(), average):.3f}")
+assert_exact(by_blocks.dense(), average)
+assert relative_error(by_factors.dense(), average) > 0.1
 
 M = kpsvd(random_io(20))
 new = random_io(20)
@@ -625,7 +616,7 @@ assert squared_error(M2.dense(), target) < squared_error(
 # All of these are in the authors' public code.
 #
 # **An inverse of something else.** To stay positive, it divides by $1 + \lvert q_o \rvert \lvert p_i \rvert$
-# instead of [(12.7)]. This is positive definite, but it is not the inverse of the sum. Where
+# instead of [(7.11)]. This is positive definite, but it is not the inverse of the sum. Where
 # $q_o p_i \lt 0$, it takes the second term with the wrong sign.
 
 # %%
@@ -648,7 +639,7 @@ assert relative_error(wrong @ (safe @ V), V) > 0.02
 # too few for two pairs, as the figure above shows; eight to twelve are cheap.
 #
 # **Code that stops.** The file for KFAC-CORRECTED uses a variable before it has a value, and so cannot get
-# past its second update. What was run for the paper must have been another version.
+# past its second update: it cannot have been run in this form.
 #
 # **Only nearby positions.** For convolutions $G_{vn}$ is a sum over positions, and $G X G^\top$ has a term for every
 # pair of positions. It keeps the pairs whose *numbers* differ by less than the size of the kernel. Numbers run

@@ -405,6 +405,9 @@ fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 for name, values in stretched.items():
     ax.semilogy(values, label=name)
 ax.axhline(1, color=ax.xaxis.label.get_color(), linewidth=0.8, linestyle="--")
+ticks = (0.1, 0.2, 0.5, 1, 2, 5)
+ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+ax.minorticks_off()
 ax.set(xlabel="eigenvector of F, steepest first", ylabel="stretched by, relative to right")
 ax.legend(fontsize="small")
 plt.show()
@@ -428,9 +431,9 @@ plt.show()
 # | KFAC | $d_\text{in}^2 + d_\text{out}^2$ | $N d_\text{in}^2 + V N d_\text{out}^2$ | $\sim d_\text{in}^3 + d_\text{out}^3$ | $d_\text{in} d_\text{out} (d_\text{in} + d_\text{out})$ |
 # | mini-block | $d_\text{out} d_\text{in}^2$ | $N d_\text{out} d_\text{in}^2$ | $\sim d_\text{out} d_\text{in}^3$ | $d_\text{out} d_\text{in}^2$ |
 #
-# The step is cheaper than KFAC's. Everything else has the factor $d_\text{out}$. In the paper the
-# inverse is recomputed rarely, and the small systems run at once on a GPU; its abstract puts the cost
-# of an iteration at slightly more than that of a first-order method. The factor in memory stays:
+# The step is cheaper than KFAC's. Everything else has the factor $d_\text{out}$. The inverse can be
+# recomputed rarely, and the small systems run at once on a GPU; the paper's abstract puts the cost of an
+# iteration at only slightly more than that of a first-order method. The factor in memory stays:
 
 
 # %%
@@ -454,8 +457,10 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # $F_o = R_o^\top R_o$, and Woodbury's identity turns the large system into one of size $N$,
 #
 # $$
-# (R_o^\top R_o + \delta I)^{-1}
-# = \frac1\delta \Bigl( I - R_o^\top \bigl( R_o R_o^\top + \delta I \bigr)^{-1} R_o \Bigr).
+# \begin{aligned}
+# &(R_o^\top R_o + \delta I)^{-1} \\
+# &\quad = \tfrac1\delta \bigl( I - R_o^\top (R_o R_o^\top + \delta I)^{-1} R_o \bigr).
+# \end{aligned}
 # \tag{16.6}
 # $$
 #
@@ -478,7 +483,7 @@ io = LayerIO(torch.randn(20, 1, 300), torch.randn(4, 20, 1, 6))
 full, low, V = mini_block(io), mini_block_rows(io), torch.randn(6, 300)
 assert_exact(low.inverse(0.01) @ V, full.inverse(0.01) @ V)
 assert_exact(low @ V, full @ V)
-kept = low.a.numel() + low.g.numel() + low.inverse(0.01).L.numel()
+kept = low.U.a.numel() + low.U.g.numel() + low.inverse(0.01).L.numel()
 print(f"numbers kept: {full.blocks.numel():,} in blocks, {kept:,} in rows and small factors")
 assert full.blocks.numel() > 50 * kept
 
@@ -494,9 +499,11 @@ assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inve
 # Give all neurons the mean of their blocks,
 #
 # $$
-# \bar F = \frac{1}{d_\text{out}} \sum_o F_o
-# = \frac{1}{d_\text{out}} \sum_{v,n} G_{vn}^\top G_{vn},
-# \qquad F \approx I \otimes \bar F .
+# \begin{aligned}
+# F &\approx I \otimes \bar F , \\
+# \bar F &= \frac{1}{d_\text{out}} \sum_o F_o
+# = \frac{1}{d_\text{out}} \sum_{v,n} G_{vn}^\top G_{vn} .
+# \end{aligned}
 # \tag{16.8}
 # $$
 #
@@ -550,7 +557,7 @@ errors = [relative_error(M.dense(), F) for M in (rows, filters, diagonal(io))]
 print("error of rows {:.3f}, filters {:.3f}, single weights {:.3f}".format(*errors))
 assert errors[0] < errors[1] < errors[2]
 
-# %% tags=["hide-input"] alt="Heat maps of a 26 by 26 block. The exact one is full. The second has two blocks of 13 by 13 on its diagonal. The third has six blocks of 4 by 4, and two single entries for the biases." caption="A convolution with three input channels, two output channels, a kernel of $2 \times 2$ and a bias. Finer cuts keep less."
+# %% tags=["hide-input"] alt="Heat maps of a 26 by 26 block. The exact one is full. The second has two blocks of 13 by 13 on its diagonal. The third has six blocks of 4 by 4, and two single entries for the biases." caption="A convolution with three input channels, two output channels, a kernel of $2 \\times 2$ and a bias. Finer cuts keep less."
 matrices({"exact block": F, "rows": rows.dense(), "filters": filters.dense()})
 
 # %% [markdown]

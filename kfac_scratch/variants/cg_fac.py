@@ -17,7 +17,6 @@ Sources: Chen 2021 (arXiv:2101.00218); Hestenes and Stiefel 1952. The direct sol
 identity.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 from kfac_scratch.ekfac import second_moments
 from kfac_scratch.kronecker_sum import IterativeInverse
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like
+from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices import Diagonal, LinearMap, check_damping
 
 
@@ -108,7 +107,7 @@ class TruncatedInverse:
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """About the solution of `M X + damping * X = V`."""
         P = self.preconditioner
-        return truncated_cg(
+        return conjugate_gradient(
             lambda X: self.M @ X + self.damping * X,
             V,
             (lambda R: R) if P is None else (lambda R: P @ R),
@@ -129,40 +128,6 @@ def truncated_inverse(
     if max_iter < 1:
         raise ValueError(f"Conjugate gradients need at least 1 step, got max_iter={max_iter}.")
     return TruncatedInverse(M, damping, max_iter, tol)
-
-
-def truncated_cg(
-    matvec: Callable[[Tensor], Tensor],
-    b: Float[Tensor, "*batch m n"],
-    precondition: Callable[[Tensor], Tensor],
-    max_iter: int,
-    tol: float,
-) -> Float[Tensor, "*batch m n"]:
-    """`linalg.conjugate_gradient`, but every matrix of the batch stops by itself and early.
-
-    Raises:
-        ValueError: If a direction of negative curvature shows that `M` is not positive definite.
-    """
-    x, r, z = torch.zeros_like(b), b, precondition(b)
-    p, rz, target = z, _dot(b, z), tol**2 * _dot(b, b)
-    for _ in range(max_iter):
-        active = _dot(r, r) > target
-        if not active.any():
-            break
-        Mp = matvec(p)
-        curvature = _dot(p, Mp)
-        if (active & (curvature <= 0)).any():
-            raise ValueError("Conjugate gradients met negative curvature: use a larger damping.")
-        step = torch.where(active, rz / curvature.where(active, 1.0), 0.0)
-        x, r = x + step * p, r - step * Mp
-        z = precondition(r)
-        rz, old = _dot(r, z), rz
-        p = z + rz / old.where(old > 0, 1.0) * p
-    return x
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum((-2, -1), keepdim=True)
 
 
 # ---- directly -----------------------------------------------------------------------------------

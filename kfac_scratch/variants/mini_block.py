@@ -109,23 +109,22 @@ def _merged(io: LayerIO) -> LayerIO:
 
 @dataclass(frozen=True, eq=False)
 class BlocksByRows:
-    """The blocks of `mini_block(LayerIO(a, g))`, kept as what they are sums of.
+    """The blocks `R.T @ R` of `mini_block(U)`: rows `R` of gradients, kept as inputs and vectors.
 
-    Memory is that of a batch. A value of one batch: averages of `a` and `g` mean nothing.
+    Memory is that of a batch, and there is no average over batches.
     """
 
-    a: Float[Tensor, "N S d_in"]
-    g: Float[Tensor, "V N S d_out"]
+    U: LayerIO
 
     def along(self, X: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*batch V N d_out"]:
         """Products of every gradient's rows with those of `X`."""
-        z = torch.einsum("nsi,...oi->...nso", self.a, X)
-        return torch.einsum("vnso,...nso->...vno", self.g, z)
+        z = torch.einsum("nsi,...oi->...nso", self.U.a, X)
+        return torch.einsum("vnso,...nso->...vno", self.U.g, z)
 
     def back(self, c: Float[Tensor, "*batch V N d_out"]) -> Float[Tensor, "*batch d_out d_in"]:
         """Every gradient's rows, weighted by numbers `c` and added up: the transpose of `along`."""
-        z = torch.einsum("vnso,...vno->...nso", self.g, c)
-        return torch.einsum("...nso,nsi->...oi", z, self.a)
+        z = torch.einsum("vnso,...vno->...nso", self.U.g, c)
+        return torch.einsum("...nso,nsi->...oi", z, self.U.a)
 
     def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """Project on every gradient's rows, send the projections back."""
@@ -139,14 +138,16 @@ class BlocksByRows:
         """
         if not damping > 0:
             raise ValueError(f"Blocks of low rank need a positive damping, got {damping}.")
-        kernel = torch.einsum("nsi,mti->nsmt", self.a, self.a)
-        half = torch.einsum("vnso,nsmt->ovnmt", self.g, kernel)
-        K = torch.einsum("ovnmt,wmto->ovnwm", half, self.g).flatten(1, 2).flatten(2)  # [o, VN, VN]
+        kernel = torch.einsum("nsi,mti->nsmt", self.U.a, self.U.a)
+        half = torch.einsum("vnso,nsmt->ovnmt", self.U.g, kernel)
+        K = (
+            torch.einsum("ovnmt,wmto->ovnwm", half, self.U.g).flatten(1, 2).flatten(2)
+        )  # [o, VN, VN]
         return Woodbury(self, torch.linalg.cholesky(K + damping * eye_like(K[0])), damping)
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
-        return mini_block(LayerIO(self.a, self.g)).dense()
+        return mini_block(self.U).dense()
 
     def trace(self) -> Float[Tensor, ""]:
         """Sum of the eigenvalues."""
@@ -154,7 +155,7 @@ class BlocksByRows:
 
     def diagonal(self) -> Float[Tensor, "D"]:
         """Diagonal entries in the order of `vec(V)`."""
-        return _blocks(LayerIO(self.a, self.g), 1).flatten()
+        return _blocks(self.U, 1).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,5 +182,4 @@ def mini_block_rows(io: LayerIO) -> BlocksByRows:
 
     Law: the same matrix.
     """
-    io = _merged(io)
-    return BlocksByRows(io.a, io.g)
+    return BlocksByRows(_merged(io))

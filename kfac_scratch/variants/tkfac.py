@@ -42,7 +42,8 @@ class PartialTraces:
     def kronecker(self) -> Kronecker:
         """The same matrix as a product of two factors, the first of trace one (or zero)."""
         trace = self.trace()
-        return Kronecker(self.A / trace.where(trace > 0, 1.0), self.B)
+        A = self.A / trace.where(trace > 0, 1.0)
+        return Kronecker(A, self.B)
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """`B V A / tr A`."""

@@ -1,0 +1,128 @@
+r"""Derivatives of elementwise functions, of any order.
+
+What Taylor mode needs of $\sigma$ at $z$ are the numbers $\sigma(z), \sigma'(z), \dots,
+\sigma^{(K)}(z)$. A function here returns them as a list of $K + 1$ tensors. Most are polynomials:
+where $t = \sigma(z)$ solves $t' = q(t)$ with a polynomial $q$, every derivative is one,
+
+$$
+\sigma^{(k)} = p_k(t), \qquad p_0(t) = t, \qquad p_{k+1} = p_k' \, q .
+$$
+
+Source: Griewank and Walther 2008, Evaluating Derivatives, chapter 13, whose recurrences these are.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import pi, prod
+
+import torch
+from torch import Tensor
+
+Derivatives = Callable[[Tensor, int], list[Tensor]]
+
+
+def evaluate(sigma: Derivatives, z: Tensor, K: int) -> list[Tensor]:
+    """The function's value and `K` derivatives at `z`.
+
+    Raises:
+        ValueError: If it does not have as many.
+    """
+    outer = sigma(z, K)
+    if len(outer) <= K:
+        raise ValueError(
+            f"{K} derivatives of an elementwise function are needed here, but "
+            f"{getattr(sigma, '__name__', sigma)} returned value and {len(outer) - 1} of them. "
+            "An expansion of order K needs K, and K + 1 in a reverse pass."
+        )
+    return outer
+
+
+def tanh(z: Tensor, K: int) -> list[Tensor]:
+    """`t' = 1 - t^2`."""
+    return _solution_of((1, 0, -1), z.tanh(), K)
+
+
+def sigmoid(z: Tensor, K: int) -> list[Tensor]:
+    """`s' = s - s^2`."""
+    return _solution_of((0, 1, -1), z.sigmoid(), K)
+
+
+def exp(z: Tensor, K: int) -> list[Tensor]:
+    """All derivatives are the function itself."""
+    return [z.exp()] * (K + 1)
+
+
+def sin(z: Tensor, K: int) -> list[Tensor]:
+    """Sine, cosine, and the negatives of both, over and over."""
+    s, c = z.sin(), z.cos()
+    return [(s, c, -s, -c)[k % 4] for k in range(K + 1)]
+
+
+def cos(z: Tensor, K: int) -> list[Tensor]:
+    """The derivatives of the sine from the first on."""
+    return sin(z, K + 1)[1:]
+
+
+def softplus(z: Tensor, K: int, beta: float = 1.0, threshold: float = 20.0) -> list[Tensor]:
+    """`log(1 + exp(beta z)) / beta`: its first derivative is the sigmoid of `beta z`."""
+    value = torch.nn.functional.softplus(z, beta, threshold)
+    return [value, *(beta**k * s for k, s in enumerate(sigmoid(beta * z, K - 1)))]
+
+
+def silu(z: Tensor, K: int) -> list[Tensor]:
+    """`z sigmoid(z)`."""
+    return _times_z(z, sigmoid(z, K))
+
+
+def gelu(z: Tensor, K: int) -> list[Tensor]:
+    r"""`z Phi(z)` with the Gaussian distribution function: the exact GELU, not its tanh fit."""
+    return _times_z(z, [(1 + (z / 2**0.5).erf()) / 2, *_gaussian(z, K - 1)])
+
+
+def relu(z: Tensor, K: int) -> list[Tensor]:
+    """Right away from the kink, where all higher derivatives vanish."""
+    return [z.relu(), (z > 0).to(z.dtype), *([torch.zeros_like(z)] * (K - 1))][: K + 1]
+
+
+def power(z: Tensor, K: int, exponent: float | int) -> list[Tensor]:
+    """`z^p`; for a whole `p >= 0`, derivatives beyond the p-th vanish."""
+    factors = [prod(exponent - i for i in range(k)) for k in range(K + 1)]
+    return [c * z ** (exponent - k) if c else torch.zeros_like(z) for k, c in enumerate(factors)]
+
+
+def _gaussian(z: Tensor, K: int) -> list[Tensor]:
+    """The Gaussian density, `phi^(k) = -z phi^(k-1) - (k-1) phi^(k-2)`."""
+    phi = [(-z * z / 2).exp() / (2 * pi) ** 0.5]
+    for k in range(1, K + 1):
+        phi.append(-z * phi[-1] - ((k - 1) * phi[-2] if k > 1 else 0))
+    return phi[: K + 1]
+
+
+def _times_z(z: Tensor, f: list[Tensor]) -> list[Tensor]:
+    """Leibniz's rule for `z f(z)`: the k-th derivative is `z f^(k) + k f^(k-1)`."""
+    return [z * f[0], *(z * f[k] + k * f[k - 1] for k in range(1, len(f)))]
+
+
+def _solution_of(slope: tuple[int, ...], t: Tensor, K: int) -> list[Tensor]:
+    """All derivatives of a function `t` with `t' = slope(t)`, a polynomial (constant first)."""
+    return [t, *(_horner(_polynomial(slope, k), t) for k in range(1, K + 1))][: K + 1]
+
+
+@lru_cache
+def _polynomial(slope: tuple[int, ...], k: int) -> tuple[int, ...]:
+    if k == 0:
+        return (0, 1)
+    derivative = [i * c for i, c in enumerate(_polynomial(slope, k - 1))][1:]
+    result = [0] * (len(derivative) + len(slope) - 1)
+    for i, c in enumerate(derivative):
+        for j, q in enumerate(slope):
+            result[i + j] += c * q
+    return tuple(result)
+
+
+def _horner(coefficients: tuple[int, ...], t: Tensor) -> Tensor:
+    *rest, leading = coefficients
+    value = torch.full_like(t, leading)
+    for c in reversed(rest):
+        value = value * t + c if c else value * t
+    return value

@@ -1,0 +1,817 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 13. SKFAC: factors of few columns
+#
+# **Part III: Better and faster.** A small batch tells a wide layer little. Can its curvature be
+# inverted at the price of the batch, not of the layer?
+#
+# KFAC's factors have the size of the layer. Inverting one of 1000 rows takes a billion operations,
+# although a batch of 32 data filled it with 32 outer products. SKFAC keeps these columns in place of
+# the factor and inverts a $32 \times 32$ matrix instead. This is an identity, not an approximation:
+# the step is KFAC's. We derive it, count what it saves, push the batch's own gradient through it
+# without a single division by the damping, and keep convolutions small by leaving out
+# positions. Then we look at what one batch cannot know, and why that makes the damping matter more.
+
+# %%
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import Conv2d, CrossEntropyLoss, Linear, Module, Sequential, Tanh
+from torch.utils.flop_counter import FlopCounterMode
+
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.damping import factored_inverse
+from kfac_scratch.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.kfac import kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.losses import empirical, monte_carlo, type2
+from kfac_scratch.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices import Kronecker
+from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.roots import (
+    KroneckerRoots,
+    WoodburyInverse,
+    factored_woodbury,
+    few,
+    woodbury_inverse,
+)
+from kfac_scratch.show import code, matrices
+from kfac_scratch.variants.skfac import (
+    Window,
+    at_positions,
+    averaged,
+    push_through,
+    skfac,
+    subsampled,
+)
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to eight digits of the largest entry."""
+    assert (actual - expected).abs().max() <= 1e-8 * expected.abs().max()
+
+
+def relative_error(M: Tensor, F: Tensor) -> float:
+    return ((M - F).norm() / F.norm()).item()
+
+
+# %% [markdown]
+# A network with two hidden layers of 100 units, and a batch of 32 handwritten digits. Each datum
+# sends back one vector, the gradient for a label drawn from the model:
+
+# %%
+digits = load_digits()
+order = torch.randperm(len(digits.target))
+images, labels = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
+loss, generator = CrossEntropyLoss(), torch.Generator(images.device)
+
+
+def network() -> Sequential:
+    return Sequential(Linear(64, 100), Tanh(), Linear(100, 100), Tanh(), Linear(100, 10))
+
+
+net, X, y = network(), images[:32], labels[:32]
+ios = layer_ios(net, loss, X, y, monte_carlo(1, generator))
+for name, io in ios.items():
+    A, B = kfac(io).A, kfac(io).B
+    ranks = [torch.linalg.matrix_rank(M).item() for M in (A, B)]
+    print(f"layer {name}: A is {len(A)} × {len(A)} of rank {ranks[0]},", end=" ")
+    print(f"B is {len(B)} × {len(B)} of rank {ranks[1]}")
+    assert max(ranks) <= 32
+
+# %% [markdown]
+# The factors are mostly empty. $A + \gamma I$ has 32 eigenvalues that the batch decided and 69 that
+# are all equal to $\gamma$. A decomposition of the whole matrix finds out again and again what was
+# known before: that it has no opinion on a subspace of 69 dimensions.
+#
+# ## Woodbury's identity
+#
+# Put the columns whose outer products make up a factor side by side, $A = U U^\top$. For the inputs,
+# $U$ is $[d_\text{in}, N S]$ with the columns $a_{ns} / \sqrt{N S}$; for the vectors it is
+# $[d_\text{out}, V N S]$ with the columns $g_{vns}$. We write $K$ for the number of columns.
+#
+# <div class="admonition theorem" markdown="1" id="thm-13.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 13.1 (Woodbury)</b></p>
+#
+# For every matrix $U$ of shape $[d, K]$ and every $\gamma \gt 0$,
+#
+# $$
+# \begin{aligned}
+# (U U^\top + \gamma I)^{-1} U &= U (U^\top U + \gamma I)^{-1} , \\
+# (U U^\top + \gamma I)^{-1} &= \tfrac1\gamma \bigl( I - U (U^\top U + \gamma I)^{-1} U^\top \bigr) .
+# \end{aligned}
+# \tag{13.1}
+# $$
+#
+# </div>
+#
+# **Proof.** $U (U^\top U + \gamma I) = (U U^\top + \gamma I)\, U$, since both are
+# $U U^\top U + \gamma U$. Multiply by the two inverses, one from each side: the first line. Now let $X$
+# be the inverse that we look for. $(U U^\top + \gamma I) X = I$ says $\gamma X = I - U\, U^\top X$, and
+# $U^\top X$ is the transpose of the first line. $\blacksquare$
+#
+# The first line *pushes* $U$ *through* the inverse, and on its way the $d \times d$ matrix becomes a
+# $K \times K$ one. Entry $(k, l)$ of $U^\top U$ is the inner product of two columns: how similar two data
+# are. The second line says what the inverse does. It divides by $\gamma$, and then takes back what
+# was too much in the span of the columns. By hand:
+
+
+# %%
+def inverse_by_hand(U: Tensor, gamma: float) -> Tensor:
+    d, K = U.shape
+    gram = torch.zeros(K, K)
+    for k in range(K):
+        for m in range(K):
+            gram[k, m] = U[:, k] @ U[:, m]
+    middle = torch.linalg.inv(gram + gamma * torch.eye(K))
+    inverse = torch.eye(d) / gamma
+    for k in range(K):
+        for m in range(K):
+            inverse -= middle[k, m] * torch.outer(U[:, k], U[:, m]) / gamma
+    return inverse
+
+
+io = ios["2"]
+N, gamma = 32, 0.1
+U = torch.stack([io.a[n, 0] / N**0.5 for n in range(N)], dim=1)  # [d_in, N]
+A = kfac(io).A
+assert_exact(U @ U.T, A)
+assert_exact(inverse_by_hand(U, gamma), torch.linalg.inv(A + gamma * eye_like(A)))
+
+# %% [markdown]
+# ## A layer by its columns
+#
+# SKFAC's matrix is the same $B \otimes A$ as KFAC's, held by other numbers. `few` guards
+# against the opposite case: with more columns than the factor has rows, a QR decomposition
+# $U^\top = Q R$ gives $U U^\top = R^\top R$, and the $d$ columns of $R^\top$ do as well. So no more is
+# ever stored than for the factor.
+
+# %% tags=["remove-input"]
+code(skfac, few)
+
+# %% [markdown]
+# A product with the matrix needs no factor either: $B V A = U_B (U_B^\top V U_A) U_A^\top$, with a
+# small matrix in the middle.
+
+# %%
+for fisher in (monte_carlo(1, generator), type2):
+    for name, io in layer_ios(net, loss, X, y, fisher).items():
+        M, dense = skfac(io), kfac(io)
+        G = torch.randn(io.g.shape[-1], io.a.shape[-1])
+        assert_exact(M @ G, dense @ G)
+        assert_exact(M.trace(), dense.trace())
+        held, full = M.UA.numel() + M.UB.numel(), dense.A.numel() + dense.B.numel()
+        print(f"layer {name}, V = {len(io.g)}: {M.UA.shape[1]} columns for A,", end=" ")
+        print(f"{M.UB.shape[1]} for B; {held} numbers, KFAC {full}")
+        assert held <= full
+
+# %% [markdown]
+# Note the second half. Type-2 vectors come ten to a datum, one for each class, so that $B$ has 320
+# columns and `few` cuts them down to $d_\text{out}$. **What counts is not $N$ but $V N S$.** SKFAC goes
+# with the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
+#
+# ## The paper's inverse
+#
+# SKFAC damps both factors ([Chapter 8](08_damping.py)) and applies the identity to each. With the
+# Cholesky factor $L L^\top = U^\top U + \gamma I$ and $W = L^{-1} U^\top$, the inverse of a factor is
+#
+# $$
+# (U U^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - W^\top W \bigr) ,
+# \tag{13.2}
+# $$
+#
+# two thin products and a subtraction. The paper's code puts $\sqrt\delta$ on both sides. The package
+# balances them with $\pi$, which needs the traces of the factors only, and these are the sums of all
+# squared entries of the columns.
+
+# %% tags=["remove-input"]
+code(woodbury_inverse, WoodburyInverse, factored_woodbury)
+
+# %%
+for io in ios.values():
+    M, G = skfac(io), io.gradients().sum((0, 1))
+    assert_exact(factored_woodbury(M, 0.1) @ G, factored_inverse(kfac(io), 0.1) @ G)
+    explicit = Kronecker(*(inverse_by_hand(U, gamma) for U in (M.UA, M.UB)))
+    assert_exact(woodbury_inverse(M, gamma, gamma) @ G, explicit @ G)
+
+# %% [markdown]
+# This is the paper's first form, the explicit inverse, against the applied one. They agree in all
+# digits that there are, but the explicit one forms $d \times d$ matrices, which was to be
+# avoided: it still costs $K d^2$ per factor and is multiplied at $d^3$.
+#
+# ### What it saves
+#
+# We count the operations from a batch's rows to a step: factors, decompositions, and one product with
+# a gradient. PyTorch counts those of matrix products. We add those of the decompositions.
+
+# %%
+aten = torch.ops.aten
+decompositions = {
+    aten.linalg_cholesky_ex: lambda L, *_, **__: L[-1] ** 3 // 3,
+    aten.cholesky_inverse: lambda L, *_, **__: 2 * L[-1] ** 3 // 3,
+    aten.linalg_solve_triangular: lambda L, R, *_, **__: L[-1] ** 2 * R[-1],
+}
+
+
+def operations(step, io: LayerIO, G: Tensor) -> int:
+    with FlopCounterMode(display=False, custom_mapping=decompositions) as counter:
+        step(io, G)
+    return counter.get_total_flops()
+
+
+def kfac_step(io: LayerIO, G: Tensor) -> Tensor:
+    return factored_inverse(kfac(io), 0.1) @ G
+
+
+def skfac_step(io: LayerIO, G: Tensor) -> Tensor:
+    return factored_woodbury(skfac(io), 0.1) @ G
+
+
+widths = [32, 64, 128, 256, 512]
+counts = {"KFAC": [], "SKFAC, N = 8": [], "SKFAC, N = 32": []}
+for d in widths:
+    for (name, row), N in zip(counts.items(), (32, 8, 32), strict=True):
+        io = LayerIO(torch.randn(N, 1, d), torch.randn(1, N, 1, d))
+        row.append(operations(kfac_step if name == "KFAC" else skfac_step, io, torch.randn(d, d)))
+
+# %% tags=["hide-input"] alt="Log-log plot of operations against the width of a layer from 32 to 512. KFAC's line is the steepest, with slope three; the two lines of SKFAC have slope two, that of 8 data below that of 32 data. At width 32 the line of SKFAC with 32 data lies near KFAC's, at width 512 it is more than ten times lower." caption="Operations for one step of a square layer. KFAC's grow with the third power of the width, SKFAC's with the second."
+fig, ax = plt.subplots(figsize=(6.2, 3.6))
+for (name, row), marker in zip(counts.items(), "osd", strict=True):
+    ax.loglog(widths, row, marker + "-", label=name)
+ax.set(xlabel="width of the layer", ylabel="operations", xticks=widths, xticklabels=widths)
+ax.minorticks_off()
+ax.legend()
+plt.show()
+
+gain = [k / s for k, s in zip(counts["KFAC"], counts["SKFAC, N = 32"], strict=True)]
+print("KFAC's operations over SKFAC's, 32 data:", [round(ratio, 1) for ratio in gain])
+assert counts["KFAC"][-1] > 6 * counts["KFAC"][-2]  # towards a factor of 8
+assert counts["SKFAC, N = 32"][-1] < 4.5 * counts["SKFAC, N = 32"][-2]  # towards 4
+assert gain[0] < 2 < 10 < gain[-1]
+
+# %% [markdown]
+# Two warnings about this picture. An operation of a decomposition takes longer than one of a product, so
+# the clock tends to be kinder to SKFAC. And KFAC spreads its decompositions over many steps, since
+# its averages change slowly. SKFAC has to start anew with each batch. A decomposition every 100
+# steps costs a hundredth, and then SKFAC saves only in the products.
+#
+# ## The batch's own gradient, never divided
+#
+# The gradient comes from the same batch. Then it is a sum of the same columns. For
+# the empirical Fisher, $g_n$ is the gradient of a datum's loss divided by $\sqrt D$, so that the gradient
+# of the mean loss is $G = \sum_n g_n a_n^\top / \sqrt D$. In general,
+#
+# $$
+# G = \sum_{v, n} c_{vn} G_{vn} = U_B\, C\, U_A^\top ,
+# \tag{13.3}
+# $$
+#
+# where $C$, of shape $[V N S, N S]$, has $\sqrt{N S}\, c_{vn}$ at the entries that join $g_{vns}$ with
+# its own $a_{ns}$ and zeros elsewhere. Push both through:
+#
+# $$
+# (B + \gamma_B I)^{-1} G\, (A + \gamma_A I)^{-1}
+# = U_B\, (U_B^\top U_B + \gamma_B I)^{-1}\, C\, (U_A^\top U_A + \gamma_A I)^{-1}\, U_A^\top .
+# \tag{13.4}
+# $$
+#
+# Everything in the middle is small.
+
+# %% tags=["remove-input"]
+code(push_through)
+
+# %% [markdown]
+# With type-2 vectors it works as well, although the labels do not enter them: the columns for a
+# datum span all gradients that any label can have. For cross-entropy $c$ is zero except at the
+# datum's own class (Exercise 13.2). Here we let least squares find it. Only for Monte Carlo vectors is
+# the gradient of the data's labels not in their span.
+
+# %%
+f = net(X).detach().requires_grad_()
+(head,) = torch.autograd.grad(loss(f, y), f)  # gradient with respect to the outputs, [N, C]
+weights = dict(net.named_parameters())
+gradient = dict(
+    zip(weights, torch.autograd.grad(loss(net(X), y), list(weights.values())), strict=True)
+)
+for fisher in (empirical, type2):
+    vectors = fisher(loss, f, y)  # [V, N, C]
+    found = torch.linalg.pinv(vectors.permute(1, 2, 0)) @ head.unsqueeze(2)  # [N, V, 1]
+    c = found.squeeze(2).T
+    for name, io in layer_ios(net, loss, X, y, fisher).items():
+        G = torch.cat([gradient[f"{name}.weight"], gradient[f"{name}.bias"].unsqueeze(1)], dim=1)
+        assert_exact(torch.einsum("vn,vnoi->oi", c, io.gradients()), G)
+        assert_exact(push_through(io, c, 0.1, 0.2), woodbury_inverse(skfac(io), 0.1, 0.2) @ G)
+
+drawn = monte_carlo(1, generator)(loss, f, y).squeeze(0)
+outside = head - (head * drawn).sum(1, keepdim=True) / drawn.square().sum(1, keepdim=True) * drawn
+print(
+    f"share of the gradient that Monte Carlo vectors miss: {(outside.norm() / head.norm()).item():.2f}"
+)
+assert outside.norm() > 0.1 * head.norm()
+
+# %% [markdown]
+# Is the same step worth two formulas? In exact arithmetic no. But [(13.2)] subtracts from $I$ something
+# close to a projection and magnifies what is left by $1 / \gamma$. If the gradient lies in the span, what
+# is left is a small difference of large numbers. We repeat the step in single precision.
+
+# %%
+io = layer_ios(net, loss, X, y, empirical)["2"]
+c = torch.full((1, 32), 32**-0.5)
+single, G = LayerIO(io.a.float(), io.g.float() * 100), io.gradients().sum((0, 1)) * 32**-0.5
+io, G = LayerIO(io.a, io.g * 100), G * 100  # a unit in which both factors are of order one
+forms = {"Woodbury": [], "eigenpairs": [], "only G is rounded": [], "pushed through": []}
+gammas = torch.logspace(-7, 0, 15).tolist()
+for gamma in gammas:
+    right = push_through(io, c, gamma, gamma)
+    assert relative_error(woodbury_inverse(skfac(io), gamma, gamma) @ G, right) < 0.01
+    M = skfac(single)
+    steps = (
+        woodbury_inverse(M, gamma, gamma) @ G.float(),
+        inverse_of_damped_factors(M.low_rank(), gamma, gamma) @ G.float(),
+        woodbury_inverse(skfac(io), gamma, gamma) @ G.float().double(),
+        push_through(single, c.float(), gamma, gamma),
+    )
+    for row, step in zip(forms.values(), steps, strict=True):
+        row.append(relative_error(step.double(), right))
+
+# %% tags=["hide-input"] alt="Log-log plot of the relative error of a step in single precision against the damping of the factors, from one down to ten to the minus seven. The step that is pushed through stays at a small error, the three others grow by two orders of magnitude for each order of magnitude of the damping, until they exceed the step itself." caption="Error of a step in single precision, for the batch's own gradient. All forms that divide by the damping lose all digits, even in double precision if the gradient was rounded; the one that does not keeps them."
+fig, ax = plt.subplots(figsize=(6.2, 3.4))
+for (name, row), style in zip(forms.items(), ("-", "--", ":", "-"), strict=True):
+    ax.loglog(gammas, row, "." + style, label=name)
+ax.axhline(1, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
+ax.set(xlabel=r"damping of each factor, $\gamma$", ylabel="relative error")
+ax.legend()
+plt.show()
+print({name: f"{row[0]:.1e}" for name, row in forms.items()})
+assert min(forms["Woodbury"][0], forms["only G is rounded"][0]) > 1
+assert forms["pushed through"][0] < 0.1
+
+# %% [markdown]
+# At a damping of $10^{-7}$ the forms that divide return numbers that have nothing to do with the
+# step. The Cholesky factor is not to blame: eigenpairs fare no better, and neither does the inverse in
+# double precision if $G$ alone was rounded. The information is lost when $G$ is formed. A rounded $G$
+# is no longer *exactly* in the span, and what sticks out is divided by $\gamma^2$. The other form
+# never meets $G$.
+#
+# ## Exact damping
+#
+# $(B + \gamma_B I) \otimes (A + \gamma_A I)$ exceeds $B \otimes A + \delta I$ ([Chapter 8](08_damping.py)).
+# Can few columns invert the latter? It is no Kronecker product. But its eigenvalues are known. A
+# thin singular value decomposition $U_A = Q_A \operatorname{diag}(\sigma)\, P^\top$ gives the
+# eigenvectors $Q_A$ of $A$, and $\sigma^2$ for their eigenvalues $\alpha_j$; likewise $\beta_i$ for $B$.
+# All other eigenvalues are zero. Complete both bases in any way. The eigenvalues of
+# $B \otimes A + \delta I$ are $\beta_i \alpha_j + \delta$ where both vectors are known, and $\delta$
+# everywhere else.
+#
+# So: divide everything by $\delta$, and correct a rectangle. Other low-rank
+# methods give the unknown directions a number, too, so that the package treats the general case.
+# Let $A$ have the eigenvalue $c_A$ outside of its known vectors and $B$ have $c_B$. The table then
+# has four blocks. Write $w$ for the inverse eigenvalues of each,
+#
+# $$
+# \begin{aligned}
+# w_{ij} &= \frac{1}{\beta_i \alpha_j + \delta} , & w_{i\cdot} &= \frac{1}{\beta_i c_A + \delta} , \\
+# w_{\cdot j} &= \frac{1}{c_B \alpha_j + \delta} , & w &= \frac{1}{c_B c_A + \delta} .
+# \end{aligned}
+# \tag{13.5}
+# $$
+#
+# Scaling by $w$ treats all as the rest. Rows of the table correct by $w_{i\cdot} - w$ what lies in the span
+# of $Q_B$, columns by $w_{\cdot j} - w$ what lies in the span of $Q_A$. What lies in both was then
+# corrected twice, and gets $w_{ij} - w_{i\cdot} - w_{\cdot j} + w$ in addition. Products cost
+# $d_\text{in} d_\text{out}$ times the number of columns, as before.
+
+# %% tags=["hide-input"] alt="Two heat maps of 8 by 12 eigenvalues. Left, for few columns: the upper left rectangle of 2 by 3 has small, varying values, and all the rest is one constant. Right, with tails: four blocks; rows beside the rectangle and columns below it vary along one direction, and the lower right block is one constant." caption="Eigenvalues of $(B \\otimes A + \\delta I)^{-1}$, arranged by eigenvectors of $B$ (rows) and of $A$ (columns), the largest first. Three vectors of $A$ and two of $B$ are known."
+Q_A, Q_B = (torch.linalg.qr(torch.randn(d, d)).Q for d in (12, 8))
+known = torch.tensor([3.0, 2.0, 1.2]), torch.tensor([2.0, 1.0])
+
+
+def table(c_A: float, c_B: float) -> Tensor:
+    """Eigenvalues of the damped inverse, by applying it to every pair of eigenvectors."""
+    tails = torch.tensor([c_A, c_B])
+    M = LowRankKronecker(Q_A[:, :3], known[0], tails[0], Q_B[:, :2], known[1], tails[1])
+    inverse = M.inverse(0.5)
+    pairs = torch.einsum("po,qi->oipq", Q_B, Q_A)
+    return torch.einsum("oipq,oipq->oi", pairs, inverse @ pairs)
+
+
+assert_exact(table(0.0, 0.0)[:2, :3], 1 / (torch.outer(known[1], known[0]) + 0.5))
+assert_exact(table(0.9, 0.6)[2:, 3:], torch.full((6, 9), 1 / (0.9 * 0.6 + 0.5)))
+matrices(
+    {r"few columns: $c_A = c_B = 0$": table(0.0, 0.0), r"$c_A = 0.9$, $c_B = 0.6$": table(0.9, 0.6)}
+)
+
+# %% tags=["remove-input"]
+code(KroneckerRoots.inverse, KroneckerRoots.low_rank, FourBlocks.__matmul__)
+
+# %%
+for io in ios.values():
+    M, G = skfac(io), io.gradients().sum((0, 1))
+    for delta in (1e-3, 1e-1):
+        exact, factored = M.inverse(delta) @ G, factored_woodbury(M, delta) @ G
+        assert_exact(exact, kfac(io).inverse(delta) @ G)
+        assert not torch.allclose(factored, exact, rtol=0.05)
+        assert factored.norm() < exact.norm()
+    print(
+        f"factored over exact damping, length of the step: {(factored.norm() / exact.norm()).item():.2f}"
+    )
+
+# %% [markdown]
+# ## Convolutions: fewer positions
+#
+# A convolution has $S$ patches per datum, so that $N S$ columns soon outnumber $d_\text{in}$. SKFAC
+# brings them back to about $N$ in one of two ways.
+#
+# **Reduce**: average the patches, and the vectors. With the *sum* of the vectors this is KFAC-reduce
+# ([Chapter 6](06_weight_sharing.py)). The paper's code takes the mean of both. All its curvature is
+# then smaller by $S^2$, and so must be the damping.
+#
+# **Spatial subsampling**: let a subset $\mathcal T$ of the positions stand for all,
+#
+# $$
+# A_{\mathcal T} = \frac{1}{N \lvert \mathcal T \rvert} \sum_{n, s \in \mathcal T} a_{ns} a_{ns}^\top ,
+# \qquad
+# B_{\mathcal T} = \frac{S}{\lvert \mathcal T \rvert} \sum_{v, n, s \in \mathcal T} g_{vns} g_{vns}^\top .
+# \tag{13.6}
+# $$
+#
+# $A$ is a mean and needs no correction, $B$ is a sum and does. If one partitions the
+# positions into parts of equal size, the $A_{\mathcal T}$ of all parts average to the full $A$,
+# and the $B_{\mathcal T}$ to the full $B$: each part is an unbiased guess of both.
+
+# %% tags=["remove-input"]
+code(averaged, subsampled, at_positions)
+
+
+# %%
+class Pool(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+def train(model: Module, steps: int, pictures: Tensor) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        batch = torch.randint(1000, (100,))
+        optimizer.zero_grad()
+        loss(model(pictures[batch]), labels[batch]).backward()
+        optimizer.step()
+
+
+pictures = images.reshape(-1, 1, 8, 8)
+cnn = Sequential(Conv2d(1, 6, 3), Tanh(), Conv2d(6, 8, 3), Tanh(), Pool(), Linear(8, 10))
+train(cnn, 60, pictures)
+io = layer_ios(cnn, loss, pictures[1000:1050], labels[1000:1050], type2)["2"]
+F, expand, S = io.block(), kfac(io), io.a.shape[1]  # S = 16: positions on a grid of 4 × 4
+
+parts = [kfac(subsampled(io, 4, start)) for start in range(4)]
+assert_exact(sum(part.A for part in parts) / 4, expand.A)
+assert_exact(sum(part.B for part in parts) / 4, expand.B)
+assert_exact(skfac(subsampled(io, 1)).dense(), expand.dense())
+assert_exact(skfac(averaged(io)).dense() * S**2, kfac(io.reduced()).dense())
+
+views = {
+    "expand": io,
+    "every second position": subsampled(io, 2),
+    "every fourth position": subsampled(io, 4),
+    "a grid of 2 × 2": at_positions(io, torch.tensor([0, 2, 8, 10])),
+    "reduce": io.reduced(),
+    "the paper's averages": averaged(io),
+}
+errors = {}
+print("                       positions | distance from expand | distance from the exact block")
+for name, view in views.items():
+    M = skfac(view).dense()
+    errors[name] = relative_error(M, expand.dense()), relative_error(M, F)
+    print(f"{name:22} {view.a.shape[1]:9} | {errors[name][0]:20.2f} | {errors[name][1]:.3f}")
+assert errors["a grid of 2 × 2"][0] < 0.7 * errors["every fourth position"][0]
+assert errors["reduce"][1] < 0.7 * errors["expand"][1]
+assert errors["the paper's averages"][1] > 0.98
+
+# %% [markdown]
+# Three things can be read off. First, which positions one keeps matters as much as how many. The flat
+# axis runs along the rows of the image, so that every fourth of $4 \times 4$ positions is one
+# *column* of it, its left border. A grid of the same size is much nearer to expand. Second, near to
+# expand need not mean near to the block. This network averages its output over all positions, the
+# setting for which reduce is made ([Chapter 6](06_weight_sharing.py)), and there one averaged patch is a
+# better approximation than sixteen. Third, the paper's averages come with a curvature of $1 / S^2$ of
+# reduce's, which is next to nothing.
+#
+# ## What one batch does not know
+#
+# So far SKFAC was KFAC, since both saw one batch. KFAC goes on to average its factors over many
+# steps. The columns of many batches are many, so the paper's code keeps those of one. Between
+# two updates it applies an old batch's inverse to the gradients of new ones. For these, the span is not
+# the right one. A gradient that is orthogonal to the columns on both sides is divided by
+# $\gamma_A \gamma_B$, however large the true curvature is there.
+
+# %%
+trained = network()
+train(trained, 3, images)
+own, other = (
+    layer_ios(trained, loss, images[k : k + 32], labels[k : k + 32], empirical)["2"]
+    for k in (1000, 1100)
+)
+M = skfac(own)
+trace_A, trace_B = M.UA.square().sum().item(), M.UB.square().sum().item()
+beyond_A, beyond_B = (eye_like(Q @ Q.T) - Q @ Q.T for Q in (M.low_rank().UA, M.low_rank().UB))
+batches, lengths = {"own batch": own, "another batch": other}, {}
+fractions = torch.logspace(-6, 0, 13).tolist()
+for name, io in batches.items():
+    G = io.gradients().sum((0, 1))
+    share = ((beyond_B @ G @ beyond_A).norm() / G.norm()).item()
+    print(
+        f"{name}: {share:.3f} of the gradient's length is orthogonal to the columns on both sides"
+    )
+    lengths[name] = [
+        (woodbury_inverse(M, f * trace_A, f * trace_B) @ G).norm().item() for f in fractions
+    ]
+    assert share < 1e-10 if name == "own batch" else 1e-3 < share < 0.9
+
+# %% tags=["hide-input"] alt="Log-log plot of the length of a step against the damping of the factors as a fraction of their traces. For the batch's own gradient the curve levels off as the damping falls; for another batch's gradient it keeps rising, a hundredfold for each tenth of the damping." caption="Length of a step for the gradient of the batch that the factors come from, and for that of another batch. The second has no limit."
+fig, ax = plt.subplots(figsize=(6.2, 3.4))
+for (name, row), style in zip(lengths.items(), ("-", "--"), strict=True):
+    ax.loglog(fractions, row, "." + style, label=name)
+ax.set(xlabel=r"$\gamma$ as a fraction of each factor's trace", ylabel="length of the step")
+ax.legend()
+plt.show()
+growth = {name: row[0] / row[2] for name, row in lengths.items()}
+print(
+    {name: f"{ratio:.1f}" for name, ratio in growth.items()},
+    "times longer at a tenth of the damping",
+)
+assert growth["another batch"] > 50 > 10 > growth["own batch"]
+
+# %% [markdown]
+# The own batch's step has a limit, as [(13.4)] shows: without damping it is
+# $U_B (U_B^\top U_B)^{-1} C\, (U_A^\top U_A)^{-1} U_A^\top$ if the columns are independent. For
+# another batch, less damping means a longer step without end, along directions about which nothing
+# is known. **SKFAC needs more damping than KFAC's average does**, and the more, the longer an inverse is
+# kept.
+#
+# ## A window of batches
+#
+# Columns of several batches can be put side by side. With shares $w_t$ that sum to one,
+#
+# $$
+# A = \sum_t w_t A_t = U U^\top , \qquad
+# U = \bigl[ \sqrt{w_1}\, U_1 , \; \sqrt{w_2}\, U_2 , \; \dots \bigr] .
+# \tag{13.7}
+# $$
+#
+# With the shares of a moving average this *is* KFAC's moving average of the factor, without the factor,
+# as long as no batch is dropped. `Window` keeps the last few. It is one of the package's estimators:
+# what remembers. The weights of the dropped batches are left out of the sum, and the rest is
+# scaled up to one.
+
+# %% tags=["remove-input"]
+code(Window.update)
+
+# %%
+stream = [
+    layer_ios(trained, loss, images[k : k + 8], labels[k : k + 8], empirical)["2"]
+    for k in range(1000, 1048, 8)
+]
+window, average = None, None
+for t, io in enumerate(stream, start=1):
+    weight = weight_of_newest(0.9, t)
+    window, average = (
+        Window(6).update(window, io, weight),
+        Averaged(kfac).update(average, io, weight),
+    )
+G = sum(io.gradients().sum((0, 1)) for io in stream)
+assert_exact(window.roots().UA @ window.roots().UA.T, average.A)
+assert_exact(window.inverse(0.1) @ G, average.inverse(0.1) @ G)
+assert_exact(factored_woodbury(window.roots(), 0.1) @ G, factored_inverse(average, 0.1) @ G)
+
+delta = 0.01 * (window.roots().trace() / G.numel()).item()
+averaged_inverse = sum(kfac(io).inverse(delta) @ G for io in stream) / 6
+print(
+    f"average of inverses, error: {relative_error(averaged_inverse, average.inverse(delta) @ G):.2f}"
+)
+assert relative_error(averaged_inverse, average.inverse(delta) @ G) > 0.2
+
+# %% [markdown]
+# To average inverses instead is something else, as the last line shows: each of them is $1 / \delta$
+# almost everywhere, whatever the others know. And to average columns is nonsense. $\tfrac12 (U_1 + U_2)$
+# pairs data that have nothing to do with each other, and the signs of a QR decomposition are
+# arbitrary. The package refuses it.
+
+# %%
+state = skfac(stream[0])
+try:
+    Averaged(skfac).update(state, stream[1], 0.5)
+    raise AssertionError
+except TypeError as refused:
+    print(fill(str(refused), 90))
+wrong = KroneckerRoots((state.UA + skfac(stream[1]).UA) / 2, (state.UB + skfac(stream[1]).UB) / 2)
+right = Averaged(kfac).update(kfac(stream[0]), stream[1], 0.5)
+assert relative_error(wrong.UB @ wrong.UB.T, right.B) > 0.3
+
+# %% [markdown]
+# ## Training with it
+#
+# The paper reports that SKFAC keeps up with KFAC on image classification at less time
+# per step. We train the digits network for 40 steps of 32 data each: with KFAC's moving average, with
+# SKFAC on the newest batch, and with a window of six. The learning rate is the same, the damping varies.
+
+# %%
+estimators = {
+    "KFAC, moving average": (Averaged(kfac), factored_inverse),
+    "SKFAC, newest batch": (Latest(skfac), factored_woodbury),
+    "SKFAC, window of 6": (Window(6), lambda M, d: factored_woodbury(M.roots(), d)),
+}
+
+
+def run(estimator, inverse, damping: float) -> tuple[float, Sequential]:
+    torch.manual_seed(1)
+    model, states = network(), {}
+    weights, draws = dict(model.named_parameters()), torch.Generator(images.device).manual_seed(0)
+    for t in range(1, 41):
+        batch = torch.randint(1000, (32,), generator=draws)
+        X, y = images[batch], labels[batch]
+        for name, io in layer_ios(model, loss, X, y, monte_carlo(1, draws)).items():
+            states[name] = estimator.update(states.get(name), io, weight_of_newest(0.95, t))
+        G = torch.autograd.grad(loss(model(X), y), list(weights.values()))
+        inverses = {name: inverse(M, damping) for name, M in states.items()}
+        step = preconditioner(model, inverses)(dict(zip(weights, G, strict=True)))
+        with torch.no_grad():
+            for name, W in weights.items():
+                W -= 0.1 * step[name]
+    return loss(model(images[:1000]), labels[:1000]).item(), model
+
+
+dampings = [1e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+results = {name: [run(*how, d)[0] for d in dampings] for name, how in estimators.items()}
+for name, row in results.items():
+    print(f"{name:21}", " ".join(f"{value:8.2f}" for value in row))
+best = {name: min(row) for name, row in results.items()}
+assert results["SKFAC, newest batch"][0] > 5 * max(best.values())
+assert max(best.values()) < 0.5 < 1 < loss(network()(images), labels).item()
+
+same = [
+    run(Latest(f), g, 0.1)[1] for f, g in ((kfac, factored_inverse), (skfac, factored_woodbury))
+]
+for W, V in zip(*(model.parameters() for model in same), strict=True):
+    assert_exact(V, W)  # one batch each: the same network after 40 steps
+
+# %% tags=["hide-input"] alt="Log-log plot of the loss after 40 steps against the damping for three methods. At large damping the three curves almost coincide. At small damping all rise, SKFAC on the newest batch most and KFAC with a moving average least, with the window in between." caption="Loss on 1000 digits after 40 steps. With enough damping, one batch does nearly as well as the average of many. With less, it does not."
+fig, ax = plt.subplots(figsize=(6.2, 3.4))
+for (name, row), style in zip(results.items(), ("-", "--", "-."), strict=True):
+    ax.loglog(dampings, row, "o" + style, markersize=4, label=name)
+ax.set(xlabel=r"damping $\delta$", ylabel="loss after 40 steps")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# The paper's claim is reproduced, with a condition that the plot shows. Where the damping is large, most of
+# the step is decided by the damping and little by the batch, and the three coincide. Where it is small,
+# the single batch fails first. The window lies between, at a price: its small systems have six times as many
+# unknowns. And note what the last lines assert. From one batch, KFAC and SKFAC train *the same
+# network*. All differences in the plot come from what is remembered, none from how it is inverted.
+#
+# ## What goes wrong in practice
+#
+# **The bias left out.** The paper's
+# public code inverts the factor of the inputs without the column of
+# ones. Biases are then updated by the plain gradient, at a scale that has nothing to do with that of the
+# weights' step, and the weights' own step is another one, too, since weights and bias interact in $A$.
+#
+# **One damping for both sides.** $\sqrt\delta$ on both factors is not invariant. Move a factor of ten from
+# the inputs to the vectors (as a different convention for the loss does), and the step changes:
+
+# %%
+io = ios["2"]
+M, G = skfac(io), io.gradients().sum((0, 1))
+moved = KroneckerRoots(M.UA / 10, M.UB * 10)
+root = 0.1**0.5
+without_pi = [woodbury_inverse(m, root, root) @ G for m in (M, moved)]
+print(f"without pi, change of the step: {relative_error(without_pi[1], without_pi[0]):.2f}")
+assert relative_error(without_pi[1], without_pi[0]) > 0.1
+assert_exact(factored_woodbury(moved, 0.1) @ G, factored_woodbury(M, 0.1) @ G)
+
+weights_only = skfac(LayerIO(io.a[..., :-1], io.g))
+with_bias, without = (
+    factored_woodbury(M, 0.01) @ G,
+    factored_woodbury(weights_only, 0.01) @ G[:, :-1],
+)
+print(
+    f"without the bias, change of the weights' step: {relative_error(without, with_bias[:, :-1]):.2f}"
+)
+assert relative_error(without, with_bias[:, :-1]) > 1e-3
+
+# %% [markdown]
+# **A batch size written into the code.** The same code divides by 32, whatever the batch. The scale of
+# the curvature is then off by the ratio, and with it the meaning of the damping.
+#
+# **A damping below round-off.** $U^\top U + \gamma I$ is decomposed in the precision of $U$. Data that occur
+# twice make $U^\top U$ singular, and a $\gamma$ below a millionth of its entries disappears in single
+# precision. The package refuses what it cannot decompose, and the exact inverse is a way out, since it
+# takes the columns themselves apart:
+
+# %%
+four_times = torch.full((3, 4), 1000.0).float()  # four data, all the same
+try:
+    woodbury_inverse(KroneckerRoots(four_times, four_times), 1e-6, 1e-6)
+    raise AssertionError
+except ValueError as refused:
+    print(fill(str(refused), 90))
+exact = KroneckerRoots(four_times.double(), four_times.double()).inverse(1e-6)
+single = KroneckerRoots(four_times, four_times).inverse(1e-6)
+G = torch.randn(3, 3)
+assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 13.1.** What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for $\gamma \to 0$? What is
+# $U^\top (U U^\top + \gamma I)^{-1} U$ then, if the columns are independent?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $I - U (U^\top U)^{-1} U^\top$, by the second line of [(13.1)]: the projection onto all that is
+# orthogonal to the columns. By the first line, the other is
+# $U^\top U (U^\top U + \gamma I)^{-1} \to I$: measured by the inverse, different data are orthogonal and each
+# has length one.
+#
+# </details>
+#
+# **Exercise 13.2.** For cross-entropy with the mean over $N$ labels, the type-2 vector of class $v$ is
+# $s_v = \sqrt{p_v / N}\, (e_v - p)$ at the output, with the predicted probabilities $p$. Which $c$ gives the
+# gradient of a datum with label $y$? What goes wrong when the network is sure of another class?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The gradient is $(p - e_y) / N = -s_y / \sqrt{N p_y}$, so $c_y = -1 / \sqrt{N p_y}$ and all others are
+# zero. Gradients of deeper layers are linear in those of the output, so the same $c$ holds in every
+# layer. If $p_y$ is tiny, $s_y$ is tiny too: in low precision it underflows while the gradient does
+# not.
+#
+# </details>
+#
+# **Exercise 13.3.** A square layer of width $d$, batches of $N$ rows, $V = S = 1$. From how many batches on does a
+# window hold more numbers than KFAC's two factors? What is the rank of a moving average after $t$ steps?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# A batch has $2 d N$ numbers, the factors $2 d^2$, so from $d / N$ batches on, just when the
+# columns can span everything. A moving average has rank $\min(t N, d)$ at most. Its rank grows with
+# every batch, although old batches hardly count any more: rank alone does not say how much is known.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+U = torch.randn(7, 3)  # 13.1
+small = torch.linalg.inv(U @ U.T + 1e-9 * torch.eye(7))
+P = torch.eye(7) - U @ torch.linalg.inv(U.T @ U) @ U.T
+torch.testing.assert_close(1e-9 * small, P, atol=1e-6, rtol=0)
+torch.testing.assert_close(P @ P, P)
+middle = U.T @ torch.linalg.inv(U @ U.T + 1e-6 * torch.eye(7)) @ U
+torch.testing.assert_close(middle, torch.eye(3), atol=1e-4, rtol=0)
+
+f = net(X).detach().requires_grad_()  # 13.2
+(head,) = torch.autograd.grad(loss(f, y), f)
+p = f.softmax(1)[torch.arange(32), y]
+own_class = type2(loss, f, y)[y, torch.arange(32)]
+assert_exact(own_class * (-1 / (32 * p).sqrt()).unsqueeze(1), head)
+
+average = None  # 13.3
+for t in range(1, 6):
+    io = LayerIO(torch.randn(3, 1, 12), torch.randn(1, 3, 1, 12))
+    average = Averaged(kfac).update(average, io, weight_of_newest(0.9, t))
+    assert torch.linalg.matrix_rank(average.A) == min(3 * t, 12)
+held = sum(Window(4).update(None, io, 1.0).roots().UA.numel() * 2 for _ in range(4))
+assert held == 2 * 12**2
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Tang et al. (2021)](bibliography.md#skfac) for SKFAC. What comes after a window is to keep only the
+# most important directions of all batches so far, as [Puiu (2022)](bibliography.md#brand) does, or to
+# draw them at random ([Puiu 2022](bibliography.md#randomized)). [CG-FAC](17_cg_fac.py) uses the same rows
+# to solve with the *exact* block.

@@ -1,0 +1,694 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 14. Randomised KFAC: a few eigenpairs, without the others
+#
+# **Part III: Better and faster.** An eigendecomposition computes all eigenpairs of a factor, though
+# only a few of them matter. How are those few found without the others?
+#
+# KFAC inverts two factors per layer, of $d_\text{in}$ and $d_\text{out}$ rows. This costs a number of
+# operations that grows with the *cube* of the width, and so does one step in the eigenbasis. The
+# factors themselves, which are averages of outer products, cost the square. So the wider
+# the layers, the more of the time goes into the inverses. RS-KFAC and SRE-KFAC bring both down to the
+# square: they find $r$ eigenpairs by a handful of products with the factor, and replace all others by
+# one number. This chapter shows how, what is exact about it, what is not, and what it costs.
+
+# %%
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
+
+import kfac_scratch
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.estimators import Averaged, Estimator, weight_of_newest
+from kfac_scratch.kfac import kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like, psd_eigh
+from kfac_scratch.losses import monte_carlo
+from kfac_scratch.low_rank import FourBlocks, inverse_of_damped_factors
+from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.show import code
+from kfac_scratch.variants.randomized import (
+    Randomized,
+    Sketch,
+    leading,
+    nothing,
+    nystrom,
+    randomized,
+    range_basis,
+    rs,
+    smallest_kept,
+    sre,
+    trace_matched,
+)
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_default_device(device)
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to ten digits of the largest entry."""
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def relative_error(M: Tensor, F: Tensor) -> float:
+    return ((M - F).norm() / F.norm()).item()
+
+
+# %% [markdown]
+# ## The spectrum of a factor
+#
+# We train a network with two wide layers on handwritten digits, with KFAC, and look at the factors of
+# the middle layer. A step $p$ is scaled down where it would be too long for the quadratic model to be
+# trusted, such that its product with the gradient is at most 0.01.
+
+# %%
+digits = load_digits()
+order = torch.randperm(len(digits.target), device="cpu")
+images = torch.tensor(digits.data, device=device)[order] / 16
+labels = torch.tensor(digits.target, device=device)[order]
+loss = CrossEntropyLoss()
+
+
+def network() -> Sequential:
+    torch.manual_seed(1)
+    return Sequential(Linear(64, 256), Tanh(), Linear(256, 256), Tanh(), Linear(256, 10))
+
+
+def train(estimator: Estimator, steps: int = 30, period: int = 5) -> tuple[list[float], dict]:
+    """Losses on 1500 images before every step, and the curvature after the last one."""
+    model, states, losses = network(), {}, []
+    params = dict(model.named_parameters())
+    for t in range(1, steps + 1):
+        batch = torch.randint(1500, (64,))
+        X, y = images[batch], labels[batch]
+        for name, io in layer_ios(model, loss, X, y, monte_carlo(1)).items():
+            states[name] = estimator.update(states.get(name), io, weight_of_newest(0.95, t))
+        if t % period == 1:
+            inverses = {name: M.inverse(0.01) for name, M in states.items()}
+        losses.append(loss(model(images[:1500]), labels[:1500]).item())
+        gradient = torch.autograd.grad(loss(model(X), y), list(params.values()))
+        step = preconditioner(model, inverses)(dict(zip(params, gradient, strict=True)))
+        inner = sum((step[k] * g).sum() for k, g in zip(params, gradient, strict=True))
+        with torch.no_grad():
+            for k, p in params.items():
+                p -= min(1.0, float(0.01 / inner) ** 0.5) * step[k]
+    return losses, states
+
+
+losses_kfac, states = train(Averaged(kfac))
+factors = states["2"]
+spectra = {"A": psd_eigh(factors.A)[0].flip(0), "B": psd_eigh(factors.B)[0].flip(0)}
+for name, values in spectra.items():
+    share = values.cumsum(0) / values.sum()
+    print(
+        f"{name}: {len(values)} eigenvalues; the first 32 hold {share[31].item():.1%} of the trace,"
+    )
+    visible = int((values > 0.01 * values[0]).sum())
+    print(f"   {visible} are above 1 % of the largest")
+    assert visible < 64
+    assert share[31] > 0.9
+
+# %% tags=["hide-input"] alt="Log plot of the eigenvalues of the two factors of the middle layer against their number, relative to the largest. Both fall by two orders of magnitude or more within the first 30, and on from there." caption="Eigenvalues of both factors of the middle layer after 30 steps, relative to the largest."
+fig, ax = plt.subplots(figsize=(6.4, 3.1))
+for name, values in spectra.items():
+    ax.semilogy(torch.arange(1, len(values) + 1).cpu(), (values / values[0]).cpu(), label=name)
+ax.axvline(32, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color())
+ax.set(
+    ylim=(1e-9, 2), xlim=(0, 200), xlabel="number of the eigenvalue", ylabel="relative to the first"
+)
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# The damping decides what matters. An eigenvalue far below it is as good as zero for
+# $(\lambda + \gamma)^{-1}$. With a damping of 1 % of the largest eigenvalue, only the printed few can be told
+# from zero.
+#
+# ### Why it falls, and what is not proved
+#
+# A factor is a moving average, $M_t = \rho M_{t-1} + (1 - \rho) X_t X_t^\top$, with a batch of $N$
+# columns $X_t$. After $j$ batches, $M_t = \rho^j M_{t-j} + {}$a matrix of rank at most $j N$.
+#
+# <div class="admonition theorem" markdown="1" id="thm-14.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 14.1 (the average forgets)</b></p>
+#
+# All eigenvalues of $M_t$ but the largest $jN$ are at most $\rho^j$ times the largest of $M_{t-j}$:
+#
+# $$
+# \lambda_{jN + 1}(M_t) \le \rho^j \lambda_1(M_{t-j}) .
+# \tag{14.1}
+# $$
+#
+# </div>
+#
+# **Proof.** Weyl's inequality, $\lambda_{i + k + 1}(P + R) \le \lambda_{i + 1}(P) + \lambda_{k + 1}(R)$, with
+# $i = 0$, $P = \rho^j M_{t-j}$, $k = jN$ and $\lambda_{jN+1}(R) = 0$. $\blacksquare$
+#
+# The paper starts from this bound. See what it says for common numbers: until $\rho^j$ is $\tfrac{1}{33}$,
+
+# %%
+rho, N = 0.95, 256
+j = int(torch.tensor(1 / 33).log() / torch.tensor(rho).log()) + 1
+print(f"{j} batches of {N}: at most {j * N} eigenvalues are larger than 1/33 of the largest")
+assert j * N > 8192
+
+# %% [markdown]
+# No layer is that wide, so the bound excludes nothing. It proves *that* the spectrum decays, not that
+# 32 or 200 eigenpairs are enough. That is an observation, like the figure above, and depends on the
+# data, the network and the batch.
+#
+# ## A basis from a few products
+#
+# Let $M$ be a factor with eigenpairs $(\lambda_i, q_i)$. Multiply it with a vector of random numbers:
+#
+# $$
+# M \omega = \sum_i \lambda_i\, (q_i^\top \omega)\, q_i .
+# \tag{14.2}
+# $$
+#
+# The coefficients $q_i^\top \omega$ are independent normal numbers, none preferred. So $M \omega$ is a
+# random mixture of eigenvectors, weighted by their eigenvalues: it leans to the leading ones. A few
+# mixtures, say $q = r + 10$ of them, span nearly the space of the leading $r$. A second product weighs by
+# $\lambda_i^2$, a third one by $\lambda_i^3$. As loops:
+
+
+# %%
+def basis_by_hand(M: Tensor, columns: int, iterations: int) -> Tensor:
+    vectors = []
+    for _ in range(columns):
+        vectors.append(M @ torch.randn(len(M)))
+    for _ in range(iterations + 1):
+        orthonormal = []
+        for v in vectors:
+            for u in orthonormal:
+                v = v - (u @ v) * u
+            for u in orthonormal:  # once more, against round-off
+                v = v - (u @ v) * u
+            orthonormal.append(v / v.norm())
+        vectors = [M @ u for u in orthonormal]
+    return torch.stack(orthonormal, 1)
+
+
+def made_up(d: int, rate: float = 0.1) -> tuple[Tensor, Tensor]:
+    """A matrix whose eigenvalues fall by a factor of ten in every `1 / rate`."""
+    Q, values = torch.linalg.qr(torch.randn(d, d)).Q, 10 ** (-rate * torch.arange(d))
+    return Q * values @ Q.T, values
+
+
+M, values = made_up(60)
+leading_vectors = psd_eigh(M)[1].flip(1)[:, :6]
+for iterations in range(4):
+    Q = basis_by_hand(M, 12, iterations)
+    assert_exact(Q.T @ Q, torch.eye(12))
+    missed = (leading_vectors - Q @ Q.T @ leading_vectors).norm() / 6**0.5
+    print(f"{iterations} iterations miss {missed.item():.0e} of the six leading eigenvectors")
+assert missed < 0.01
+
+# %% [markdown]
+# ### In the package
+#
+# The same with matrices: $q$ vectors at once, and a QR decomposition for the two inner loops. The start
+# comes from a seed that is a part of the value, so that a result can be repeated. Since it has nothing to
+# do with $M$, the same start may be used every time.
+
+# %% tags=["remove-input"]
+code(range_basis)
+
+# %% [markdown]
+# ## Three things to do with it
+#
+# Given $Q$, with $q$ orthonormal columns, the paper offers two approximations of $M$, both by one more
+# product with it.
+#
+# **SRE** compresses $M$ to the span of $Q$ on both sides:
+#
+# $$
+# Q Q^\top M Q Q^\top = (Q W) \operatorname{diag}(\theta)\, (Q W)^\top ,
+# \qquad Q^\top M Q = W \operatorname{diag}(\theta)\, W^\top .
+# \tag{14.3}
+# $$
+#
+# The $\theta_i$ are called Ritz values. **RS** takes a singular value decomposition
+# $Q^\top M = \tilde U \operatorname{diag}(\sigma)\, V^\top$, throws $\tilde U$ away and takes
+# $V \operatorname{diag}(\sigma)\, V^\top$. What matrix is this? Its square is
+# $V \operatorname{diag}(\sigma^2)\, V^\top = (Q^\top M)^\top (Q^\top M)$, so
+#
+# $$
+# V \operatorname{diag}(\sigma)\, V^\top = \bigl( M Q Q^\top M \bigr)^{1/2} .
+# \tag{14.4}
+# $$
+#
+# A third one, not in the paper and long known for kernel matrices, is that of **Nyström**:
+#
+# $$
+# M Q\, (Q^\top M Q)^{-1} Q^\top M .
+# \tag{14.5}
+# $$
+
+# %% tags=["remove-input"]
+code(rs, sre, nystrom)
+
+
+# %%
+def from_pairs(d: Tensor, U: Tensor, c: Tensor | float = 0.0) -> Tensor:
+    return (U * (d - c)) @ U.T + c * torch.eye(len(U))
+
+
+Q = range_basis(M, Sketch(rank=12, oversampling=0, iterations=0))
+assert_exact(from_pairs(*sre(M, Q)), Q @ Q.T @ M @ Q @ Q.T)
+assert_exact(from_pairs(*rs(M, Q)) @ from_pairs(*rs(M, Q)), M @ Q @ Q.T @ M)
+assert_exact(from_pairs(*nystrom(M, Q)), M @ Q @ torch.linalg.solve(Q.T @ M @ Q, Q.T @ M))
+
+# %% [markdown]
+# <div class="admonition theorem" markdown="1" id="thm-14.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 14.2 (the order)</b></p>
+#
+# Let $M$ be positive definite. For the same $Q$, RS $\preceq$ Nyström $\preceq M$. The eigenvalues of SRE, RS,
+# Nyström and $M$, in this order and each from the largest on, satisfy
+#
+# $$
+# \theta_i \le \sigma_i \le \nu_i \le \lambda_i , \qquad i \le q .
+# \tag{14.6}
+# $$
+#
+# SRE itself need not be below $M$.
+#
+# </div>
+#
+# **Proof.** $P \preceq R$ means that $R - P$ is positive semi-definite; then every eigenvalue of $P$ is at
+# most that of $R$ with the same number. *SRE and RS:* $Q^\top M Q = (Q^\top M)\, Q$, and a product with $Q$,
+# whose norm is 1, makes no singular value larger. *RS and $M$:* $Q Q^\top \preceq I$, so
+# $M Q Q^\top M \preceq M^2$, and taking roots keeps the order $\preceq$ (squaring would not). *Nyström and $M$:* with
+# $H = M^{1/2}$, [(14.5)] is $H P H$, where $P$ projects onto the range of $HQ$. *RS and Nyström:* let $N$
+# be any matrix with $0 \preceq N \preceq M$ whose range lies in that of $MQ$. Then $N = H C H$ with
+# $0 \preceq C \preceq I$, and the range of $C$ lies in $H^{-1} \operatorname{range}(MQ) = \operatorname{range}(HQ)$. Thus
+# $C = P C P \preceq P$ and $N \preceq H P H$: Nyström is the largest of all such $N$, and RS is one of
+# them. $\blacksquare$
+#
+# So all three make eigenvalues too small. SRE uses $M$ once, between two copies of $Q$, RS half a time more,
+# as the root of a matrix with two of them, and Nyström a whole time more. All have the same
+# products with $M$.
+
+
+# %%
+def smallest_eigenvalue(P: Tensor) -> float:
+    return torch.linalg.eigvalsh(P)[0].item()
+
+
+chain = [*(f(M, Q)[0] for f in (sre, rs, nystrom)), values[:12]]
+for lower, upper in pairwise(chain):
+    assert (lower <= upper + 1e-12).all()
+S, R, Y = (from_pairs(*f(M, Q)) for f in (sre, rs, nystrom))
+assert smallest_eigenvalue(M - Y) > -1e-12
+assert smallest_eigenvalue(Y - R) > -1e-12
+print(f"smallest eigenvalue of M - SRE: {smallest_eigenvalue(M - S):.3f}")
+assert smallest_eigenvalue(M - S) < -0.01
+
+# %%
+steps, kinds = range(5), {"SRE": sre, "RS": rs, "Nyström": nystrom}
+curves: dict[str, list[float]] = {name: [] for name in kinds}
+for iterations in steps:
+    for name, f in kinds.items():
+        sketches = [Sketch(12, 0, iterations, seed) for seed in range(20)]
+        found = [relative_error(from_pairs(*leading(M, s, f)), M) for s in sketches]
+        curves[name].append(sum(found) / len(found))
+d, U = (t.flip(-1) for t in psd_eigh(M))
+best = relative_error(from_pairs(d[:12], U[:, :12]), M)
+for k in (0, 1):
+    print(f"{k} iterations:", ", ".join(f"{n} {c[k]:.3f}" for n, c in curves.items()), end=", ")
+    print(f"twelve exact eigenpairs {best:.3f}")
+    assert best < curves["Nyström"][k] < curves["RS"][k] < curves["SRE"][k]
+
+# %% tags=["hide-input"] alt="Mean relative error of three approximations of rank twelve against the number of iterations. SRE starts highest, RS and Nyström nearly together far below it; all meet the dashed line of the best error by four iterations." caption="Error of rank 12, mean over 20 seeds. Dashed: the best that any twelve eigenpairs can do."
+fig, ax = plt.subplots(figsize=(6.0, 3.0))
+for name, curve in curves.items():
+    ax.plot(steps, curve, ".-", label=name)
+ax.axhline(best, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color())
+ax.set(xlabel="iterations", ylabel="relative error", ylim=(0, None), xticks=list(steps))
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# One product more or less matters, the decomposition hardly. After two iterations, the three agree to
+# what plots can show. (For *one* matrix and seed, the order of errors is not a theorem. The
+# order of eigenvalues is.)
+#
+# Oversampling is the other knob. The last columns of $Q$ are the worst, so a few more than $r$ are drawn and
+# dropped in the end. A factor with at most $r + \ell$ rows, $\ell$ for the oversampling, needs no
+# randomness: it is decomposed in full.
+
+# %% tags=["remove-input"]
+code(leading)
+
+# %%
+plain, more = (
+    sum(relative_error(from_pairs(*leading(M, Sketch(12, extra, 0, s))), M) for s in range(20)) / 20
+    for extra in (0, 10)
+)
+print(f"RS without iterations: error {plain:.3f}, with oversampling {more:.3f}, best {best:.3f}")
+assert best < more < plain
+
+# %% [markdown]
+# ## One number for the rest
+#
+# We now have $U$ and $d$ with $r$ columns, and say that every direction orthogonal to them has the same
+# eigenvalue $c$, the *tail*: $\hat M = U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$. Its damped inverse
+# needs no decomposition:
+#
+# $$
+# (\hat M + \gamma I)^{-1} X = \tfrac{1}{c + \gamma} X
+# + U \operatorname{diag} \Bigl( \tfrac{1}{d_i + \gamma} - \tfrac{1}{c + \gamma} \Bigr) U^\top X .
+# \tag{14.7}
+# $$
+#
+# Everything is divided by $c + \gamma$, and what lies in the span of $U$ is corrected. What should $c$ be?
+# Suppose that the eigenpairs are exact. Then $\hat M$ and $M$ have the same eigenvectors, and
+#
+# $$
+# \bigl\lVert (\hat M + \gamma I)^{-1} - (M + \gamma I)^{-1} \bigr\rVert_2
+# = \max_{i \gt r} \Bigl\lvert \tfrac{1}{c + \gamma} - \tfrac{1}{\lambda_i + \gamma} \Bigr\rvert .
+# \tag{14.8}
+# $$
+#
+# - $c = 0$ leaves out what was cut off. The inverse is too large in *every* direction of the tail, and
+#   steps along the first of them are $(\lambda_{r+1} + \gamma) / \gamma$ times too long.
+# - $c = d_r$ continues the spectrum as it ended. The inverse is too small in every one, which is safe
+#   and slow.
+# - $c = (\operatorname{tr} M - \sum_i d_i) / (d - r)$, the mean of what was cut off, keeps the trace exact. It costs a
+#   sum over the diagonal.
+#
+# The author's code has had the first and the second one; this package's default is the third.
+
+# %% tags=["remove-input"]
+code(trace_matched, smallest_kept, nothing)
+
+# %%
+M, values = made_up(60, rate=0.04)
+d, U = (t.flip(-1) for t in psd_eigh(M))
+d, U, gamma, eye = d[:12], U[:, :12], 0.05, torch.eye(60)
+exact, tails = torch.linalg.inv(M + gamma * eye), {}
+for tail in (nothing, smallest_kept, trace_matched):
+    c = tail(d, M.trace(), 60)
+    wrong = torch.linalg.inv(from_pairs(d, U, c) + gamma * eye) - exact
+    predicted = (1 / (c + gamma) - 1 / (values[12:] + gamma)).abs().max()
+    assert_exact(torch.linalg.matrix_norm(wrong, 2), predicted)
+    formula = eye / (c + gamma) + U @ torch.diag(1 / (d + gamma) - 1 / (c + gamma)) @ U.T
+    assert_exact(formula, exact + wrong)
+    tails[tail.__name__] = (c.item(), predicted.item())
+    print(f"{tail.__name__:14} c = {c.item():.4f}, error of the inverse {predicted.item():.2f}")
+assert tails["trace_matched"][1] < min(tails["nothing"][1], tails["smallest_kept"][1])
+
+# %% tags=["hide-input"] alt="The error of the damped inverse against the tail value c on a logarithmic axis: a curve with a kink at its minimum. Marks show that c equal to zero lies left of the minimum, the smallest kept eigenvalue right of it, and the mean of the tail nearest to it." caption="The error [(14.8)] for every tail value, and the three choices. Zero is drawn at the left edge."
+fig, ax = plt.subplots(figsize=(6.0, 3.0))
+grid = torch.logspace(-4, 0, 300)
+ax.semilogx(
+    grid.cpu(),
+    (1 / (grid[:, None] + gamma) - 1 / (values[12:] + gamma)).abs().amax(1).cpu(),
+)
+for name, (c, error) in tails.items():
+    ax.plot(max(c, 1e-4), error, "o", label=name, clip_on=False)
+ax.set(xlabel="c", ylabel="error of the inverse", ylim=(0, None), xlim=(1e-4, 1))
+ax.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# The kink is the best $c$ for this norm and damping (Exercise 14.2). The mean is not always the best of
+# the three: if the damping is far below the whole tail, the smallest eigenvalues rule [(14.8)], and
+# $c = 0$ can be nearer to them. But the mean is right on average, whatever the damping.
+#
+# ## Both factors, one inverse
+#
+# With damped factors, $(B + \gamma_B I)^{-1} G (A + \gamma_A I)^{-1}$ is [(14.7)] from the left and from the
+# right. What the package's `inverse(damping)` means is the damped *product*,
+# $(\hat B \otimes \hat A + \delta I)^{-1}$, and this, too, is available without the missing
+# eigenvectors. Eigenvalues of $\hat B \otimes \hat A$ come in four blocks:
+# $d^B_i d^A_j$, $d^B_i c_A$, $c_B d^A_j$ and $c_B c_A$. With
+#
+# $$
+# \begin{aligned}
+# w_{ij} &= \tfrac{1}{d^B_i d^A_j + \delta} , & w_{i0} &= \tfrac{1}{d^B_i c_A + \delta} , \\
+# w_{0j} &= \tfrac{1}{c_B d^A_j + \delta} , & w_{00} &= \tfrac{1}{c_B c_A + \delta} ,
+# \end{aligned}
+# $$
+#
+# start with $w_{00} G$ for everything, correct rows in the span of $U_B$ and columns in the span of
+# $U_A$, and then what lies in both and was corrected twice:
+#
+# $$
+# \begin{aligned}
+# P = w_{00} G &+ U_B \operatorname{diag}(w_{i0} - w_{00})\, U_B^\top G
+# + G\, U_A \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \\
+# &+ U_B \bigl[ (w_{ij} - w_{i0} - w_{0j} + w_{00}) \odot (U_B^\top G\, U_A) \bigr] U_A^\top .
+# \end{aligned}
+# \tag{14.9}
+# $$
+#
+# This costs $\mathcal{O}(d_\text{out} d_\text{in} (r_A + r_B))$, the square of the width.
+
+# %% tags=["remove-input"]
+code(FourBlocks.__matmul__)
+
+# %%
+M = Randomized(factors.A, factors.B, Sketch(rank=20))
+L, G = M.low_rank(), torch.randn(256, 257)
+d, W = torch.linalg.eigh(L.factors()[0])  # with all eigenvectors, those of the tail included
+e, Z = torch.linalg.eigh(L.factors()[1])
+assert_exact(M.inverse(0.01) @ G, Z @ ((Z.T @ G @ W) / (torch.outer(e, d) + 0.01)) @ W.T)
+assert_exact(M.trace(), L.trace())
+
+# %% [markdown]
+# ### As an approximation
+#
+# `randomized(rank)` is a function of a [`LayerIO`](api/layer_io.md), as every approximation. Its result
+# keeps KFAC's two factors, because *they* are what is averaged over batches: the average of two
+# bases of eigenvectors has no meaning ([Chapter 10](10_ekfac.py)). The decomposition happens when the
+# inverse is taken, every so many steps. RS is the default, `low_rank(sre)` is SRE-KFAC.
+
+# %% tags=["remove-input"]
+code(Randomized)
+
+# %% [markdown]
+# ## Where it is exact
+#
+# If the rank reaches the sizes of both factors, it is KFAC. If the factors have rank $r$ or less, it
+# is KFAC as well, since $M \Omega$ then spans the whole range of $M$: a factor from one batch of $N$ rows has rank
+# at most $N$, however wide the layer. Otherwise it is not, and the error depends on what was cut off.
+
+# %%
+io = LayerIO(torch.randn(6, 1, 90), torch.randn(1, 6, 1, 70))
+G = torch.randn(70, 90)
+assert_exact(randomized(90)(io).inverse(0.1) @ G, kfac(io).inverse(0.1) @ G)
+assert_exact(randomized(6)(io).inverse(0.1) @ G, kfac(io).inverse(0.1) @ G)
+assert relative_error(randomized(4)(io).inverse(0.1) @ G, kfac(io).inverse(0.1) @ G) > 0.01
+
+h = torch.randn(256, 257)
+step = factors.inverse(0.01) @ h
+for rank in (4, 8, 16, 32, 64):
+    approximate = Randomized(factors.A, factors.B, Sketch(rank)).inverse(0.01) @ h
+    print(f"rank {rank:2}: error of a step {relative_error(approximate, step):.1e}")
+assert relative_error(approximate, step) < 0.01
+
+# %% [markdown]
+# ## What the paper claims
+#
+# In the paper's experiments (VGG16 with batch normalisation on CIFAR-10), randomised KFAC takes about 2.5
+# times less time per epoch than KFAC and about 3.3 times less to the same accuracy. Behind this
+# are two statements: that training is the same, and that the inverses are cheaper. We look at each.
+#
+# **Training is the same.** The same seeds, once with all eigenpairs and once with 16 of up to 257:
+
+# %%
+losses_rs, _ = train(Averaged(randomized(16)))
+difference = max(abs(a - b) / a for a, b in zip(losses_kfac, losses_rs, strict=True))
+print("step           1     6    11    16    21    26")
+for name, curve in (("KFAC", losses_kfac), ("RS-KFAC", losses_rs)):
+    print(f"{name:9}", " ".join(f"{value:5.2f}" for value in curve[::5]))
+print(f"largest difference: {difference:.1%}")
+assert max(losses_kfac[-1], losses_rs[-1]) < 0.5
+assert difference < 0.5
+
+# %% [markdown]
+# **The inverses are cheaper**, from some width on. Times depend on the machine, so this chapter does not
+# measure them. The repository has a benchmark, `python -m benchmarks.scaling`, which times one square layer
+# in single precision on one thread, and a stored result. It is read from the repository's folder
+# `benchmarks/results`; where that is missing, as for a downloaded notebook, the figure is left out.
+
+# %% tags=["hide-input"] alt="Two log-log plots of time against the width of a layer. Left, the inverse update: K-FAC is the steepest line and reaches tens of seconds at width 8192, RS-KFAC and SRE-KFAC are flatter and nearly coincide. Right, applying the inverse: K-FAC again steeper than RS-KFAC." caption="Time for one update of a factor's inverse (left), and for applying both to a gradient (right), against the width of a square layer."
+RESULT = Path(kfac_scratch.__file__).parents[1] / "benchmarks/results/scaling-cpu.json"
+WIDTHS = [256, 1024, 4096]
+scaling = json.loads(RESULT.read_text()) if RESULT.exists() else None
+if scaling is None:
+    print("No stored benchmark here: clone the repository and run python -m benchmarks.scaling")
+else:
+    fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
+    for ax, part in zip(axes, ("update", "apply"), strict=True):
+        for method in ("K-FAC", "RS-KFAC", "SRE-KFAC"):
+            points = [r for r in scaling["rows"] if (r["method"], r["part"]) == (method, part)]
+            if points:
+                times = [sorted(r["seconds"])[len(r["seconds"]) // 2] for r in points]
+                ax.loglog([r["width"] for r in points], times, ".-", label=method)
+        ax.set(title=part, xlabel="width")
+        ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
+        ax.minorticks_off()
+    axes[0].set_ylabel("seconds")
+    axes[0].legend()
+    plt.show()
+
+# %% tags=["hide-input"]
+if scaling is not None:
+    print(f"{scaling['processor']}, {scaling['threads']} thread, rank {scaling['rank']}")
+    for row in scaling["exponents"]:
+        if row["method"] in ("K-FAC", "RS-KFAC", "SRE-KFAC"):
+            low, high = row["interval"]
+            print(f"{row['method']:8} {row['part']:6} grows as d^{row['exponent']:.2f}", end="")
+            print(f" ({low:.2f} to {high:.2f}) for d in {row['widths']}")
+    print("faster than K-FAC from width", scaling["faster than K-FAC from"]["RS-KFAC"])
+    power = {(r["method"], r["part"]): r["exponent"] for r in scaling["exponents"]}
+    assert power["RS-KFAC", "update"] < 2.5 < power["K-FAC", "update"]
+    assert power["RS-KFAC", "apply"] < 2.6 < power["K-FAC", "apply"]
+
+# %% [markdown]
+# The expected powers are 3 and 2. Measured ones may be a few tenths larger, where matrices outgrow the
+# caches and operations wait for memory. The interval comes from repetitions on one machine, and says
+# nothing about another. Two cautions about the width from which it pays. It was measured with one rank; the
+# lines of RS and SRE move up with it. And what all methods share, the average of the factors, grows
+# with the square and is on neither plot: RS-KFAC stores the same $d^2$ numbers as KFAC.
+# [Chapter 15](15_brand.py) is about doing without them.
+#
+# ## What goes wrong in practice
+#
+# **Powers without QR.** In $M^3 \Omega$, eigenvectors have weights $\lambda_i^3$. In single precision, whatever is
+# below $10^{-7}$ of the largest weight is lost: eigenvalues below about one 200th of the first. A QR
+# decomposition between two products restores the small ones in time. A public implementation of SRE
+# multiplies three times without it. We compare the Ritz values:
+
+# %%
+M32, values32 = (t.float() for t in made_up(60))
+Y = torch.randn(60, 40, dtype=torch.float32)
+for _ in range(3):
+    Y = M32 @ Y
+naive = sre(M32, torch.linalg.qr(Y).Q)[0]
+careful = sre(M32, range_basis(M32, Sketch(30, 10, 2)))[0]
+for number in (10, 20, 30):
+    wrong, right = (abs(d[number - 1] / values32[number - 1] - 1).item() for d in (naive, careful))
+    print(f"relative error of eigenvalue {number}: {wrong:.0e} without QR, {right:.0e} with")
+assert wrong > 0.1 > 0.001 > right
+
+# %% [markdown]
+# **The same damping, or no comparison.** "At full rank the method equals KFAC" holds for the same damped matrix.
+# The author's code damps each factor by itself, relative to its largest eigenvalue,
+# $\gamma_A = \lambda_\text{rel}\, d^A_1$; many implementations of KFAC damp the product. They differ at any rank:
+
+# %%
+L = randomized(90)(io).low_rank()
+both = inverse_of_damped_factors(L, 0.1 * float(L.dA[0]), 0.1 * float(L.dB[0]))
+K = kfac(io)
+A, B = K.A + 0.1 * L.dA[0] * eye_like(K.A), K.B + 0.1 * L.dB[0] * eye_like(K.B)
+assert_exact(both @ G, torch.linalg.inv(B) @ G @ torch.linalg.inv(A))
+product = K.inverse(0.01 * float(L.dA[0] * L.dB[0])) @ G
+print(f"damped factors and damped product differ by {relative_error(both @ G, product):.0%}")
+assert relative_error(both @ G, product) > 0.1
+
+# %% [markdown]
+# A relative damping makes the method independent of the loss's scale, but it jumps with the largest
+# eigenvalue.
+#
+# **An average that starts at the identity**, $M_0 = I$, is never of low rank: $M_t = \rho^t I + L_t$. There is no need to
+# store it. $L_t$ has the same eigenvectors, and $\rho^t$ adds to the damping, exactly. (The averages here
+# have no start value.)
+
+# %%
+L_t, M_t = torch.zeros(20, 20), torch.eye(20)
+for _ in range(3):
+    X = torch.randn(20, 2)
+    L_t, M_t = (0.9 * old + 0.1 * X @ X.T for old in (L_t, M_t))
+d, U = leading(L_t, Sketch(rank=6, oversampling=0))
+started = torch.linalg.inv(M_t + 0.01 * torch.eye(20))
+assert_exact(torch.linalg.inv(from_pairs(d, U) + (0.9**3 + 0.01) * torch.eye(20)), started)
+
+# %% [markdown]
+# **Periods that differ.** In the public notebooks behind the timings, the randomised inverses are
+# recomputed every 50 steps (later 30), those of KFAC every 30. A fair comparison has equal
+# periods, or two separate numbers: the cost of an update, and how often it is needed.
+#
+# ## Exercises
+#
+# **Exercise 14.1.** A factor has $d$ rows. Count the multiplications of `range_basis` and of `rs`, up to terms of
+# order $d q^2$. Take $10 d^3$ for an eigendecomposition. For $d = 2048$, $q = 74$ and 2 iterations, how many
+# times fewer are they?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Three products with $Q$ (the first and two iterations) and one for $Q^\top M$, $d^2 q$ each: $4 d^2 q$. The
+# ratio is $10 d / (4 q) \approx 69$. The measured one is smaller: what we left out, QR decompositions
+# and the singular value decomposition of a thin matrix, does fewer operations but at a lower speed.
+#
+# </details>
+#
+# **Exercise 14.2.** Which $c$ makes the error [(14.8)] smallest?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The numbers $1 / (\lambda_i + \gamma)$ fill an interval, from $1 / (\lambda_{r+1} + \gamma)$ to
+# $1 / (\lambda_d + \gamma)$. The best $1 / (c + \gamma)$ is its midpoint, and the error half its length.
+#
+# </details>
+#
+# **Exercise 14.3.** RS is "half a power step ahead of SRE". Show that the squares of its singular
+# values are the Ritz values of $M^2$ for the same $Q$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $\sigma^2$ are the eigenvalues of $(Q^\top M)(Q^\top M)^\top = Q^\top M^2 Q$.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+ratio = 10 * 2048 / (4 * 74)  # 14.1
+assert 69 < ratio < 70
+
+_, values = made_up(60, rate=0.04)  # 14.2
+inverses = 1 / (values[12:] + gamma)
+middle = (inverses.max() + inverses.min()) / 2
+least = (inverses.max() - inverses.min()) / 2
+assert_exact((inverses - middle).abs().max(), least)
+assert all((inverses - shift * middle).abs().max() > least for shift in (0.99, 1.01))
+assert all(least < error for _, error in tails.values())
+
+M, _ = made_up(60)  # 14.3
+Q = range_basis(M, Sketch(12, 0, 0))
+assert_exact(rs(M, Q)[0].square(), sre(M @ M, Q)[0])
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Puiu (2022)](bibliography.md#randomized) introduces both methods. [Halko et al.
+# (2011)](bibliography.md#halko) is the standard text on randomised decompositions, with bounds for the
+# error that a random basis leaves; [Tropp et al. (2017)](bibliography.md#nystrom) treat positive
+# semi-definite matrices. [Chapter 13](13_skfac.py) uses the low rank of a *single* batch, where no
+# randomness is needed.

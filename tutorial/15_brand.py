@@ -1,0 +1,719 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 15. Brand new KFAC: eigenpairs that follow the batches
+#
+# **Part III: Better and faster.** Can the eigenpairs of a moving average be kept up to date without ever
+# forming the matrix that is averaged?
+#
+# The randomised inverses of [Chapter 14](14_randomized.py) cost the square of a layer's width instead of the cube.
+# To get below the square, nothing may touch a factor: neither store it, nor average it, nor multiply with it.
+# What is left are its leading eigenpairs, $r$ vectors of length $d$, and the rows of the newest batch. This
+# chapter shows that one can go from batch to batch with only these, at a cost that is *linear*
+# in the width: how the update works, what its only error is, where round-off breaks the obvious code, and what
+# "linear" does and does not include.
+
+# %%
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
+
+import kfac_scratch
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.estimators import Averaged, Estimator, weight_of_newest
+from kfac_scratch.kfac import kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import psd_eigh
+from kfac_scratch.losses import monte_carlo
+from kfac_scratch.low_rank import LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.low_rank_update import brand_update, split, straightened
+from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.show import code
+from kfac_scratch.variants.brand import (
+    Brand,
+    Repaired,
+    corrected,
+    followed,
+    product_of_rows,
+    refreshed,
+    ritz,
+    truncated,
+)
+from kfac_scratch.variants.randomized import (
+    Randomized,
+    Sketch,
+    nothing,
+    smallest_kept,
+    trace_matched,
+)
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_default_device(device)
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to ten digits of the largest entry."""
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def relative_error(M: Tensor, F: Tensor) -> float:
+    return ((M - F).norm() / F.norm()).item()
+
+
+def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
+    return (U * (d - c)) @ U.T + c * torch.eye(len(U))
+
+
+# %% [markdown]
+# ## One update
+#
+# Let $M = U \operatorname{diag}(d)\, U^\top$ with $r$ orthonormal columns in $U$, and let a batch add
+# $X X^\top$ with $K$ columns. The sum lives in the span of $U$ and $X$ together. So split $X$ into what lies in the
+# span of $U$ and what does not, and give the second part an orthonormal basis $Q$:
+#
+# $$
+# X = U C + Q R , \qquad C = U^\top X , \qquad Q R = X - U C , \qquad U^\top Q = 0 .
+# \tag{15.1}
+# $$
+#
+# With $[U\ Q]$, the columns of both side by side, the sum is a small matrix in a known basis:
+#
+# $$
+# M + X X^\top
+# = [U\ Q]
+# \underbrace{\left( \begin{bmatrix} \operatorname{diag}(d) & 0 \\ 0 & 0 \end{bmatrix}
+# + \begin{bmatrix} C \\ R \end{bmatrix} \begin{bmatrix} C \\ R \end{bmatrix}^\top \right)}_{W \operatorname{diag}(w)\, W^\top}
+# [U\ Q]^\top .
+# \tag{15.2}
+# $$
+#
+# The matrix in the middle has $r + K$ rows. Its eigenvalues $w$ are those of the sum, and the columns of
+# $[U\ Q]\, W$ the eigenvectors, orthonormal as a product of orthonormal ones. **This is exact**, and no matrix
+# of size $d \times d$ occurs: the cost is of the order of $d\, (r + K)^2 + (r + K)^3$. Brand found it
+# for singular values in 2006. Column by column:
+
+
+# %%
+def update_by_hand(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    for x in X.T:  # add one column at a time
+        c = U.T @ x
+        rest = x - U @ c
+        q = rest / rest.norm()
+        h = torch.cat([c, rest.norm().reshape(1)])
+        middle = torch.cat([d, torch.zeros(1)]).diag() + torch.outer(h, h)
+        d, W = torch.linalg.eigh(middle)
+        U = torch.cat([U, q[:, None]], 1) @ W
+    return U, d
+
+
+U, d, X = torch.linalg.qr(torch.randn(30, 4)).Q, torch.tensor([4.0, 3, 2, 1]), torch.randn(30, 3)
+for update in (update_by_hand, brand_update):
+    V, w = update(U, d, X)
+    assert_exact(V.T @ V, torch.eye(7))
+    assert_exact(from_pairs(V, w), from_pairs(U, d) + X @ X.T)
+
+# %% [markdown]
+# The package takes all columns at once. `split` is [(15.1)], and `straightened` removes round-off. Both are
+# shown below, where it is about what goes wrong.
+
+# %% tags=["remove-input"]
+code(brand_update)
+
+# %% [markdown]
+# ## The average, and its tail
+#
+# A moving average is $(1 - w) M + w \hat M$. For the factor of the inputs $\hat M = \tfrac1N \sum_n a_n a_n^\top$, so
+# the columns to add are $\sqrt{w / N}\, a_n$. (The weight is under the root. For $B$, a
+# sum, they are $\sqrt{w}\, g_{vn}$.)
+#
+# As in [Chapter 14](14_randomized.py), let everything orthogonal to $U$ have an eigenvalue of its own, the tail
+# $c$. An update can take it along at no cost:
+#
+# <div class="admonition theorem" markdown="1" id="thm-15.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 15.1 (a tail is a shift)</b></p>
+#
+# Let $M = U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$ and $c' = (1 - w)\, c$. If $V, e$ are the eigenpairs
+# [(15.2)] of $U \operatorname{diag} \bigl( (1 - w)\, d - c' \bigr)\, U^\top + w X X^\top$, then
+#
+# $$
+# (1 - w) M + w X X^\top = V \operatorname{diag}(e + c')\, V^\top + c' (I - V V^\top) .
+# \tag{15.3}
+# $$
+#
+# </div>
+#
+# **Proof.** $M = U \operatorname{diag}(d - c)\, U^\top + c I$. Multiply by $1 - w$, add $w X X^\top$, and replace
+# the part without $I$ by its eigenpairs: $V \operatorname{diag}(e)\, V^\top + c' I$. $\blacksquare$
+#
+# So a matrix with a tail stays one, exactly. In particular the identity is such a matrix, with no
+# eigenpairs and $c = 1$: an average that starts there carries $\rho^t$ in its tail. The author's code adds $\rho^t$ to the
+# damping instead, which is the same.
+
+# %% tags=["remove-input"]
+code(followed)
+
+
+# %%
+def none(d: int, c: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """No eigenpairs, and a tail."""
+    return torch.zeros(d, 0), torch.zeros(0), torch.tensor(c)
+
+
+zero, one, exact = none(60), none(60, c=1.0), torch.zeros(60, 60)
+for _ in range(6):
+    X = torch.randn(60, 3)
+    zero, one = (followed(f, X, 0.1, 20, trace_matched) for f in (zero, one))
+    exact = 0.9 * exact + 0.1 * X @ X.T
+assert zero[0].shape == (60, 18)
+assert_exact(from_pairs(*zero), exact)  # nothing was cut off yet
+assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
+
+# %% [markdown]
+# ## Truncation is the only error
+#
+# Every batch adds $K$ eigenpairs. Before the next one, the state is cut back to its leading $r$, so
+# that an inverse may use $r + K$. Here, and only here, something is lost.
+#
+# <div class="admonition theorem" markdown="1" id="thm-15.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 15.2 (errors add up, and decay)</b></p>
+#
+# Let $T_i$ be what truncation $i$ changes, the matrix before it less the one after. With a constant weight
+# $1 - \rho$, after batch $t$
+#
+# $$
+# M_t - \hat M_t = \sum_{i \lt t} \rho^{t - i}\, T_i .
+# \tag{15.4}
+# $$
+#
+# Without a tail, all $T_i \succeq 0$, so $\hat M_t \preceq M_t$. With the tail that matches the trace, all
+# $\operatorname{tr} T_i = 0$, so $\operatorname{tr} \hat M_t = \operatorname{tr} M_t$.
+#
+# </div>
+#
+# **Proof.** The update itself is exact, so $\hat M_{t+1} = \rho\, (\hat M_t - T_t) + (1 - \rho) X X^\top$.
+# Subtract this from $M_{t+1} = \rho M_t + (1 - \rho) X X^\top$: the error
+# $E_t = M_t - \hat M_t$ satisfies $E_{t+1} = \rho\, (E_t + T_t)$. Without a tail, $T_i$ is what was cut off, and its
+# eigenvalues are not negative. $\blacksquare$
+
+# %%
+factor, exact, errors = none(60), torch.zeros(60, 60), torch.zeros(60, 60)
+for _ in range(20):
+    X = torch.randn(60, 3)
+    cut = from_pairs(*factor) - from_pairs(*truncated(factor, 10, nothing))
+    factor, errors = followed(factor, X, 0.1, 10, nothing), 0.9 * (errors + cut)
+    exact = 0.9 * exact + 0.1 * X @ X.T
+assert_exact(exact - from_pairs(*factor), errors)
+assert torch.linalg.eigvalsh(errors)[0] > -1e-12
+print(f"relative error after 20 batches: {relative_error(from_pairs(*factor), exact):.2f}")
+
+# %% [markdown]
+# The paper has no tail between updates. Where an inverse is taken, the author's code continues the spectrum with
+# its smallest eigenvalue. Here the tail is a part of the matrix. Does this make a difference? We follow a
+# stream of batches, with variances that decay and directions that drift, and compare the inverse of the
+# damped average.
+
+
+# %%
+def stream(batches: int, rate: float, drift: float, d: int = 120, N: int = 8) -> list[Tensor]:
+    """Columns of batches; their principal directions turn slowly."""
+    torch.manual_seed(0)
+    Q, scale = torch.linalg.qr(torch.randn(d, d)).Q, 10 ** (-rate * torch.arange(d))
+    Z = drift * torch.randn(d, d) / d**0.5
+    turn, found = torch.linalg.matrix_exp(Z - Z.T), []  # a rotation by a small angle
+    for _ in range(batches):
+        found.append(Q @ (scale[:, None] * torch.randn(d, N)) / N**0.5)
+        Q = turn @ Q
+    return found
+
+
+def inverse_error(M: Tensor, exact: Tensor, gamma: float = 0.1) -> float:
+    eye = gamma * torch.linalg.matrix_norm(exact, 2) * torch.eye(len(M))
+    return relative_error(torch.linalg.inv(M + eye), torch.linalg.inv(exact + eye))
+
+
+def best(M: Tensor, rank: int) -> Tensor:
+    """The leading eigenpairs of the exact average, and the trace-matched tail."""
+    d, U = (t.flip(-1) for t in psd_eigh(M))
+    return from_pairs(U[:, :rank], d[:rank], trace_matched(d[:rank], M.trace(), len(M)))
+
+
+rank, batches = 24, stream(100, rate=0.02, drift=0.02)
+states = {"trace_matched": none(120), "nothing": none(120), "smallest_kept": none(120)}
+tails = {f.__name__: f for f in (trace_matched, nothing, smallest_kept)}
+exact, early, history = torch.zeros(120, 120), None, []
+for t, X in enumerate(batches, start=1):
+    w = weight_of_newest(0.95, t)
+    exact = (1 - w) * exact + w * X @ X.T
+    states = {k: followed(f, X, w, rank, tails[k]) for k, f in states.items()}
+    row = {f"tail: {k}": inverse_error(from_pairs(*f), exact) for k, f in states.items()}
+    U, d, _ = states["nothing"]
+    row["tail at the end only"] = inverse_error(from_pairs(U, d, d[-1]), exact)
+    history.append(row | {"truncated average": inverse_error(best(exact, rank), exact)})
+    early = exact if t == 60 else early
+mean = {k: sum(row[k] for row in history[60:]) / 40 for k in history[-1]}
+for name, value in mean.items():
+    print(f"{name:22} {value:.3f}")
+assert_exact(from_pairs(*states["trace_matched"]).trace(), exact.trace())
+assert mean["tail: trace_matched"] < 1.2 * mean["truncated average"]
+assert mean["tail: trace_matched"] < mean["tail at the end only"] < mean["tail: smallest_kept"]
+assert mean["tail: trace_matched"] < mean["tail: nothing"]
+
+# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, for five ways to treat the tail. The trace-matched tail stays on the line of the truncated exact average, which is lowest. Without a tail, or with one that is added at the end, errors are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, with 24 eigenpairs of 120. The truncated average knows the exact one."
+fig, ax = plt.subplots(figsize=(6.8, 3.5))
+for name in history[-1]:
+    style = "--" if name == "truncated average" else "-"
+    ax.plot(range(1, 101), [row[name] for row in history], style, label=name)
+ax.set(xlabel="batches", ylabel="error of the inverse", ylim=(0, None))
+ax.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# With the trace-matched tail, the eigenpairs that merely follow are as good as those of the exact
+# average, truncated. A direction that was cut off has not been forgotten altogether: when the data
+# come back to it, it starts from $c$ and not from zero. The tail must be an honest estimate for this. The smallest
+# eigenvalue that is kept overestimates what is cut off, in every update again, and this adds up.
+#
+# ## In the package
+#
+# An estimator ([`estimators`](api/estimators.md)) is a function from a state and a batch to the next state. `Averaged(kfac)` is
+# the moving average of KFAC's factors. `Brand(rank)` has as its state the eigenpairs and the
+# tails of both factors, a matrix like any other.
+
+# %% tags=["remove-input"]
+code(Brand.update)
+
+
+# %%
+def follow(estimator: Estimator, ios: list[LayerIO]):
+    state = None
+    for t, io in enumerate(ios, start=1):
+        state = estimator.update(state, io, weight_of_newest(0.95, t))
+    return state
+
+
+def made_up(d_in: int, d_out: int, N: int = 4) -> LayerIO:
+    a, g = (torch.randn(N, 1, d) * 0.9 ** torch.arange(d) for d in (d_in, d_out))
+    return LayerIO(a, g.unsqueeze(0))
+
+
+ios = [made_up(90, 70) for _ in range(10)]
+G = torch.randn(70, 90)
+K = follow(Averaged(kfac), ios)
+assert_exact(follow(Brand(rank=40), ios).inverse(0.1) @ G, K.inverse(0.1) @ G)  # 40 columns in all
+for rank in (4, 8, 16, 32):
+    M = follow(Brand(rank), ios)
+    error = relative_error(M.inverse(0.001) @ G, K.inverse(0.001) @ G)
+    print(f"rank {rank:2}: {M.UA.shape[1]} eigenpairs, error of a step {error:.3f}")
+    assert_exact(M.trace(), K.trace())
+assert error < 0.1
+
+small = [made_up(11, 7) for _ in range(10)]  # too small for a truncation to make sense
+assert_exact(follow(Brand(rank=8), small).dense(), follow(Averaged(kfac), small).dense())
+
+# %% [markdown]
+# A batch has $N S$ rows of inputs and $V N S$ rows of vectors. **A convolution has too many positions** $S$ for this: if
+# $r + K$ exceeds $d$, an update is no cheaper than a full decomposition. The package then keeps the
+# factor in full, as above, and the result is KFAC's. The same happens with type-2
+# vectors of many classes, $V = C$; with Monte Carlo or empirical vectors, $V = 1$.
+#
+# ## A gradient in factors
+#
+# The inverse, too, is linear in the width if it never meets a matrix of the layer's size. The gradient of a
+# batch is a product of rows, $\sum_n g_n a_n^\top = \hat g^\top \hat a$, with the vectors of the *data's* labels in $\hat g$. Damp
+# the factors, and the inverse goes to both sides separately:
+#
+# $$
+# P = \bigl[ \hat g\, (\hat B + \gamma_B I)^{-1} \bigr]^\top
+# \bigl[ \hat a\, (\hat A + \gamma_A I)^{-1} \bigr] .
+# \tag{15.5}
+# $$
+#
+# Each bracket is a product with a low-rank matrix, $\mathcal{O}(K d\, r)$.
+
+# %% tags=["remove-input"]
+code(product_of_rows)
+
+# %%
+M = follow(Brand(rank=8), ios)
+inverse = inverse_of_damped_factors(M, 0.1, 0.2)
+g, a = torch.randn(5, 70), torch.randn(5, 90)
+h, b = product_of_rows(inverse, g, a)
+assert_exact(h.T @ b, inverse @ (g.T @ a))
+A, B = M.factors()
+A, B = A + 0.1 * torch.eye(90), B + 0.2 * torch.eye(70)
+assert_exact(h.T @ b, torch.linalg.solve(B, g.T @ a) @ torch.linalg.inv(A))
+
+# %% [markdown]
+# What does **linear** mean here? The step has $d_\text{out} d_\text{in}$ entries. Forming $h^\top b$, and adding it
+# to the weights, costs $\mathcal{O}(d_\text{out} d_\text{in} K)$, the same as the gradient itself, which any training pays.
+# Linear is what KFAC *adds* to it. We count multiplications, for a square layer with $K$ rows:
+
+# %%
+K_rows, r = 128, 64
+print("   width     gradient     KFAC adds     RS-KFAC adds     B-KFAC adds")
+for width in (512, 2048, 8192, 32768):
+    gradient, kfac_adds = K_rows * width**2, 4 * width**3
+    rs_adds, brand_adds = 4 * r * width**2, 2 * 2 * K_rows * width * (r + K_rows)
+    print(f"{width:8} {gradient:12.1e} {kfac_adds:13.1e} {rs_adds:16.1e} {brand_adds:15.1e}")
+assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
+
+# %% [markdown]
+# Three things follow. What is averaged over steps, or added to the gradient, such as momentum and
+# weight decay, has no rows any more and acts on the formed step. The narrower the layer, the less
+# there is to gain, and below $r + K$ nothing. And at large widths, what is added disappears behind
+# the gradient.
+#
+# The stored result of the repository's benchmark, `python -m benchmarks.scaling` (see
+# [Chapter 14](14_randomized.py), also on how it is found), as times of one square layer on one thread, with a batch of
+# fixed size:
+
+# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: K-FAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: K-FAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). The dashed line is the gradient itself."
+RESULT = Path(kfac_scratch.__file__).parents[1] / "benchmarks/results/scaling-cpu.json"
+WIDTHS = [256, 2048, 16384]
+scaling = json.loads(RESULT.read_text()) if RESULT.exists() else None
+if scaling is None:
+    print("No stored benchmark here: clone the repository and run python -m benchmarks.scaling")
+else:
+    fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharey=True)
+    for ax, part in zip(axes, ("update", "apply"), strict=True):
+        for method in ("K-FAC", "RS-KFAC", "B-KFAC", "SKFAC", "gradient"):
+            wanted = (method, "share" if method == "gradient" else part)
+            points = [r for r in scaling["rows"] if (r["method"], r["part"]) == wanted]
+            if method != "gradient" or part == "apply":
+                times = [sorted(r["seconds"])[len(r["seconds"]) // 2] for r in points]
+                style = "--" if method == "gradient" else ".-"
+                ax.loglog([r["width"] for r in points], times, style, label=method)
+        ax.set(title=part, xlabel="width")
+        ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
+        ax.minorticks_off()
+    axes[0].set_ylabel("seconds")
+    axes[1].legend(fontsize="small")
+    plt.show()
+
+# %% tags=["hide-input"]
+if scaling is not None:
+    print(f"{scaling['processor']}, {scaling['threads']} thread, rank {scaling['rank']}")
+    for row in scaling["exponents"]:
+        if row["method"] in ("K-FAC", "RS-KFAC", "B-KFAC", "SKFAC"):
+            low, high = row["interval"]
+            print(f"{row['method']:8} {row['part']:6} grows as d^{row['exponent']:.2f}", end="")
+            print(f" ({low:.2f} to {high:.2f}) for d in {row['widths']}")
+    print("faster than K-FAC from width")
+    for method in ("RS-KFAC", "B-KFAC", "SKFAC"):
+        print(f"    {method:8}", scaling["faster than K-FAC from"][method])
+    print(f"error of the damped inverse at width {scaling['errors']['width']}")
+    for method, error in scaling["errors"]["of the inverse"].items():
+        print(f"    {method:24} {error:.3f}")
+    power = {(r["method"], r["part"]): r["exponent"] for r in scaling["exponents"]}
+    linear = [power[m, p] for m in ("B-KFAC", "SKFAC") for p in ("update", "apply")]
+    assert max(linear) < 1.5 < power["RS-KFAC", "update"] < 2.5 < power["K-FAC", "update"]
+
+# %% [markdown]
+# The expected powers are 3, 2, 1 and 1. [SKFAC](13_skfac.py) is the cheapest, as it knows the last batch only, which its
+# error shows; B-KFAC remembers, at a cost that is larger by a constant. An update of every factor with *every*
+# batch, as here, is what the eigenpairs need to follow, so its time counts at every step, while KFAC and
+# RS-KFAC may wait.
+#
+# ## Training
+#
+# The network and the training of [Chapter 14](14_randomized.py), with the moving average of KFAC's factors, and with
+# eigenpairs that follow:
+
+# %%
+digits = load_digits()
+order = torch.randperm(len(digits.target), device="cpu")
+images = torch.tensor(digits.data, device=device)[order] / 16
+labels = torch.tensor(digits.target, device=device)[order]
+loss = CrossEntropyLoss()
+
+
+def train(estimator: Estimator, steps: int = 30, period: int = 5) -> tuple[list[float], dict]:
+    """Losses on 1500 images before every step, and the curvature after the last one."""
+    torch.manual_seed(1)
+    model = Sequential(Linear(64, 256), Tanh(), Linear(256, 256), Tanh(), Linear(256, 10))
+    states, losses, params = {}, [], dict(model.named_parameters())
+    for t in range(1, steps + 1):
+        batch = torch.randint(1500, (64,))
+        X, y = images[batch], labels[batch]
+        for name, io in layer_ios(model, loss, X, y, monte_carlo(1)).items():
+            states[name] = estimator.update(states.get(name), io, weight_of_newest(0.95, t))
+        if t % period == 1:
+            inverses = {name: M.inverse(0.01) for name, M in states.items()}
+        losses.append(loss(model(images[:1500]), labels[:1500]).item())
+        gradient = torch.autograd.grad(loss(model(X), y), list(params.values()))
+        step = preconditioner(model, inverses)(dict(zip(params, gradient, strict=True)))
+        inner = sum((step[k] * g).sum() for k, g in zip(params, gradient, strict=True))
+        with torch.no_grad():
+            for k, p in params.items():
+                p -= min(1.0, float(0.01 / inner) ** 0.5) * step[k]
+    return losses, states
+
+
+curves = {"KFAC": train(Averaged(kfac))[0]}
+curves["B-KFAC"], states = train(Brand(rank=32))
+print("step       1     6    11    16    21    26")
+for name, curve in curves.items():
+    print(f"{name:7}", " ".join(f"{value:5.2f}" for value in curve[::5]))
+print(
+    f"the middle layer: {states['2'].UA.shape[1]} eigenpairs of 257 and {states['2'].UB.shape[1]} of 256"
+)
+difference = max(abs(x - y) / x for x, y in zip(*curves.values(), strict=True))
+print(f"largest difference of the losses: {difference:.1%}")
+assert max(curve[-1] for curve in curves.values()) < 0.5
+assert difference < 0.5
+
+# %% [markdown]
+# The paper reports, for a modified VGG16 on CIFAR-10, that two of its three algorithms are faster than RS-KFAC
+# for every accuracy that was aimed at. It says that they apply mainly to fully connected layers, for the
+# reason above.
+#
+# ## Two repairs
+#
+# If memory for the $d^2$ numbers of a factor is available after all, the errors of truncation can be repaired
+# now and then. The dense average is kept beside the eigenpairs, and every $T$ batches,
+#
+# - **B-R-KFAC** overwrites the eigenpairs by RS-KFAC's;
+# - **B-KFAC-C** corrects a random share of them. Let $U_S$ be the chosen eigenvectors. It takes the Ritz
+#   pairs of $M$ in their span: $U_S^\top M\, U_S = W \operatorname{diag}(\mu)\, W^\top$,
+#   $U_S \leftarrow U_S W$, $d_S \leftarrow \mu$.
+
+# %% tags=["remove-input"]
+code(refreshed, ritz)
+
+# %% [markdown]
+# <div class="admonition theorem" markdown="1" id="thm-15.3">
+# <p class="admonition-title" markdown="1"><b>Theorem 15.3 (a correction never harms)</b></p>
+#
+# Let $\hat M$ be the matrix before and $\hat M'$ the one after the correction. Then
+#
+# $$
+# \lVert M - \hat M' \rVert^2 = \lVert M - \hat M \rVert^2
+# - \lVert U_S^\top (M - \hat M)\, U_S \rVert^2 .
+# \tag{15.6}
+# $$
+#
+# </div>
+#
+# **Proof.** Complete $U_S$ to an orthonormal basis. In it, $\hat M$ has no entries between $S$ and the
+# rest, since the columns of $U$ are eigenvectors. $\hat M'$ differs from it in the block of $S$ only, where it now equals
+# $M$. So of the squared error exactly this block's share is gone. $\blacksquare$
+#
+# The span stays as it is. A correction moves eigenvalues, and turns eigenvectors among themselves; it
+# finds no direction that was cut off.
+
+# %%
+d, U = (t.flip(-1)[..., :24] for t in psd_eigh(early))  # eigenpairs of forty batches ago
+M, c, old = exact, 0.01, relative_error(from_pairs(U, d, 0.01), exact)
+for _ in range(100):
+    S = torch.randperm(24)[:6]
+    mu, V = ritz(M, d, U, S)
+    before, after = ((M - from_pairs(*pairs, c)).square().sum() for pairs in ((U, d), (V, mu)))
+    gain = (U[:, S].T @ (M - from_pairs(U, d, c)) @ U[:, S]).square().sum()
+    assert abs(before - after - gain) < 1e-10 * before
+    assert_exact(V @ V.T, U @ U.T)
+    U, d = V, mu
+new = relative_error(from_pairs(U, d, c), M)
+print(f"error {old:.3f} before, {new:.3f} after 100 corrections of six eigenpairs")
+
+# %% [markdown]
+# How useful is it to follow between two refreshes? We refresh once, let 20 batches of a drifting stream go
+# by, and compare eigenpairs that stood still with those that followed.
+
+# %%
+vectors = torch.randn(1, 8, 1, 3)
+drifting = [LayerIO(X.T.unsqueeze(1) * 8**0.5, vectors) for X in stream(80, rate=0.05, drift=0.03)]
+average = follow(Averaged(kfac), drifting).A
+sketch = Sketch(40)
+at_60 = follow(Repaired(Brand(40), refreshed(sketch), period=60), drifting[:60])
+assert_exact(at_60.dense(), Randomized(at_60.factors.A, at_60.factors.B, sketch).dense())
+estimators = {
+    "B-R, refreshed 20 batches ago": Repaired(Brand(40), refreshed(sketch), period=60),
+    "B, never refreshed": Brand(40),
+    "B-C, corrected every 5 batches": Repaired(Brand(40), corrected(0.2), period=5),
+    "refreshed now": Repaired(Brand(40), refreshed(sketch), period=80),
+}
+found = {"stood still for 20 batches": inverse_error(at_60.modes.factors()[0], average)}
+for name, estimator in estimators.items():
+    state = follow(estimator, drifting)
+    modes = state if isinstance(state, LowRankKronecker) else state.modes
+    found[name] = inverse_error(modes.factors()[0], average)
+for name, error in found.items():
+    print(f"{name:32} error of the inverse {error:.3f}")
+stale, followed_since, *_ = found.values()
+assert followed_since < 0.5 * stale
+assert found["B, never refreshed"] < 0.5 * stale
+
+# %% [markdown]
+# Following is what counts. Whether there was a refresh 20 batches ago is hardly seen, since errors of old
+# truncations decay, as [(15.4)] says.
+#
+# ## What goes wrong in practice
+#
+# **A batch that adds nothing.** Look at [(15.1)] again. If $X$ lies in the span of $U$, then $X - UC$ is zero, in
+# exact arithmetic. On a computer it is round-off, a matrix of tiny random numbers that is *not* orthogonal to
+# $U$. A QR decomposition scales it to length one, and this "basis" goes into $[U\ Q]$. Batches like this are common:
+# repeated data, units that are dead or share their inputs, an average that has seen all there is. Public code of
+# the method does this. We try:
+
+
+# %%
+def naive_update(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    C = U.T @ X
+    Q, R = torch.linalg.qr(X - U @ C)
+    H = torch.cat([C, R])
+    w, W = torch.linalg.eigh(torch.cat([d, torch.zeros(len(R))]).diag() + H @ H.T)
+    return (torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
+
+
+U, d = torch.linalg.qr(torch.randn(100, 8)).Q, torch.linspace(3, 1, 8)
+X = U @ torch.randn(8, 8)  # nothing that U does not have
+M = from_pairs(U, d) + 10 * X @ X.T
+pairs = {"naive": (U, d), "package": (U, d)}
+for _ in range(10):
+    pairs["naive"] = naive_update(*pairs["naive"], X)
+    pairs["package"] = brand_update(*pairs["package"], X)
+wrong = {}
+for name, (V, w) in pairs.items():
+    inverse = 10 * torch.eye(100) + V * (1 / (w + 0.1) - 10) @ V.T  # (14.7)
+    wrong[name] = relative_error(inverse, torch.linalg.inv(M + 0.1 * torch.eye(100)))
+    orthogonality = (V.T @ V - torch.eye(len(w))).norm().item()
+    print(f"{name:8} {len(w):2} eigenpairs, |V'V - I| = {orthogonality:.0e},", end=" ")
+    print(f"error of M {relative_error(from_pairs(V, w), M):.0e}, of its inverse {wrong[name]:.0e}")
+    assert relative_error(from_pairs(V, w), M) < 1e-12
+assert wrong["package"] < 1e-12 < 1e-6 < wrong["naive"]
+
+# %% [markdown]
+# The sum $V \operatorname{diag}(w)\, V^\top$ is right in both cases, because wrong directions come with eigenvalues
+# near zero. The *inverse* is not, as [(14.7)] needs orthonormal columns: the wrong directions have
+# the largest weight there. A test that compares the matrix would not find this.
+
+# %% tags=["remove-input"]
+code(split, straightened)
+
+# %% [markdown]
+# The package projects twice ("twice is enough" is an old rule of Gram-Schmidt), takes a basis that reveals the
+# rank and drops what is below the precision, and projects the rest once more, since a direction just
+# above the precision still carries a part of $U$. What may not be dropped is what is *small*: a
+# part of $X$ that is $10^{-9}$ of the whole adds only $10^{-18}$ by itself, but counts with $10^{-9}$ in
+# the product $C R^\top$ with what lies within. Finally, $[U\ Q]\, W$ loses orthogonality by a little round-off in
+# every update, and thousands of updates add up. A step $U \leftarrow U\, (3 I - U^\top U) / 2$ squares
+# the deviation, so that it never grows:
+
+
+# %%
+def without_the_step(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    C, Q, R = split(U, X)
+    H = torch.cat([C, R])
+    w, W = torch.linalg.eigh(torch.cat([d, d.new_zeros(len(R))]).diag() + H @ H.T)
+    return (torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
+
+
+deviations = []
+for update in (without_the_step, brand_update):
+    torch.manual_seed(0)
+    U, d = torch.zeros(80, 0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
+    for _ in range(300):
+        X = 0.9 ** torch.arange(80)[:, None] * torch.randn(80, 8)
+        U, d = update(U[:, :30], 0.95 * d[:30], X.float())
+    deviations.append((U.T @ U - torch.eye(38, dtype=torch.float32)).abs().max().item())
+    print(f"{update.__name__:16} after 300 updates: |U'U - I| = {deviations[-1]:.0e}")
+assert deviations[1] < 3e-6
+assert deviations[0] > 3 * deviations[1]
+
+# %% [markdown]
+# **The wrong end.** `eigh` returns eigenvalues in ascending order, so "the first $r$" are the smallest. The functions here
+# return descending ones.
+#
+# **The weight outside of the root.** Columns enter as $X X^\top$, so a weight $w$ multiplies $X$ by $\sqrt w$. With $w$ itself,
+# the update is exact for an average with weights $w^2$, far too small, and everything still runs:
+
+# %%
+X = torch.randn(30, 3)
+V, w = brand_update(torch.zeros(30, 0), torch.zeros(0), 0.05 * X)
+assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 15.1.** Start with nothing, $U$ empty and $c = 0$, and update with one batch. Show that the damped
+# inverse is the one that Woodbury's identity gives,
+# $(X X^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - X (X^\top X + \gamma I)^{-1} X^\top \bigr)$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The update is exact, so $U \operatorname{diag}(d)\, U^\top = X X^\top$, and both are the inverse of the same
+# matrix. With a singular value decomposition $X = U \operatorname{diag}(s)\, Y^\top$, Woodbury's is
+# $\tfrac1\gamma \bigl( I - U \operatorname{diag} \bigl( s^2 / (s^2 + \gamma) \bigr) U^\top \bigr)$, which is [(14.7)]
+# for $c = 0$ and $d = s^2$. B-KFAC with one batch is [SKFAC](13_skfac.py).
+#
+# </details>
+#
+# **Exercise 15.2.** Take $\rho = 0.95$ and truncations with $\operatorname{tr} T_i \le \tau$, without a tail. Bound the trace of the error.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# By [(15.4)], $\operatorname{tr} E_t \le \tau \sum_{k \ge 1} \rho^k = \tau \rho / (1 - \rho) = 19\, \tau$, for all
+# times. Errors do not grow with the number of batches.
+#
+# </details>
+#
+# **Exercise 15.3.** Keep a gradient in factors also with the exact damping of the product, [(14.9)]: how many
+# rows has the step?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With $G = \hat g^\top \hat a$ of $K$ rows, every term of [(14.9)] is a product of rows. Those that begin with $U_B$
+# share $r_B$ rows on the left. The others are
+# $\hat g^\top \bigl( w_{00} \hat a + \hat a\, U_A \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \bigr)$. So there are $K + r_B$ rows,
+# and the cost is linear again.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+X, gamma = torch.randn(30, 3), 0.1  # 15.1
+U, d, c = followed(none(30), X, 1.0, 5, nothing)
+woodbury = X @ torch.linalg.inv(X.T @ X + gamma * torch.eye(3)) @ X.T
+inverse = torch.eye(30) / gamma + (U * (1 / (d + gamma) - 1 / gamma)) @ U.T
+assert_exact(inverse, (torch.eye(30) - woodbury) / gamma)
+
+assert abs(sum(0.95**k for k in range(1, 2000)) - 19) < 1e-10  # 15.2
+
+M = follow(Brand(rank=8), ios)  # 15.3
+delta, w = 0.1, M.inverse(0.1)
+X = M.UB.T @ g.T  # [r_B, K]
+middle = w.both - w.left.unsqueeze(1) - w.right + w.rest
+left = torch.cat([g, M.UB.T])
+b = w.rest * a + (a @ M.UA * (w.right - w.rest)) @ M.UA.T
+below = (w.left - w.rest).unsqueeze(1) * (X @ a) + (middle * (X @ (a @ M.UA))) @ M.UA.T
+assert_exact(left.T @ torch.cat([b, below]), M.inverse(delta) @ (g.T @ a))
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Puiu (2022)](bibliography.md#brand) introduces the three algorithms and the linear application;
+# [Brand (2006)](bibliography.md#brand-svd) the update, for singular values. [Chapter 13](13_skfac.py) has a
+# window of batches instead of eigenpairs: no truncation, but a cost that grows with the memory. In
+# the package, `LowRankKronecker` is the matrix of all three chapters.

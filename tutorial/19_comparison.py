@@ -1,0 +1,681 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 19. Which one when: all methods side by side
+#
+# **Part III: Better and faster.** Eight chapters, some twenty methods, each better in its own way. Which
+# one should you use, and when does it matter?
+#
+# Papers compare methods by training curves, in which a learning rate, a schedule, a damping and a
+# machine have their say. This chapter compares what the methods are about. The same trained networks,
+# the same batch, the same damping; four numbers for the quality, each on a finer scale than the one
+# before; and what it costs, counted by formulas instead of a clock. All numbers are from this page.
+# They hold for small networks, and the last section says what that leaves open.
+
+# %%
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
+from torch.nn.functional import avg_pool2d
+
+from kfac_scratch.capture import layer_ios
+from kfac_scratch.curvature import block_index, ggn
+from kfac_scratch.damping import factored_inverse
+from kfac_scratch.ekfac import ekfac
+from kfac_scratch.kfac import foof, kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import conjugate_gradient, eye_like
+from kfac_scratch.matrices import Dense, LinearMap, Matrix
+from kfac_scratch.roots import factored_woodbury
+from kfac_scratch.variants.brand import Brand
+from kfac_scratch.variants.cg_fac import cg_fac, truncated_inverse
+from kfac_scratch.variants.coarse_spaces import krylov, nicolaides, residual
+from kfac_scratch.variants.kpsvd import ekpsvd, guarded_inverse, kfac_corrected, kpsvd, lanczos
+from kfac_scratch.variants.mini_block import (
+    mini_block,
+    mini_block_filters,
+    mini_block_rows,
+    mini_block_shared,
+)
+from kfac_scratch.variants.randomized import randomized
+from kfac_scratch.variants.skfac import skfac
+from kfac_scratch.variants.tekfac import tekfac
+from kfac_scratch.variants.tkfac import tkfac
+from kfac_scratch.variants.two_level import additive, adef2, coarse_inverse, curvature
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %% [markdown]
+# ## What is compared
+#
+# A method is two choices: a matrix for each layer, from its inputs and vectors, and a damped inverse of
+# it. Most matrices have an exact damped inverse. Sums of two products are damped by factors, and guarded
+# against negative eigenvalues ([Chapter 12](12_kpsvd.py)); CG-FAC stops after a few steps. KFAC is listed
+# with both dampings of [Chapter 8](08_damping.py), so that what is due to the damping can be told from
+# what is due to the matrix.
+
+
+# %%
+def exactly(M: Matrix, damping: float) -> LinearMap:
+    return M.inverse(damping)
+
+
+def single(io: LayerIO) -> Matrix:
+    return mini_block_filters(1)(io)
+
+
+def exact_block(io: LayerIO) -> Dense:
+    return Dense(io.block())
+
+
+few = partial(truncated_inverse, max_iter=5, tol=0.0)
+many = partial(truncated_inverse, max_iter=20, tol=0.0)
+
+METHODS: dict[str, tuple[Callable[[LayerIO], Matrix], Callable[[Matrix, float], LinearMap]]] = {
+    "diagonal": (single, exactly),
+    "FOOF": (foof, exactly),
+    "mini-block, shared": (mini_block_shared, exactly),
+    "KFAC, factored damping": (kfac, factored_inverse),
+    "KFAC": (kfac, exactly),
+    "RS-KFAC, rank 4": (randomized(4), exactly),
+    "RS-KFAC, rank 8": (randomized(8), exactly),
+    "TKFAC": (tkfac, exactly),
+    "KPSVD": (kpsvd, exactly),
+    "EKFAC": (ekfac, exactly),
+    "TEKFAC": (tekfac, exactly),
+    "KPSVD's basis": (ekpsvd, exactly),
+    "Lanczos, two products": (lanczos, guarded_inverse),
+    "KFAC-CORRECTED": (kfac_corrected, guarded_inverse),
+    "mini-block": (mini_block, exactly),
+    "CG-FAC, 5 steps": (cg_fac, few),
+    "CG-FAC, 20 steps": (cg_fac, many),
+    "exact block": (exact_block, exactly),
+}
+
+# %% [markdown]
+# Three methods are missing because they would repeat a row. SKFAC is KFAC's matrix with factored
+# damping, reached by other means ([Chapter 13](13_skfac.py)); the same goes for mini-blocks by their rows
+# ([Chapter 16](16_mini_block.py)). B-KFAC follows a stream of batches; after one batch, it *is* KFAC. They
+# differ in cost, and are back below.
+
+# %%
+io, V = LayerIO(torch.randn(9, 1, 12), torch.randn(1, 9, 1, 11)), torch.randn(11, 12)
+pairs = {
+    "SKFAC": (factored_woodbury(skfac(io), 0.1), factored_inverse(kfac(io), 0.1)),
+    "mini-block by rows": (mini_block_rows(io).inverse(0.1), mini_block(io).inverse(0.1)),
+    "B-KFAC, one batch": (Brand(rank=9).update(None, io, 1.0).inverse(0.1), kfac(io).inverse(0.1)),
+}
+for name, (one, other) in pairs.items():
+    assert ((one @ V) - (other @ V)).abs().max() < 1e-10 * (other @ V).abs().max(), name
+
+# %% [markdown]
+# ### Four numbers
+#
+# With the exact block $F$ of a layer, the method's matrix $M$, its damped inverse $P$, the layer's
+# gradient $h$, and $F_\delta = F + \delta I$:
+#
+# 1. the relative distance of the matrices, $\lVert M - F \rVert / \lVert F \rVert$, which is what most
+#    theorems are about;
+# 2. that of the damped inverses, $\lVert P - F_\delta^{-1} \rVert / \lVert F_\delta^{-1} \rVert$;
+# 3. the share of the possible decrease of the layer's damped parabola that is reached along $p = P h$ with
+#    the best length, [(16.4)];
+# 4. the same for the whole network, with its exact curvature between layers, along all layers' steps
+#    together, as in [Chapter 18](18_two_level.py). A layer-wise method cannot reach 1 here.
+#
+# Two tasks: digits are classified with softmax and cross-entropy, and reconstructed by an
+# autoencoder with squared error. Three seeds each. One damping for the network, 1 % of the mean
+# eigenvalue of its GGN. The batch has 400 images that were not trained on.
+
+# %%
+digits = load_digits()
+small = avg_pool2d(torch.tensor(digits.images) / 16, 2).flatten(1)  # 4 by 4 pixels
+TASKS = {
+    "classifier": (CrossEntropyLoss(), torch.tensor(digits.target), (16, 12, 12, 10)),
+    "autoencoder": (MSELoss(), small, (16, 12, 5, 12, 16)),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network on a batch: layers, exact curvature, gradient."""
+
+    ios: dict[str, LayerIO]
+    index: dict[str, Tensor]
+    F: Tensor  # damped
+    h: Tensor
+    delta: float
+    blocks: dict[str, tuple[Tensor, Tensor]]  # of every layer: F, and its damped inverse
+
+    def share(self, p: Tensor) -> float:
+        best = self.h @ torch.linalg.solve(self.F, self.h)
+        return ((self.h @ p) ** 2 / (p @ self.F @ p) / best).item()
+
+    def split(self, v: Tensor) -> dict[str, Tensor]:
+        return {name: v[i] for name, i in self.index.items()}
+
+    def joined(self, layers: dict[str, Tensor]) -> Tensor:
+        v = torch.zeros_like(self.h)
+        for name, i in self.index.items():
+            v[i] = layers[name]
+        return v
+
+
+def trained(task: str, seed: int, steps: int = 250) -> Problem:
+    loss, targets, widths = TASKS[task]
+    torch.manual_seed(seed)
+    layers: list[Module] = []
+    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [Linear(d_in, d_out), Tanh()]
+    model, order = Sequential(*layers[:-1]), torch.randperm(len(small))
+    X, y = small[order], targets[order]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        batch = torch.randint(1000, (100,))
+        optimizer.zero_grad()
+        loss(model(X[batch]), y[batch]).backward()
+        optimizer.step()
+    X, y = X[1000:1400], y[1000:1400]
+    gradient = torch.autograd.grad(loss(model(X), y), list(model.parameters()))
+    h, F = torch.cat([g.flatten() for g in gradient]), ggn(model, loss, X, y)
+    ios, index = layer_ios(model, loss, X, y), block_index(model)
+    return damped(F, h, ios, index, 0.01 * F.diagonal().mean().item())
+
+
+def damped(F: Tensor, h: Tensor, ios: dict, index: dict, delta: float) -> Problem:
+    blocks = {name: io.block() for name, io in ios.items()}
+    both = {name: (B, torch.linalg.inv(B + delta * eye_like(B))) for name, B in blocks.items()}
+    return Problem(ios, index, F + delta * eye_like(F), h, delta, both)
+
+
+# %%
+def dense(P: LinearMap, like: Tensor) -> Tensor:
+    eye = torch.eye(like.numel()).unflatten(1, like.shape)
+    return (P @ eye).flatten(1)
+
+
+def measure(problem: Problem, matrix: Callable, inverse: Callable) -> tuple[Tensor, float]:
+    """Three numbers for each layer, and the share of the network."""
+    rows, p = [], {}
+    for name, h in problem.split(problem.h).items():
+        F, exact = problem.blocks[name]
+        M = matrix(problem.ios[name])
+        P = inverse(M, problem.delta)
+        p[name] = P @ h
+        v, q = h.flatten(), p[name].flatten()
+        reached = (v @ q) ** 2 / (q @ (F @ q + problem.delta * q)) / (v @ exact @ v)
+        distance, of_inverse = torch.zeros(()), torch.tensor(float("nan"))
+        if matrix is not cg_fac:  # the exact block, whose inverse by a few steps is no linear map
+            distance = (M.dense() - F).norm() / F.norm()
+            of_inverse = (dense(P, h) - exact).norm() / exact.norm()
+        rows.append(torch.stack([distance, of_inverse, reached]).cpu())
+    return torch.stack(rows), problem.share(problem.joined(p))
+
+
+SEEDS = range(3)
+problems = {task: [trained(task, seed) for seed in SEEDS] for task in TASKS}
+measured = {
+    (task, name): [measure(problem, *method) for problem in problems[task]]
+    for task in TASKS
+    for name, method in METHODS.items()
+}
+
+# %% [markdown]
+# The two methods of [Chapter 18](18_two_level.py), on top of KFAC, are about the whole network only. To
+# them we add conjugate gradients for the whole network, preconditioned by KFAC, with two products.
+
+
+# %%
+def two_level_share(problem: Problem, combine: Callable, space: Callable) -> float:
+    maps = {name: kfac(io).inverse(problem.delta) for name, io in problem.ios.items()}
+    r, F = problem.split(problem.h), curvature(problem.ios, problem.delta)
+    Q = coarse_inverse(problem.ios, space(maps, r), problem.delta)
+
+    def fine(x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: maps[name] @ v for name, v in x.items()}
+
+    return problem.share(problem.joined(combine(fine, F, Q)(r)))
+
+
+def cg_share(problem: Problem, steps: int = 2) -> float:
+    maps = {name: kfac(io).inverse(problem.delta) for name, io in problem.ios.items()}
+
+    def fine(row: Tensor) -> Tensor:
+        layers = problem.split(row.flatten())
+        return problem.joined({name: maps[name] @ v for name, v in layers.items()}).reshape(1, -1)
+
+    row = conjugate_gradient(lambda x: x @ problem.F, problem.h.reshape(1, -1), fine, steps, 0.0)
+    return problem.share(row.flatten())
+
+
+NETWORK = {
+    "two-level, ones": partial(two_level_share, combine=additive, space=nicolaides),
+    "two-level, fine steps": partial(two_level_share, combine=adef2, space=residual),
+    "two-level, fine steps twice": partial(two_level_share, combine=adef2, space=krylov(residual)),
+    "KFAC and 2 steps of CG": cg_share,
+}
+network = {
+    (task, name): torch.tensor([share(problem) for problem in problems[task]], device="cpu")
+    for task in TASKS
+    for name, share in NETWORK.items()
+}
+
+# %%
+for task in TASKS:
+    print(f"{task:26} matrix     inverse       share     network")
+    for name in METHODS:
+        per_seed = [(layers.mean(0), share) for layers, share in measured[task, name]]
+        layers = torch.stack([layers for layers, _ in per_seed])
+        network[task, name] = torch.tensor([share for _, share in per_seed], device="cpu")
+        four = torch.cat([layers, network[task, name][:, None]], 1)
+        numbers = zip(four.mean(0).tolist(), four.std(0).tolist(), strict=True)
+        cells = ("        –  " if m != m else f"{m:5.2f} ± {s:.2f}" for m, s in numbers)
+        print(f"{name:23}", *cells)
+    for name in NETWORK:
+        values = network[task, name]
+        print(f"{name:59} {values.mean():5.2f} ± {values.std():.2f}")
+    print()
+
+# %% [markdown]
+# ## What the numbers say
+#
+# **The loss decides how much there is to gain.** With squared error, the loss Hessian is the same for all
+# data. What varies is only how the network carries it back, and here that varies little: $F$ is a
+# Kronecker product up to a few percent, even after training. KFAC is all one needs there, and no refinement
+# of the matrix can be told from it. With softmax, a datum that is learned has hardly any curvature left. Then
+# inputs and vectors are correlated, KFAC is off by one half, and methods differ.
+
+
+# %%
+def mean(task: str, name: str, k: int) -> float:
+    """Mean over layers and seeds of distance (0), distance of the inverse (1) or share (2)."""
+    return torch.stack([layers[:, k].mean() for layers, _ in measured[task, name]]).mean().item()
+
+
+products = ("KFAC", "TKFAC", "KPSVD", "EKFAC", "TEKFAC", "KPSVD's basis")
+for name in products:
+    assert mean("autoencoder", name, 0) < 0.1
+    assert mean("autoencoder", name, 2) > 0.9
+    assert mean("classifier", name, 0) > 0.2
+    assert mean("classifier", name, 2) < 0.75
+
+# %% [markdown]
+# **Theorems about distance hold, and say little about the step.** KPSVD is nearer than TKFAC and KFAC,
+# eigenvalues corrected in a basis are nearer than products, two products are nearer than one: all of
+# this is seen in the first column, for every layer and seed. In the third column of the classifier, the
+# mini-block Fisher leads by far, with one of the largest distances. We count it: of all pairs of methods
+# on one layer, in how many has the nearer one the worse step?
+
+
+# %%
+def inversions(task: str, k: int) -> float:
+    """Share of pairs in which the smaller distance goes with the smaller decrease."""
+    names = [n for n in METHODS if "CG" not in n and n != "exact block"]
+    rows = torch.stack([torch.cat([x for x, _ in measured[task, n]]) for n in names])
+    wrong = total = 0
+    for i, j in combinations(range(len(names)), 2):
+        nearer = rows[i, :, k] - rows[j, :, k]
+        better = rows[i, :, 2] - rows[j, :, 2]
+        wrong, total = wrong + int((nearer * better > 0).sum()), total + rows.shape[1]
+    return wrong / total
+
+
+for task in TASKS:
+    by_matrix, by_inverse = inversions(task, 0), inversions(task, 1)
+    print(f"{task:12} the nearer matrix has the worse step in {by_matrix:.0%} of all pairs,")
+    print(f"{'':12} the nearer damped inverse in {by_inverse:.0%}")
+    assert 0.05 < by_matrix < 0.5
+    assert by_inverse < by_matrix + 0.1
+
+for seed in SEEDS:
+    at = {name: measured["classifier", name][seed][0] for name in METHODS}
+    for nearer, farther in (
+        ("KPSVD", "TKFAC"),
+        ("KPSVD", "KFAC"),
+        ("EKFAC", "KFAC"),
+        ("TEKFAC", "TKFAC"),
+        ("KPSVD's basis", "KPSVD"),
+        ("Lanczos, two products", "KPSVD"),
+        ("KFAC-CORRECTED", "KFAC"),
+        ("mini-block", "diagonal"),
+        ("mini-block", "mini-block, shared"),
+    ):
+        assert (at[nearer][:, 0] <= at[farther][:, 0] + 1e-9).all()
+    assert at["mini-block"][:, 0].mean() > at["KFAC"][:, 0].mean()
+    assert at["mini-block"][:, 2].mean() > at["TEKFAC"][:, 2].mean() + 0.02
+
+# %% [markdown]
+# **Damping is a part of the method.** The two rows of KFAC have the same matrix. Factored damping alone
+# moves the inverse farther than all refinements of the matrix move it back, and costs a part of the step in
+# both tasks. Sums of two products come with factored damping, which hides what they gain: compare them with
+# KFAC's row with factored damping, not with the other one.
+
+# %%
+for task in TASKS:
+    factored, exact = "KFAC, factored damping", "KFAC"
+    assert mean(task, factored, 1) > mean(task, exact, 1) + 0.1
+    assert mean(task, factored, 2) < mean(task, exact, 2)
+    for name in ("Lanczos, two products", "KFAC-CORRECTED"):
+        assert mean(task, name, 0) < mean(task, exact, 0)
+        assert mean(task, name, 1) > mean(task, exact, 1) + 0.1
+
+# %% [markdown]
+# **Solving for one right-hand side is easier than approximating a matrix.** Twenty steps of CG have no
+# matrix at all, and come within a few percent of the exact block in both tasks. Five steps are not enough.
+#
+# **Between layers, it depends on what is left.** In the classifier, exact blocks would gain much over KFAC,
+# and the second level gains little. In the autoencoder, blocks are nearly exact, so that nothing but coupling
+# is left to gain. There one length per layer ([Theorem 18.2]) recovers half of it, more than exact blocks
+# would, and a second direction adds little. Ones recover nothing in either.
+
+# %%
+share = {key: values.mean().item() for key, values in network.items()}
+for task in TASKS:
+    assert share[task, "CG-FAC, 20 steps"] > share[task, "exact block"] - 0.1
+    assert share[task, "CG-FAC, 5 steps"] < share[task, "CG-FAC, 20 steps"] - 0.05
+    assert abs(share[task, "two-level, ones"] - share[task, "KFAC"]) < 0.1
+gain = {task: share[task, "two-level, fine steps"] - share[task, "KFAC"] for task in TASKS}
+print({task: round(value, 2) for task, value in gain.items()})
+assert gain["autoencoder"] > 0.08 > gain["classifier"]
+assert share["autoencoder", "two-level, fine steps"] > share["autoencoder", "exact block"]
+
+# %% [markdown]
+# ### Another damping
+#
+# One percent of the mean eigenvalue is a choice. Ten times more, or less, for the layers of the
+# classifier:
+
+# %%
+watched = ("KFAC, factored damping", "KFAC", "TEKFAC", "mini-block")
+shares: dict[str, list[float]] = {name: [] for name in watched}
+for times in (0.1, 1.0, 10.0):
+    changed = [
+        damped(p.F - p.delta * eye_like(p.F), p.h, p.ios, p.index, times * p.delta)
+        for p in problems["classifier"][:2]
+    ]
+    for name in watched:
+        rows = torch.cat([measure(problem, *METHODS[name])[0] for problem in changed])
+        shares[name].append(rows[:, 2].mean().item())
+print(f"{'share per layer, at':24}    0.1%    1.0%   10.0%")
+for name, values in shares.items():
+    print(f"{name:24}", *(f"{value:7.2f}" for value in values))
+for k in range(3):
+    assert shares["mini-block"][k] > shares["KFAC"][k]
+
+# %% [markdown]
+# With more damping, everything becomes easier and all methods more alike, since a damped identity needs no
+# approximation. The order stays.
+#
+# ## What it costs
+#
+# Seconds depend on machines; we count. A product of an $m \times k$ with a $k \times n$ matrix takes
+# $2 m k n$ operations, a symmetric eigendecomposition about $9 d^3$, a Cholesky inverse $d^3$, a Cholesky
+# factorisation $\tfrac13 d^3$ (Golub and Van Loan). Only these leading terms are kept. $K = V N$ is the
+# number of vectors, and the numbers *kept* are those that live from step to step, without the weights.
+
+
+# %%
+def mul(m: float, k: float, n: float) -> float:
+    return 2 * m * k * n
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Numbers kept, and operations for new statistics, a new inverse, and one step."""
+
+    kept: float
+    update: float
+    inverse: float
+    step: float
+
+
+def costs(d_in: int, d_out: int, N: int, K: int, r: int) -> dict[str, Cost]:
+    D, both = d_in * d_out, d_in**2 + d_out**2
+    grams = mul(d_in, N, d_in) + mul(d_out, K, d_out)
+    eigen = 9 * (d_in**3 + d_out**3)
+    sides = mul(d_out, d_out, d_in) + mul(d_out, d_in, d_in)  # multiply from both sides
+    moments = mul(N, d_in, d_in) + mul(K, d_out, d_out) + mul(d_out, K, d_in)
+    product = 2 * mul(N, d_in, d_out)  # with the exact block, for one vector per datum
+    q, narrow = r + 10, 2 * (mul(d_out, r, d_in) + mul(d_in, r, d_out))
+    sketch = 4 * mul(1, q, both)
+    tracked = r + K
+    return {
+        "diagonal": Cost(D, mul(d_out, K, d_in), D, D),
+        "FOOF": Cost(d_in**2, mul(d_in, N, d_in), d_in**3, mul(d_out, d_in, d_in)),
+        "mini-block, shared": Cost(d_in**2, mul(d_in, N, d_in), d_in**3, mul(d_out, d_in, d_in)),
+        "KFAC, factored damping": Cost(2 * both, grams, d_in**3 + d_out**3, sides),
+        "KFAC": Cost(2 * both, grams, eigen, 2 * sides),
+        "TKFAC": Cost(2 * both, grams, eigen, 2 * sides),
+        "KPSVD": Cost(2 * both, 10 * 2 * grams, eigen, 2 * sides),
+        "EKFAC": Cost(2 * both + D, grams + moments, eigen, 2 * sides),
+        "TEKFAC": Cost(2 * both + D, grams + moments, eigen, 2 * sides),
+        "Lanczos, two products": Cost(6 * both, 24 * grams, 2 * eigen, 2 * sides),
+        "RS-KFAC": Cost(both + r * (d_in + d_out), grams, sketch, narrow),
+        "B-KFAC": Cost(
+            tracked * (d_in + d_out),
+            3 * mul(d_in + d_out, tracked, tracked) + 2 * 9 * tracked**3,
+            0,
+            2 * (mul(d_out, tracked, d_in) + mul(d_in, tracked, d_out)),
+        ),
+        "SKFAC": Cost(
+            N * d_in + K * d_out,
+            0,
+            mul(N, d_in, N) + mul(K, d_out, K) + (N**3 + K**3) / 3,
+            2 * (mul(d_out, d_in, N) + mul(d_in, d_out, K)),
+        ),
+        "mini-block": Cost(
+            2 * d_out * d_in**2, d_out * mul(d_in, N, d_in), d_out * d_in**3, mul(d_out, d_in, d_in)
+        ),
+        "mini-block by rows": Cost(
+            N * (d_in + d_out) + d_out * N**2,
+            0,
+            mul(N, d_in, N) + d_out * N**3 / 3,
+            2 * mul(d_out, d_in, N) + mul(d_out, N, N),
+        ),
+        "CG-FAC, 20 steps": Cost(N * d_in + K * d_out, 0, 0, 20 * product),
+        "two-level, fine steps twice": Cost(
+            2 * both + N * d_in + K * d_out, grams, eigen, 4 * sides + 2 * product
+        ),
+        "KFAC and 2 steps of CG": Cost(
+            2 * both + N * d_in + K * d_out, grams, eigen, 4 * sides + 2 * product
+        ),
+    }
+
+
+# %% [markdown]
+# The cost of training itself is the unit: forward and backward pass of the layer take three products,
+# $6 N d_\text{in} d_\text{out}$. A layer with 1024 inputs and outputs, 256 data, one vector for each, a
+# rank of 64; new statistics every 10 steps, a new inverse every 100. SKFAC, rows and CG-FAC know one batch
+# only, and new rows come with it: their inverse is counted at every tenth step.
+
+# %%
+d_in, d_out, N = 1024, 1024, 256
+unit = 6 * N * d_in * d_out
+table = costs(d_in, d_out, N, K=N, r=64)
+one_batch = ("SKFAC", "mini-block by rows", "CG-FAC, 20 steps")
+
+
+def per_step(name: str) -> float:
+    cost = table[name]
+    every = 10 if name in one_batch else 100
+    return (cost.update / 10 + cost.inverse / every + cost.step) / unit
+
+
+print(f"{'':28}{'kept':>9} {'update':>9} {'inverse':>9} {'step':>8} {'per step':>9}")
+for name, cost in table.items():
+    numbers = (cost.update / unit, cost.inverse / unit, cost.step / unit, per_step(name))
+    print(f"{name:28}{cost.kept / (d_in * d_out):8.1f}×", *(f"{x:9.2f}" for x in numbers))
+assert per_step("RS-KFAC") < 0.25 * per_step("KFAC")
+assert per_step("mini-block") > 5 * per_step("KFAC")
+assert per_step("mini-block by rows") < 0.25 * per_step("mini-block")
+
+# %% [markdown]
+# *Kept* is in units of the layer's weights, the others in passes through the layer. A few things stand out.
+# With a batch smaller than the layer is wide, KFAC's *step* costs more than its statistics: four products
+# with full matrices, for the exact damping, two for the factored one. That is what low-rank methods
+# save. Mini-blocks are out of reach in full. By rows they take little time, though their small factors
+# are many. EKFAC costs hardly more than KFAC. Two levels and two steps of CG have the same price.
+# And none of this counts what hardware makes of it: eigendecompositions use a GPU badly, and many small
+# Cholesky factorisations at once use it well.
+#
+# ## One picture
+
+# %% tags=["hide-input"] alt="Two scatter plots, classifier and autoencoder, of the share of the possible decrease of the whole network against the cost per step on a logarithmic axis, with error bars over seeds. In the classifier, all Kronecker methods lie near one third, mini-block near 0.44 at about a hundred times the cost, two steps of CG near 0.5 and CG-FAC near 0.7. In the autoencoder, KFAC, TKFAC and EKFAC lie near 0.7 together with CG-FAC, mini-block at 0.45, and two-level with fine steps twice and two steps of CG are the highest, above 0.8." caption="Share of the whole network's possible decrease, against the cost per step in passes through a layer of 1024 by 1024, from the table. Bars: three seeds. What is worth its price depends on the loss."
+shown = {
+    "diagonal": "diagonal",
+    "FOOF": "FOOF",
+    "mini-block, shared": "mini-block, shared",
+    "KFAC, factored damping": "KFAC, factored damping",
+    "RS-KFAC, rank 8": "RS-KFAC",
+    "KFAC": "KFAC",
+    "TEKFAC": "TEKFAC",
+    "mini-block": "mini-block",
+    "CG-FAC, 20 steps": "CG-FAC, 20 steps",
+    "two-level, fine steps twice": "two-level, fine steps twice",
+    "KFAC and 2 steps of CG": "KFAC and 2 steps of CG",
+}
+fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", sharey=True)
+for ax, task in zip(axes, TASKS, strict=True):
+    for k, (name, priced) in enumerate(shown.items()):
+        values, style = network[task, name], {"fmt": "os^"[k // 5], "color": f"C{k % 5}"}
+        ax.errorbar(per_step(priced), values.mean(), values.std(), label=name, capsize=2, **style)
+    exact = network[task, "exact block"].mean()
+    ax.axhline(exact, linestyle="--", linewidth=0.8, color=ax.xaxis.label.get_color())
+    ax.set(xscale="log", xlabel="cost per step, in passes", title=task, ylim=(0, 1))
+axes[0].text(
+    per_step("diagonal"),
+    network["classifier", "exact block"].mean() + 0.015,
+    "exact blocks",
+    fontsize="small",
+)
+axes[0].set_ylabel("share of the possible decrease")
+fig.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small"
+)
+plt.show()
+
+# %% [markdown]
+# ## Which one when
+#
+# What follows from the chapters and from this page. "Theorem" means that it always holds; "here" means
+# that it was so in these networks.
+#
+# | Situation | Choice | Why |
+# | --- | --- | --- |
+# | the first attempt | KFAC with exact damping | here, no other cheap method was clearly better for both losses; damping alone mattered as much |
+# | squared error | KFAC with one length per layer, or two steps of CG | here, blocks were nearly exact and only coupling was left |
+# | softmax, eigenbases at hand anyway | TEKFAC or EKFAC | theorem: never farther than the product they start from; one more array of the size of $W$ |
+# | softmax, narrow layers, memory to spare | mini-blocks, above all in the last layer | here, the best step of all matrices; theorem: exact in the last layer if the loss does not mix outputs |
+# | layers wider than the batch | SKFAC, or mini-blocks by rows | theorem: the same step as KFAC's or mini-blocks' on that batch; no average over batches |
+# | wide layers, averages over batches | RS-KFAC, B-KFAC | a few eigenpairs and a tail; check the rank: here, 8 of at most 17 was enough, 4 was not |
+# | one right-hand side, a good solution | CG-FAC, or CG with KFAC for the network | here, 20 steps came close to the exact blocks, and two steps for the network gained more than any approximate matrix |
+# | a posterior, an influence, a determinant | KFAC, EKFAC | needs a matrix that can be kept, rooted and sampled from; CG and rows have none |
+#
+# Before any of this: expand or reduce ([Chapter 6](06_weight_sharing.py)), which labels
+# ([Chapter 3](03_losses.py)), and how much damping ([Chapter 8](08_damping.py)). These three change more
+# than the choice within a row.
+#
+# ### What this page leaves open
+#
+# The networks are small, the layers fully connected, the batch is the one that the curvature comes from. A
+# moving average of old batches, a stale inverse, noise in the gradient, momentum: each
+# of them may reorder the list. Shares are about one step on a parabola, and a training run is many steps on
+# something else. [Chapter 16](16_mini_block.py) and [Chapter 18](18_two_level.py) train, on a fixed batch.
+# And 2 % of a distance are not worth a paragraph if the code is twice as long.
+#
+# ## Exercises
+#
+# **Exercise 19.1.** A method multiplies its steps by 10. Which of the four numbers change? And if it
+# multiplies its matrix by 10?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Shares have the best length built in and stay; the distance of the inverse changes. A matrix times 10 has
+# another distance and another inverse. Its share changes, too, since $10 M + \delta I$ is $M$ with a tenth of
+# the damping. That is why FOOF, which has no scale, cannot be judged at one damping.
+#
+# </details>
+#
+# **Exercise 19.2.** From how many data on is SKFAC's step with factored damping as expensive as KFAC's, for
+# a square layer and $V = 1$?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# KFAC: $4 d^3$. SKFAC: two products with $N$ rows on each side, $8 N d^2$. So $N = d / 2$. It saves the
+# statistics and the inverse as well.
+#
+# </details>
+#
+# **Exercise 19.3.** The share of the exact block of one layer is 1. Why is the share of the network with
+# exact blocks not? Give an upper bound for what any block-diagonal method could reach.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The network's parabola has coupling between layers. *Some* block-diagonal matrix gives any step that has
+# positive products with the gradient in each layer, so there is no bound below 1 for block-diagonal
+# matrices as such: the exact blocks are the best approximation of $F$ among them, not the ones with the
+# best step.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+problem = problems["classifier"][0]  # 19.1
+for name, io in problem.ios.items():
+    h = problem.split(problem.h)[name]
+    F = problem.blocks[name][0]
+    ten = 10 * kfac(io).dense()
+    one = Dense(ten).inverse(10 * problem.delta) @ h
+    assert (10 * one - kfac(io).inverse(problem.delta) @ h).abs().max() < 1e-8 * (
+        10 * one
+    ).abs().max()
+    other = Dense(ten).inverse(problem.delta) @ h
+    assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) < 0.999
+scaled = {name: 10 * v for name, v in problem.split(problem.h).items()}
+assert abs(problem.share(problem.joined(scaled)) - problem.share(problem.h)) < 1e-12
+
+square = costs(1000, 1000, 500, 500, 1)  # 19.2
+assert square["SKFAC"].step == square["KFAC, factored damping"].step
+
+best = torch.linalg.solve(problem.F, problem.h)  # 19.3
+positive = [(best[i] * problem.h[i]).sum() > 0 for i in problem.index.values()]
+assert problem.share(best) > 1 - 1e-9
+print(
+    "the best step has a positive product with the gradient in",
+    sum(map(int, positive)),
+    "of",
+    len(positive),
+    "layers",
+)
+
+# %% [markdown]
+# ## Further reading
+#
+# The papers behind the rows: [Martens and Grosse (2015)](bibliography.md#kfac),
+# [Benzing (2022)](bibliography.md#foof), [George et al. (2018)](bibliography.md#ekfac),
+# [Gao et al. (2021)](bibliography.md#tkfac), [Koroko et al. (2022)](bibliography.md#kpsvd-kfac),
+# [Tang et al. (2021)](bibliography.md#skfac), Puiu ([2022a](bibliography.md#randomized),
+# [2022b](bibliography.md#brand)), [Bahamou et al. (2023)](bibliography.md#mini-block),
+# [Chen (2021)](bibliography.md#cg-fac) and [Tselepidis et al. (2020)](bibliography.md#two-level).

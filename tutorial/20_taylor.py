@@ -1,0 +1,708 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 20. Taylor mode: derivatives that travel forward
+#
+# **Part IV: PINNs.** How do the derivatives in a differential equation get through a network, in one
+# forward pass?
+#
+# A physics-informed network $u$ is trained to solve a differential equation, say
+# $\Delta u = f$. Its loss is about derivatives of $u$ with respect to its *input* $x$. The usual way to
+# get them is to differentiate the network by reverse mode, and the result by reverse mode again. The
+# computation that comes out is hard to read: no layer in it looks like a layer any more, and
+# KFAC is about layers. This chapter takes another way. The derivatives are computed *on the way
+# forward*, together with the value. Then every linear layer stays what it was, applied
+# not to one vector but to several. That is weight sharing, and weight sharing we know
+# ([Chapter 6](06_weight_sharing.py)).
+
+# %%
+import time
+from collections.abc import Callable
+from math import factorial
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfac_scratch import activations, taylor
+from kfac_scratch.expansions import SecondOrder, laplacian, weighted
+from kfac_scratch.faa_di_bruno import partitions
+from kfac_scratch.partials import Partials, biharmonic, jets
+from kfac_scratch.show import code
+from kfac_scratch.taylor import Elementwise, forward_laplacian
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to twelve digits of the largest entry."""
+    largest = expected.abs().max()
+    assert largest > 0  # two zeros would prove nothing
+    assert (actual - expected).abs().max() <= 1e-12 * largest
+
+
+# %% [markdown]
+# ## One layer by hand
+#
+# Take a point $x$ and a direction $v$, and walk along the line $x + t v$. Whatever the network
+# computes becomes a function of one number $t$, and we want its derivatives at $t = 0$. Call the
+# value of some intermediate quantity $h_0$, its first derivative $h_1$, its second $h_2$. The list
+# $(h_0, h_1, h_2, \dots)$ is called a **jet**. At the input the jet is $(x, v, 0, 0, \dots)$.
+#
+# A linear layer $z = W h + b$ is its own derivative, and the bias does not depend on $t$:
+#
+# $$
+# z_0 = W h_0 + b, \qquad z_1 = W h_1, \qquad z_2 = W h_2 .
+# \tag{20.1}
+# $$
+#
+# An activation $\sigma$ acts on every entry by itself. Differentiate $\sigma(z(t))$ once with the
+# chain rule, and once more with the rules for chains and products:
+#
+# $$
+# h_0 = \sigma(z_0), \qquad
+# h_1 = \sigma'(z_0) \, z_1, \qquad
+# h_2 = \sigma'(z_0) \, z_2 + \sigma''(z_0) \, z_1^2 .
+# \tag{20.2}
+# $$
+#
+# All products are entry by entry. For $\sigma = \tanh$ write $t$ for the value; then $\sigma' = 1 - t^2$
+# and $\sigma'' = -2 t (1 - t^2)$. That is all we need for a small network. The
+# reference is nested reverse mode: differentiate, contract with $v$, and do it again.
+
+
+# %%
+def jet_by_hand(net: nn.Sequential, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, first and second derivative of a network of linear layers and tanh along `v`."""
+    h0, h1, h2 = x, v, torch.zeros_like(v)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            h0, h1, h2 = layer.weight @ h0 + layer.bias, layer.weight @ h1, layer.weight @ h2
+        else:
+            t = torch.tanh(h0)
+            slope, bend = 1 - t**2, -2 * t * (1 - t**2)
+            h0, h1, h2 = t, slope * h1, slope * h2 + bend * h1**2
+    return h0, h1, h2
+
+
+def derivative(f: Callable[[Tensor], Tensor], X: Tensor, directions: list[Tensor]) -> Tensor:
+    """The derivative of a scalar network along directions, by nested reverse mode."""
+    X = X.detach().requires_grad_()
+    u = f(X).squeeze(1)
+    for v in directions:
+        (gradient,) = torch.autograd.grad(u.sum(), X, create_graph=True)
+        u = (gradient * v).sum(1)
+    return u.detach()
+
+
+net = nn.Sequential(
+    nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)
+).requires_grad_(False)  # fmt: skip
+X, v = torch.randn(5, 3), torch.randn(3)
+by_hand = torch.stack([torch.cat(jet_by_hand(net, x, v)) for x in X])  # [N, 3]
+for k in range(3):
+    assert_exact(by_hand[:, k], derivative(net, X, [v] * k))
+print("value, first and second derivative at the first point:", by_hand[0].tolist())
+
+# %% [markdown]
+# Look at what happened to the weights. Nested reverse mode would visit $W$ and its transpose several
+# times, in an order that only the software knows. Here $W$ meets three vectors, side by side, and the bias
+# meets one of them.
+#
+# ## Any order: the formula of Faà di Bruno
+#
+# The pattern of [(20.2)] goes on. We state it for several directions $v_1, \dots, v_R$ at once,
+# which also gives mixed derivatives. A derivative is then named by a **multiset** $\alpha$ of
+# directions, as $\{1, 1, 2\}$ for $\partial_{v_1} \partial_{v_1} \partial_{v_2}$, and its order is
+# $\lvert \alpha \rvert$. A *partition* $\pi$ of $\alpha$ puts the members into non-empty blocks; equal members
+# count as different ones here, so that $\{1, 1\}$ has two partitions, one block or two.
+#
+# <div class="admonition theorem" markdown="1" id="thm-20.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 20.1 (Faà di Bruno)</b></p>
+#
+# Let $z$ be a scalar function of $x$ and $\sigma$ a function of one variable, both smooth enough. Then
+#
+# $$
+# \partial^\alpha \sigma(z) = \sum_{\pi} \sigma^{(\lvert \pi \rvert)}(z)
+# \prod_{\beta \in \pi} \partial^\beta z ,
+# \tag{20.3}
+# $$
+#
+# summed over all partitions $\pi$ of $\alpha$, with $\lvert \pi \rvert$ the number of blocks.
+#
+# </div>
+#
+# **Proof.** By induction over the order; without any direction both sides are $\sigma(z)$.
+# Differentiate one term along another direction $v$. The factor $\sigma^{(k)}(z)$
+# becomes $\sigma^{(k+1)}(z) \, \partial_v z$: the new member is a block by itself. Each of the factors
+# $\partial^\beta z$ becomes $\partial_v \partial^\beta z$: the new member joins that block. Every partition of the
+# larger multiset arises once in this way. $\blacksquare$
+#
+# ### As an algorithm
+#
+# The proof is one: put the last member into a block by itself, or into each of the blocks that are
+# there. Equal products are counted, not listed.
+
+# %% tags=["beside", "remove-input"]
+code(partitions)
+
+# %% [markdown]
+# Along one direction only the sizes of the blocks matter. If $n_j$ blocks have size $j$, there are
+# $k! / \prod_j n_j! \, (j!)^{n_j}$ partitions of that shape, because permuting members within a block, or
+# blocks of equal size, changes nothing. We print the rules for the first four orders, and check
+# that count.
+
+# %%
+for k in range(1, 5):
+    terms = []
+    for blocks, count in partitions((0,) * k).items():
+        sizes = [len(block) for block in blocks]
+        expected = factorial(k)
+        for j in set(sizes):
+            expected //= factorial(sizes.count(j)) * factorial(j) ** sizes.count(j)
+        assert count == expected
+        factors = " ".join(f"z{j}" for j in sizes)
+        terms.append(f"{count if count > 1 else ''} σ{chr(39) * len(sizes)} {factors}".strip())
+    print(f"h{k} =", " + ".join(terms))
+
+# %% [markdown]
+# These are derivatives, not Taylor coefficients, which would be $h_k / k!$. Some papers and libraries
+# use the latter, and their formula has other factors. Mixing the two conventions goes unnoticed
+# up to order one.
+#
+# The derivatives of the activations are needed up to the same order. For $\tanh$ every one of them is a
+# polynomial in $t$: if $\sigma^{(k)} = p_k(t)$, the chain rule gives $\sigma^{(k+1)} = p_k'(t) (1 - t^2)$. The
+# [`activations`](api/activations.md) module has this and more functions. Six orders, along two
+# directions, against nested reverse mode:
+
+# %%
+V = torch.randn(2, 3)
+expansion = jets(V, 6)
+coefficients = taylor.taylor(net, X, expansion)  # [N, S, 1]
+print("S =", len(expansion.names), "coefficients:", *expansion.names[:5], "and so on")
+for s, alpha in enumerate(expansion.names):
+    assert_exact(coefficients[:, s, 0], derivative(net, X, [V[r] for r in alpha]))
+
+# %% [markdown]
+# ### Why not simply nest?
+#
+# Nested reverse mode differentiates a graph that already contains the derivative, so the graph
+# grows by a factor with every order. A jet of order $k$ needs the $k + 1$ numbers per unit and the terms of
+# [(20.3)] with equal sizes merged. We count the nodes of the graph that autodiff keeps, for
+# a network of two hidden layers.
+
+
+# %%
+def nodes(u: Tensor) -> int:
+    """How many operations autodiff has recorded for a tensor."""
+    seen, left = set(), [u.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [parent for parent, _ in node.next_functions]
+    return len(seen)
+
+
+nested, forward = [], []
+x = X.clone().requires_grad_()
+u = net(x).squeeze(1)
+for k in range(1, 7):
+    u = (torch.autograd.grad(u.sum(), x, create_graph=True)[0] * v).sum(1)
+    nested.append(nodes(u))
+    forward.append(nodes(taylor.taylor(net, X.clone().requires_grad_(), jets(v[None], k))))
+growth = [b / a for a, b in zip(nested, nested[1:], strict=False)]
+print("nested: ", nested, "\nforward:", forward)
+assert min(growth) > 1.5
+assert growth[-1] > 2 > forward[-1] / forward[-2]
+assert forward[-1] < nested[-1] / 2
+
+# %% tags=["hide-input"] alt="Number of recorded operations against the order of the derivative, on a logarithmic axis. Nested reverse mode is a straight line that rises from about ten to over a thousand at order six; Taylor mode starts higher and stays below three hundred." caption="Operations that autodiff records for one derivative of order $k$. Nested reverse mode grows geometrically, Taylor mode by a few terms per order."
+fig, ax = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+ax.semilogy(range(1, 7), nested, "o-", label="nested reverse mode")
+ax.semilogy(range(1, 7), forward, "s-", label="Taylor mode")
+ax.set(xlabel="order $k$", ylabel="operations recorded")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## The forward Laplacian
+#
+# Differential equations rarely ask for a single derivative. They ask for sums, above all for the
+# Laplacian $\Delta u = \sum_i \partial_i^2 u$. With one jet for every coordinate we would carry
+# $1 + 2 d$ vectors through the network and add up $d$ of them at the end. Add up earlier! By [(20.2)], at
+# every activation
+#
+# $$
+# \sum_i \partial_i^2 \sigma(z)
+# = \sigma'(z) \underbrace{\sum_i \partial_i^2 z}_{\ell}
+# + \sigma''(z) \underbrace{\sum_i (\partial_i z)^2}_{q} .
+# \tag{20.4}
+# $$
+#
+# The second derivatives enter through their sum $\ell$ only, because the derivative of highest order
+# is *linear* in [(20.3)]: only the partition with a single block contains it. And linear layers commute with sums. So
+#
+# $$
+# \bigl( z, \; \partial_1 z, \dots, \partial_d z, \; \ell \bigr)
+# \qquad \text{with } S = d + 2 \text{ vectors}
+# \tag{20.5}
+# $$
+#
+# is closed: what comes out of a layer depends on what went in, and on nothing else. This is the
+# **forward Laplacian**. Nothing in the argument is special about unit weights. For any matrix $C$,
+# also one that differs from datum to datum,
+#
+# $$
+# \begin{aligned}
+# \ell_C &= \sum_{ij} C_{ij} \, \partial_i \partial_j z , \\
+# \sum_{ij} C_{ij} \, \partial_i \partial_j \sigma(z)
+# &= \sigma'(z) \, \ell_C + \sigma''(z) \sum_{ij} C_{ij} \, \partial_i z \, \partial_j z .
+# \end{aligned}
+# \tag{20.6}
+# $$
+#
+# Here it is as loops, for one point:
+
+
+# %%
+def forward_laplacian_by_hand(net: nn.Sequential, x: Tensor, C: Tensor) -> Tensor:
+    """`sum_ij C_ij d_i d_j u` at one point."""
+    d = len(x)
+    value, first, top = x, list(torch.eye(d)), torch.zeros(d)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            value = layer.weight @ value + layer.bias
+            first, top = [layer.weight @ h for h in first], layer.weight @ top
+        else:
+            t = torch.tanh(value)
+            slope, bend = 1 - t**2, -2 * t * (1 - t**2)
+            q = sum(C[i, j] * first[i] * first[j] for i in range(d) for j in range(d))
+            value, first, top = t, [slope * h for h in first], slope * top + bend * q
+    return top
+
+
+# %% [markdown]
+# and in the package, where `SecondOrder` holds directions and weights. Its chain rule is a function with
+# a reverse pass written by hand, because training goes through it at every step: $\partial q / \partial z$
+# needs $\sigma'''$, and then both passes are a few sweeps over the coefficients. (Tests differentiate
+# [(20.3)] by autodiff and compare.)
+
+# %% tags=["remove-input"]
+code(SecondOrder.form, taylor.forward_laplacian)
+
+# %%
+hessian = torch.stack(
+    [torch.stack([derivative(net, X, [e, f]) for f in torch.eye(3)], 1) for e in torch.eye(3)], 1
+)  # [N, 3, 3]
+u, du, lap = forward_laplacian(net, X)
+assert_exact(lap.squeeze(1), hessian.diagonal(dim1=1, dim2=2).sum(1))
+assert_exact(u, net(X))
+assert_exact(du[:, 1, 0], derivative(net, X, [torch.eye(3)[1]]))
+
+C = torch.randn(3, 3)  # neither symmetric nor definite
+expected = torch.einsum("ij,nij->n", C, hessian)
+assert_exact(torch.stack([forward_laplacian_by_hand(net, x, C) for x in X])[:, 0], expected)
+assert_exact(taylor.taylor(net, X, weighted(C))[:, -1, 0], expected)
+
+heat = taylor.taylor(net, X, laplacian(3, coordinates=[1, 2]))  # coordinate 0 is the time
+assert_exact(heat[:, -1, 0], hessian[:, 1, 1] + hessian[:, 2, 2])
+
+per_datum = torch.randn(5, 3, 3)
+found = taylor.taylor(net, X, weighted(per_datum))[:, -1, 0]
+assert_exact(found, torch.einsum("nij,nij->n", per_datum, hessian))
+assert not torch.allclose(found, expected)
+
+# %% [markdown]
+# ## What it costs
+#
+# Three ways to a Laplacian. *Forward*: as above. *Nested*: the gradient by reverse mode, and each of its
+# $d$ entries differentiated by reverse mode. *Hessian*: `torch.func.hessian`, of which only the
+# trace is used. We count the multiplications in products of matrices, where PyTorch dispatches them,
+# for the Laplacian and for its gradient with respect to the weights. In units
+# of one plain forward pass, a forward Laplacian with its reverse pass should cost
+#
+# $$
+# \underbrace{d + 2}_{\text{forward}} + \underbrace{2 (d + 2)}_{\text{reverse}} = 3 (d + 2) ,
+# \tag{20.7}
+# $$
+#
+# since reverse mode multiplies with every $W$ twice, once for its input and once for $W$ itself (but
+# not for the network's input, which makes it a little less). We also count the numbers that are
+# written to memory.
+
+
+# %%
+def by_forward(net: nn.Module, X: Tensor) -> Tensor:
+    return forward_laplacian(net, X)[2].squeeze(1)
+
+
+def by_nesting(net: nn.Module, X: Tensor) -> Tensor:
+    X = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(X).sum(), X, create_graph=True)
+    columns = (
+        torch.autograd.grad(gradient[:, i].sum(), X, create_graph=True)[0][:, i]
+        for i in range(X.shape[1])
+    )
+    return sum(columns)
+
+
+def by_hessian(net: nn.Module, X: Tensor) -> Tensor:
+    hessian = torch.func.vmap(torch.func.hessian(lambda x: net(x).squeeze()))(X)
+    return hessian.diagonal(dim1=1, dim2=2).sum(1)
+
+
+class Count(TorchDispatchMode):
+    """Multiplications in products of matrices, and numbers that are written to memory."""
+
+    multiplications, written = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "mv"):
+            self.multiplications += result.numel() * tensors[-2].shape[-1]
+        if isinstance(result, Tensor):
+            self.written += 0 if func.is_view else result.numel()
+        return result
+
+
+def cost(laplacian: Callable[[nn.Module, Tensor], Tensor], d: int) -> tuple[float, float, float]:
+    """Both counts for one datum, the first in units of a forward pass; the best of five times."""
+    net, X = nn.Sequential(), torch.randn(100, d)
+    for i, (a, b) in enumerate([(d, 64), (64, 64), (64, 48), (48, 1)]):
+        net.extend([nn.Linear(a, b), nn.Tanh()] if i < 3 else [nn.Linear(a, b)])
+
+    def run() -> None:
+        torch.autograd.grad(laplacian(net, X).sum(), net.parameters(), allow_unused=True)
+
+    with Count() as count:
+        run()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    unit = sum(p.numel() for p in net.parameters() if p.ndim == 2)
+    return count.multiplications / len(X) / unit, count.written / len(X), min(times)
+
+
+WAYS = {"forward": by_forward, "nested": by_nesting, "Hessian": by_hessian}
+sizes = [2, 5, 10, 20, 50]
+costs = {name: [cost(way, d) for d in sizes] for name, way in WAYS.items()}
+for column, what in enumerate(("multiplications", "numbers written", "milliseconds")):
+    print(f"{what:>16}, d = " + "".join(f"{d:>9}" for d in sizes))
+    for name in WAYS:
+        print(f"{name:>20} " + "".join(f"{row[column]:9.1f}" for row in costs[name]))
+for i, d in enumerate(sizes):
+    assert 2 * (d + 2) < costs["forward"][i][0] <= 3 * (d + 2)
+    if d >= 10:
+        assert costs["nested"][i][0] > 1.5 * costs["forward"][i][0]
+        assert costs["Hessian"][i][0] > 1.5 * costs["forward"][i][0]
+assert costs["nested"][-1][1] > 1.2 * costs["forward"][-1][1]
+assert costs["Hessian"][-1][1] > 1.2 * costs["forward"][-1][1]
+
+# %% tags=["hide-input"] alt="Three plots on logarithmic axes against the dimension, from 2 to 50: multiplications in units of a forward pass, numbers written, and milliseconds. In each, all three ways rise linearly for large dimensions, and forward is the lowest there." caption="The Laplacian of a network with its gradient, against the dimension: multiplications in units of a forward pass, numbers written to memory, and time on the machine that built this page."
+fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
+titles = ("multiplications / forward pass", "numbers written per datum", "milliseconds")
+for column, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+    for name, values in costs.items():
+        ax.loglog(sizes, [row[column] for row in values], "o-", label=name)
+    ax.set(xlabel="dimension $d$", title=title)
+    ax.set_xticks(sizes, labels=sizes)
+    ax.minorticks_off()
+axes[0].legend()
+plt.show()
+
+# %% [markdown]
+# A factor of about two, not an order: all three are linear in $d$. And a net of one hidden layer would show
+# less, since its first layer's derivatives are the constant $W$, which nesting exploits. The
+# benchmark `python -m benchmarks.pinn` measures time and memory, also on a GPU. What cannot be
+# measured in operations is the next section.
+#
+# ## Any forward pass, by overloading
+#
+# A class `Jet` holds the coefficients `c` of shape $[N, S, h]$ and behaves like the tensor of values, of
+# shape $[N, h]$. PyTorch asks every argument of its functions for a method `__torch_function__`, and lets it
+# answer instead. So a *jet can be passed to a model in place of a tensor*, and nothing in the model needs
+# to know:
+
+# %% tags=["remove-input"]
+code(taylor.Jet.__torch_function__, taylor._linear, taylor.taylor)
+
+# %% [markdown]
+# Sums of jets are sums of coefficients, a constant changes the value only, and products follow
+# the rule of Leibniz. That is enough for the usual architectures: residual connections, features
+# $\sin(B x), \cos(B x)$ with fixed frequencies, and networks multiplied by a function that vanishes on
+# the boundary, so that the boundary condition holds exactly. An activation that PyTorch does not know comes
+# with its derivatives:
+
+
+# %%
+def sinc_like(z: Tensor, K: int) -> list[Tensor]:
+    """`z sin(z)`, as a list of its derivatives up to order K."""
+    s = activations.sin(z, K)
+    return [z * s[0]] + [z * s[k] + k * s[k - 1] for k in range(1, K + 1)]
+
+
+class Hard(nn.Module):
+    """A network that is zero where the first coordinate is 0 or 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.randn(3, 4)
+        self.first, self.second, self.last = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+        self.activation = Elementwise(sinc_like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ self.frequencies
+        h = torch.tanh(self.first(torch.cat([torch.sin(z), torch.cos(z)], dim=1)))
+        h = h + self.activation(self.second(h))  # a residual connection
+        return x[:, :1] * (1 - x[:, :1]) * self.last(h)
+
+
+model = Hard()
+expansion = Partials(torch.eye(3), [(0, 0, 1, 2)], sums=[{(0, 0): 1.0, (1, 1): -1.0}])
+wave = taylor.taylor(model, X, expansion)
+for s, alpha in enumerate(expansion.names[:-1]):
+    assert_exact(wave[:, s, 0], derivative(model, X, [torch.eye(3)[i] for i in alpha]))
+second = [derivative(model, X, [torch.eye(3)[i]] * 2) for i in (0, 1)]
+assert_exact(wave[:, -1, 0], second[0] - second[1])
+on_boundary = torch.cat([torch.ones(5, 1), torch.randn(5, 2)], dim=1)
+assert (model(on_boundary) == 0).all()
+
+# %% [markdown]
+# ## A network of coefficients
+#
+# Now we can say what a differential operator of a network *is*. Line up the $S$ coefficients of
+# every layer's input as rows. Then by [(20.1)] a linear layer does
+#
+# $$
+# z_{ns} = W a_{ns}, \qquad
+# a_{n0} = \begin{pmatrix} h_{n0} \\ 1 \end{pmatrix}, \quad
+# a_{ns} = \begin{pmatrix} h_{ns} \\ 0 \end{pmatrix} \text{ for } s \gt 0 ,
+# \tag{20.8}
+# $$
+#
+# with the value at $s = 0$, and the bias in the last column of $W$, as always. That is a layer with weight sharing and $S = d + 2$
+# positions. Only the bias is unusual: its input is 1 at one position and 0 at all
+# others. Between the linear layers, an activation now mixes the positions, as attention would.
+# [Chapter 21](21_pinn.py) applies KFAC to this network.
+
+# %% tags=["hide-input"] alt="Five heat maps, one for each layer of a small network, with one row for the value, three for first derivatives and one for the Laplacian. The input has the point in its first row, the identity in the next three, and zeros in the last; from the first activation on, all rows are filled." caption="The coefficients of one point on their way through the network. Rows: value, three first derivatives, Laplacian. At the input: the point, the identity, zero."
+h = taylor.Jet(laplacian(3).start(X[:1]), laplacian(3))
+stages = {"input": h.c[0]}
+for name, layer in zip(("linear", "tanh", "linear", "tanh"), net, strict=False):
+    h = layer(h)
+    stages[f"{name} {len(stages)}"] = h.c[0]
+fig, axes = plt.subplots(1, 5, figsize=(9.4, 2.6), layout="constrained")
+for ax, (name, c) in zip(axes, stages.items(), strict=True):
+    end = c.abs().max().item()
+    ax.imshow(c.tolist(), cmap="RdBu", vmin=-end, vmax=end, aspect="auto")
+    ax.set(title=name, xticks=[], yticks=range(5), yticklabels=[])
+axes[0].set_yticklabels(["$u$", r"$\partial_1$", r"$\partial_2$", r"$\partial_3$", r"$\Delta$"])
+plt.show()
+assert (stages["linear 1"][-1] == 0).all()
+assert (stages["tanh 2"][-1] != 0).all()
+
+# %% [markdown]
+# ## Sums of higher order
+#
+# The plate equation has $\Delta^2 u = \sum_{ij} \partial_i^2 \partial_j^2 u$. All its derivatives of order
+# four travel as one sum, by the same argument, but those of lower order that [(20.3)] needs must be
+# kept. These are all multisets below some $\{i, i, j, j\}$: the value, $d$ of order one, $d (d + 1) / 2$
+# of order two, and $d^2$ of order three.
+#
+# Another way avoids mixed derivatives. A fourth derivative along $e_i \pm e_j$ contains
+# $\partial_i^2 \partial_j^2$ six times, and adding both signs removes what is odd:
+#
+# $$
+# \begin{aligned}
+# \Delta^2 = \sum_i D_{e_i}^4 + \tfrac16 \sum_{i \lt j} \bigl(
+# & D_{e_i + e_j}^4 + D_{e_i - e_j}^4 \\
+# & - 2 D_{e_i}^4 - 2 D_{e_j}^4 \bigr) ,
+# \end{aligned}
+# \tag{20.9}
+# $$
+#
+# with $D_v^4$ the fourth derivative along $v$. That takes $d^2$ directions with three kept coefficients each.
+
+# %%
+for d in (2, 3, 6):
+    directions, weights = list(torch.eye(d)), [1.0 - (d - 1) / 3] * d
+    for i in range(d):
+        for j in range(i):
+            directions += [torch.eye(d)[i] + torch.eye(d)[j], torch.eye(d)[i] - torch.eye(d)[j]]
+            weights += [1 / 6, 1 / 6]
+    mixed = biharmonic(d)
+    along = Partials(
+        torch.stack(directions), sums=[{(r,) * 4: w for r, w in enumerate(weights)}]
+    )  # fmt: skip
+    plate = nn.Sequential(nn.Linear(d, 7), nn.Tanh(), nn.Linear(7, 7), nn.SiLU(), nn.Linear(7, 1))
+    Z = torch.randn(4, d)
+    a, b = (taylor.taylor(plate, Z, e)[:, -1] for e in (mixed, along))
+    assert (a - b).abs().max() < 1e-11 * a.abs().max()
+    print(f"d = {d}: {len(mixed.names)} coefficients with mixed derivatives,", end=" ")
+    print(f"{len(along.names)} with directions")
+    assert len(mixed.names) == 2 + d + d * (d + 1) // 2 + d**2
+    assert len(along.names) == 2 + 3 * d**2
+
+# %% [markdown]
+# Exercise 20.3 gets along with fewer.
+#
+# ## What goes wrong in practice
+#
+# **A network without a second derivative.** ReLU is piecewise linear, so $\sigma'' = 0$ wherever it
+# exists, and the Laplacian of a ReLU network is zero at every point where it is defined. Such a network can never solve
+# $\Delta u = f$, and nothing complains: the loss is finite, and so are its gradients. $\max(0, z)^2$ bends:
+
+# %%
+kinked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+assert (forward_laplacian(kinked, X)[2] == 0).all()
+assert (by_nesting(kinked, X) == 0).all()  # nesting does not help
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) ** 2
+
+
+bent = nn.Sequential(nn.Linear(3, 8), SquaredReLU(), nn.Linear(8, 1))
+assert_exact(forward_laplacian(bent, X)[2].squeeze(1), by_nesting(bent, X))
+assert forward_laplacian(bent, X)[2].abs().max() > 0.01
+
+# %% [markdown]
+# **The bias in every row.** If the coefficients are stacked into one batch of $N S$ vectors and handed to
+# `nn.Linear`, the bias is added to derivatives, too. The error is invisible in a freshly made network whose
+# biases are zero, as some initialisations make them.
+
+
+# %%
+def careless(net: nn.Sequential, X: Tensor) -> Tensor:
+    h = taylor.Jet(laplacian(3).start(X), laplacian(3))
+    for layer in net:
+        linear = isinstance(layer, nn.Linear)
+        h = taylor.Jet(layer(h.c), h.expansion) if linear else layer(h)  # b reaches all S rows
+    return h.c[:, -1]
+
+
+assert (careless(net, X) - lap).abs().max() > 0.1 * lap.abs().max()
+unbiased = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+for layer in (unbiased[0], unbiased[2]):
+    nn.init.zeros_(layer.bias)
+assert_exact(careless(unbiased, X), forward_laplacian(unbiased, X)[2])
+
+# %% [markdown]
+# **Functions that mix data.** Batch normalisation makes the output for one point depend on
+# all others. Then "the derivative with respect to the point's own input" is no longer what the network computes for the
+# batch. `Jet` knows only functions for which the question makes sense, and names the others:
+
+# %%
+for layer in (nn.LayerNorm(3), nn.ELU()):
+    try:
+        taylor.taylor(layer, X, laplacian(3))
+        raise AssertionError("should have been refused")
+    except NotImplementedError as error:
+        print(str(error)[:84], "...")
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 20.1.** Find the rule for the product $f g$ of two scalar functions in the forward
+# Laplacian: $\Delta (f g)$ from the coefficients of $f$ and $g$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $\partial_i^2 (f g) = (\partial_i^2 f)\, g + 2\, \partial_i f\, \partial_i g + f\, \partial_i^2 g$, and the sum over $i$
+# needs second derivatives only summed up: $\Delta (f g) = g\, \Delta f + 2 \sum_i \partial_i f\, \partial_i g + f\, \Delta g$.
+# So [(20.5)] is closed under products as well.
+#
+# </details>
+#
+# **Exercise 20.2.** Which directions and weights give $\ell_C$ of [(20.6)], for a symmetric $C$ of rank
+# $r$, with $S = r + 2$ coefficients? When is this of use?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Let $C = \sum_k w_k v_k v_k^\top$, say from the eigenvectors, $r$ of them with $w_k \ne 0$. Then
+# $\sum_{ij} C_{ij} \partial_i \partial_j = \sum_k w_k D_{v_k}^2$. Carry the first derivatives along the
+# $v_k$ only. It saves work for $r \lt d$, provided that the equation does not need the whole gradient.
+#
+# </details>
+#
+# **Exercise 20.3.** Show that the biharmonic operator gets along with the coefficients $z$,
+# $\partial_i z$, $\partial_i \partial_j z$ for $i \le j$, $\partial_i \Delta z$ and $\Delta^2 z$. How many are these?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# In [(20.3)] for $\{i, i, j, j\}$, summed over $i$ and $j$, a block of three occurs with a
+# block of one: $4 \sum_{ij} \partial_i z \, \partial_i \partial_j^2 z = 4 \sum_i \partial_i z\, \partial_i \Delta z$. So derivatives of
+# order three are needed in these sums only. And for $\partial_i \Delta \sigma(z)$ itself they enter
+# linearly, through the same sums; the rest has orders one and two. Together
+# $2 + 2 d + d (d + 1) / 2$ coefficients instead of $2 + d + d (d + 1) / 2 + d^2$.
+#
+# </details>
+#
+# **Exercise 20.4.** A jet of order $K$ along one direction, and a network with hidden layers of width $h$.
+# How does the work of the linear layers grow with $K$, and how that of the activations?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Each linear layer multiplies $K + 1$ vectors: proportional to $K h^2$. An activation has a term for every
+# partition of every number up to $K$ into sizes, proportional to $h$. Their number grows like
+# $e^{c \sqrt K}$: slower than any geometric growth, and for the orders in use far below $h$.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+E = laplacian(3)  # 20.1
+f, g = (taylor.taylor(n, X, E) for n in (net, model))
+df, dg = f[:, 1:4], g[:, 1:4]
+product = g[:, 0] * f[:, 4] + 2 * (df * dg).sum(1) + f[:, 0] * g[:, 4]
+assert_exact(product, E.product(f, g)[:, 4])
+assert_exact(product.squeeze(1), by_nesting(lambda x: net(x) * model(x), X).detach())
+
+w, Q = torch.linalg.eigh(torch.outer(v, v) - torch.outer(X[0], X[0]))  # 20.2: rank two
+used = w.abs() > 1e-8
+low_rank = SecondOrder(Q.T[used], w[None, used])
+assert len(low_rank.names) == 2 + 2
+full = taylor.taylor(net, X, weighted(torch.outer(v, v) - torch.outer(X[0], X[0])))
+assert_exact(taylor.taylor(net, X, low_rank)[:, -1], full[:, -1])
+
+counts = [2 + 2 * d + d * (d + 1) // 2 for d in (2, 3, 6)]  # 20.3
+assert all(n < len(biharmonic(d).names) for n, d in zip(counts, (2, 3, 6), strict=True))
+third = Partials(torch.eye(2), sums=[{(0, 0, 0): 1.0, (0, 1, 1): 1.0}])  # sums of order three
+assert len(third.names) == 1 + 2 + 3 + 1
+
+numbers = [len(partitions((0,) * k)) for k in range(1, 9)]  # 20.4
+assert numbers == [1, 2, 3, 5, 7, 11, 15, 22]
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Griewank and Walther (2008)](bibliography.md#griewank-walther), chapter 13, is the textbook on Taylor
+# mode. [Bettencourt et al. (2019)](bibliography.md#jax-jet) bring it to machine learning. The forward
+# Laplacian is from [Li et al. (2024)](bibliography.md#forward-laplacian), for wave functions of many
+# electrons. [Dangel et al. (2025)](bibliography.md#collapsing) explain it as a sum that is pulled through the network,
+# with more operators of higher order. [Dangel et al. (2024)](bibliography.md#pinns) see the shared
+# weights in it and derive KFAC from them: the next chapter.

@@ -1,0 +1,810 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 21. KFAC for PINNs: derivatives share weights
+#
+# **Part IV: PINNs.** What is KFAC for a loss that is made of derivatives, and when does it pay?
+#
+# Networks that solve differential equations are small, smooth, and hard to train. Gradient descent
+# and Adam take hundreds of thousands of steps, and stop early on the way to the solution. The
+# loss is badly conditioned, because a differential operator is. Second-order methods
+# divide by the curvature and get orders of magnitude further. The exact Gauss-Newton
+# matrix is affordable for small networks only. KFAC is meant for the larger ones. [Chapter 20](20_taylor.py)
+# turned the operator into a network with shared weights; this chapter applies what
+# [Chapter 6](06_weight_sharing.py) knows about such networks, and then compares it honestly with the
+# exact methods.
+
+# %%
+import json
+import textwrap
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+
+import kfac_scratch
+from kfac_scratch import pinn, pinn_gramian
+from kfac_scratch.ekfac import ekfac
+from kfac_scratch.expansions import laplacian, value
+from kfac_scratch.kfac import kfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.matrices import Kronecker
+from kfac_scratch.pinn import Term, linearize
+from kfac_scratch.pinn_gramian import (
+    flat,
+    gramian,
+    joined,
+    kernel,
+    residuals,
+    transposed_times,
+    weights,
+)
+from kfac_scratch.pinn_metric import TermWise, congruence, damped_factors, ekfac_inverse
+from kfac_scratch.pinn_problems import kovasznay, mlp, poisson
+from kfac_scratch.pinn_solvers import best_combination, dense, in_kernel, line_search, per_layer
+from kfac_scratch.pinn_steps import GaussNewton, KFACStar
+from kfac_scratch.show import code, matrices
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    largest = expected.abs().max()
+    assert largest > 0  # two zeros would prove nothing
+    assert (actual - expected).abs().max() <= 1e-10 * largest
+
+
+def relative_error(M: Tensor, F: Tensor) -> float:
+    return ((M - F).norm() / F.norm()).item()
+
+
+# %% [markdown]
+# ## A differential equation as data
+#
+# Poisson's equation on the unit square, $\Delta u + f = 0$ with $u = 0$ on the boundary. We choose the
+# solution, $u^* = \sin \pi x_1 \sin \pi x_2$, and get the right-hand side $f = 2 \pi^2 u^*$. The loss measures how far a
+# network $u$ is from satisfying both,
+#
+# $$
+# L = \frac{w_1}{2 N_1} \sum_{n} \bigl( \Delta u(x_n) + f(x_n) \bigr)^2
+# + \frac{w_2}{2 N_2} \sum_{n} u(x_n')^2 ,
+# \tag{21.1}
+# $$
+#
+# with points $x_n$ inside and $x_n'$ on the boundary. A term of the loss is a *function of the network's
+# Taylor coefficients*, a set of points, and the name of the coefficients:
+
+
+# %%
+def solution(x: Tensor) -> Tensor:
+    return torch.sin(torch.pi * x).prod(1, keepdim=True)
+
+
+inside, border = torch.rand(60, 2), torch.rand(20, 2)
+border[:10, 0], border[10:, 1] = torch.randint(2, (2, 10)) * 1.0
+terms = [
+    Term(lambda u, x: u.lap + 2 * torch.pi**2 * solution(x), inside, laplacian(2)),
+    Term(lambda u, x: u.value, border, value(2)),
+]
+model = mlp(2, 6, 5, 1)
+print(f"loss {pinn.loss(model, terms).item():.2f}")
+
+# %% [markdown]
+# Another equation is another function. Here is Allen and Cahn's, $\partial_t u = \tfrac{1}{100} \partial_x^2 u + u - u^3$,
+# nonlinear, with the time as coordinate 0, an initial condition, and data from a measurement. Any number
+# of terms may be added.
+
+
+# %%
+def allen_cahn(u, x):
+    return u.d[0] - 0.01 * u.lap - u.value + u.value**3
+
+
+def start(u, x):
+    return u.value - x[:, 1:] ** 2 * torch.cos(torch.pi * x[:, 1:])
+
+
+X = torch.rand(50, 2) * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
+phases = [
+    Term(allen_cahn, X, laplacian(2, coordinates=[1])),
+    Term(start, X * torch.tensor([0.0, 1.0]), value(2), weight=10.0),
+    Term(lambda u, x: u.value + 0.9, torch.tensor([[0.5, 0.0]]), value(2)),  # one measurement
+]
+print(f"loss {pinn.loss(mlp(2, 6, 1), phases).item():.2f}")
+
+# %% [markdown]
+# The most common mistake in such code is silent: an output of shape $[N, 1]$ minus a target of shape $[N]$ is
+# a matrix $[N, N]$, and its mean square is a plausible number. Here it is refused, and so is a residual that
+# does not use the derivative for which it declared the expansion.
+
+# %%
+mistakes = {
+    "shapes": Term(lambda u, x: u.lap - solution(x)[:, 0], inside, laplacian(2)),
+    "ignored": Term(lambda u, x: u.value - solution(x), inside, laplacian(2)),
+}
+for name, term in mistakes.items():
+    try:
+        linearize(model, [term])
+        raise AssertionError("should have been refused")
+    except ValueError as error:
+        print(f"{name}:", *textwrap.wrap(str(error), 90), sep="\n    ")
+
+# %% [markdown]
+# ## One forward pass, one reverse pass
+#
+# Put all residuals into one vector $\rho$, scaled such that $L = \tfrac12 \lVert \rho \rVert^2$:
+# an entry is $\rho_n = \sqrt{w / N} \, r(x_n)$. Let $J$ be its Jacobian with respect to all weights. Then
+#
+# $$
+# \nabla L = J^\top \rho , \qquad \text{Gauss-Newton matrix } F = J^\top J .
+# \tag{21.2}
+# $$
+#
+# In the field this matrix is called the Gramian. We know how to get a row of $J$. A layer
+# applies $W$ to the $S$ coefficients $a_{ns}$ of datum $n$, $z_{ns} = W a_{ns}$. Send the residual back
+# through the network *of coefficients*, and call what arrives at $z_{ns}$
+#
+# $$
+# g_{ns} = \frac{\partial \rho_n}{\partial z_{ns}} , \qquad
+# \frac{\partial \rho_n}{\partial W} = \sum_{s=1}^S g_{ns} a_{ns}^\top = G_n .
+# \tag{21.3}
+# $$
+#
+# This is a `LayerIO`, with one vector per residual of a datum ($V = 1$ for a scalar equation). The block of the
+# layer is `io.block()`, and everything in Parts II and III applies. Nothing about
+# derivatives is left, except that the bias has the inputs $[1, 0, \dots, 0]$.
+#
+# In the package the reverse pass has two stages. The residual is linearised with respect to the few
+# coefficients of the network's output, which copes with nonlinear equations and sees what is not used. Then one call
+# of autodiff goes back to the outputs of all layers.
+
+# %% tags=["remove-input"]
+code(pinn._linearized)
+
+# %% [markdown]
+# We check it against nested reverse mode, which knows nothing about coefficients:
+
+# %%
+lin = linearize(model, terms)
+parts = flat(lin)
+x = inside.clone().requires_grad_()
+(du,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+ddu = [torch.autograd.grad(du[:, i].sum(), x, create_graph=True)[0][:, i] for i in (0, 1)]
+rho = (ddu[0] + ddu[1] + 2 * torch.pi**2 * solution(x)[:, 0]) / 60**0.5
+assert_exact(parts[0].residuals[0], rho.detach())
+for n in range(0, 60, 10):
+    rows = torch.autograd.grad(rho[n], [model[2].weight, model[2].bias], retain_graph=True)
+    G = parts[0].ios["2"].gradients()[0, n]
+    assert_exact(G[:, :-1], rows[0])
+    assert_exact(G[:, -1], rows[1])
+gradient = transposed_times(parts, residuals(parts))
+expected = torch.autograd.grad(pinn.loss(model, terms), model[0].weight)[0]
+assert_exact(gradient["0"][:, :-1], expected)
+for name, io in parts[0].ios.items():
+    print(f"layer {name}: a {list(io.a.shape)}, g {list(io.g.shape)}")
+
+# %% [markdown]
+# The gradient came for free, from the same $a$ and $g$. So do products with the Jacobian, as
+# $(J V)_n = \sum_s g_{ns}^\top V a_{ns}$, without another pass through a graph:
+
+# %% tags=["remove-input"]
+code(pinn_gramian._times, pinn_gramian.transposed_times)
+
+# %% [markdown]
+# ## KFAC, and when it is exact
+#
+# KFAC-expand treats the coefficients of a datum as if they were data, as in [Chapter 6](06_weight_sharing.py):
+#
+# $$
+# A = \frac{1}{N S} \sum_{n, s} a_{ns} a_{ns}^\top , \qquad
+# B = \sum_{n, s} g_{ns} g_{ns}^\top , \qquad
+# F \approx B \otimes A .
+# \tag{21.4}
+# $$
+
+# %% tags=["hide-input"] alt="Two rows of two heat maps, for the interior term and the boundary term, of the middle layer. The exact block and KFAC's approximation beside it; the boundary pair looks alike, the interior pair differs in scale and in many details." caption="The middle layer: exact block and KFAC. Top: the interior term, whose residual is a Laplacian. Bottom: the boundary term, whose residual is a value."
+fig, axes = plt.subplots(2, 2, figsize=(6.6, 6.2), layout="constrained")
+for row, part, title in zip(axes, parts, ("interior", "boundary"), strict=True):
+    io = part.ios["2"]
+    F, K = io.block(), kfac(io).dense()
+    end = F.abs().max().item()
+    for ax, M, kind in zip(row, (F, K), ("exact", "KFAC"), strict=True):
+        ax.imshow(M.tolist(), cmap="RdBu", vmin=-end, vmax=end)
+        ax.set(title=f"{title}: {kind}", xticks=[], yticks=[])
+plt.show()
+for part, title in zip(parts, ("interior", "boundary"), strict=True):
+    errors = [relative_error(kfac(io).dense(), io.block()) for io in part.ios.values()]
+    print(f"{title}: relative errors", *(f"{e:.2f}" for e in errors))
+
+# %% [markdown]
+# The interior term is approximated badly. Is that a bug? To tell, we need a case in which KFAC must be exact.
+# Take a *linear* network, that is, linear layers with nothing between them, and an operator of the first
+# coefficients with factors that may differ from datum to datum, $r_n = \sum_s c_{ns} u_{ns}$ with $u_{n0} = u$,
+# $u_{ni} = \partial_i u$, and so on. The rest of the network is one matrix, so all positions get the same
+# vector $v$, up to their factor: $g_{ns} = c_{ns} v$. With $Z_n = [a_{n1}, \dots, a_{nS}]^\top$, and the scale in $v$,
+#
+# $$
+# F = v v^\top \otimes \sum_n Z_n^\top c_n c_n^\top Z_n , \qquad
+# B \otimes A = v v^\top \otimes \frac{\sum_n \lVert c_n \rVert^2}{N S} \sum_n Z_n^\top Z_n .
+# \tag{21.5}
+# $$
+#
+# <div class="admonition theorem" markdown="1" id="thm-21.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 21.1 (an exact case)</b></p>
+#
+# In a linear network with biases, let every point occur with several rows of factors $c = (\pm 1, \dots, \pm 1)$
+# which are an orthogonal design: $\sum c c^\top$ over the rows of a point is a multiple of $I$. Then KFAC-expand is
+# exact in every layer.
+#
+# </div>
+#
+# **Proof.** Let a point $x_k$ have $m$ rows. Their sum in $F$ is
+# $Z_k^\top (\sum c c^\top) Z_k = m Z_k^\top Z_k$, since the diagonal of $\sum c c^\top$ is $m$. On the right
+# $\lVert c_n \rVert^2 = S$ cancels the $1 / S$, and $Z_k^\top Z_k$ also occurs $m$ times. $\blacksquare$
+#
+# This case is a test of every factor in an implementation: of $1/N$, of $1/S$, and of the zeros in the
+# bias column.
+
+# %%
+S = 4
+signs = torch.tensor(list(product([1.0, -1.0], repeat=S)))  # all 16 rows
+points = torch.randn(3, 2).repeat_interleave(len(signs), 0)
+signs = signs.repeat(3, 1)
+
+
+def design(u, x):
+    return sum(signs[:, s : s + 1] * part for s, part in enumerate([u.value, *u.d, u.lap]))
+
+
+linear = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 4), nn.Linear(4, 1))
+for io in flat(linearize(linear, [Term(design, points, laplacian(2))]))[0].ios.values():
+    assert_exact(kfac(io).dense(), io.block())
+    everywhere = LayerIO(io.a.clone(), io.g)  # the pitfall of Chapter 20: a bias that reaches all
+    everywhere.a[:, :, -1] = 1.0
+    assert relative_error(kfac(everywhere).dense(), io.block()) > 0.01
+for name in ("0", "2"):  # a nonlinear net and many points, even without derivatives
+    io = parts[1].ios[name]
+    assert relative_error(kfac(io).dense(), io.block()) > 1e-3
+one_point = flat(linearize(model, [Term(lambda u, x: u.value, border[:1], value(2))]))[0]
+for io in one_point.ios.values():
+    assert_exact(kfac(io).dense(), io.block())
+
+# %% [markdown]
+# The last lines are the classical case: a single datum, and a residual without derivatives. *With*
+# derivatives, a single datum is not enough, because it has $S$ different inputs: the first ends with 1
+# and the others with 0, so they are not multiples of each other, and $A$ has a rank of at least two where $F$ has
+# rank one.
+#
+# ### How wrong can it be?
+#
+# <div class="admonition theorem" markdown="1" id="thm-21.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 21.2 (never too small)</b></p>
+#
+# For a scalar equation and any network, $F \preceq N S^2 \; B \otimes A$. In particular, KFAC sees every
+# direction in which the curvature is not zero.
+#
+# </div>
+#
+# **Proof.** For a matrix $V$ of the layer's shape, $\operatorname{vec}(V)^\top F \operatorname{vec}(V) = \sum_n \bigl(\sum_s g_{ns}^\top V a_{ns}\bigr)^2
+# \le S \sum_{n s} (g_{ns}^\top V a_{ns})^2$ by Cauchy and Schwarz, and each square is one of
+# the terms of $\sum_{ns, n's'} (g_{ns}^\top V a_{n's'})^2 = N S \operatorname{vec}(V)^\top (B \otimes A) \operatorname{vec}(V)$, none of which is negative. $\blacksquare$
+#
+# The other direction fails badly. In the last layer of Poisson's equation, only the Laplacian is
+# sent back. The value and the first derivatives are dead, $g_{ns} = 0$, but their inputs count in $A$. The last
+# bias even has no influence at all on $\Delta u$, and KFAC gives it curvature.
+
+# %%
+io = parts[0].ios["4"]
+N, S, _ = io.a.shape
+for of_layer in parts[0].ios.values():
+    gap = N * S**2 * kfac(of_layer).dense() - of_layer.block()
+    assert torch.linalg.eigvalsh(gap)[0] > -1e-10 * gap.trace()
+alive = io.g.abs().amax((0, 1, 3)) > 0
+pruned = LayerIO(io.a[:, alive], io.g[:, :, alive])
+print(f"last layer: {int(alive.sum())} of {S} positions alive")
+print(f"error {relative_error(kfac(io).dense(), io.block()):.2f},", end=" ")
+print(f"and without the dead ones {relative_error(kfac(pruned).dense(), io.block()):.1e}")
+assert io.block()[-1, -1] == 0 < kfac(io).dense()[-1, -1]
+assert_exact(kfac(pruned).dense(), io.block())
+
+# %% [markdown]
+# Leaving out dead positions makes the last layer exact here. In training it helps sometimes and
+# hurts sometimes, so it is not what the package does.
+#
+# ## Two terms, one inverse
+#
+# Interior and boundary have factors of their own. KFAC for [(21.1)] is a sum of two products, each with
+# damped factors,
+#
+# $$
+# P = \tilde B_1 \otimes \tilde A_1 + \tilde B_2 \otimes \tilde A_2 , \qquad
+# \tilde A = A + \lambda I , \quad \tilde B = B + \lambda I .
+# \tag{21.6}
+# $$
+#
+# Two symmetric matrices can be diagonalised at once. Take a matrix $K_A$ with
+# $K_A^\top (\tilde A_1 + \tilde A_2) K_A = I$ and $K_A^\top \tilde A_1 K_A = \operatorname{diag}(\alpha)$; then
+# $K_A^\top \tilde A_2 K_A = \operatorname{diag}(1 - \alpha)$. With the same for $B$,
+#
+# $$
+# P^{-1} = (K_B \otimes K_A)
+# \operatorname{diag} \left( \frac{1}{\beta_o \alpha_i + (1 - \beta_o)(1 - \alpha_i)} \right)
+# (K_B \otimes K_A)^\top .
+# \tag{21.7}
+# $$
+#
+# Whitening by the sum of both, not by one of them, keeps all numbers in $[0, 1]$, and works if one term is singular.
+
+# %% tags=["remove-input"]
+code(congruence)
+
+# %%
+factors = [kfac(part.ios["2"]) for part in parts]
+damped = tuple(damped_factors(K, 1.0, 1e-3) for K in factors)
+P = damped[0].dense() + damped[1].dense()
+V = torch.randn(5, 7)
+assert_exact((congruence(damped) @ V).flatten(), torch.linalg.solve(P, V.flatten()))
+
+# %% [markdown]
+# ### A damping that nobody mentions
+#
+# The authors' code averages factors over steps, $\hat A_t = \beta \hat A_{t-1} + (1 - \beta) A_t$, and starts from
+# $\hat A_0 = I$. Unroll it: $\hat A_t = \beta^t I + (1 - \beta^t) \bar A_t$ with a proper weighted mean $\bar A_t$.
+# So $\beta^t$ is a damping, which starts at 1 and decays to far below any $\lambda$ that one would set by hand. It is not an
+# artefact to be corrected away: without it, the first steps use $\lambda = 10^{-10}$ alone and the
+# training may fail. `TermWise` writes it as what it is, `damped_factors(K, 1 - b**t, damping + b**t)`.
+
+# %%
+decay, A_hat, state = 0.6, eye_like(factors[0].A), None
+for t in range(1, 4):
+    batch = linearize(model, poisson(2).terms(60, 20, generator))
+    A_hat = decay * A_hat + (1 - decay) * kfac(batch[0][0].ios["2"]).A
+    state, _ = TermWise(decay).update(state, batch, 1e-10, t)
+    ours = damped_factors(state["2"][0], 1 - decay**t, decay**t).A
+    assert_exact(ours, A_hat)
+
+# %% [markdown]
+# ## From a preconditioner to a step
+#
+# Let $\Delta = -P^{-1} \nabla L$. How far should we go? The paper has two answers. **KFAC** adds momentum and searches along
+# the line, by evaluating the loss at many powers of two. **KFAC\*** asks the exact Gauss-Newton model, in
+# the plane of $\Delta$ and the last step $\delta$:
+#
+# $$
+# \min_{\alpha, \mu} \; \tfrac12 \bigl\lVert J (\alpha \Delta + \mu \delta) + \rho \bigr\rVert^2
+# + \tfrac{\lambda}{2} \lVert \alpha \Delta + \mu \delta \rVert^2 .
+# \tag{21.8}
+# $$
+#
+# Two unknowns, two equations, and what they need is $J \Delta$ and $J \delta$: a few products of small matrices
+# with the $a$ and $g$ that are already there. Nothing limits us to two directions. `per_layer` gives each layer
+# its own $\alpha$ and $\mu$, at no extra cost, and is never worse in the model.
+
+# %% tags=["remove-input"]
+code(best_combination, KFACStar.step)
+
+# %% [markdown]
+# The last lines of `step` are a safeguard which the paper's algorithm lacks: a combination that does not lower the true loss is halved
+# until it does. And the first step is the exact minimum along $\Delta$. With a fixed $P$ and a
+# linear residual, these steps are those of preconditioned conjugate gradients (Exercise 21.3), which is why the momentum helps.
+#
+# ## The competitors: exact Gauss-Newton
+#
+# KFAC approximates $J^\top J + \lambda I$ because it has $D^2$ entries. But
+#
+# $$
+# (J^\top J + \lambda I)^{-1} J^\top \rho = J^\top (J J^\top + \lambda I)^{-1} \rho ,
+# \tag{21.9}
+# $$
+#
+# since both sides, multiplied by $J^\top J + \lambda I$, give $J^\top \rho$. On the right is the *kernel*, with one row for each
+# residual. PINNs are trained with some hundred to some thousand points, and then it is small,
+# whatever the size of the network. Both forms give the same step:
+
+# %%
+both = [solver(parts, residuals(parts))(1e-3) for solver in (dense, in_kernel)]
+for name in weights(model):
+    assert_exact(both[0][name], both[1][name])
+assert gramian(parts).shape == (59, 59)
+assert kernel(parts).shape == (80, 80)
+assert torch.linalg.matrix_rank(kernel(parts)) <= 59
+
+# %% tags=["remove-input"]
+code(in_kernel)
+
+# %% [markdown]
+# `GaussNewton` uses either with the rule of Levenberg and Marquardt ([Chapter 8](08_damping.py)): a step that lowers the loss as
+# predicted lowers $\lambda$, one that fails is not taken.
+#
+# ## Training
+#
+# A small example first, with few steps, so that this page can be run: 200 points inside, 60 on the
+# boundary, 24 hidden units. Every method makes 40 steps, Adam 150.
+
+
+# %%
+def train(method, steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
+    torch.manual_seed(seed)
+    net, state, errors = mlp(2, 24, 1), None, []
+    problem = poisson(2)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    terms, test = problem.terms(200, 60, draw), problem.points(500, draw)
+    for _ in range(steps):
+        state = method.step(net, terms, state)
+        errors.append(problem.error(net, test))
+    return net, errors
+
+
+class Adam:
+    """Stochastic gradients, here of all points, as a method like the others."""
+
+    def step(self, net: nn.Module, terms: list[Term], optimizer=None):
+        optimizer = optimizer or torch.optim.Adam(net.parameters(), lr=0.01)
+        optimizer.zero_grad()
+        pinn.loss(net, terms).backward()
+        optimizer.step()
+        return optimizer
+
+
+methods = {
+    "Adam": (Adam(), 150),
+    "KFAC*": (KFACStar(metric=TermWise(0.6)), 40),
+    "KFAC* per layer": (KFACStar(candidates=per_layer, metric=TermWise(0.6)), 40),
+    "EKFAC* per layer": (KFACStar(1e-10, per_layer, TermWise(0.6, ekfac_inverse)), 40),
+    "Gauss-Newton": (GaussNewton(), 40),
+}
+runs = {name: train(*pair) for name, pair in methods.items()}
+for name, (_, errors) in runs.items():
+    print(f"{name:17} error {errors[-1]:.1e} after {len(errors)} steps")
+final = {name: errors[-1] for name, (_, errors) in runs.items()}
+assert final["Gauss-Newton"] < final["KFAC*"] / 3
+assert final["KFAC*"] < final["Adam"]
+
+# %% tags=["hide-input"] alt="Error against steps on a logarithmic axis. Adam falls slowly over 150 steps; the three KFAC curves fall faster within 40 steps and lie close together; exact Gauss-Newton falls by orders of magnitude." caption="Root mean square error against steps; the horizontal axis is logarithmic."
+fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+for name, (_, errors) in runs.items():
+    ax.loglog(range(1, len(errors) + 1), errors, label=name)
+ax.set(xlabel="steps", ylabel="error")
+ax.legend(fontsize="small")
+plt.show()
+
+# %% tags=["hide-input"] alt="Three square panels over the unit square. The solution of the trained network is a single smooth bump. The error fields of Gauss-Newton and of KFAC star have patterns of both signs, with much smaller numbers for Gauss-Newton." caption="The solution, and two error fields $u - u^*$, each in its own colour scale."
+grid = torch.stack(
+    torch.meshgrid(torch.linspace(0, 1, 60), torch.linspace(0, 1, 60), indexing="xy"), -1
+)
+with torch.no_grad():
+    fields = {"Gauss-Newton: $u$": runs["Gauss-Newton"][0](grid.view(-1, 2))}
+    for name in ("Gauss-Newton", "KFAC* per layer"):
+        fields[f"{name}: error"] = runs[name][0](grid.view(-1, 2)) - solution(grid.view(-1, 2))
+fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.0), layout="constrained")
+for ax, (title, f) in zip(axes, fields.items(), strict=True):
+    end = f.abs().max().item()
+    image = ax.imshow(
+        f.view(60, 60).tolist(),
+        cmap="RdBu",
+        vmin=-end,
+        vmax=end,
+        origin="lower",
+        extent=(0, 1, 0, 1),
+    )
+    ax.set(title=title, xticks=[0, 1], yticks=[0, 1])
+    fig.colorbar(image, ax=ax, shrink=0.85)
+plt.show()
+
+# %% [markdown]
+# ## When KFAC pays
+#
+# At this size the exact method wins by far. Is that an accident of the example? Two numbers decide: how many KFAC
+# steps take as long as one exact step, and how many are needed to get as far. The first can be counted.
+# Per step, for a network of $D$ weights in layers of width $h$, and $N$ residuals:
+#
+# | | arithmetic | memory |
+# | --- | --- | --- |
+# | dense Gauss-Newton | $N D^2 + D^3 / 3$ | $N D + D^2$ |
+# | kernel form | $N^2 D + N^3 / 3$ | $N D_\text{layer} + N^2$ |
+# | KFAC\* | $c \, N S D + c' \sum h^3$ | $N S \sum h + \sum h^2$ |
+#
+# We take $c = 10$ (a forward and a reverse pass, two factors, three products with the
+# Jacobian) and $c' = 20$ (decompositions), which are rough. As long as the decompositions are not the larger part,
+#
+# $$
+# \frac{\text{kernel}}{\text{KFAC*}} \approx \frac{N}{10\, S} :
+# \tag{21.10}
+# $$
+#
+# the *number of points* decides, and not the size of the network.
+
+# %%
+NETS = [
+    (2, 64, 1),
+    (2, 64, 64, 48, 48, 1),
+    (5, 256, 256, 128, 128, 1),
+    (100, 768, 768, 512, 512, 1),
+]
+print(f"{'D':>10} {'N':>7} {'dense':>14} {'kernel':>12} {'KFAC*':>9}   KFAC* steps per exact step")
+ratio = {}
+for sizes in NETS:
+    layers = list(zip(sizes[:-1], sizes[1:], strict=True))
+    D, S = sum((a + 1) * b for a, b in layers), sizes[0] + 2
+    for N in (1_000, 30_000):
+        decompositions = 20 * sum((a + 1) ** 3 + b**3 for a, b in layers)
+        per_step = (
+            N * D**2 + D**3 / 3,
+            N**2 * D + N**3 / 3,
+            10 * N * S * D + decompositions,
+        )
+        ratio[D, N] = min(per_step[:2]) / per_step[2]
+        numbers = "".join(
+            f"{c / 1e9:{width},.2f}" for c, width in zip(per_step, (15, 13, 10), strict=True)
+        )
+        print(f"{D:10,} {N:7,}{numbers} {ratio[D, N]:10.0f}")
+print("(10^9 multiplications per step)")
+assert all(r < 50 for (_, N), r in ratio.items() if N == 1_000)
+assert max(ratio.values()) > 100
+
+
+def steps_to(name: str, error: float) -> int:
+    return next(i + 1 for i, e in enumerate(runs[name][1]) if e <= error)
+
+
+reached = final["KFAC* per layer"]
+needed = steps_to("Gauss-Newton", reached)
+print(f"Gauss-Newton is as far as KFAC* per layer after 40 steps in {needed} steps")
+assert needed < 25
+
+# %% [markdown]
+# The second number grows with the accuracy: the exact method converges faster and faster near the
+# solution, KFAC does not. So with about a thousand points, take an exact method, dense for a small network, the
+# kernel for any other. KFAC's place is where there are *many* points, or no memory for $N^2$ and for
+# the rows of $J$. This differs from the impression that the published curves give. There, the exact
+# method for $D = 9873$ is the dense one, and it made three steps in the time that KFAC\* had for eleven
+# thousand.
+#
+# The benchmark `python -m benchmarks.pinn` trains at larger sizes, with the time of a processor as the budget,
+# and stores the curves.
+
+# %% tags=["hide-input"] alt="Four panels, one for each problem, with the error against seconds of processor time on logarithmic axes, for several methods. Exact Gauss-Newton or ENGD reaches the smallest errors; the KFAC methods come next, and Adam and L-BFGS stay above them." caption="Stored results of `python -m benchmarks.pinn`: error against seconds of processor time, one thread, float64. Lines are medians over seeds."
+stored = (
+    Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results" / "pinn-training-cpu.json"
+)
+if stored.exists():
+    results = json.loads(stored.read_text())
+    names = list(dict.fromkeys(row["problem"] for row in results["rows"]))
+    fig, axes = plt.subplots(2, 2, figsize=(9.2, 6.4), layout="constrained")
+    for ax, name in zip(axes.flat, names, strict=False):
+        for row in results["rows"]:
+            if row["problem"] == name:
+                ax.loglog(row["seconds"], row["median"], label=row["method"])
+        ax.set(title=name, xlabel="seconds", ylabel="error")
+    axes.flat[0].legend(fontsize="x-small")
+    plt.show()
+
+# %% [markdown]
+# ## Any approximation runs on a PINN
+#
+# Interior and boundary have different numbers of positions. To hand both to an approximation that knows of one batch only,
+# fill the boundary's missing positions up with zeros. They add nothing to the gradients $G_n$, so the block of the joined batch is the sum of
+# the blocks, exactly, and everything that is computed from the $G_n$ is exact, too: the trace of EKFAC, for example.
+
+# %%
+APPROXIMATIONS = {"KFAC": kfac, "reduce": lambda io: kfac(io.reduced()), "EKFAC": ekfac}
+for name in weights(model):
+    batch = joined([part.ios[name] for part in parts])
+    F = sum(part.ios[name].block() for part in parts)
+    assert_exact(batch.block(), F)
+    assert_exact(ekfac(batch).trace(), F.trace())
+    for what, io in (("interior", parts[0].ios[name]), ("joined", batch)):
+        errors = {
+            kind: relative_error(f(io).dense(), io.block()) for kind, f in APPROXIMATIONS.items()
+        }
+        print(f"layer {name}, {what:8}:", *(f"{kind} {e:6.2f}  " for kind, e in errors.items()))
+        assert errors["EKFAC"] <= errors["KFAC"]
+    separate = sum(kfac(part.ios[name]).dense() for part in parts)
+    print(f"layer {name}, one KFAC for each term: {relative_error(separate, F):.2f}")
+
+# %% [markdown]
+# On the interior term, where KFAC's scale is off because positions that cancel or that are dead are counted as if they
+# added up, EKFAC repairs most of the distance. Whether a step is better is another question, as in
+# [Chapter 10](10_ekfac.py). For the sum of two terms there is also a corrected form in the common basis of [(21.7)]. That
+# basis is not orthogonal, but the diagonal of the exact block in it is as cheap as before. This is
+# `TermWise(inverse=ekfac_inverse)`, the method `EKFAC*` above.
+
+# %% tags=["hide-input"] alt="Three heat maps of the interior term of the middle layer: the exact block, KFAC, which is much too large, and EKFAC, which has the size and part of the pattern of the exact block." caption="The interior term of the middle layer: exact, KFAC, EKFAC, in one colour scale."
+io = parts[0].ios["2"]
+shown = {"exact": io.block(), "KFAC": kfac(io).dense(), "EKFAC": ekfac(io).dense()}
+matrices(shown, scale=io.block().abs().max().item())
+
+# %% [markdown]
+# ## A system of equations
+#
+# Nothing above was about scalar equations only. A stationary flow has three unknowns, two velocities and
+# a pressure, and three residuals at every point: two for momentum, one for mass. Then $V = 3$ vectors per datum are sent
+# back. The equations of Navier and Stokes are nonlinear; $J$ linearises them around the present field.
+# Kovasznay's flow behind a grid is an exact solution to compare with.
+
+# %%
+flow = kovasznay()
+torch.manual_seed(0)
+net, state = mlp(2, 24, 3), None
+flow_terms = flow.terms(200, 80, generator)
+test = flow.points(400, generator)
+before = flow.error(net, test)
+method = GaussNewton()
+for _ in range(60):
+    state = method.step(net, flow_terms, state)
+after = flow.error(net, test)
+print(f"vectors per datum {len(linearize(net, flow_terms)[0][0].residuals)},", end=" ")
+print(f"error {before:.2f} before, {after:.1e} after 60 steps")
+assert after < before / 8
+
+# %% tags=["hide-input"] alt="Two panels over the box from -0.5 to 1 and -0.5 to 1.5. Left, the learned horizontal velocity in colours with arrows of the flow, which wind around periodic cells. Right, the error of the horizontal velocity, small and irregular." caption="Kovasznay's flow, learned. Left: horizontal velocity and the direction of the flow. Right: error of the horizontal velocity."
+xs, ys = torch.linspace(-0.5, 1, 50), torch.linspace(-0.5, 1.5, 50)
+grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2)
+with torch.no_grad():
+    learned = net(grid)
+error = (learned - flow.solution(grid))[:, 0].view(50, 50)
+u, v = (learned[:, k].view(50, 50) for k in (0, 1))
+fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
+for ax, f, title in zip(axes, (u, error), ("$u$", "error of $u$"), strict=True):
+    end = f.abs().max().item()
+    image = ax.imshow(
+        f.tolist(), cmap="RdBu", vmin=-end, vmax=end, origin="lower", extent=(-0.5, 1, -0.5, 1.5)
+    )
+    fig.colorbar(image, ax=ax, shrink=0.85)
+    ax.set(title=title)
+axes[0].quiver(
+    *(
+        t[::5, ::5].tolist()
+        for t in (grid.view(50, 50, 2)[..., 0], grid.view(50, 50, 2)[..., 1], u, v)
+    )
+)
+plt.show()
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **A line search that can choose NaN.** Python's `min` over a list that contains NaN depends on the order, as every comparison with NaN is
+# false. A grid search that takes the smallest of 31 losses can pick a step at which the
+# loss overflowed. Here, what is not a number counts as infinite.
+
+# %%
+losses = [float("nan"), 0.5, 1.0]
+assert min(losses) != min(reversed(losses))
+
+
+def overflowing(step: float) -> float:
+    return float("nan") if step > 0.3 else (step - 0.2) ** 2
+
+
+print("step and loss:", line_search(overflowing, before=1.0))
+assert line_search(overflowing, before=1.0) == (0.25, (0.25 - 0.2) ** 2)
+
+# %% [markdown]
+# **Single precision.** The damping must not drown in round-off: $A + \lambda I$ has only $\varepsilon \lVert A \rVert$
+# of relative meaning, with $\varepsilon \approx 10^{-7}$. With $\lambda = 10^{-10}$, in single precision, a
+# factor that is singular stays singular, and its square root or inverse is noise or NaN.
+
+# %%
+single = kfac(io).A.float()
+eigenvalues = torch.linalg.eigvalsh(single + 1e-10 * torch.eye(len(single), dtype=torch.float32))
+exact = torch.linalg.eigvalsh(kfac(io).A)
+rounded = (torch.linalg.eigvalsh(single).double() - exact).abs().max()
+print(f"round-off moves eigenvalues by {rounded.item():.1e}, the damping by 1e-10")
+assert rounded > 1e-10
+assert (single.diagonal() + 1e-10 == single.diagonal()).all()
+
+# %% [markdown]
+# **What is compared with what.** In papers on this subject, "relative error" may be absolute (divide by the root mean
+# square of $u^*$), "momentum" may act on steps or on directions before the line search, budgets may include logging, and one
+# run may be drawn again on other equations. Say which. The numbers here are absolute.
+#
+# **Two reverse passes.** A second pass for the gradient and two more for the products with $J$ give the same numbers as the
+# first one. In the authors' code, the line search (31 losses per step) or those products take more than half of the time, inverting the
+# factors almost none.
+#
+# ## Exercises
+#
+# **Exercise 21.1.** The input factor of the *first* layer does not depend on the network. Which matrix is
+# it for the Laplacian in $d$ dimensions? Read off $A_{-1,-1}$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The inputs of the first layer are $(x, 1)$, $(e_i, 0)$ for each $i$, and $(0, 0)$. So $S A$ has the blocks
+# $\tfrac1N \sum x x^\top + I$, $\bar x$ and $1$, with $S = d + 2$, and $A_{-1,-1} = 1 / S$, in every layer.
+#
+# </details>
+#
+# **Exercise 21.2.** Show that KFAC-*reduce* is exact for a linear network with biases, any points, and the operator
+# $u + \sum_i \partial_i u + \Delta u$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With $c_n = (1, \dots, 1)$, all $g_{ns} = v$. Then $G_n = v \sum_s a_{ns}^\top = (S v)\, \bar a_n^\top$: the sum of the
+# vectors times the mean of the inputs. $F = (S v)(S v)^\top \otimes \sum_n \bar a_n \bar a_n^\top$, and the reduced $B$ is
+# $N (S v)(S v)^\top$, the reduced $A$ the mean of $\bar a_n \bar a_n^\top$.
+#
+# </details>
+#
+# **Exercise 21.3.** Let $\rho$ be linear in the weights, $\lambda = 0$ in [(21.8)], and $P$ fixed. Why is KFAC\* the method of
+# preconditioned conjugate gradients?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Conjugate gradients minimise the parabola in each step over the plane spanned by the preconditioned residual,
+# which is $\Delta$, and the last direction $\delta$: the minimum over all earlier directions lies in it. [(21.8)] is
+# the minimum over the same plane, from the same point, and the first step is the one along $\Delta$ in both.
+#
+# </details>
+#
+# **Exercise 21.4.** A term has weight $w$. How do $A$, $B$, and the exact block change with it? With what in [(21.6)] does this
+# interfere?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $\rho$ and $g$ have the factor $\sqrt w$, so $B$ and $F$ have $w$, and $A$ has none. The damping $\lambda$ is added
+# to $B$ as it is: relative to a heavier term it is smaller. A balanced damping would use $\pi$, as in [Chapter 8](08_damping.py).
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+A = kfac(parts[0].ios["0"]).A  # 21.1
+corner = inside.T @ inside / 60 + torch.eye(2)
+assert_exact(4 * A[:2, :2], corner)
+assert_exact(4 * A[:2, 2], inside.mean(0))
+assert all(abs(kfac(io).A[-1, -1] - 1 / 4) < 1e-12 for io in parts[0].ios.values())
+
+sum_term = Term(lambda u, x: u.value + sum(u.d) + u.lap, inside, laplacian(2))  # 21.2
+for io in flat(linearize(linear, [sum_term]))[0].ios.values():
+    assert_exact(kfac(io.reduced()).dense(), io.block())
+    assert relative_error(kfac(io).dense(), io.block()) > 0.01
+
+
+class Fixed:  # 21.3
+    def update(self, state, terms, damping, count):
+        return None, {"0": Kronecker(torch.diag(torch.arange(1.0, 6.0)), torch.eye(1)).inverse(0.0)}
+
+
+affine, features = nn.Sequential(nn.Linear(4, 1)), torch.randn(20, 4)
+fit = [Term(lambda u, x: u.value - x[:, :1].sin() ** 2, features, value(4))]
+state = None
+for _ in range(5):  # as many steps as weights
+    state = KFACStar(damping=0.0, metric=Fixed()).step(affine, fit, state)
+left = flat(linearize(affine, fit))
+assert transposed_times(left, residuals(left))["0"].abs().max() < 1e-8
+
+heavy = Term(terms[0].residual, inside, terms[0].expansion, weight=9.0)  # 21.4
+for name, io in flat(linearize(model, [heavy]))[0].ios.items():
+    assert_exact(kfac(io).B, 9 * kfac(parts[0].ios[name]).B)
+    assert_exact(kfac(io).A, kfac(parts[0].ios[name]).A)
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Dangel et al. (2024)](bibliography.md#pinns) derive KFAC for PINNs and KFAC\*. [Müller and Zeinhofer
+# (2023)](bibliography.md#engd) introduce the exact method with a dense matrix, energy natural gradients;
+# [Guzmán-Cordero et al. (2025)](bibliography.md#engd-w) its kernel form with momentum, after
+# [Goldshlager et al. (2024)](bibliography.md#spring), who had it for quantum chemistry. Each of their
+# methods is a dozen lines in [`pinn_steps`](api/pinn_steps.md) and [`pinn_solvers`](api/pinn_solvers.md).
