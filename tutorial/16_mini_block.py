@@ -475,7 +475,7 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # All neurons share the inner products of the inputs. They are computed once, and no row $R_o$ is ever
 # formed: what is kept is the layer's input and its vectors.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(BlocksByRows.inverse, Woodbury.__matmul__)
 
 # %%
@@ -514,7 +514,7 @@ assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inve
 # factor with every datum weighted by the size of its vectors. It is the input factor of **TKFAC**, up to
 # scale, with $I$ for the other one. And it is **FOOF**, $I \otimes A$, if all vectors have one size.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(mini_block_shared)
 
 # %%

@@ -257,13 +257,17 @@ def on_page_markdown(text, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Lists of contents show text only: leave out the marks of formulas in headings."""
+    """Lists of contents show text only: leave out the marks of formulas in headings.
+
+    In code, names and spaces have the colour of code itself and need no element of their own,
+    which would be a third of a page.
+    """
     entries = list(page.toc)
     while entries:
         entry = entries.pop()
         entry.title = re.sub(r"\\\((.*?)\\\)", r"\1", entry.title)
         entries += entry.children
-    return html
+    return re.sub(r'<span class="[nw]">([^<]*)</span>', r"\1", html)
 
 
 def on_page_context(context, page, config, nav):
