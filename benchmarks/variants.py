@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.loop import train
@@ -62,6 +63,7 @@ def additive_correction(step: Step) -> Step:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"approximation": kfac, "damping": 1e3},  # the same graft without curvature
     "kfac": {"approximation": kfac},
     "ekfac": {"approximation": AmortisedEKFAC(1)},
     "tkfac": {"approximation": tkfac},
@@ -82,7 +84,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def build(options: dict[str, Any], task: Task, model: nn.Module, config: Config) -> KFAC:
     """The optimizer with another approximation, its inverse, and controls before the graft."""
-    optimizer = curvature(task, model, config | {"inverse": "exact"}, options["approximation"])
+    own = {"inverse": "exact", "damping": options.get("damping", config["damping"])}
+    optimizer = curvature(task, model, config | own, options["approximation"])
     optimizer.invert = options.get("invert", exact_inverse)
     optimizer.controls = (*options.get("controls", ()), *optimizer.controls)
     return optimizer

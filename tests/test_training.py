@@ -25,7 +25,7 @@ from benchmarks.step_time import STEPS
 from benchmarks.tasks import TASKS, Task, autoencoder, squared_error
 from benchmarks.training import RESULTS, cost, median, rank, search, stored, summary, written
 from benchmarks.variants import VARIANTS
-from kfac_scratch import EXPAND, REDUCE, layer_ios, monte_carlo
+from kfac_scratch import EXPAND, KFAC, REDUCE, layer_ios, monte_carlo
 from kfac_scratch.blocks import blocks, uncovered
 
 SPACE = {"lr": Log(1e-3, 1e-1), "mode": Choice(("a", "b", "c"))}
@@ -129,6 +129,21 @@ def test_an_epoch_has_every_datum_once_and_seeds_differ():
     assert torch.equal(epoch.sort(0).values, task.X.sort(0).values)
     assert torch.equal(next(batches(task, 3))[0], epoch[:6])
     assert not torch.equal(next(batches(task, 4))[0], epoch[:6])
+
+
+def test_kfac_looks_at_the_batch_that_the_step_is_for():
+    task, seen = toy(), []
+
+    class Watched(KFAC):
+        def observe(self, X, y):
+            seen.append((X, y))
+            super().observe(X, y)
+
+    method = Method({}, lambda task, model, config: Watched(model, task.loss, lr=0.0))
+    train(task, method, {"horizon": 0.2, "warmup": 0.0}, seed=3)
+    data = batches(task, seed=3)
+    assert len(seen) == 4
+    assert all(torch.equal(a, b) for pair in seen for a, b in zip(pair, next(data), strict=True))
 
 
 def test_a_final_run_is_reproducible():
