@@ -230,21 +230,14 @@ def stepper(method, model: nn.Module, terms: list) -> Callable[[], None]:
 def steps(device: torch.device, rounds: int) -> list[dict]:
     rows = []
     for name, (problem, sizes, inside, border) in PROBLEMS.items():
-        generator = torch.Generator(device).manual_seed(0)
-        terms = problem.terms(inside, border, generator)
-        runs, found = {}, methods(name)
-        chosen = {
-            n: found[n] for n in ("KFAC*", "KFAC* per layer", "EKFAC*", "Gauss-Newton", "KFAC")
-        }
+        terms = problem.terms(inside, border, torch.Generator(device).manual_seed(0))
+        found = methods(name)
+        chosen = {n: found[n] for n in found if n not in ("Adam", "L-BFGS", "ENGD", "SPRING")}
         chosen["KFAC* by autograd"] = StarByAutograd(TermWise(0.6), 1e-10)
+        runs = {}
         for method_name, method in chosen.items():
             torch.manual_seed(0)
-            model, state = mlp(*sizes).to(device), [None]
-
-            def run(method=method, model=model, terms=terms, state=state) -> None:
-                state[0] = method.step(model, terms, state[0])
-
-            runs[method_name] = run
+            runs[method_name] = stepper(method, mlp(*sizes).to(device), terms)
         ms = processor_times(runs, rounds, device)
         rows.append({"problem": name, "ms": ms})
         print(f"{name:18}" + "  ".join(f"{n} {t:6.1f}" for n, t in ms.items()), flush=True)

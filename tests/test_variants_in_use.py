@@ -32,7 +32,7 @@ from kfac_scratch.variants.randomized import Sketch, randomized, sre
 from kfac_scratch.variants.skfac import Window, skfac
 from kfac_scratch.variants.tekfac import tekfac
 from kfac_scratch.variants.tkfac import tkfac
-from kfac_scratch.variants.two_level import adef2, coarse_correction, two_level
+from kfac_scratch.variants.two_level import additive, adef2, coarse_correction, two_level
 
 VARIANTS = {
     "tkfac": {"approximation": tkfac},
@@ -61,6 +61,7 @@ VARIANTS = {
     "cg-fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
     "cg-fac-direct": {"approximation": Latest(cg_fac), "invert": kernel_inverse},
     "two-level": {"controls": [coarse_correction(type2), graft()]},
+    "two-level-adef2": {"controls": [coarse_correction(type2, combine=adef2), graft()]},
 }
 
 
@@ -121,17 +122,18 @@ def _shape(optimizer, name):
 # ---- two levels -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("combine", [additive, adef2])
 @pytest.mark.parametrize("space", [nicolaides, residual, krylov(nicolaides)])
-def test_coarse_correction_is_the_two_level_step(space, device):
+def test_coarse_correction_is_the_two_level_step(space, combine, device):
     optimizer, _ = trained({"fisher": type2, "momentum": 0.0, "damping": 0.1}, device, 1)
     model, loss, X, y = optimizer.model, *problem(device)[1:]
-    optimizer.controls = (coarse_correction(type2, space),)
+    optimizer.controls = (coarse_correction(type2, space, combine),)
     optimizer.zero_grad()
     loss(model(X), y).backward()
     gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
     ios = layer_ios(model, loss, X, y, type2)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    step = two_level(model, ios, optimizer.inverses, 0.1, space=space, combine=adef2)(gradient)
+    step = two_level(model, ios, optimizer.inverses, 0.1, space=space, combine=combine)(gradient)
     plain = preconditioner(model, optimizer.inverses)(gradient)
     optimizer.observe(X, y)
     optimizer.step()

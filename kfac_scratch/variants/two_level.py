@@ -194,11 +194,19 @@ def two_level(
     return blockwise(found, step, rest)
 
 
-def coarse_correction(fisher: Fisher, space: CoarseSpace = nicolaides) -> Control:
-    """`adef2` as a step control: corrects the preconditioned gradient of an optimizer's step.
+def coarse_correction(
+    fisher: Fisher, space: CoarseSpace = nicolaides, combine: Combination = additive
+) -> Control:
+    """Two levels as a step control: corrects the preconditioned gradient of an optimizer's step.
 
     Put it first, before what changes the length of the step. Every step sends the vectors of
     `fisher` back once more: the cross-blocks are those of the batch itself.
+
+    Args:
+        fisher: The vectors, see `losses`.
+        space: Where the coarse level looks.
+        combine: `additive` or `adef2`, which use the fine level once. A step of `adef2` may ascend,
+            since its guarantee is about another norm: in training, `additive` is the safer one.
     """
 
     def control(step: Step) -> Step:
@@ -211,12 +219,10 @@ def coarse_correction(fisher: Fisher, space: CoarseSpace = nicolaides) -> Contro
         found = [block for block in blocks(model) if set(block.names) <= set(step.inverses)]
         with torch.enable_grad():
             ios = layer_ios(model, loss, X, y, fisher, layers=layer_names(model, found))
-        r = block_matrices(found, step.gradient)
+        r, x = (block_matrices(found, values) for values in (step.gradient, step.direction))
         Q = coarse_inverse(ios, space(step.inverses, r), damping)
-        x = block_matrices(found, step.direction)
-        left = _difference(r, curvature(ios, damping)(x))
-        correction = blockwise(found, lambda _: Q(left))(step.gradient)
-        return replace(step, direction=_sum(step.direction, correction))
+        both = combine(lambda _: x, curvature(ios, damping), Q)
+        return replace(step, direction=blockwise(found, lambda _: both(r))(step.gradient))
 
     return control
 
