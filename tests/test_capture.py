@@ -320,3 +320,24 @@ def test_two_threads_do_not_see_each_other(device):
     for t in threads:
         t.join()
     check_equal(found[0]["0"].g, found[1]["0"].g)
+
+
+@pytest.mark.parametrize("fisher", [type2, empirical])
+def test_autocast_does_not_reach_what_capture_computes_itself(fisher, device):
+    """The first layer's input is in float32, and its averaged patches stay so; so do vectors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 3)).to(
+        device, torch.float32
+    )
+    X = torch.randn(7, 2, 5, 5, device=device, dtype=torch.float32)
+    y, seen = torch.randint(3, (7,), device=device), []
+
+    def watched(loss, f, y):
+        seen.append(f.dtype)
+        return fisher(loss, f, y)
+
+    full = layer_ios(model, nn.CrossEntropyLoss(), X, y, fisher, setting=REDUCE)["0"].a
+    with torch.autocast(device.type, torch.bfloat16):
+        half = layer_ios(model, nn.CrossEntropyLoss(), X, y, watched, setting=REDUCE)["0"].a
+    assert torch.equal(half, full)
+    assert seen == [torch.float32]
