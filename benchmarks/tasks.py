@@ -14,6 +14,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks.factors import Block
+
 TRAINING = 1400  # of 1797 images
 LABELS, NEIGHBOURS = 200, 10  # of the graph network
 
@@ -48,26 +50,6 @@ class Task:
         """The best of finite values, and infinitely bad if there is none."""
         finite = [value for value in values if math.isfinite(value)]
         return max(finite, key=lambda v: self.sign * v, default=-self.sign * math.inf)
-
-
-class Block(nn.Module):
-    """A transformer block built of linear layers."""
-
-    def __init__(self, width: int, heads: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        h = self.norm1(x)
-        q, k, v = (
-            p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v)
-        )
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(torch.relu(self.up(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):

@@ -4,28 +4,22 @@ Nothing is tuned: only what gives the curvature is exchanged, so that this says 
 can be trained with, not which is best.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.loop import train
 from benchmarks.methods import Config, Method, curvature
 from benchmarks.tasks import Task
-from kfac_scratch import KFAC, kfac, layer_ios, monte_carlo
-from kfac_scratch.blocks import blocks
+from kfac_scratch import KFAC, kfac, monte_carlo
 from kfac_scratch.ekfac import AmortisedEKFAC
 from kfac_scratch.estimators import Averaged, Latest
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices import exact_inverse
-from kfac_scratch.preconditioner import block_matrices, blockwise
 from kfac_scratch.roots import KroneckerRoots
-from kfac_scratch.step_control import Step
 from kfac_scratch.variants.brand import Brand
 from kfac_scratch.variants.cg_fac import cg_fac, truncated_inverse
-from kfac_scratch.variants.coarse_spaces import nicolaides
 from kfac_scratch.variants.kpsvd import (
     Recompressed,
     guarded_inverse,
@@ -37,7 +31,7 @@ from kfac_scratch.variants.mini_block import mini_block, mini_block_shared
 from kfac_scratch.variants.randomized import randomized
 from kfac_scratch.variants.skfac import Window, averaged, skfac
 from kfac_scratch.variants.tkfac import tkfac
-from kfac_scratch.variants.two_level import coarse_correction, coarse_inverse
+from kfac_scratch.variants.two_level import adef2, coarse_correction
 
 SEEDS = (200, 201, 202)
 
@@ -45,21 +39,6 @@ SEEDS = (200, 201, 202)
 def skfac_of_averages(io: LayerIO) -> KroneckerRoots:
     """A convolution's positions are averaged: otherwise columns are as many as rows."""
     return skfac(averaged(io))
-
-
-def additive_correction(step: Step) -> Step:
-    """The additive two-level form as a step control: blocks and a coarse space, side by side."""
-    model, loss, X, y = step.batch
-    found = blocks(model)
-    with torch.enable_grad():
-        ios = layer_ios(model, loss, X, y, monte_carlo(1))
-    r = block_matrices(found, step.gradient)
-    damping = max(step.damping.values())
-    Q = coarse_inverse(ios, nicolaides(step.inverses, r), damping)
-    correction = blockwise(found, lambda _: Q(r))(step.gradient)
-    return replace(
-        step, direction={name: P + correction[name] for name, P in step.direction.items()}
-    )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -77,8 +56,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mini_block": {"approximation": mini_block},
     "mini_block_shared": {"approximation": mini_block_shared},
     "cg_fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
-    "two_level_additive": {"approximation": kfac, "controls": [additive_correction]},
-    "two_level_adef2": {"approximation": kfac, "controls": [coarse_correction(monte_carlo(1))]},
+    "two_level_additive": {"approximation": kfac, "controls": [coarse_correction(monte_carlo(1))]},
+    "two_level_adef2": {
+        "approximation": kfac,
+        "controls": [coarse_correction(monte_carlo(1), combine=adef2)],
+    },
 }
 
 

@@ -30,8 +30,7 @@ from kfac_scratch.matrices import KroneckerEigen, Matrix
 
 def ekfac(io: LayerIO) -> KroneckerEigen:
     """Rescale KFAC's eigenbasis by the gradients' second moments in it."""
-    basis = kfac(io).eigen()
-    return KroneckerEigen(basis.QA, basis.QB, second_moments(io, basis.QA, basis.QB))
+    return rescaled(kfac(io).eigen(), io)
 
 
 def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEigen:

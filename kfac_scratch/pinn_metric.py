@@ -145,10 +145,7 @@ class SumInverse:
 
 
 def _mixed(old: Factors, new: Factors, weight: float) -> Factors:
-    return tuple(
-        Kronecker(torch.lerp(o.A, n.A, weight), torch.lerp(o.B, n.B, weight))
-        for o, n in zip(old, new, strict=True)
-    )
+    return tuple(o.mixed(n, weight) for o, n in zip(old, new, strict=True))
 
 
 # ---- all layers ---------------------------------------------------------------------------------

@@ -183,9 +183,8 @@ class Repaired:
         if state is None:
             now = Tracked(new, self.brand.update(None, io, weight), 1)
         else:
-            A, B = (state.factors.A.lerp(new.A, weight), state.factors.B.lerp(new.B, weight))
             modes = self.brand.update(state.modes, io, weight)
-            now = Tracked(Kronecker(A, B), modes, state.count + 1)
+            now = Tracked(state.factors.mixed(new, weight), modes, state.count + 1)
         return now if now.count % self.period else replace(now, modes=self.repair(now))
 
 

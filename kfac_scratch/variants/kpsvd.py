@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.damping import balance
-from kfac_scratch.ekfac import second_moments
+from kfac_scratch.ekfac import rescaled
 from kfac_scratch.kfac import kfac
 from kfac_scratch.kronecker_sum import Congruence, KroneckerSum
 from kfac_scratch.layer_io import LayerIO
@@ -55,8 +55,7 @@ def kfac_corrected(io: LayerIO, tolerance: float = 1e-6) -> KroneckerSum:
 
 def ekpsvd(io: LayerIO, tolerance: float = 1e-6) -> KroneckerEigen:
     """The best eigenvalues for the eigenvectors of the nearest product (not in the paper)."""
-    basis = kpsvd(io, tolerance).eigen()
-    return KroneckerEigen(basis.QA, basis.QB, second_moments(io, basis.QA, basis.QB))
+    return rescaled(kpsvd(io, tolerance).eigen(), io)
 
 
 def nearest_product(R: Rearranged, tolerance: float = 1e-6) -> Kronecker:

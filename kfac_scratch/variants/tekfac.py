@@ -8,7 +8,7 @@ trace is exact again.
 Source: Gao et al. 2020, who correct TKFAC as George et al. 2018 (arXiv:1806.03884) correct KFAC.
 """
 
-from kfac_scratch.ekfac import second_moments
+from kfac_scratch.ekfac import rescaled
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices import KroneckerEigen
 from kfac_scratch.variants.tkfac import tkfac
@@ -16,6 +16,4 @@ from kfac_scratch.variants.tkfac import tkfac
 
 def tekfac(io: LayerIO) -> KroneckerEigen:
     """Rescale TKFAC's eigenbasis by the gradients' second moments in it."""
-    basis = tkfac(io).kronecker().eigen()
-    scale = second_moments(io, basis.QA, basis.QB)
-    return KroneckerEigen(basis.QA, basis.QB, scale)
+    return rescaled(tkfac(io).eigen(), io)
