@@ -1,0 +1,1 @@
+"""Adapters: this package, and other people's implementations."""

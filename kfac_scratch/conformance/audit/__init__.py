@@ -1,0 +1,22 @@
+"""The audit of other people's implementations: what the oracle says of them, and why.
+
+- `results/<library>.json`: what `python -m kfac_scratch.conformance run` wrote, with versions and
+  date. Never edited by hand.
+- `findings/<library>_<slug>.py`: one real mismatch each, traced to its cause. A finding is a module
+  with a docstring that an upstream maintainer can act on (what is expected, what is got, a minimal
+  reproduction that needs nothing of this package), and:
+
+  | name | what it is |
+  |---|---|
+  | `LIBRARY`, `VERSION` | what was audited |
+  | `ADAPTER` | `package.module:Class` |
+  | `TITLE` | one line |
+  | `CASES` | the verdicts that it explains: tuples (case, flavour) |
+  | `CAUSE` | file and line upstream, and what is wrong with it, in words |
+  | `DOCUMENTED` | what the library's documentation says about it, or "silent" |
+  | `THREAD` | a public thread about it, or "" |
+  | `patch()` | a context manager that mends the line in memory |
+
+`prove` runs the adapter on `CASES` without and within `patch()`: a finding is proven if the verdict
+does not pass without, and passes within. A convention that is documented is no finding.
+"""

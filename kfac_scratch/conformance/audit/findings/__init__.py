@@ -1,0 +1,1 @@
+"""Mismatches, each traced to its cause and proven by a patch."""

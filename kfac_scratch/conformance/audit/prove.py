@@ -1,0 +1,54 @@
+"""Prove a finding: its cases fail, and pass once the line that is blamed is mended in memory."""
+
+import importlib
+from dataclasses import dataclass
+from pkgutil import iter_modules
+from types import ModuleType
+
+from kfac_scratch.conformance.audit import findings
+from kfac_scratch.conformance.families import CASES
+from kfac_scratch.conformance.harness import verdict
+from kfac_scratch.conformance.judge import Result
+from kfac_scratch.conformance.protocol import Adapter
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A case's verdicts without and with the patch."""
+
+    before: Result
+    after: Result
+
+    @property
+    def holds(self) -> bool:
+        """Whether the patch, and nothing else, mends the case."""
+        mended = self.after.passes and self.after.verdict != "not-supported"
+        return not self.before.passes and mended
+
+
+def adapter(path: str) -> Adapter:
+    """An adapter by `package.module:Class`."""
+    module, _, name = path.partition(":")
+    made: Adapter = getattr(importlib.import_module(module), name or "Adapter")()
+    return made
+
+
+def names() -> list[str]:
+    """All findings."""
+    return sorted(module.name for module in iter_modules(findings.__path__))
+
+
+def finding(name: str) -> ModuleType:
+    """A finding's module; it imports what it is about only in `patch`."""
+    return importlib.import_module(f"{findings.__name__}.{name}")
+
+
+def prove(name: str) -> list[Proof]:
+    """The proofs of a finding, one for each of its cases."""
+    found, proofs = finding(name), []
+    for case, flavour in found.CASES:
+        before = verdict(adapter(found.ADAPTER), CASES[case], flavour)
+        with found.patch():
+            after = verdict(adapter(found.ADAPTER), CASES[case], flavour)
+        proofs.append(Proof(before, after))
+    return proofs

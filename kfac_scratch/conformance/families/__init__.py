@@ -1,0 +1,28 @@
+"""All cases, by family."""
+
+from kfac_scratch.conformance.cases import Case
+from kfac_scratch.conformance.families import (
+    convolutions,
+    dense,
+    fishers,
+    inverses,
+    operators,
+    sharing,
+    weights,
+)
+
+FAMILIES: dict[str, list[Case]] = {
+    "dense": dense.CASES,
+    "sharing": sharing.CASES,
+    "convolutions": convolutions.CASES,
+    "weights": weights.CASES,
+    "fishers": fishers.CASES,
+    "inverses": inverses.CASES,
+    "operators": operators.CASES,
+}
+CASES: dict[str, Case] = {case.id: case for family in FAMILIES.values() for case in family}
+
+
+def family(case: Case) -> str:
+    """The family that a case belongs to."""
+    return next(name for name, cases in FAMILIES.items() if case in cases)
