@@ -66,12 +66,17 @@ def in_words(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) ->
     if found is None:
         return f"{scale:.6g}, which no simple product of the case's sizes gives"
     used = [x for x in MEANING if x in sizes and _mentions(found, x)]
-    meaning = ", ".join(f"{x} = {sizes[x]}: {MEANING[x]}" for x in used)
+    meaning = ", ".join(f"{_with_equals(x, sizes)} = {sizes[x]}: {MEANING[x]}" for x in used)
     return f"{found} = {scale:.6g}" + (f" ({meaning})" if meaning else "")
 
 
 def _power(letter: str, power: Fraction) -> str:
     return letter if power == 1 else f"{letter}{SUPERSCRIPTS[str(power)]}"
+
+
+def _with_equals(letter: str, sizes: Mapping[str, int]) -> str:
+    """A letter, and the others that this case cannot tell from it."""
+    return " = ".join([letter, *(x for x in sizes if x != letter and sizes[x] == sizes[letter])])
 
 
 def _mentions(formula: str, letter: str) -> bool:
