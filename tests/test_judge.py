@@ -30,33 +30,33 @@ def judged(adapter, case, flavour="expand"):
 # ---- scales --------------------------------------------------------------------------------------
 
 
+POSITIONS, MLP = "positions-mse-mean-bias", "mlp-mse-mean"
+
+
 @pytest.mark.parametrize(
-    ("factor", "formula"),
+    ("case", "factor", "formula"),
     [
-        (lambda s: s["S"], "S"),
-        (lambda s: s["N"] ** 2, "N²"),
-        (lambda s: 1 / s["N"], "1/N"),
-        (lambda s: s["C"] / 2, "1"),
-        (lambda s: 1 / s["N"] ** 2, "1/N²"),
-        (lambda s: s["S"] / s["N"], "S/N"),
-        (lambda s: s["S"] ** 0.5, "S^(1/2)"),
-        (lambda s: 2.0, "2"),
-        (lambda s: 0.5, "1/2"),
+        (POSITIONS, lambda s: s["S"], "S or T"),
+        (POSITIONS, lambda s: s["T"] ** 2, "S² or T²"),
+        (POSITIONS, lambda s: s["S"] ** 0.5, "S^(1/2) or T^(1/2)"),
+        (POSITIONS, lambda s: s["S"] / s["N"], "S/N or T/N"),
+        ("conv2d-plain-pooled-mse", lambda s: s["S"] ** 2, "S²"),
+        (MLP, lambda s: 1 / s["N"], "1/N"),
+        (MLP, lambda s: s["N"] ** 2, "N²"),
+        (MLP, lambda s: 1 / s["N"] ** 2, "1/N²"),
+        (MLP, lambda s: s["C"] / 2, "C/2"),
+        (MLP, lambda s: 1 / s["C"], "1/C"),
+        (MLP, lambda s: 2.0, "2"),
+        (MLP, lambda s: 0.5, "1/2"),
     ],
 )
-def test_the_scale_is_named(factor, formula):
+def test_the_scale_is_named(case, factor, formula):
     def scale(request, layer):
-        case = CASES[request.case]
-        return factor(truth.sizes(case, case.build())[layer])
+        return factor(truth.sizes(CASES[case], CASES[case].build())[layer])
 
-    found = judged(by(scale), "positions-mse-mean-bias")
-    if formula == "1":
-        assert found.verdict == "exact"
-        return
+    found = judged(by(scale), case)
     assert found.verdict == "undocumented-scale"
-    assert f"too large by {formula} = " in found.words or f"by {formula} " in found.words, (
-        found.words
-    )
+    assert f"too large by {formula} = " in found.words
 
 
 @pytest.mark.parametrize("letter", ["N", "S", "C", "T", "d_in", "d_out"])
