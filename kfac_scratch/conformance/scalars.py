@@ -78,7 +78,9 @@ def _power(letter: str, power: Fraction) -> str:
 
 
 def _terms(constant: Fraction, powers: Mapping[str, Fraction]) -> int:
-    return len(powers) + (constant != 1)
+    """How complicated a formula is; a root counts twice."""
+    roots = sum(power.denominator > 1 for power in powers.values())
+    return len(powers) + (constant != 1) + roots
 
 
 def _value(constant: Fraction, powers: Mapping[str, Fraction], sizes: Mapping[str, int]) -> float:
