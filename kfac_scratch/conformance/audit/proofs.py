@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kfac_scratch.conformance.audit.prove import Proof, finding
-from kfac_scratch.conformance.report import about, from_json
 from kfac_scratch.conformance.report import Report as Run
+from kfac_scratch.conformance.report import about, from_json
 
 FOLDER = Path(__file__).parent / "proofs"
 RESULTS = Path(__file__).parent / "results"
