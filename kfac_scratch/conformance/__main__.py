@@ -58,6 +58,15 @@ def prove(args: argparse.Namespace) -> int:
     return 0 if all(proof.holds for _, proof in proofs) else 1
 
 
+def explain(args: argparse.Namespace) -> int:
+    """Say which finding explains which failure of a result file of the audit."""
+    from kfac_scratch.conformance.audit import explain as audit
+
+    for key, reasons in audit.store(args.results).items():
+        print(f"{key}: {', '.join(reasons) or 'unexplained'}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(prog="python -m kfac_scratch.conformance", description=__doc__)
@@ -80,8 +89,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("results", type=Path)
     command.set_defaults(call=show)
 
+    command = commands.add_parser("explain", help="which finding of the audit explains a failure")
+    command.add_argument("results", type=Path)
+    command.set_defaults(call=explain)
+
     command = commands.add_parser("prove", help="prove findings of the audit")
     command.add_argument("finding", nargs="*")
+    command.add_argument("--store", action="store_true", help="write the proofs for the site")
     command.set_defaults(call=prove)
     return main
 
