@@ -13,6 +13,7 @@ FLOORS = [
     "kfac ekfac damping estimators roots step_control variants",
     "quadratic_model parameter_groups checkpoints optimizer pinn pinn_gramian pinn_metric "
     "pinn_problems pinn_solvers pinn_steps",
+    "conformance",
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
