@@ -22,7 +22,7 @@ THREADS = {
     "f-dangel/singd #17",
 }
 each_piece = pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece.slug)
-FEW = list(CASES.values())[::9]
+FEW = {piece.case[0]: CASES[piece.case[0]] for piece in PIECES}
 
 
 def judged(adapter, piece):
@@ -36,26 +36,25 @@ def refused(cases, device):
     return [(r.case, r.flavour, r.verdict, r.words) for r in results if not r.passes]
 
 
-def test_the_naive_one_is_right(device):
-    assert refused(FEW, device) == []
+def test_the_naive_one_is_right_where_pieces_are_not(device):
+    assert refused(list(FEW.values())[::2], device) == []
 
 
 @pytest.mark.slow
 def test_the_naive_one_is_right_everywhere(device):
     assert refused(list(CASES.values()), device) == []
+    named = [verdict(Adapter(), CASES[case], flavour) for case, flavour in (p.case for p in PIECES)]
+    assert {r.verdict for r in named} == {"exact", "definition"}
 
 
 def test_the_naive_one_offers_all_but_two_things():
-    """What it does not support is not judged: operators, and groups of a convolution."""
-    results = run(Adapter(), [c for c in CASES.values() if c.operator or "groups" in c.tags])
-    assert {r.verdict for r in results} == {"not-supported"}
-    others = [c for c in FEW if not (c.operator or "groups" in c.tags)]
-    assert "not-supported" not in {r.verdict for r in run(Adapter(), others)}
+    """Operators, and groups of a convolution."""
+    cases = [c for c in CASES.values() if c.operator or "groups" in c.tags]
+    assert {r.verdict for r in run(Adapter(), cases[::3])} == {"not-supported"}
 
 
 @each_piece
-def test_a_piece_is_rejected_and_what_is_right_is_not(piece):
-    assert judged(Adapter(), piece).verdict in ("exact", "definition")
+def test_a_piece_is_rejected(piece):
     result = judged(piece.adapter(), piece)
     assert not result.passes
     assert result.words
@@ -69,6 +68,7 @@ def test_a_piece_replaces_one_function_by_one_of_the_same_form(piece):
     assert piece.adapter().kfac != KFAC()
 
 
+@pytest.mark.slow
 @each_piece
 def test_a_piece_looks_right_somewhere(piece):
     """None is broken beyond recognition: each passes a case of one layer kind at least."""
@@ -88,17 +88,22 @@ def test_pieces_are_told_apart_by_slug_and_title():
     assert len({piece.slug for piece in PIECES}) == len(PIECES) == len({p.title for p in PIECES})
 
 
-def test_scales_are_named():
-    """Where a mistake is a scale, the verdict says which number was forgotten."""
-    words = {piece.slug: judged(piece.adapter(), piece).words for piece in PIECES}
-    assert "1/N²" in words["mean-gradients"]
-    assert "1/2" in words["half"]
-    assert "by C = 5" in words["batch-size"]
-    assert "S = 8" in words["positions"]
-    assert "1/S²" in words["mean-of-vectors"]
-    assert "looks like the empirical Fisher" in words["empirical"]
-    assert "without the loss's weights" in words["weights"]
-    assert "not deterministic" in words["damping-in-place"]
+@pytest.mark.parametrize(
+    ("slug", "words"),
+    [
+        ("mean-gradients", "1/N²"),
+        ("half", "1/2"),
+        ("batch-size", "by C = 5"),
+        ("positions", "S = 8"),
+        ("mean-of-vectors", "1/S²"),
+        ("empirical", "looks like the empirical Fisher"),
+        ("weights", "without the loss's weights"),
+        ("damping-in-place", "not deterministic"),
+    ],
+)
+def test_the_verdict_names_what_was_forgotten(slug, words):
+    piece = next(piece for piece in PIECES if piece.slug == slug)
+    assert words in judged(piece.adapter(), piece).words
 
 
 def test_cases_that_mutants_asked_for_are_needed():
@@ -106,5 +111,5 @@ def test_cases_that_mutants_asked_for_are_needed():
     squares = next(piece for piece in PIECES if piece.slug == "squares")
     others = [c for c in CASES.values() if "ekfac" in c.flavours and family(c) != "extra"]
     adapter = squares.adapter()
-    assert all(verdict(adapter, case, "ekfac").passes for case in others[::4])
+    assert all(verdict(adapter, case, "ekfac").passes for case in others[::8])
     assert any(not r.passes for r in run(adapter, FAMILIES["extra"][:1]))

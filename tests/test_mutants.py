@@ -49,7 +49,7 @@ def test_every_module_that_the_adapter_needs_has_mutants():
     assert modules >= {"matrices", "damping", "linalg", "pinn", "taylor", "expansions"}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS[::6], ids=named)
+@pytest.mark.parametrize("mutant", MUTANTS[::10], ids=named)
 def test_some_mutants_are_rejected_by_the_case_that_they_name(mutant):
     (rejection,) = run_mutants([mutant])
     assert rejection.as_named, str(rejection)
@@ -69,7 +69,7 @@ def test_a_copy_without_a_mistake_passes():
     """So that what is rejected is rejected for its mistake."""
     harmless = Mutant("nothing", "kfac", BEFORE, f"({BEFORE})", CASE)
     with harmless.adapter() as adapter:
-        for case in ("mlp-cross-entropy-mean", "batches-unequal-ekfac", "operator-expand-1d-sum"):
+        for case in ("mlp-cross-entropy-mean", "operator-expand-1d-sum"):
             for flavour in CASES[case].flavours:
                 assert verdict(adapter, CASES[case], flavour).passes
 
