@@ -18,8 +18,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from nngeometry import metrics
 from nngeometry.backend import TorchHooksJacobianBackend
-from nngeometry.metrics import FIM, FIM_MonteCarlo
 from nngeometry.object import PMatEKFAC, PMatKFAC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -128,8 +128,8 @@ def _matrix(request: Request, kind: Any, loader: DataLoader[Any]) -> Any:
     variant = VARIANTS[type(request.loss)]
     if request.fisher == "mc":
         torch.manual_seed(request.seed)
-        return FIM_MonteCarlo(request.model, loader, kind, variant, request.samples)
-    return FIM(request.model, loader, kind, variant)
+        return metrics.FIM_MonteCarlo(request.model, loader, kind, variant, request.samples)
+    return metrics.FIM(request.model, loader, kind, variant)
 
 
 def _losses(model: nn.Module, loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
