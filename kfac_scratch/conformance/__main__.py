@@ -14,8 +14,9 @@ def run(args: argparse.Namespace) -> int:
     """Judge an adapter, print the table, write files."""
     place = isolation.Place(args.adapter, args.python, args.device, args.timeout)
     chosen, expected = tasks(args.k, args.tag), expected_failures(args.expected)
-    capabilities, results = isolation.capabilities(place), []
-    for result in isolation.run(place, chosen):
+    isolated, results = isolation.Isolated(place), []
+    capabilities = isolated.running().capabilities
+    for result in isolated.run(chosen):
         results.append(result)
         if sys.stderr.isatty():
             print(f"\r{len(results)}/{len(chosen)} {result.case:60}", end="", file=sys.stderr)
