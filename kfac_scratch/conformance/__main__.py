@@ -1,4 +1,4 @@
-"""`python -m kfac_scratch.conformance {run,judge,export,report,mutants,prove}`."""
+"""`python -m kfac_scratch.conformance {run,report,mutants,prove,explain}`."""
 
 import argparse
 import sys
@@ -45,17 +45,31 @@ def show(args: argparse.Namespace) -> int:
 
 def prove(args: argparse.Namespace) -> int:
     """Prove findings of the audit: their cases fail, and pass with the patch."""
+    from kfac_scratch.conformance.audit import proofs as stored
     from kfac_scratch.conformance.audit import prove as audit
 
-    proofs = [
-        (name, proof) for name in args.finding or audit.names() for proof in audit.prove(name)
-    ]
-    for name, proof in proofs:
-        state = "proven" if proof.holds else "NOT PROVEN"
-        before, after = proof.before, proof.after
-        words = f"{before.verdict} -> {after.verdict}"
-        print(f"{state} {name}: {before.case} [{before.flavour}] {words}. {before.words}")
-    return 0 if all(proof.holds for _, proof in proofs) else 1
+    holding = True
+    for name in args.finding or audit.names():
+        proofs = audit.prove(name)
+        if args.store:
+            stored.store(name, proofs)
+        for proof in proofs:
+            print(f"{name}: {proof}")
+            holding = holding and proof.holds
+    return 0 if holding else 1
+
+
+def mutants(args: argparse.Namespace) -> int:
+    """Show that the oracle rejects every mutant, and which case does."""
+    from kfac_scratch.conformance.mutants import catalogue, run_mutants
+
+    chosen = [m for m in catalogue() if args.k in m.name]
+    survivors = 0
+    for rejection in run_mutants(chosen):
+        print(rejection, flush=True)
+        survivors += rejection.result is None
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants rejected.")
+    return 1 if survivors else 0
 
 
 def explain(args: argparse.Namespace) -> int:
@@ -97,6 +111,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("finding", nargs="*")
     command.add_argument("--store", action="store_true", help="write the proofs for the site")
     command.set_defaults(call=prove)
+
+    command = commands.add_parser("mutants", help="show that every mutant is rejected, and by what")
+    command.add_argument("-k", default="", help="part of a mutant's name")
+    command.set_defaults(call=mutants)
     return main
 
 
