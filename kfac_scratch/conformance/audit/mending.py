@@ -30,10 +30,18 @@ def mended(owner: Any, name: str, *changes: tuple[str, str]) -> Iterator[None]:
         if source.count(old) != 1:
             raise ValueError(f"{name}: {old!r} occurs {source.count(old)} times, expected one.")
         source = source.replace(old, new)
-    made: dict[str, Any] = {}
-    exec(compile(source, inspect.getfile(function), "exec"), function.__globals__, made)
-    setattr(owner, name, made[function.__name__])
+    setattr(owner, name, _compiled(owner, name, source, function))
     try:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def _compiled(owner: Any, name: str, source: str, function: Any) -> Any:
+    """A function of a module, or of a class of the same name, where private names are mangled."""
+    made: dict[str, Any] = {}
+    in_class = isinstance(owner, type)
+    if in_class:
+        source = f"class {owner.__name__}:\n" + textwrap.indent(source, "    ")
+    exec(compile(source, inspect.getfile(function), "exec"), function.__globals__, made)
+    return vars(made[owner.__name__])[name] if in_class else made[name]
