@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kfac_scratch.conformance.audit.prove import Proof, finding
-from kfac_scratch.conformance.report import Report as Run
-from kfac_scratch.conformance.report import about, from_json
+from kfac_scratch.conformance.report import about
 
 FOLDER = Path(__file__).parent / "proofs"
-RESULTS = Path(__file__).parent / "results"
 
 
 def store(name: str, proofs: Iterable[Proof]) -> None:
@@ -50,9 +48,3 @@ def stored(name: str) -> dict[str, Any]:
     """
     value: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return value
-
-
-def runs() -> dict[str, Run]:
-    """The stored results of every implementation, by file."""
-    files = sorted(RESULTS.glob("*.json"))
-    return {file.stem: from_json(file.read_text(encoding="utf-8")) for file in files}
