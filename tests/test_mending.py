@@ -66,3 +66,12 @@ def test_it_is_undone_after_an_error():
 def test_another_version_of_the_code_is_an_error(old):
     with pytest.raises(ValueError, match="doubled"), mended(here(), "doubled", (old, "0")):
         pass
+
+
+def test_patches_of_different_expressions_nest():
+    with (
+        mended(here(), "doubled", ("FACTOR *", "3 *")),
+        mended(here(), "doubled", ("* x", "* x * x")),
+    ):
+        assert here().doubled(2) == 12
+    assert here().doubled(2) == 4

@@ -26,11 +26,8 @@ keep one pair of factors per group.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
-
-from torch import Tensor
 
 from kfac_scratch.conformance.audit.mending import mended
 
@@ -51,7 +48,6 @@ THREAD = ""
 def patch() -> Iterator[None]:
     """One pair of factors per group, along a leading axis."""
     backend = import_module("nngeometry.backend.torch_hooks.torch_hooks").TorchHooksJacobianBackend
-    grads = import_module("nngeometry.backend.torch_hooks.grads")
     groups = "getattr(self.l_to_m[layer_id], 'groups', 1)"
     shapes = (
         ("sA = layer.in_channels * layer.kernel_size[0] * ", _per_group(groups, "[0] * ")),
@@ -59,33 +55,23 @@ def patch() -> Iterator[None]:
         ("torch.zeros((sA, sA)", f"torch.zeros(({groups}, sA, sA)"),
         ("torch.zeros((sG, sG)", f"torch.zeros(({groups}, sG // {groups}, sG // {groups})"),
     )
-    with ExitStack() as stack:
-        stack.enter_context(mended(backend, "get_kfac_blocks", *shapes))
-        for factory in (grads.Conv1dJacobianFactory, grads.Conv2dJacobianFactory):
-            stack.enter_context(_apart(factory))
+    factory, n = "FactoryMap[layer.__class__]", "getattr(mod, 'groups', 1)"
+    calls = (
+        (
+            f"{factory}.kfac_gg(block[1], mod, layer, x, gy)",
+            f"[{factory}.kfac_gg(B, mod, layer, x, v) for B, v in zip(block[1], gy.chunk({n}, 1))]",
+        ),
+        (
+            f"{factory}.kfac_xx(block[0], mod, layer, x, gy)",
+            f"[{factory}.kfac_xx(A, mod, layer, a, gy) for A, a in zip(block[0], x.chunk({n}, 1))]",
+        ),
+    )
+    with (
+        mended(backend, "get_kfac_blocks", *shapes),
+        mended(backend, "_hook_compute_kfac_blocks", *calls),
+    ):
         yield
 
 
 def _per_group(groups: str, rest: str) -> str:
     return f"sA = layer.in_channels // {groups} * layer.kernel_size{rest}"
-
-
-@contextmanager
-def _apart(factory: Any) -> Iterator[None]:
-    """Have a factory's functions work on one group of channels after the other."""
-    before = [vars(factory)[name] for name in ("kfac_xx", "kfac_gg")]
-    of_inputs, of_vectors = (method.__func__ for method in before)
-
-    def inputs(cls: Any, buffer: Tensor, mod: Any, layer: Any, x: Tensor, gy: Tensor) -> None:
-        for part, own in zip(buffer, x.chunk(mod.groups, 1), strict=True):
-            of_inputs(cls, part, mod, layer, own, gy)
-
-    def vectors(cls: Any, buffer: Tensor, mod: Any, layer: Any, x: Tensor, gy: Tensor) -> None:
-        for part, own in zip(buffer, gy.chunk(mod.groups, 1), strict=True):
-            of_vectors(cls, part, mod, layer, x, own)
-
-    factory.kfac_xx, factory.kfac_gg = classmethod(inputs), classmethod(vectors)
-    try:
-        yield
-    finally:
-        factory.kfac_xx, factory.kfac_gg = before
