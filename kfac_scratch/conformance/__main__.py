@@ -14,8 +14,9 @@ def run(args: argparse.Namespace) -> int:
     """Judge an adapter, print the table, write files."""
     place = isolation.Place(args.adapter, args.python, args.device, args.timeout)
     chosen, expected = tasks(args.k, args.tag), expected_failures(args.expected)
-    capabilities, results = isolation.capabilities(place), []
-    for result in isolation.run(place, chosen):
+    isolated, results = isolation.Isolated(place), []
+    capabilities = isolated.running().capabilities
+    for result in isolated.run(chosen):
         results.append(result)
         if sys.stderr.isatty():
             print(f"\r{len(results)}/{len(chosen)} {result.case:60}", end="", file=sys.stderr)
@@ -57,6 +58,15 @@ def prove(args: argparse.Namespace) -> int:
     return 0 if all(proof.holds for _, proof in proofs) else 1
 
 
+def explain(args: argparse.Namespace) -> int:
+    """Say which finding explains which failure of a result file of the audit."""
+    from kfac_scratch.conformance.audit import explain as audit
+
+    for key, reasons in audit.store(args.results).items():
+        print(f"{key}: {', '.join(reasons) or 'unexplained'}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(prog="python -m kfac_scratch.conformance", description=__doc__)
@@ -79,8 +89,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("results", type=Path)
     command.set_defaults(call=show)
 
+    command = commands.add_parser("explain", help="which finding of the audit explains a failure")
+    command.add_argument("results", type=Path)
+    command.set_defaults(call=explain)
+
     command = commands.add_parser("prove", help="prove findings of the audit")
     command.add_argument("finding", nargs="*")
+    command.add_argument("--store", action="store_true", help="write the proofs for the site")
     command.set_defaults(call=prove)
     return main
 

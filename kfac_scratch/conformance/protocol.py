@@ -7,7 +7,7 @@ anything by itself: it says what the documentation says, and the harness does th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -137,6 +137,7 @@ class LayerBlock:
     axes: str = ""
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """An implementation, as the oracle sees it."""
 

@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from kfac_scratch.conformance.audit import findings
+from kfac_scratch.conformance.cases import Case
 from kfac_scratch.conformance.families import CASES
 from kfac_scratch.conformance.harness import verdict
 from kfac_scratch.conformance.judge import Result
@@ -47,8 +48,9 @@ def prove(name: str) -> list[Proof]:
     """The proofs of a finding, one for each of its cases."""
     found, proofs = finding(name), []
     for case, flavour in found.CASES:
-        before = verdict(adapter(found.ADAPTER), CASES[case], flavour)
+        asked = case if isinstance(case, Case) else CASES[case]
+        before = verdict(adapter(found.ADAPTER), asked, flavour)
         with found.patch():
-            after = verdict(adapter(found.ADAPTER), CASES[case], flavour)
+            after = verdict(adapter(found.ADAPTER), asked, flavour)
         proofs.append(Proof(before, after))
     return proofs

@@ -4,6 +4,7 @@ from kfac_scratch.conformance.cases import Case
 from kfac_scratch.conformance.families import (
     convolutions,
     dense,
+    extra,
     fishers,
     inverses,
     operators,
@@ -19,6 +20,7 @@ FAMILIES: dict[str, list[Case]] = {
     "fishers": fishers.CASES,
     "inverses": inverses.CASES,
     "operators": operators.CASES,
+    "extra": extra.CASES,
 }
 CASES: dict[str, Case] = {case.id: case for family in FAMILIES.values() for case in family}
 
