@@ -7,7 +7,7 @@ gradients are those of that mean: the mode "will introduce an additional normali
 
 Not asked for: class weights, which `weight` cannot express; convolutions over one or three axes and
 grouped ones, for which other blocks than Kronecker ones are made; layers that are used twice, for
-the same reason; the empirical Fisher of several mini-batches, each of which is normalized by itself.
+the same reason; the empirical Fisher of several mini-batches, each of which is normalized alone.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc, no-untyped-call"
 

@@ -16,11 +16,10 @@ share of the data. Not asked for: grouped convolutions, documented to average pa
 from collections.abc import Mapping
 from importlib.metadata import version
 
-import torch
 from singd.optim.optimizer import SINGD
-from torch import Tensor, nn
-from torch.func import hessian, vmap
+from torch import nn
 
+from kfac_scratch.conformance.drivers import rows
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     Kronecker,
@@ -53,9 +52,7 @@ class Adapter:
             loss_average=_average(request),
             warn_unsupported=False,
         )
-        for X, y in request.batches:
-            make = _own_loss if request.fisher == "empirical" else _linear_loss
-            make(request, X, y).backward()
+        _backward(request)
         K, C = optimizer.H_Ks, optimizer.H_Cs
         return {
             name: LayerBlock(joint=Kronecker(K[name].to_dense(), C[name].to_dense()))
@@ -86,36 +83,17 @@ def _average(request: Request) -> str | None:
     return "batch+sequence" if positions and request.fisher == "empirical" else "batch"
 
 
-def _own_loss(request: Request, X: Tensor, y: Tensor) -> Tensor:
-    """With mean reduction, a mini-batch has the share of its terms."""
-    total = sum(y.numel() for _, y in request.batches)
-    share = y.numel() / total if request.loss.reduction == "mean" else 1.0
-    return share * request.loss(request.model(X), y)
-
-
-def _linear_loss(request: Request, X: Tensor, y: Tensor) -> Tensor:
-    """`<f, S>` for a batch that is repeated for every column of `S`.
-
-    As a mean over rows it is that of `<f, S> sqrt(rows)`, all mini-batches' rows counted.
-    """
-    columns = _roots(request, request.model(X).detach(), y)  # [V, N, F]
-    repeated = X.repeat(len(columns), *[1] * (X.ndim - 1))
-    total = (request.model(repeated).flatten(1) * columns.flatten(0, 1)).sum()
-    rows = len(columns) * sum(len(X) for X, _ in request.batches)
-    return total if _average(request) is None else total / rows**0.5
-
-
-def _roots(request: Request, f: Tensor, y: Tensor) -> Tensor:
-    """Columns of a square root of the Hessian of every datum's part of the loss."""
-    loss, all_y = request.loss, torch.cat([y for _, y in request.batches])
-    names = ("weight", "pos_weight")
-    weights = {name: w for name in names if (w := getattr(loss, name, None)) is not None}
-    terms = type(loss)(reduction="sum", **weights)
-    like_all = f[:1].expand(len(all_y), *f.shape[1:])
-    divisor = terms(like_all, all_y) / loss(like_all, all_y)
-
-    def of_datum(v: Tensor, t: Tensor) -> Tensor:
-        return terms(v.reshape(1, *f.shape[1:]), t.unsqueeze(0)) / divisor
-
-    values, Q = torch.linalg.eigh(vmap(hessian(of_datum))(f.flatten(1), y))
-    return (Q * values.clamp_min(0).sqrt().unsqueeze(1)).permute(2, 0, 1)
+def _backward(request: Request) -> None:
+    """With mean reduction, a mini-batch's loss is multiplied by the share of the data."""
+    mean, batches = _average(request) is not None, request.batches
+    if request.fisher == "empirical":
+        total = sum(y.numel() for _, y in batches)
+        for X, y in batches:
+            share = y.numel() / total if mean else 1.0
+            (share * request.loss(request.model(X), y)).backward()
+        return
+    pairs = rows(request)
+    data = sum(len(X) for X, _ in pairs)
+    for X, v in pairs:  # a mean over rows of <f, v> sqrt(rows)
+        total_loss = (request.model(X) * v).sum()
+        (total_loss / data**0.5 if mean else total_loss).backward()
