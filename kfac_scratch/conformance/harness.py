@@ -6,6 +6,7 @@ Whatever goes wrong in an adapter becomes that case's verdict; the run goes on.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from kfac_scratch.conformance.ops import Op, layer_ops, network
 from kfac_scratch.conformance.protocol import (
     Adapter,
     Capabilities,
-    LayerBlock,
     NotSupported,
     Request,
 )
@@ -94,7 +94,7 @@ def answer(adapter: Adapter, case: Case, asked: Request) -> Pieces:
     return pieces(case, returned)
 
 
-def pieces(case: Case, returned: Mapping[str, LayerBlock]) -> Pieces:
+def pieces(case: Case, returned: Mapping[str, Any]) -> Pieces:
     """Raw blocks in canonical layout, by layer and part, as far as a case judges them."""
     ops, found = layer_ops(case.ops), {}
     for name in case.judged:

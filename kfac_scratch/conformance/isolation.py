@@ -10,10 +10,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import IO, Any
+from typing import Any
 
 from kfac_scratch.conformance.judge import Result
 
@@ -53,7 +54,7 @@ class Process:
 
     popen: subprocess.Popen[str]
     lines: Queue[str]
-    log: IO[str]
+    log: Any
     capabilities: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, line: str, timeout: float) -> Any:
@@ -114,13 +115,6 @@ def start(place: Place) -> Process:
     return process
 
 
-def capabilities(place: Place) -> dict[str, Any]:
-    """What an adapter says it offers."""
-    process = start(place)
-    process.stop()
-    return process.capabilities
-
-
 @dataclass
 class Isolated:
     """An adapter in a process, which is started again when it has died."""
@@ -128,15 +122,26 @@ class Isolated:
     place: Place
     process: Process | None = None
 
+    def running(self) -> Process:
+        """The process, started if there is none."""
+        self.process = self.process or start(self.place)
+        return self.process
+
+    def run(self, tasks: Sequence[tuple[str, str]]) -> Iterator[Result]:
+        """A verdict for each pair of case and flavour."""
+        for case, flavour in tasks:
+            yield self.verdict(case, flavour)
+        self.stop()
+
     def verdict(self, case: str, flavour: str) -> Result:
         """A verdict, whatever the adapter does."""
-        self.process = self.process or start(self.place)
+        process = self.running()
         try:
-            return Result(**self.process.ask(f"{case} {flavour}", self.place.timeout))
+            return Result(**process.ask(f"{case} {flavour}", self.place.timeout))
         except Empty:
             words = f"no answer within {self.place.timeout:g} s."
         except EOFError:
-            words = f"the process ended: {self.process.last_words()}."
+            words = f"the process ended: {process.last_words()}."
         self.stop()
         return Result(case, flavour, "error", words)
 
@@ -147,15 +152,7 @@ class Isolated:
         self.process = None
 
 
-def run(place: Place, tasks: Sequence[tuple[str, str]]) -> Iterator[Result]:
-    """A verdict for each pair of case and flavour."""
-    isolated = Isolated(place)
-    for case, flavour in tasks:
-        yield isolated.verdict(case, flavour)
-    isolated.stop()
-
-
-def _read(stream: IO[str], lines: Queue[str]) -> None:
+def _read(stream: TextIOWrapper, lines: Queue[str]) -> None:
     for line in stream:
         lines.put(line)
     lines.put("")

@@ -5,20 +5,21 @@ group of a grouped convolution: `[groups, D, D]`, or `[groups, D]` for vectors.
 """
 
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from kfac_scratch.conformance.ops import Op
-from kfac_scratch.conformance.protocol import Dense, Eigen, Kronecker, LayerBlock, Part, Vector
+from kfac_scratch.conformance.protocol import Dense, Eigen, Kronecker, LayerBlock, Vector
 
 
 class Malformed(Exception):  # noqa: N818
     """What an adapter returned cannot be a block of its layer; says why."""
 
 
-def canonical(name: str, block: LayerBlock, op: Op) -> dict[str, Tensor]:
+def canonical(name: str, block: Any, op: Op) -> dict[str, Tensor]:
     """A layer's blocks by part: `joint`, or `weight` and `bias`.
 
     Raises:
@@ -91,7 +92,7 @@ def _with_bias_among_inputs(
 
 
 def _reordered(
-    what: str, value: Part, numbering: Tensor, shape: tuple[int, int], groups: int
+    what: str, value: Any, numbering: Tensor, shape: tuple[int, int], groups: int
 ) -> Tensor:
     """A part in canonical order, with a leading axis of groups."""
     d_out, d_in = shape
@@ -131,7 +132,7 @@ def inputs_order(numbering: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_in"]:
     return numbering[0].argsort().argsort()
 
 
-def _checked(what: str, name: str, M: Tensor, groups: int, rows: int, columns: int) -> Tensor:
+def _checked(what: str, name: str, M: Any, groups: int, rows: int, columns: int) -> Tensor:
     if not isinstance(M, Tensor):
         raise Malformed(f"{what}: {name} is a {type(M).__name__}, expected a tensor.")
     wanted = [(groups, rows, columns)] + [(rows, columns)] * (groups == 1)
@@ -144,7 +145,7 @@ def _checked(what: str, name: str, M: Tensor, groups: int, rows: int, columns: i
     return M.reshape(groups, rows, columns)
 
 
-def _grouped(what: str, M: Tensor, groups: int, D: int) -> Tensor:
+def _grouped(what: str, M: Any, groups: int, D: int) -> Tensor:
     """One block per group: given as such, or as diagonal blocks of the whole layer's matrix."""
     if not isinstance(M, Tensor):
         raise Malformed(f"{what}: M is a {type(M).__name__}, expected a tensor.")

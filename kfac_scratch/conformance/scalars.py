@@ -23,15 +23,18 @@ CONSTANTS = [Fraction(p) for p in (1, 2, Fraction(1, 2), 4, Fraction(1, 4))]
 SUPERSCRIPTS = {"2": "²", "1/2": "^(1/2)"}
 
 
-def name(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) -> str | None:
-    """A formula for a scale, such as `S`, `2/N²` or `N·C/2`; None if none is simple enough."""
-    for constant, powers in candidates(sizes):
-        value = float(constant)
-        for letter, power in powers.items():
-            value *= sizes[letter] ** float(power)
-        if abs(scale / value - 1) <= tolerance:
-            return formula(constant, powers)
-    return None
+def names(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) -> list[str]:
+    """The simplest formulas for a scale, such as `S`, `2/N²` or `N·C/2`; empty if none is simple.
+
+    More than one if a case cannot tell them apart: a 2, and a size that is 2.
+    """
+    fits = [
+        (constant, powers)
+        for constant, powers in candidates(sizes)
+        if abs(scale / _value(constant, powers, sizes) - 1) <= tolerance
+    ]
+    simplest = min((_terms(*fit) for fit in fits), default=0)
+    return [formula(*fit) for fit in fits if _terms(*fit) <= max(1, simplest)][:3]
 
 
 def candidates(sizes: Mapping[str, int]) -> Iterator[tuple[Fraction, dict[str, Fraction]]]:
@@ -62,16 +65,29 @@ def in_words(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) ->
     """What a scale says: its formula, its value, and what the letters mean."""
     if abs(scale - 1) <= tolerance:
         return "1"
-    found = name(scale, sizes, tolerance)
-    if found is None:
+    found = names(scale, sizes, tolerance)
+    if not found:
         return f"{scale:.6g}, which no simple product of the case's sizes gives"
-    used = [x for x in MEANING if x in sizes and _mentions(found, x)]
+    used = [x for x in MEANING if x in sizes and any(_mentions(f, x) for f in found)]
     meaning = ", ".join(f"{x} = {sizes[x]}: {MEANING[x]}" for x in used)
-    return f"{found} = {scale:.6g}" + (f" ({meaning})" if meaning else "")
+    return f"{' or '.join(found)} = {scale:.6g}" + (f" ({meaning})" if meaning else "")
 
 
 def _power(letter: str, power: Fraction) -> str:
     return letter if power == 1 else f"{letter}{SUPERSCRIPTS[str(power)]}"
+
+
+def _terms(constant: Fraction, powers: Mapping[str, Fraction]) -> int:
+    """How complicated a formula is; a root counts twice."""
+    roots = sum(power.denominator > 1 for power in powers.values())
+    return len(powers) + (constant != 1) + roots
+
+
+def _value(constant: Fraction, powers: Mapping[str, Fraction], sizes: Mapping[str, int]) -> float:
+    value = float(constant)
+    for letter, power in powers.items():
+        value *= sizes[letter] ** float(power)
+    return value
 
 
 def _mentions(formula: str, letter: str) -> bool:

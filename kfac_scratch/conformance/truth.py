@@ -258,16 +258,19 @@ def factored_damping(factors: Factors, damping: float) -> Float[Tensor, "groups 
 
 def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
     """Every layer's sizes by the letters of the field, for naming a scale."""
-    f = output(case, data)
-    shared = {
-        "N": len(data.X),
-        "C": f.shape[1] if case.loss.kind == "cross-entropy" else f.shape[-1],
-        "T": f[0].numel() // (f.shape[1] if case.loss.kind == "cross-entropy" else f.shape[-1]),
-        "batches": max(1, len(case.batches)),
-    }
-    found = {}
+    f, found = output(case, data), {}
+    channels_first = case.loss.kind == "cross-entropy" or case.ops[-1].kind == "conv"
+    C = f.shape[1] if channels_first else f.shape[-1]
     for name, op in layer_ops(case.ops).items():
         d_out, d_in = op.matrix_shape()
         S = data.X.shape[1] + 2 if case.operator else rows(case, data, name).shape[2]
-        found[name] = shared | {"S": S, "d_in": d_in - bool(op["bias"]), "d_out": d_out}
+        found[name] = {
+            "N": len(data.X),
+            "S": S,
+            "C": C,
+            "T": f[0].numel() // C,
+            "d_in": d_in - bool(op["bias"]),
+            "d_out": d_out,
+            "batches": max(1, len(case.batches)),
+        }
     return found

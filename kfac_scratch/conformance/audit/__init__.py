@@ -17,6 +17,7 @@
   | `THREAD` | a public thread about it, or "" |
   | `patch()` | a context manager that mends the line in memory |
 
+A case is an identifier, or a `Case` of the finding's own where the catalogue has none.
 `prove` runs the adapter on `CASES` without and within `patch()`: a finding is proven if the verdict
 does not pass without, and passes within. A convention that is documented is no finding.
 """

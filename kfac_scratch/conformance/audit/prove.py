@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from kfac_scratch.conformance.audit import findings
+from kfac_scratch.conformance.cases import Case
 from kfac_scratch.conformance.families import CASES
 from kfac_scratch.conformance.harness import verdict
 from kfac_scratch.conformance.judge import Result
@@ -18,6 +19,12 @@ class Proof:
 
     before: Result
     after: Result
+
+    def __str__(self) -> str:
+        state = "proven" if self.holds else "NOT PROVEN"
+        case = f"{self.before.case} [{self.before.flavour}]"
+        verdicts = f"{self.before.verdict} -> {self.after.verdict}"
+        return f"{state}, {case} {verdicts}. {self.before.words}"
 
     @property
     def holds(self) -> bool:
@@ -47,8 +54,9 @@ def prove(name: str) -> list[Proof]:
     """The proofs of a finding, one for each of its cases."""
     found, proofs = finding(name), []
     for case, flavour in found.CASES:
-        before = verdict(adapter(found.ADAPTER), CASES[case], flavour)
+        asked = case if isinstance(case, Case) else CASES[case]
+        before = verdict(adapter(found.ADAPTER), asked, flavour)
         with found.patch():
-            after = verdict(adapter(found.ADAPTER), CASES[case], flavour)
+            after = verdict(adapter(found.ADAPTER), asked, flavour)
         proofs.append(Proof(before, after))
     return proofs

@@ -7,13 +7,13 @@ from kfac_scratch.conformance.families.common import REDUCTIONS, in_single_preci
 from kfac_scratch.conformance.ops import Geometry, Op, conv, flatten, linear, mean_space, relu, tanh
 
 BOTH = {"expand": DEFINITION, "reduce": DEFINITION}
-SPACE = {1: (11,), 2: (5, 4), 3: (3, 2, 4)}
+SPACE = {1: (10,), 2: (3, 10), 3: (3, 2, 6)}
 KERNEL = {1: (3,), 2: (2, 3), 3: (2, 1, 3)}
 GEOMETRY: dict[str, Geometry] = {
     "plain": {},
     "stride": {"stride": 2},
     "padding": {"padding": 1},
-    "dilation": {"dilation": 2, "padding": 1},
+    "dilation": {"dilation": 2, "padding": 2},
     "circular": {"padding": 1, "padding_mode": "circular"},
     "reflect": {"padding": 1, "padding_mode": "reflect"},
     "replicate": {"padding": 1, "padding_mode": "replicate"},
@@ -57,9 +57,9 @@ GROUPED = [
     Case(
         "conv2d-groups-per-location-mse",
         "last-convolution",
-        (last(2, groups=2),),
+        (last(2, groups=3),),
         loss("mse"),
-        (7, 4, *SPACE[2]),
+        (7, 6, *SPACE[2]),
         {"expand": EXACT},
         tags=("conv", "groups", "mse"),
         flags=("groups",),
@@ -67,9 +67,9 @@ GROUPED = [
     Case(
         "conv1d-groups-pooled-mse",
         "last-convolution",
-        (last(1, groups=2), mean_space(1)),
+        (last(1, groups=3), mean_space(1)),
         loss("mse"),
-        (7, 4, *SPACE[1]),
+        (7, 6, *SPACE[1]),
         {"reduce": EXACT, "expand": DEFINITION},
         tags=("conv", "groups", "pool", "mse"),
         flags=("groups",),
@@ -91,7 +91,7 @@ INVARIANT = [
             "1x1-convolutions",
             (conv("conv1", 2, 3, (2, 1), geometry={"stride": 2}), conv("conv2", 3, 3, (1, 1))),
             2,
-            (4, 5),
+            (6, 5),
         ),
         (
             "circular-convolutions",

@@ -46,7 +46,7 @@ ND_TARGETS = [
         "deep-linear-positions",
         chain(4, 3, 2),
         loss("mse", reduction),
-        (5, 3, 2, 4),
+        (5, 3, 3, 4),
         EXPAND_EXACT,
         tags=("sequence", "mse", "n-d"),
         flags=("axis 1 for axis -1",),
@@ -200,8 +200,8 @@ REUSED = [
         (
             linear("first", 4, 3),
             linear("second", 4, 3, inputs=(-1,)),
-            linear("fc", 3, 2, inputs=(0,)),
-            linear("fc", 3, 2, inputs=(1,)),
+            linear("fc", 3, 5, inputs=(0,)),
+            linear("fc", 3, 5, inputs=(1,)),
             add(2, 3),
         ),
         loss("mse"),
@@ -215,7 +215,7 @@ REUSED = [
         Case(
             f"used-in-a-row-{kind}",
             "definition",
-            (linear("fc", 3, 3), tanh(), linear("fc", 3, 3), tanh(), linear("head", 3, 2)),
+            (linear("fc", 3, 3), tanh(), linear("fc", 3, 3), tanh(), linear("head", 3, 5)),
             loss(kind),
             (7, 3),
             BOTH,

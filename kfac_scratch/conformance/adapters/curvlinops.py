@@ -1,0 +1,122 @@
+"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1.
+
+Scale: the operator represents the Fisher or GGN of the loss that it is given, mean or sum included
+(docstrings of `KFACLinearOperator` and `GGNLinearOperator`), so that every scale is 1.
+
+Not asked for: grouped convolutions. `kfac_utils.extract_patches` documents that it averages patches
+over the groups, which is an approximation of its own.
+"""
+# mypy: disable-error-code="import-untyped, import-not-found, misc"
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from curvlinops import (
+    EKFACLinearOperator,
+    KFACInverseLinearOperator,
+    KFACLinearOperator,
+)
+from torch import nn
+
+from kfac_scratch.conformance.protocol import (
+    Capabilities,
+    Eigen,
+    Kronecker,
+    LayerBlock,
+    NotSupported,
+    Part,
+    Request,
+    Vector,
+)
+
+FISHERS = {"type2": "type-2", "mc": "mc", "empirical": "empirical"}
+
+
+class Adapter:
+    """KFAC and EKFAC with weight and bias together."""
+
+    def capabilities(self) -> Capabilities:
+        """Linear layers and 2d convolutions."""
+        return Capabilities(
+            "curvlinops",
+            version("curvlinops-for-pytorch"),
+            fishers=frozenset(FISHERS),
+            flavours=frozenset({"expand", "reduce", "ekfac"}),
+            losses=frozenset({"mse", "cross-entropy", "bce"}),
+            damping=frozenset({"exact", "factored"}),
+        )
+
+    def scale(self, request: Request, layer: str, part: str) -> float | None:
+        """The loss's own."""
+        return 1.0
+
+    def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
+        """The factors that the operator keeps; the bias is the last input."""
+        layers = {name: request.model.get_submodule(name) for name in request.layers}
+        for name, layer in layers.items():
+            _check(name, layer)
+        if request.damping:
+            return _solved(request, _operator(request), request.damping)
+        made = _operator(request)
+        return {name: LayerBlock(joint=_part(made, name)) for name in layers}
+
+
+def _check(name: str, layer: nn.Module) -> None:
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise NotSupported(f"{name}: only Linear and Conv2d, as the documentation says")
+    if getattr(layer, "groups", 1) > 1:
+        raise NotSupported(f"{name}: documented to average patches over groups")
+
+
+def _parameters(request: Request) -> dict[str, nn.Parameter]:
+    layers = [
+        (n, m) for n, m in request.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
+    return {f"{n}.{key}": p for n, m in layers for key, p in m.named_parameters()}
+
+
+def _operator(request: Request) -> Any:
+    kind = EKFACLinearOperator if request.flavour == "ekfac" else KFACLinearOperator
+    operator = kind(
+        request.model,
+        request.loss,
+        list(_parameters(request).values()),
+        request.batches,
+        check_deterministic=False,
+        seed=request.seed,
+        fisher_type=FISHERS[request.fisher],
+        mc_samples=request.samples if request.fisher == "mc" else 1,
+        kfac_approx="reduce" if request.flavour == "reduce" else "expand",
+        separate_weight_and_bias=False,
+    )
+    operator.compute_kronecker_factors()
+    if request.flavour == "ekfac":
+        operator.compute_eigenvalue_correction()
+    return operator
+
+
+def _part(operator: Any, name: str) -> Part:
+    if isinstance(operator, EKFACLinearOperator):
+        scale = operator._corrected_eigenvalues[name]
+        return Eigen(
+            operator._input_covariances_eigenvectors[name],
+            operator._gradient_covariances_eigenvectors[name],
+            next(iter(scale.values())) if isinstance(scale, dict) else scale,  # without a bias
+        )
+    return Kronecker(operator._input_covariances[name], operator._gradient_covariances[name])
+
+
+def _solved(request: Request, operator: Any, damping: tuple[str, float]) -> dict[str, LayerBlock]:
+    """The damped inverse times the gradient, the bias behind the whole weight."""
+    form, value = damping
+    flag = "use_exact_damping" if form == "exact" else "use_heuristic_damping"
+    inverse = KFACInverseLinearOperator(operator, damping=value, **{flag: True})
+    names = list(_parameters(request))
+    vectors = dict(zip(names, inverse @ [request.gradient[n] for n in names], strict=True))
+    found = {}
+    for name in request.layers:
+        parts = [vectors[key].flatten() for key in names if key.rpartition(".")[0] == name]
+        found[name] = LayerBlock(joint=Vector(torch.cat(parts)), bias_at="behind")
+    return found

@@ -1,0 +1,104 @@
+"""A layer that is used T times has a KFAC block that is too large by T.
+
+Every call adds its own input covariance, divided by the number of data, and its own gradient
+covariance. The sum of T products is replaced by a product of two sums, which has T squared terms;
+one of the factors should be a mean over calls, as it is over the positions of a sequence. A linear
+layer that is applied to two halves of the data at once and one that is called for each half do the
+same:
+
+```python
+import torch
+from torch import nn
+from curvlinops import KFACLinearOperator
+
+class Siamese(nn.Module):
+    def __init__(self, together):
+        super().__init__()
+        self.fc, self.together = nn.Linear(3, 2), together
+
+    def forward(self, x):  # [N, 2, 3] -> [N, 4]
+        if self.together:
+            return self.fc(x).flatten(1)
+        return torch.cat([self.fc(x[:, 0]), self.fc(x[:, 1])], 1)
+
+for together in (True, False):
+    torch.manual_seed(0)
+    model, loss = Siamese(together).double(), nn.MSELoss()
+    data = [(torch.randn(5, 2, 3).double(), torch.randn(5, 4).double())]
+    K = KFACLinearOperator(model, loss, list(model.parameters()), data, fisher_type="type-2")
+    print(K.trace.item())
+# prints
+#   5.3391154259845734
+#   8.678230851969147
+```
+
+Expected: equal numbers. With `kfac_approx="reduce"`, inputs are averaged and vectors summed within
+a call but not over calls. `EKFACLinearOperator` keeps the last call's inputs only. Two modules
+that share a parameter are worse off: `_matmat` writes the result of the second over that of the
+first.
+
+Suggestion: treat calls as positions: concatenate inputs and vectors over calls before the
+covariances are made; or refuse a layer whose hook fires twice.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn, stack
+
+LIBRARY, VERSION = "curvlinops", "3.0.1"
+ADAPTER = "kfac_scratch.conformance.adapters.curvlinops:Adapter"
+TITLE = "A layer that is used several times is counted as often again"
+CASES = (
+    ("used-twice-added-mse", "expand"),
+    ("used-twice-added-mse", "reduce"),
+    ("used-in-a-row-mse", "expand"),
+    ("used-in-a-row-mse", "reduce"),
+    ("used-in-a-row-cross-entropy", "expand"),
+    ("used-in-a-row-cross-entropy", "reduce"),
+)
+CAUSE = (
+    "curvlinops/kfac.py, line 823, _hook_accumulate_input_covariance: every call of a module "
+    "adds to its covariance, and the divisor counts data and positions, not calls."
+)
+DOCUMENTED = "silent"
+THREAD = ""
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """Calls are positions: join them, then let the library's own functions work."""
+    operator = import_module("curvlinops.kfac").KFACLinearOperator
+    names = (
+        "_hook_accumulate_input_covariance",
+        "_accumulate_gradient_covariance",
+        "_compute_loss_and_backward",
+    )
+    of_input, of_vector, run = before = [vars(operator)[name] for name in names]
+    inputs: dict[str, list[tuple[nn.Module, Tensor]]] = defaultdict(list)
+    vectors: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(self: Any, module: nn.Module, args: tuple[Tensor], module_name: str) -> None:
+        inputs[module_name].append((module, args[0].detach().clone()))
+
+    def joined(self: Any, grad_output: Tensor, module: nn.Module, module_name: str) -> None:
+        vectors[module_name].append(grad_output)
+        if len(vectors[module_name]) == len(inputs[module_name]):
+            of_vector(self, stack(vectors.pop(module_name), 1), module, module_name)
+
+    def covariances(self: Any, output: Tensor, y: Tensor) -> None:
+        for name, calls in inputs.items():
+            of_input(self, calls[0][0], (stack([x for _, x in calls], 1),), name)
+        run(self, output, y)
+        inputs.clear()
+
+    for name, function in zip(names, (keep, joined, covariances), strict=True):
+        setattr(operator, name, function)
+    try:
+        yield
+    finally:
+        for name, function in zip(names, before, strict=True):
+            setattr(operator, name, function)

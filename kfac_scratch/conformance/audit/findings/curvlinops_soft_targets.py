@@ -1,0 +1,74 @@
+"""KFAC is too large by the number of classes if `CrossEntropyLoss` has probabilities as targets.
+
+`CrossEntropyLoss` takes class indices `[N]` or class probabilities `[N, C]`. The number of loss
+terms is read from the targets as if they were indices, so that with probabilities and
+`reduction="mean"` every datum counts as C terms. The loss's Hessian does not depend on targets
+that sum to one: index and one-hot vector should give the same.
+
+```python
+import torch
+from torch import nn
+from curvlinops import KFACLinearOperator
+
+torch.manual_seed(0)
+model, loss = nn.Sequential(nn.Linear(3, 4)).double(), nn.CrossEntropyLoss()
+params, X, y = list(model.parameters()), torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
+for target in (y, nn.functional.one_hot(y, 4).double()):
+    print(KFACLinearOperator(model, loss, params, [(X, target)], fisher_type="type-2").trace.item())
+# prints
+#   2.2720123613085508
+#   9.088049445234203
+```
+
+Expected: equal numbers. With `reduction="sum"` they are. `mc` is too large in the same way;
+`empirical` raises an error, since the targets are flattened.
+
+Suggestion: count `y.numel() // y.shape[1]` if `y` is a floating-point tensor, or refuse it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+
+from kfac_scratch.conformance.audit.mending import mended
+from kfac_scratch.conformance.cases import DEFINITION, Case, Data, generator, numbers, spread
+from kfac_scratch.conformance.families.common import chain, loss
+from kfac_scratch.conformance.ops import tanh
+
+
+def probabilities(case: Case) -> Data:
+    """Targets that are probabilities of the classes."""
+    data = spread(case)
+    drawn = numbers(generator(case), len(data.X), case.ops[-1]["d_out"])
+    return replace(data, y=drawn.softmax(1))
+
+
+CASE = Case(
+    "probabilities-cross-entropy-mean",
+    "definition",
+    chain(4, 3, 5, between=tanh()),
+    loss("cross-entropy"),
+    (7, 4),
+    {"expand": DEFINITION},
+    data=probabilities,
+)
+LIBRARY, VERSION = "curvlinops", "3.0.1"
+ADAPTER = "kfac_scratch.conformance.adapters.curvlinops:Adapter"
+TITLE = "Cross-entropy with probabilities: too large by the number of classes"
+CASES = ((CASE, "expand"),)
+CAUSE = (
+    "curvlinops/kfac.py, line 325, _set_num_per_example_loss_terms: y.numel() is taken for the "
+    "number of loss terms of CrossEntropyLoss."
+)
+DOCUMENTED = "silent about probabilities as targets"
+THREAD = ""
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """A datum with probabilities is one term."""
+    operator = import_module("curvlinops.kfac").KFACLinearOperator
+    terms = "(y.numel() // (y.shape[1] if y.is_floating_point() else 1))"
+    with mended(operator, "_set_num_per_example_loss_terms", ("y.numel()", terms)):
+        yield

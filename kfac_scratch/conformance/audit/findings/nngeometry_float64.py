@@ -1,0 +1,59 @@
+"""`FIM(..., variant="classif_logits")` raises an error for a model in double precision.
+
+The triangular matrix of the Cholesky factor is made in PyTorch's default precision:
+
+```python
+import torch
+from nngeometry.metrics import FIM
+from nngeometry.object import PMatKFAC
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+model, X = nn.Sequential(nn.Linear(3, 4)).double(), torch.randn(5, 3).double()
+try:
+    FIM(model, DataLoader(TensorDataset(X, X)), PMatKFAC, variant="classif_logits")
+except RuntimeError as error:
+    print(error)
+# prints
+#   expected m1 and m2 to have the same dtype, but got: double != float
+```
+
+Expected: no error. A way around it is `torch.set_default_dtype(torch.float64)`. In the same
+function, `torch.finfo().eps` is that of the default precision: with single precision as default it
+limits a double precision model to seven digits.
+
+Suggestion: `dtype=logits.dtype` in `torch.ones`, and `torch.finfo(logits.dtype)`. Elsewhere
+buffers of the default precision are added to, which rounds silently
+(`JacobianFactory.layer_block`, `PMatKFAC.to_torch`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from kfac_scratch.conformance.audit.mending import mended
+
+LIBRARY, VERSION = "nngeometry", "0.4"
+ADAPTER = "kfac_scratch.conformance.adapters.nngeometry:AsItIs"
+TITLE = "The Fisher of a softmax model in double precision raises an error"
+CASES = (
+    ("mlp-cross-entropy-mean", "expand"),
+    ("mlp-cross-entropy-mean", "ekfac"),
+    ("one-datum-cross-entropy-tanh-sum", "expand"),
+)
+CAUSE = (
+    "nngeometry/metrics.py, line 180, FIM: torch.ones without a dtype; line 188: torch.finfo "
+    "without one."
+)
+DOCUMENTED = "silent"
+THREAD = ""
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """Constants in the precision of the logits."""
+    metrics = import_module("nngeometry.metrics")
+    ones = ("n_out), device=device)", "n_out), device=device, dtype=logits.dtype)")
+    eps = ("torch.finfo().eps", "torch.finfo(logits.dtype).eps")
+    with mended(metrics, "FIM", ones, eps):
+        yield
