@@ -90,7 +90,8 @@ def patch() -> Iterator[None]:
         parts.append((self.xs[mod], gy))
         if len(parts) == self.calls[mod]:
             name = self.m_to_l[mod]
-            self._diags[name].add_(_squares(parts, *self._kfe[name], mod.bias is not None))
+            QA, QB = self._kfe[name]
+            self._diags[name].add_(_squares(parts, QA, QB, mod.bias is not None))
             parts.clear()
         return None
 
