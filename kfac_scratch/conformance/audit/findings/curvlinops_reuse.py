@@ -59,6 +59,8 @@ CASES = (
     ("used-in-a-row-mse", "reduce"),
     ("used-in-a-row-cross-entropy", "expand"),
     ("used-in-a-row-cross-entropy", "reduce"),
+    ("ekfac-used-in-a-row-mse", "ekfac"),
+    ("ekfac-used-in-a-row-cross-entropy", "ekfac"),
 )
 CAUSE = (
     "curvlinops/kfac.py, line 823, _hook_accumulate_input_covariance: every call of a module "
@@ -71,13 +73,20 @@ THREAD = ""
 @contextmanager
 def patch() -> Iterator[None]:
     """Calls are positions: join them, then let the library's own functions work."""
-    operator = import_module("curvlinops.kfac").KFACLinearOperator
+    kfac, ekfac = import_module("curvlinops.kfac"), import_module("curvlinops.ekfac")
+    with _factors(kfac.KFACLinearOperator), _eigenvalues(ekfac.EKFACLinearOperator):
+        yield
+
+
+@contextmanager
+def _factors(operator: Any) -> Iterator[None]:
+    """Covariances of the inputs and vectors of all calls."""
     names = (
         "_hook_accumulate_input_covariance",
         "_accumulate_gradient_covariance",
         "_compute_loss_and_backward",
     )
-    of_input, of_vector, run = before = [vars(operator)[name] for name in names]
+    of_input, of_vector, run = (vars(operator)[name] for name in names)
     inputs: dict[str, list[tuple[nn.Module, Tensor]]] = defaultdict(list)
     vectors: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -95,12 +104,53 @@ def patch() -> Iterator[None]:
         run(self, output, y)
         inputs.clear()
 
-    for name, function in zip(names, (keep, joined, covariances), strict=True):
+    with _replaced(operator, dict(zip(names, (keep, joined, covariances), strict=True))):
+        yield
+
+
+@contextmanager
+def _eigenvalues(operator: Any) -> Iterator[None]:
+    """Gradients of a datum, summed over all calls before they are squared."""
+    names = (
+        "_hook_cache_inputs",
+        "_register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues",
+    )
+    correct = vars(operator)["_accumulate_corrected_eigenvalues"]
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    vectors: dict[str, dict[int, Tensor]] = defaultdict(dict)
+
+    def keep(self: Any, module: nn.Module, args: tuple[Tensor], module_name: str) -> None:
+        if module_name not in self._cached_activations:
+            inputs.pop(module_name, None)  # those of an earlier computation
+        inputs[module_name].append(args[0].detach().clone())
+        self._cached_activations[module_name] = _joined(inputs[module_name])
+
+    def register(
+        self: Any, module: nn.Module, args: object, output: Tensor, module_name: str
+    ) -> None:
+        call, own = len(inputs[module_name]) - 1, vectors[module_name]
+
+        def joined(g: Tensor) -> None:
+            own[call] = g
+            if len(own) == len(inputs[module_name]):
+                correct(self, _joined([own[i] for i in sorted(own)]), module, module_name)
+                own.clear()
+
+        output.register_hook(joined)
+
+    with _replaced(operator, dict(zip(names, (keep, register), strict=True))):
+        yield
+
+
+@contextmanager
+def _replaced(operator: Any, methods: dict[str, Any]) -> Iterator[None]:
+    before = {name: vars(operator)[name] for name in methods}
+    for name, function in methods.items():
         setattr(operator, name, function)
     try:
         yield
     finally:
-        for name, function in zip(names, before, strict=True):
+        for name, function in before.items():
             setattr(operator, name, function)
 
 
