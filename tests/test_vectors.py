@@ -388,7 +388,7 @@ def test_a_flavour_can_be_not_supported(small, results):
 @pytest.mark.parametrize(
     ("scales", "verdict", "words"),
     [
-        ({}, "undocumented-scale", "too large by N = 7"),
+        ({}, "undocumented-scale", "every block: too large by N = 7"),
         ({"*/fc1": None, "*": None}, "undocumented-scale", "the documentation is silent"),
         ({"mlp-*": 7.0}, "scaled", "documented: N = 7"),
         ({"mlp-*/fc1": 7.0}, "inconsistent-scale", "fc1 joint: 1; fc2 joint: N = 7"),
