@@ -99,9 +99,9 @@ def test_pieces_are_told_apart_by_slug_and_title():
     ("slug", "words"),
     [
         ("mean-gradients", "1/N²"),
-        ("half", "1/2"),
-        ("batch-size", "by C = 5"),
-        ("positions", "S = 8"),
+        ("half", "by 1/2 = 0.5"),
+        ("batch-size", "C = 5"),
+        ("positions", "S or T = 16"),
         ("mean-of-vectors", "1/S²"),
         ("empirical", "looks like the empirical Fisher"),
         ("weights", "without the loss's weights"),
