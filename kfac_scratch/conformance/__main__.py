@@ -35,8 +35,8 @@ def finish(
 ) -> int:
     """Print and write a report; 1 if anything is not as expected."""
     made = report.Report(capabilities, results, families, expected or {}, report.about())
-    print(report.table(made))
     report.write(made, args.json, args.junit)
+    print(report.table(made))
     return 1 if made.surprises() else 0
 
 
