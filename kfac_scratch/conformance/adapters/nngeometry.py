@@ -84,7 +84,7 @@ def _fitted(request: Request) -> dict[str, LayerBlock]:
     matrix.update_diag(loader)
     vectors, values = matrix.data
     return {
-        n: LayerBlock(Eigen(QA, QB, values[n].reshape(len(QB), len(QA))))
+        n: LayerBlock(Eigen(QA, QB, values[n].reshape(*QB.shape[:-1], QA.shape[-1])))
         for n, (QA, QB) in vectors.items()
     }
 

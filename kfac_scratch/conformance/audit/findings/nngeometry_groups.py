@@ -34,7 +34,12 @@ from kfac_scratch.conformance.audit.mending import mended
 LIBRARY, VERSION = "nngeometry", "0.4"
 ADAPTER = "kfac_scratch.conformance.adapters.nngeometry:Adapter"
 TITLE = "groups of a convolution are ignored"
-CASES = (("conv2d-groups-per-location-mse", "expand"), ("conv1d-groups-pooled-mse", "expand"))
+CASES = (
+    ("conv2d-groups-per-location-mse", "expand"),
+    ("conv1d-groups-pooled-mse", "expand"),
+    ("cnn-groups-mse", "expand"),
+    ("cnn-groups-mse", "ekfac"),
+)
 CAUSE = (
     "nngeometry/layercollection.py, line 99, _module_to_layer: mod.groups is not read; "
     "nngeometry/backend/torch_hooks/torch_hooks.py, get_kfac_blocks: in_channels is taken for the "
@@ -49,9 +54,13 @@ def patch() -> Iterator[None]:
     """One pair of factors per group, along a leading axis."""
     backend = import_module("nngeometry.backend.torch_hooks.torch_hooks").TorchHooksJacobianBackend
     groups = "getattr(self.l_to_m[layer_id], 'groups', 1)"
-    shapes = (
+    inputs = (
         ("sA = layer.in_channels * layer.kernel_size[0] * ", _per_group(groups, "[0] * ")),
         ("sA = layer.in_channels * layer.kernel_size[0]\n", _per_group(groups, "[0]\n")),
+    )
+    values = ("torch.zeros((sG * sA)", f"torch.zeros(({groups}, sG // {groups} * sA)")
+    shapes = (
+        *inputs,
         ("torch.zeros((sA, sA)", f"torch.zeros(({groups}, sA, sA)"),
         ("torch.zeros((sG, sG)", f"torch.zeros(({groups}, sG // {groups}, sG // {groups})"),
     )
@@ -66,8 +75,16 @@ def patch() -> Iterator[None]:
             f"[{factory}.kfac_xx(A, mod, layer, a, gy) for A, a in zip(block[0], x.chunk({n}, 1))]",
         ),
     )
+    diagonal = (
+        f"{factory}.kfe_diag(\n            "
+        "self._diags[layer_id], mod, layer, x, gy, evecs_a, evecs_g\n",
+        f"[{factory}.kfe_diag(d, mod, layer, a, v, QA, QB) for d, a, v, QA, QB in zip("
+        f"self._diags[layer_id], x.chunk({n}, 1), gy.chunk({n}, 1), evecs_a, evecs_g)] and (\n",
+    )
     with (
         mended(backend, "get_kfac_blocks", *shapes),
+        mended(backend, "get_kfe_diag", *inputs, values),
+        mended(backend, "_hook_compute_kfe_diag", diagonal),
         mended(backend, "_hook_compute_kfac_blocks", *calls),
     ):
         yield
