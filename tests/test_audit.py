@@ -1,7 +1,7 @@
 """The audit is complete and up to date: results, findings, proofs, explanations."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType
 
 import faulty
 import pytest
@@ -102,7 +102,8 @@ def made_finding():
         with mended(faulty.Scaled, "factor", ("return 2.0", "return 1.0")):
             yield
 
-    return SimpleNamespace(
+    found = ModuleType("twice")
+    vars(found).update(
         LIBRARY="faulty",
         VERSION="1",
         ADAPTER="faulty:Scaled",
@@ -110,6 +111,7 @@ def made_finding():
         CASES=(("deep-linear-mse-mean-nobias", "expand"),),
         patch=patch,
     )
+    return found
 
 
 @pytest.fixture

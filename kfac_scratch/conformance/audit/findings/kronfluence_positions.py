@@ -65,7 +65,14 @@ from kfac_scratch.conformance.families import CASES as CATALOGUE
 
 PATTERNS = (
     *("positions-*", "nd-positions-*", "mean-pooled-*", "sum-pooled-*", "tokens-*", "masked-*"),
-    *("attention-tokens-*", "attention-pooled-cross-entropy", "flattened-*", "used-*", "cnn-*"),
+    *(
+        "attention-tokens-*",
+        "attention-pooled-cross-entropy",
+        "flattened-*",
+        "used-*",
+        "cnn-flat-*",
+        "cnn-pooled-*",
+    ),
     *(f"conv2d-{name}-p*" for name in ("plain", "stride", "padding", "dilation", "nobias")),
     *("1x1-convolutions-*", "class-weights-tokens", "sampled-tokens-*"),
 )
