@@ -65,7 +65,7 @@ def patch() -> Iterator[None]:
         mended(
             kfac,
             "loss_hessian_matrix_sqrt",
-            ("c = 1.0", "c = float(target_one_datum.item() != loss_func.ignore_index)"),
+            ("c = 1.0", "c = 1.0 * float(target_one_datum.item() != loss_func.ignore_index)"),
         ),
         mended(
             kfac.KFACLinearOperator,

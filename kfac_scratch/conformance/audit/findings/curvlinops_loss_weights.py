@@ -93,7 +93,7 @@ def patch() -> Iterator[None]:
         mended(
             kfac,
             "loss_hessian_matrix_sqrt",
-            ("c = 1.0", f"c = {weighted}"),
+            ("c = 1.0", f"c = ({weighted})"),
             ("sqrt(c) * (p * (1 - p)).sqrt()", positive),
         ),
         mended(
