@@ -287,7 +287,7 @@ def training(args: argparse.Namespace) -> list[dict]:
             print(f"{name}, {method_name}", flush=True)
             curves = [
                 run(problem, *sizes, method, args.seconds, seed, args.device)
-                for seed in range(args.seeds)
+                for seed in range(args.first_seed, args.first_seed + args.seeds)
             ]
             grid = [t for t in (0.25 * 1.15**k for k in range(60)) if t < args.seconds]
             grid.append(args.seconds * 1.01)
@@ -296,6 +296,7 @@ def training(args: argparse.Namespace) -> list[dict]:
                 {
                     "problem": name,
                     "method": method_name,
+                    "seeds": [args.first_seed + i for i in range(args.seeds)],
                     "seconds": [round(t, 3) for t in grid],
                     "median": [float(f"{e:.3e}") for e in median],
                     "final": [float(f"{curve[-1][1]:.3e}") for curve in curves],
@@ -328,6 +329,7 @@ def main() -> None:
     parser.add_argument("--threads", default=1, type=int)
     parser.add_argument("--seconds", default=60.0, type=float, help="budget of a training run")
     parser.add_argument("--seeds", default=3, type=int)
+    parser.add_argument("--first-seed", default=1, type=int, help="settings were tuned on seed 0")
     parser.add_argument("--problem", help="only this one")
     parser.add_argument("--method", action="append", help="only this one; may be repeated")
     parser.add_argument("--large", action="store_true", help="the networks with 117k weights")
