@@ -13,10 +13,14 @@ Float64. Implementations take turns in every round, and results are compared bef
 import argparse
 import ctypes
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.factors import _synchronize, about
 from kfac_scratch.pinn import Field, linearize, loss
 from kfac_scratch.pinn_gramian import assign, flat, moved, residuals, weights
+from kfac_scratch.pinn_krylov import KFACKrylov
 from kfac_scratch.pinn_metric import TermWise, ekfac_inverse
 from kfac_scratch.pinn_problems import Problem, heat, mlp, poisson, poisson_cosines
 from kfac_scratch.pinn_solvers import combined, dense, in_kernel, per_layer
@@ -83,174 +88,11 @@ def laplacians(device: torch.device, rounds: int) -> list[dict]:
         net, X = mlp(d, 256, 256, 128, 128, 1).to(device), torch.randn(128, d, device=device)
         parameters = [p for p in net.parameters() if p.ndim == 2]
 
-        def run(way: Callable[[nn.Module, Tensor], Tensor], net=net, X=X, W=parameters) -> None:
-            torch.autograd.grad(way(net, X).sum(), W)
-
-        results = [way(net, X).detach() for way in WAYS.values()]
-        error = max(float((r - results[0]).abs().max() / results[0].abs().max()) for r in results)
-        assert error < 1e-10, error
-        runs = {name: (lambda way=way: run(way)) for name, way in WAYS.items()}
-        ms = processor_times(runs, rounds, device)
-        memory = {name: peak_memory(of, device) for name, of in runs.items()}
-        rows.append({"d": d, "ms": ms, "MiB": memory, "error": error})
-        cells = (f"{name} {ms[name]:7.1f} ms {memory[name] or 0:6.0f} MiB" for name in WAYS)
-        print(f"d = {d:3}  " + "   ".join(cells), flush=True)
-    return rows
-
-
-def processor_times(
-    runs: dict[str, Callable], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median milliseconds over rounds: of the processor, or on a GPU of the clock."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 2):
-        for name, run in runs.items():
-            _synchronize(device)
-            start = clock()
-            run()
-            _synchronize(device)
-            if i > 1:
-                times[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-# ---- problems and methods ------------------------------------------------------------------------
-
-PROBLEMS: dict[str, tuple[Problem, tuple[int, ...], int, int]] = {
-    "Poisson 2d": (poisson(2), (2, 64, 1), 900, 120),
-    "heat 1+1d": (heat(1), (2, 64, 1), 900, 120),
-    "Poisson 5d": (poisson_cosines(5), (5, 64, 1), 3000, 500),
-    "Poisson 2d, deep": (poisson(2), (2, 64, 64, 48, 48, 1), 900, 120),
-}
-LARGE = {
-    "Poisson 2d, D = 116 097": (poisson(2), (2, 256, 256, 128, 128, 1), 900, 120),
-    "Poisson 5d, D = 116 865": (poisson_cosines(5), (5, 256, 256, 128, 128, 1), 3000, 500),
-}
-CHUNK = {"Poisson 5d": 500}
-
-
-class First:
-    """A first-order optimizer of torch behind the interface of the others."""
-
-    def __init__(self, make: Callable[..., torch.optim.Optimizer]) -> None:
-        self.make = make
-
-    def step(self, model: nn.Module, terms: list, optimizer=None) -> torch.optim.Optimizer:
-        optimizer = optimizer or self.make(model.parameters())
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = loss(model, terms)
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        return optimizer
-
-
-class StarByAutograd:
-    """KFAC* whose gradient and products with `J` are passes of autograd, as is common."""
-
-    def __init__(self, metric: TermWise, damping: float) -> None:
-        self.metric, self.damping = metric, damping
-
-    def step(self, model: nn.Module, terms: list, state=None):
-        count, metric, previous = state or (0, None, None)
-        lin = linearize(model, terms)
-        metric, inverses = self.metric.update(metric, lin, self.damping, count + 1)
-        value = loss(model, terms)
-        parameters = dict(model.named_parameters())
-        grads = torch.autograd.grad(value, list(parameters.values()))
-        layers = dict(model.named_modules())
-        gradient, columns = dict(zip(parameters, grads, strict=True)), []
-        newest = {
-            n: -(M @ torch.cat([gradient[f"{n}.weight"], gradient[f"{n}.bias"][:, None]], 1))
-            for n, M in inverses.items()
-        }
-        directions = [newest] if previous is None else [newest, previous]
-        for d in directions:  # J d by double reverse mode
-            parts = []
-            for term in terms:
-                parts.append(_forward_mode(model, layers, term, d))
-            columns.append(torch.cat(parts))
-        J, rho = torch.stack(columns, 1), residuals(flat(lin))
-        lengths = torch.tensor(
-            [[sum((x[n] * y[n]).sum() for n in x) for y in directions] for x in directions]
-        )
-        c = -torch.linalg.solve(J.T @ J + self.damping * lengths, J.T @ rho)
-        step = combined(directions, c)
-        assign(model, moved(weights(model), step))
-        return count + 1, metric, step
-
-
-def _forward_mode(model, layers, term, direction) -> Tensor:
-    c = taylor(model, term.X, term.expansion)
-    r = term.residual(Field(list(c.unbind(1)), term.expansion), term.X).flatten()
-    r = r * (term.weight / len(term.X)) ** 0.5
-    W = [p for n in direction for p in (layers[n].weight, layers[n].bias)]
-    V = [v for n in direction for v in (direction[n][:, :-1], direction[n][:, -1])]
-    dummy = torch.zeros_like(r, requires_grad=True)
-    rows = torch.autograd.grad(r, W, dummy, create_graph=True, allow_unused=True)
-    used = [(row, v) for row, v in zip(rows, V, strict=True) if row is not None]
-    (product,) = torch.autograd.grad([row for row, _ in used], dummy, [v for _, v in used])
-    return product
-
-
-def methods(problem: str) -> dict[str, object]:
-    options = {"chunk": CHUNK.get(problem)}
-    exact = in_kernel if "deep" in problem or "116" in problem else dense
-    wise = TermWise(0.6)
-    return {
-        "Adam": First(lambda p: torch.optim.Adam(p, lr=3e-3)),
-        "L-BFGS": First(
-            lambda p: torch.optim.LBFGS(p, history_size=100, line_search_fn="strong_wolfe")
-        ),
-        "KFAC": KFAC(metric=wise, **options),
-        "KFAC*": KFACStar(metric=wise, **options),
-        "KFAC* per layer": KFACStar(candidates=per_layer, metric=wise, **options),
-        "EKFAC*": KFACStar(metric=TermWise(0.6, ekfac_inverse), **options),
-        "Gauss-Newton": GaussNewton(solver=exact, **options),
-        "ENGD": Spring(1e-12, solver=exact, **options),
-        "SPRING": Spring(1e-10, 0.9, solver=exact, **options),
-    }
-
-
-def stepper(method, model: nn.Module, terms: list) -> Callable[[], None]:
-    """A function that makes the next step, each time it is called."""
-    state = None
-
-    def run() -> None:
-        nonlocal state
-        state = method.step(model, terms, state)
-
-    return run
-
-
-def steps(device: torch.device, rounds: int) -> list[dict]:
-    rows = []
-    for name, (problem, sizes, inside, border) in PROBLEMS.items():
-        terms = problem.terms(inside, border, torch.Generator(device).manual_seed(0))
-        found = methods(name)
-        chosen = {n: found[n] for n in found if n not in ("Adam", "L-BFGS", "ENGD", "SPRING")}
-        chosen["KFAC* by autograd"] = StarByAutograd(TermWise(0.6), 1e-10)
-        runs = {}
-        for method_name, method in chosen.items():
-            torch.manual_seed(0)
-            runs[method_name] = stepper(method, mlp(*sizes).to(device), terms)
-        ms = processor_times(runs, rounds, device)
-        rows.append({"problem": name, "ms": ms})
-        print(f"{name:18}" + "  ".join(f"{n} {t:6.1f}" for n, t in ms.items()), flush=True)
-    return rows
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-
-def run(
-    problem: Problem, sizes, inside: int, border: int, method, seconds: float, seed: int, device
+        def run(
+    case: tuple[Problem, tuple, int, int], setup: Setup, seconds: float, seed: int, device
 ) -> list[tuple[float, float]]:
-    """Pairs of processor time, of the steps only, and error; fresh points every 100 steps."""
+    """Pairs of processor time, of the steps only, and error; fresh points now and then."""
+    problem, sizes, inside, border = case
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.manual_seed(seed)
     model, state = mlp(*sizes).to(device), None
@@ -259,9 +101,9 @@ def run(
     used, count, curve, due = 0.0, 0, [(0.0, problem.error(model, test))], 0.25
     while used < seconds:
         start = clock()
-        if count % 100 == 0:
+        if count % setup.keep == 0:
             terms = problem.terms(inside, border, generator)
-        state = method.step(model, terms, state)
+        state = setup.method.step(model, terms, state)
         _synchronize(device)
         used, count = used + clock() - start, count + 1
         if used >= due:
@@ -278,15 +120,15 @@ def at(curve: list[tuple[float, float]], seconds: float) -> float:
 
 def training(args: argparse.Namespace) -> list[dict]:
     rows = []
-    for name, (problem, *sizes) in (LARGE if args.large else PROBLEMS).items():
+    for name, case in (LARGE if args.large else PROBLEMS).items():
         if args.problem not in (None, name):
             continue
-        for method_name, method in methods(name).items():
+        for method_name, setup in methods(name, args.seconds).items():
             if args.method and method_name not in args.method:
                 continue
             print(f"{name}, {method_name}", flush=True)
             curves = [
-                run(problem, *sizes, method, args.seconds, seed, args.device)
+                run(case, setup, args.seconds, seed, args.device)
                 for seed in range(args.first_seed, args.first_seed + args.seeds)
             ]
             grid = [t for t in (0.25 * 1.15**k for k in range(60)) if t < args.seconds]
@@ -337,6 +179,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_default_dtype(torch.float64)
+    if args.what != "laplacian":  # which measures memory
+        keep_memory()
     if args.what == "training":
         training(args)
         return
