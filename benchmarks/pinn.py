@@ -264,11 +264,12 @@ def lbfgs(parameters) -> torch.optim.LBFGS:
 
 def more_directions(problem: str) -> Setup:
     """Settings found on seed 0."""
-    wise, corrected = TermWise(0.9), TermWise(0.6, ekfac_inverse)
+    corrected = TermWise(0.6, ekfac_inverse)
     if "deep" in problem or "116" in problem:
         return Setup(KFACKrylov(20, 1, 1e-13, metric=corrected), 10)
     if "5d" in problem:
-        return Setup(KFACKrylov(10, 1, 1e-2, metric=wise, chunk=CHUNK.get(problem)))
+        slowly = TermWise(0.9, ekfac_inverse)
+        return Setup(KFACKrylov(10, 1, 1e-2, metric=slowly, chunk=CHUNK.get(problem)))
     return Setup(KFACKrylov(1, 8, 1e-10, 1e-10, metric=corrected))
 
 

@@ -21,6 +21,7 @@ from kfac_scratch.pinn_gramian import (
     transposed_times,
     weights,
 )
+from kfac_scratch.pinn_krylov import KFACKrylov
 from kfac_scratch.pinn_metric import Joined, TermWise, damped_factors, ekfac_inverse
 from kfac_scratch.pinn_problems import kovasznay, mlp, poisson
 from kfac_scratch.pinn_solvers import (
@@ -43,6 +44,7 @@ OPTIMIZERS = {
     "ekfac-star": KFACStar(metric=TermWise(inverse=ekfac_inverse)),
     "kfac-star-joined": KFACStar(metric=Joined(kfac)),
     "ekfac-star-joined": KFACStar(metric=Joined(Latest(ekfac))),
+    "kfac-krylov": KFACKrylov(4, 2),
     "gauss-newton": GaussNewton(),
     "gauss-newton-kernel": GaussNewton(solver=in_kernel),
     "gauss-newton-layerwise": GaussNewton(solver=layerwise),
