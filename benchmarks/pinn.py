@@ -1,4 +1,4 @@
-"""Taylor mode and PINN optimizers: `python -m benchmarks.pinn laplacian`, `steps` or `training`.
+"""Taylor mode and PINN optimizers: `python -m benchmarks.pinn laplacian`, `steps`, `training`, ...
 
 - `laplacian`: time and memory of a Laplacian with its gradient, by forward Laplacian, by nested
   reverse mode and by `torch.func.hessian`, for dimensions 2 to 100.
@@ -6,6 +6,7 @@
   with autograd's passes instead of cached coefficients (`KFAC* by autograd`).
 - `training`: error against seconds of processor time. Rows are added to the file given by `--json`,
   so that runs may be split: `--problem`, `--method`, `--seeds`.
+- `preconditioners`: the same for one method with EKFAC, TKFAC, KPSVD in the place of KFAC.
 
 Float64. Implementations take turns in every round, and results are compared before they are timed.
 """
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.factors import _synchronize, about
+from kfac_scratch import ekfac, kfac
+from kfac_scratch.estimators import Latest
 from kfac_scratch.pinn import Field, linearize, loss
 from kfac_scratch.pinn_gramian import assign, flat, moved, residuals, weights
 from kfac_scratch.pinn_krylov import KFACKrylov
-from kfac_scratch.pinn_metric import TermWise, ekfac_inverse
+from kfac_scratch.pinn_metric import Joined, TermWise, ekfac_inverse
 from kfac_scratch.pinn_problems import Problem, heat, mlp, poisson, poisson_cosines
 from kfac_scratch.pinn_solvers import combined, dense, in_kernel, per_layer
 from kfac_scratch.pinn_steps import KFAC, GaussNewton, KFACStar, Spring
 from kfac_scratch.taylor import forward_laplacian, taylor
+from kfac_scratch.variants.kpsvd import kpsvd
+from kfac_scratch.variants.tkfac import tkfac
 
 # ---- Laplacians ----------------------------------------------------------------------------------
 
@@ -273,6 +279,26 @@ def more_directions(problem: str) -> Setup:
     return Setup(KFACKrylov(1, 8, 1e-10, 1e-10, metric=corrected))
 
 
+def preconditioners(problem: str) -> dict[str, Setup]:
+    """The method with more directions, with any approximation in the place of the paper's KFAC."""
+    method, keep = more_directions(problem)
+    wise = {
+        "KFAC for each term": TermWise(0.6),
+        "EKFAC for each term": TermWise(0.6, ekfac_inverse),
+    }
+    of_all = {
+        "KFAC": kfac,
+        "EKFAC": Latest(ekfac),
+        "TKFAC": tkfac,
+        "KPSVD": partial(kpsvd, tolerance=0.01),
+    }
+    found = {name: replace(method, metric=metric) for name, metric in wise.items()}
+    for name, approximation in of_all.items():
+        metric = Joined(approximation, 0.6)
+        found[f"{name} of all terms"] = replace(method, metric=metric, floor=1e-7)
+    return {name: Setup(of, keep) for name, of in found.items()}
+
+
 def stepper(method, model: nn.Module, terms: list) -> Callable[[], None]:
     """A function that makes the next step, each time it is called."""
     state = None
@@ -335,12 +361,12 @@ def at(curve: list[tuple[float, float]], seconds: float) -> float:
     return [error for t, error in curve if t <= seconds * 1.001 or t == 0][-1]
 
 
-def training(args: argparse.Namespace) -> list[dict]:
+def training(args: argparse.Namespace, setups: Callable[[str], dict[str, Setup]]) -> list[dict]:
     rows = []
     for name, case in (LARGE if args.large else PROBLEMS).items():
         if args.problem not in (None, name):
             continue
-        for method_name, setup in methods(name, args.seconds).items():
+        for method_name, setup in setups(name).items():
             if args.method and method_name not in args.method:
                 continue
             print(f"{name}, {method_name}", flush=True)
@@ -369,7 +395,7 @@ def training(args: argparse.Namespace) -> list[dict]:
 def save(args: argparse.Namespace, rows: list[dict]) -> None:
     """Write rows; training keeps those of other problems and methods that are in the file."""
     result = about(args.device) | {"dtype": "float64", "rows": []}
-    if args.what == "training":
+    if args.what in ("training", "preconditioners"):
         result["budget"] = args.seconds
         if args.json.exists():
             new = {(row["problem"], row["method"]) for row in rows}
@@ -382,7 +408,7 @@ def save(args: argparse.Namespace, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["laplacian", "steps", "training"])
+    parser.add_argument("what", choices=["laplacian", "steps", "training", "preconditioners"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--rounds", default=15, type=int)
     parser.add_argument("--threads", default=1, type=int)
@@ -399,7 +425,10 @@ def main() -> None:
     if args.what != "laplacian":  # which measures memory
         keep_memory()
     if args.what == "training":
-        training(args)
+        training(args, partial(methods, budget=args.seconds))
+        return
+    if args.what == "preconditioners":
+        training(args, preconditioners)
         return
     rows = (laplacians if args.what == "laplacian" else steps)(args.device, args.rounds)
     if args.json:

@@ -191,7 +191,7 @@ class _Chain(torch.autograd.Function):
         R, outer = E.directions.shape[-2], evaluate(ctx.sigma, h[:, 0], E.order + 1)
         back = G * outer[1].unsqueeze(1)
         if E.order >= 1:
-            back[:, 0] += outer[2] * (G[:, 1:] * h[:, 1:]).sum(1)
+            back[:, 0] += outer[2] * _sum_of_products(G[:, 1:], h[:, 1:])
         if E.order == 2:
             first, top = h[:, 1 : 1 + R], G[:, 1 + R :]
             back[:, 0] += outer[3] * (top * E.form(first, first)).sum(1)

@@ -16,6 +16,7 @@ from kfac_scratch.pinn_gramian import (
     flat,
     gramian,
     jacobian,
+    kernel,
     residuals,
     times,
     transposed_times,
@@ -69,6 +70,20 @@ def as_vector(direction):
 
 
 # ---- systems -------------------------------------------------------------------------------------
+
+
+def test_gramian_and_kernel_are_products_of_the_jacobian(device):
+    """Both are summed up to the diagonal in blocks of rows: here there are several."""
+    model, terms = setting(device, N=150)
+    parts = flat(linearize(model, terms, chunk=70))
+    J = torch.cat([jacobian(parts, name) for name in weights(model)], 1)
+    assert len(kernel(parts)) == 160
+    check_equal(gramian(parts), J.T @ J)
+    check_equal(kernel(parts), J @ J.T)
+    wide = mlp(2, 40, 1).to(device)
+    few = flat(linearize(wide, setting(device, N=10)[1]))
+    J = torch.cat([jacobian(few, name) for name in weights(wide)], 1)
+    check_equal(gramian(few), J.T @ J)  # 161 weights
 
 
 @pytest.mark.parametrize("solver", [dense, in_kernel])
