@@ -755,17 +755,19 @@ short = list(dict.fromkeys(problem for problem, _ in errors))
 print(f"{'median error after 10 s':24}", *(f"{name:>16}" for name in short))
 for kind in dict.fromkeys(kind for _, kind in errors):
     print(f"{kind:24}", *(f"{errors[name, kind]:16.1e}" for name in short))
-if shorter:
-    deep = {kind: error for (problem, kind), error in errors.items() if "deep" in problem}
-    worse = [deep.pop("EKFAC of all terms"), deep.pop("KPSVD of all terms")]
-    assert min(worse) > 10 * max(deep.values())
-    assert max(deep.values()) < 4 * min(deep.values())
+for name in short:
+    of_problem = {kind: error for (problem, kind), error in errors.items() if problem == name}
+    worse = [of_problem.pop(f"{kind} of all terms") for kind in ("EKFAC", "KPSVD")]
+    order = sorted(of_problem, key=of_problem.get)
+    print(f"{name}, from the best:", ", ".join(order))
+    assert min(worse) > 5 * of_problem[order[-1]]
+    assert of_problem[order[-1]] < 15 * of_problem[order[0]]
 
 # %% [markdown]
-# They do not help much here. KFAC, with one product for each term or one for all, the corrected sum of two, and TKFAC end within a small
-# factor of each other, which is about what another seed does. EKFAC of all terms and KPSVD are far behind, and KPSVD makes a third of the
-# steps in the same time. Yet both are nearer to the exact block than KFAC is, in Frobenius norm. A likely reason: near in this norm means right where
-# the curvature is large, and these problems are hard where it is small.
+# Four of the six end within a factor of ten, and in a different order on each problem: TKFAC is first on the small network, and last
+# of the four on the deep one. So they do not help much here. EKFAC of all terms and KPSVD are far behind on both, and KPSVD makes
+# fewer steps in the same time. Yet both are nearer to the exact block than KFAC is, in Frobenius norm. A likely reason: near in this norm
+# means right where the curvature is large, and these problems are hard where it is small.
 
 # %% [markdown]
 # ## A system of equations
