@@ -140,10 +140,10 @@ class SecondOrder:
     ) -> Float[Tensor, "N M h"]:
         """`sum_ij C_ij x_i y_j` for every sum."""
         C = self.C.to(x)
-        if C.ndim == 2 and C.stride(1) == 0:  # one weight for all directions: fewer sweeps
-            return C[:, :1] * (x * y).sum(1, keepdim=True)
+        if C.ndim == 2 and C.stride(1) == 0:  # one weight for all directions
+            return C[:, :1] * _sum_of_products(x, y).unsqueeze(1)
         if C.ndim == 2:
-            return torch.stack([(c.unsqueeze(1) * x * y).sum(1) for c in C], dim=1)
+            return torch.stack([_sum_of_products(c.unsqueeze(1) * x, y) for c in C], dim=1)
         data = "n" if C.ndim == 4 else ""
         return torch.einsum(f"m{data}ij,nih,njh->nmh", C, x, y)
 
@@ -191,12 +191,20 @@ class _Chain(torch.autograd.Function):
         R, outer = E.directions.shape[-2], evaluate(ctx.sigma, h[:, 0], E.order + 1)
         back = G * outer[1].unsqueeze(1)
         if E.order >= 1:
-            back[:, 0] += outer[2] * (G[:, 1:] * h[:, 1:]).sum(1)
+            back[:, 0] += outer[2] * _sum_of_products(G[:, 1:], h[:, 1:])
         if E.order == 2:
             first, top = h[:, 1 : 1 + R], G[:, 1 + R :]
             back[:, 0] += outer[3] * (top * E.form(first, first)).sum(1)
             back[:, 1 : 1 + R] += E.gradient_of_form(first, outer[2].unsqueeze(1) * top)
         return back, None, None
+
+
+def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """`(x * y).sum(1)`, without the product in memory."""
+    total = x[:, 0] * y[:, 0]
+    for i in range(1, x.shape[1]):
+        total = torch.addcmul(total, x[:, i], y[:, i])
+    return total
 
 
 def checked(directions: Tensor, X: Tensor) -> Tensor:

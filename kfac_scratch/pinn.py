@@ -150,12 +150,20 @@ def _linearized(model: Module, found: list[Shared], part: Term, scale: float) ->
         )
         for slope in slopes
     ]
-    back = iter(torch.stack(of_call) for of_call in zip(*sent, strict=True))  # [M, N, S, d_out]
+    back = iter(
+        _cat([of_residual.unsqueeze(0) for of_residual in of_call], 0)  # [M, N, S, d_out]
+        for of_call in zip(*sent, strict=True)
+    )
     ios = {}
     for block in found:
-        a = torch.cat([a for a, _ in calls[block.name]], dim=1)
-        ios[block.name] = LayerIO(a, torch.cat([next(back) for _ in calls[block.name]], dim=2))
+        a = _cat([a for a, _ in calls[block.name]], 1)
+        ios[block.name] = LayerIO(a, _cat([next(back) for _ in calls[block.name]], 2))
     return Linearization(scale * r.T, ios)
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, which copies a single tensor, too."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _operator(part: Term, c: Float[Tensor, "N S k"]) -> tuple[Tensor, Float[Tensor, "M N S k"]]:

@@ -74,10 +74,13 @@ def times(parts: Sequence[Linearization], v: Direction) -> Float[Tensor, "K"]:
 
 
 def _times(part: Linearization, v: Direction) -> Float[Tensor, "M N"]:
-    products = [
-        ((part.ios[n].a @ V.T) * part.ios[n].g).sum((2, 3)) for n, V in v.items() if n in part.ios
-    ]
-    return sum(products, torch.zeros_like(part.residuals))
+    """Of `g^T V a`, the product with the longer of `g` and `a` comes first."""
+    total = torch.zeros_like(part.residuals)
+    for name in v.keys() & part.ios.keys():
+        (a, g), V = (part.ios[name].a, part.ios[name].g), v[name]
+        products = (a @ V.T) * g if len(V) < V.shape[1] else (g @ V) * a
+        total += products.sum((2, 3))
+    return total
 
 
 def transposed_times(parts: Sequence[Linearization], y: Float[Tensor, "K"]) -> dict[str, Tensor]:
@@ -86,9 +89,16 @@ def transposed_times(parts: Sequence[Linearization], y: Float[Tensor, "K"]) -> d
     for part, of_part in zip(parts, y.split([p.residuals.numel() for p in parts]), strict=True):
         scale = of_part.view_as(part.residuals)[..., None, None]
         for name, io in part.ios.items():
-            g, a = (scale * io.g).sum(0).flatten(0, 1), io.a.flatten(0, 1)
-            result[name] = g.T @ a + result[name] if name in result else g.T @ a
+            product = _weighted_sum(scale, io)
+            result[name] = product + result[name] if name in result else product
     return result
+
+
+def _weighted_sum(scale: Float[Tensor, "V N 1 1"], io: LayerIO) -> Float[Tensor, "d_out d_in"]:
+    """`sum_vns scale_vn g_vns a_ns^T`. The shorter of `g` and `a` is scaled."""
+    if io.g.shape[-1] < io.a.shape[-1]:
+        return (scale * io.g).sum(0).flatten(0, 1).T @ io.a.flatten(0, 1)
+    return io.g.flatten(0, 2).T @ (scale * io.a).flatten(0, 2)
 
 
 def jacobian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "K D"]:
@@ -98,13 +108,13 @@ def jacobian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "K D"]:
 
 def gramian(parts: Sequence[Linearization]) -> Float[Tensor, "D D"]:
     """`J^T J` of all blocks, `D x D`, one part of the data at a time."""
-    total = None
-    for part in parts:
-        J = torch.cat([jacobian([part], name) for name in part.ios], dim=1)
-        total = J.T @ J if total is None else total.addmm_(J.T, J)
-    if total is None:
+    if not parts:
         raise ValueError("There are no data.")
-    return total
+    size = sum(io.a.shape[-1] * io.g.shape[-1] for io in parts[0].ios.values())
+    total = parts[0].residuals.new_zeros(size, size)
+    for part in parts:
+        _add_outer(total, torch.cat([jacobian([part], name) for name in part.ios], dim=1).T)
+    return _mirrored(total)
 
 
 def layer_gramian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "D D"]:
@@ -117,9 +127,20 @@ def kernel(parts: Sequence[Linearization]) -> Float[Tensor, "K K"]:
     size = sum(part.residuals.numel() for part in parts)
     total = parts[0].residuals.new_zeros(size, size)
     for name in parts[0].ios:
-        J = jacobian(parts, name)
-        total.addmm_(J, J.T)
-    return total
+        _add_outer(total, jacobian(parts, name))
+    return _mirrored(total)
+
+
+def _add_outer(total: Float[Tensor, "K K"], X: Float[Tensor, "K D"], size: int = 128) -> None:
+    """Add `X X^T` up to the diagonal, some rows at a time: half the work."""
+    for start in range(0, len(X), size):
+        end = start + size
+        total[start:end, :end].addmm_(X[start:end], X[:end].T)
+
+
+def _mirrored(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).T
 
 
 def joined(ios: Sequence[LayerIO]) -> LayerIO:

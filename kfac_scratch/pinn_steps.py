@@ -82,7 +82,7 @@ class KFAC:
         direction, rho, _, metric = _preconditioned(self, model, terms, state)
         if state:
             direction = moved(direction, state.previous, self.momentum)
-        at, before = _along(model, terms, W, direction, self.chunk), half_square(rho)
+        at, before = along(model, terms, W, direction, self.chunk), half_square(rho)
         length, after = line_search(at, before, state.length if state else 1.0)
         assign(model, moved(W, direction, length))
         return State(count, after, direction, self.damping, length or 1.0, metric)
@@ -111,7 +111,7 @@ class KFACStar:
         newest, rho, parts, metric = _preconditioned(self, model, terms, state)
         directions = self.candidates(newest, state.previous if state else None)
         best = combined(directions, best_combination(parts, directions, self.damping))
-        at = _along(model, terms, W, best, self.chunk)
+        at = along(model, terms, W, best, self.chunk)
         length, after = backtracked(at, half_square(rho))
         assign(model, moved(W, best, length))
         step = {name: length * V for name, V in best.items()}
@@ -149,7 +149,7 @@ class GaussNewton:
         after, step = before, {name: torch.zeros_like(V) for name, V in W.items()}
         for _ in range(self.tries):
             proposed = solve(damping)
-            found = _along(model, terms, W, proposed, self.chunk)(1.0)
+            found = along(model, terms, W, proposed, self.chunk)(1.0)
             predicted = half_square(rho + times(parts, proposed)) - before
             ratio = reduction_ratio(before, found, predicted) if predicted else None
             damping = levenberg_marquardt(damping, ratio, self.factor, self.minimum)
@@ -181,7 +181,7 @@ class Spring:
         kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
         change = self.solver(parts, rho + times(parts, kept) if kept else rho)(self.damping)
         direction = moved(change, kept)
-        at = _along(model, terms, W, direction, self.chunk)
+        at = along(model, terms, W, direction, self.chunk)
         length, after = line_search(at, half_square(rho), state.length if state else 1.0)
         assign(model, moved(W, direction, length))
         count = state.count + 1 if state else 1
@@ -206,7 +206,7 @@ def _preconditioned(
     return {name: -(M @ gradient[name]) for name, M in inverses.items()}, rho, parts, metric
 
 
-def _along(
+def along(
     model: Module,
     terms: Sequence[Term],
     W: Direction,

@@ -16,11 +16,13 @@ from kfac_scratch.pinn_gramian import (
     flat,
     gramian,
     jacobian,
+    kernel,
     residuals,
     times,
     transposed_times,
     weights,
 )
+from kfac_scratch.pinn_krylov import KFACKrylov
 from kfac_scratch.pinn_metric import Joined, TermWise, damped_factors, ekfac_inverse
 from kfac_scratch.pinn_problems import kovasznay, mlp, poisson
 from kfac_scratch.pinn_solvers import (
@@ -43,6 +45,7 @@ OPTIMIZERS = {
     "ekfac-star": KFACStar(metric=TermWise(inverse=ekfac_inverse)),
     "kfac-star-joined": KFACStar(metric=Joined(kfac)),
     "ekfac-star-joined": KFACStar(metric=Joined(Latest(ekfac))),
+    "kfac-krylov": KFACKrylov(4, 2),
     "gauss-newton": GaussNewton(),
     "gauss-newton-kernel": GaussNewton(solver=in_kernel),
     "gauss-newton-layerwise": GaussNewton(solver=layerwise),
@@ -67,6 +70,20 @@ def as_vector(direction):
 
 
 # ---- systems -------------------------------------------------------------------------------------
+
+
+def test_gramian_and_kernel_are_products_of_the_jacobian(device):
+    """Both are summed up to the diagonal in blocks of rows: here there are several."""
+    model, terms = setting(device, N=150)
+    parts = flat(linearize(model, terms, chunk=70))
+    J = torch.cat([jacobian(parts, name) for name in weights(model)], 1)
+    assert len(kernel(parts)) == 160
+    check_equal(gramian(parts), J.T @ J)
+    check_equal(kernel(parts), J @ J.T)
+    wide = mlp(2, 40, 1).to(device)
+    few = flat(linearize(wide, setting(device, N=10)[1]))
+    J = torch.cat([jacobian(few, name) for name in weights(wide)], 1)
+    check_equal(gramian(few), J.T @ J)  # 161 weights
 
 
 @pytest.mark.parametrize("solver", [dense, in_kernel])
