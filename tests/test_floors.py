@@ -12,7 +12,7 @@ FLOORS = [
     "losses layers blocks capture refusals curvature preconditioner",
     "kfac ekfac damping estimators roots step_control variants",
     "quadratic_model parameter_groups checkpoints optimizer pinn pinn_gramian pinn_metric "
-    "pinn_problems pinn_solvers pinn_steps",
+    "pinn_krylov pinn_problems pinn_solvers pinn_steps",
     "conformance",
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
