@@ -1,6 +1,7 @@
 """The museum: what is right passes, and every piece is rejected by the case that it names."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,12 @@ def test_every_public_thread_has_its_piece():
     assert all(
         piece.url.startswith("https://github.com/") == bool(piece.thread) for piece in PIECES
     )
+
+
+def test_the_chapter_links_every_thread():
+    chapter = Path(__file__).parent.parent / "tutorial" / "26_museum.py"
+    text = chapter.read_text(encoding="utf-8")
+    assert [piece.url for piece in PIECES if piece.url not in text] == []
 
 
 def test_pieces_are_told_apart_by_slug_and_title():

@@ -1,12 +1,13 @@
 """What can be expected of a block, and what a judge has to know of a case."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 EXACT, DEFINITION = "equals-ggn", "definition"
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
 
 
+@runtime_checkable
 class Judged(Protocol):
     """A case as far as a judge needs it: one of ours, or one read from a file."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kfac_scratch.conformance import grid, truth
 from kfac_scratch.conformance.cases import EXACT, Case, Data
 from kfac_scratch.conformance.conventions import CONVENTIONS, FORMAT
-from kfac_scratch.conformance.families import CASES
+from kfac_scratch.conformance.families import CASES, family
 from kfac_scratch.conformance.ops import Op, calls
 from kfac_scratch.conformance.theorems import THEOREMS
 
@@ -186,6 +186,7 @@ def described(case: Case) -> dict[str, Any]:
     return {
         "id": case.id,
         "file": f"{case.id}.safetensors",
+        "family": family(case),
         "theorem": case.theorem,
         "ops": [operation(i, op) for i, op in enumerate(case.ops)],
         "loss": loss,

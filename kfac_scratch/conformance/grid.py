@@ -15,7 +15,7 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-LISTED = 2.0**-46  # this close to the middle, relative to the largest entry, a number is listed
+LISTED = 2.0**-45  # this close to the middle, relative to the largest entry, a number is listed
 AMBIGUOUS = 2.0**-49  # this close, one that is not listed is refused
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kfac_scratch.conformance.audit import explain
-from kfac_scratch.conformance.audit.prove import finding
+from kfac_scratch.conformance.audit.prove import finding, names
 from kfac_scratch.conformance.families import FAMILIES
 from kfac_scratch.conformance.judge import Result
 from kfac_scratch.conformance.report import ORDER, Report
@@ -93,10 +93,9 @@ def card(name: str, runs: Mapping[str, Report]) -> Markdown:
     )
 
 
-def cards(library: str, runs: Mapping[str, Report]) -> Markdown:
-    """All findings about a library."""
-    found = explain.about_library(library)
-    return Markdown("\n\n".join(card(name, runs).text for name in found))
+def all_cards(runs: Mapping[str, Report]) -> Markdown:
+    """All findings, by library."""
+    return Markdown("\n\n".join(card(name, runs).text for name in names()))
 
 
 def _share(results: Sequence[Result]) -> str:

@@ -142,6 +142,12 @@ def positions(op, z):
     return jnp.transpose(z.reshape(len(z), groups, z.shape[1] // groups, -1), (1, 0, 3, 2))
 
 
+def joined(uses):
+    """The calls of one layer as its positions."""
+    a, J = zip(*uses, strict=True)
+    return jnp.concatenate(a, 2), jnp.concatenate(J, 3)
+
+
 def layer_rows(case, theta, X, coefficients):
     """Outputs, and every layer's `a [groups, N, S, i]` and `J [F, groups, N, S, o]`."""
     none = [0.0] * len(case["ops"])
@@ -156,13 +162,7 @@ def layer_rows(case, theta, X, coefficients):
         if op["kind"] in ("linear", "conv"):
             a, g = rows(op, record[i][0], one), jax.vmap(lambda z, op=op: positions(op, z))(J[i])
             found.setdefault(op["name"], []).append((a, g))
-    return f, {
-        name: tuple(
-            jnp.concatenate(x, axis)
-            for x, axis in zip(zip(*uses, strict=True), (2, 3), strict=True)
-        )
-        for name, uses in found.items()
-    }
+    return f, {name: joined(uses) for name, uses in found.items()}
 
 
 def terms(loss, f, y):

@@ -123,6 +123,12 @@ def forward(ops, theta, X):
     return inputs, results
 
 
+def joined(uses):
+    """The calls of one layer as its positions."""
+    a, J = zip(*uses, strict=True)
+    return np.concatenate(a, 1), np.concatenate(J, 2)
+
+
 def layer_rows(ops, theta, X):
     """Every layer's inputs `a [N, S, i]` and derivatives `J [F, N, S, o]` of a datum's outputs."""
     inputs, results = forward(ops, theta, X)
@@ -143,13 +149,7 @@ def layer_rows(ops, theta, X):
                 a = np.concatenate([a, np.ones((*a.shape[:2], 1))], 2)
             J = arriving[i].reshape(f[0].size, N, -1, results[i].shape[-1])
             rows.setdefault(op["name"], []).append((a, J))
-    return f, {
-        name: tuple(
-            np.concatenate(x, axis)
-            for x, axis in zip(zip(*calls, strict=True), (1, 2), strict=True)
-        )
-        for name, calls in rows.items()
-    }
+    return f, {name: joined(uses) for name, uses in rows.items()}
 
 
 # ---- losses --------------------------------------------------------------------------------------

@@ -87,11 +87,11 @@ def patch() -> Iterator[None]:
     def joined(self: Any, grad_output: Tensor, module: nn.Module, module_name: str) -> None:
         vectors[module_name].append(grad_output)
         if len(vectors[module_name]) == len(inputs[module_name]):
-            of_vector(self, stack(vectors.pop(module_name), 1), module, module_name)
+            of_vector(self, _joined(vectors.pop(module_name)), module, module_name)
 
     def covariances(self: Any, output: Tensor, y: Tensor) -> None:
         for name, calls in inputs.items():
-            of_input(self, calls[0][0], (stack([x for _, x in calls], 1),), name)
+            of_input(self, calls[0][0], (_joined([x for _, x in calls]),), name)
         run(self, output, y)
         inputs.clear()
 
@@ -102,3 +102,8 @@ def patch() -> Iterator[None]:
     finally:
         for name, function in zip(names, before, strict=True):
             setattr(operator, name, function)
+
+
+def _joined(calls: list[Tensor]) -> Tensor:
+    """Calls along an axis of their own, as positions have it."""
+    return stack(calls, 1) if len(calls) > 1 else calls[0]

@@ -1,0 +1,124 @@
+"""ASDL (https://github.com/kazukiosawa/asdl), on the package index `asdfghjkl`, release 0.1a5.
+
+Scale: factors are sums divided by `data_size`, "the size of data to be used for averaging curvature
+information" (`PreconditioningConfig`); the squared error is that of a Gaussian whose variance `var`
+is 1 by default (`KfacGradientMaker`), half of PyTorch's. The empirical Fisher is that of the loss
+with the reduction `sum`.
+
+Not asked for: dilated convolutions, which are refused with an error; EKFAC with other Fishers than
+the empirical one, for the same reason, and of layers with a bias, because weight and bias have
+eigenbases of their own.
+"""
+# mypy: disable-error-code="import-untyped, import-not-found, misc"
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from asdl.fisher import FisherConfig, get_fisher_maker
+from torch import Tensor, nn
+
+from kfac_scratch.conformance.protocol import (
+    Capabilities,
+    Dense,
+    Kronecker,
+    LayerBlock,
+    NotSupported,
+    Request,
+)
+
+FISHERS = {"type2": "fisher_exact", "mc": "fisher_mc", "empirical": "fisher_emp"}
+
+
+class Adapter:
+    """What a `FisherMaker` leaves in the modules."""
+
+    def capabilities(self) -> Capabilities:
+        """Linear layers and 2d convolutions."""
+        return Capabilities(
+            "asdfghjkl",
+            version("asdfghjkl"),
+            fishers=frozenset(FISHERS),
+            flavours=frozenset({"expand", "ekfac"}),
+        )
+
+    def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
+        """Weight and bias by themselves."""
+        layers = {name: request.model.get_submodule(name) for name in request.layers}
+        _check(request, layers)
+        _run(request, "kfe" if request.flavour == "ekfac" else "kron")
+        part = _products if request.flavour == "ekfac" else _factors
+        return {name: part(layer) for name, layer in layers.items()}
+
+    def scale(self, request: Request, layer: str, part: str) -> float | None:
+        """A mean over data, of half the squared error."""
+        half = isinstance(request.loss, nn.MSELoss) and request.fisher != "empirical"
+        return _divisor(request) / _size(request) / (2 if half else 1)
+
+
+def _check(request: Request, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise NotSupported(f"{name}: only Linear and Conv2d")
+        if getattr(layer, "dilation", (1, 1)) != (1, 1):
+            raise NotSupported(f"{name}: dilated convolutions are refused")
+        if request.flavour == "ekfac" and layer.bias is not None:
+            raise NotSupported(f"{name}: EKFAC of weight and bias in eigenbases of their own")
+    if request.fisher == "empirical":
+        return
+    if request.flavour == "ekfac":
+        raise NotSupported("EKFAC only of the empirical Fisher")
+    if getattr(request.loss, "weight", None) is not None:
+        raise NotSupported("a type of loss, without class weights")
+    if any(bool((y == -100).any()) for _, y in request.batches):
+        raise NotSupported("a type of loss, without targets that are ignored")
+
+
+def _run(request: Request, shape: str) -> None:
+    cross_entropy = isinstance(request.loss, nn.CrossEntropyLoss)
+    config = FisherConfig(
+        fisher_type=FISHERS[request.fisher],
+        fisher_shapes=[shape],
+        loss_type="cross_entropy" if cross_entropy else "mse",
+        n_mc_samples=request.samples,
+        seed=request.seed,
+        data_size=_size(request),
+    )
+    maker = get_fisher_maker(request.model, config)
+    for i, (X, y) in enumerate(request.batches):
+        output = maker.setup_model_call(request.model, X)
+        if cross_entropy and y.ndim > 1:  # its classes are on the last axis
+            maker.setup_logits_repr(output.movedim(1, -1).flatten(0, -2))
+        maker.setup_loss_call(request.loss, output, y)
+        maker.forward_and_backward(accumulate=i > 0)
+
+
+def _factors(layer: Any) -> LayerBlock:
+    """`Kron.mvp` multiplies a bias by the factor of the outputs."""
+    A, B = layer.fisher.kron.A, layer.fisher.kron.B
+    bias = None if layer.bias is None else Kronecker(B.new_ones(1, 1), B)
+    return LayerBlock(weight=Kronecker(A, B), bias=bias)
+
+
+def _products(layer: Any) -> LayerBlock:
+    """`KFE.mvp` solves with the EKFAC matrix: here for all unit vectors."""
+    D = layer.weight.numel()
+    units = torch.eye(D, dtype=layer.weight.dtype).reshape(D, *layer.weight.shape)
+    columns = [layer.fisher.kfe.mvp(unit, eps=0.0).flatten() for unit in units]
+    return LayerBlock(weight=Dense(torch.linalg.inv(torch.stack(columns, 1))))
+
+
+def _size(request: Request) -> int:
+    return sum(len(X) for X, _ in request.batches)
+
+
+def _divisor(request: Request) -> float:
+    """By what the loss divides the sum of its terms."""
+    loss, targets = request.loss, [y for _, y in request.batches]
+    if loss.reduction == "sum":
+        return 1.0
+    weight: Tensor | None = getattr(loss, "weight", None)
+    if weight is not None:
+        return float(sum(weight[y].sum() for y in targets))
+    return float(sum((y != -100).sum() for y in targets))

@@ -1,0 +1,120 @@
+"""kfac-jax (https://github.com/google-deepmind/kfac-jax), release 0.0.8, with jax 0.8.2 on the CPU.
+
+Scale: losses are registered with the `weight` that makes "a loss of the form weight *
+sum(...) / batch_size" PyTorch's, so that every scale is 1; except for the empirical Fisher, where
+gradients are those of that mean: the mode "will introduce an additional normalization of the
+2nd-order statistics by the batch size" (`BlockDiagonalCurvature`).
+
+Not asked for: class weights, which `weight` cannot express; convolutions over one or three axes and
+grouped ones, for which other blocks than Kronecker ones are made; layers that are used twice, for
+the same reason; the empirical Fisher of several mini-batches, each of which is normalized alone.
+"""
+# mypy: disable-error-code="import-untyped, import-not-found, misc, no-untyped-call"
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_scratch.conformance.adapters import kfac_jax_port as port
+from kfac_scratch.conformance.families import CASES
+from kfac_scratch.conformance.protocol import (
+    Capabilities,
+    Kronecker,
+    LayerBlock,
+    NotSupported,
+    Request,
+    Vector,
+)
+
+LOSSES = {nn.MSELoss: "mse", nn.CrossEntropyLoss: "cross-entropy", nn.BCEWithLogitsLoss: "bce"}
+
+
+class Adapter:
+    """The blocks of `BlockDiagonalCurvature`."""
+
+    def capabilities(self) -> Capabilities:
+        """Linear layers and 2d convolutions."""
+        return Capabilities(
+            "kfac-jax",
+            version("kfac-jax"),
+            fishers=frozenset(port.MODES),
+            flavours=frozenset({"expand"}),
+            losses=frozenset(LOSSES.values()),
+            damping=frozenset({"exact", "factored"}),
+        )
+
+    def scale(self, request: Request, layer: str, part: str) -> float | None:
+        """The loss's own; for the empirical Fisher that of a mean's gradients."""
+        return 1 / _divisor(request) if request.fisher == "empirical" else 1.0
+
+    def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
+        """Weight and bias together."""
+        _check(request)
+        estimate = port.estimate(_problem(request))
+        if request.damping:
+            return _solved(request, estimate)
+        found, factors = {}, estimate.factors()
+        for name in request.layers:
+            if isinstance(factors[name], str):
+                raise NotSupported(f"{name}: its block is a {factors[name]}")
+            A, B = (torch.tensor(M) for M in factors[name])
+            found[name] = LayerBlock(joint=Kronecker(A, B), axes=_axes(request, name))
+        return found
+
+
+def _check(request: Request) -> None:
+    loss = request.loss
+    if any(getattr(loss, name, None) is not None for name in ("weight", "pos_weight")):
+        raise NotSupported("losses without class weights")
+    if request.fisher == "empirical" and len(request.batches) > 1:
+        raise NotSupported("mini-batches are normalized one by one, as documented")
+    for name, layer in request.model.named_modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv3d):
+            raise NotSupported(f"{name}: no convolutions over one or three axes")
+
+
+def _problem(request: Request) -> port.Problem:
+    ops = [
+        {"kind": op.kind, "name": op.name, "inputs": op.inputs, "settings": dict(op.settings)}
+        for op in CASES[request.case].ops
+    ]
+    return port.Problem(
+        ops,
+        {name: p.detach().numpy() for name, p in request.model.named_parameters()},
+        [(X.numpy(), y.numpy()) for X, y in request.batches],
+        LOSSES[type(request.loss)],
+        _divisor(request),
+        request.fisher,
+        request.samples,
+        request.seed,
+    )
+
+
+def _divisor(request: Request) -> float:
+    """By what the loss divides the sum of its terms."""
+    if request.loss.reduction == "sum":
+        return 1.0
+    return float(sum((y != port.IGNORED).sum() for _, y in request.batches))
+
+
+def _axes(request: Request, name: str) -> str:
+    return "h w i o" if isinstance(request.model.get_submodule(name), nn.Conv2d) else "i o"
+
+
+def _solved(request: Request, estimate: Any) -> dict[str, LayerBlock]:
+    assert request.damping is not None
+    form, damping = request.damping
+    gradient = {name: g.numpy() for name, g in request.gradient.items()}
+    solution = estimate.solve(gradient, damping, exact=form == "exact")
+
+    def vector(name: str) -> Tensor:
+        keys = [key for key in (f"{name}.weight", f"{name}.bias") if key in solution]
+        return torch.cat([torch.tensor(solution[key]).flatten() for key in keys])
+
+    return {
+        name: LayerBlock(joint=Vector(vector(name)), axes=_axes(request, name), bias_at="behind")
+        for name in request.layers
+    }
