@@ -842,7 +842,7 @@ assert {r.case for r in made(again, known).surprises()} == {r.case for r in agai
 # way of computing it. Our own KFAC, which shares no code with the truth, agrees with it in all
 # cases. And it is tested by **mutation**: a catalogue of small changes to our own code, and of
 # mistakes that people made in public, each of which at least one case must reject. A mutant that
-# survives is a case that is missing. The public ones are the bug museum of Chapter 26.
+# survives is a case that is missing. The public ones are the bug museum of [Chapter 26](26_museum.py).
 
 # %%
 print(f"{len(MUTANTS)} mutants, {len(PIECES)} mistakes from public code")
@@ -953,14 +953,15 @@ print(Counter(r.verdict for r in modest))
 assert all(r.passes for r in modest)
 
 # %% [markdown]
-# - The cases are small. A chunk size that is wrong from 1000 data on, an overflow in half precision, a
-#   slow inverse, are not seen.
-# - What is judged is a curvature at one point, or its damped inverse times a gradient. Moving averages,
-#   schedules, clipping, several processes, checkpoints: not judged.
-# - `definition` rests on our reading of papers. If it contradicts yours, the report names the case, and the
-#   truth is a page of code.
-# - A theorem's symmetry can hide a mistake, as $C = 2$ did. In `class-weights-constant-mean` all data have one
-#   label; the weight cancels in the mean, and a code that ignores weights is exact there:
+# - The cases are small. A chunk size that is wrong from 1000 data on, an overflow in half
+#   precision, a slow inverse, are not seen.
+# - What is judged is a curvature at one point, or its damped inverse times a gradient. Moving
+#   averages, schedules, clipping, several processes, checkpoints: not judged.
+# - `definition` rests on our reading of papers. If it contradicts yours, the report names the
+#   case, and the truth is a page of code.
+# - A theorem's symmetry can hide a mistake, as $C = 2$ did. In `class-weights-constant-mean` all
+#   data have one label; the weight cancels in the mean, and a code that ignores weights is exact
+#   there:
 
 # %%
 symmetric = harness.verdict(
