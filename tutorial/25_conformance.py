@@ -394,10 +394,10 @@ assert verdicts("first try") == {"error"}
 # ## Round 1: no numbers
 #
 # Nothing can be compared. The model and the data are in double precision and the factors are not:
-# somebody wanted to save memory. A KFAC in single precision can be right to seven digits at best,
-# and mistakes of a relative size of $10^{-4}$ hide in its rounding. (The oracle has cases in
-# single precision too, with a tolerance of their own; but they must be asked for in single
-# precision.) The mended line:
+# somebody wanted to save memory. In single precision a KFAC is right to a few digits, and
+# mistakes of the size of its rounding cannot be seen. (The oracle has cases in single precision,
+# too, with a tolerance of their own, $10^{-4}$; but they must be asked for in single precision.)
+# The mended line:
 
 
 # %%
@@ -422,11 +422,11 @@ assert verdicts("precision", "no bias, sum") == {"wrong"}
 #
 # That is a fair description of what the code does. It sends back the gradient of the *data's*
 # labels. The Fisher averages over labels that the *model* predicts, which is done exactly by
-# sending back the columns of a square root of the loss's Hessian ([Chapter 3](03_losses.md)). The
-# two are different matrices for every network, however it is scaled ([Kunstner et al.
-# (2019)](bibliography.md#empirical-fisher)). For the squared error the square root is a multiple
-# of the identity, for cross-entropy $\operatorname{diag}(\sqrt p) - p \sqrt p^\top$. This is the
-# longest mend, and it brings mistakes of its own, which the next rounds find.
+# sending back the columns of a square root of the loss's Hessian ([Chapter 3](03_losses.py)). In
+# general no scale turns one matrix into the other
+# ([Kunstner et al. 2019](bibliography.md#empirical-fisher)). For the squared error the square root
+# is a multiple of the identity, for cross-entropy $\operatorname{diag}(\sqrt p) - p \sqrt p^\top$.
+# This is the longest mend, and it brings mistakes of its own, which the next rounds find.
 
 
 # %%
@@ -548,11 +548,12 @@ assert all(math.isclose(s, 1 / 2) for s in scales)
 #
 # ## Round 6: a convention
 #
-# The scale $\tfrac12$ is everywhere, and only under the squared error. PyTorch's loss is $\lVert f
-# - y \rVert^2$ with Hessian $2 I$; our code sends back $I$, the Hessian of $\tfrac12 \lVert f - y
-# \rVert^2$. Papers and many codes define it so. If users pass an `MSELoss`, they will not expect
-# it. There are two ways out, and both are right: multiply by $\sqrt2$, or write it into the
-# documentation. We do the latter, and the adapter repeats what the documentation says.
+# The scale $\tfrac12$ is everywhere, and only under the squared error. PyTorch's loss is
+# $\lVert f - y \rVert^2$ with Hessian $2 I$; our code sends back $I$, the Hessian of
+# $\tfrac12 \lVert f - y \rVert^2$. Papers and many codes define it so, but users who pass an
+# `MSELoss` will not expect it. There are two ways out, and both are right: multiply by $\sqrt2$,
+# or write it into the documentation. We do the latter, and the adapter repeats what the
+# documentation says.
 
 # %%
 ask("documented", Adapter(Divided, "first", scale_of_mse=0.5), "last-layer-mse-tanh-mean")
@@ -686,8 +687,8 @@ ask("counted", Adapter(Counted, "first", 0.5))
 assert all(r.passes for r in rounds["counted"].values())
 
 # %% [markdown]
-# The panel is green. That is when to run everything that the adapter claims. `harness.run` goes
-# through cases, `report.table` prints what a terminal would show.
+# The panel is green. That is when to run everything that the adapter claims. `report.table` prints
+# what a terminal would show.
 
 
 # %%
@@ -716,7 +717,7 @@ assert all("reused" in CASES[r.case].tags for r in failing)
 #
 # The cases that are left have a layer that is called twice. `save` overwrites, so the first call is
 # lost. We could keep a list, and count the calls as positions. We could also say that we do not
-# support it, which takes two lines and is as correct:
+# support it, which takes a few lines and is as correct:
 
 
 # %%
@@ -833,16 +834,17 @@ assert {r.case for r in made(again, known).surprises()} == {r.case for r in agai
 # ```sh
 # python -m kfac_scratch.conformance export vectors
 # my_port vectors results
-# python -m kfac_scratch.conformance judge results
+# python -m kfac_scratch.conformance judge results --vectors vectors
 # ```
 #
-# ## Who tests the oracle?
+# ## Is the oracle right?
 #
-# An oracle is worth what it catches. There are three answers. Its truth is compared with another
-# way of computing it. Our own KFAC, which shares no code with the truth, agrees with it in all
-# cases. And it is tested by **mutation**: a catalogue of small changes to our own code, and of
-# mistakes that people made in public, each of which at least one case must reject. A mutant that
-# survives is a case that is missing. The public ones are the bug museum of [Chapter 26](26_museum.py).
+# An oracle is worth what it catches. Its truth is compared with another way of computing it. Our
+# own KFAC, which shares no code with the truth, agrees with it in all cases; that is a test of this
+# package. And the oracle is tested by **mutation**: a catalogue of small changes to our own code,
+# and of mistakes that people made in public, each of which at least one case must reject. A mutant
+# that survives is a case that is missing. The public ones are the bug museum of
+# [Chapter 26](26_museum.py).
 
 # %%
 print(f"{len(MUTANTS)} mutants, {len(PIECES)} mistakes from public code")
