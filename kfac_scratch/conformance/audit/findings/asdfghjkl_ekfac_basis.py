@@ -15,7 +15,11 @@ G = torch.randn(2, 3)
 kfe = KFE(Ua.clone(), Ub.clone(), (torch.ones(2, 3), torch.ones(2)))
 print(G)
 print(kfe.mvp(G, eps=0.0))
-# OUTPUT
+# prints
+#   tensor([[ 1.1006, -1.0712,  0.1227],
+#           [-0.5663,  0.3731, -0.8920]])
+#   tensor([[ 0.9266, -1.1252,  0.4993],
+#           [-0.3026,  0.9684,  0.4757]])
 ```
 
 Expected: twice the same. The bias goes the same way, `Ub.mv` twice, and `EkfacGradientMaker`

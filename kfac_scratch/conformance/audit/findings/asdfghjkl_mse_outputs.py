@@ -21,7 +21,10 @@ for height, width in ((4, 3), (3, 4), (7, 7)):
         print(height, width, model[0].fisher.kron.B.tolist())
     except IndexError as error:
         print(height, width, "IndexError:", error)
-# OUTPUT
+# prints
+#   4 3 [[30.0, 0.0, 0.0], [0.0, 30.0, 0.0], [0.0, 0.0, 0.0]]
+#   3 4 [[30.0, 0.0, 0.0], [0.0, 30.0, 0.0], [0.0, 0.0, 30.0]]
+#   7 7 IndexError: index 3 is out of bounds for dimension 1 with size 3
 ```
 
 Expected: the number of data times the number of positions on the diagonal, 5·3·2 = 30 for both of

@@ -18,7 +18,8 @@ maker.setup_model_call(model, torch.ones(1, 1, 4, 4).double())
 maker.forward_and_backward()
 A = conv.fisher.kron.A
 print(A.min().item(), A.max().item())
-# OUTPUT
+# prints
+#   0.25 1.0
 ```
 
 Expected: 1 and 1.

@@ -35,7 +35,9 @@ for Model in (Siamese, Convolution):
     maker.setup_model_call(model, X.double())
     maker.forward_and_backward()
     print(Model.__name__, model.fc.fisher.kron.trace(), model.fc.fisher.kron.B.trace().item())
-# OUTPUT
+# prints
+#   Siamese 20.299333719718156 4.0
+#   Convolution 10.149666859859078 4.0
 ```
 
 Expected: equal numbers.

@@ -35,7 +35,9 @@ for kind in ("fisher_exact", "fisher_mc"):
         maker.forward_and_backward()
         total += model.fc.fisher.kron.B.trace().item()
     print(kind, round(total / (1 if kind == "fisher_exact" else 2000), 2))
-# OUTPUT
+# prints
+#   fisher_exact 0.04
+#   fisher_mc 0.86
 ```
 
 Expected: the same but for the noise of 2000 samples.

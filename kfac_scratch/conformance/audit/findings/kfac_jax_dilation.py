@@ -30,7 +30,17 @@ for dilation in (1, 2):
     )
     print(dilation, type(estimator.blocks[0]).__name__)
     print(state.blocks_states[0].factors[0].value)
-# OUTPUT
+# prints
+#   1 Conv2DTwoKroneckerFactored
+#   [[0.5 0.  0.5 0. ]
+#    [0.  0.5 0.  0.5]
+#    [0.5 0.  0.5 0. ]
+#    [0.  0.5 0.  0.5]]
+#   2 Conv2DTwoKroneckerFactored
+#   [[0.5 0.  0.5 0. ]
+#    [0.  0.5 0.  0.5]
+#    [0.5 0.  0.5 0. ]
+#    [0.  0.5 0.  0.5]]
 ```
 
 Expected: with a dilation of 2, the two columns of a patch are equal, so that all entries of the

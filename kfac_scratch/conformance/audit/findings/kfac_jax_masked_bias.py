@@ -30,7 +30,9 @@ for mode in ("ggn_exact", "fisher_exact"):
     block, of_block = estimator.blocks[0], state.blocks_states[0]
     A, B = (factor.value for factor in of_block.factors)
     print(mode, "bias", float(block.scale(of_block, False) * A[-1, -1] * B[0, 0]))
-# OUTPUT
+# prints
+#   ggn_exact bias 97.99999999999994
+#   fisher_exact bias 97.99999999999994
 ```
 
 Expected: 14, the second derivative of the loss, `sum(f**2) / 5`, by an output's bias: 2 · 7.

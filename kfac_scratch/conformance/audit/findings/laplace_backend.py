@@ -20,7 +20,9 @@ for mode in ("zeros", "circular"):
     kron = backend.kron(X, y, N=1, kfac_approx="reduce")[1].to_matrix()
     full = backend.full(X, y)[1]
     print(mode, f"{((kron - full).abs().max() / full.abs().max()).item():.1e}")
-# OUTPUT
+# prints
+#   zeros 2.7e-07
+#   circular 6.5e-01
 ```
 
 Expected: rounding errors for both modes (one datum and a global pool, where KFAC-reduce is the
