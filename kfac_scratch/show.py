@@ -33,6 +33,19 @@ class Source:
         return f"{fence}python\n{self.text}\n{fence}"
 
 
+class Markdown:
+    """Text that Jupyter displays formatted, and `print` as it is."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+
 def source(*objects: Any) -> Source:
     """The source of functions, classes or methods as installed, each under its file and line."""
     return Source("\n\n\n".join(_listing(obj, lambda code: code) for obj in objects))

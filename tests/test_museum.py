@@ -1,6 +1,7 @@
 """The museum: what is right passes, and every piece is rejected by the case that it names."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,12 @@ def test_every_public_thread_has_its_piece():
     )
 
 
+def test_the_chapter_links_every_thread():
+    chapter = Path(__file__).parent.parent / "tutorial" / "26_museum.py"
+    text = chapter.read_text(encoding="utf-8")
+    assert [piece.url for piece in PIECES if piece.url not in text] == []
+
+
 def test_pieces_are_told_apart_by_slug_and_title():
     assert len({piece.slug for piece in PIECES}) == len(PIECES) == len({p.title for p in PIECES})
 
@@ -92,9 +99,9 @@ def test_pieces_are_told_apart_by_slug_and_title():
     ("slug", "words"),
     [
         ("mean-gradients", "1/N²"),
-        ("half", "1/2"),
-        ("batch-size", "by C = 5"),
-        ("positions", "S = 8"),
+        ("half", "by 1/2 = 0.5"),
+        ("batch-size", "C = 5"),
+        ("positions", "S or T = 16"),
         ("mean-of-vectors", "1/S²"),
         ("empirical", "looks like the empirical Fisher"),
         ("weights", "without the loss's weights"),

@@ -1,7 +1,8 @@
-"""`python -m kfac_scratch.conformance {run,judge,export,report,mutants,prove}`."""
+"""`python -m kfac_scratch.conformance {run,judge,export,report,mutants,prove,explain}`."""
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kfac_scratch.conformance import isolation, report
@@ -20,18 +21,20 @@ def run(args: argparse.Namespace) -> int:
         results.append(result)
         if sys.stderr.isatty():
             print(f"\r{len(results)}/{len(chosen)} {result.case:60}", end="", file=sys.stderr)
-    return finish(args, capabilities, results, {t: r for t, r in expected.items() if t in chosen})
+    families = {name: family(case) for name, case in CASES.items()}
+    expected = {task: reason for task, reason in expected.items() if task in chosen}
+    return finish(args, capabilities, results, families, expected)
 
 
 def finish(
     args: argparse.Namespace,
-    capabilities: dict[str, object],
-    results: list[Result],
-    expected: dict[tuple[str, str], str],
+    capabilities: Mapping[str, object],
+    results: Sequence[Result],
+    families: Mapping[str, str],
+    expected: Mapping[tuple[str, str], str] | None = None,
 ) -> int:
     """Print and write a report; 1 if anything is not as expected."""
-    families = {name: family(case) for name, case in CASES.items()}
-    made = report.Report(capabilities, results, families, expected, report.about())
+    made = report.Report(capabilities, results, families, expected or {}, report.about())
     print(report.table(made))
     report.write(made, args.json, args.junit)
     return 1 if made.surprises() else 0
@@ -43,19 +46,55 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Write the reference vectors: from this package's truth, or the shipped ones as they are."""
+    from kfac_scratch.conformance.export import export as write
+
+    write(args.directory)
+    print(f"{len(list(args.directory.glob('*.safetensors')))} cases in {args.directory}")
+    return 0
+
+
+def judge(args: argparse.Namespace) -> int:
+    """Judge what a port wrote, knowing nothing but files."""
+    from kfac_scratch.conformance import vectors
+
+    references = vectors.read(args.vectors or vectors.SHIPPED)
+    results = vectors.judge_results(args.results, args.vectors or vectors.SHIPPED)
+    claims = vectors.about(args.results)
+    chosen = [r for r in results if args.k in r.case]
+    families = {name: str(r.entry["family"]) for name, r in references.items()}
+    capabilities = {"name": claims.name or args.results.name, "version": claims.version}
+    return finish(args, capabilities, chosen, families)
+
+
 def prove(args: argparse.Namespace) -> int:
     """Prove findings of the audit: their cases fail, and pass with the patch."""
+    from kfac_scratch.conformance.audit import proofs as stored
     from kfac_scratch.conformance.audit import prove as audit
 
-    proofs = [
-        (name, proof) for name in args.finding or audit.names() for proof in audit.prove(name)
-    ]
-    for name, proof in proofs:
-        state = "proven" if proof.holds else "NOT PROVEN"
-        before, after = proof.before, proof.after
-        words = f"{before.verdict} -> {after.verdict}"
-        print(f"{state} {name}: {before.case} [{before.flavour}] {words}. {before.words}")
-    return 0 if all(proof.holds for _, proof in proofs) else 1
+    holding = True
+    for name in args.finding or audit.names():
+        proofs = audit.prove(name)
+        if args.store:
+            stored.store(name, proofs)
+        for proof in proofs:
+            print(f"{name}: {proof}")
+            holding = holding and proof.holds
+    return 0 if holding else 1
+
+
+def mutants(args: argparse.Namespace) -> int:
+    """Show that the oracle rejects every mutant, and which case does."""
+    from kfac_scratch.conformance.mutants import catalogue, run_mutants
+
+    chosen = [m for m in catalogue() if args.k in m.name]
+    survivors = 0
+    for rejection in run_mutants(chosen):
+        print(rejection, flush=True)
+        survivors += rejection.result is None
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants rejected.")
+    return 1 if survivors else 0
 
 
 def explain(args: argparse.Namespace) -> int:
@@ -85,6 +124,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--expected", type=Path, help="TOML file of expected failures")
     command.set_defaults(call=run)
 
+    command = commands.add_parser("export", help="write the reference vectors")
+    command.add_argument("directory", type=Path)
+    command.set_defaults(call=export)
+
+    command = commands.add_parser("judge", parents=[files], help="judge the results of a port")
+    command.add_argument("results", type=Path, help="folder with a safetensors file per case")
+    command.add_argument("--vectors", type=Path, help="what the port read; default: as shipped")
+    command.add_argument("-k", default="", help="part of an identifier")
+    command.set_defaults(call=judge)
+
     command = commands.add_parser("report", help="print the table of a result file")
     command.add_argument("results", type=Path)
     command.set_defaults(call=show)
@@ -97,6 +146,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("finding", nargs="*")
     command.add_argument("--store", action="store_true", help="write the proofs for the site")
     command.set_defaults(call=prove)
+
+    command = commands.add_parser("mutants", help="show that every mutant is rejected, and by what")
+    command.add_argument("-k", default="", help="part of a mutant's name")
+    command.set_defaults(call=mutants)
     return main
 
 

@@ -13,10 +13,10 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from kfac_scratch.conformance.expectations import DEFINITION, EXACT, TOLERANCES
 from kfac_scratch.conformance.ops import Op, Parameters, forward, layer_ops, parameter_shapes
 
-EXACT, DEFINITION = "equals-ggn", "definition"
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
+__all__ = ["DEFINITION", "EXACT", "TOLERANCES", "Case", "Data", "Loss"]
 
 
 @dataclass(frozen=True)

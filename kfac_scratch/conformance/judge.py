@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.cases import EXACT, Case
+from kfac_scratch.conformance.expectations import EXACT, Judged
 from kfac_scratch.conformance.scalars import in_words
 
 PASSING = ("exact", "definition", "scaled", "not-supported")
@@ -70,7 +70,7 @@ class Fit:
 
 
 def judge(
-    case: Case,
+    case: Judged,
     flavour: str,
     got: Pieces,
     expected: Pieces,
@@ -101,7 +101,7 @@ def judge(
     return Result(case.id, flavour, verdict, words, error, residual, scales)
 
 
-def unusable(case: Case, got: Pieces, expected: Pieces) -> str:
+def unusable(case: Judged, got: Pieces, expected: Pieces) -> str:
     """Why numbers cannot be compared at all; empty if they can."""
     missing = sorted({name for name, _ in expected} - {name for name, _ in got})
     if missing:
@@ -125,7 +125,7 @@ def fit(got: Tensor, expected: Tensor) -> Fit:
 
 
 def _verdict(
-    case: Case,
+    case: Judged,
     flavour: str,
     fits: Mapping[tuple[str, str], Fit],
     stated: bool,

@@ -117,13 +117,21 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def from_json(text: str) -> Report:
+def text(report: Report) -> str:
+    """The whole report as JSON, one verdict per line."""
+    value = as_json(report)
+    head = {key: part for key, part in value.items() if key != "results"}
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in value["results"])
+    return json.dumps(head, indent=1)[:-2] + ',\n "results": [\n' + lines + "\n]\n}\n"
+
+
+def from_json(source: str) -> Report:
     """Read what `as_json` wrote.
 
     Raises:
         ValueError: If it is of another format.
     """
-    value = json.loads(text)
+    value = json.loads(source)
     if value.get("format") != FORMAT:
         raise ValueError(f"Expected the format {FORMAT!r}, got {value.get('format')!r}.")
     rows = value["results"]
@@ -160,7 +168,7 @@ def write(report: Report, json_file: Path | None, junit_file: Path | None) -> No
     """Write the files that are wanted."""
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(text(report), encoding="utf-8")
     if junit_file:
         junit_file.parent.mkdir(parents=True, exist_ok=True)
         junit_file.write_text(junit(report), encoding="utf-8")

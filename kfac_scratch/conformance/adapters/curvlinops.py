@@ -57,6 +57,7 @@ class Adapter:
         layers = {name: request.model.get_submodule(name) for name in request.layers}
         for name, layer in layers.items():
             _check(name, layer)
+        _check_output(request)
         if request.damping:
             return _solved(request, _operator(request), request.damping)
         made = _operator(request)
@@ -95,6 +96,13 @@ def _operator(request: Request) -> Any:
     if request.flavour == "ekfac":
         operator.compute_eigenvalue_correction()
     return operator
+
+
+def _check_output(request: Request) -> None:
+    with torch.no_grad():
+        axes = request.model(request.batches[0][0].clone()).ndim
+    if request.flavour == "ekfac" and axes > 2:
+        raise NotSupported("EKFAC with more than two axes of the output, as the documentation says")
 
 
 def _part(operator: Any, name: str) -> Part:

@@ -8,6 +8,9 @@ of a root of the loss's Hessian.
 Scale: "the function should return the summed loss (over batches and tokens)", and factors are means
 over examples: `D / N` if `D` is what the loss divides its terms by. That several positions of an
 example change the scale of `kfac`, and not of `ekfac`, is not documented.
+
+Not asked for: grouped convolutions. `extract_patches` documents that it averages patches over the
+groups, which is an approximation of its own.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -18,8 +21,7 @@ from importlib.metadata import version
 import torch
 from kronfluence.analyzer import prepare_model
 from kronfluence.arguments import FactorArguments
-from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
-from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_eigendecomposition
+from kronfluence.factor import covariance, eigen
 from kronfluence.task import Task
 from kronfluence.utils.state import State
 from torch import Tensor, nn
@@ -27,12 +29,10 @@ from torch import Tensor, nn
 from kfac_scratch import divisor, type2
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Dense,
     Eigen,
     Kronecker,
     LayerBlock,
     NotSupported,
-    Part,
     Request,
 )
 
@@ -63,6 +63,8 @@ class Adapter:
         for name in request.layers:
             if not isinstance(request.model.get_submodule(name), nn.Linear | nn.Conv2d):
                 raise NotSupported(f"{name}: only Linear and Conv2d, as the documentation says")
+            if getattr(request.model.get_submodule(name), "groups", 1) > 1:
+                raise NotSupported(f"{name}: documented to average patches over groups")
         return _fitted(request)
 
 
@@ -135,30 +137,22 @@ def _fitted(request: Request) -> dict[str, LayerBlock]:
     )
     model, state = prepare_model(deepcopy(request.model), task), State(cpu=True)
     inputs = (model, state, task, batches, options)
-    _, C = fit_covariance_matrices_with_loader(*inputs, disable_tqdm=True)
+    _, C = covariance.fit_covariance_matrices_with_loader(*inputs, disable_tqdm=True)
     if strategy == "kfac":
-        return {name: LayerBlock(_kronecker(request, C, name)) for name in request.layers}
-    Q = perform_eigendecomposition(C, model, state, options, disable_tqdm=True)
-    _, L = fit_lambda_matrices_with_loader(*inputs, eigen_factors=Q, disable_tqdm=True)
-    return {name: LayerBlock(_eigen(request, Q, L, name)) for name in request.layers}
+        return {name: LayerBlock(_kronecker(C, name)) for name in request.layers}
+    Q = eigen.perform_eigendecomposition(C, model, state, options, disable_tqdm=True)
+    _, L = eigen.fit_lambda_matrices_with_loader(*inputs, eigen_factors=Q, disable_tqdm=True)
+    return {name: LayerBlock(_eigen(Q, L, name)) for name in request.layers}
 
 
-def _kronecker(request: Request, C: Factors, name: str) -> Part:
+def _kronecker(C: Factors, name: str) -> Kronecker:
     A, B = (
         C[f"{side}_covariance"][name] / C[f"num_{side}_covariance_processed"][name]
         for side in ("activation", "gradient")
     )
-    return Dense(torch.kron(B, A)) if _grouped(request, name) else Kronecker(A, B)
+    return Kronecker(A, B)
 
 
-def _eigen(request: Request, Q: Factors, L: Factors, name: str) -> Part:
-    QA, QB = Q["activation_eigenvectors"][name], Q["gradient_eigenvectors"][name]
+def _eigen(Q: Factors, L: Factors, name: str) -> Eigen:
     scale = L["lambda_matrix"][name] / L["num_lambda_processed"][name]
-    if not _grouped(request, name):
-        return Eigen(QA, QB, scale)
-    U = torch.kron(QB, QA)
-    return Dense(U * scale.flatten() @ U.T)
-
-
-def _grouped(request: Request, name: str) -> bool:
-    return getattr(request.model.get_submodule(name), "groups", 1) > 1
+    return Eigen(Q["activation_eigenvectors"][name], Q["gradient_eigenvectors"][name], scale)

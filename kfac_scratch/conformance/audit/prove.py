@@ -20,6 +20,12 @@ class Proof:
     before: Result
     after: Result
 
+    def __str__(self) -> str:
+        state = "proven" if self.holds else "NOT PROVEN"
+        case = f"{self.before.case} [{self.before.flavour}]"
+        verdicts = f"{self.before.verdict} -> {self.after.verdict}"
+        return f"{state}, {case} {verdicts}. {self.before.words}"
+
     @property
     def holds(self) -> bool:
         """Whether the patch, and nothing else, mends the case."""

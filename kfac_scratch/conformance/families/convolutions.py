@@ -7,13 +7,13 @@ from kfac_scratch.conformance.families.common import REDUCTIONS, in_single_preci
 from kfac_scratch.conformance.ops import Geometry, Op, conv, flatten, linear, mean_space, relu, tanh
 
 BOTH = {"expand": DEFINITION, "reduce": DEFINITION}
-SPACE = {1: (13,), 2: (3, 6), 3: (3, 3, 6)}
+SPACE = {1: (10,), 2: (3, 10), 3: (3, 2, 6)}
 KERNEL = {1: (3,), 2: (2, 3), 3: (2, 1, 3)}
 GEOMETRY: dict[str, Geometry] = {
     "plain": {},
     "stride": {"stride": 2},
     "padding": {"padding": 1},
-    "dilation": {"dilation": 2, "padding": 1},
+    "dilation": {"dilation": 2, "padding": 2},
     "circular": {"padding": 1, "padding_mode": "circular"},
     "reflect": {"padding": 1, "padding_mode": "reflect"},
     "replicate": {"padding": 1, "padding_mode": "replicate"},
@@ -23,7 +23,7 @@ GEOMETRY: dict[str, Geometry] = {
 def last(dims: int, bias: bool = True, groups: int = 1, geometry: Geometry | None = None) -> Op:
     """The convolution whose geometry is tested."""
     settings: Geometry = {"groups": groups, **(geometry or {})}
-    return conv("conv", 2 * groups, 5 * groups, KERNEL[dims], bias, settings)
+    return conv("conv", 2 * groups, 3 * groups, KERNEL[dims], bias, settings)
 
 
 PER_LOCATION = [

@@ -74,7 +74,7 @@ REUSED = [
     Case(
         f"ekfac-used-in-a-row-{kind}",
         "definition",
-        (linear("fc", 3, 3), tanh(), linear("fc", 3, 3), tanh(), linear("head", 3, 2)),
+        (linear("fc", 3, 3), tanh(), linear("fc", 3, 3), tanh(), linear("head", 3, 5)),
         loss(kind),
         (7, 3),
         EKFAC,

@@ -46,7 +46,7 @@ ND_TARGETS = [
         "deep-linear-positions",
         chain(4, 3, 2),
         loss("mse", reduction),
-        (7, 3, 5, 4),
+        (5, 3, 3, 4),
         EXPAND_EXACT,
         tags=("sequence", "mse", "n-d"),
         flags=("axis 1 for axis -1",),

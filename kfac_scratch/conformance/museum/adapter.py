@@ -220,6 +220,8 @@ class Adapter:
         if key not in self.kept:
             form = partial(_for_inverse, request.damping[0])
             blocks = self.curvature(request)
+            if any(block.joint is None for block in blocks.values()):
+                raise NotSupported("damped inverses of separate weight and bias")
             self.kept[key] = {name: form(block.joint) for name, block in blocks.items()}
         return {
             name: LayerBlock(joint=Vector(self.solved(request, name, part)))

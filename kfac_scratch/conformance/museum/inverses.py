@@ -37,8 +37,8 @@ PI_SQUARED = Piece(
     "and a reader who knows the paper, or a port, does not expect it.",
     ("inverse-factored-0.25-mlp", "expand"),
     "Thrandis/EKFAC-pytorch #4",
-    "The code there was right; who asked had taken its `pi` for the paper's. The piece is what "
-    "that reading leads to.",
+    "The code there takes the root later; who asked had taken its `pi` for the paper's. The "
+    "piece is what that reading leads to.",
 )
 
 

@@ -42,7 +42,7 @@ HALF = Piece(
     "Textbooks write a squared error with one half, so that its derivative is f - y and its "
     "second derivative 1. PyTorch's has no one half. Two libraries with one convention each "
     "differ by 2.",
-    ("deep-linear-mse-sum-bias", "expand"),
+    ("last-layer-mse-tanh-sum", "expand"),
     "f-dangel/curvlinops #82",
     "The factor was found in the code that called the library, in aleximmer/Laplace #146.",
 )
@@ -60,7 +60,7 @@ BATCH_SIZE = Piece(
     terms,
     "`mean` sounds like the mean over data, and for cross-entropy on [N, C] it is. `MSELoss` "
     "also divides by the number of outputs, cross-entropy on tokens by that of tokens.",
-    ("last-layer-mse-tanh-mean", "expand"),
+    ("mlp-mse-mean", "expand"),
     "f-dangel/curvlinops #108",
 )
 
@@ -80,7 +80,7 @@ EMPIRICAL = Piece(
     "Fisher is an outer product of gradients. But the Fisher's labels come from the model.",
     ("one-datum-mse-tanh-mean", "expand"),
     "gpauloski/kfac-pytorch #109",
-    "A question, closed: the empirical Fisher is what that library means to compute.",
+    "A question there, and closed. Who uses it on purpose and says so has no bug.",
 )
 
 

@@ -58,10 +58,9 @@ THREAD = ""
 def patch() -> Iterator[None]:
     """No curvature where the target is ignored, and the mean over the others."""
     kfac = import_module("curvlinops.kfac")
-    terms = (
-        "scale if reduction == 'sum' else "
-        "scale * (num_loss_terms / (y != self._loss_func.ignore_index).sum().item()) ** 0.5"
-    )
+    kept = "(y != self._loss_func.ignore_index).sum().item()"
+    has = "hasattr(self._loss_func, 'ignore_index')"
+    terms = f"(num_loss_terms * ({kept} if {has} else num_loss_terms)) ** -0.5"
     with (
         mended(
             kfac,
@@ -71,7 +70,7 @@ def patch() -> Iterator[None]:
         mended(
             kfac.KFACLinearOperator,
             "_compute_loss_and_backward",
-            ("hessian_sqrts.mul_(scale)", f"hessian_sqrts.mul_({terms})"),
+            ("1.0 / num_loss_terms", terms),
         ),
     ):
         yield

@@ -51,14 +51,20 @@ LIBRARY, VERSION = "curvlinops", "3.0.1"
 ADAPTER = "kfac_scratch.conformance.adapters.curvlinops:Adapter"
 TITLE = "Class weights and pos_weight are ignored by KFAC and EKFAC"
 CASES = (
-    ("class-weights-constant-sum", "expand"),
-    ("class-weights-mlp-mean", "expand"),
-    ("class-weights-mlp-sum", "reduce"),
-    ("class-weights-mlp-sum", "ekfac"),
+    *(
+        (f"{case}-{reduction}", flavour)
+        for case in (
+            "class-weights-mlp",
+            "pos-weight-one-datum",
+            "pos-weight-constant",
+            "pos-weight-mlp",
+        )
+        for reduction in ("mean", "sum")
+        for flavour in ("expand", "reduce", "ekfac")
+    ),
+    *(("class-weights-constant-sum", flavour) for flavour in ("expand", "reduce", "ekfac")),
     ("class-weights-tokens", "expand"),
-    ("pos-weight-one-datum-mean", "expand"),
-    ("pos-weight-constant-sum", "reduce"),
-    ("pos-weight-mlp-mean", "ekfac"),
+    ("batches-class-weights", "expand"),
 )
 CAUSE = (
     "curvlinops/kfac_utils.py, lines 123 and 138, loss_hessian_matrix_sqrt: c and hess_diag do "
@@ -80,7 +86,8 @@ def patch() -> Iterator[None]:
     )
     terms = (
         "scale if reduction == 'sum' or getattr(self._loss_func, 'weight', None) is None else "
-        "scale * (num_loss_terms / self._loss_func.weight[y].sum().item()) ** 0.5"
+        "scale * (self._N_data * self._num_per_example_loss_terms / sum("
+        "self._loss_func.weight[t].sum().item() for _, t in self._loop_over_data())) ** 0.5"
     )
     with (
         mended(

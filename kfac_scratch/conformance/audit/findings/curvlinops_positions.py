@@ -50,6 +50,7 @@ ADAPTER = "kfac_scratch.conformance.adapters.curvlinops:Adapter"
 TITLE = "Type-2 vectors of different positions are added up"
 CASES = (
     ("attention-tokens-mse", "expand"),
+    ("attention-tokens-mse-float32", "expand"),
     ("attention-tokens-cross-entropy", "expand"),
     ("conv2d-plain-per-location-mse-mean", "expand"),
     ("conv2d-plain-per-location-mse-sum", "expand"),

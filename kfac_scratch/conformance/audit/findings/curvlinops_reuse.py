@@ -59,6 +59,8 @@ CASES = (
     ("used-in-a-row-mse", "reduce"),
     ("used-in-a-row-cross-entropy", "expand"),
     ("used-in-a-row-cross-entropy", "reduce"),
+    ("ekfac-used-in-a-row-mse", "ekfac"),
+    ("ekfac-used-in-a-row-cross-entropy", "ekfac"),
 )
 CAUSE = (
     "curvlinops/kfac.py, line 823, _hook_accumulate_input_covariance: every call of a module "
@@ -71,13 +73,20 @@ THREAD = ""
 @contextmanager
 def patch() -> Iterator[None]:
     """Calls are positions: join them, then let the library's own functions work."""
-    operator = import_module("curvlinops.kfac").KFACLinearOperator
+    kfac, ekfac = import_module("curvlinops.kfac"), import_module("curvlinops.ekfac")
+    with _factors(kfac.KFACLinearOperator), _eigenvalues(ekfac.EKFACLinearOperator):
+        yield
+
+
+@contextmanager
+def _factors(operator: Any) -> Iterator[None]:
+    """Covariances of the inputs and vectors of all calls."""
     names = (
         "_hook_accumulate_input_covariance",
         "_accumulate_gradient_covariance",
         "_compute_loss_and_backward",
     )
-    of_input, of_vector, run = before = [vars(operator)[name] for name in names]
+    of_input, of_vector, run = (vars(operator)[name] for name in names)
     inputs: dict[str, list[tuple[nn.Module, Tensor]]] = defaultdict(list)
     vectors: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -87,18 +96,64 @@ def patch() -> Iterator[None]:
     def joined(self: Any, grad_output: Tensor, module: nn.Module, module_name: str) -> None:
         vectors[module_name].append(grad_output)
         if len(vectors[module_name]) == len(inputs[module_name]):
-            of_vector(self, stack(vectors.pop(module_name), 1), module, module_name)
+            of_vector(self, _joined(vectors.pop(module_name)), module, module_name)
 
     def covariances(self: Any, output: Tensor, y: Tensor) -> None:
         for name, calls in inputs.items():
-            of_input(self, calls[0][0], (stack([x for _, x in calls], 1),), name)
+            of_input(self, calls[0][0], (_joined([x for _, x in calls]),), name)
         run(self, output, y)
         inputs.clear()
 
-    for name, function in zip(names, (keep, joined, covariances), strict=True):
+    with _replaced(operator, dict(zip(names, (keep, joined, covariances), strict=True))):
+        yield
+
+
+@contextmanager
+def _eigenvalues(operator: Any) -> Iterator[None]:
+    """Gradients of a datum, summed over all calls before they are squared."""
+    names = (
+        "_hook_cache_inputs",
+        "_register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues",
+    )
+    correct = vars(operator)["_accumulate_corrected_eigenvalues"]
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    vectors: dict[str, dict[int, Tensor]] = defaultdict(dict)
+
+    def keep(self: Any, module: nn.Module, args: tuple[Tensor], module_name: str) -> None:
+        if module_name not in self._cached_activations:
+            inputs.pop(module_name, None)  # those of an earlier computation
+        inputs[module_name].append(args[0].detach().clone())
+        self._cached_activations[module_name] = _joined(inputs[module_name])
+
+    def register(
+        self: Any, module: nn.Module, args: object, output: Tensor, module_name: str
+    ) -> None:
+        call, own = len(inputs[module_name]) - 1, vectors[module_name]
+
+        def joined(g: Tensor) -> None:
+            own[call] = g
+            if len(own) == len(inputs[module_name]):
+                correct(self, _joined([own[i] for i in sorted(own)]), module, module_name)
+                own.clear()
+
+        output.register_hook(joined)
+
+    with _replaced(operator, dict(zip(names, (keep, register), strict=True))):
+        yield
+
+
+@contextmanager
+def _replaced(operator: Any, methods: dict[str, Any]) -> Iterator[None]:
+    before = {name: vars(operator)[name] for name in methods}
+    for name, function in methods.items():
         setattr(operator, name, function)
     try:
         yield
     finally:
-        for name, function in zip(names, before, strict=True):
+        for name, function in before.items():
             setattr(operator, name, function)
+
+
+def _joined(calls: list[Tensor]) -> Tensor:
+    """Calls along an axis of their own, as positions have it."""
+    return stack(calls, 1) if len(calls) > 1 else calls[0]

@@ -49,31 +49,30 @@ scale cancels within a layer; between layers with different numbers of positions
 convolutions or tokens are weighted by S against a classifier behind a pool. With a given damping,
 it does not cancel at all.
 
-Suggestion: divide the gradients' covariance by the number of data (or of data with a mask, by the
-number of sequences) instead of the number of rows. `ekfac` needs only its eigenvectors, and does
-not change.
+Suggestion: divide the gradients' covariance by the number of data, which
+`fit_covariance_matrices_with_loader` counts, instead of the number of rows. This is right with
+masks and for layers that are used several times, too. `ekfac` needs only the eigenvectors, and
+does not change.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
+from kfac_scratch.conformance.families import CASES as CATALOGUE
 
+PATTERNS = (
+    *("positions-*", "nd-positions-*", "mean-pooled-*", "sum-pooled-*", "tokens-*", "masked-*"),
+    *("attention-tokens-*", "attention-pooled-cross-entropy", "flattened-*", "used-*", "cnn-*"),
+    *(f"conv2d-{name}-p*" for name in ("plain", "stride", "padding", "dilation", "nobias")),
+    *("1x1-convolutions-*", "class-weights-tokens", "sampled-tokens-*"),
+)
 LIBRARY, VERSION = "kronfluence", "1.0.1"
 ADAPTER = "kfac_scratch.conformance.adapters.kronfluence:Adapter"
 TITLE = "kfac, unlike ekfac, is too small by the number of positions"
-CASES = (
-    ("positions-mse-mean-bias", "expand"),
-    ("tokens-cross-entropy-all-mean", "expand"),
-    ("sampled-tokens-cross-entropy", "expand"),
-    ("attention-pooled-cross-entropy", "expand"),
-    ("flattened-mse", "expand"),
-    ("flattened-cross-entropy", "expand"),
-    ("conv2d-plain-per-location-mse-mean", "expand"),
-    ("cnn-flat-mse", "expand"),
-    ("cnn-pooled-cross-entropy", "expand"),
-)
+CASES = tuple((case, "expand") for case in CATALOGUE if any(fnmatchcase(case, p) for p in PATTERNS))
 CAUSE = (
     "kronfluence/module/linear.py, line 53, and kronfluence/module/conv2d.py, line 132, "
     "get_flattened_gradient: the number of rows (data times positions) is returned as the count "
@@ -89,15 +88,9 @@ THREAD = "https://github.com/tensorflow/kfac/issues/41"
 @contextmanager
 def patch() -> Iterator[None]:
     """The gradients' covariance as a mean over data, and a sum over positions."""
-    linear, conv = (import_module(f"kronfluence.module.{name}") for name in ("linear", "conv2d"))
-    data = ("count = flattened_gradient.size(0)", "count = output_gradient.size(0)")
-    rows = "output_gradient = rearrange("
-    images = (
-        (rows, f"count = output_gradient.size(0); {rows}"),
-        ("return output_gradient, output_gradient.size(0)", "return output_gradient, count"),
-    )
-    with (
-        mended(linear.TrackedLinear, "get_flattened_gradient", data),
-        mended(conv.TrackedConv2d, "get_flattened_gradient", *images),
-    ):
+    fitting = import_module("kronfluence.factor.covariance")
+    count = "'num_gradient_covariance_processed'"
+    data = f"dict.fromkeys(factor, num_data_processed) if factor_name == {count} else factor"
+    counted = ("saved_factors[factor_name] = factor", f"saved_factors[factor_name] = {data}")
+    with mended(fitting, "fit_covariance_matrices_with_loader", counted):
         yield

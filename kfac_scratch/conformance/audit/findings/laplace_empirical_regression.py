@@ -18,7 +18,10 @@ print("squared gradient", sum((p.grad**2).sum() for p in model.parameters()).ite
 for Backend in (CurvlinopsEF, AsdlEF):
     _, kron = Backend(model, "regression").kron(X, y, N=1)
     print(Backend.__name__, kron.to_matrix().trace().item())
-# OUTPUT
+# prints
+#   squared gradient 26.65032958984375
+#   CurvlinopsEF 53.30065155029297
+#   AsdlEF 53.30065155029297
 ```
 
 Expected: one number. The Kronecker factors, the diagonal and the dense matrix of all backends have

@@ -42,8 +42,12 @@ by the number of calls; or refuse a module whose forward hook fires twice.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from kfac_scratch.conformance.audit.mending import mended
 
@@ -54,6 +58,8 @@ CASES = (
     ("used-twice-added-mse", "expand"),
     ("used-in-a-row-mse", "expand"),
     ("used-in-a-row-cross-entropy", "expand"),
+    ("ekfac-used-in-a-row-mse", "ekfac"),
+    ("ekfac-used-in-a-row-cross-entropy", "ekfac"),
 )
 CAUSE = (
     "nngeometry/backend/torch_hooks/torch_hooks.py, line 754, _hook_savex: the input is kept by "
@@ -66,17 +72,49 @@ THREAD = ""
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """Every gradient with its own call's input; the input factor as a mean over calls."""
+    """Every gradient with its own call's input; means, and gradients of a datum, over calls."""
     backend = import_module("nngeometry.backend.torch_hooks.torch_hooks").TorchHooksJacobianBackend
     own = (
         "o.register_hook(lambda g_o, x=i[0]: (self.xs.update({mod: x}), hook_gy(mod, g_o))[1])\n"
-        "        rows = self.__dict__.setdefault('rows', {})\n"
-        "        rows[mod] = rows.get(mod, 0) + len(i[0])"
+        "        rows, calls = (self.__dict__.setdefault(k, {}) for k in ('rows', 'calls'))\n"
+        "        rows[mod] = rows.get(mod, 0) + len(i[0])\n"
+        "        calls[mod] = calls.get(mod, 0) + 1"
     )
-    calls = "div_(self.rows[self.l_to_m[layer_id]] / n_output**0.5)"
-    with ExitStack() as stack:
-        hook = ("o.register_hook(lambda g_o: hook_gy(mod, g_o))", own)
-        stack.enter_context(mended(backend, "_add_hooks", hook))
-        mean = ("[0].div_(n_examples / n_output**0.5)", f"[0].{calls}")
-        stack.enter_context(mended(backend, "get_kfac_blocks", mean))
-        yield
+    mean = "[0].div_(self.rows[self.l_to_m[layer_id]] / n_output**0.5)"
+    apart = vars(backend)["_hook_compute_kfe_diag"]
+    parts: list[tuple[Tensor, Tensor]] = []
+
+    def together(self: Any, mod: Any, gy: Tensor) -> None:
+        if self.calls[mod] == 1:
+            return apart(self, mod, gy)
+        parts.append((self.xs[mod], gy))
+        if len(parts) == self.calls[mod]:
+            name = self.m_to_l[mod]
+            QA, QB = self._kfe[name]
+            self._diags[name].add_(_squares(parts, QA, QB, mod.bias is not None))
+            parts.clear()
+        return None
+
+    with (
+        mended(backend, "_add_hooks", ("o.register_hook(lambda g_o: hook_gy(mod, g_o))", own)),
+        mended(backend, "get_kfac_blocks", ("[0].div_(n_examples / n_output**0.5)", mean)),
+        mended(
+            backend,
+            "get_kfe_diag",
+            ("self._kfe = kfe", "self._kfe = kfe; self.__dict__.pop('calls', None)"),
+        ),
+    ):
+        backend._hook_compute_kfe_diag = together
+        try:
+            yield
+        finally:
+            backend._hook_compute_kfe_diag = apart
+
+
+def _squares(calls: list[tuple[Tensor, Tensor]], QA: Tensor, QB: Tensor, with_bias: bool) -> Tensor:
+    """Squares of a datum's gradient in the eigenbasis, the sum over data."""
+    total = QA.new_zeros(())
+    for x, g in calls:
+        a = torch.cat([x, torch.ones_like(x[:, :1])], 1) if with_bias else x
+        total = total + torch.einsum("no,ni->noi", g @ QB, a @ QA)
+    return total.square().sum(0).flatten()

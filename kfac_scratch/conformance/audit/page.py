@@ -1,0 +1,106 @@
+"""The audit as text: tables and findings, made from stored files and never typed."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from kfac_scratch.conformance.audit import explain
+from kfac_scratch.conformance.audit.prove import finding, names
+from kfac_scratch.conformance.families import FAMILIES
+from kfac_scratch.conformance.judge import Result
+from kfac_scratch.conformance.report import ORDER, Report
+from kfac_scratch.show import Markdown
+
+
+def judged(run: Report, family: str = "") -> list[Result]:
+    """What was asked of an implementation and is offered by it, of one family or all."""
+    return [
+        r
+        for r in run.results
+        if r.verdict != "not-supported" and family in ("", run.families[r.case])
+    ]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
+    """A Markdown table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def overview(runs: Mapping[str, Report]) -> Markdown:
+    """How many verdicts pass, of how many that were judged, by family."""
+    rows = []
+    for run in runs.values():
+        cells = [_share(judged(run, family)) for family in (*FAMILIES, "")]
+        rows.append([f"{run.capabilities['name']} {run.capabilities['version']}", *cells])
+    return table(["implementation", *FAMILIES, "all"], rows)
+
+
+def verdicts(runs: Mapping[str, Report]) -> Markdown:
+    """How often each verdict occurs."""
+    counts = {stem: Counter(r.verdict for r in run.results) for stem, run in runs.items()}
+    rows = [
+        [str(run.capabilities["name"]), *(str(counts[stem][v] or "") for v in ORDER)]
+        for stem, run in runs.items()
+    ]
+    return table(["implementation", *ORDER], rows)
+
+
+def conventions(runs: Mapping[str, Report]) -> Markdown:
+    """Scales that are documented and real: conventions, not mistakes."""
+    rows = []
+    for run in runs.values():
+        scaled = Counter(r.words.split(" (")[0] for r in run.results if r.verdict == "scaled")
+        words = "; ".join(w.removeprefix("documented: ") for w, _ in scaled.most_common(3))
+        if scaled:
+            rows.append([str(run.capabilities["name"]), str(scaled.total()), words])
+    return table(["implementation", "scaled verdicts", "the most frequent"], rows)
+
+
+def failures(runs: Mapping[str, Report]) -> dict[str, dict[str, list[str]]]:
+    """For each implementation its failures, and which findings explain each."""
+    return {
+        stem: explain.stored(stem) if any(not r.passes for r in run.results) else {}
+        for stem, run in runs.items()
+    }
+
+
+def unexplained(runs: Mapping[str, Report]) -> list[tuple[str, str]]:
+    """Failures that no patch mends: the implementation and the case."""
+    return [
+        (stem, key)
+        for stem, reasons in failures(runs).items()
+        for key, names in reasons.items()
+        if not names
+    ]
+
+
+def card(name: str, runs: Mapping[str, Report]) -> Markdown:
+    """A finding for people: what, where, what the documentation says, and the text for upstream."""
+    found = finding(name)
+    mended = [
+        key
+        for reasons in failures(runs).values()
+        for key, names in reasons.items()
+        if name in (n.removeprefix("+") for n in names)
+    ]
+    thread = f"[public thread]({found.THREAD})" if found.THREAD else "no public thread known"
+    text = (found.__doc__ or "").strip()
+    return Markdown(
+        f"#### {found.LIBRARY} {found.VERSION}: {found.TITLE}\n\n"
+        f"*Cause.* {found.CAUSE}\n\n*Documentation.* {found.DOCUMENTED}; {thread}.\n\n"
+        f"*Explains* {len(mended)} of the verdicts that do not pass.\n\n"
+        f'<details markdown="1">\n<summary>For the maintainer</summary>\n\n{text}\n\n</details>\n'
+    )
+
+
+def all_cards(runs: Mapping[str, Report]) -> Markdown:
+    """All findings, by library."""
+    return Markdown("\n\n".join(card(name, runs).text for name in names()))
+
+
+def _share(results: Sequence[Result]) -> str:
+    if not results:
+        return ""
+    passing = sum(r.passes for r in results)
+    text = f"{passing}/{len(results)}"
+    return text if passing == len(results) else f"**{text}**"

@@ -1,0 +1,692 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 26. The bug museum: mistakes that looked right
+#
+# **Part VI: Scale and trust.** What goes wrong in implementations of KFAC, why does nobody notice,
+# and which test would have told?
+#
+# KFAC is short. A layer needs two averages of outer products and an inverse. Yet nearly every public
+# implementation has had a mistake in one of them, most were found by accident, and some lived for
+# years. They have something in common: the shapes fit, the matrix is positive definite, the network
+# trains. This chapter collects such mistakes. Each one is rebuilt as a change to *one* function of a
+# KFAC that is right, stands beside that function, and is shown to the oracle of
+# [Chapter 25](25_conformance.py), which has to say what is wrong with it.
+#
+# Everything here is in our own words. Where a mistake was made in public, the thread is named, and
+# so is what the thread says in the other's favour: a convention that is documented is no mistake, and
+# several of these threads end with exactly that.
+
+# %%
+import textwrap
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.patches import Patch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
+
+from kfac_scratch.conformance.families import CASES, family
+from kfac_scratch.conformance.harness import verdict
+from kfac_scratch.conformance.judge import Result
+from kfac_scratch.conformance.museum import PIECES, Adapter, Piece, naive
+from kfac_scratch.conformance.museum.adapter import KFAC, type2
+from kfac_scratch.conformance.mutants import catalogue, run_mutants
+from kfac_scratch.conformance.mutations import MUTANTS
+from kfac_scratch.conformance.protocol import Request
+from kfac_scratch.show import code
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)  # and on the CPU: everything here is tiny
+
+museum = {piece.slug: piece for piece in PIECES}
+print(f"{len(museum)} pieces, {sum(bool(piece.thread) for piece in PIECES)} with a public thread")
+
+# %% [markdown]
+# ## A KFAC to read
+#
+# The museum needs something to deviate from. Its KFAC is written to be read, not to be used: hooks,
+# one backward pass for every vector, and a function of a few lines for every decision. These are the
+# decisions about a layer's factors:
+
+# %% tags=["remove-input"]
+code(naive.record, naive.with_ones, naive.input_factor, naive.vector_factor, naive.mixed)
+
+# %% [markdown]
+# Vectors belong to the *sum* of the loss's terms, and the number of terms is divided by in one
+# place, the factor $B$. They come from a square root of the loss's Hessian (type-2), from sampled
+# labels or from the labels of the data; [Chapter 3](03_losses.py) derives all three.
+
+# %% tags=["remove-input"]
+code(type2)
+
+# %% [markdown]
+# The functions are the fields of one dataclass, `KFAC`, so that a piece of the museum is the same
+# dataclass with one field exchanged. Whatever the oracle says against a piece, it says against that
+# function. For this to mean anything, the naive KFAC itself has to pass. Here are some of the cases,
+# one for every kind of mistake below; the tests run all of them.
+
+
+# %%
+def judged(adapter: Adapter, case: tuple[str, str]) -> Result:
+    """The oracle's verdict on one case."""
+    return verdict(adapter, CASES[case[0]], case[1])
+
+
+def say(result: Result) -> None:
+    """Print a verdict and its words."""
+    print(f"{result.case}, {result.flavour}: {result.verdict}")
+    if result.words:
+        print(textwrap.fill(result.words, 88, initial_indent="    ", subsequent_indent="    "))
+
+
+def ask(slug: str) -> Result:
+    """What the oracle says of a piece, in the case that is made for it."""
+    result = judged(museum[slug].adapter(), museum[slug].case)
+    say(result)
+    assert not result.passes
+    return result
+
+
+def exhibit(slug: str) -> object:
+    """What is right, and under it the piece."""
+    return code(museum[slug].right, museum[slug].wrong)
+
+
+for slug in ("mean-gradients", "positions", "equal", "missing"):
+    result = judged(Adapter(), museum[slug].case)
+    say(result)
+    assert result.verdict in ("exact", "definition")
+
+# %% [markdown]
+# `exact` means: equal to the exact curvature block, because a theorem says so for this case.
+# `definition` means: equal to what KFAC is defined to be, where that is not exact.
+#
+# ## Room 1: the loss
+#
+# ### Gradients of the mean loss
+#
+# [wiseodd/natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2). After a backward
+# pass, `.grad` of a layer's output has one row per datum, and it is natural to take the rows for
+# per-datum gradients. But the loss was divided by $N$ before the pass. Each row carries $1/N$, its
+# square $1/N^2$, and the factor $B$ is too small by that. The author agreed at once: the quantity that
+# natural gradients need is a negative log-likelihood, a sum over data.
+
+# %% tags=["beside", "remove-input"]
+exhibit("mean-gradients")
+
+# %%
+result = ask("mean-gradients")
+assert "1/N²" in result.words
+
+# %% [markdown]
+# The sizes of every case are coprime, so the number itself tells what was forgotten.
+#
+# ### One half
+#
+# [f-dangel/curvlinops #82](https://github.com/f-dangel/curvlinops/issues/82). "KFAC factors are twice
+# as large as BackPACK's and ASDL's." A squared error with one half in front has second derivative 1,
+# PyTorch's has 2. Neither is wrong. It goes wrong where two programs meet: the thread ends with a
+# factor in the code that called the library.
+
+# %% tags=["beside", "remove-input"]
+exhibit("half")
+
+# %%
+assert "1/2" in ask("half").words
+
+# %% [markdown]
+# ### A mean over what?
+#
+# [f-dangel/curvlinops #108](https://github.com/f-dangel/curvlinops/issues/108). `reduction="mean"` sounds
+# like the mean over data. For cross-entropy on `[N, C]` it is. `MSELoss` divides by the number of
+# output entries, cross-entropy on sequences by that of tokens, and with class weights by the sum of
+# the labels' weights.
+
+# %% tags=["beside", "remove-input"]
+exhibit("batch-size")
+
+# %%
+assert "C = 5" in ask("batch-size").words
+
+# %% [markdown]
+# ### The empirical Fisher
+#
+# [gpauloski/kfac-pytorch #109](https://github.com/gpauloski/kfac-pytorch/issues/109). The Fisher is an
+# average over labels drawn *from the model*. With the labels of the data one gets another matrix,
+# which comes for free with training's own gradients. The thread is a question. Who uses the empirical
+# Fisher on purpose, and says so, has no bug; who expects the Fisher has this piece.
+
+# %% tags=["beside", "remove-input"]
+code(museum["empirical"].wrong)
+
+# %%
+assert "the empirical Fisher" in ask("empirical").words
+
+# %% [markdown]
+# No scale repairs it, and the last sentence is not a guess. When an answer is wrong up to any scale,
+# the oracle computes what well-known mistakes would give, and compares.
+#
+# ## Room 2: layers
+#
+# ### The layer that is never called
+#
+# [gpauloski/kfac-pytorch #267](https://github.com/gpauloski/kfac-pytorch/issues/267). `nn.MultiheadAttention`
+# has a submodule `out_proj` with a weight that receives a gradient. But the attention multiplies with
+# the weight inside a fused function and never calls the submodule, so no hook ever fires. There it
+# ended in an error about a factor that was never computed. Code that skips such layers
+# silently is worse off: the layer then trains without curvature, or with the identity.
+
+# %% tags=["beside", "remove-input"]
+code(museum["never-called"].wrong)
+
+# %%
+assert ask("never-called").verdict == "error"
+
+# %% [markdown]
+# (The attention in our cases calls its layers. This piece exchanges the call, as PyTorch does.)
+#
+# ### Positions of the input
+#
+# [ikostrikov/pytorch-a2c-ppo-acktr-gail #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54).
+# How many positions does a convolution average over? There is one patch for every position of the
+# *output*. With a stride there are fewer of them than pixels in the input. The thread, still open,
+# suspects a factor of the stride squared; the author had followed another code.
+
+# %% tags=["beside", "remove-input"]
+exhibit("input-positions")
+
+# %%
+assert ask("input-positions").verdict == "undocumented-scale"
+
+# %% [markdown]
+# ### A transpose
+#
+# [LBANN/lbann #2010](https://github.com/LBANN/lbann/issues/2010). A convolution keeps its channels before
+# its positions. A reshape brings the right shape without the transpose, and mixes entries of different
+# patches in one row. All shapes are right, and so is the trace.
+
+# %% tags=["beside", "remove-input"]
+exhibit("transpose")
+
+# %%
+assert ask("transpose").verdict == "wrong"
+P = torch.randn(7, 6, 5)  # [N, d_in, S]
+right, wrong = (naive.input_factor(f(P), 5) for f in (naive.in_rows, museum["transpose"].wrong))
+torch.testing.assert_close(right.trace(), wrong.trace())
+assert (right - wrong).norm() > 0.1 * right.norm()
+
+# %% [markdown]
+# ### In place, twice
+#
+# This one has no single thread. A forward hook that returns nothing leaves the network as it was. But
+# the tensor that it kept is the one that `ReLU(inplace=True)` writes into, and its gradient is then
+# that of the activation's result: the factor $B$ lacks the derivative of the activation.
+
+# %% tags=["beside", "remove-input"]
+exhibit("activation-in-place")
+
+# %%
+assert ask("activation-in-place").verdict == "wrong"
+
+# %% [markdown]
+# ## Room 3: averages
+#
+# ### The number of positions
+#
+# [tfjgeorge/nngeometry #75](https://github.com/tfjgeorge/nngeometry/issues/75). The paper on convolutions
+# ([Grosse and Martens 2016](bibliography.md#kfc)) puts a *sum* over positions into one factor and a mean
+# into the other; here $A$ is a mean and $B$ a sum. Each pair is consistent, a mixture is off by $S$.
+# (In this case $S$ is also $T$, the number of positions of the output.)
+# The thread announces a fix and then takes it back: the scale had been that of the paper. For a
+# library that documents it, the verdict is `scaled`, which passes.
+
+# %% tags=["beside", "remove-input"]
+exhibit("positions")
+
+# %%
+assert "S or T = 16" in ask("positions").words
+
+# %% [markdown]
+# ### Mini-batches
+#
+# The factors over a data set are averages over mini-batches, weighted by their sizes. Three ways to
+# get it wrong, none of which shows when there is one batch: equal weights for unequal batches, the
+# weight on the wrong side, and, with several workers, a sum of what each has divided by its own size.
+
+# %% tags=["remove-input"]
+code(naive.mixed, museum["equal"].wrong, museum["wrong-side"].wrong, museum["local"].wrong)
+
+# %%
+for slug in ("equal", "wrong-side", "local"):
+    ask(slug)
+
+# %% [markdown]
+# The first of these is the least visible. All batches but the last have one size, so the error is
+# one part in the number of batches. Averages weighted equally, on standard normal inputs:
+
+
+# %%
+def equal_weights(N: int, size: int) -> float:
+    """Relative error of `A` if every mini-batch counts the same."""
+    a = torch.randn(N, 1, 5, generator=torch.Generator().manual_seed(0))
+    A = naive.input_factor(a, 1)
+    parts = [naive.input_factor(part, 1) for part in a.split(size)]
+    return ((torch.stack(parts).mean(0) - A).norm() / A.norm()).item()
+
+
+for N, size in ((7, 5), (1_000, 128), (60_000, 128)):
+    print(f"N = {N:6}, batches of {size:3}: {equal_weights(N, size):.1e}")
+assert equal_weights(60_000, 128) < 1e-3 < 0.05 < equal_weights(7, 5)
+
+# %% [markdown]
+# A test on a data set of ordinary size compares in float32 with a tolerance of $10^{-3}$, and passes.
+# Two batches of 2 and 5 data make the same mistake loud. **An oracle should be small**: not for
+# speed, but because in a small problem every mistake is large.
+#
+# ### Squares of positions
+#
+# EKFAC squares gradients in KFAC's eigenbasis ([Chapter 10](10_ekfac.py)). With weight sharing, the
+# gradient of a datum is a sum over positions, and is to be squared after it. KFAC's factors cannot
+# tell positions from data, so that code which keeps both in one long axis is right for KFAC.
+
+# %% tags=["beside", "remove-input"]
+exhibit("squares")
+
+# %%
+assert ask("squares").verdict == "wrong"
+
+# %% [markdown]
+# ## Room 4: damping
+#
+# ### One underscore
+#
+# [f-dangel/curvlinops #156](https://github.com/f-dangel/curvlinops/issues/156). The damping is added to
+# stored eigenvalues in place. The first product with the inverse is right; every later one has the
+# damping once more. A test that asks once cannot see it. The oracle asks every question twice.
+
+# %% tags=["beside", "remove-input"]
+exhibit("damping-in-place")
+
+# %%
+assert "twice" in ask("damping-in-place").words
+
+# %% [markdown]
+# ### A name
+#
+# [Thrandis/EKFAC-pytorch #4](https://github.com/Thrandis/EKFAC-pytorch/issues/4). Damping both factors needs
+# the number $\pi$, whose *square* is the ratio of their mean eigenvalues ([Chapter 8](08_damping.py)).
+# That code calls the ratio `pi` and takes the root later. Who asked had read it as the paper's $\pi$,
+# noticed, and said so. Who ports such code with the paper in hand ends up with this piece:
+
+# %% tags=["beside", "remove-input"]
+exhibit("pi-squared")
+
+# %%
+assert ask("pi-squared").verdict == "wrong"
+
+# %% [markdown]
+# ### A factor in one of two terms
+#
+# [f-dangel/singd #17](https://github.com/f-dangel/singd/issues/17). In an update with two terms that look
+# alike, one had its factor of the damping and the other had not: `C_tC` for `C_tC * damping`. It
+# stays positive definite, and steps only get shorter. Rebuilt for the damping of two factors:
+
+# %% tags=["beside", "remove-input"]
+exhibit("missing")
+
+# %%
+assert ask("missing").verdict == "wrong"
+
+# %% [markdown]
+# ## The depot
+#
+# The pieces without a thread of their own, each seen in more than one place. The table is made from
+# the museum, and the verdicts are computed.
+
+# %% tags=["hide-input"]
+shown = ["activation-in-place", "equal", "wrong-side", "local", "squares"]
+for piece in PIECES:
+    if not piece.thread and piece.slug not in shown:
+        print(piece.title.upper())
+        print(textwrap.fill(piece.why, 88))
+        ask(piece.slug)
+        print()
+
+# %% [markdown]
+# ## Which cases catch what
+#
+# No single case can do it. We show every piece to a handful of cases, chosen so that together they
+# catch all, and look at the verdicts.
+
+# %%
+columns = [
+    ("tokens-cross-entropy-ignored-mean", "expand"),
+    ("conv2d-circular-pooled-mse", "reduce"),
+    ("batches-unequal-ekfac", "ekfac"),
+    ("sampled-cross-entropy-mean", "expand"),
+    ("inverse-factored-0.25-mlp", "expand"),
+    ("one-datum-mse-relu-inplace-mean", "expand"),
+    ("attention-tokens-mse", "expand"),
+    ("used-in-a-row-mse", "expand"),
+    ("conv2d-stride-per-location-mse-mean", "expand"),
+    ("conv2d-dilation-pooled-mse", "reduce"),
+    ("empirical-mlp-cross-entropy-mean", "expand"),
+    ("inverse-exact-0.25-mlp", "expand"),
+    ("ekfac-flattened-mse", "ekfac"),
+]
+table = {p.slug: {column: judged(p.adapter(), column) for column in columns} for p in PIECES}
+caught = {c: {slug for slug, row in table.items() if not row[c].passes} for c in columns}
+assert set.union(*caught.values()) == set(museum)
+for column in columns:
+    alone = caught[column] - set.union(*(caught[c] for c in columns if c != column))
+    assert alone or column in columns[:5]
+    print(f"{column[0]:36} {len(caught[column]):2} pieces", "" if not alone else f"{alone}")
+seldom = [row for row in table.values() if sum(not r.passes for r in row.values()) <= 2]
+print(f"{len(seldom)} of {len(table)} pieces are seen by one or two of these cases only")
+assert len(seldom) > len(table) / 2
+
+# %% tags=["hide-input"] alt="A grid with one row for each of the 31 pieces and one column for each of 13 cases. Most cells are empty. Two rows, the empirical Fisher and zeros for the input of the bias, are full or almost full; most rows have one or two coloured cells only." caption="Every piece against 13 cases. An empty cell is a case that the mistake passes. Most mistakes are seen by one or two of these cases only."
+kinds = {"undocumented-scale": "C0", "inconsistent-scale": "C2", "wrong": "C3", "error": "C1"}
+fig, ax = plt.subplots(figsize=(9.4, 8.2), layout="constrained")
+for y, row in enumerate(table.values()):
+    for x, result in enumerate(row.values()):
+        if not result.passes:
+            ax.add_patch(plt.Rectangle((x, y), 0.92, 0.88, color=kinds[result.verdict]))
+ax.set(xlim=(0, len(columns)), ylim=(len(table), 0))
+labels = [name.removesuffix("-mean").removesuffix("-mse") for name, _ in columns]
+ax.set_xticks([x + 0.5 for x in range(len(columns))], labels, rotation=50, ha="right")
+ax.set_yticks([y + 0.5 for y in range(len(table))], [museum[slug].title for slug in table])
+ax.tick_params(length=0, labelsize="small")
+handles = [Patch(color=color, label=name) for name, color in kinds.items()]
+fig.legend(handles=handles, loc="outside upper right", ncols=4, fontsize="small")
+plt.show()
+
+# %% [markdown]
+# The three best cases, chosen greedily: first the one that catches most, then the one that catches
+# most of what is left.
+
+# %%
+left, best = set(museum), []
+for _ in range(3):
+    best.append(max(columns, key=lambda column: len(caught[column] & left)))
+    left -= caught[best[-1]]
+    print(f"{best[-1][0]}: {len(museum) - len(left)} of {len(museum)} pieces")
+assert len(left) < len(museum) / 2
+assert {family(CASES[name]) for name, _ in best} == {"sharing", "convolutions", "weights"}
+
+# %% [markdown]
+# Tokens with ignored targets under cross-entropy, a convolution with unusual padding and a pool behind
+# it, and EKFAC over two unequal mini-batches. If you can write only three tests, write these. Each
+# combines several things that are usually tested alone: a mistake about scale, axis, weight or
+# position hides in one thing at a time. The other pieces need a case each, and no three cases
+# would do.
+#
+# ## What training does not tell
+#
+# "It trains" is the most common argument for an implementation. Let us see what it is worth. We train
+# a small network on handwritten digits for 30 steps, with KFAC from the empirical Fisher, once right
+# and with three pieces of the museum, for a range of dampings. Every step has a prescribed length,
+# so that only its direction matters.
+
+# %%
+digits = load_digits()
+images = torch.tensor(digits.data[:1000]) / 16
+classes = torch.tensor(digits.target[:1000])
+loss = CrossEntropyLoss()
+
+
+def direction(model: Sequential, adapter: Adapter, X: Tensor, y: Tensor, damping: float) -> dict:
+    """The damped inverse times the gradient, for every layer."""
+    names = [name for name, _ in model.named_parameters()]
+    gradient = torch.autograd.grad(loss(model(X), y), list(model.parameters()))
+    asked = Request(
+        "one step",
+        model,
+        loss,
+        [(X, y)],
+        ("0", "2"),
+        fisher="empirical",
+        damping=("exact", damping),
+        gradient=dict(zip(names, gradient, strict=True)),
+    )
+    found = {name: block.joint.v for name, block in adapter.blocks(asked).items()}
+    length = sum(v.square().sum() for v in found.values()).sqrt()
+    return {name: v / length for name, v in found.items()}
+
+
+def trained(kfac: KFAC, damping: float, seed: int, steps: int = 30) -> float:
+    """The loss after some steps whose lengths decrease from 1 to 0."""
+    torch.manual_seed(seed)
+    model = Sequential(Linear(64, 12), Tanh(), Linear(12, 10))
+    for step in range(steps):
+        batch = torch.randint(1000, (100,))
+        p = direction(model, Adapter(kfac), images[batch], classes[batch], damping)
+        for name, v in p.items():
+            layer = model.get_submodule(name)
+            W = v.reshape(layer.out_features, -1) * (1 - step / steps)
+            layer.weight.data -= W[:, :-1]
+            layer.bias.data -= W[:, -1]
+    return loss(model(images), classes).item()
+
+
+# %%
+contestants = {"right": KFAC()} | {
+    museum[slug].title: museum[slug].adapter().kfac
+    for slug in ("mean-gradients", "bias-zeros", "cross-terms")
+}
+seeds, N = range(3), 100
+dampings = {name: [10.0**k for k in range(-3, 2)] for name in contestants}
+dampings[museum["mean-gradients"].title] = [d / N**2 for d in dampings["right"]]
+losses = {
+    name: torch.tensor([[trained(kfac, d, seed) for d in dampings[name]] for seed in seeds])
+    for name, kfac in contestants.items()
+}
+start = torch.log(torch.tensor(10.0)).item()  # of ten classes, guessed
+for name, of_name in losses.items():
+    tuned = of_name.mean(0).min().item()
+    print(f"{name:48} {tuned:.3f} with the best damping, of {start:.2f} at the start")
+    assert tuned < 0.2 * start
+
+# %% tags=["hide-input"] alt="Loss after 30 steps against damping on a logarithmic axis, for right KFAC and three mistakes. The curve of the mean loss's gradients is that of right KFAC, moved to the left by a factor of ten thousand. Zeros for the bias follow right KFAC for large dampings and fail for small ones; the square of the sum is flat." caption="The loss after 30 steps (lines: mean over three seeds; dots: each seed). The factor that is $N^2$ too small moves the whole curve to the left by $N^2 = 10^4$ and changes nothing else."
+fig, ax = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
+for name, of_name in losses.items():
+    (line,) = ax.semilogx(dampings[name], of_name.mean(0).cpu(), label=name)
+    for row in of_name.cpu():
+        ax.semilogx(dampings[name], row, ".", color=line.get_color(), markersize=4)
+ax.set(xlabel="damping", ylabel="loss after 30 steps", ylim=(0, None))
+ax.legend(fontsize="small")
+plt.show()
+
+# %% [markdown]
+# Every implementation trains, with its own best damping, to a small part of the initial loss. Whoever
+# has only one of these curves has no reason to doubt it.
+#
+# For the factor that is $N^2$ too small, this is no accident. Let $c$ be the wrong scale, the same in
+# all layers. Then
+#
+# $$
+# \bigl( c\, B \otimes A + \delta I \bigr)^{-1}
+# = \frac1c \Bigl( B \otimes A + \frac{\delta}{c} I \Bigr)^{-1} ,
+# \tag{26.1}
+# $$
+#
+# so that a damping $c\,\delta$ and a learning rate $c\,\eta$ give *exactly* the same training as
+# $\delta$ and $\eta$ do with what is right.
+
+# %%
+right, scaled = losses["right"], losses[museum["mean-gradients"].title]
+print(f"largest difference between the two curves: {(right - scaled).abs().max():.1e}")
+assert (right - scaled).abs().max() < 1e-6 * start
+
+# %% [markdown]
+# **A scale that is wrong everywhere is invisible to tuned training**, in principle. It shows where
+# the scale has a meaning: when a damping is taken from a paper, when the loss's reduction or the batch
+# size is changed, when damping is adapted by a predicted decrease, and in every use of curvature
+# beyond optimisation (Laplace approximations, influence functions, pruning). That is why these bugs
+# were found by people who compared two libraries, not by people who trained.
+#
+# The other two are wrong in a way that no damping undoes. They cost something here:
+
+# %%
+for slug in ("bias-zeros", "cross-terms"):
+    factor = losses[museum[slug].title].mean(0).min() / right.mean(0).min()
+    print(f"{museum[slug].title}: {factor:.2f} times the loss of what is right, both tuned")
+    assert factor > 1.1
+
+# %% [markdown]
+# but to know that, one needs what is right. A single experiment of this size proves nothing about
+# other networks, and the order may be another one there; it shows only how little a falling
+# loss says.
+#
+# Three habits hide mistakes, then, and the oracle does the opposite of each:
+#
+# | habit | what it hides | instead |
+# |---|---|---|
+# | look at training | every common scale, and much else | compare numbers with a theorem |
+# | float32, with tolerances of $10^{-3}$ | everything small, every wrong buffer | float64, ten digits |
+# | one batch, one call, sizes like 32 and 64 | batches, states, and which size was forgotten | two unequal batches, every question twice, coprime sizes |
+#
+# ## Who tests the oracle?
+#
+# A test that cannot fail is worth nothing, and that holds for an oracle. So mistakes are put into
+# *our own* implementation, too: snippets of source, each with a wrong replacement and the name of the case
+# that has to reject it.
+
+# %%
+print(f"{len(MUTANTS)} mutants of our code, {len(catalogue())} with the museum")
+assert len(MUTANTS) >= 60
+few = [
+    "softmax over the batch",
+    "stride ignored",
+    "rows of later mini-batches not counted",
+    "a bias that has derivatives",
+]
+for mutant in (m for m in MUTANTS if m.name in few):
+    (rejection,) = run_mutants([mutant])
+    print(f"{mutant.module}: {mutant.name}")
+    print(textwrap.indent(f"- {mutant.before.strip()}\n+ {mutant.after.strip()}", "    "))
+    assert rejection.as_named
+    say(rejection.result)
+
+# %% [markdown]
+# A mutant is imported as a second copy of the package, in which one snippet differs; a snippet that no
+# longer occurs exactly once is an error, so that the catalogue cannot become outdated in silence.
+# `python -m kfac_scratch.conformance mutants` runs all of it.
+#
+# It was worth the trouble. When the catalogue was first run, two of its mutants passed every
+# case: EKFAC with squares of positions, because no case had asked EKFAC about a shared layer, and the
+# groups of a convolution cut wrongly at its output, because in every case with groups all
+# channels received the same vectors. (Two others passed because they change nothing, and left the
+# catalogue.) The family `extra` holds the cases that were added.
+
+# %%
+extra = [name for name, case in CASES.items() if family(case) == "extra"]
+needed = [m.name for m in MUTANTS if m.case[0] in extra]
+print(*needed, sep="\n")
+assert len(needed) >= 2
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 26.1.** A library has the factor $A$ too large by $S$ and $B$ too small by $S$. Which verdict
+# does it get, for a layer's block and for the inverse with factored damping?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The block $B \otimes A$ is right, so the verdict is `exact` or `definition`: only products are
+# compared. Factored damping does not change either, since $\pi$ is the root of the ratio of mean
+# eigenvalues and takes part in the exchange: $\pi$ is $S$ times as large, so that
+# $A + \sqrt\delta\, \pi I$ is $S$ times and $B + \sqrt\delta / \pi\, I$ one $S$-th of what it was.
+#
+# </details>
+#
+# **Exercise 26.2.** Which pieces of the museum does a test with a single datum, a single position, and
+# a cross-entropy with reduction `mean` let pass that a test with two data rejects? Why is "one
+# datum" nevertheless among the cases?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# All that are about averages over data: the first datum's prediction, the square of the sum, gradients of
+# the mean loss, everything about mini-batches. But with one datum KFAC is *exact* for any
+# network and loss, so that there, and hardly anywhere else, the Hessian of the loss, the activations'
+# derivatives and the order of entries are checked against plain autodiff without any approximation.
+#
+# </details>
+#
+# **Exercise 26.3.** In [(26.1)], let the scale be wrong by $c$ in one layer only. Is there still a
+# damping and a learning rate that repair it?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Yes, if both may be chosen for that layer alone: the derivation holds layer by layer. With one
+# damping and one learning rate for all layers, no: in the limit of large damping the preconditioner is
+# $I / \delta$ in all layers whatever $c$ is, in the limit of small damping the layer's step is $1/c$ times
+# too long relative to the others. This is why the judge tells `undocumented-scale` from
+# `inconsistent-scale`.
+#
+# </details>
+#
+# **Exercise 26.4.** Make a piece of your own: vectors of KFAC-expand that are averaged over positions,
+# not summed. Which cases reject it, and which scale do they name?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $B$ is a sum over positions in KFAC-expand. With a mean it is too small by $S$, which every case
+# with $S \gt 1$ names, unless layers have different $S$: then the verdict is `inconsistent-scale`.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+S = 5
+A, B = (M @ M.T for M in (torch.randn(4, 6), torch.randn(3, 6)))  # 26.1
+damped = [naive.damped_factors(F, H, naive.balance(F, H), 0.1) for F, H in ((A, B), (S * A, B / S))]
+one, other = (torch.kron(H, F) for F, H in damped)
+torch.testing.assert_close(one, other)
+
+single = ("one-datum-cross-entropy-tanh-mean", "expand")  # 26.2
+for slug in ("first-datum", "cross-terms", "mean-gradients", "equal", "wrong-side", "local"):
+    assert judged(museum[slug].adapter(), single).passes
+
+c, delta = 0.01, 0.3  # 26.3
+M = torch.kron(B, A)
+one = torch.linalg.inv(c * M + delta * torch.eye(12))
+other = torch.linalg.inv(M + delta / c * torch.eye(12)) / c
+torch.testing.assert_close(one, other)
+
+
+def mean_over_positions(g: Tensor, terms: float) -> Tensor:
+    return torch.einsum("vnso,vnsp->op", g, g) / terms / g.shape[2]
+
+
+yours = Piece("yours", "a mean over positions", "vector_factor", mean_over_positions, "", single)
+result = judged(yours.adapter(), ("positions-mse-mean-bias", "expand"))  # 26.4
+assert result.verdict == "undocumented-scale"
+assert judged(yours.adapter(), ("deep-linear-mse-mean-bias", "expand")).passes
+say(result)
+
+# %% [markdown]
+# ## Further reading
+#
+# [Grosse and Martens (2016)](bibliography.md#kfc) and
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) for the two scales of a shared layer;
+# [Kunstner et al. (2019)](bibliography.md#empirical-fisher) on the empirical Fisher taken for the Fisher;
+# [Dangel et al. (2025)](bibliography.md#from-scratch), a tutorial on KFAC with tests in every section.
+# The cases and the judge are the subject of [Chapter 25](25_conformance.py).

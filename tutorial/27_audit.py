@@ -1,0 +1,224 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 27. The audit: what the oracle says of others
+#
+# **Part VI: Scale and trust.** Several public implementations of KFAC, the same cases: where do they
+# agree with the definition, and what is the reason where they do not?
+#
+# An oracle that has only ever judged its author proves little. So this page asks it about code that
+# others wrote, read and use. Each library runs in an environment of its own, through an adapter that
+# does what the library's documentation says ([Chapter 25](25_conformance.py)). Nothing on this page is
+# typed: tables and texts are made from stored result files and from findings, which are programs.
+#
+# Read it in that spirit. These libraries are good, and most of what is asked of them they do to the last
+# digit; this project learned its mathematics partly from them. What does not pass is of three kinds, and
+# the page keeps them apart: a **convention** that is documented, which is no mistake and passes; what a
+# library **does not offer**, and says so; and a **mismatch**, which is traced to a line, and proven by
+# mending that line in memory.
+
+# %%
+from collections import Counter
+
+import matplotlib.pyplot as plt
+
+from kfac_scratch.conformance.audit import explain, page, proofs
+from kfac_scratch.conformance.audit.mending import mended
+from kfac_scratch.conformance.audit.prove import finding, names
+from kfac_scratch.conformance.audit.prove import prove as prove_finding
+from kfac_scratch.conformance.families import FAMILIES
+from kfac_scratch.show import code
+
+runs = explain.runs()
+for run in runs.values():
+    made, about = run.capabilities, run.about
+    print(f"{made['name']:14} {made['version']:8} {about['date']}, torch {about['torch']}")
+
+# %% [markdown]
+# ## What passes
+#
+# How many verdicts pass, of how many that were judged, by family of cases. Bold where some do not; empty
+# where a library does not offer what the family needs. What is counted is a flavour of a case, so that a
+# single missing feature, such as the padding mode of a convolution, may cost a dozen verdicts.
+
+# %% tags=["remove-input"]
+page.overview(runs)
+
+# %% tags=["hide-input"] alt="A heat map with one row per implementation and one column per family of cases; most cells are full." caption="Share of the verdicts that pass, by implementation and family. Empty: not offered. Most of the picture is full; what is missing sits in few places, which the findings below explain."
+rows = [run.capabilities["name"] for run in runs.values()]
+share = [
+    [
+        sum(r.passes for r in judged) / len(judged) if (judged := page.judged(run, f)) else float("nan")
+        for f in FAMILIES
+    ]
+    for run in runs.values()
+]
+fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.42 * len(rows)), layout="constrained")
+image = ax.imshow(share, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+ax.set(xticks=range(len(FAMILIES)), yticks=range(len(rows)))
+ax.set_xticklabels(FAMILIES, rotation=30, ha="right")
+ax.set_yticklabels(rows)
+ax.spines[:].set_visible(False)
+fig.colorbar(image, ax=ax, shrink=0.8, label="share that passes")
+plt.show()
+
+# %% [markdown]
+# The same by verdict. `scaled` passes: the numbers differ from the canonical ones by a number that the
+# documentation states.
+
+# %% tags=["remove-input"]
+page.verdicts(runs)
+
+# %%
+ours = runs["ours"]
+assert all(r.verdict in ("exact", "definition") for r in ours.results)
+others = {stem: run for stem, run in runs.items() if stem != "ours"}
+asked = sum(len(page.judged(run)) for run in others.values())
+passing = sum(r.passes for run in others.values() for r in page.judged(run))
+print(f"{len(others)} other implementations: {passing} of {asked} verdicts pass ({passing / asked:.0%})")
+assert passing / asked > 0.5
+
+# %% [markdown]
+# ## Conventions
+#
+# Is the loss a sum or a mean, over data or over output entries? Is the squared error halved? Is the factor
+# of the vectors a sum over positions or a mean? All answers are in use, and all are fine, as long as they
+# are written down. These are: the judge applies the documented number, and finds the rest exact.
+
+# %% tags=["remove-input"]
+page.conventions(others)
+
+# %% [markdown]
+# ## How a mismatch is proven
+#
+# A number that is off proves nothing about its cause. The adapter may be wrong, or the reading of the
+# documentation. So a finding names a line upstream, and comes with a patch: the function's source is
+# compiled again with *one expression* replaced.
+
+# %% tags=["beside", "remove-input"]
+code(mended)
+
+# %% [markdown]
+# If the case fails without the patch and passes with it, and nothing else was changed, the expression is
+# the cause. This is the whole proof:
+
+# %% tags=["beside", "remove-input"]
+code(prove_finding)
+
+# %%
+count = 0
+for name in names():
+    stored = proofs.stored(name)
+    assert stored["proofs"], name
+    assert all(proof["holds"] for proof in stored["proofs"]), name
+    count += len(stored["proofs"])
+libraries = Counter(finding(name).LIBRARY for name in names())
+print(f"{len(names())} findings in {len(libraries)} libraries, {count} proofs, all of which hold:")
+for library, n in libraries.items():
+    print(f"  {library:14} {n}")
+assert len(names()) >= 10
+
+# %% [markdown]
+# In the other direction: every verdict that does not pass is asked again within the patch of each finding,
+# and within all of them together. What no patch mends is unexplained, and is listed here; it may be a
+# mistake of ours.
+
+# %%
+failures = page.failures(others)
+for stem, reasons in failures.items():
+    explained = sum(bool(found) for found in reasons.values())
+    print(f"{stem:14} {explained} of {len(reasons)} verdicts that do not pass are explained")
+unexplained = page.unexplained(others)
+for stem, key in unexplained:
+    print(f"  unexplained: {stem}, {key}")
+
+# %% [markdown]
+# ## The findings
+#
+# Each with its cause, what the documentation says, and a text for the maintainer with a reproduction that
+# needs nothing of this project.
+
+# %% tags=["remove-input"]
+page.all_cards(others)
+
+# %% [markdown]
+# ## What recurs
+#
+# A convolution's factor of inputs is made of patches, and patches are made of a *padded* input. PyTorch's
+# `unfold` pads with zeros, so that code which calls it is right until somebody sets `padding_mode`. The
+# same slip was found independently in several libraries:
+
+# %%
+padding = [name for name in names() if "padding_mode" in name]
+print(", ".join(finding(name).LIBRARY for name in padding))
+assert len(padding) >= 3
+
+# %% [markdown]
+# Three habits would have caught most of the list, and none of them needs an oracle:
+#
+# 1. *Test with sizes that are pairwise coprime.* With batch size, positions and classes all equal to 4, a
+#    factor that is too large by the number of positions looks like one that is too large by the number of data.
+# 2. *Test where KFAC is exact.* A comparison with another approximation shows that two codes agree, not
+#    that they are right.
+# 3. *Refuse what is not covered.* A padding mode, a class weight or a second call that is silently ignored
+#    costs its user days; an error costs a minute.
+#
+# ## Your turn
+#
+# To have an implementation judged, write an adapter ([Chapter 25](25_conformance.py)) and run
+# `python -m kfac_scratch.conformance run --adapter pkg.mod:Adapter`. If the oracle is wrong about yours,
+# that is a mistake here: the case's theorem is in its file, and the truth is plain autodiff.
+#
+# ## Exercises
+#
+# **Exercise 27.1.** A library's factor of the vectors is a mean over data and positions, that of the inputs
+# too. On which families of cases does this show, and as which verdict? Find a library in the stored results
+# for which this is so.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# A block needs one sum over positions, see the definition in [Chapter 6](06_weight_sharing.py). With two
+# means it is too small by $S$, the number of positions of *that layer*: with one kind of layer, an
+# `undocumented-scale` of $1/S$; in a network with convolutions and a classifier, an `inconsistent-scale`.
+#
+# </details>
+#
+# **Exercise 27.2.** Why does the page count `not-supported` neither for nor against a library?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Because an error with a reason is the right answer to a question outside of what a library offers. The
+# alternative, an answer that is wrong, is what the page is about.
+#
+# </details>
+
+# %% tags=["hide-input"]
+small = [
+    (stem, r.case)
+    for stem, run in others.items()
+    for r in run.results
+    if r.verdict == "undocumented-scale" and any("1/S" in part for part in r.words.split())
+]
+print(f"Exercise 27.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
+refused = sum(r.verdict == "not-supported" for run in others.values() for r in run.results)
+assert all(r not in page.judged(run) for run in others.values() for r in run.results if r.verdict == "not-supported")
+print(f"Exercise 27.2: {refused} questions were answered with a reason instead of a number")
+
+# %% [markdown]
+# ## Further reading
+#
+# The protocol and the verdicts are in [Chapter 25](25_conformance.py), mistakes that people made and mended
+# long ago in [Chapter 26](26_museum.py). Result files and findings are in
+# `kfac_scratch/conformance/audit`, with the commands that made them.
