@@ -58,7 +58,9 @@ page.overview(runs)
 rows = [run.capabilities["name"] for run in runs.values()]
 share = [
     [
-        sum(r.passes for r in judged) / len(judged) if (judged := page.judged(run, f)) else float("nan")
+        sum(r.passes for r in judged) / len(judged)
+        if (judged := page.judged(run, f))
+        else float("nan")
         for f in FAMILIES
     ]
     for run in runs.values()
@@ -85,7 +87,9 @@ assert all(r.verdict in ("exact", "definition") for r in ours.results)
 others = {stem: run for stem, run in runs.items() if stem != "ours"}
 asked = sum(len(page.judged(run)) for run in others.values())
 passing = sum(r.passes for run in others.values() for r in page.judged(run))
-print(f"{len(others)} other implementations: {passing} of {asked} verdicts pass ({passing / asked:.0%})")
+print(
+    f"{len(others)} other implementations: {passing} of {asked} verdicts pass ({passing / asked:.0%})"
+)
 assert passing / asked > 0.5
 
 # %% [markdown]
@@ -213,7 +217,12 @@ small = [
 ]
 print(f"Exercise 27.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
 refused = sum(r.verdict == "not-supported" for run in others.values() for r in run.results)
-assert all(r not in page.judged(run) for run in others.values() for r in run.results if r.verdict == "not-supported")
+assert all(
+    r not in page.judged(run)
+    for run in others.values()
+    for r in run.results
+    if r.verdict == "not-supported"
+)
 print(f"Exercise 27.2: {refused} questions were answered with a reason instead of a number")
 
 # %% [markdown]
