@@ -52,7 +52,6 @@ TITLE = "Masked positions count in the bias's column of ones"
 CASES = (
     ("positions-mse-mean-bias", "expand"),
     ("positions-mse-sum-bias", "expand"),
-    ("tokens-cross-entropy-all-mean", "expand"),
 )
 CAUSE = (
     "kfac_jax/_src/curvature_blocks/kronecker_factored.py, line 556, "

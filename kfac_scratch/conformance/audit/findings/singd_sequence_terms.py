@@ -3,8 +3,8 @@
 The gradients of a mean over N·T terms are multiplied by the root of N·T to get `H_C`. T is the
 number of the loss's positions; what is used is the number of positions of the layer at hand. In a
 network whose layers have more or fewer of them (convolutions without padding, strides, pooled or
-added tokens), the scales of blocks differ between layers. A mean over a 3x3 map of labels, and its
-sum over 9 for each datum:
+added tokens), the scales of blocks differ between layers. A mean over a 3x3 map of labels, and the
+same told with `batch`, where the loss must be multiplied by the root of 9:
 
 ```python
 import torch
@@ -17,7 +17,7 @@ for average in ("batch+sequence", "batch"):
     X, y = torch.randn(5, 1, 7, 7), torch.randint(3, (5, 3, 3))
     optimizer = SINGD(model, loss_average=average)
     loss = nn.CrossEntropyLoss()(model(X), y)
-    (loss if average == "batch+sequence" else 3 * loss).backward()  # 3: the root of 9
+    (loss if average == "batch+sequence" else 3 * loss).backward()
     traces = {name: round(H.to_dense().trace().item(), 4) for name, H in optimizer.H_Cs.items()}
     print(average, traces)
 # prints
