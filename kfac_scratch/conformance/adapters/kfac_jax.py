@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_scratch.conformance.adapters import kfac_jax_port as port
+from kfac_scratch.conformance.consumers import kfac_jax_port as port
 from kfac_scratch.conformance.families import CASES
 from kfac_scratch.conformance.protocol import (
     Capabilities,

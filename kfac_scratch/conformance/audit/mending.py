@@ -25,7 +25,7 @@ def mended(owner: Any, name: str, *changes: tuple[str, str]) -> Iterator[None]:
         ValueError: If an old expression is not found once: this is another version.
     """
     before = vars(owner)[name]
-    function = getattr(before, "__func__", before)
+    function = inspect.unwrap(getattr(before, "__func__", before))
     source = getattr(function, "mended_source", "") or textwrap.dedent(inspect.getsource(function))
     for old, new in changes:
         if source.count(old) != 1:

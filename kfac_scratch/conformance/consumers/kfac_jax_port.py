@@ -3,15 +3,22 @@
 A network is a list of operations `{"kind", "name", "inputs", "settings"}`, as `ops` describes them;
 arrays are as PyTorch has them. Inside, weights are `[in, out]` and `[h, w, in, out]`, as kfac-jax
 wants them, and the classes of cross-entropy are on the last axis.
+
+By itself it is a program: `python kfac_jax_port.py VECTORS RESULTS` answers `kfac-vectors/1` with
+jax, kfac-jax, numpy and safetensors alone.
 """
 # mypy: ignore-errors
 
+import json
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import kfac_jax
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 jax.config.update("jax_enable_x64", True)
 MODES = {"type2": "ggn_exact", "mc": "fisher_gradients", "empirical": "fisher_empirical"}
@@ -190,3 +197,88 @@ def convolved(name: str, settings: dict, parameters: dict, x: jax.Array) -> jax.
     if settings["bias"]:
         z = z + parameters[f"{name}.bias"][None, None, None]
     return z.transpose(0, 3, 1, 2)
+
+
+# ---- files in, files out -------------------------------------------------------------------------
+
+
+def refused(case: dict) -> str:
+    """Why a case is not asked for; empty if it is."""
+    kinds = [len(op["settings"]["kernel"]) for op in case["ops"] if op["kind"] == "conv"]
+    groups = any(op["settings"]["groups"] > 1 for op in case["ops"] if op["kind"] == "conv")
+    names = [op["name"] for op in case["ops"] if op["name"]]
+    reasons = {
+        "expand only": "expand" not in case["flavours"],
+        "no differential operators": case["operator"],
+        "no class weights": case["loss"]["weight"],
+        "convolutions over two axes only, without groups": any(k != 2 for k in kinds) or groups,
+        "no Kronecker block for a layer that is used twice": len({*names}) < len(names),
+        "mini-batches are normalized one by one, as documented": (
+            case["fisher"] == "empirical" and len(case["batches"]) > 1
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def problem(case: dict, tensors: dict[str, np.ndarray]) -> Problem:
+    """A case of the vectors as a problem."""
+    loss, y = case["loss"], tensors["y"]
+    prefix, cuts = "parameters/", np.cumsum(case["batches"])[:-1]
+    return Problem(
+        case["ops"],
+        {k.removeprefix(prefix): p for k, p in tensors.items() if k.startswith(prefix)},
+        list(zip(np.split(tensors["X"], cuts), np.split(y, cuts), strict=True)),
+        loss["kind"],
+        float((y != IGNORED).sum()) if loss["reduction"] == "mean" else 1.0,
+        case["fisher"],
+    )
+
+
+def answer(case: dict, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every layer's block, or its damped inverse times the gradient, in canonical layout."""
+    made, found = estimate(problem(case, tensors)), {}
+    factors = made.factors()
+    for name in case["layers"]:
+        weight = tensors[f"parameters/{name}.weight"]
+        A, B = factors[name]
+        order = np.arange(len(A))
+        if weight.ndim == 4:  # from (h, w, i) to (i, h, w)
+            numbers = np.arange(weight[0].size).reshape(*weight.shape[2:], weight.shape[1])
+            order[: weight[0].size] = numbers.transpose(2, 0, 1).ravel()
+        A = A[order][:, order]
+        found[f"expand/{name}"] = np.kron(B, A[-1:, -1:] if case["part"] == "bias" else A)[None]
+    return solutions(case, tensors, made) if case["damping"] else found
+
+
+def solutions(case: dict, tensors: dict, made: Estimate) -> dict[str, np.ndarray]:
+    """Rows of `[W | b]` behind each other."""
+    prefix, damping = "gradient/", case["damping"]
+    gradient = {k.removeprefix(prefix): g for k, g in tensors.items() if k.startswith(prefix)}
+    solved, found = made.solve(gradient, damping["value"], damping["form"] == "exact"), {}
+    for name in case["layers"]:
+        W = solved[f"{name}.weight"]
+        W = (W.T if W.ndim == 2 else W.transpose(3, 2, 0, 1)).reshape(W.shape[-1], -1)
+        bias = [solved[f"{name}.bias"][:, None]] if f"{name}.bias" in solved else []
+        found[f"expand/{name}"] = np.concatenate([W, *bias], 1).reshape(1, -1)
+    return found
+
+
+def main(vectors: Path, results: Path) -> None:
+    """Answer every case, or say why not."""
+    results.mkdir(parents=True, exist_ok=True)
+    lacking, scales = {"*/reduce": "expand only", "*/ekfac": "expand only"}, {}
+    for case in json.loads((vectors / "manifest.json").read_text(encoding="utf-8"))["cases"]:
+        reason, tensors = refused(case), load_file(vectors / case["file"])
+        if reason:
+            lacking[case["id"]] = reason
+            continue
+        save_file(answer(case, tensors), results / case["file"])
+        if case["fisher"] == "empirical":
+            scales[f"{case['id']}/*"] = 1 / problem(case, tensors).divisor
+    about = {"name": "kfac-jax", "version": kfac_jax.__version__, "not_supported": lacking}
+    text = json.dumps(about | {"scales": scales}, indent=1)
+    (results / "about.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))

@@ -1,0 +1,73 @@
+"""EKFAC goes into the eigenbasis and out of it with the same matrices.
+
+Eigenvectors are the columns of `Ua` and `Ub` (they come from `torch.linalg.eigh`, and
+`cov_kfe_scale` multiplies by them from the right). To solve with the EKFAC matrix, a gradient G is
+taken to `Ub.T @ G @ Ua`, divided by the scale, and taken back by `Ub @ _ @ Ua.T`. `KFE.mvp` has
+`Ub @ G @ Ua` both times. With a scale of ones, nothing should happen to G:
+
+```python
+import torch
+from asdl.symmatrix import KFE
+
+torch.manual_seed(0)
+Ua, Ub = (torch.linalg.eigh(M @ M.T)[1] for M in (torch.randn(3, 3), torch.randn(2, 2)))
+G = torch.randn(2, 3)
+kfe = KFE(Ua.clone(), Ub.clone(), (torch.ones(2, 3), torch.ones(2)))
+print(G)
+print(kfe.mvp(G, eps=0.0))
+# prints
+#   tensor([[ 1.1006, -1.0712,  0.1227],
+#           [-0.5663,  0.3731, -0.8920]])
+#   tensor([[ 0.9266, -1.1252,  0.4993],
+#           [-0.3026,  0.9684,  0.4757]])
+```
+
+Expected: twice the same. The bias goes the same way, `Ub.mv` twice, and `EkfacGradientMaker`
+preconditions with these products.
+
+Suggestion: `Ub.T.mm(vec_weight_2d).mm(Ua)` and `Ub.mm(vec_weight_2d_kfe).mm(Ua.T)`, and
+`Ub.T.mv(vec_bias)` for the bias.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from kfac_scratch.conformance.audit.mending import mended
+from kfac_scratch.conformance.cases import DEFINITION, Case
+from kfac_scratch.conformance.families.common import chain, loss
+from kfac_scratch.conformance.ops import tanh
+
+LIBRARY, VERSION = "asdfghjkl", "0.1a5"
+ADAPTER = "kfac_scratch.conformance.adapters.asdfghjkl:Adapter"
+TITLE = "Two transposes are missing where EKFAC solves"
+CASES = (
+    (
+        Case(
+            "empirical-mlp-nobias-mse",
+            "definition",
+            chain(4, 3, 5, bias=False, between=tanh()),
+            loss("mse"),
+            (17, 4),
+            {"ekfac": DEFINITION},
+            fisher="empirical",
+        ),
+        "ekfac",
+    ),
+)
+CAUSE = (
+    "asdl/symmatrix.py, lines 602 and 604, KFE.mvp: Ub from the left and Ua from the right, into "
+    "the eigenbasis as well as out of it; lines 608 and 610 for the bias."
+)
+DOCUMENTED = "silent"
+THREAD = ""
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """In by the transpose from the left, out by the transpose from the right."""
+    kfe = import_module("asdl.symmatrix").KFE
+    there = ("Ub.mm(vec_weight_2d).mm(Ua)", "Ub.T.mm(vec_weight_2d).mm(Ua)")
+    back = ("Ub.mm(vec_weight_2d_kfe).mm(Ua)", "Ub.mm(vec_weight_2d_kfe).mm(Ua.T)")
+    with mended(kfe, "mvp", there, back):
+        yield
