@@ -175,4 +175,5 @@ def _in_expectation(adapter: Adapter, case: Case, data: Data, flavour: str) -> R
     if worst <= STANDARD_ERRORS:
         return Result(case.id, flavour, "definition", words, scales=scales)
     words = f"{REPETITIONS} draws of {SAMPLES} labels: off by {worst:.3g} standard errors"
-    return Result(case.id, flavour, "wrong", f"{words}, scales {scales}.", scales=scales)
+    found = ", ".join(f"{key} {scale:.3g}" for key, scale in scales.items())
+    return Result(case.id, flavour, "wrong", f"{words}; mean scales {found}.", scales=scales)

@@ -139,6 +139,11 @@ def _verdict(
     bad = {key: f for key, f in fits.items() if f.residual > case.tolerance}
     if bad:
         worst = max(bad, key=lambda key: bad[key].residual)
+        if not bad[worst].scale > 0:
+            return "wrong", (
+                f"{' '.join(worst)}: no positive scale fits, the best is {bad[worst].scale:.2g}; "
+                f"wrong pieces: {', '.join(' '.join(key) for key in bad)}."
+            )
         return "wrong", (
             f"{' '.join(worst)}: off by {bad[worst].residual:.2g} of the largest entry after the "
             f"best scale; wrong pieces: {', '.join(' '.join(key) for key in bad)}."

@@ -23,7 +23,7 @@ CLASS_WEIGHTS = [
         (N, sizes[0]),
         flavours,
         tags=("cross-entropy", "class-weights"),
-        flags=("class weights",),
+        flags=() if theorem != "definition" and reduction == "mean" else ("class weights",),
         data=data,
     )
     for name, theorem, sizes, N, flavours, data in (
