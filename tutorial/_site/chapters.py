@@ -30,6 +30,7 @@ log = logging.getLogger("mkdocs.hooks.chapters")
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIAL, PACKAGE = ROOT / "tutorial", ROOT / "kfac_scratch"
 CACHE = ROOT / ".cache" / "chapters"
+CATALOGUES = {"consumers", "findings", "mutations"}  # entries, shown by other pages
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
 
@@ -100,7 +101,7 @@ def modules() -> list[str]:
     names = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        if not file.stem.startswith("_"):
+        if not file.stem.startswith(("_", "test_")) and not CATALOGUES & {*file.parts}:
             nodes = ast.walk(ast.parse(file.read_text()))
             names[name] = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
     order = TopologicalSorter({name: sorted(names[name] & names.keys()) for name in names})

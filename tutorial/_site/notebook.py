@@ -97,7 +97,7 @@ class ChapterError(Exception):
 def digest(path: Path, package: Path) -> str:
     """What an executed chapter depends on: its text, the package, these settings, the versions."""
     h = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes() + sys.version.encode())
-    for file in sorted(package.rglob("*.py")):
+    for file in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
         h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     for name in ("torch", "numpy", "matplotlib"):
         h.update(metadata.version(name).encode())
