@@ -1,4 +1,4 @@
-"""The audit of other people's implementations: what the oracle says of them, and why.
+r"""The audit of other people's implementations: what the oracle says of them, and why.
 
 - `results/<library>.json`: what `python -m kfac_scratch.conformance run` wrote, with versions and
   date. Never edited by hand.
@@ -20,4 +20,13 @@
 A case is an identifier, or a `Case` of the finding's own where the catalogue has none.
 `prove` runs the adapter on `CASES` without and within `patch()`: a finding is proven if the verdict
 does not pass without, and passes within. A convention that is documented is no finding.
+
+To do it again for a library, in an environment that has it (versions are in its result file) beside
+torch, jaxtyping, tqdm and safetensors, from the root of the repository:
+
+    R=kfac_scratch/conformance/audit/results
+    python -m kfac_scratch.conformance run --json $R/curvlinops.json \
+        --adapter kfac_scratch.conformance.adapters.curvlinops:Adapter
+    python -m kfac_scratch.conformance prove --store curvlinops_reuse ...
+    python -m kfac_scratch.conformance explain $R/curvlinops.json
 """
