@@ -7,7 +7,8 @@ gradients are those of that mean: the mode "will introduce an additional normali
 
 Not asked for: class weights, which `weight` cannot express; convolutions over one or three axes and
 grouped ones, for which other blocks than Kronecker ones are made; layers that are used twice, for
-the same reason; the empirical Fisher of several mini-batches, each of which is normalized alone.
+the same reason; the empirical Fisher of several mini-batches, each of which is normalized alone;
+float32, which does not work while JAX's 64-bit mode is on.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc, no-untyped-call"
 
@@ -43,6 +44,7 @@ class Adapter:
             fishers=frozenset(port.MODES),
             flavours=frozenset({"expand"}),
             losses=frozenset(LOSSES.values()),
+            dtypes=frozenset({"float64"}),
             damping=frozenset({"exact", "factored"}),
         )
 
