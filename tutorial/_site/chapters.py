@@ -88,7 +88,8 @@ class Chapter:
         )
         if own := [name for name in modules() if name.split(".")[-1] == stem]:
             return [_short(own[0])]
-        return [name for name in dict.fromkeys(found) if name != "show"]
+        known = {_short(name) for name in modules()} - {"show"}
+        return [name for name in dict.fromkeys(found) if name in known]
 
 
 def chapters() -> list[Chapter]:
