@@ -37,7 +37,7 @@ proves this finding mends `kfac_jax_masked_bias` as well, because its cases need
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
@@ -62,7 +62,10 @@ THREAD = ""
 def patch() -> Iterator[None]:
     """Subtract at the column's own position."""
     losses = import_module("kfac_jax._src.loss_functions")
+    blocks = import_module("kfac_jax._src.curvature_blocks.kronecker_factored")
+    update = blocks.RepeatedDenseKroneckerFactored.update_curvature_matrix_estimate
     bias = import_module(f"{__name__.rpartition('.')[0]}.kfac_jax_masked_bias")
+    also = nullcontext() if hasattr(update, "mended_source") else bias.patch()
     old = "return (padded_slice - probs * sqrt_probs_slice,)"
     new = (
         "at = (slice(None),) + index[:-1]\n"
@@ -71,5 +74,5 @@ def patch() -> Iterator[None]:
     )
     owner = losses.CategoricalLogitsNegativeLogProbLoss
     name = "multiply_fisher_factor_replicated_one_hot_unweighted"
-    with bias.patch(), mended(owner, name, (old, new)):
+    with also, mended(owner, name, (old, new)):
         yield
