@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.factors import _synchronize, about
 from kfac_scratch import ekfac, kfac
@@ -63,6 +65,27 @@ def by_hessian(net: nn.Module, X: Tensor) -> Tensor:
 
 
 WAYS = {"forward": by_forward, "nested": by_nesting, "torch.func": by_hessian}
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the additions and multiplications of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.count += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def arithmetic(run: Callable[[], None]) -> int:
+    """How many operations the matrix products of a run need."""
+    with Multiplications() as counted:
+        run()
+    return counted.count
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> float | None:
@@ -103,8 +126,14 @@ def laplacians(device: torch.device, rounds: int) -> list[dict]:
         runs = {name: (lambda way=way: run(way)) for name, way in WAYS.items()}
         ms = processor_times(runs, rounds, device)
         memory = {name: peak_memory(of, device) for name, of in runs.items()}
-        rows.append({"d": d, "ms": ms, "MiB": memory, "error": error})
-        cells = (f"{name} {ms[name]:7.1f} ms {memory[name] or 0:6.0f} MiB" for name in WAYS)
+        flop = {name: arithmetic(of) for name, of in runs.items()}
+        rows.append({"d": d, "ms": ms, "MiB": memory, "flop": flop, "error": error})
+        cells = (
+            f"{name} {ms[name]:6.1f} ms ({ms[name] / ms['forward']:.2f}) "
+            f"{flop[name] / 1e9:5.2f} GFLOP ({flop[name] / flop['forward']:.2f}) "
+            f"{memory[name] or 0:4.0f} MiB"
+            for name in WAYS
+        )
         print(f"d = {d:3}  " + "   ".join(cells), flush=True)
     return rows
 

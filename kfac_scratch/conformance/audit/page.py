@@ -1,5 +1,6 @@
 """The audit as text: tables and findings, made from stored files and never typed."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -20,9 +21,10 @@ def judged(run: Report, family: str = "") -> list[Result]:
     ]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
-    """A Markdown table, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> Markdown:
+    """A Markdown table: columns of text, then columns of numbers, which stand to the right."""
+    numbers = len(head) - text_columns
+    lines = [head, ["---"] * text_columns + ["---:"] * numbers, *rows]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
@@ -49,11 +51,11 @@ def conventions(runs: Mapping[str, Report]) -> Markdown:
     """Scales that are documented and real: conventions, not mistakes."""
     rows = []
     for run in runs.values():
-        scaled = Counter(r.words.split(" (")[0] for r in run.results if r.verdict == "scaled")
-        words = "; ".join(w.removeprefix("documented: ") for w, _ in scaled.most_common(3))
+        scaled = Counter(_scale(r.words) for r in run.results if r.verdict == "scaled")
+        words = "; ".join(words for words, _ in scaled.most_common(3))
         if scaled:
-            rows.append([str(run.capabilities["name"]), str(scaled.total()), words])
-    return table(["implementation", "scaled verdicts", "the most frequent"], rows)
+            rows.append([str(run.capabilities["name"]), words, str(scaled.total())])
+    return table(["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2)
 
 
 def failures(runs: Mapping[str, Report]) -> dict[str, dict[str, list[str]]]:
@@ -85,9 +87,12 @@ def card(name: str, runs: Mapping[str, Report]) -> Markdown:
     ]
     thread = f"[public thread]({found.THREAD})" if found.THREAD else "no public thread known"
     text = (found.__doc__ or "").strip()
+    title, cause, documented = (
+        part.replace("__", r"\_\_") for part in (found.TITLE, found.CAUSE, found.DOCUMENTED)
+    )
     return Markdown(
-        f"#### {found.LIBRARY} {found.VERSION}: {found.TITLE}\n\n"
-        f"*Cause.* {found.CAUSE}\n\n*Documentation.* {found.DOCUMENTED}; {thread}.\n\n"
+        f"#### {found.LIBRARY} {found.VERSION}: {title}\n\n"
+        f"*Cause.* {cause}\n\n*Documentation.* {documented}; {thread}.\n\n"
         f"*Explains* {len(mended)} of the verdicts that do not pass.\n\n"
         f'<details markdown="1">\n<summary>For the maintainer</summary>\n\n{text}\n\n</details>\n'
     )
@@ -96,6 +101,12 @@ def card(name: str, runs: Mapping[str, Report]) -> Markdown:
 def all_cards(runs: Mapping[str, Report]) -> Markdown:
     """All findings, by library."""
     return Markdown("\n\n".join(card(name, runs).text for name in names()))
+
+
+def _scale(words: str) -> str:
+    """The first scale that a verdict states."""
+    stated = re.sub(r"^documented:? (\w+ (joint|weight|bias): )?", "", words)
+    return stated.split(" (")[0].rstrip(".")
 
 
 def _share(results: Sequence[Result]) -> str:
