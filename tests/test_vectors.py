@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import kfac_scratch.conformance
 from kfac_scratch.conformance import export, grid, truth, vectors
+from kfac_scratch.conformance.__main__ import main
 from kfac_scratch.conformance.cases import Loss
 from kfac_scratch.conformance.families import CASES
 from kfac_scratch.conformance.ops import forward
@@ -466,3 +467,20 @@ def test_a_port_in_jax_is_right(tmp_path):
     run(str(CONSUMERS / "jax_kfac.py"), str(vectors.SHIPPED), str(tmp_path))
     found = vectors.judge_results(tmp_path)
     assert {r.verdict for r in found} == {"exact", "definition"}
+
+
+@pytest.mark.slow
+def test_the_command_line_exports_and_judges(tmp_path, monkeypatch, capsys):
+    """What is exported is what is shipped; a port's results are judged against either."""
+    monkeypatch.setattr("sys.argv", ["conformance", "export", str(tmp_path / "vectors")])
+    assert main() == 0
+    assert bytes_of(tmp_path / "vectors") == bytes_of(vectors.SHIPPED)
+    port = [str(CONSUMERS / "numpy_kfac.py"), str(tmp_path / "vectors"), str(tmp_path / "results")]
+    subprocess.run([sys.executable, *port], check=True, capture_output=True)
+    arguments = ["judge", str(tmp_path / "results"), "--vectors", str(tmp_path / "vectors")]
+    monkeypatch.setattr("sys.argv", ["conformance", *arguments])
+    assert main() == 0
+    assert "exact" in capsys.readouterr().out
+    (tmp_path / "results" / "deep-linear-mse-mean-bias.safetensors").write_bytes(b"")
+    assert main() == 1
+    assert "FAILS deep-linear-mse-mean-bias" in capsys.readouterr().out
