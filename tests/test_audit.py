@@ -5,6 +5,7 @@ from types import ModuleType
 
 import faulty
 import pytest
+import torch
 
 from kfac_scratch.conformance.audit import explain, page, proofs, prove
 from kfac_scratch.conformance.audit.mending import mended
@@ -24,7 +25,7 @@ each_finding = pytest.mark.parametrize("name", prove.names())
 
 
 def test_eight_implementations_besides_ours_are_judged():
-    assert len(OTHERS) == 8
+    assert len({name.split()[0] for name in LIBRARIES}) == 8
     assert all(r.verdict in ("exact", "definition") for r in RUNS["ours"].results)
 
 
@@ -66,10 +67,12 @@ def test_a_finding_is_proven(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the libraries
 @pytest.mark.parametrize("name", [n for n in prove.names() if prove.finding(n).LIBRARY in LOCAL])
 def test_a_finding_can_be_proven_again(name):
     pytest.importorskip("curvlinops")
     pytest.importorskip("backpack")
+    torch.set_default_dtype(torch.float32)  # as users have it; some findings are about that
     for proof in prove.prove(name):
         assert proof.holds, str(proof)
 

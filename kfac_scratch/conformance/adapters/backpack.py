@@ -1,4 +1,4 @@
-"""BackPACK (https://backpack.pt), release 1.7: KFLR for the GGN, KFAC for its sampled version.
+"""BackPACK (https://backpack.pt), release 1.7: KFLR (exact), KFAC (sampled), and KFRA.
 
 Scale: that of the loss it is given (docstrings of `MSELossDerivatives` and others). For the weights
 of convolutions, the docstring of `HBPConvNd.weight` says that the factor of the vectors differs
@@ -11,12 +11,13 @@ knows no adaptive pooling: a pool over the whole map is written as `AvgPool2d`.
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from backpack import backpack, extend
-from backpack.extensions import KFAC, KFLR
+from backpack.extensions import KFAC, KFLR, KFRA
 from torch import Tensor, nn
 
 from kfac_scratch.conformance.protocol import (
@@ -54,20 +55,50 @@ class Adapter:
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """The factors, written into the parameters."""
-        ((X, y),) = request.batches
-        model = _chain(request, X)
         torch.manual_seed(request.seed)
-        extension = KFAC(request.samples) if request.fisher == "mc" else KFLR()
-        loss = extend(request.loss)
+        return _run(request, KFAC(request.samples) if request.fisher == "mc" else KFLR())
+
+
+class Recursive(Adapter):
+    """KFRA, which sends averages over data backward, in the precision of the model.
+
+    It is another approximation than KFAC, and the same only where both are exact: for one datum, or
+    without activations under squared error.
+    """
+
+    def capabilities(self) -> Capabilities:
+        """Chains of linear layers."""
+        return replace(
+            super().capabilities(),
+            name="BackPACK KFRA",
+            fishers=frozenset({"type2"}),
+            ops=frozenset({"linear"}),
+        )
+
+    def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
+        """The factors, written into the parameters."""
+        ((X, _),) = request.batches
+        linear = all(isinstance(child, nn.Linear) for child in request.model.children())
+        if len(X) > 1 and not (linear and isinstance(request.loss, nn.MSELoss)):
+            raise NotSupported("an approximation of its own with several data")
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(X.dtype)  # see the finding about double precision
         try:
-            f = extend(model)(X)
-            with backpack(extension):
-                loss(f, _as_matrix(y) if isinstance(loss, nn.MSELoss) else y).backward()
-        except NotImplementedError as reason:
-            raise NotSupported(str(reason) or "BackPACK raises NotImplementedError") from reason
-        return {
-            name: _block(model.get_submodule(name), extension.savefield) for name in request.layers
-        }
+            return _run(request, KFRA())
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _run(request: Request, extension: Any) -> dict[str, LayerBlock]:
+    ((X, y),) = request.batches
+    model, loss = _chain(request, X), extend(request.loss)
+    try:
+        f = extend(model)(X)
+        with backpack(extension):
+            loss(f, _as_matrix(y) if isinstance(loss, nn.MSELoss) else y).backward()
+    except NotImplementedError as reason:
+        raise NotSupported(str(reason) or "BackPACK raises NotImplementedError") from reason
+    return {name: _block(model.get_submodule(name), extension.savefield) for name in request.layers}
 
 
 def _block(layer: Any, field: str) -> LayerBlock:
