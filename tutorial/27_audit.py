@@ -88,7 +88,7 @@ others = {stem: run for stem, run in runs.items() if stem != "ours"}
 asked = sum(len(page.judged(run)) for run in others.values())
 passing = sum(r.passes for run in others.values() for r in page.judged(run))
 print(
-    f"{len(others)} other implementations: {passing} of {asked} verdicts pass ({passing / asked:.0%})"
+    f"{len(others)} adapters to other libraries: {passing} of {asked} verdicts pass ({passing / asked:.0%})"
 )
 assert passing / asked > 0.5
 
