@@ -133,7 +133,7 @@ def _verdict(
     sizes: Mapping[str, Mapping[str, int]],
 ) -> tuple[str, str]:
     if all(f.error <= case.tolerance for f in fits.values()):
-        if any(d not in (None, 1.0) for d in documented.values()):
+        if any(d is not None and abs(d - 1) > 1e-12 for d in documented.values()):
             return "scaled", _documented(documented, sizes)
         return ("exact", "") if case.flavours[flavour] == EXACT else ("definition", "")
     bad = {key: f for key, f in fits.items() if f.residual > case.tolerance}

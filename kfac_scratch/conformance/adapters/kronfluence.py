@@ -26,7 +26,7 @@ from kronfluence.task import Task
 from kronfluence.utils.state import State
 from torch import Tensor, nn
 
-from kfac_scratch import divisor, type2
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     Eigen,
@@ -54,9 +54,7 @@ class Adapter:
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
         """Of a mean over examples of the curvature of the summed loss."""
-        X, y = (torch.cat(t) for t in zip(*request.batches, strict=True))
-        with torch.no_grad():
-            return divisor(request.loss, request.model(X), y) / len(X)
+        return drivers.total_divisor(request) / sum(len(X) for X, _ in request.batches)
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """The factors; the bias is the last input."""
@@ -112,14 +110,12 @@ def _driven(request: Request) -> tuple[Task, list[tuple[Tensor, Tensor]]]:
     if request.fisher == "mc":
         torch.manual_seed(request.seed)
         return _Sampled(request.loss), request.batches * request.samples
-    loss, rows = deepcopy(request.loss), []
-    loss.reduction = "sum"  # type: ignore[assignment]
-    for X, y in request.batches:
-        with torch.no_grad():
-            f = request.model(X.clone())
-        S = type2(loss, f, y)  # [V, N, ...]
-        rows.append((X.repeat(len(S), *[1] * (X.ndim - 1)), len(S) ** 0.5 * S.flatten(0, 1)))
-    return _Linear(loss), rows
+    D = drivers.total_divisor(request)  # what is driven is the summed loss
+    rows = [
+        (repeated, (D * len(repeated) / len(X)) ** 0.5 * v)
+        for (X, _), (repeated, v) in zip(request.batches, drivers.rows(request), strict=True)
+    ]
+    return _Linear(request.loss), rows
 
 
 def _fitted(request: Request) -> dict[str, LayerBlock]:
