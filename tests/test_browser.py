@@ -72,6 +72,8 @@ def survey(browser):
     def answers(screen, scheme):
         found = {}
         for path in pages():
+            if path.parent.name == "api" and (screen, scheme) != ("desktop", "light"):
+                continue  # all of them are made from one template, and there are many
             size = DESKTOP if screen == "desktop" else PHONE
             with browser.new_context(color_scheme=scheme, **size) as context:
                 page = opened(context, path)
@@ -130,7 +132,7 @@ def test_pages_are_accessible(survey, scheme):
 def test_figures_follow_the_colour_scheme(survey):
     light, dark = survey("shown", "desktop", "light"), survey("shown", "desktop", "dark")
     assert any(light.values())
-    for path in light:
+    for path in dark:
         figures = path.read_text(encoding="utf-8").count('class="plot"')
         assert len(light[path]) == len(dark[path]) == figures
         assert all(src.endswith("#only-light") for src in light[path])
