@@ -46,14 +46,13 @@ def hypotheses(case: Case, data: Data, flavour: str) -> Iterator[Hypothesis]:
     if case.loss.weight:
         loss = replace(case.loss, weight=())
         yield "the same without the loss's weights", replace(plain, loss=loss), data, flavour
-    for words, keep in (("first", slice(None, 1)), ("last", slice(-1, None))):
-        part = Data(data.parameters, data.X[keep], data.y[keep], data.coefficients)
-        yield f"the {words} datum alone", plain, part, flavour
+    parts = {"first datum": slice(None, 1), "last datum": slice(-1, None)}
     if case.batches:
-        for words, n, place in (("first", case.batches[0], 0), ("last", case.batches[-1], -1)):
-            keep = slice(None, n) if place == 0 else slice(-n, None)
-            part = Data(data.parameters, data.X[keep], data.y[keep])
-            yield f"the {words} mini-batch alone", replace(plain, batches=()), part, flavour
+        parts["first mini-batch"] = slice(None, case.batches[0])
+        parts["last mini-batch"] = slice(-case.batches[-1], None)
+    for words, keep in parts.items():
+        part = replace(data, X=data.X[keep], y=data.y[keep])
+        yield f"the {words} alone", replace(plain, batches=()), part, flavour
 
 
 def _fits(M: Tensor, got: Tensor | None, tolerance: float) -> bool:

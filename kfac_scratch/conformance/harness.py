@@ -110,8 +110,7 @@ def _judged(case: Case, op: Op, part: str, M: Tensor) -> Tensor:
     """Of an implementation's part, the entries that a case judges."""
     if case.part == "block" or part == "bias":
         return M
-    d_out, d_in = op.matrix_shape()
-    index = torch.arange(d_out * d_in).reshape(d_out, d_in)[:, -1]
+    index = truth.entries(op, [-1])
     return M[:, index][:, :, index]
 
 
@@ -128,11 +127,9 @@ def _verdict(adapter: Adapter, case: Case, flavour: str, device: str) -> Result:
     if lacking:
         raise NotSupported(lacking)
     data = case.build(device)
-    asked = request(case, data, flavour)
     if case.fisher == "mc":
         return _in_expectation(adapter, case, data, flavour)
-    got = answer(adapter, case, asked)
-    again = answer(adapter, case, request(case, data, flavour))
+    got, again = (answer(adapter, case, request(case, data, flavour)) for _ in range(2))
     if any(not torch.equal(got[key], again[key]) for key in got if got[key].isfinite().all()):
         spread = max(float((got[key] - again[key]).abs().max()) for key in got)
         words = f"not deterministic: the same request twice differs by up to {spread:.2g}."

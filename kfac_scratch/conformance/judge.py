@@ -138,22 +138,23 @@ def _verdict(
         return ("exact", "") if case.flavours[flavour] == EXACT else ("definition", "")
     bad = {key: f for key, f in fits.items() if f.residual > case.tolerance}
     if bad:
-        worst = max(bad, key=lambda key: bad[key].residual)
-        if not bad[worst].scale > 0:
-            return "wrong", (
-                f"{' '.join(worst)}: no positive scale fits, the best is {bad[worst].scale:.2g}; "
-                f"wrong pieces: {', '.join(' '.join(key) for key in bad)}."
-            )
-        return "wrong", (
-            f"{' '.join(worst)}: off by {bad[worst].residual:.2g} of the largest entry after the "
-            f"best scale; wrong pieces: {', '.join(' '.join(key) for key in bad)}."
-        )
+        return "wrong", _wrong(bad)
     words = {key: in_words(f.scale, sizes[key[0]], case.tolerance) for key, f in fits.items()}
     values = [f.scale for f in fits.values()]
     if max(values) - min(values) > case.tolerance * max(values):
         return "inconsistent-scale", _each("too large by", words)
     claim = "too large by" if stated else "the documentation is silent; too large by"
     return "undocumented-scale", f"every block: {claim} {next(iter(words.values()))}."
+
+
+def _wrong(bad: Mapping[tuple[str, str], Fit]) -> str:
+    """The worst piece, and the names of all that no scale mends."""
+    key = max(bad, key=lambda key: bad[key].residual)
+    worst, pieces = bad[key], ", ".join(map(" ".join, bad))
+    found = f"off by {worst.residual:.2g} of the largest entry after the best scale"
+    if not worst.scale > 0:
+        found = f"no positive scale fits, the best is {worst.scale:.2g}"
+    return f"{' '.join(key)}: {found}; wrong pieces: {pieces}."
 
 
 def _documented(

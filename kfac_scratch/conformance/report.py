@@ -3,7 +3,7 @@
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from kfac_scratch.conformance.judge import PASSING, Result
+from kfac_scratch.conformance.judge import Result
 
 FORMAT = "kfac-conformance-results/1"
 ORDER = (
@@ -71,22 +71,12 @@ def counts(report: Report) -> dict[str, Counter[str]]:
 def table(report: Report) -> str:
     """One line per family, then one per failure."""
     used = [v for v in ORDER if any(r.verdict == v for r in report.results)]
-    rows = [
-        ["", *used],
-        *([f, *[str(n[v] or "") for v in used]] for f, n in counts(report).items()),
-    ]
     total = Counter(r.verdict for r in report.results)
-    rows.append(["all", *[str(total[v]) for v in used]])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *[c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)],
-            ]
-        )
-        for row in rows
-    ]
+    rows = [["", *used]]
+    rows += [[f, *(str(n[v] or "") for v in used)] for f, n in counts(report).items()]
+    rows += [["all", *(str(total[v]) for v in used)]]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
     name, version = report.capabilities["name"], report.capabilities["version"]
     return "\n".join([f"{name} {version}", "", *lines, "", *details(report)])
 
@@ -172,11 +162,6 @@ def write(report: Report, json_file: Path | None, junit_file: Path | None) -> No
     if junit_file:
         junit_file.parent.mkdir(parents=True, exist_ok=True)
         junit_file.write_text(junit(report), encoding="utf-8")
-
-
-def failing(results: Iterable[Result]) -> list[Result]:
-    """Verdicts that do not pass."""
-    return [r for r in results if r.verdict not in PASSING]
 
 
 def _rounded(r: Result) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
@@ -78,6 +78,12 @@ def columns_of(case: Case, op: Op, part: str) -> list[int]:
     return {"joint": inputs, "weight": weight, "bias": bias}[part]
 
 
+def entries(op: Op, columns: Sequence[int]) -> Int[Tensor, "entries"]:
+    """Where the entries of some columns stand among all of `[W | b]`, rows behind each other."""
+    d_out, d_in = op.matrix_shape()
+    return torch.arange(d_out * d_in).reshape(d_out, d_in)[:, columns].flatten()
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """Some columns of a layer: what is right for the block that they have by themselves."""
@@ -117,8 +123,7 @@ class Layer:
 
     def exact(self) -> Float[Tensor, "groups D D"]:
         """The exact block of these columns."""
-        d_out, d_in = self.op.matrix_shape()
-        index = torch.arange(d_out * d_in).reshape(d_out, d_in)[:, self.columns].flatten()
+        index = entries(self.op, self.columns)
         return self.F[:, index][:, :, index]
 
 

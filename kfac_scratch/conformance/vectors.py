@@ -6,7 +6,7 @@ knows nothing but the two folders.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -173,10 +173,15 @@ def judge_results(results: Path, vectors: Path = SHIPPED) -> list[Result]:
         results: What a port wrote.
         vectors: What it read.
     """
+    return judge_all(results, read(vectors).values())
+
+
+def judge_all(results: Path, references: Iterable[Reference]) -> list[Result]:
+    """The same for cases that were read already."""
     claims = about(results)
     return [
         verdict(results, claims, reference, flavour)
-        for reference in read(vectors).values()
+        for reference in references
         for flavour in reference.flavours
     ]
 

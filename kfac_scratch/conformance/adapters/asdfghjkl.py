@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from asdl.fisher import FisherConfig, get_fisher_maker
-from torch import Tensor, nn
+from torch import nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     Dense,
@@ -54,7 +55,7 @@ class Adapter:
     def scale(self, request: Request, layer: str, part: str) -> float | None:
         """A mean over data, of half the squared error."""
         half = isinstance(request.loss, nn.MSELoss) and request.fisher != "empirical"
-        return _divisor(request) / _size(request) / (2 if half else 1)
+        return drivers.total_divisor(request) / _size(request) / (2 if half else 1)
 
 
 def _check(request: Request, layers: Mapping[str, nn.Module]) -> None:
@@ -111,14 +112,3 @@ def _products(layer: Any) -> LayerBlock:
 
 def _size(request: Request) -> int:
     return sum(len(X) for X, _ in request.batches)
-
-
-def _divisor(request: Request) -> float:
-    """By what the loss divides the sum of its terms."""
-    loss, targets = request.loss, [y for _, y in request.batches]
-    if loss.reduction == "sum":
-        return 1.0
-    weight: Tensor | None = getattr(loss, "weight", None)
-    if weight is not None:
-        return float(sum(weight[y].sum() for y in targets))
-    return float(sum((y != -100).sum() for y in targets))

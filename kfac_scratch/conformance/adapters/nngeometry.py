@@ -24,6 +24,7 @@ from nngeometry.object import PMatEKFAC, PMatKFAC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     Eigen,
@@ -55,7 +56,7 @@ class Adapter:
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
         """`D / N`, and a half for the normal distribution, if `D` is what the loss divides by."""
-        N, D = len(_data(request)[0]), _divisor(request)
+        N, D = len(_data(request)[0]), drivers.total_divisor(request)
         gaussian = isinstance(request.loss, nn.MSELoss) and request.fisher != "empirical"
         return D / N / (2.0 if gaussian else 1.0)
 
@@ -142,16 +143,6 @@ def _losses(model: nn.Module, loss: nn.Module) -> Callable[[Tensor, Tensor], Ten
 def _data(request: Request) -> tuple[Tensor, Tensor]:
     X, y = zip(*request.batches, strict=True)
     return torch.cat(X), torch.cat(y)
-
-
-def _divisor(request: Request) -> float:
-    """By what the loss divides the sum of its terms."""
-    _, y = _data(request)
-    if request.loss.reduction == "sum":
-        return 1.0
-    if isinstance(request.loss, nn.CrossEntropyLoss):
-        return float((y != request.loss.ignore_index).sum())
-    return float(y.numel())
 
 
 def _loader(request: Request) -> DataLoader[Any]:

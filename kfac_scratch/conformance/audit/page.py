@@ -76,31 +76,27 @@ def unexplained(runs: Mapping[str, Report]) -> list[tuple[str, str]]:
     ]
 
 
-def card(name: str, runs: Mapping[str, Report]) -> Markdown:
+def card(name: str, explains: int) -> str:
     """A finding for people: what, where, what the documentation says, and the text for upstream."""
     found = finding(name)
-    mended = [
-        key
-        for reasons in failures(runs).values()
-        for key, names in reasons.items()
-        if name in (n.removeprefix("+") for n in names)
-    ]
     thread = f"[public thread]({found.THREAD})" if found.THREAD else "no public thread known"
     text = (found.__doc__ or "").strip()
     title, cause, documented = (
         part.replace("__", r"\_\_") for part in (found.TITLE, found.CAUSE, found.DOCUMENTED)
     )
-    return Markdown(
+    return (
         f"#### {found.LIBRARY} {found.VERSION}: {title}\n\n"
         f"*Cause.* {cause}\n\n*Documentation.* {documented}; {thread}.\n\n"
-        f"*Explains* {len(mended)} of the verdicts that do not pass.\n\n"
+        f"*Explains* {explains} of the verdicts that do not pass.\n\n"
         f'<details markdown="1">\n<summary>For the maintainer</summary>\n\n{text}\n\n</details>\n'
     )
 
 
 def all_cards(runs: Mapping[str, Report]) -> Markdown:
     """All findings, by library."""
-    return Markdown("\n\n".join(card(name, runs).text for name in names()))
+    reasons = [found for stem in failures(runs).values() for found in stem.values()]
+    explains = Counter(name.removeprefix("+") for found in reasons for name in found)
+    return Markdown("\n\n".join(card(name, explains[name]) for name in names()))
 
 
 def _scale(words: str) -> str:

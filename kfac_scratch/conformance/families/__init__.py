@@ -22,9 +22,10 @@ FAMILIES: dict[str, list[Case]] = {
     "operators": operators.CASES,
     "extra": extra.CASES,
 }
+_FAMILY = {case.id: name for name, cases in FAMILIES.items() for case in cases}
 CASES: dict[str, Case] = {case.id: case for family in FAMILIES.values() for case in family}
 
 
 def family(case: Case) -> str:
     """The family that a case belongs to."""
-    return next(name for name, cases in FAMILIES.items() if case in cases)
+    return _FAMILY[case.id]
