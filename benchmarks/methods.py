@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from benchmarks.tasks import Task
 from kfac_scratch import EXPAND, REDUCE, factored_inverse, kfac
-from kfac_scratch.ekfac import AmortisedEKFAC
-from kfac_scratch.matrices import exact_inverse
-from kfac_scratch.optimizer import KFAC
-from kfac_scratch.step_control import graft
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC
+from kfac_scratch.matrices.matrix import exact_inverse
+from kfac_scratch.optimizer.optimizer import KFAC
+from kfac_scratch.optimizer.step_control import graft
 
 Config = dict[str, Any]
 

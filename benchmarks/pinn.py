@@ -31,17 +31,17 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.factors import _synchronize, about
 from kfac_scratch import ekfac, kfac
-from kfac_scratch.estimators import Latest
-from kfac_scratch.pinn import Field, linearize, loss
-from kfac_scratch.pinn_gramian import assign, flat, moved, residuals, weights
-from kfac_scratch.pinn_krylov import KFACKrylov
-from kfac_scratch.pinn_metric import Joined, TermWise, ekfac_inverse
-from kfac_scratch.pinn_problems import Problem, heat, mlp, poisson, poisson_cosines
-from kfac_scratch.pinn_solvers import combined, dense, in_kernel, per_layer
-from kfac_scratch.pinn_steps import KFAC, GaussNewton, KFACStar, Spring
-from kfac_scratch.taylor import forward_laplacian, taylor
-from kfac_scratch.variants.kpsvd import kpsvd
-from kfac_scratch.variants.tkfac import tkfac
+from kfac_scratch.approximations.estimators import Latest
+from kfac_scratch.approximations.kpsvd import kpsvd
+from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.pinn.jacobian import assign, flat, moved, residuals, weights
+from kfac_scratch.pinn.krylov import KFACKrylov
+from kfac_scratch.pinn.preconditioners import Joined, TermWise, ekfac_inverse
+from kfac_scratch.pinn.problems import Problem, heat, mlp, poisson, poisson_cosines
+from kfac_scratch.pinn.solvers import combined, dense, in_kernel, per_layer
+from kfac_scratch.pinn.steps import KFAC, GaussNewton, KFACStar, Spring
+from kfac_scratch.pinn.terms import Field, linearize, loss
+from kfac_scratch.taylor.jets import forward_laplacian, taylor
 
 # ---- Laplacians ----------------------------------------------------------------------------------
 

@@ -24,12 +24,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from kfac_scratch.approximations.brand import Factor, followed, product_of_rows
+from kfac_scratch.approximations.randomized import Sketch, leading, rs, sre, trace_matched
 from kfac_scratch.linalg import eye_like, psd_eigh
-from kfac_scratch.low_rank import FourBlocks, LowRankKronecker
-from kfac_scratch.matrices import KroneckerEigen
-from kfac_scratch.roots import KroneckerRoots, woodbury_inverse
-from kfac_scratch.variants.brand import Factor, followed, product_of_rows
-from kfac_scratch.variants.randomized import Sketch, leading, rs, sre, trace_matched
+from kfac_scratch.matrices.kronecker import KroneckerEigen
+from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
+from kfac_scratch.matrices.roots import KroneckerRoots, woodbury_inverse
 
 N, RANK, BATCHES, DECAY, POWER = 128, 64, 40, 0.95, 1.5
 SKETCH = Sketch(RANK, oversampling=10, iterations=2)

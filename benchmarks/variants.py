@@ -13,25 +13,25 @@ from benchmarks.loop import train
 from benchmarks.methods import Config, Method, curvature
 from benchmarks.tasks import Task
 from kfac_scratch import KFAC, kfac, monte_carlo
-from kfac_scratch.ekfac import AmortisedEKFAC
-from kfac_scratch.estimators import Averaged, Latest
-from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices import exact_inverse
-from kfac_scratch.roots import KroneckerRoots
-from kfac_scratch.variants.brand import Brand
-from kfac_scratch.variants.cg_fac import cg_fac, truncated_inverse
-from kfac_scratch.variants.kpsvd import (
+from kfac_scratch.approximations.brand import Brand
+from kfac_scratch.approximations.cg_fac import cg_fac, truncated_inverse
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC
+from kfac_scratch.approximations.estimators import Averaged, Latest
+from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     guarded_inverse,
     kfac_corrected,
     nearest_product,
     nearest_sum,
 )
-from kfac_scratch.variants.mini_block import mini_block, mini_block_shared
-from kfac_scratch.variants.randomized import randomized
-from kfac_scratch.variants.skfac import Window, averaged, skfac
-from kfac_scratch.variants.tkfac import tkfac
-from kfac_scratch.variants.two_level import adef2, coarse_correction
+from kfac_scratch.approximations.mini_block import mini_block, mini_block_shared
+from kfac_scratch.approximations.randomized import randomized
+from kfac_scratch.approximations.skfac import Window, averaged, skfac
+from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices.matrix import exact_inverse
+from kfac_scratch.matrices.roots import KroneckerRoots
+from kfac_scratch.optimizer.two_level import adef2, coarse_correction
 
 SEEDS = (200, 201, 202)
 

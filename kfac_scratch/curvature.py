@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jacrev, jvp, vjp
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
 
-from kfac_scratch.blocks import blocks
+from kfac_scratch.capture.layer_groups import blocks
 from kfac_scratch.losses import divisor
 
 Product = Callable[[Float[Tensor, "D"]], Float[Tensor, "D"]]

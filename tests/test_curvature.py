@@ -5,14 +5,11 @@ from itertools import combinations
 from math import gcd
 
 import pytest
-import reference
 import torch
-from nets import BY_NAME, LOSSES, NETS, REDUCTIONS, C, N, Unused, problem
-from reference import distance
 from torch import nn
 
 from kfac_scratch import layer_ios
-from kfac_scratch.blocks import blocks, uncovered
+from kfac_scratch.capture.layer_groups import blocks, uncovered
 from kfac_scratch.curvature import (
     block_diagonal,
     block_index,
@@ -27,6 +24,9 @@ from kfac_scratch.curvature import (
     parameter_vector,
 )
 from kfac_scratch.losses import divisor
+from tests import reference
+from tests.nets import BY_NAME, LOSSES, NETS, REDUCTIONS, C, N, Unused, problem
+from tests.reference import distance
 
 TOLERANCE = 1e-10
 FIXED = "fixed upstream, remove this exception"

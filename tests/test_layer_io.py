@@ -1,9 +1,9 @@
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from laws import check_differs, check_equal
 
 from kfac_scratch import LayerIO, concatenate
+from tests.laws import check_differs, check_equal
 
 N, S, V, D_IN, D_OUT = 5, 3, 2, 7, 4
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from laws import check_differs, check_equal
 
 from kfac_scratch.linalg import (
     conjugate_gradient,
@@ -12,6 +11,7 @@ from kfac_scratch.linalg import (
     unvec,
     vec,
 )
+from tests.laws import check_differs, check_equal
 
 
 def psd(d, device, rank=None):

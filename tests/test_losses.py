@@ -1,11 +1,11 @@
 import pytest
 import torch
-from laws import check_differs, check_equal
 from torch import nn
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, L1Loss, MSELoss
 
 from kfac_scratch.curvature import loss_hessian
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2, type2_classwise
+from tests.laws import check_differs, check_equal
 
 N, C, P1, P2 = 5, 3, 2, 7
 WEIGHT = torch.tensor([1.0, 2.0, 5.0])

@@ -5,10 +5,7 @@ between its factors in its own way.
 """
 
 import pytest
-import reference
 import torch
-from nets import BY_NAME, LOSSES, REDUCTIONS, N, problem
-from reference import distance
 from torch import nn
 
 from kfac_scratch import (
@@ -24,6 +21,9 @@ from kfac_scratch import (
     type2_classwise,
 )
 from kfac_scratch.curvature import block_diagonal, block_index
+from tests import reference
+from tests.nets import BY_NAME, LOSSES, REDUCTIONS, N, problem
+from tests.reference import distance
 
 TOLERANCE = 1e-10
 FIXED = "fixed upstream, remove this exception"

@@ -32,11 +32,12 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from kfac_scratch import capture, curvature
-from kfac_scratch.blocks import blocks, uncovered
-from kfac_scratch.capture import layer_ios, stream
+from kfac_scratch import curvature
+from kfac_scratch.capture import hooks as capture
+from kfac_scratch.capture.hooks import layer_ios, stream
+from kfac_scratch.capture.layer_groups import blocks, uncovered
+from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.layers import input_rows, output_rows, weight_matrix
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2
 from kfac_scratch.show import code, matrices
 

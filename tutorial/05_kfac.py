@@ -33,14 +33,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
-from kfac_scratch.blocks import blocks
-from kfac_scratch.capture import layer_ios
+from kfac_scratch.approximations.kfac import foof, kfac, kfac_over
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.layer_groups import blocks
 from kfac_scratch.curvature import block_diagonal, block_index, empirical_fisher, ggn
-from kfac_scratch.kfac import foof, kfac, kfac_over
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, unvec, vec
 from kfac_scratch.losses import empirical, monte_carlo
-from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)

@@ -45,11 +45,11 @@ from torch.nn import (
 from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_scratch.capture import REDUCE, layer_ios
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture.hooks import REDUCE, layer_ios
+from kfac_scratch.capture.layers import _averaged_patches, averaged_rows, input_rows
 from kfac_scratch.curvature import block_diagonal, ggn
-from kfac_scratch.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.layers import _averaged_patches, averaged_rows, input_rows
 from kfac_scratch.losses import type2, type2_classwise
 from kfac_scratch.show import code, matrices
 

@@ -33,9 +33,8 @@ from sklearn.datasets import load_wine
 from torch import Tensor, nn
 
 from kfac_scratch import curvature
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.kfac import kfac
-from kfac_scratch.kronecker_sum import Congruence, IterativeInverse, KroneckerSum
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.linalg import (
     conjugate_gradient,
     psd_eigh,
@@ -43,14 +42,12 @@ from kfac_scratch.linalg import (
     simultaneous_eigh,
     vec,
 )
-from kfac_scratch.matrices import (
-    Dense,
-    Diagonal,
-    Kronecker,
-    KroneckerEigen,
-    Matrix,
-)
-from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
+from kfac_scratch.matrices.kronecker_sum import Congruence, IterativeInverse, KroneckerSum
+from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices, source
 
 torch.manual_seed(0)

@@ -35,19 +35,20 @@ from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
 
-from kfac_scratch.capture import layer_ios
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.curvature import block_index, ggn, parameter_vector
-from kfac_scratch.damping import (
+from kfac_scratch.linalg import eye_like, psd_eigh
+from kfac_scratch.matrices.damping import (
     balance,
     factored_inverse,
     levenberg_marquardt,
     reduction_ratio,
     relative,
 )
-from kfac_scratch.kfac import kfac
-from kfac_scratch.linalg import eye_like, psd_eigh
-from kfac_scratch.matrices import Kronecker, LinearMap
-from kfac_scratch.preconditioner import preconditioner
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.matrix import LinearMap
+from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
 torch.manual_seed(0)

@@ -53,21 +53,29 @@ from torch.nn import (
 from torch.nn.utils import vector_to_parameters
 
 import kfac_scratch
-from kfac_scratch.capture import layer_ios
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac
+from kfac_scratch.approximations.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.curvature import block_index, flatten_values, ggn, ggn_gram, parameter_vector
-from kfac_scratch.damping import factored_inverse, levenberg_marquardt, reduction_ratio
-from kfac_scratch.ekfac import AmortisedEKFAC, ekfac
-from kfac_scratch.estimators import Averaged, Latest, weight_of_newest
-from kfac_scratch.kfac import foof, kfac
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import type2
-from kfac_scratch.matrices import Dense, Kronecker
-from kfac_scratch.optimizer import KFAC
-from kfac_scratch.preconditioner import preconditioner
-from kfac_scratch.quadratic_model import quadratic_model, ratio_after_step
+from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, reduction_ratio
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.optimizer.optimizer import KFAC
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.optimizer.quadratic_model import quadratic_model, ratio_after_step
+from kfac_scratch.optimizer.step_control import (
+    Step,
+    dot,
+    graft,
+    kl_clip,
+    norm_constraint,
+    squared_length,
+)
 from kfac_scratch.show import code
-from kfac_scratch.step_control import Step, dot, graft, kl_clip, norm_constraint, squared_length
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

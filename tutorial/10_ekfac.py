@@ -32,13 +32,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.ekfac import AmortisedEKFAC, ekfac, rescaled, second_moments
-from kfac_scratch.kfac import kfac
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, rescaled, second_moments
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import empirical
-from kfac_scratch.matrices import KroneckerEigen
+from kfac_scratch.matrices.kronecker import KroneckerEigen
 from kfac_scratch.show import code
 
 torch.manual_seed(0)

@@ -34,16 +34,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.damping import balance
-from kfac_scratch.ekfac import ekfac
-from kfac_scratch.estimators import Averaged
-from kfac_scratch.kfac import kfac
+from kfac_scratch.approximations.ekfac import ekfac
+from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.tekfac import tekfac
+from kfac_scratch.approximations.tkfac import PartialTraces, _weighted_factors, tkfac
+from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices import Dense, Kronecker
+from kfac_scratch.matrices.damping import balance
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.show import code, matrices
-from kfac_scratch.variants.tekfac import tekfac
-from kfac_scratch.variants.tkfac import PartialTraces, _weighted_factors, tkfac
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

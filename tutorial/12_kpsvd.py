@@ -29,16 +29,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.ekfac import ekfac
-from kfac_scratch.estimators import Averaged
-from kfac_scratch.kfac import kfac
-from kfac_scratch.kronecker_sum import Congruence, KroneckerSum
-from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import simultaneous_eigh
-from kfac_scratch.matrices import Kronecker
-from kfac_scratch.show import code
-from kfac_scratch.variants.kpsvd import (
+from kfac_scratch.approximations.ekfac import ekfac
+from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     _common_basis,
     deflation,
@@ -51,9 +45,15 @@ from kfac_scratch.variants.kpsvd import (
     nearest_product,
     nearest_sum,
 )
-from kfac_scratch.variants.rearranged import Rearranged, lanczos_svd, power_svd
-from kfac_scratch.variants.tekfac import tekfac
-from kfac_scratch.variants.tkfac import tkfac
+from kfac_scratch.approximations.tekfac import tekfac
+from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import simultaneous_eigh
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.kronecker_sum import Congruence, KroneckerSum
+from kfac_scratch.matrices.rearranged import Rearranged, lanczos_svd, power_svd
+from kfac_scratch.show import code
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

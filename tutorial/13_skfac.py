@@ -33,25 +33,9 @@ from torch import Tensor
 from torch.nn import Conv2d, CrossEntropyLoss, Linear, Module, Sequential, Tanh
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.damping import factored_inverse
-from kfac_scratch.estimators import Averaged, Latest, weight_of_newest
-from kfac_scratch.kfac import kfac
-from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like
-from kfac_scratch.losses import empirical, monte_carlo, type2
-from kfac_scratch.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
-from kfac_scratch.matrices import Kronecker
-from kfac_scratch.preconditioner import preconditioner
-from kfac_scratch.roots import (
-    KroneckerRoots,
-    WoodburyInverse,
-    factored_woodbury,
-    few,
-    woodbury_inverse,
-)
-from kfac_scratch.show import code, matrices
-from kfac_scratch.variants.skfac import (
+from kfac_scratch.approximations.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.skfac import (
     Window,
     at_positions,
     averaged,
@@ -59,6 +43,22 @@ from kfac_scratch.variants.skfac import (
     skfac,
     subsampled,
 )
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.losses import empirical, monte_carlo, type2
+from kfac_scratch.matrices.damping import factored_inverse
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices.roots import (
+    KroneckerRoots,
+    WoodburyInverse,
+    factored_woodbury,
+    few,
+    woodbury_inverse,
+)
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

@@ -35,16 +35,9 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
 import kfac_scratch
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.estimators import Averaged, Estimator, weight_of_newest
-from kfac_scratch.kfac import kfac
-from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like, psd_eigh
-from kfac_scratch.losses import monte_carlo
-from kfac_scratch.low_rank import FourBlocks, inverse_of_damped_factors
-from kfac_scratch.preconditioner import preconditioner
-from kfac_scratch.show import code
-from kfac_scratch.variants.randomized import (
+from kfac_scratch.approximations.estimators import Averaged, Estimator, weight_of_newest
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.randomized import (
     Randomized,
     Sketch,
     leading,
@@ -57,6 +50,13 @@ from kfac_scratch.variants.randomized import (
     sre,
     trace_matched,
 )
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like, psd_eigh
+from kfac_scratch.losses import monte_carlo
+from kfac_scratch.matrices.low_rank import FourBlocks, inverse_of_damped_factors
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.show import code
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

@@ -39,19 +39,9 @@ from torch.nn import (
 )
 from torch.nn.functional import avg_pool2d
 
-from kfac_scratch.block_diagonal import Beside, BlockDiagonal
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.curvature import ggn_product
-from kfac_scratch.damping import levenberg_marquardt, reduction_ratio
-from kfac_scratch.ekfac import ekfac
-from kfac_scratch.kfac import foof, kfac
-from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like
-from kfac_scratch.losses import empirical, type2
-from kfac_scratch.matrices import Diagonal, Kronecker, Matrix
-from kfac_scratch.preconditioner import preconditioner
-from kfac_scratch.show import code, matrices
-from kfac_scratch.variants.mini_block import (
+from kfac_scratch.approximations.ekfac import ekfac
+from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.approximations.mini_block import (
     BlocksByRows,
     Woodbury,
     _blocks,
@@ -61,6 +51,18 @@ from kfac_scratch.variants.mini_block import (
     mini_block_rows,
     mini_block_shared,
 )
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.curvature import ggn_product
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.losses import empirical, type2
+from kfac_scratch.matrices.block_diagonal import Beside, BlockDiagonal
+from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
+from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

@@ -31,17 +31,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.damping import factored_inverse
-from kfac_scratch.estimators import Averaged, Latest, weight_of_newest
-from kfac_scratch.kfac import kfac
-from kfac_scratch.layer_io import LayerIO, concatenate
-from kfac_scratch.linalg import conjugate_gradient, eye_like
-from kfac_scratch.losses import empirical, monte_carlo
-from kfac_scratch.matrices import Dense, Matrix
-from kfac_scratch.preconditioner import preconditioner
-from kfac_scratch.show import code, matrices
-from kfac_scratch.variants.cg_fac import (
+from kfac_scratch.approximations.cg_fac import (
     Gradients,
     KernelInverse,
     TruncatedInverse,
@@ -53,7 +43,18 @@ from kfac_scratch.variants.cg_fac import (
     same_batch_step,
     truncated_inverse,
 )
-from kfac_scratch.variants.skfac import skfac
+from kfac_scratch.approximations.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.skfac import skfac
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.layer_io import LayerIO, concatenate
+from kfac_scratch.linalg import conjugate_gradient, eye_like
+from kfac_scratch.losses import empirical, monte_carlo
+from kfac_scratch.matrices.damping import factored_inverse
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

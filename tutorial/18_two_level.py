@@ -33,18 +33,17 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 from torch.nn.functional import avg_pool2d
 
-from kfac_scratch.capture import layer_ios
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.curvature import block_index, ggn
-from kfac_scratch.damping import levenberg_marquardt, reduction_ratio
-from kfac_scratch.kfac import kfac
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import monte_carlo, type2
-from kfac_scratch.matrices import Dense
-from kfac_scratch.optimizer import KFAC
-from kfac_scratch.preconditioner import preconditioner
-from kfac_scratch.show import code, matrices
-from kfac_scratch.variants.coarse_spaces import krylov, nicolaides, residual, spectral
-from kfac_scratch.variants.two_level import (
+from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual, spectral
+from kfac_scratch.optimizer.optimizer import KFAC
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.optimizer.two_level import (
     additive,
     adef1,
     adef2,
@@ -56,6 +55,7 @@ from kfac_scratch.variants.two_level import (
     curvature,
     two_level,
 )
+from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

@@ -38,30 +38,37 @@ from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 from torch.nn.functional import avg_pool2d
 
 import kfac_scratch
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.curvature import block_index, ggn
-from kfac_scratch.damping import factored_inverse
-from kfac_scratch.ekfac import ekfac
-from kfac_scratch.kfac import foof, kfac
-from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import conjugate_gradient, eye_like
-from kfac_scratch.matrices import Dense, LinearMap, Matrix
-from kfac_scratch.roots import factored_woodbury
-from kfac_scratch.variants.brand import Brand
-from kfac_scratch.variants.cg_fac import cg_fac, truncated_inverse
-from kfac_scratch.variants.coarse_spaces import krylov, nicolaides, residual
-from kfac_scratch.variants.kpsvd import ekpsvd, guarded_inverse, kfac_corrected, kpsvd, lanczos
-from kfac_scratch.variants.mini_block import (
+from kfac_scratch.approximations.brand import Brand
+from kfac_scratch.approximations.cg_fac import cg_fac, truncated_inverse
+from kfac_scratch.approximations.ekfac import ekfac
+from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.approximations.kpsvd import (
+    ekpsvd,
+    guarded_inverse,
+    kfac_corrected,
+    kpsvd,
+    lanczos,
+)
+from kfac_scratch.approximations.mini_block import (
     mini_block,
     mini_block_filters,
     mini_block_rows,
     mini_block_shared,
 )
-from kfac_scratch.variants.randomized import randomized
-from kfac_scratch.variants.skfac import skfac
-from kfac_scratch.variants.tekfac import tekfac
-from kfac_scratch.variants.tkfac import tkfac
-from kfac_scratch.variants.two_level import additive, adef2, coarse_inverse, curvature
+from kfac_scratch.approximations.randomized import randomized
+from kfac_scratch.approximations.skfac import skfac
+from kfac_scratch.approximations.tekfac import tekfac
+from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.curvature import block_index, ggn
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import conjugate_gradient, eye_like
+from kfac_scratch.matrices.damping import factored_inverse
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
+from kfac_scratch.matrices.roots import factored_woodbury
+from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual
+from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, curvature
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

@@ -35,12 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_scratch import activations, taylor
-from kfac_scratch.expansions import SecondOrder, laplacian, weighted
-from kfac_scratch.faa_di_bruno import partitions
-from kfac_scratch.partials import Partials, biharmonic, jets
 from kfac_scratch.show import code
-from kfac_scratch.taylor import Elementwise, forward_laplacian
+from kfac_scratch.taylor import activations
+from kfac_scratch.taylor import jets as taylor
+from kfac_scratch.taylor.expansions import SecondOrder, laplacian, weighted
+from kfac_scratch.taylor.faa_di_bruno import partitions
+from kfac_scratch.taylor.jets import Elementwise, forward_laplacian
+from kfac_scratch.taylor.partials import Partials, biharmonic, jets
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

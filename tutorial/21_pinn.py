@@ -35,15 +35,14 @@ import torch
 from torch import Tensor, nn
 
 import kfac_scratch
-from kfac_scratch import pinn, pinn_gramian
-from kfac_scratch.ekfac import ekfac
-from kfac_scratch.expansions import laplacian, value
-from kfac_scratch.kfac import kfac
+from kfac_scratch.approximations.ekfac import ekfac
+from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
-from kfac_scratch.matrices import Kronecker
-from kfac_scratch.pinn import Term, linearize
-from kfac_scratch.pinn_gramian import (
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.pinn import jacobian as pinn_gramian
+from kfac_scratch.pinn import terms as pinn
+from kfac_scratch.pinn.jacobian import (
     dot,
     flat,
     gramian,
@@ -54,12 +53,14 @@ from kfac_scratch.pinn_gramian import (
     transposed_times,
     weights,
 )
-from kfac_scratch.pinn_krylov import KFACKrylov, krylov
-from kfac_scratch.pinn_metric import TermWise, congruence, damped_factors, ekfac_inverse
-from kfac_scratch.pinn_problems import kovasznay, mlp, poisson
-from kfac_scratch.pinn_solvers import best_combination, dense, in_kernel, line_search, per_layer
-from kfac_scratch.pinn_steps import GaussNewton, KFACStar
+from kfac_scratch.pinn.krylov import KFACKrylov, krylov
+from kfac_scratch.pinn.preconditioners import TermWise, congruence, damped_factors, ekfac_inverse
+from kfac_scratch.pinn.problems import kovasznay, mlp, poisson
+from kfac_scratch.pinn.solvers import best_combination, dense, in_kernel, line_search, per_layer
+from kfac_scratch.pinn.steps import GaussNewton, KFACStar
+from kfac_scratch.pinn.terms import Term, linearize
 from kfac_scratch.show import code, matrices
+from kfac_scratch.taylor.expansions import laplacian, value
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

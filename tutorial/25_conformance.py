@@ -38,29 +38,19 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
-from kfac_scratch.capture import layer_ios
-from kfac_scratch.conformance import (
-    Capabilities,
-    Kronecker,
-    LayerBlock,
-    NotSupported,
-    Request,
-    harness,
-    judge,
-    report,
-    scalars,
-    selection,
-    truth,
-)
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.conformance import Capabilities, Kronecker, LayerBlock, NotSupported, Request
 from kfac_scratch.conformance.adapters.ours import Adapter as Ours
-from kfac_scratch.conformance.cases import EXACT
-from kfac_scratch.conformance.families import CASES, FAMILIES, family
-from kfac_scratch.conformance.judge import Result
-from kfac_scratch.conformance.museum import PIECES
-from kfac_scratch.conformance.mutations import MUTANTS
-from kfac_scratch.conformance.theorems import THEOREMS
-from kfac_scratch.kfac import kfac
-from kfac_scratch.matrices import Kronecker as KroneckerMatrix
+from kfac_scratch.conformance.cases import selection
+from kfac_scratch.conformance.cases.case import EXACT
+from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
+from kfac_scratch.conformance.cases.theorems import THEOREMS
+from kfac_scratch.conformance.judging import harness, judge, report, scalars, truth
+from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.selftest.museum import PIECES
+from kfac_scratch.conformance.selftest.mutations import MUTANTS
+from kfac_scratch.matrices.kronecker import Kronecker as KroneckerMatrix
 from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)

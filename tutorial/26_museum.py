@@ -37,15 +37,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
-from kfac_scratch.conformance import truth
-from kfac_scratch.conformance.families import CASES, family
-from kfac_scratch.conformance.harness import answer, parts_of, request, verdict
-from kfac_scratch.conformance.judge import PASSING, Result, judge
-from kfac_scratch.conformance.museum import PIECES, Adapter, Piece, naive
-from kfac_scratch.conformance.museum.adapter import KFAC, type2
-from kfac_scratch.conformance.mutants import catalogue, run_mutants
-from kfac_scratch.conformance.mutations import MUTANTS
+from kfac_scratch.conformance.cases.families import CASES, family
+from kfac_scratch.conformance.judging import truth
+from kfac_scratch.conformance.judging.harness import answer, parts_of, request, verdict
+from kfac_scratch.conformance.judging.judge import PASSING, Result, judge
 from kfac_scratch.conformance.protocol import NotSupported, Request
+from kfac_scratch.conformance.selftest.museum import PIECES, Adapter, Piece, naive
+from kfac_scratch.conformance.selftest.museum.adapter import KFAC, type2
+from kfac_scratch.conformance.selftest.mutants import catalogue, run_mutants
+from kfac_scratch.conformance.selftest.mutations import MUTANTS
 from kfac_scratch.show import code
 
 torch.manual_seed(0)

@@ -36,7 +36,7 @@ from kfac_scratch.conformance.audit import explain, page, proofs
 from kfac_scratch.conformance.audit.mending import mended
 from kfac_scratch.conformance.audit.prove import finding, names
 from kfac_scratch.conformance.audit.prove import prove as prove_finding
-from kfac_scratch.conformance.families import FAMILIES
+from kfac_scratch.conformance.cases.families import FAMILIES
 from kfac_scratch.show import code
 
 runs = explain.runs()

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kfac_scratch.conformance import isolation, report
-from kfac_scratch.conformance.families import CASES, family
-from kfac_scratch.conformance.judge import Result
-from kfac_scratch.conformance.selection import expected_failures, tasks
+from kfac_scratch.conformance.cases.families import CASES, family
+from kfac_scratch.conformance.cases.selection import expected_failures, tasks
+from kfac_scratch.conformance.judging import isolation, report
+from kfac_scratch.conformance.judging.judge import Result
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def show(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the reference vectors, computed by this package's truth."""
-    from kfac_scratch.conformance.export import export as write
+    from kfac_scratch.conformance.vectors.export import export as write
 
     write(args.directory)
     print(f"{len(list(args.directory.glob('*.safetensors')))} cases in {args.directory}")
@@ -57,7 +57,7 @@ def export(args: argparse.Namespace) -> int:
 
 def judge(args: argparse.Namespace) -> int:
     """Judge what a port wrote, knowing nothing but files."""
-    from kfac_scratch.conformance import vectors
+    from kfac_scratch.conformance.vectors import files as vectors
 
     references = vectors.read(args.vectors or vectors.SHIPPED)
     claims = vectors.about(args.results)
@@ -86,7 +86,7 @@ def prove(args: argparse.Namespace) -> int:
 
 def mutants(args: argparse.Namespace) -> int:
     """Show that the oracle rejects every mutant, and which case does."""
-    from kfac_scratch.conformance.mutants import catalogue, run_mutants
+    from kfac_scratch.conformance.selftest.mutants import catalogue, run_mutants
 
     chosen = [m for m in catalogue() if args.k in m.name]
     survivors = 0

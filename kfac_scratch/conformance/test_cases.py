@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kfac_scratch.conformance.isolation import Isolated, Place
-from kfac_scratch.conformance.selection import expected_failures, tasks
+from kfac_scratch.conformance.cases.selection import expected_failures, tasks
+from kfac_scratch.conformance.judging.isolation import Isolated, Place
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_scratch.conformance.consumers import kfac_jax_port as port
-from kfac_scratch.conformance.families import CASES
+from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     Kronecker,
@@ -29,6 +28,7 @@ from kfac_scratch.conformance.protocol import (
     Request,
     Vector,
 )
+from kfac_scratch.conformance.vectors.consumers import kfac_jax_port as port
 
 LOSSES = {nn.MSELoss: "mse", nn.CrossEntropyLoss: "cross-entropy", nn.BCEWithLogitsLoss: "bce"}
 

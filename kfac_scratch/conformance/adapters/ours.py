@@ -16,8 +16,8 @@ from kfac_scratch.conformance.protocol import (
     Request,
     Vector,
 )
-from kfac_scratch.expansions import laplacian
-from kfac_scratch.pinn import Field, Term, linearize
+from kfac_scratch.pinn.terms import Field, Term, linearize
+from kfac_scratch.taylor.expansions import laplacian
 
 SETTINGS = {"expand": ks.EXPAND, "reduce": ks.REDUCE, "ekfac": ks.EXPAND}
 

@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Any
 
 from kfac_scratch.conformance.audit.prove import adapter, finding, names
-from kfac_scratch.conformance.families import CASES
-from kfac_scratch.conformance.harness import verdict
-from kfac_scratch.conformance.judge import Result
-from kfac_scratch.conformance.report import Report, about, from_json
+from kfac_scratch.conformance.cases.families import CASES
+from kfac_scratch.conformance.judging.harness import verdict
+from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.judging.report import Report, about, from_json
 
 FOLDER = Path(__file__).parent
 RESULTS, EXPLAINED = FOLDER / "results", FOLDER / "explained"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from kfac_scratch.conformance.audit import explain
 from kfac_scratch.conformance.audit.prove import finding, names
-from kfac_scratch.conformance.families import FAMILIES
-from kfac_scratch.conformance.judge import Result
-from kfac_scratch.conformance.report import ORDER, Report
+from kfac_scratch.conformance.cases.families import FAMILIES
+from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.judging.report import ORDER, Report
 from kfac_scratch.show import Markdown
 
 

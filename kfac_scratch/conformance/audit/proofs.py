@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_scratch.conformance.audit.prove import Proof, finding
-from kfac_scratch.conformance.report import about
+from kfac_scratch.conformance.judging.report import about
 
 FOLDER = Path(__file__).parent / "proofs"
 

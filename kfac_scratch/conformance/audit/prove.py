@@ -6,10 +6,10 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from kfac_scratch.conformance.audit import findings
-from kfac_scratch.conformance.cases import Case
-from kfac_scratch.conformance.families import CASES
-from kfac_scratch.conformance.harness import verdict
-from kfac_scratch.conformance.judge import Result
+from kfac_scratch.conformance.cases.case import Case
+from kfac_scratch.conformance.cases.families import CASES
+from kfac_scratch.conformance.judging.harness import verdict
+from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.protocol import Adapter
 
 

@@ -34,9 +34,9 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import DEFINITION, Case
-from kfac_scratch.conformance.families.common import chain, loss
-from kfac_scratch.conformance.ops import tanh
+from kfac_scratch.conformance.cases.case import DEFINITION, Case
+from kfac_scratch.conformance.cases.families.common import chain, loss
+from kfac_scratch.conformance.cases.ops import tanh
 
 LIBRARY, VERSION = "asdfghjkl", "0.1a5"
 ADAPTER = "kfac_scratch.conformance.adapters.asdfghjkl:Adapter"

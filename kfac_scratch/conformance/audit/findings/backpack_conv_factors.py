@@ -45,9 +45,9 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import DEFINITION, Case
-from kfac_scratch.conformance.families.common import loss
-from kfac_scratch.conformance.ops import conv, flatten, linear, mean_space, tanh
+from kfac_scratch.conformance.cases.case import DEFINITION, Case
+from kfac_scratch.conformance.cases.families.common import loss
+from kfac_scratch.conformance.cases.ops import conv, flatten, linear, mean_space, tanh
 
 POOLED = Case(
     "conv2d-nobias-pooled-mse-float32",

@@ -36,9 +36,9 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import EXACT, Case
-from kfac_scratch.conformance.families.common import loss
-from kfac_scratch.conformance.ops import conv, mean_space
+from kfac_scratch.conformance.cases.case import EXACT, Case
+from kfac_scratch.conformance.cases.families.common import loss
+from kfac_scratch.conformance.cases.ops import conv, mean_space
 
 CASE = Case(
     "one-position-pooled-mse",

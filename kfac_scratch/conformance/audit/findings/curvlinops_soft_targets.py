@@ -32,9 +32,9 @@ from dataclasses import replace
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import DEFINITION, Case, Data, generator, numbers, spread
-from kfac_scratch.conformance.families.common import chain, loss
-from kfac_scratch.conformance.ops import tanh
+from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data, generator, numbers, spread
+from kfac_scratch.conformance.cases.families.common import chain, loss
+from kfac_scratch.conformance.cases.ops import tanh
 
 
 def probabilities(case: Case) -> Data:

@@ -35,9 +35,9 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import EXACT, Case
-from kfac_scratch.conformance.families.common import loss
-from kfac_scratch.conformance.ops import conv
+from kfac_scratch.conformance.cases.case import EXACT, Case
+from kfac_scratch.conformance.cases.families.common import loss
+from kfac_scratch.conformance.cases.ops import conv
 
 LIBRARY, VERSION = "kronfluence", "1.0.1"
 ADAPTER = "kfac_scratch.conformance.adapters.kronfluence:Adapter"

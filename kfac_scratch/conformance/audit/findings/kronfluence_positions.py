@@ -61,7 +61,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.families import CASES as CATALOGUE
+from kfac_scratch.conformance.cases.families import CASES as CATALOGUE
 
 PATTERNS = (
     *("positions-*", "nd-positions-*", "mean-pooled-*", "sum-pooled-*", "tokens-*", "masked-*"),

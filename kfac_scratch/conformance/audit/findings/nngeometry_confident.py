@@ -38,8 +38,8 @@ from dataclasses import replace
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import DEFINITION, Case, Data, spread
-from kfac_scratch.conformance.families.common import chain, loss
+from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data, spread
+from kfac_scratch.conformance.cases.families.common import chain, loss
 
 
 def confident(case: Case) -> Data:

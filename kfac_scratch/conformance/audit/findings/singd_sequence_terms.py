@@ -35,9 +35,9 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases import DEFINITION, Case
-from kfac_scratch.conformance.families.common import loss
-from kfac_scratch.conformance.ops import conv, tanh
+from kfac_scratch.conformance.cases.case import DEFINITION, Case
+from kfac_scratch.conformance.cases.families.common import loss
+from kfac_scratch.conformance.cases.ops import conv, tanh
 
 LIBRARY, VERSION = "singd", "0.0.5"
 ADAPTER = "kfac_scratch.conformance.adapters.singd:Adapter"

@@ -1,0 +1,1 @@
+"""Approximations: one file for each paper, each a function of `LayerIO`."""

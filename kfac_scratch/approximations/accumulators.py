@@ -1,0 +1,116 @@
+r"""Accumulators: from the parts of a data set to the matrix of all of it.
+
+A data set arrives in batches, and a batch in parts: some vectors at a time, all with the same
+inputs. Every part is a `LayerIO` whose vectors belong to the *sum* of the loss's terms. An
+accumulator adds the parts up and divides once, at the end, so that batches of unequal size count
+by their terms. Both accumulators here give what one batch with all data would give:
+
+- `Gathered(approximation)`: any approximation. It keeps every row and vector, so that memory grows
+  with the data.
+- `FactorSums()`: KFAC, whose factors are sums over data. Memory is that of the two factors.
+
+Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectations over the data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import gram
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.matrix import Matrix
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """How the matrix of a layer over many batches is put together."""
+
+    def add(self, state: Any, io: LayerIO, new_batch: bool) -> Any:
+        """The state after one more part.
+
+        Args:
+            state: The state so far; None before the first part.
+            io: The part. Its vectors belong to the sum of the loss's terms.
+            new_batch: False for further vectors of the last part's batch, with the same inputs.
+        """
+        ...
+
+    def matrix(self, state: Any, divisor: float) -> Matrix:
+        """The matrix of all data, for a loss that is the sum of its terms over `divisor`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Any approximation: join all batches to one `LayerIO`, and apply it once, at the end.
+
+    Memory is that of all inputs and vectors, `N * S * (d_in + V * d_out)` numbers for `N` data.
+
+    Args:
+        approximation: From a `LayerIO` to a matrix.
+    """
+
+    approximation: Callable[[LayerIO], Matrix]
+
+    def add(
+        self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool
+    ) -> list[LayerIO]:
+        """Remember the part.
+
+        Raises:
+            ValueError: If a layer meets another number of positions than before.
+        """
+        if state is None:
+            return [io]
+        if not new_batch:
+            last = state[-1]
+            return [*state[:-1], LayerIO(last.a, torch.cat([last.g, io.g]))]
+        if io.a.shape[1] != state[-1].a.shape[1]:
+            raise ValueError(
+                f"A layer met {state[-1].a.shape[1]} positions in one batch and {io.a.shape[1]} in "
+                "another, which cannot be joined: pass batches of one length, flavour=REDUCE, or "
+                "FactorSums(), which takes any."
+            )
+        return [*state, io]
+
+    def matrix(self, state: list[LayerIO], divisor: float) -> Matrix:
+        """The approximation of all parts together."""
+        g = torch.cat([io.g for io in state], dim=1) / divisor**0.5
+        return self.approximation(LayerIO(torch.cat([io.a for io in state]), g))
+
+
+@dataclass(frozen=True)
+class FactorSums:
+    """KFAC in the memory of its two factors: running sums of `a a^T` and `g g^T`."""
+
+    def add(self, state: "RunningFactors | None", io: LayerIO, new_batch: bool) -> "RunningFactors":
+        """Add a part's outer products; the inputs of a batch count once."""
+        B, rows = gram(io.g.flatten(0, 1)), io.a.shape[0] * io.a.shape[1]
+        if state is None:
+            return RunningFactors(gram(io.a), B, rows)
+        if not new_batch:
+            return RunningFactors(state.A, B.add_(state.B), state.rows)
+        return RunningFactors(gram(io.a).add_(state.A), B.add_(state.B), state.rows + rows)
+
+    def matrix(self, state: "RunningFactors", divisor: float) -> Kronecker:
+        """`kfac` of all parts together."""
+        return Kronecker(state.A / state.rows, state.B / divisor)
+
+
+@dataclass(frozen=True, eq=False)
+class RunningFactors:
+    """Sums of `a a^T` and `g g^T` over everything so far, and the number of rows `a`."""
+
+    A: Float[Tensor, "d_in d_in"]
+    B: Float[Tensor, "d_out d_out"]
+    rows: int
+
+
+def accumulator(approximation: "Callable[[LayerIO], Matrix] | Accumulator") -> Accumulator:
+    """An accumulator as it is; a function of one `LayerIO` by gathering everything for it."""
+    return approximation if isinstance(approximation, Accumulator) else Gathered(approximation)

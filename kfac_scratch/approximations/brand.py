@@ -1,0 +1,235 @@
+r"""Brand new K-FACs: eigenpairs of KFAC's factors that follow the batches, without the factors.
+
+A batch of $K$ rows changes a factor by a matrix of rank $K$. If the factor is known as
+$U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$ with $r$ columns, the eigenpairs of
+
+$$
+(1 - w) \bigl(U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)\bigr) + w X X^\top
+$$
+
+are those of a matrix with $r + K$ rows, rotated: exact, in $\mathcal{O}(d (r + K)^2)$. What is
+not exact is to cut them back to $r$ before the next batch. The paper's three algorithms are
+`Brand` (B-KFAC), and two that also keep the factors, `Repaired(brand, refreshed, period)`
+(B-R-KFAC) and `Repaired(brand, corrected, period)` (B-KFAC-C).
+
+Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.randomized import Randomized, Sketch, Tail, trace_matched
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import psd_eigh
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
+from kfac_scratch.matrices.low_rank_update import brand_update
+
+Factor = tuple[Float[Tensor, "d _"], Float[Tensor, "_"], Float[Tensor, ""]]  # U, d, c
+
+
+# ---- one factor ---------------------------------------------------------------------------------
+
+
+def truncated(factor: Factor, rank: int, tail: Tail) -> Factor:
+    """Keep the leading eigenpairs; the others become part of the tail."""
+    U, d, c = factor
+    if len(d) <= rank:
+        return factor
+    trace = d.sum() + c * (len(U) - len(d))
+    return U[:, :rank], d[:rank], tail(d[:rank], trace, len(U))
+
+
+def followed(
+    factor: Factor, X: Float[Tensor, "d K"], weight: float, rank: int, tail: Tail
+) -> Factor:
+    """`(1 - weight)` times the truncated factor plus `weight * X X^T`, by its eigenpairs.
+
+    A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full.
+    """
+    U, d, c = truncated(factor, rank, tail)
+    if len(d) + X.shape[1] > len(U):
+        return _in_full(factor, X, weight)
+    c = (1 - weight) * c
+    U, d = brand_update(U, (1 - weight) * d - c, weight**0.5 * X)
+    return U, (d + c).clamp(min=0), c
+
+
+def _in_full(factor: Factor, X: Tensor, weight: float) -> Factor:
+    U, d, c = factor
+    M = (1 - weight) * (U * (d - c) @ U.mT) + weight * (X @ X.mT)
+    M.diagonal().add_((1 - weight) * c)
+    d, U = psd_eigh(M)
+    return U.flip(1), d.flip(0), torch.zeros_like(c)
+
+
+# ---- B-KFAC -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Brand:
+    """B-KFAC: `rank` eigenpairs of each factor, from one batch to the next.
+
+    Law: without truncation, the factors are exactly the moving averages of KFAC's; with
+    `trace_matched`, their traces always are. The tail is a part of the matrix that is updated, so
+    a tail above what was cut off (`smallest_kept`) adds up. The paper updates without one
+    (`nothing`).
+
+    A batch has as many columns as there are rows `a`, or `g`. With many positions or vectors that
+    is soon the whole size of a factor, which is then kept in full.
+
+    Attributes:
+        rank: Eigenpairs that an update starts from; the state has those of the batch besides.
+        tail: What becomes of the eigenvalues that are cut off.
+    """
+
+    rank: int = 64
+    tail: Tail = trace_matched
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"B-KFAC needs a rank of at least 1, got {self.rank}.")
+
+    def update(
+        self, state: LowRankKronecker | None, io: LayerIO, weight: float
+    ) -> LowRankKronecker:
+        """Both factors after one more batch."""
+        a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)
+        if state is None:
+            state, weight = empty(io), 1.0
+        A, B = (state.UA, state.dA, state.cA), (state.UB, state.dB, state.cB)
+        return LowRankKronecker(
+            *followed(A, (a / len(a) ** 0.5).mT, weight, self.rank, self.tail),
+            *followed(B, g.mT, weight, self.rank, self.tail),
+        )
+
+
+def empty(io: LayerIO) -> LowRankKronecker:
+    """No eigenpairs and no tail: zero factors of a layer's sizes."""
+    zero = io.a.new_zeros(())
+    (dA, UA), (dB, UB) = ((x.new_zeros(0), x.new_zeros(x.shape[-1], 0)) for x in (io.a, io.g))
+    return LowRankKronecker(UA, dA, zero, UB, dB, zero)
+
+
+def product_of_rows(
+    M: LowRankKronecker, g: Float[Tensor, "K d_out"], a: Float[Tensor, "K d_in"]
+) -> tuple[Float[Tensor, "K d_out"], Float[Tensor, "K d_in"]]:
+    """Rows `(h, b)` with `h.T @ b == M @ (g.T @ a)`: a gradient in factors stays in factors.
+
+    Linear in the widths, where the product with `g.T @ a` is quadratic. What remains is to form
+    `h.T @ b`, which costs what the gradient itself does.
+    """
+    h = M.cB * g + ((g @ M.UB) * (M.dB - M.cB)) @ M.UB.mT
+    b = M.cA * a + ((a @ M.UA) * (M.dA - M.cA)) @ M.UA.mT
+    return h, b
+
+
+# ---- B-R-KFAC and B-KFAC-C ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """The averaged factors, and the eigenpairs that stand for them.
+
+    Attributes:
+        factors: The moving average, dense.
+        modes: The matrix that this one is.
+        count: Batches so far.
+    """
+
+    factors: Kronecker
+    modes: LowRankKronecker
+    count: int
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`modes @ V`."""
+        return self.modes @ V
+
+    def inverse(self, damping: float) -> FourBlocks:
+        """The inverse of `modes + damping * I`, exact."""
+        return self.modes.inverse(damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The dense twin of `modes`."""
+        return self.modes.dense()
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """B-KFAC that looks at the dense factors now and then, and has to keep them for that.
+
+    Attributes:
+        brand: What happens at every batch.
+        repair: What happens after it at every `period`-th: `refreshed` or `corrected`.
+        period: Batches from one repair to the next.
+    """
+
+    brand: Brand
+    repair: Callable[[Tracked], LowRankKronecker]
+    period: int
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise ValueError(f"A repair needs a period of at least 1, got {self.period}.")
+
+    def update(self, state: Tracked | None, io: LayerIO, weight: float) -> Tracked:
+        """The factors' average and the eigenpairs after one more batch."""
+        new = kfac(io)
+        if state is None:
+            now = Tracked(new, self.brand.update(None, io, weight), 1)
+        else:
+            modes = self.brand.update(state.modes, io, weight)
+            now = Tracked(state.factors.mixed(new, weight), modes, state.count + 1)
+        return now if now.count % self.period else replace(now, modes=self.repair(now))
+
+
+def refreshed(sketch: Sketch, tail: Tail = trace_matched) -> Callable[[Tracked], LowRankKronecker]:
+    """B-R-KFAC's repair: RS-KFAC of the averaged factors replaces all eigenpairs."""
+
+    def repair(state: Tracked) -> LowRankKronecker:
+        return Randomized(state.factors.A, state.factors.B, sketch).low_rank(tail=tail)
+
+    return repair
+
+
+def corrected(fraction: float = 0.2, seed: int = 0) -> Callable[[Tracked], LowRankKronecker]:
+    """B-KFAC-C's repair: a random share of the eigenpairs becomes Ritz pairs of the factors.
+
+    Law: the Frobenius error of a factor never grows. Its square shrinks by that of the error
+    within the span of the chosen eigenvectors, which is what becomes zero.
+
+    Raises:
+        ValueError: If the fraction is not in [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"The fraction of corrected eigenpairs lies in [0, 1], got {fraction}.")
+
+    def repair(state: Tracked) -> LowRankKronecker:
+        generator = torch.Generator(state.modes.UA.device).manual_seed(seed + state.count)
+        K, M = state.factors, state.modes
+        dA, UA = ritz(K.A, M.dA, M.UA, _subset(M.dA, fraction, generator))
+        dB, UB = ritz(K.B, M.dB, M.UB, _subset(M.dB, fraction, generator))
+        return replace(M, UA=UA, dA=dA, UB=UB, dB=dB)
+
+    return repair
+
+
+def ritz(
+    M: Float[Tensor, "d d"], d: Float[Tensor, "r"], U: Float[Tensor, "d r"], chosen: Tensor
+) -> tuple[Float[Tensor, "r"], Float[Tensor, "d r"]]:
+    """Replace the chosen eigenpairs by the Ritz pairs of `M` in their span, and sort all anew."""
+    mu, W = psd_eigh(U[:, chosen].mT @ M @ U[:, chosen])
+    d = d.index_copy(0, chosen, mu)
+    U = U.index_copy(1, chosen, U[:, chosen] @ W)
+    d, order = d.sort(descending=True)
+    return d, U[:, order]
+
+
+def _subset(d: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    size = min(round(fraction * len(d) + 1), len(d))
+    return torch.randperm(len(d), generator=generator, device=d.device)[:size]

@@ -1,0 +1,196 @@
+r"""CG-FAC: solve with the curvature by products alone.
+
+A product with the exact block needs no block, only what flows through the layer,
+
+$$
+F V = \sum_{v,n} \langle G_{vn}, V \rangle\, G_{vn} , \qquad
+\langle G_{vn}, V \rangle = \sum_s g_{vns}^\top V a_{ns} ,
+$$
+
+and conjugate gradients solve $(F + \delta I) X = V$ by such products. With $K = V N$ gradients,
+$F + \delta I$ has at most $K + 1$ different eigenvalues, and that many steps are enough.
+The matrix that KFAC stands for has such a product, too: `skfac(io)` is that operator.
+
+The kernel $\langle G_{vn}, G_{wm} \rangle$, of size $K \times K$, solves the same system directly.
+
+Sources: Chen 2021 (arXiv:2101.00218); Hestenes and Stiefel 1952. The direct solver is Woodbury's
+identity.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.approximations.ekfac import second_moments
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import conjugate_gradient, eye_like
+from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.kronecker_sum import IterativeInverse
+from kfac_scratch.matrices.matrix import LinearMap, check_damping
+
+
+def cg_fac(io: LayerIO) -> "Gradients":
+    """The exact block, held by what flows through the layer. Solve with `truncated_inverse`."""
+    return Gradients(io)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """The exact block `F = U @ U.T`: the columns of `U` are the gradients of all vectors and data.
+
+    They are never formed: `U` is kept as inputs and vectors of the layer.
+    """
+
+    U: LayerIO
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Inner products with all gradients, then the sum of the gradients with these weights."""
+        return combined(self.U, products(self.U, V))
+
+    def inverse(self, damping: float) -> IterativeInverse:
+        """The inverse of `F + damping * I`: conjugate gradients to full accuracy at every product.
+
+        Raises:
+            ValueError: If the damping is 0 and there are fewer gradients than weights.
+        """
+        check_damping(damping)
+        ones = torch.ones_like(self.U.g[0, 0, :1].mT @ self.U.a[0, :1])  # [d_out, d_in]
+        if damping == 0 and self.U.g[..., 0, 0].numel() < ones.numel():
+            raise ValueError("A singular matrix has no inverse: pass a positive damping.")
+        return IterativeInverse(self, damping, Diagonal(ones))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.U.block()
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        a, g = self.U.a, self.U.g
+        QA, QB = (torch.eye(t.shape[-1], dtype=t.dtype, device=t.device) for t in (a, g))
+        return second_moments(self.U, QA, QB).flatten()
+
+
+def products(io: LayerIO, V: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*batch V N"]:
+    """Inner products of `V` with every gradient: send the inputs through `V`, meet the vectors."""
+    z = torch.einsum("nsi,...oi->...nso", io.a, V)
+    return torch.einsum("vnso,...nso->...vn", io.g, z)
+
+
+def combined(io: LayerIO, c: Float[Tensor, "*batch V N"]) -> Float[Tensor, "*batch d_out d_in"]:
+    """The gradients' sum with given weights, `sum_{v,n} c[v, n] G[v, n]`."""
+    g = torch.einsum("...vn,vnso->...nso", c, io.g)
+    return torch.einsum("...nso,nsi->...oi", g, io.a)
+
+
+# ---- a few steps --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TruncatedInverse:
+    """About `(M + damping * I)^{-1}`: a few steps of conjugate gradients at every product.
+
+    From zero, so that `X = T @ V` has `<X, V> > 0` after any number of steps. Not a linear map:
+    which polynomial in `M` is applied depends on `V`.
+    """
+
+    M: LinearMap
+    damping: float
+    max_iter: int
+    tol: float
+    preconditioner: LinearMap | None = None
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """About the solution of `M X + damping * X = V`."""
+        P = self.preconditioner
+        return conjugate_gradient(
+            lambda X: self.M @ X + self.damping * X,
+            V,
+            (lambda R: R) if P is None else (lambda R: P @ R),
+            self.max_iter,
+            self.tol,
+        )
+
+
+def truncated_inverse(
+    M: LinearMap, damping: float, max_iter: int = 20, tol: float = 1e-2
+) -> TruncatedInverse:
+    """CG-FAC's inverse: stop when the residual is below `tol` times the right-hand side.
+
+    Raises:
+        ValueError: If there is not at least one step, or the damping is negative.
+    """
+    check_damping(damping)
+    if max_iter < 1:
+        raise ValueError(f"Conjugate gradients need at least 1 step, got max_iter={max_iter}.")
+    return TruncatedInverse(M, damping, max_iter, tol)
+
+
+# ---- directly -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class KernelInverse:
+    """`(U @ U.T + damping * I)^{-1}` by the Cholesky factor `L` of the damped kernel."""
+
+    U: LayerIO
+    L: Float[Tensor, "K K"]
+    damping: float
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Woodbury's identity: take away from `V` what the gradients explain, and divide."""
+        inner = products(self.U, V)
+        y = torch.cholesky_solve(inner.flatten(-2).unsqueeze(-1), self.L)
+        return (V - combined(self.U, y.reshape(inner.shape))) / self.damping
+
+
+def kernel(io: LayerIO) -> Float[Tensor, "K K"]:
+    """Inner products of all pairs of gradients, in the order of `io.g.flatten(0, 1)`.
+
+    With one position two small matrices of inner products are multiplied entry by entry; with
+    several, gradients are formed: memory `V * N * D`.
+    """
+    V, _, S, _ = io.g.shape
+    if S == 1:
+        a, g = io.a.squeeze(1), io.g.squeeze(2).flatten(0, 1)
+        return (g @ g.mT) * (a @ a.mT).repeat(V, V)
+    G = io.gradients().flatten(2).flatten(0, 1)  # [VN, D]
+    return G @ G.mT
+
+
+def kernel_inverse(M: Gradients, damping: float) -> KernelInverse:
+    """The inverse of `M + damping * I` by a system of as many unknowns as there are gradients.
+
+    Raises:
+        ValueError: If the damping is not positive, or lost in round-off.
+    """
+    return KernelInverse(M.U, _damped_kernel(M.U, damping), damping)
+
+
+def same_batch_step(
+    io: LayerIO, c: Float[Tensor, "V N"], damping: float
+) -> Float[Tensor, "d_out d_in"]:
+    r"""The step for the gradient `sum_{v,n} c[v, n] G[v, n]` of the same batch, never divided.
+
+    $(U U^\top + \delta I)^{-1} U c = U (U^\top U + \delta I)^{-1} c$ with the kernel $U^\top U$.
+    """
+    y = torch.cholesky_solve(c.reshape(-1, 1), _damped_kernel(io, damping))
+    return combined(io, y.reshape(c.shape))
+
+
+def _damped_kernel(io: LayerIO, damping: float) -> Float[Tensor, "K K"]:
+    if not damping > 0:
+        raise ValueError(f"Solving by the kernel needs a positive damping, got {damping}.")
+    K = kernel(io)
+    L, failed = torch.linalg.cholesky_ex(K + damping * eye_like(K))
+    if failed.any():
+        raise ValueError(
+            f"A damping of {damping:g} is lost in the round-off of a kernel with entries up to "
+            f"{K.abs().max():.3g}: use a larger one, or inverse(damping)."
+        )
+    return L

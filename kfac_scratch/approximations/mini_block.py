@@ -1,0 +1,186 @@
+r"""Mini-block Fisher: one block for every neuron, none between neurons.
+
+The weights of one output neuron are a row of `W`. Their curvature is a small matrix,
+
+$$
+F_o = \sum_{v,n} (G_{vn})_{o \cdot}^\top (G_{vn})_{o \cdot}
+\in \mathbb{R}^{d_\text{in} \times d_\text{in}},
+$$
+
+a diagonal block of the layer's block $F$, since `vec` stacks rows. Keeping these blocks and nothing
+else is the best approximation that does not mix neurons: the squared Frobenius error is
+$\|F\|^2 - \sum_o \|F_o\|^2$, and the trace is exact. For a convolution, the blocks are those of
+single filters, one for each pair of an output and an input channel.
+
+Source: Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), who use the empirical Fisher.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import eye_like, gram
+from kfac_scratch.matrices.block_diagonal import Beside, BlockDiagonal
+from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.kronecker import Kronecker
+
+
+def mini_block(io: LayerIO) -> BlockDiagonal:
+    """Keep one `[d_in, d_in]` block for every neuron of a layer.
+
+    Law: exact if no datum's vectors reach two neurons, or if there is one neuron. Memory and time
+    grow with `d_out`: `d_out * d_in**2` numbers, against KFAC's `d_out**2 + d_in**2`.
+    """
+    return BlockDiagonal(_blocks(io, io.a.shape[-1]))
+
+
+def mini_block_filters(size: int) -> Callable[[LayerIO], Beside]:
+    """Keep one `[size, size]` block for every filter of a convolution, and the bias's diagonal.
+
+    Args:
+        size: Entries of one filter, the product of the kernel's sizes: rows of `W` are cut into
+            pieces of that size, one for each input channel.
+
+    Raises:
+        ValueError: On a layer whose `W` has rows of another length.
+    """
+
+    def approximation(io: LayerIO) -> Beside:
+        d_out, d_in = io.g.shape[-1], io.a.shape[-1]
+        if size < 1 or d_in < size or d_in % size > 1:
+            raise ValueError(
+                f"Rows of {d_in} weights are not filters of {size} entries with or without a "
+                "bias: pass the number of entries of the layer's kernel."
+            )
+        end = d_in - d_in % size
+        squares = _blocks(LayerIO(io.a[..., end:], io.g), 1).reshape(d_out, d_in - end)
+        return Beside(
+            BlockDiagonal(_blocks(LayerIO(io.a[..., :end], io.g), size)), Diagonal(squares)
+        )
+
+    return approximation
+
+
+def mini_block_shared(io: LayerIO) -> Kronecker:
+    r"""Give all neurons one block, the mean of theirs: `I ⊗ A`, $A = \sum_o F_o / d_\text{out}$.
+
+    This is FOOF with every datum weighted by the squared size of its vectors. Law: no matrix of
+    the form `I ⊗ A` is nearer to the exact block, and the trace is exact.
+    """
+    d_out = io.g.shape[-1]
+    if io.a.shape[1] == 1:
+        A = gram(io.g.square().sum((0, 3)).sqrt().unsqueeze(-1) * io.a)
+    else:
+        A = sum((gram(G) for G in _gradients(io)), io.a.new_zeros(()))
+    return Kronecker(A / d_out, torch.eye(d_out, dtype=A.dtype, device=A.device))
+
+
+def _blocks(io: LayerIO, size: int) -> Float[Tensor, "K size size"]:
+    """Sums of outer products of pieces of gradients' rows, one for each piece."""
+    K = io.g.shape[-1] * io.a.shape[-1] // size
+    blocks = io.a.new_zeros(K, size, size)
+    for G in _gradients(_merged(io)):
+        pieces = G.reshape(len(G), K, size).movedim(0, 1)  # [K, N, size]
+        blocks.baddbmm_(pieces.mT, pieces)
+    return blocks
+
+
+def _gradients(io: LayerIO) -> Iterator[Float[Tensor, "N d_out d_in"]]:
+    """Gradients of one vector after another: memory `N * D`, not `V * N * D`."""
+    for g in io.g.split(1):
+        yield LayerIO(io.a, g).gradients().squeeze(0)
+
+
+def _merged(io: LayerIO) -> LayerIO:
+    """A layer with the same block for every neuron, and one vector if there is one position.
+
+    Then a neuron's block is a sum of `g**2 a a^T`, to which vectors contribute their squares.
+    """
+    if io.a.shape[1] > 1:
+        return io
+    return LayerIO(io.a, io.g.square().sum(0, keepdim=True).sqrt())
+
+
+# ---- fewer data than inputs ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BlocksByRows:
+    """The blocks `R.T @ R` of `mini_block(U)`: rows `R` of gradients, kept as inputs and vectors.
+
+    Memory is that of a batch, and there is no average over batches.
+    """
+
+    U: LayerIO
+
+    def along(self, X: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*batch V N d_out"]:
+        """Products of every gradient's rows with those of `X`."""
+        z = torch.einsum("nsi,...oi->...nso", self.U.a, X)
+        return torch.einsum("vnso,...nso->...vno", self.U.g, z)
+
+    def back(self, c: Float[Tensor, "*batch V N d_out"]) -> Float[Tensor, "*batch d_out d_in"]:
+        """Every gradient's rows, weighted by numbers `c` and added up: the transpose of `along`."""
+        z = torch.einsum("vnso,...vno->...nso", self.U.g, c)
+        return torch.einsum("...nso,nsi->...oi", z, self.U.a)
+
+    def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Project on every gradient's rows, send the projections back."""
+        return self.back(self.along(X))
+
+    def inverse(self, damping: float) -> "Woodbury":
+        """The inverse of `M + damping * I`, by one small system for each neuron.
+
+        Its size is `V * N`, or `N` with one position. All systems come from the same inner
+        products of inputs.
+        """
+        if not damping > 0:
+            raise ValueError(f"Blocks of low rank need a positive damping, got {damping}.")
+        kernel = torch.einsum("nsi,mti->nsmt", self.U.a, self.U.a)
+        half = torch.einsum("vnso,nsmt->ovnmt", self.U.g, kernel)
+        K = (
+            torch.einsum("ovnmt,wmto->ovnwm", half, self.U.g).flatten(1, 2).flatten(2)
+        )  # [o, VN, VN]
+        return Woodbury(self, torch.linalg.cholesky(K + damping * eye_like(K[0])), damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return mini_block(self.U).dense()
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return _blocks(self.U, 1).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Woodbury:
+    r"""A damped inverse by Woodbury's identity, for every neuron with its rows $R$.
+
+    $(R^\top R + \delta I)^{-1} = \frac{1}{\delta} (I - R^\top (R R^\top + \delta I)^{-1} R)$.
+    """
+
+    M: BlocksByRows
+    L: Float[Tensor, "d_out K K"]
+    damping: float
+
+    def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Solve for every neuron's row of `X`."""
+        along = self.M.along(X)
+        rhs = along.flatten(-3, -2).mT.unsqueeze(-1)  # [*batch, d_out, K, 1]
+        solved = torch.cholesky_solve(rhs, self.L).squeeze(-1).mT.reshape(along.shape)
+        return (X - self.M.back(solved)) / self.damping
+
+
+def mini_block_rows(io: LayerIO) -> BlocksByRows:
+    """`mini_block` without its blocks: for layers with more inputs than data.
+
+    Law: the same matrix.
+    """
+    return BlocksByRows(_merged(io))

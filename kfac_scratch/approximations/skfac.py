@@ -1,0 +1,152 @@
+r"""SKFAC: KFAC by the rows of a batch, without a square matrix of a factor's size.
+
+KFAC's factors are sums of outer products, $A$ of the $N S$ scaled inputs and $B$ of the $V N S$
+vectors. Held by these columns, they are multiplied and inverted at a cost that is linear in the
+sizes of the layer (`roots`). To keep the columns few, a convolution averages over its positions,
+or leaves out most of them. What a few batches remember has few columns, too (`Window`).
+
+Source: Tang et al. 2021 (CVPR), who invert the damped factors of one batch. The exact inverse of
+the damped product, the window, and one step for the batch's own gradient are additions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices.low_rank import FourBlocks
+from kfac_scratch.matrices.roots import KroneckerRoots, few, gram_root
+
+
+def skfac(io: LayerIO) -> KroneckerRoots:
+    """KFAC's factors by their columns: `skfac(io).dense() == kfac(io).dense()`.
+
+    The paper's inverse is `roots.factored_woodbury`. Of a convolution, pass `io.reduced()`,
+    `averaged(io)` or `subsampled(io, stride)`.
+    """
+    N, S, _ = io.a.shape
+    a = io.a.flatten(0, 1) / (N * S) ** 0.5
+    return KroneckerRoots(few(a.mT), few(io.g.flatten(0, 2).mT))
+
+
+def averaged(io: LayerIO) -> LayerIO:
+    """Mean of the inputs and mean of the vectors: how the paper's code reduces positions.
+
+    The vectors are those of `io.reduced()` divided by `S`, the curvature is divided by `S` squared.
+    """
+    reduced = io.reduced()
+    return LayerIO(reduced.a, reduced.g / io.a.shape[1])
+
+
+def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
+    """Keep every `stride`-th position of the flat axis `S`, from `start` on.
+
+    The flat axis of an image runs along its rows, so that a stride which divides the width keeps
+    whole columns. For another pattern, name the positions in `at_positions`.
+
+    Raises:
+        ValueError: If no position is left, or the stride is not positive.
+    """
+    S = io.a.shape[1]
+    if stride < 1 or not 0 <= start < S:
+        raise ValueError(f"stride={stride} from {start} on keeps none of the {S} positions.")
+    return at_positions(io, torch.arange(start, S, stride, device=io.a.device))
+
+
+def at_positions(io: LayerIO, positions: Int[Tensor, "T"]) -> LayerIO:
+    """Let some positions stand for all: vectors grow by the root of how many each stands for.
+
+    `A` is a mean and needs no such scale. Law: the factors of the parts of an equal partition
+    average to those of all positions.
+    """
+    grow = (io.a.shape[1] / len(positions)) ** 0.5
+    return LayerIO(io.a[:, positions], grow * io.g[:, :, positions])
+
+
+def push_through(
+    io: LayerIO, c: Float[Tensor, "V N"], damping_A: float, damping_B: float
+) -> Float[Tensor, "d_out d_in"]:
+    r"""The step for the gradient `sum_{v,n} c[v, n] G[v, n]` of the batch itself.
+
+    Equals `woodbury_inverse(skfac(io), damping_A, damping_B) @ gradient`, without a division by the
+    dampings: $(U U^\top + \gamma I)^{-1} U = U (U^\top U + \gamma I)^{-1}$ on both sides.
+    """
+    N, S, _ = io.a.shape
+    a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)  # [NS, d_in], [VNS, d_out]
+    between = torch.cholesky_inverse(gram_root(a.mT / (N * S) ** 0.5, damping_A))  # [NS, NS]
+    between = c.repeat_interleave(S, dim=1).unsqueeze(2) * between  # [V, NS, NS]
+    between = torch.cholesky_solve(between.flatten(0, 1), gram_root(g.mT, damping_B))
+    return g.mT @ between @ a
+
+
+# ---- several batches ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Recent:
+    """`B ⊗ A`, both factors a weighted mean over the last batches, held by their columns.
+
+    Attributes:
+        UA: Columns of every batch, the oldest first; padded with zeros, which add nothing.
+        UB: Columns of every batch likewise.
+        shares: Weight of every batch, up to a common scale.
+    """
+
+    UA: Float[Tensor, "T d_in KA"]
+    UB: Float[Tensor, "T d_out KB"]
+    shares: Float[Tensor, "T"]
+
+    def roots(self) -> KroneckerRoots:
+        """All columns side by side, scaled by the root of their batch's share."""
+        root = (self.shares / self.shares.sum()).sqrt().reshape(-1, 1, 1)
+        UA, UB = ((root * U).movedim(0, 1).flatten(1) for U in (self.UA, self.UB))
+        return KroneckerRoots(few(UA), few(UB))
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`B V A`."""
+        return self.roots() @ V
+
+    def inverse(self, damping: float) -> FourBlocks:
+        """The inverse of `B ⊗ A + damping * I`, exact."""
+        return self.roots().inverse(damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.roots().dense()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Average both factors over the last batches, and forget what is older.
+
+    Law: as long as nothing was forgotten, this is `Averaged(kfac)`, the moving average of both
+    factors, which are never formed. Afterwards, it is the average with the same decay of what is
+    left. The small systems grow with the number of batches.
+    """
+
+    batches: int
+    approximation: Callable[[LayerIO], KroneckerRoots] = skfac
+
+    def update(self, state: Any, io: LayerIO, weight: float) -> Recent:
+        """Append the columns of a batch, and drop those of the oldest beyond the window."""
+        if self.batches < 1:
+            raise ValueError(f"A window holds at least 1 batch, got {self.batches}.")
+        new = self.approximation(io)
+        share = new.UA.new_tensor([weight])
+        if state is None:
+            return Recent(new.UA.unsqueeze(0), new.UB.unsqueeze(0), share)
+        return Recent(
+            _appended(state.UA, new.UA)[-self.batches :],
+            _appended(state.UB, new.UB)[-self.batches :],
+            torch.cat([(1 - weight) * state.shares, share])[-self.batches :],
+        )
+
+
+def _appended(old: Float[Tensor, "T d K"], new: Float[Tensor, "d k"]) -> Float[Tensor, "T1 d Kmax"]:
+    K = max(old.shape[2], new.shape[1])
+    return torch.cat([pad(U, (0, K - U.shape[2])) for U in (old, new.unsqueeze(0))])

@@ -1,0 +1,99 @@
+r"""TKFAC: weight each side by the size of the other, and the trace is exact.
+
+Sum the exact block $F$ over the outputs, or over the inputs. These are its two partial traces,
+
+$$
+A_{ij} = \sum_o F_{(o,i),(o,j)} , \quad A = \sum_{v,n} G_{vn}^\top G_{vn} ,
+\qquad
+B_{op} = \sum_i F_{(o,i),(p,i)} , \quad B = \sum_{v,n} G_{vn} G_{vn}^\top ,
+$$
+
+and both have the trace of $F$. TKFAC is the Kronecker product with the same two partial traces,
+$B \otimes A / \operatorname{tr} A$. With one position, $A = \sum_n \|g_n\|^2 a_n a_n^\top$ and
+$B = \sum_n \|a_n\|^2 g_n g_n^\top$, where KFAC has no weights.
+
+Source: Gao et al. 2021 (arXiv:2011.10741), where $A$ and $B$ are $\delta \Phi$ and $\delta \Psi$
+with $\delta$ the trace.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import gram
+from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
+from kfac_scratch.matrices.rearranged import gradients_in_parts
+
+
+@dataclass(frozen=True, eq=False)
+class PartialTraces:
+    """`B ⊗ A / tr A`, the product with the partial traces `A` and `B` of a block.
+
+    Kept apart from their trace because sums and means of blocks have the sums and means of `A` and
+    `B`: `Averaged(tkfac)` is TKFAC of the averaged block. Law: `tr A == tr B`.
+    """
+
+    A: Float[Tensor, "d_in d_in"]
+    B: Float[Tensor, "d_out d_out"]
+
+    def kronecker(self) -> Kronecker:
+        """The same matrix as a product of two factors, the first of trace one (or zero)."""
+        trace = self.trace()
+        A = self.A / trace.where(trace > 0, 1.0)
+        return Kronecker(A, self.B)
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`B V A / tr A`."""
+        return self.kronecker() @ V
+
+    def inverse(self, damping: float) -> KroneckerEigen:
+        """The inverse of `M + damping * I`, exact, in the eigenbasis of both factors."""
+        return self.kronecker().inverse(damping)
+
+    def mixed(self, new: "PartialTraces", weight: float) -> "PartialTraces":
+        """The matrix of the averaged block, in which the new one has the weight."""
+        return PartialTraces(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))
+
+    def eigen(self) -> KroneckerEigen:
+        """The same matrix by the eigendecompositions of both factors."""
+        return self.kronecker().eigen()
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.kronecker().dense()
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues: that of the block."""
+        return self.A.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.kronecker().diagonal()
+
+
+def tkfac(io: LayerIO) -> PartialTraces:
+    """The Kronecker product with the partial traces, and so the trace, of the exact block.
+
+    Law: exact wherever KFAC is (by a theorem about products), and if all `a` and all `g` are
+    multiples of one vector each.
+    """
+    if io.a.shape[1] == 1:
+        return _weighted_factors(io)
+    A = io.a.new_zeros(io.a.shape[-1], io.a.shape[-1])
+    B = io.g.new_zeros(io.g.shape[-1], io.g.shape[-1])
+    for G in gradients_in_parts(io):
+        A += gram(G)
+        B += gram(G.mT)
+    return PartialTraces(A, B)
+
+
+def _weighted_factors(io: LayerIO) -> PartialTraces:
+    """One position: `g a^T` has the partial traces `|g|^2 a a^T` and `|a|^2 g g^T`."""
+    size_a = io.a.square().sum(-1, keepdim=True)
+    size_g = io.g.square().sum((0, -1)).unsqueeze(-1)
+    A = gram(io.a * size_g.sqrt())  # sizes: [N, 1, 1]
+    B = gram((io.g * size_a.sqrt()).flatten(0, 1))
+    return PartialTraces(A, B)

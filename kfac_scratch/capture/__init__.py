@@ -1,0 +1,1 @@
+"""Capture: from a network and a batch to the `LayerIO` of every layer."""

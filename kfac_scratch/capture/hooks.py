@@ -1,0 +1,221 @@
+"""Capture: from a model and a batch to every layer's `LayerIO`.
+
+Forward hooks record what enters each layer and what leaves it; one batched backward pass sends
+the loss's vectors from the model's output to all recorded outputs. Nothing else is touched:
+hooks are gone afterwards (also after an exception), no `.grad` is written, no parameter gradient
+is computed, and modes and flags stay as they were.
+
+Memory: `N * S * d_in + V * N * S * d_out` numbers for each layer, besides the graph of one forward
+pass. `stream` yields the vectors in chunks, so that `V` is bounded.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.capture.layer_groups import Shared, blocks
+from kfac_scratch.capture.layers import Call, Layer, averaged_rows, input_rows, output_rows
+from kfac_scratch.capture.refusals import check_calls, check_model, check_output
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.losses import Fisher, type2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the positions of a layer become the `S` rows of its `LayerIO`."""
+
+    inputs: Callable[[Shared, list[Call]], Float[Tensor, "groups N S d_in"]]
+    outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
+
+
+def layer_ios(
+    model: Module,
+    loss: Module,
+    X: Tensor,
+    y: Tensor,
+    fisher: Fisher = type2,
+    *,
+    setting: "Setting | None" = None,
+    layers: Collection[str] | None = None,
+    chunk: int | None = None,
+) -> dict[str, LayerIO]:
+    """The `LayerIO` of every block of a model on one batch, by name (see `blocks`).
+
+    Args:
+        model: Any module; axis 0 of its output is the batch.
+        loss: The loss module; `fisher` says for which losses it works.
+        X: The model's input. Axis 0 of what every layer gets must be the batch.
+        y: Targets for the loss.
+        fisher: Which vectors to send backward, see `losses`.
+        setting: `EXPAND` (default): every position is a row. `REDUCE`: positions are averaged, and
+            the result equals `io.reduced()` but no convolution's patches are ever formed.
+        layers: Names of the layers to cover. Default: all supported ones; trainable parameters
+            that this leaves out are named in a warning.
+        chunk: How many vectors are sent backward at once. With 1, by plain autodiff without
+            `torch.vmap`, which works for operations that cannot be batched. Default: 1 on a CPU,
+            whose cache holds one vector's pass but not several, 32 elsewhere.
+
+    Raises:
+        ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
+            model on another device than its data, batch statistics in training mode, a layer
+            that never ran, and more: each names the layer and the way out.
+        NotImplementedError: For layers and losses that are not covered.
+    """
+    parts = list(stream(model, loss, X, y, fisher, setting=setting, layers=layers, chunk=chunk))
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: LayerIO(io.a, _joined([part[name].g for part in parts]))
+        for name, io in parts[0].items()
+    }
+
+
+def stream(
+    model: Module,
+    loss: Module,
+    X: Tensor,
+    y: Tensor,
+    fisher: Fisher = type2,
+    *,
+    setting: "Setting | None" = None,
+    layers: Collection[str] | None = None,
+    chunk: int | None = None,
+) -> Iterator[dict[str, LayerIO]]:
+    """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
+    setting = EXPAND if setting is None else setting
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+    found = blocks(model, layers)
+    check_model(model, X, found, layers)
+    with torch.enable_grad():
+        f, calls = _forward(model, X, found)
+    check_calls(f, found, calls)
+    with full_precision(f.device):
+        vectors = fisher(loss, _upcast(f), y).to(f.dtype)
+        used = [setting.inputs(block, calls[block.name]) for block in found]
+    if vectors.shape[1:] != f.shape:
+        raise ValueError(
+            f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}]."
+        )
+    flat = [call.z for block in found for call in calls[block.name]]
+    parts = vectors.split(chunk or (1 if vectors.device.type == "cpu" else 32))
+    for i, part in enumerate(parts):
+        sent = iter(_backward(f, flat, part, retain=i + 1 < len(parts)))
+        ios = {}
+        for block, a in zip(found, used, strict=True):
+            g = setting.outputs(calls[block.name], [next(sent) for _ in calls[block.name]])
+            for name, a_, g_ in zip(block.names, a, g, strict=True):
+                ios[name] = LayerIO(a_, g_.to(a_.dtype))
+        yield ios
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Suspend autocast: factors, and what they are made of, keep the parameters' precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _upcast(f: Tensor) -> Tensor:
+    return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+
+
+def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
+    """Concatenate along V; rows that are stored as columns (of convolutions) stay so."""
+    return torch.cat([g.mT for g in gs]).mT if gs[0].mT.is_contiguous() else torch.cat(gs)
+
+
+def _expanded_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
+    rows = []
+    for call in calls:
+        ends = block.bias_inputs(call.layer)
+        row = input_rows(call.layer, call.x, ends).to(call.layer.weight.dtype)
+        rows.append(row if block.weight is not None else row[..., -len(ends) :])
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+
+
+def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N S d_out"]:
+    rows = [output_rows(c.layer, g) for c, g in zip(calls, gs, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)
+
+
+def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
+    means, counts = [], []
+    for call in calls:
+        row, S = averaged_rows(call.layer, call.x)
+        row = row.to(call.layer.weight.dtype)
+        ends = row.new_tensor(block.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
+        means.append(torch.cat([row, ends] if block.weight is not None else [ends], dim=-1))
+        counts.append(S)
+    if len(means) == 1:
+        return means[0]
+    sums = [S * mean for S, mean in zip(counts, means, strict=True)]
+    return torch.stack(sums).sum(0) / sum(counts)
+
+
+def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
+    pairs = zip(calls, gs, strict=True)
+    sums = [output_rows(c.layer, g).sum(3, keepdim=True) for c, g in pairs]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+EXPAND = Setting(_expanded_inputs, _expanded_outputs)
+REDUCE = Setting(_averaged_inputs, _summed_outputs)
+
+
+def _forward(model: Module, X: Tensor, found: list[Shared]) -> tuple[Tensor, dict[str, list[Call]]]:
+    calls: dict[str, list[Call]] = {block.name: [] for block in found}
+    with ExitStack() as hooks:
+        for block in found:
+            record = partial(_record, calls[block.name])
+            for layer in block.layers:
+                handle = layer.register_forward_hook(record, with_kwargs=True)
+                hooks.callback(handle.remove)
+        f = check_output(model(X))
+    return f, calls
+
+
+def _record(
+    calls: list[Call],
+    layer: Layer,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    output: Tensor,
+) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    calls.append(Call(layer, x.detach(), x._version, output))
+    return output.clone()  # the next layer may write into its input
+
+
+def _backward(f: Tensor, outputs: list[Tensor], vectors: Tensor, retain: bool) -> list[Tensor]:
+    """Send a stack of vectors from the model's output to recorded ones: zeros if unconnected."""
+    reached = [z for z in outputs if z.requires_grad]
+    batched = len(vectors) > 1
+    try:
+        gradients = torch.autograd.grad(
+            f,
+            reached,
+            vectors if batched else vectors[0],
+            is_grads_batched=batched,
+            retain_graph=retain,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        if not batched:
+            raise
+        raise RuntimeError(
+            "Sending several vectors backward at once failed; if an operation of the model cannot "
+            "be batched, pass chunk=1 to send them one by one."
+        ) from error
+    sent = {
+        id(z): g if g is None or batched else g.unsqueeze(0)
+        for z, g in zip(reached, gradients, strict=True)
+    }
+    none = [z.new_zeros(1).expand(len(vectors), *z.shape) for z in outputs]
+    return [
+        n if sent.get(id(z)) is None else sent[id(z)] for z, n in zip(outputs, none, strict=True)
+    ]

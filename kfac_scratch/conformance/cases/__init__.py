@@ -1,0 +1,1 @@
+"""What is asked: networks, losses and data, in families named by the theorem that holds."""

@@ -1,0 +1,107 @@
+"""Cases that mutation testing asked for: mistakes that all other cases let pass.
+
+EKFAC squares the gradients of data, not of positions; the two differ only where a layer is shared
+and positions meet again. The groups of a convolution may be cut wrongly at its output, which shows
+only where different channels receive different vectors.
+"""
+
+from kfac_scratch.conformance.cases.case import DEFINITION, Case
+from kfac_scratch.conformance.cases.families.common import chain, in_single_precision, loss
+from kfac_scratch.conformance.cases.families.sharing import transformer
+from kfac_scratch.conformance.cases.ops import conv, flatten, linear, mean_positions, relu, tanh
+
+LOSSES = ("mse", "cross-entropy")
+EKFAC = {"ekfac": DEFINITION}
+FLAGS = ("squares of positions for squares of data",)
+
+FLATTENED = [
+    Case(
+        f"ekfac-flattened-{kind}",
+        "definition",
+        (*chain(4, 3), tanh(), flatten(), linear("head", 15, 2)),
+        loss(kind),
+        (7, 5, 4),
+        EKFAC,
+        layers=("fc1",),
+        tags=("ekfac", "sequence", kind),
+        flags=FLAGS,
+    )
+    for kind in LOSSES
+]
+POOLED = Case(
+    "ekfac-pooled-cross-entropy",
+    "definition",
+    (*chain(4, 3), tanh(), linear("fc2", 3, 5), mean_positions(), linear("head", 5, 3)),
+    loss("cross-entropy"),
+    (7, 2, 4),
+    EKFAC,
+    tags=("ekfac", "sequence", "pool", "cross-entropy"),
+    flags=FLAGS,
+)
+ATTENTION = Case(
+    "ekfac-attention-tokens-mse",
+    "definition",
+    transformer(),
+    loss("mse"),
+    (5, 3, 4),
+    EKFAC,
+    layers=("query", "value", "out"),
+    tags=("ekfac", "attention", "sequence", "mse"),
+    flags=FLAGS,
+)
+CNN = [
+    Case(
+        f"ekfac-cnn-{kind}",
+        "definition",
+        (
+            conv("conv1", 2, 3, (2, 2)),
+            relu(inplace=True),
+            conv("conv2", 3, 2, (2, 1), bias=False),
+            tanh(),
+            flatten(),
+            linear("head", 8, 5),
+        ),
+        loss(kind),
+        (7, 2, 4, 3),
+        EKFAC,
+        layers=("conv1", "conv2"),
+        tags=("ekfac", "conv", "cnn", kind),
+        flags=FLAGS,
+    )
+    for kind in LOSSES
+]
+REUSED = [
+    Case(
+        f"ekfac-used-in-a-row-{kind}",
+        "definition",
+        (linear("fc", 3, 3), tanh(), linear("fc", 3, 3), tanh(), linear("head", 3, 5)),
+        loss(kind),
+        (7, 3),
+        EKFAC,
+        layers=("fc",),
+        tags=("ekfac", "reused", kind),
+        flags=("calls in another order", *FLAGS),
+    )
+    for kind in LOSSES
+]
+GROUPED = [
+    Case(
+        f"cnn-groups-{kind}",
+        "definition",
+        (
+            conv("conv", 4, 6, (2, 2), geometry={"groups": 2}),
+            tanh(),
+            flatten(),
+            linear("head", 36, 5),
+        ),
+        loss(kind),
+        (7, 4, 4, 3),
+        {"expand": DEFINITION, "reduce": DEFINITION, "ekfac": DEFINITION},
+        layers=("conv",),
+        tags=("conv", "groups", kind),
+        flags=("groups", "channels of another group"),
+    )
+    for kind in LOSSES
+]
+CASES = [*FLATTENED, POOLED, ATTENTION, *CNN, *REUSED, *GROUPED]
+CASES += [in_single_precision(FLATTENED[1])]

@@ -1,0 +1,170 @@
+"""The judge: from an implementation's numbers to a verdict, with the scale named in words.
+
+| verdict | meaning | passes |
+|---|---|---|
+| `exact` | equals the exact curvature block, where the theorem says that it must | yes |
+| `definition` | equals the definition, where that is not exact | yes |
+| `scaled` | one of the two after the scale that the documentation states | yes |
+| `undocumented-scale` | right up to one number for all, which no documentation states | no |
+| `inconsistent-scale` | right up to numbers that differ between layers, or weight and bias | no |
+| `wrong` | not right up to any scale | no |
+| `not-supported` | the implementation says that it does not offer this | yes |
+| `error` | no numbers: an exception, a wrong shape or precision, not finite, a time-out | no |
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_scratch.conformance.cases.expectations import EXACT, Judged
+from kfac_scratch.conformance.judging.scalars import in_words
+
+PASSING = ("exact", "definition", "scaled", "not-supported")
+Pieces = Mapping[tuple[str, str], Tensor]  # by layer and part
+
+
+@dataclass(frozen=True)
+class Result:
+    """A verdict on one case.
+
+    Attributes:
+        case: The case's identifier.
+        flavour: What was asked for.
+        verdict: See the module.
+        words: The reason, for people.
+        error: Largest difference after the documented scale, relative to the largest entry.
+        residual: The same after the best scale.
+        scales: The best scale by layer and part, relative to the documented one.
+        seconds: How long it took.
+    """
+
+    case: str
+    flavour: str
+    verdict: str
+    words: str = ""
+    error: float | None = None
+    residual: float | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passes(self) -> bool:
+        """Whether the implementation does what is asked, or says that it does not offer it."""
+        return self.verdict in PASSING
+
+    def as_json(self) -> dict[str, Any]:
+        """As numbers and strings."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one piece agrees: as it is, and after the best scale."""
+
+    scale: float
+    error: float
+    residual: float
+
+
+def judge(
+    case: Judged,
+    flavour: str,
+    got: Pieces,
+    expected: Pieces,
+    documented: Mapping[tuple[str, str], float | None],
+    sizes: Mapping[str, Mapping[str, int]],
+) -> Result:
+    """Compare canonical pieces of an implementation with the truth's.
+
+    Args:
+        case: What was asked.
+        flavour: Of KFAC.
+        got: The implementation's numbers, in canonical layout.
+        expected: What is right, for the same pieces.
+        documented: By what the documentation says that pieces exceed the canonical ones.
+        sizes: Every layer's sizes, by letter.
+    """
+    complaint = unusable(case, got, expected)
+    if complaint:
+        return Result(case.id, flavour, "error", complaint)
+    fits = {
+        key: fit(got[key].double() / (documented[key] or 1.0), expected[key].double())
+        for key in expected
+    }
+    stated = all(d is not None for d in documented.values())
+    verdict, words = _verdict(case, flavour, fits, stated, documented, sizes)
+    scales = {" ".join(key): f.scale for key, f in fits.items()}
+    error, residual = max(f.error for f in fits.values()), max(f.residual for f in fits.values())
+    return Result(case.id, flavour, verdict, words, error, residual, scales)
+
+
+def unusable(case: Judged, got: Pieces, expected: Pieces) -> str:
+    """Why numbers cannot be compared at all; empty if they can."""
+    missing = sorted({name for name, _ in expected} - {name for name, _ in got})
+    if missing:
+        return f"no block for the layers {missing}."
+    for (name, part), M in got.items():
+        if M.dtype != getattr(torch, case.dtype):
+            return f"{name}, {part}: {M.dtype} where the model and the data are {case.dtype}."
+        if not M.isfinite().all():
+            return f"{name}, {part}: {int((~M.isfinite()).sum())} numbers are not finite."
+    return ""
+
+
+def fit(got: Tensor, expected: Tensor) -> Fit:
+    """The best scale in the sense of least squares, and what differs before and after it."""
+    largest = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    scale = float((got * expected).sum() / (expected * expected).sum())
+    error = float((got - expected).abs().max() / largest)
+    if not scale > 0:
+        return Fit(scale, error, float("inf"))
+    return Fit(scale, error, float((got / scale - expected).abs().max() / largest))
+
+
+def _verdict(
+    case: Judged,
+    flavour: str,
+    fits: Mapping[tuple[str, str], Fit],
+    stated: bool,
+    documented: Mapping[tuple[str, str], float | None],
+    sizes: Mapping[str, Mapping[str, int]],
+) -> tuple[str, str]:
+    if all(f.error <= case.tolerance for f in fits.values()):
+        if any(d is not None and abs(d - 1) > 1e-12 for d in documented.values()):
+            return "scaled", _documented(documented, sizes)
+        return ("exact", "") if case.flavours[flavour] == EXACT else ("definition", "")
+    bad = {key: f for key, f in fits.items() if f.residual > case.tolerance}
+    if bad:
+        return "wrong", _wrong(bad)
+    words = {key: in_words(f.scale, sizes[key[0]], case.tolerance) for key, f in fits.items()}
+    values = [f.scale for f in fits.values()]
+    if max(values) - min(values) > case.tolerance * max(values):
+        return "inconsistent-scale", _each("too large by", words)
+    claim = "too large by" if stated else "the documentation is silent; too large by"
+    return "undocumented-scale", f"every block: {claim} {next(iter(words.values()))}."
+
+
+def _wrong(bad: Mapping[tuple[str, str], Fit]) -> str:
+    """The worst piece, and the names of all that no scale mends."""
+    key = max(bad, key=lambda key: bad[key].residual)
+    worst, pieces = bad[key], ", ".join(map(" ".join, bad))
+    found = f"off by {worst.residual:.2g} of the largest entry after the best scale"
+    if not worst.scale > 0:
+        found = f"no positive scale fits, the best is {worst.scale:.2g}"
+    return f"{' '.join(key)}: {found}; wrong pieces: {pieces}."
+
+
+def _documented(
+    documented: Mapping[tuple[str, str], float | None], sizes: Mapping[str, Mapping[str, int]]
+) -> str:
+    words = {key: in_words(d or 1.0, sizes[key[0]]) for key, d in documented.items()}
+    if len(set(words.values())) == 1:
+        return f"documented: {next(iter(words.values()))}."
+    return _each("documented", words)
+
+
+def _each(lead: str, words: Mapping[tuple[str, str], str]) -> str:
+    return f"{lead} " + "; ".join(f"{' '.join(key)}: {text}" for key, text in words.items()) + "."

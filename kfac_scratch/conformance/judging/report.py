@@ -1,0 +1,179 @@
+"""Results as a table in the terminal, as JSON, as JUnit's XML, and as Markdown for a site."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from kfac_scratch.conformance.judging.judge import Result
+
+FORMAT = "kfac-conformance-results/1"
+ORDER = (
+    "exact",
+    "definition",
+    "scaled",
+    "undocumented-scale",
+    "inconsistent-scale",
+    "wrong",
+    "error",
+    "not-supported",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything about one run.
+
+    Attributes:
+        capabilities: What the implementation says of itself.
+        results: Verdicts.
+        families: The family of each case.
+        expected: Reasons for failures that the implementer expects, by case and flavour.
+        about: Date and versions.
+    """
+
+    capabilities: Mapping[str, Any]
+    results: Sequence[Result]
+    families: Mapping[str, str]
+    expected: Mapping[tuple[str, str], str]
+    about: Mapping[str, str]
+
+    def surprises(self) -> list[Result]:
+        """Failures that nobody expected, and passes where a failure was expected."""
+        return [r for r in self.results if r.passes == ((r.case, r.flavour) in self.expected)]
+
+
+def about() -> dict[str, str]:
+    """When and with what a run is made."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+    }
+
+
+def counts(report: Report) -> dict[str, Counter[str]]:
+    """How often each verdict occurs, by family."""
+    found: dict[str, Counter[str]] = {}
+    for r in report.results:
+        found.setdefault(report.families[r.case], Counter())[r.verdict] += 1
+    return found
+
+
+def table(report: Report) -> str:
+    """One line per family, then one per failure."""
+    used = [v for v in ORDER if any(r.verdict == v for r in report.results)]
+    total = Counter(r.verdict for r in report.results)
+    rows = [["", *used]]
+    rows += [[f, *(str(n[v] or "") for v in used)] for f, n in counts(report).items()]
+    rows += [["all", *(str(total[v]) for v in used)]]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
+    name, version = report.capabilities["name"], report.capabilities["version"]
+    return "\n".join([f"{name} {version}", "", *lines, "", *details(report)])
+
+
+def details(report: Report) -> list[str]:
+    """A line for each failure, and for each expected one that did not come."""
+    lines = []
+    for r in report.results:
+        reason = report.expected.get((r.case, r.flavour))
+        if r.passes and reason:
+            lines.append(f"PASSES {r.case} [{r.flavour}] although expected to fail: {reason}")
+        elif not r.passes:
+            lead = "expected" if reason else "FAILS"
+            lines.append(f"{lead} {r.case} [{r.flavour}] {r.verdict}: {reason or r.words}")
+    return lines
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The whole report, for files and for `from_json`."""
+    return {
+        "format": FORMAT,
+        "about": dict(report.about),
+        "implementation": dict(report.capabilities),
+        "results": [
+            _rounded(r) | {"family": report.families[r.case]} | _reason(report, r)
+            for r in report.results
+        ],
+    }
+
+
+def text(report: Report) -> str:
+    """The whole report as JSON, one verdict per line."""
+    value = as_json(report)
+    head = {key: part for key, part in value.items() if key != "results"}
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in value["results"])
+    return json.dumps(head, indent=1)[:-2] + ',\n "results": [\n' + lines + "\n]\n}\n"
+
+
+def from_json(source: str) -> Report:
+    """Read what `as_json` wrote.
+
+    Raises:
+        ValueError: If it is of another format.
+    """
+    value = json.loads(source)
+    if value.get("format") != FORMAT:
+        raise ValueError(f"Expected the format {FORMAT!r}, got {value.get('format')!r}.")
+    rows = value["results"]
+    results = [
+        Result(**{k: v for k, v in r.items() if k not in ("family", "reason")}) for r in rows
+    ]
+    families = {r["case"]: r["family"] for r in rows}
+    expected = {(r["case"], r["flavour"]): r["reason"] for r in rows if "reason" in r}
+    return Report(value["implementation"], results, families, expected, value["about"])
+
+
+def junit(report: Report) -> str:
+    """JUnit's XML: failures are verdicts that do not pass, what is not supported is skipped."""
+    name = str(report.capabilities["name"])
+    suite = ElementTree.Element("testsuite", name=name, tests=str(len(report.results)))
+    surprises = report.surprises()
+    suite.set("failures", str(len(surprises)))
+    for r in report.results:
+        test = ElementTree.SubElement(
+            suite,
+            "testcase",
+            name=f"{r.case}[{r.flavour}]",
+            classname=f"{name}.{report.families[r.case]}",
+        )
+        test.set("time", f"{r.seconds:.3f}")
+        if r in surprises:
+            ElementTree.SubElement(test, "failure", message=r.verdict).text = r.words
+        elif r.verdict == "not-supported" or not r.passes:
+            ElementTree.SubElement(test, "skipped", message=r.words)
+    return ElementTree.tostring(suite, encoding="unicode")
+
+
+def write(report: Report, json_file: Path | None, junit_file: Path | None) -> None:
+    """Write the files that are wanted."""
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(text(report), encoding="utf-8")
+    if junit_file:
+        junit_file.parent.mkdir(parents=True, exist_ok=True)
+        junit_file.write_text(junit(report), encoding="utf-8")
+
+
+def _rounded(r: Result) -> dict[str, Any]:
+    """A result without digits that differ from run to run."""
+    value = r.as_json()
+    for key in ("error", "residual"):
+        value[key] = None if value[key] is None else float(f"{value[key]:.2g}")
+    value["scales"] = {k: float(f"{v:.10g}") for k, v in r.scales.items()}
+    value["seconds"] = round(r.seconds, 3)
+    return value
+
+
+def _reason(report: Report, r: Result) -> dict[str, str]:
+    reason = report.expected.get((r.case, r.flavour))
+    return {"reason": reason} if reason else {}

@@ -1,0 +1,281 @@
+r"""What is right, by plain autodiff: Jacobians, loss Hessians, and the definition of KFAC.
+
+With the Jacobian $J_W$ of all outputs by a layer's matrix, the loss's Hessian $H$ at the output,
+and the Jacobian $J_{ns}$ of all outputs by the layer's result at datum $n$ and position $s$:
+
+$$
+F = J_W^\top H J_W , \qquad
+A = \frac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top , \qquad
+B = \sum_{n,s} J_{ns}^\top H J_{ns} ,
+$$
+
+where the row $a_{ns}$ is itself a derivative, of $z_{ns}$ by $W$. KFAC-reduce has the mean of
+$a_{ns}$ and the sum of $J_{ns}$ over $s$. For the empirical Fisher, $H$ is the outer product of
+every datum's gradient. Nothing of the package's own capture, losses or matrices is used here.
+
+Sources: Martens and Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (arXiv:2311.00636);
+George et al. 2018 (arXiv:1806.03884).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import grad, hessian, jacrev, vmap
+
+from kfac_scratch.conformance.cases.case import EXACT, Case, Data
+from kfac_scratch.conformance.cases.ops import Op, apply, calls, forward, layer_ops
+
+Blocks = dict[str, Float[Tensor, "groups D D"]]
+Pieces = dict[tuple[str, str], Tensor]  # by layer and part: joint, or weight and bias
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A layer's Kronecker factors, one pair per group."""
+
+    A: Float[Tensor, "groups d_in d_in"]
+    B: Float[Tensor, "groups d_out d_out"]
+
+    def dense(self) -> Float[Tensor, "groups D D"]:
+        """`B ⊗ A` of every group."""
+        D = self.A.shape[-1] * self.B.shape[-1]
+        return torch.einsum("gop,gij->goipj", self.B, self.A).reshape(-1, D, D)
+
+
+def expected(
+    case: Case, data: Data, flavour: str, parts: Mapping[str, Sequence[str]] | None = None
+) -> Pieces:
+    """What is right, by layer and part: blocks, or damped inverses times the gradient.
+
+    Args:
+        case: What is asked.
+        data: Its numbers.
+        flavour: Of KFAC.
+        parts: For each layer `joint`, or `weight` and `bias`; by default `joint`.
+    """
+    ops, found = layer_ops(case.ops), {}
+    F = exact(case, data)
+    K = factors(case, data, flavour) if case.needs_factors(flavour) else {}
+    for name in case.judged:
+        for part in (parts or {}).get(name, ("joint",)):
+            columns = columns_of(case, ops[name], part)
+            if columns:
+                found[name, part] = Layer(
+                    case, flavour, ops[name], columns, F[name], K.get(name)
+                ).right(data)
+    return found
+
+
+def columns_of(case: Case, op: Op, part: str) -> list[int]:
+    """Which columns of `[W | b]` a part has, of those that a case judges."""
+    inputs = list(range(op.matrix_shape()[1]))
+    weight, bias = (inputs[:-1], inputs[-1:]) if op["bias"] else (inputs, [])
+    if case.part == "bias":
+        return [] if part == "weight" else bias
+    return {"joint": inputs, "weight": weight, "bias": bias}[part]
+
+
+def entries(op: Op, columns: Sequence[int]) -> Int[Tensor, "entries"]:
+    """Where the entries of some columns stand among all of `[W | b]`, rows behind each other."""
+    d_out, d_in = op.matrix_shape()
+    return torch.arange(d_out * d_in).reshape(d_out, d_in)[:, columns].flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Some columns of a layer: what is right for the block that they have by themselves."""
+
+    case: Case
+    flavour: str
+    op: Op
+    columns: list[int]
+    F: Float[Tensor, "groups D D"]
+    K: "Factors | None"
+
+    def right(self, data: Data) -> Tensor:
+        """The block `[groups, D, D]`, or the damped inverse times the gradient `[groups, D]`."""
+        if not self.case.damping:
+            return self.matrix()
+        form, damping = self.case.damping
+        W = matrix(self.op, gradients(self.case, data))[..., self.columns].flatten(1)
+        if form == "exact":
+            M = self.matrix()
+            M = M + damping * torch.eye(M.shape[-1]).to(M)
+        else:
+            M = factored_damping(self.factors(), damping)
+        return torch.linalg.solve(M, W)
+
+    def matrix(self) -> Float[Tensor, "groups D D"]:
+        """The exact block where the case says so, else what the definition gives."""
+        if self.case.flavours[self.flavour] == EXACT:
+            return self.exact()
+        if self.flavour == "ekfac":
+            return _rescaled(self.factors(), self.exact())
+        return self.factors().dense()
+
+    def factors(self) -> "Factors":
+        """KFAC's factors for these columns."""
+        assert self.K is not None
+        return Factors(self.K.A[:, self.columns][:, :, self.columns], self.K.B)
+
+    def exact(self) -> Float[Tensor, "groups D D"]:
+        """The exact block of these columns."""
+        index = entries(self.op, self.columns)
+        return self.F[:, index][:, :, index]
+
+
+# ---- the exact blocks ----------------------------------------------------------------------------
+
+
+def exact(case: Case, data: Data) -> Blocks:
+    """Every layer's block of the GGN, or of the empirical Fisher."""
+    f = output(case, data)
+    J = jacrev(lambda theta: output(case, data, theta).flatten())(dict(data.parameters))
+    H = output_curvature(case, f, data.y)
+    blocks = {}
+    for name, op in layer_ops(case.ops).items():
+        rows = matrix(op, {key: J[key] for key in op.shapes()}, batch=1)  # [F, groups, o, i]
+        rows = rows.flatten(2)
+        blocks[name] = torch.einsum("fgd,fh,hge->gde", rows, H, rows)
+    return blocks
+
+
+def output(case: Case, data: Data, theta: dict[str, Tensor] | None = None) -> Tensor:
+    """What the loss sees: the network's output, or a differential operator of it."""
+    theta = dict(data.parameters) if theta is None else theta
+    if not case.operator:
+        return forward(case.ops, theta, data.X)
+
+    def u(x: Tensor) -> Tensor:
+        return forward(case.ops, theta, x.unsqueeze(0)).squeeze()
+
+    def operator(x: Tensor, c: Tensor) -> Tensor:
+        laplacian = hessian(u)(x).trace()
+        return c[0] * u(x) + c[1:-1] @ grad(u)(x) + c[-1] * laplacian
+
+    assert data.coefficients is not None
+    return vmap(operator)(data.X, data.coefficients).unsqueeze(1)
+
+
+def output_curvature(case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "F F"]:
+    """The loss's curvature with respect to all output entries."""
+    loss = case.loss.module(f)
+    if case.fisher != "empirical":
+        return hessian(lambda v: loss(v.reshape(f.shape), y))(f.flatten())
+    D = case.loss.divisor(f, y)
+    g = D * grad(lambda v: loss(v, y))(f).flatten(1)  # [N, F / N], of the sum of the loss's terms
+    own = torch.block_diag(*[g_n.unsqueeze(0) for g_n in g])  # [N, F]
+    return own.T @ own / D
+
+
+def matrix(op: Op, values: dict[str, Tensor], batch: int = 0) -> Float[Tensor, "... groups o i"]:
+    """Values shaped like a layer's parameters as one matrix per group, the bias as last column."""
+    weight = values[f"{op.name}.weight"]
+    lead = weight.shape[:batch]
+    W = weight.flatten(batch + 1).reshape(*lead, op.groups, weight.shape[batch] // op.groups, -1)
+    bias = values.get(f"{op.name}.bias")
+    return W if bias is None else torch.cat([W, bias.reshape(*lead, *W.shape[-3:-1], 1)], -1)
+
+
+# ---- the definition of KFAC ----------------------------------------------------------------------
+
+
+def factors(case: Case, data: Data, flavour: str) -> dict[str, Factors]:
+    """Every layer's Kronecker factors, of KFAC-expand or KFAC-reduce."""
+    found = {}
+    H = output_curvature(case, output(case, data), data.y)
+    for name in layer_ops(case.ops):
+        a, J = rows(case, data, name), derivatives(case, data, name)
+        if flavour == "reduce":
+            a, J = a.mean(2, keepdim=True), J.sum(3, keepdim=True)
+        A = torch.einsum("gnsi,gnsj->gij", a, a) / (a.shape[1] * a.shape[2])
+        B = torch.einsum("fgnso,fh,hgnsp->gop", J, H, J)
+        found[name] = Factors(A, B)
+    return found
+
+
+def rows(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S d_in"]:
+    """What a layer's matrix multiplies, as a derivative: `d z[n, s, first output] / d W[first]`."""
+    record: list[tuple[Tensor, Tensor]] = []
+    forward(case.ops, data.parameters, data.X, record=record)
+    parts = []
+    for i in calls(case.ops, name):
+        op, x = case.ops[i], record[i][0]
+        theta = {key: data.parameters[key] for key in op.shapes()}
+
+        def z(theta: dict[str, Tensor], op: Op = op, x: Tensor = x) -> Tensor:
+            return _positions(op, apply(op, theta, x))[..., 0]  # [groups, N, S]
+
+        J = matrix(op, jacrev(z)(theta), batch=3)[..., 0, :]  # [groups, N, S, groups, d_in]
+        parts.append(torch.stack([J[g, :, :, g] for g in range(op.groups)]))
+    return torch.cat(parts, 2)
+
+
+def derivatives(case: Case, data: Data, name: str) -> Float[Tensor, "F groups N S d_out"]:
+    """Every output entry's derivative by what a layer returns at each datum and position."""
+    record: list[tuple[Tensor, Tensor]] = []
+    forward(case.ops, data.parameters, data.X, record=record)
+    places = calls(case.ops, name)
+    zero = {i: torch.zeros_like(record[i][1]) for i in places}
+    J = jacrev(lambda d: forward(case.ops, data.parameters, data.X, added=d).flatten())(zero)
+    return torch.cat([vmap(lambda z, op=case.ops[i]: _positions(op, z))(J[i]) for i in places], 3)
+
+
+def _positions(op: Op, z: Tensor) -> Float[Tensor, "groups N S d_out"]:
+    """What a layer returns, with its shared axes as one."""
+    if op.kind == "linear":
+        return z.reshape(1, len(z), -1, z.shape[-1])
+    z = z.flatten(2).mT.unflatten(-1, (op.groups, -1))  # [N, S, groups, d_out]
+    return z.permute(2, 0, 1, 3)
+
+
+def _rescaled(factors: Factors, F: Float[Tensor, "groups D D"]) -> Tensor:
+    """EKFAC: the diagonal of the exact block in KFAC's eigenbasis, and nothing else."""
+    QA, QB = torch.linalg.eigh(factors.A)[1], torch.linalg.eigh(factors.B)[1]
+    U = Factors(QA, QB).dense()
+    scale = torch.einsum("gde,gdf,gfe->ge", U, F, U)
+    return U * scale.unsqueeze(-2) @ U.mT
+
+
+# ---- damped inverses -----------------------------------------------------------------------------
+
+
+def gradients(case: Case, data: Data) -> dict[str, Tensor]:
+    """The loss's gradient, by parameter."""
+    loss = case.loss.module(data.X)
+    theta = dict(data.parameters)
+    return grad(lambda theta: loss(output(case, data, theta), data.y))(theta)
+
+
+def factored_damping(factors: Factors, damping: float) -> Float[Tensor, "groups D D"]:
+    """`(B + sqrt(damping) / pi) ⊗ (A + sqrt(damping) pi)` (Martens and Grosse 2015, §6.3)."""
+    mean_A = factors.A.diagonal(dim1=1, dim2=2).mean(1)
+    mean_B = factors.B.diagonal(dim1=1, dim2=2).mean(1)
+    pi = (mean_A / mean_B).sqrt()[:, None, None]
+    eye_A, eye_B = (torch.eye(M.shape[-1]).to(M) for M in (factors.A, factors.B))
+    return Factors(
+        factors.A + damping**0.5 * pi * eye_A, factors.B + damping**0.5 / pi * eye_B
+    ).dense()
+
+
+def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
+    """Every layer's sizes by the letters of the field, for naming a scale."""
+    f, found = output(case, data), {}
+    channels_first = case.loss.kind == "cross-entropy" or case.ops[-1].kind == "conv"
+    C = f.shape[1] if channels_first else f.shape[-1]
+    for name, op in layer_ops(case.ops).items():
+        d_out, d_in = op.matrix_shape()
+        S = data.X.shape[1] + 2 if case.operator else rows(case, data, name).shape[2]
+        found[name] = {
+            "N": len(data.X),
+            "S": S,
+            "C": C,
+            "T": f[0].numel() // C,
+            "d_in": d_in - bool(op["bias"]),
+            "d_out": d_out,
+            "batches": max(1, len(case.batches)),
+        }
+    return found

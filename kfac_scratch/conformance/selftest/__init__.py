@@ -1,0 +1,1 @@
+"""The oracle tested: mutants of this package, and the bug museum."""

@@ -1,0 +1,143 @@
+"""What is averaged: factors, mini-batches, second moments, and the linear algebra below."""
+
+from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+
+FACTORS = "return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))"
+SUMS = "return Kronecker(self.A.div_(self.rows), self.B.div_(D))"
+
+
+def kfac(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+    """A mutant of `kfac`."""
+    return Mutant(name, before, after, (case, flavour))
+
+
+def ekfac(name: str, before: str, after: str, case: str) -> Mutant:
+    """A mutant of `ekfac`."""
+    return Mutant(name, before, after, (case, "ekfac"))
+
+
+MUTANTS = [
+    kfac(
+        "inputs divided by the data only",
+        "sums[name] = _Sums(gram(io.a), B, N * S)",
+        "sums[name] = _Sums(gram(io.a), B, N)",
+        "positions-mse-mean-bias",
+    ),
+    kfac(
+        "Taylor coefficients not counted",
+        FACTORS,
+        FACTORS.replace("N * S", "N"),
+        "operator-expand-2d-mean",
+    ),
+    kfac(
+        "the square of the sum over data",
+        "    N, S, _ = io.a.shape\n    B = gram(io.g.flatten(0, 1))\n",
+        "    N, S, _ = io.a.shape\n    B = gram(io.g.sum(1))\n",
+        "mlp-cross-entropy-sum",
+    ),
+    kfac(
+        "the last mini-batch only",
+        "    total.B += B\n",
+        "    total.B = B\n",
+        "batches-unequal-mse-sum",
+    ),
+    kfac(
+        "inputs of the first mini-batch only",
+        "        total.A += gram(io.a)\n",
+        "        total.A += total.A\n",
+        "batches-unequal-mse-mean",
+    ),
+    kfac(
+        "rows of later mini-batches not counted",
+        "        total.rows += N * S\n",
+        "        total.rows += 0\n",
+        "batches-unequal-mse-mean",
+    ),
+    kfac(
+        "mini-batches with equal weights",
+        "return here**0.5 * fisher(loss, f, y)",
+        "return 3.5**0.5 * fisher(loss, f, y)",
+        "batches-unequal-mse-mean",
+    ),
+    kfac(
+        "each mini-batch divided by its own size",
+        "        D += here\n",
+        "        D = here\n",
+        "batches-equal-mse-mean",
+    ),
+    kfac(
+        "a sum divided like a mean, over mini-batches",
+        'D = D if getattr(loss, "reduction", None) == "mean" else 1.0',
+        "D = D or 1.0",
+        "batches-equal-mse-sum",
+    ),
+    kfac(
+        "the number of terms for its root",
+        "return here**0.5 * fisher(loss, f, y)",
+        "return here * fisher(loss, f, y)",
+        "mlp-cross-entropy-mean",
+    ),
+    kfac(
+        "inputs added for every vector",
+        "    if with_inputs:\n",
+        "    if not with_inputs:\n",
+        "batches-unequal-cross-entropy-mean",
+    ),
+    kfac(
+        "factors exchanged in scale", SUMS, SUMS.replace("self.B.div_(D)", "self.B"), "mlp-mse-mean"
+    ),
+    ekfac(
+        "squares before the sum over positions",
+        "moments += LayerIO(a, part).gradients().square().sum((0, 1))",
+        'moments += torch.einsum("vnso,nsi->oi", part.square(), a.square())',
+        "ekfac-flattened-mse",
+    ),
+    ekfac(
+        "the square of the mean gradient",
+        "return g.square().sum((0, 2)).T @ a.squeeze(1).square()",
+        "return ((g.sum(2).transpose(1, 2) @ a.squeeze(1)).square()).sum(0)",
+        "mlp-cross-entropy-sum",
+    ),
+    ekfac(
+        "KFAC's own eigenvalues",
+        "return rescaled(kfac(io).eigen(), io)",
+        "return kfac(io).eigen()",
+        "mlp-cross-entropy-sum",
+    ),
+    ekfac(
+        "the plain diagonal",
+        "a, g = io.a @ QA, io.g @ QB",
+        "a, g = io.a, io.g",
+        "mlp-cross-entropy-sum",
+    ),
+    ekfac(
+        "eigenvectors transposed",
+        "a, g = io.a @ QA, io.g @ QB",
+        "a, g = io.a @ QA.T, io.g @ QB.T",
+        "mlp-cross-entropy-sum",
+    ),
+    ekfac(
+        "decay on the wrong side",
+        "torch.lerp(scale, M.scale, decay)",
+        "torch.lerp(M.scale, scale, decay)",
+        "mlp-cross-entropy-sum",
+    ),
+    Mutant(
+        "the Gram matrix of columns stored as rows",
+        "return torch.stack([(r.mT @ r).sum(0) for r in rows.split(32)]).sum(0)",
+        "return torch.stack([(r.mT @ r).sum(0) for r in rows.split(3)])[0]",
+        ("conv2d-plain-per-location-mse-mean", "expand"),
+    ),
+    Mutant(
+        "one datum missing in the Gram matrix",
+        "flat = rows.reshape(-1, d)\n",
+        "flat = rows.reshape(-1, d)[1:]\n",
+        ("deep-linear-mse-sum-bias", "expand"),
+    ),
+    Mutant(
+        "centred covariances",
+        "return flat.T @ flat\n",
+        "return (flat - flat.mean(0)).T @ (flat - flat.mean(0))\n",
+        ("deep-linear-mse-sum-bias", "expand"),
+    ),
+]

@@ -1,0 +1,113 @@
+"""Damped inverses."""
+
+from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+
+INVERSE = "return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)"
+EXACT, FACTORED = "inverse-exact-0.25-mlp", "inverse-factored-0.25-mlp"
+
+
+def damping(name: str, before: str, after: str) -> Mutant:
+    """A mutant of `damping`."""
+    return Mutant(name, before, after, (FACTORED, "expand"))
+
+
+def matrices(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+    """A mutant of `matrices`."""
+    return Mutant(name, before, after, (case, flavour))
+
+
+MUTANTS = [
+    damping(
+        "pi squared",
+        "return torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()",
+        "return torch.where(usable, ratio, torch.ones_like(ratio))",
+    ),
+    damping("pi upside down", "ratio = mean_A / mean_B", "ratio = mean_B / mean_A"),
+    damping(
+        "traces for means",
+        "mean_A, mean_B = K.A.diagonal().mean(), K.B.diagonal().mean()",
+        "mean_A, mean_B = K.A.trace(), K.B.trace()",
+    ),
+    damping("no pi", INVERSE, INVERSE.replace("root * pi", "root").replace("root / pi", "root")),
+    damping(
+        "the damping for its root",
+        "float(balance(K)), damping**0.5\n    return Kron",
+        "float(balance(K)), damping\n    return Kron",
+    ),
+    damping("pi on the same side twice", INVERSE, INVERSE.replace("root / pi", "root * pi")),
+    damping(
+        "one factor not damped", INVERSE, INVERSE.replace("inverse(root * pi)", "inverse(0.0)")
+    ),
+    damping(
+        "damping stored in place",
+        INVERSE,
+        "K.A.diagonal().add_(root * pi)\n    "
+        "return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)",
+    ),
+    matrices(
+        "the damping twice",
+        "return 1 / (eigenvalues + damping)",
+        "return 1 / (eigenvalues + 2 * damping)",
+        EXACT,
+    ),
+    matrices(
+        "no damping",
+        "return 1 / (eigenvalues + damping)",
+        "return 1 / (eigenvalues + 1e-12)",
+        EXACT,
+    ),
+    matrices(
+        "the damping subtracted",
+        "return 1 / (eigenvalues + damping)",
+        "return 1 / (eigenvalues - damping)",
+        EXACT,
+    ),
+    matrices(
+        "the root of the inverse",
+        "return 1 / (eigenvalues + damping)",
+        "return (eigenvalues + damping).rsqrt()",
+        EXACT,
+    ),
+    matrices(
+        "factors damped for eigenvalues",
+        "return KroneckerEigen(QA, QB, torch.outer(b, a))",
+        "return KroneckerEigen(QA, QB, torch.outer(b + 0.1, a + 0.1))",
+        EXACT,
+    ),
+    matrices(
+        "sums of eigenvalues for products",
+        "return KroneckerEigen(QA, QB, torch.outer(b, a))",
+        "return KroneckerEigen(QA, QB, b.unsqueeze(1) + a)",
+        EXACT,
+    ),
+    matrices(
+        "factors exchanged in a product",
+        "return self.B @ V @ self.A\n",
+        "return (self.B @ V @ self.A).flip(-1)\n",
+        FACTORED,
+    ),
+    matrices(
+        "the inverse of half a Cholesky factor",
+        "return Dense(torch.cholesky_inverse(L))",
+        "return Dense(torch.cholesky_inverse(L.mT))",
+        FACTORED,
+    ),
+    Mutant(
+        "eigenvectors transposed in a product",
+        "return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT",
+        "return QB.mT @ (scale * (QB @ V @ QA.mT)) @ QA",
+        (EXACT, "expand"),
+    ),
+    Mutant(
+        "rotated and not rotated back",
+        "return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT",
+        "return scale * (QB.mT @ V @ QA)",
+        (EXACT, "ekfac"),
+    ),
+    Mutant(
+        "small eigenvalues set to zero",
+        "tolerance = (len(M) * unit.eps * eigenvalues.abs().amax())",
+        "tolerance = (0.1 * eigenvalues.abs().amax())",
+        (EXACT, "expand"),
+    ),
+]

@@ -1,0 +1,1 @@
+"""Vectors `kfac-vectors/1`: cases as files that any language can read."""

@@ -1,0 +1,1 @@
+"""Matrices: one file for each kind of structure, and their damped inverses."""

@@ -1,0 +1,69 @@
+"""A matrix without structure, held as what it is.
+
+When: the exact block of a small layer, and the reference in tests. When not: a layer with more
+than a few thousand weights. Memory is `D**2` numbers, an inverse costs `D**3` operations.
+
+Source: Golub and Van Loan, Matrix Computations, §4.2 (Cholesky factorisation).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.linalg import eye_like, psd_eigh
+from kfac_scratch.matrices.matrix import check_damping, reciprocal
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A matrix without structure. `M` is `[D, D]` with `D = d_out * d_in`."""
+
+    M: Float[Tensor, "D D"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`M vec(V)`."""
+        return (V.flatten(-2) @ self.M.mT).reshape(V.shape)
+
+    def inverse(self, damping: float) -> "Dense":
+        """The inverse of `M + damping * I`."""
+        check_damping(damping)
+        L, failed = torch.linalg.cholesky_ex(self.M + damping * eye_like(self.M))
+        if failed.any():
+            raise ValueError(f"M + {damping:g} I is not positive definite: use a larger damping.")
+        return Dense(torch.cholesky_inverse(L))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The matrix itself."""
+        return self.M
+
+    def mixed(self, new: "Dense", weight: float) -> "Dense":
+        """The average with another matrix, which has the weight."""
+        return Dense(torch.lerp(self.M, new.M, weight))
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.M.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.M.diagonal()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending."""
+        return psd_eigh(self.M)[0]
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return (self.eigenvalues() + damping).log().sum()
+
+    def sqrt(self) -> "Dense":
+        """The symmetric root `R` with `R R = M`."""
+        s, Q = psd_eigh(self.M)
+        return Dense(Q * s.sqrt() @ Q.T)
+
+    def inverse_sqrt(self, damping: float) -> "Dense":
+        """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
+        s, Q = psd_eigh(self.M)
+        return Dense(Q * reciprocal(s, damping).sqrt() @ Q.T)

@@ -1,0 +1,61 @@
+"""A diagonal matrix: one number for each weight.
+
+When: a first comparison, or parameters that have nothing better (biases beside filters). Memory,
+product and inverse cost `D`. When not: wherever the correlation of weights matters, which a
+diagonal cannot express.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.matrices.matrix import reciprocal
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """A diagonal matrix. `scale` holds the diagonal in the shape of `V`."""
+
+    scale: Float[Tensor, "d_out d_in"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Scale every entry of `V`."""
+        return self.scale * V
+
+    def inverse(self, damping: float) -> "Diagonal":
+        """The inverse of `M + damping * I`."""
+        return Diagonal(reciprocal(self.scale, damping))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return self.scale.flatten().diag()
+
+    def mixed(self, new: "Diagonal", weight: float) -> "Diagonal":
+        """The average with another matrix, which has the weight."""
+        return Diagonal(torch.lerp(self.scale, new.scale, weight))
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.scale.sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.scale.flatten()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending."""
+        return self.scale.flatten().sort().values
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return (self.scale + damping).log().sum()
+
+    def sqrt(self) -> "Diagonal":
+        """The symmetric root `R` with `R R = M`."""
+        return Diagonal(self.scale.sqrt())
+
+    def inverse_sqrt(self, damping: float) -> "Diagonal":
+        """The symmetric root of `inverse(damping)`."""
+        return Diagonal(reciprocal(self.scale, damping).sqrt())

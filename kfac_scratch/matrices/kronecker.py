@@ -1,0 +1,134 @@
+r"""A Kronecker product of two factors, and the same matrix by its eigenvectors.
+
+$$
+(B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A), \qquad
+B \otimes A + \delta I
+= (Q_B \otimes Q_A) (\Lambda_B \otimes \Lambda_A + \delta I) (Q_B \otimes Q_A)^\top .
+$$
+
+Memory is `d_in**2 + d_out**2` numbers, a product costs `d_in d_out (d_in + d_out)` operations, an
+inverse two eigendecompositions, `d_in**3 + d_out**3`.
+
+Sources: Van Loan and Pitsianis 1993; Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.linalg import kron, psd_eigh, scale_in_basis
+from kfac_scratch.matrices.matrix import reciprocal
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerEigen:
+    """`(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` with orthogonal `QA` and `QB`."""
+
+    QA: Float[Tensor, "d_in d_in"]
+    QB: Float[Tensor, "d_out d_out"]
+    scale: Float[Tensor, "d_out d_in"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """Rotate into the eigenbasis, scale, rotate back."""
+        return scale_in_basis(self.QA, self.QB, self.scale, V)
+
+    def inverse(self, damping: float) -> "KroneckerEigen":
+        """The inverse of `M + damping * I`, exact and in the same basis."""
+        return KroneckerEigen(self.QA, self.QB, reciprocal(self.scale, damping))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        Q = kron(self.QB, self.QA)
+        return Q * self.scale.flatten() @ Q.T
+
+    def mixed(self, new: "KroneckerEigen", weight: float) -> "KroneckerEigen":
+        """The average in the new basis; bases themselves are never averaged."""
+        scale = self.carried_over(new).scale
+        return KroneckerEigen(new.QA, new.QB, torch.lerp(scale, new.scale, weight))
+
+    def carried_over(self, basis: "KroneckerEigen") -> "KroneckerEigen":
+        """The matrix nearest to this one among those with the eigenvectors of `basis`.
+
+        Its eigenvalues are this matrix's curvatures along the new basis vectors.
+        """
+        RA, RB = self.QA.T @ basis.QA, self.QB.T @ basis.QB
+        return KroneckerEigen(basis.QA, basis.QB, RB.square().T @ self.scale @ RA.square())
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.scale.sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return (self.QB.square() @ self.scale @ self.QA.square().T).flatten()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending."""
+        return self.scale.flatten().sort().values
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return (self.scale + damping).log().sum()
+
+    def sqrt(self) -> "KroneckerEigen":
+        """The symmetric root `R` with `R R = M`."""
+        return KroneckerEigen(self.QA, self.QB, self.scale.sqrt())
+
+    def inverse_sqrt(self, damping: float) -> "KroneckerEigen":
+        """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
+        return KroneckerEigen(self.QA, self.QB, reciprocal(self.scale, damping).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """`B ⊗ A` with symmetric positive semi-definite factors."""
+
+    A: Float[Tensor, "d_in d_in"]
+    B: Float[Tensor, "d_out d_out"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`B V A`, the vec trick."""
+        return self.B @ V @ self.A
+
+    def mixed(self, new: "Kronecker", weight: float) -> "Kronecker":
+        """Averages of both factors, with a weight for the new ones: not the average product."""
+        return Kronecker(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))
+
+    def eigen(self) -> KroneckerEigen:
+        """The same matrix by its eigendecomposition: that of both factors."""
+        (a, QA), (b, QB) = psd_eigh(self.A), psd_eigh(self.B)
+        return KroneckerEigen(QA, QB, torch.outer(b, a))
+
+    def inverse(self, damping: float) -> KroneckerEigen:
+        """The inverse of `B ⊗ A + damping * I`, exact, in the eigenbasis of both factors."""
+        return self.eigen().inverse(damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return kron(self.B, self.A)
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.B.trace() * self.A.trace()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return torch.outer(self.B.diagonal(), self.A.diagonal()).flatten()
+
+    def eigenvalues(self) -> Float[Tensor, "D"]:
+        """All eigenvalues, ascending: every product of the factors' eigenvalues."""
+        return self.eigen().eigenvalues()
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """`log det(M + damping * I)`."""
+        return self.eigen().logdet(damping)
+
+    def sqrt(self) -> KroneckerEigen:
+        """The symmetric root `R` with `R R = M`."""
+        return self.eigen().sqrt()
+
+    def inverse_sqrt(self, damping: float) -> KroneckerEigen:
+        """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
+        return self.eigen().inverse_sqrt(damping)

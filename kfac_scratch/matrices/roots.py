@@ -1,0 +1,127 @@
+r"""Kronecker products of few columns: both factors by a root, and Woodbury's identity.
+
+A factor that is a sum of outer products of $K$ columns, $A = U_A U_A^\top$, has rank $K$ at most.
+Where $K$ is smaller than the factor, nothing needs the factor itself: products go through the
+columns, and the inverse needs a $K \times K$ matrix,
+
+$$
+(U U^\top + \gamma I)^{-1}
+= \tfrac{1}{\gamma} \bigl( I - U (U^\top U + \gamma I)^{-1} U^\top \bigr) .
+$$
+
+Source: Golub and Van Loan, Matrix Computations, §2.1.4 (Sherman-Morrison-Woodbury).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.linalg import eye_like, kron
+from kfac_scratch.matrices.damping import balance
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerRoots:
+    """`B ⊗ A` with `A = UA @ UA.T` and `B = UB @ UB.T`, held by these columns."""
+
+    UA: Float[Tensor, "d_in KA"]
+    UB: Float[Tensor, "d_out KB"]
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """`B V A`, with a `[KB, KA]` matrix in the middle."""
+        return self.UB @ (self.UB.mT @ V @ self.UA) @ self.UA.mT
+
+    def low_rank(self) -> LowRankKronecker:
+        """The same matrix by the eigenpairs of both factors, from two thin decompositions."""
+        zero = self.UA.new_zeros(())
+        return LowRankKronecker(*_eigenpairs(self.UA), zero, *_eigenpairs(self.UB), zero)
+
+    def inverse(self, damping: float) -> FourBlocks:
+        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_woodbury`."""
+        return self.low_rank().inverse(damping)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """The whole matrix."""
+        return kron(self.UB @ self.UB.mT, self.UA @ self.UA.mT)
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Sum of the eigenvalues."""
+        return self.UB.square().sum() * self.UA.square().sum()
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return torch.outer(self.UB.square().sum(1), self.UA.square().sum(1)).flatten()
+
+
+def few(U: Float[Tensor, "d K"]) -> Float[Tensor, "d k"]:
+    """At most `d` columns with the same `U @ U.T`: the triangle of a QR decomposition."""
+    return U if len(U) >= U.shape[1] else torch.linalg.qr(U.mT, mode="r").R.mT
+
+
+@dataclass(frozen=True, eq=False)
+class WoodburyInverse:
+    """`scale * (I - WB.T @ WB) ⊗ (I - WA.T @ WA)`."""
+
+    WA: Float[Tensor, "KA d_in"]
+    WB: Float[Tensor, "KB d_out"]
+    scale: float
+
+    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
+        """One side after the other: `O(d_in d_out (KA + KB))`."""
+        V = V - self.WB.mT @ (self.WB @ V)
+        return self.scale * (V - (V @ self.WA.mT) @ self.WA)
+
+
+def woodbury_inverse(M: KroneckerRoots, damping_A: float, damping_B: float) -> WoodburyInverse:
+    """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by Woodbury's identity.
+
+    Raises:
+        ValueError: If a damping is not positive, or is lost in round-off.
+    """
+    WA = torch.linalg.solve_triangular(gram_root(M.UA, damping_A), M.UA.mT, upper=False)
+    WB = torch.linalg.solve_triangular(gram_root(M.UB, damping_B), M.UB.mT, upper=False)
+    return WoodburyInverse(WA, WB, 1 / (damping_A * damping_B))
+
+
+def factored_woodbury(M: KroneckerRoots, damping: float) -> WoodburyInverse:
+    """`damping.factored_inverse` of a matrix that is held by its columns.
+
+    Raises:
+        ValueError: As `woodbury_inverse`.
+    """
+    if not damping > 0:
+        raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
+    mean_A, mean_B = (U.square().sum().reshape(1, 1) / len(U) for U in (M.UA, M.UB))
+    pi, root = float(balance(Kronecker(mean_A, mean_B))), damping**0.5
+    return woodbury_inverse(M, root * pi, root / pi)
+
+
+def gram_root(U: Float[Tensor, "d K"], damping: float) -> Float[Tensor, "K K"]:
+    """The Cholesky factor of `U.T @ U + damping * I`.
+
+    Raises:
+        ValueError: If the damping is not positive, or is lost in round-off.
+    """
+    if not damping > 0:
+        raise ValueError(f"Few columns need a positive damping, got {damping}.")
+    gram = U.mT @ U
+    L, failed = torch.linalg.cholesky_ex(gram + damping * eye_like(gram))
+    if failed.any():
+        raise ValueError(
+            f"A damping of {damping:.3g} is lost in the round-off of inner products up to "
+            f"{gram.abs().max():.3g}: use a larger damping, or the exact inverse(damping)."
+        )
+    return L
+
+
+def _eigenpairs(U: Float[Tensor, "d K"]) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+    """Eigenvectors and eigenvalues of `U @ U.T`; what cannot be told from zero is zero."""
+    if not U.isfinite().all():
+        raise ValueError(f"Columns {tuple(U.shape)} to be decomposed have non-finite entries.")
+    Q, s, _ = torch.linalg.svd(U, full_matrices=False)
+    tolerance = max(U.shape) * torch.finfo(U.dtype).eps * s.amax()
+    return Q, s.where(s > tolerance, 0.0).square()

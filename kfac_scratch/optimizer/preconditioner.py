@@ -1,0 +1,121 @@
+"""From matrices to a step: apply every block's inverse to the gradient of the whole network.
+
+A preconditioner is a function from gradients to a step, both by parameter name. It is block
+diagonal: what happens between blocks is not seen.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.capture.layer_groups import Shared, blocks
+from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+
+Preconditioner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def preconditioner(
+    model: Module,
+    maps: Mapping[str, LinearMap],
+    *,
+    layers: Collection[str] | None = None,
+    rest: Callable[[Tensor], Tensor] | None = None,
+) -> Preconditioner:
+    """Apply one linear map to each block of a model.
+
+    With inverses `{name: M.inverse(damping)}` and gradients, the result is the (unscaled) natural
+    gradient step; with the matrices themselves it is the curvature's product with a direction.
+
+    Args:
+        model: The module that the maps belong to.
+        maps: One map for every block, by its name (as `layer_ios` names them).
+        layers: The layers that were covered, if not all.
+        rest: What to do with values of parameters that no block covers, for example
+            `lambda v: v`. Default: such a parameter is an error.
+
+    Raises:
+        ValueError: If maps and blocks do not go together, or a value has no block and `rest` is
+            not given.
+    """
+    found = blocks(model, layers)
+    names = [name for block in found for name in block.names]
+    if set(names) != set(maps):
+        raise ValueError(
+            f"Blocks without a map: {sorted(set(names) - set(maps))}; maps without a block: "
+            f"{sorted(set(maps) - set(names))}."
+        )
+
+    return blockwise(found, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()}, rest)
+
+
+def blockwise(
+    found: list[Shared],
+    step: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    rest: Callable[[Tensor], Tensor] | None = None,
+) -> Preconditioner:
+    """A function of matrices by block name as a function of values by parameter name.
+
+    Args:
+        found: The blocks.
+        step: From one `[d_out, d_in]` matrix for each block to as many.
+        rest: As in `preconditioner`.
+    """
+
+    def apply(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        moved = step(block_matrices(found, values))
+        result = {}
+        for block in found:
+            result.update(block.parameters([moved[name] for name in block.names]))
+        others = [name for name in values if name not in result]
+        if others and rest is None:
+            raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
+        return result | {name: rest(values[name]) for name in others if rest is not None}
+
+    return apply
+
+
+def block_matrices(found: list[Shared], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values by parameter name as one `[d_out, d_in]` matrix for each block, by its name."""
+    return {
+        name: V
+        for block in found
+        for name, V in zip(block.names, block.matrices(values), strict=True)
+    }
+
+
+def inverses(
+    found: list[Shared],
+    matrices: Mapping[str, Matrix],
+    damping: Mapping[str, float],
+    invert: Callable[[Any, float], LinearMap] = exact_inverse,
+) -> dict[str, LinearMap]:
+    """Invert the matrix of every block with a damping that may differ between blocks.
+
+    Args:
+        found: The blocks.
+        matrices: Their matrices, by name.
+        damping: The damping of every parameter, by its name: all of a block have the same.
+        invert: From a matrix and a damping to the inverse.
+
+    Raises:
+        ValueError: If a matrix has no inverse, or the parameters of a block differ in damping.
+    """
+    result = {}
+    for block in found:
+        value, *others = {damping[name] for name in block.parameter_names}
+        if others:
+            raise ValueError(
+                f"The parameters of block {block.name!r} are in groups with the dampings "
+                f"{sorted([value, *others])}: a block has one."
+            )
+        for name in block.names:
+            try:
+                result[name] = invert(matrices[name], value)
+            except (ValueError, RuntimeError) as error:  # RuntimeError: of torch.linalg
+                raise ValueError(
+                    f"The curvature of block {name!r} has no inverse with damping {value:g}. "
+                    f"{error}"
+                ) from error
+    return result

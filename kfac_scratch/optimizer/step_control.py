@@ -1,0 +1,177 @@
+r"""Step control: small functions that change a step before it is taken, and compose.
+
+A step moves the parameters by $-\eta P + \mu \delta_0$, with the preconditioned gradient $P$ and
+the previous change $\delta_0$. A natural gradient has the right direction under a model that holds
+nearby. How far "nearby" reaches, each function here decides in its own way:
+
+- `kl_clip` and `norm_constraint` shorten a step that is too long by the curvature or by its norm;
+- `graft` takes the length of every layer's step from Adam;
+- `quadratic_model`, in a file of its own, minimises the exact quadratic model on the batch.
+
+Clips compare with the *base* learning rate, not the scheduled one. A clip that used the
+scheduled rate would undo the schedule, since the rate cancels while the clip is active.
+
+Sources: Martens and Grosse 2015 (arXiv:1503.05671), §6.4; Ba et al. 2017 (KL clip); Agarwal
+et al. 2020 (arXiv:2002.11803), grafting; Kingma and Ba 2015 (arXiv:1412.6980).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.matrices.matrix import LinearMap
+
+Values = Mapping[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """The mini-batch that a step is for, and the function that it descends."""
+
+    model: Module
+    loss: Module
+    X: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is not yet taken: `-lr * direction + momentum * previous`, all by parameter name.
+
+    Attributes:
+        gradient: Gradients of the loss.
+        direction: Preconditioned gradients.
+        previous: The last change of the parameters; zero before the first step.
+        lr: Learning rates.
+        base_lr: Learning rates before any schedule.
+        momentum: Factors of the previous change.
+        damping: Damping of the block that a parameter is in.
+        layers: Names of the parameters of each layer.
+        inverses: What gave the directions, by block name.
+        memory: Tensors that a control keeps from step to step, which it writes itself.
+        batch: The mini-batch, if it is known.
+        notes: What controls report, for a history.
+    """
+
+    gradient: Values
+    direction: Values
+    previous: Values
+    lr: Mapping[str, float]
+    base_lr: Mapping[str, float]
+    momentum: Mapping[str, float]
+    damping: Mapping[str, float]
+    layers: tuple[tuple[str, ...], ...]
+    memory: Mapping[str, dict[str, Tensor]]
+    inverses: Mapping[str, LinearMap] = field(default_factory=dict)
+    batch: Batch | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+    def scaled(self, scales: Mapping[str, Tensor | float], **notes: float) -> "Step":
+        """The step with every direction multiplied by its scale."""
+        direction = {name: scales[name] * P for name, P in self.direction.items()}
+        return replace(self, direction=direction, notes={**self.notes, **notes})
+
+    def change(self) -> dict[str, Tensor]:
+        """What the parameters move by."""
+        return {
+            name: self.momentum[name] * self.previous[name] - self.lr[name] * P
+            for name, P in self.direction.items()
+        }
+
+
+Control = Callable[[Step], Step]
+
+
+def kl_clip(limit: float) -> Control:
+    r"""Shorten the step so that its squared length in the curvature's metric is at most `limit`.
+
+    $\nu = \min(1, \sqrt{\kappa / \sum_l \eta_l^2 \langle P_l, G_l \rangle})$. If $P$ is the damped
+    inverse applied to $G$, the sum is $\delta^\top (F + \lambda I) \delta$, and half of it bounds
+    the KL divergence between the model's predictions before and after the step, to second order.
+    Behind `graft`, which changes the length of every layer, the limit has no such meaning.
+    """
+    _check_limit(limit)
+
+    def control(step: Step) -> Step:
+        size = squared_length(step)
+        if size < 0:
+            raise ValueError(
+                f"kl_clip met a direction that ascends (its squared length is {size:.3g}): the "
+                "inverse that gave it is not positive definite. Use a larger damping."
+            )
+        nu = min(1.0, (limit / size) ** 0.5) if size > 0 else 1.0
+        return step.scaled(dict.fromkeys(step.direction, nu), nu=nu)
+
+    return control
+
+
+def norm_constraint(limit: float) -> Control:
+    """Shorten the step so that its Euclidean norm at the base learning rate is at most `limit`."""
+    _check_limit(limit)
+
+    def control(step: Step) -> Step:
+        size = norm({name: step.base_lr[name] * P for name, P in step.direction.items()})
+        return step.scaled(dict.fromkeys(step.direction, min(1.0, limit / size if size else 1.0)))
+
+    return control
+
+
+def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Control:
+    """Keep the direction of every layer, but give it the norm that Adam's step would have.
+
+    The learning rate then means what it means for Adam. Its two moments are kept per parameter.
+    """
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}: gradients may be zero.")
+
+    def control(step: Step) -> Step:
+        adam = {name: _adam(step.memory[name], g, betas, eps) for name, g in step.gradient.items()}
+        scales: dict[str, Tensor | float] = {}
+        for names in step.layers:
+            wanted, found = (_norm([v[n] for n in names]) for v in (adam, step.direction))
+            scale = torch.where(found > 0, wanted / found, torch.zeros_like(found))
+            scales |= dict.fromkeys(names, scale)
+        return step.scaled(scales)
+
+    return control
+
+
+def squared_length(step: Step) -> float:
+    """The sum of `base_lr**2 * <P, G>`: the squared length in the metric that gave `P`."""
+    direction = {name: step.base_lr[name] ** 2 * P for name, P in step.direction.items()}
+    return dot(direction, step.gradient)
+
+
+def norm(values: Values) -> float:
+    """Euclidean norm over all tensors."""
+    return float(_norm(values.values()))
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([t.norm() for t in tensors]).norm()
+
+
+def dot(x: Values, y: Values) -> float:
+    """Sum of products over all tensors."""
+    return float(torch.stack([(x[name] * y[name]).sum() for name in x]).sum())
+
+
+def _adam(memory: dict[str, Tensor], g: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+    """Adam's step for one parameter at learning rate 1; the moments in `memory` move along."""
+    if "exp_avg" not in memory:
+        memory |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
+        memory["step"] = torch.zeros((), dtype=torch.float32)
+    memory["step"] += 1
+    m = memory["exp_avg"].lerp_(g, 1 - betas[0])
+    v = memory["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    count = float(memory["step"])
+    m_scale, v_scale = 1 - betas[0] ** count, 1 - betas[1] ** count
+    return m / m_scale / (v.sqrt().div_(v_scale**0.5).add_(eps))
+
+
+def _check_limit(limit: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"The limit of a step must be positive, got {limit}.")

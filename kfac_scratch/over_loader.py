@@ -1,0 +1,98 @@
+"""From a data loader to matrices: any approximation of every block, over all batches at once.
+
+There is one loop over data for all approximations. It knows the model and the loss; how parts
+become a matrix is said by an `Accumulator`, which knows neither.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypedDict, Unpack
+
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
+from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, accumulator
+from kfac_scratch.approximations.estimators import Approximation
+from kfac_scratch.capture.hooks import EXPAND, Flavour, stream
+from kfac_scratch.losses import Fisher, divisor, type2
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.matrix import Matrix
+
+
+class LoaderOptions(TypedDict, total=False):
+    """The keyword arguments of `over_loader`."""
+
+    flavour: Flavour
+    layers: Collection[str] | None
+    chunk: int | None
+    terms: Callable[[Module, Tensor, Tensor], float]
+    progress: bool | None
+
+
+def over_loader(
+    approximation: Approximation | Accumulator,
+    model: Module,
+    loss: Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    fisher: Fisher = type2,
+    *,
+    flavour: Flavour = EXPAND,
+    layers: Collection[str] | None = None,
+    chunk: int | None = None,
+    terms: Callable[[Module, Tensor, Tensor], float] = divisor,
+    progress: bool | None = None,
+) -> dict[str, Matrix]:
+    """An approximation of every block over a whole data loader, as if it were one batch.
+
+    Law: equal, up to rounding, to the approximation of one batch with all data, for batches of any
+    sizes. It has the parameters of `layer_ios`, and one for the loader: hence their number.
+
+    Args:
+        approximation: A function of a `LayerIO`, which gets all data at once: memory grows with
+            them. Or an `Accumulator`, such as `FactorSums()` for KFAC, which bounds the memory.
+        model: Any module, see `layer_ios`.
+        loss: The loss of one batch. With mean reduction, the result is for the mean over all data.
+        data: Batches `(X, y)`, on the model's device.
+        fisher: Which vectors to send backward, see `losses`.
+        flavour: `EXPAND` or `REDUCE`.
+        layers: Names of the layers to cover.
+        chunk: How many vectors are sent backward at once, see `layer_ios`.
+        terms: How many terms a batch loss is the mean of, 1 for a sum: `losses.divisor`.
+        progress: Show a progress bar. Default: on a terminal only.
+
+    Raises:
+        ValueError: If there is no batch, and for everything that `layer_ios` refuses.
+    """
+    gather, D = accumulator(approximation), 0.0
+
+    def of_sum(loss: Module, f: Tensor, y: Tensor) -> Tensor:
+        nonlocal D
+        here = terms(loss, f, y)
+        D += here
+        return here**0.5 * fisher(loss, f, y)
+
+    states: dict[str, Any] = {}
+    for X, y in tqdm(data, desc="KFAC", disable=None if progress is None else not progress):
+        parts = stream(model, loss, X, y, of_sum, flavour=flavour, layers=layers, chunk=chunk)
+        for i, ios in enumerate(parts):
+            for name, io in ios.items():
+                states[name] = gather.add(states.get(name), io, new_batch=i == 0)
+    if not states:
+        raise ValueError("The data loader yielded no batch.")
+    D = D if getattr(loss, "reduction", None) == "mean" else 1.0
+    return {name: gather.matrix(state, D) for name, state in states.items()}
+
+
+def kfac_over(
+    model: Module,
+    loss: Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    fisher: Fisher = type2,
+    **options: Unpack[LoaderOptions],
+) -> dict[str, Kronecker]:
+    """KFAC of every block over a whole data loader, in the memory of one batch and the factors.
+
+    The same as `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the
+    arguments.
+    """
+    return over_loader(FactorSums(), model, loss, data, fisher, **options)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""PINNs: differential equations as data, and KFAC for them."""

@@ -1,0 +1,146 @@
+r"""KFAC* in a larger space: more new directions, and more steps remembered.
+
+KFAC* minimises the exact Gauss-Newton model
+
+$$
+m(p) = \tfrac12 \lVert J p + \rho \rVert^2 + \tfrac{\lambda}{2} \lVert p \rVert^2
+$$
+
+over two directions, $P^{-1} \nabla L$ and the last step. The first is what one iteration of
+conjugate gradients gives, with KFAC's $P$ as the preconditioner. Here are $k$ iterations, whose
+result is the minimum over the Krylov space
+
+$$
+\operatorname{span} \bigl\{ (P^{-1} (J^\top J + \lambda I))^i P^{-1} \nabla L : i < k \bigr\} ,
+$$
+
+and then the best combination of it with the last $m$ steps. Products with $J$ are cheap beside a
+pass through the graph, so a step with $k = 20$ takes about three times as long as one of KFAC*.
+With $k \to \infty$ it is the step of Gauss-Newton, and KFAC only says how soon it is reached.
+
+Source: Martens 2010 (Deep learning via Hessian-free optimization) for conjugate gradients;
+Martens and Grosse 2015 (arXiv:1503.05671), §7, for the combination.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.linalg import conjugate_gradient
+from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
+from kfac_scratch.matrices.matrix import LinearMap
+from kfac_scratch.pinn.jacobian import (
+    Direction,
+    assign,
+    flat,
+    moved,
+    residuals,
+    times,
+    transposed_times,
+    weights,
+)
+from kfac_scratch.pinn.preconditioners import Metric, TermWise
+from kfac_scratch.pinn.solvers import best_combination, combined, line_search
+from kfac_scratch.pinn.steps import State, along, half_square
+from kfac_scratch.pinn.terms import Linearization, Term, linearize
+
+
+@dataclass(frozen=True)
+class KFACKrylov:
+    """The best step among `iterations` new directions and `memory` last steps.
+
+    Attributes:
+        iterations: Of conjugate gradients, `k`.
+        memory: How many steps are remembered, `m`.
+        damping: Of the model, at the first step. It follows the model's success.
+        minimum: The smallest damping of the model.
+        floor: The smallest damping of the metric, which has that of the model otherwise.
+        metric: The preconditioner.
+        chunk: How many data are linearised at once.
+    """
+
+    iterations: int = 20
+    memory: int = 1
+    damping: float = 1e-4
+    minimum: float = 1e-14
+    floor: float = 1e-10
+    metric: Metric = field(default_factory=TermWise)
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.memory < 0:
+            raise ValueError(
+                "At least one iteration and no fewer than 0 steps to remember are needed, got "
+                f"iterations={self.iterations}, memory={self.memory}."
+            )
+
+    def step(self, model: Module, terms: Sequence[Term], state: State | None = None) -> State:
+        """Move the weights, and return the next state; its `previous` stacks the last steps."""
+        W, count = weights(model), state.count + 1 if state else 1
+        damping = state.damping if state else self.damping
+        lin = linearize(model, terms, self.chunk)
+        parts = flat(lin)
+        remembered, rho = state.metric if state else None, residuals(parts)
+        metric, P = self.metric.update(remembered, lin, max(damping, self.floor), count)
+        last = unstacked(state.previous) if state else []
+        directions = [krylov(parts, P, damping, self.iterations), *last]
+        best = combined(directions, best_combination(parts, directions, damping))
+        at, before = along(model, terms, W, best, self.chunk), half_square(rho)
+        length, after = line_search(at, before, state.length if state else 1.0)
+        taken = {name: length * V for name, V in best.items()}
+        assign(model, moved(W, taken))
+        predicted = half_square(rho + times(parts, taken)) - before
+        ratio = reduction_ratio(before, after, predicted) if predicted else None
+        damping = levenberg_marquardt(damping, ratio, 0.5, self.minimum)
+        kept = stacked([taken, *last][: self.memory])
+        return State(count, after, kept, damping, length or 1.0, metric)
+
+
+def krylov(
+    parts: Sequence[Linearization], P: Mapping[str, LinearMap], damping: float, iterations: int
+) -> dict[str, Tensor]:
+    """The minimum of the damped model over the Krylov space, by conjugate gradients.
+
+    Args:
+        parts: The linearised data.
+        P: The inverse of the preconditioner of every layer.
+        damping: Of the model.
+        iterations: The dimension of the space.
+    """
+    gradient = transposed_times(parts, residuals(parts))
+
+    def curvature(v: Tensor) -> Tensor:
+        product = transposed_times(parts, times(parts, _like(gradient, v)))
+        return _vector(product) + damping * v
+
+    def precondition(v: Tensor) -> Tensor:
+        return _vector({name: P[name] @ V for name, V in _like(gradient, v).items()})
+
+    return _like(
+        gradient, conjugate_gradient(curvature, -_vector(gradient), precondition, iterations)
+    )
+
+
+def stacked(steps: Sequence[Direction]) -> dict[str, Tensor]:
+    """Directions as one, with an axis in front for their number."""
+    return {name: torch.stack([d[name] for d in steps]) for name in (steps[0] if steps else ())}
+
+
+def unstacked(steps: Direction) -> list[dict[str, Tensor]]:
+    """Undo `stacked`."""
+    number = len(next(iter(steps.values()))) if steps else 0
+    return [{name: V[i] for name, V in steps.items()} for i in range(number)]
+
+
+def _vector(direction: Direction) -> Float[Tensor, "1 D"]:
+    return torch.cat([V.flatten() for V in direction.values()]).unsqueeze(0)
+
+
+def _like(direction: Direction, v: Float[Tensor, "1 D"]) -> dict[str, Tensor]:
+    pieces = v.squeeze(0).split([V.numel() for V in direction.values()])
+    pairs = zip(direction.items(), pieces, strict=True)
+    return {name: piece.view_as(V) for (name, V), piece in pairs}

@@ -1,0 +1,210 @@
+r"""Preconditioners for PINNs: one matrix for each layer, from terms of different kinds.
+
+Each term has its own Kronecker factors, because its layers have their own number of coefficients.
+The paper's block is their sum, with damped factors,
+
+$$
+P = \sum_t (B_t + \lambda I) \otimes (A_t + \lambda I) ,
+$$
+
+which has a closed inverse for up to two terms. Or all terms are one batch (`joined`), and any
+approximation of this package makes one matrix of it.
+
+The reference averages factors from the identity on: $\hat X_0 = I$ and
+$\hat X_t = \beta \hat X_{t-1} + (1 - \beta) X_t$. With the bias-corrected average $\bar X_t$ this
+is $(1 - \beta^t) \bar X_t + \beta^t I$: a damping that decays, from 1 to $\lambda$. Here it is
+written that way.
+
+Source: Dangel, Müller and Zeinhofer 2024 (arXiv:2405.15603), §3.3 and appendix I.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.approximations.ekfac import second_moments
+from kfac_scratch.approximations.estimators import (
+    Approximation,
+    Estimator,
+    estimator,
+    weight_of_newest,
+)
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import conjugate_gradient, eye_like, gram, simultaneous_eigh
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.kronecker_sum import Congruence
+from kfac_scratch.matrices.matrix import LinearMap
+from kfac_scratch.pinn.jacobian import joined
+from kfac_scratch.pinn.terms import Linearization
+
+Terms = Sequence[Sequence[Linearization]]
+Factors = tuple[Kronecker, ...]  # of one layer: one for each kind of term
+Inverse = Callable[[Factors, Factors, Sequence[LayerIO]], LinearMap]  # damped, undamped, data
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """How a step is measured: from linearised terms to an inverse for each layer."""
+
+    def update(
+        self, state: Any, terms: Terms, damping: float, count: int
+    ) -> tuple[Any, dict[str, LinearMap]]:
+        """The next state, and the inverses.
+
+        Args:
+            state: What the metric remembers; None before the first step.
+            terms: The linearised terms.
+            damping: What is added.
+            count: The number of this step, from 1.
+        """
+        ...
+
+
+def by_layer(terms: Terms) -> dict[str, list[list[LayerIO]]]:
+    """For each layer its data, grouped by the number of coefficients."""
+    result: dict[str, list[list[LayerIO]]] = {}
+    for name in terms[0][0].ios:
+        groups: dict[int, list[LayerIO]] = {}
+        for part in (part for term in terms for part in term):
+            io = part.ios[name]
+            groups.setdefault(io.a.shape[1], []).append(io)
+        result[name] = list(groups.values())
+    return result
+
+
+def kfac_of_parts(ios: Sequence[LayerIO]) -> Kronecker:
+    """`kfac` of all parts as one batch, none of which is copied."""
+    rows = sum(io.a.shape[0] * io.a.shape[1] for io in ios)
+    A = torch.stack([gram(io.a) for io in ios]).sum(0) / rows
+    return Kronecker(A, torch.stack([gram(io.g.flatten(0, 1)) for io in ios]).sum(0))
+
+
+def damped_factors(K: Kronecker, share: float, damping: float) -> Kronecker:
+    """`(share * B + damping * I) ⊗ (share * A + damping * I)`."""
+    A, B = share * K.A, share * K.B
+    return Kronecker(A + damping * eye_like(A), B + damping * eye_like(B))
+
+
+def kfac_inverse(damped: Factors, factors: Factors, ios: Sequence[LayerIO]) -> LinearMap:
+    """The inverse of the sum of damped products, in closed form for up to two of them."""
+    if len(damped) <= 2:
+        return congruence(damped)
+    return SumInverse(damped, congruence(damped[:2]))
+
+
+def ekfac_inverse(damped: Factors, factors: Factors, ios: Sequence[LayerIO]) -> LinearMap:
+    """The same with the diagonal corrected in the basis in which the sum is diagonal.
+
+    That basis is not orthogonal. The exact block is not diagonal in it, but its diagonal is cheap:
+    second moments of gradients. They replace the diagonal of the undamped products; what the
+    damping added stays.
+    """
+    if len(damped) > 2:
+        raise NotImplementedError(
+            f"{len(damped)} kinds of terms share no basis: use TermWise(inverse=kfac_inverse)."
+        )
+    basis = congruence(damped)
+    products = torch.stack([diagonal_in(basis, K) for K in factors]).sum(0)
+    exact = torch.stack([second_moments(io, basis.KA, basis.KB) for io in ios]).sum(0)
+    return Congruence(basis.KA, basis.KB, 1 / (1 / basis.scale - products + exact))
+
+
+def diagonal_in(basis: Congruence, K: Kronecker) -> Float[Tensor, "d_out d_in"]:
+    """The diagonal of `(KB ⊗ KA)^T (B ⊗ A) (KB ⊗ KA)`."""
+    a, b = (((Q.T @ M) * Q.T).sum(1) for Q, M in ((basis.KA, K.A), (basis.KB, K.B)))
+    return torch.outer(b, a)
+
+
+def congruence(products: Factors) -> Congruence:
+    """The inverse of one Kronecker product, or of a sum of two.
+
+    Each pair of factors is diagonalised together with its sum, so that all numbers lie between 0
+    and 1, and one of the two may be singular.
+    """
+    if len(products) == 1:
+        eigen = products[0].inverse(0.0)
+        return Congruence(eigen.QA, eigen.QB, eigen.scale)
+    first, second = products
+    a, KA = simultaneous_eigh(first.A + second.A, first.A)
+    b, KB = simultaneous_eigh(first.B + second.B, first.B)
+    return Congruence(KA, KB, 1 / (torch.outer(b, a) + torch.outer(1 - b, 1 - a)))
+
+
+@dataclass(frozen=True, eq=False)
+class SumInverse:
+    """The inverse of a sum of many Kronecker products, by conjugate gradients at every product."""
+
+    products: Factors
+    preconditioner: LinearMap
+
+    def __matmul__(self, V: Float[Tensor, "d_out d_in"]) -> Tensor:
+        """Solve for `V`."""
+        return conjugate_gradient(
+            lambda X: torch.stack([K @ X for K in self.products]).sum(0),
+            V,
+            lambda X: self.preconditioner @ X,
+        )
+
+
+def _mixed(old: Factors, new: Factors, weight: float) -> Factors:
+    return tuple(o.mixed(n, weight) for o, n in zip(old, new, strict=True))
+
+
+# ---- all layers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TermWise:
+    """A sum of one Kronecker product for each kind of term: the paper's KFAC.
+
+    Attributes:
+        decay: Of the average over steps, `beta`; and of the initial damping.
+        inverse: From damped factors, the undamped ones and the layer's data to the inverse:
+            `kfac_inverse` or `ekfac_inverse`.
+    """
+
+    decay: float = 0.95
+    inverse: Inverse = kfac_inverse
+
+    def update(
+        self, state: Any, terms: Terms, damping: float, count: int
+    ) -> tuple[dict[str, Factors], dict[str, LinearMap]]:
+        """Average the factors, add the damping to each, invert the sum."""
+        weight, left = weight_of_newest(self.decay, count), self.decay**count
+        averages, inverses = {}, {}
+        for name, groups in by_layer(terms).items():
+            new = tuple(kfac_of_parts(group) for group in groups)
+            mean = new if state is None else _mixed(state[name], new, weight)
+            damped = tuple(damped_factors(K, 1 - left, damping + left) for K in mean)
+            ios = [io for group in groups for io in group]
+            averages[name], inverses[name] = mean, self.inverse(damped, mean, ios)
+        return averages, inverses
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One matrix for all terms as one batch, by any approximation of the package.
+
+    Attributes:
+        approximation: A function of a `LayerIO`, or an `Estimator`.
+        decay: Of the average over steps, and of the initial damping.
+    """
+
+    approximation: Approximation | Estimator
+    decay: float = 0.95
+
+    def update(
+        self, state: Any, terms: Terms, damping: float, count: int
+    ) -> tuple[dict[str, Any], dict[str, LinearMap]]:
+        """Follow the stream of batches, and invert with a damping that decays to `damping`."""
+        follow, weight = estimator(self.approximation), weight_of_newest(self.decay, count)
+        matrices = {}
+        for name, groups in by_layer(terms).items():
+            io = joined([io for group in groups for io in group])
+            matrices[name] = follow.update(None if state is None else state[name], io, weight)
+        total = damping + self.decay**count
+        return matrices, {name: M.inverse(total) for name, M in matrices.items()}

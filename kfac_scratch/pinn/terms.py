@@ -1,0 +1,238 @@
+r"""PINNs: a differential equation as data, and the `LayerIO`s of its residual.
+
+A `Term` of the loss says at which points, with which derivatives and by which function residuals
+arise. All terms together give
+
+$$
+L = \sum_t \frac{w_t}{2 N_t} \sum_n \lVert r_t(x_n) \rVert^2 = \tfrac12 \lVert \rho \rVert^2 ,
+\qquad \rho_{tn} = \sqrt{w_t / N_t} \; r_t(x_n) .
+$$
+
+One Taylor pass forward and one reverse pass give all that any optimizer here needs: the residuals
+$\rho$, and for every layer the rows $a$ that enter it and the vectors $g = \partial \rho /
+\partial z$ that come back. All coefficients meet the same weights, so this pair is a `LayerIO`, its
+block is the exact Gauss-Newton block, and *every* approximation of this package applies.
+
+Source: Dangel, Müller and Zeinhofer 2024 (arXiv:2405.15603), §3.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.capture.layer_groups import Shared, blocks, uncovered
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.taylor.expansions import Expansion
+from kfac_scratch.taylor.faa_di_bruno import Multiset
+from kfac_scratch.taylor.jets import Jet, taylor
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """A network's output and its derivatives at `N` points, each of shape `[N, outputs]`."""
+
+    parts: Sequence[Tensor]
+    expansion: Expansion
+
+    @property
+    def value(self) -> Float[Tensor, "N outputs"]:
+        """`u` itself."""
+        return self.parts[0]
+
+    @property
+    def d(self) -> list[Tensor]:
+        """First derivatives: `u.d[0]` is that along the first direction."""
+        names = self.expansion.names
+        return [self._named(a) for a in names if isinstance(a, tuple) and len(a) == 1]
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums of derivatives, in their order."""
+        return [self._named(name) for name in self.expansion.names if isinstance(name, int)]
+
+    @property
+    def lap(self) -> Float[Tensor, "N outputs"]:
+        """The first sum: the Laplacian, if that is what travels."""
+        return self._named(0)
+
+    def partial(self, *alpha: int) -> Float[Tensor, "N outputs"]:
+        """A derivative along directions, by their numbers."""
+        return self._named(tuple(sorted(alpha)))
+
+    def _named(self, name: Multiset | int) -> Tensor:
+        if name not in self.expansion.names:
+            raise ValueError(
+                f"{'Sum' if isinstance(name, int) else 'Derivative'} {name} does not travel with "
+                f"this expansion, which has {self.expansion.names}."
+            )
+        return self.parts[self.expansion.names.index(name)]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One part of the loss: `weight / (2 N) sum_n |residual(u, x_n)|^2`.
+
+    Attributes:
+        residual: From the field and the points to residuals `[N]` or `[N, M]`, linear or not.
+            Those of datum `n` depend on the field at point `n` only.
+        X: The points.
+        expansion: Which derivatives the field has.
+        weight: Of this term in the loss.
+    """
+
+    residual: Callable[[Field, Tensor], Tensor]
+    X: Float[Tensor, "N d"]
+    expansion: Expansion
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """Scaled residuals of some data and, layer by layer, their derivatives.
+
+    Law: `io.gradients()[m, n]` is the derivative of `residuals[m, n]` with respect to the layer's
+    `W`. The loss is half the squared norm of all residuals.
+    """
+
+    residuals: Float[Tensor, "M N"]
+    ios: dict[str, LayerIO]
+
+
+def loss(model: Module, terms: Sequence[Term], chunk: int | None = None) -> Float[Tensor, ""]:
+    """The sum of all terms, by one forward pass; autograd can differentiate it."""
+    squares = []
+    for part, scale in (pair for term in terms for pair in _parts(term, chunk)):
+        c = taylor(model, part.X, part.expansion)
+        squares.append((scale * _residuals(part, list(c.unbind(1)))).square().sum())
+    return torch.stack(squares).sum() / 2
+
+
+def linearize(
+    model: Module, terms: Sequence[Term], chunk: int | None = None
+) -> list[list[Linearization]]:
+    """For each term its residuals and their derivatives, by one forward and one reverse pass.
+
+    Args:
+        model: A network that does to its input only what `taylor` has rules for.
+        terms: The terms of the loss.
+        chunk: How many data go through the network at once; each such part of a term is a
+            `Linearization` of its own. Bounds memory, and what fits the cache is faster.
+
+    Raises:
+        ValueError: If a residual has a wrong shape, is not finite or ignores a derivative that was
+            declared for it; if a layer never runs; if a trainable parameter is in no layer.
+        NotImplementedError: If the network does what has no rule.
+    """
+    found = blocks(model)
+    if names := uncovered(model, found):
+        raise ValueError(
+            f"No linear layer holds the trainable parameters {names}, so that no step could change "
+            "them: freeze them with requires_grad_(False)."
+        )
+    with torch.enable_grad():
+        return [[_linearized(model, found, *pair) for pair in _parts(t, chunk)] for t in terms]
+
+
+def _linearized(model: Module, found: list[Shared], part: Term, scale: float) -> Linearization:
+    c, calls = _forward(model, found, part)
+    r, slopes = _operator(part, c.detach())
+    outputs = [z for block in found for _, z in calls[block.name]]
+    sent = [  # one reverse pass for each residual that a datum has
+        torch.autograd.grad(
+            c, outputs, scale * slope, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for slope in slopes
+    ]
+    back = iter(
+        _cat([of_residual.unsqueeze(0) for of_residual in of_call], 0)  # [M, N, S, d_out]
+        for of_call in zip(*sent, strict=True)
+    )
+    ios = {}
+    for block in found:
+        a = _cat([a for a, _ in calls[block.name]], 1)
+        ios[block.name] = LayerIO(a, _cat([next(back) for _ in calls[block.name]], 2))
+    return Linearization(scale * r.T, ios)
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, which copies a single tensor, too."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _operator(part: Term, c: Float[Tensor, "N S k"]) -> tuple[Tensor, Float[Tensor, "M N S k"]]:
+    """Residuals, and their derivatives with respect to the coefficients of the output."""
+    leaves = [coefficient.clone().requires_grad_() for coefficient in c.unbind(1)]
+    r = _residuals(part, leaves)
+    if not r.isfinite().all():
+        raise ValueError("A residual is not finite.")
+    found = [
+        torch.autograd.grad(column.sum(), leaves, retain_graph=True, allow_unused=True)
+        if column.requires_grad
+        else [None] * len(leaves)
+        for column in r.unbind(1)
+    ]
+    for s in part.expansion.tops:
+        if all(slopes[s] is None for slopes in found):
+            raise ValueError(
+                f"The residual ignores {part.expansion.names[s]} (a tuple: a derivative, a number: "
+                "a sum), which the expansion computes only for it: declare a smaller expansion."
+            )
+    zero = torch.zeros_like(c[:, 0])
+    slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in found]
+    return r.detach(), torch.stack(slopes)
+
+
+def _residuals(part: Term, coefficients: list[Tensor]) -> Float[Tensor, "N M"]:
+    N, outputs = coefficients[0].shape
+    r = part.residual(Field(coefficients, part.expansion), part.X)
+    if r.ndim not in (1, 2) or len(r) != N or (r.ndim == 2 and r.shape[1] == N > max(outputs, 1)):
+        raise ValueError(
+            f"A residual has shape {tuple(r.shape)}, not [{N}] or [{N}, M]. The field's parts are "
+            f"[{N}, {outputs}]: does it combine them with something of shape [{N}]?"
+        )
+    return r.reshape(N, -1)
+
+
+def _parts(term: Term, chunk: int | None) -> Iterator[tuple[Term, float]]:
+    """A term in parts of at most `chunk` data, each with the scale of its residuals."""
+    N = len(term.X)
+    if N == 0 or (chunk is not None and chunk < 1):
+        raise ValueError(f"A term needs data and a chunk at least 1, got N={N}, chunk={chunk}.")
+    for start in range(0, N, chunk or N):
+        rows = slice(start, start + (chunk or N))
+        part = replace(term, X=term.X[rows], expansion=term.expansion.part(rows))
+        yield part, (term.weight / N) ** 0.5
+
+
+def _forward(
+    model: Module, found: list[Shared], part: Term
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """The output's coefficients, and inputs `a` and outputs `z` of every call of every block."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in found}
+    with ExitStack() as hooks:
+        for block in found:
+            for layer in block.layers:
+                record = partial(_record, block, calls[block.name])
+                hooks.callback(layer.register_forward_hook(record).remove)
+        c = taylor(model, part.X, part.expansion)
+    if silent := [name for name, of_block in calls.items() if not of_block]:
+        raise ValueError(f"The layers {silent} never ran: freeze or remove them.")
+    return c, calls
+
+
+def _record(
+    block: Shared, calls: list[tuple[Tensor, Tensor]], layer: Any, inputs: tuple[Jet], output: Jet
+) -> None:
+    """The bias is a column that is 1 for the value and 0 for every derivative."""
+    c = inputs[0].c.detach()
+    columns = [] if block.weight is None else [c]
+    bias = c.new_zeros(*c.shape[:2], len(block.biases))
+    bias[:, 0] = torch.tensor(block.bias_inputs(layer), dtype=c.dtype, device=c.device)
+    calls.append((torch.cat([*columns, bias], dim=2), output.c))

@@ -1,0 +1,1 @@
+"""Taylor mode: derivatives of any order through a network, in one forward pass."""

@@ -1,0 +1,246 @@
+r"""Expansions: which derivatives travel through a network, and how they pass through a function.
+
+A quantity $h(x)$ is known at $x$ by its value and some of its partial derivatives along directions
+$v_1, \dots, v_R$. Of $\sigma(h)$ the same derivatives follow, by the formula of Faà di Bruno,
+
+$$
+\partial^\alpha \sigma(h)
+= \sum_{\pi} \sigma^{(\lvert \pi \rvert)}(h) \prod_{\beta \in \pi} \partial^\beta h ,
+$$
+
+a sum over all partitions $\pi$ of the multiset $\alpha$ of directions. The derivative of highest
+order enters linearly. So a *sum* of such derivatives travels as one coefficient: the Laplacian
+costs $d + 2$ coefficients, not $1 + 2 d$. `SecondOrder` has all operators of order two,
+`Partials` those of any order.
+
+Sources: Griewank and Walther 2008, chapter 13; Dangel et al. 2024 (arXiv:2405.15603), appendix C;
+Dangel et al. 2025 (arXiv:2505.13644) for the sums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfac_scratch.taylor.activations import Derivatives, evaluate
+from kfac_scratch.taylor.faa_di_bruno import Multiset
+
+Coefficients = Float[Tensor, "N S h"]
+Factor = Float[Tensor, "N S #h"]
+
+
+@runtime_checkable
+class Expansion(Protocol):
+    """A set of coefficients that determines the same set for every function of them."""
+
+    @property
+    def order(self) -> int:
+        """How many derivatives of a function are needed."""
+        ...
+
+    @property
+    def names(self) -> list[Multiset | int]:
+        """What each coefficient is: a multiset of directions, or the number of a sum."""
+        ...
+
+    @property
+    def tops(self) -> list[int]:
+        """Which coefficients serve no other: useless, unless they are wanted themselves."""
+        ...
+
+    def start(self, X: Float[Tensor, "N d"]) -> Coefficients:
+        """The coefficients of `x` itself."""
+        ...
+
+    def compose(self, sigma: Derivatives, h: Coefficients) -> Coefficients:
+        """Those of `sigma(h)`, given the derivatives of `sigma`."""
+        ...
+
+    def product(self, f: Factor, g: Factor) -> Coefficients:
+        """Those of `f * g`."""
+        ...
+
+    def part(self, rows: slice) -> "Expansion":
+        """The same for a part of the data."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SecondOrder:
+    r"""Value, first derivatives along `R` directions, and `M` sums of second ones.
+
+    Sum `m` is $\sum_{ij} C_{ij} \partial_{v_i} \partial_{v_j}$.
+
+    Attributes:
+        directions: `[R, d]`, or `[N, R, d]` if they differ between data, as normals do.
+        C: The sums' weights: `[M, R]` if all are diagonal, `[M, R, R]`, or `[M, N, R, R]`.
+    """
+
+    directions: Float[Tensor, "*data R d"]
+    C: Float[Tensor, "M *pairs R"]
+
+    def __post_init__(self) -> None:
+        R, d = self.directions.shape[-2:]
+        per_datum = (self.C.shape[1], R, R) if self.C.ndim == 4 else None
+        if self.C.shape[1:] not in ((R,), (R, R), per_datum):
+            raise ValueError(
+                f"C has shape {tuple(self.C.shape)}, but {R} directions in {d} dimensions need "
+                f"[M, {R}] (diagonal), [M, {R}, {R}], or [M, N, {R}, {R}] for each datum."
+            )
+
+    @property
+    def order(self) -> int:
+        """2, or less where there is no sum."""
+        return 2 if len(self.C) else min(1, self.directions.shape[-2])
+
+    @property
+    def names(self) -> list[Multiset | int]:
+        """The value, the directions, the sums."""
+        singles = [(i,) for i in range(self.directions.shape[-2])]
+        return [(), *singles, *range(len(self.C))]
+
+    @property
+    def tops(self) -> list[int]:
+        """The sums; or the directions; or the value."""
+        sums = range(1 + self.directions.shape[-2], len(self.names))
+        return list(sums or range(1, len(self.names)) or [0])
+
+    def start(self, X: Float[Tensor, "N d"]) -> Coefficients:
+        """`x` has the directions as first derivatives, and no second ones."""
+        N, d = checked(self.directions, X).shape
+        if self.C.ndim == 4 and self.C.shape[1] != N:
+            raise ValueError(f"{N} data need C of shape [M, {N}, R, R], not {self.C.shape}.")
+        V = self.directions.to(X).expand(N, -1, d)
+        return torch.cat([X.unsqueeze(1), V, X.new_zeros(N, len(self.C), d)], dim=1)
+
+    def compose(self, sigma: Derivatives, h: Coefficients) -> Coefficients:
+        """The chain rule, once and twice."""
+        return _Chain.apply(h, sigma, self)
+
+    def product(self, f: Factor, g: Factor) -> Coefficients:
+        """The rule of Leibniz."""
+        R = self.directions.shape[-2]
+        df, dg = f[:, 1 : 1 + R], g[:, 1 : 1 + R]
+        result = torch.cat([f[:, :1] * g[:, :1], f[:, 1:] * g[:, :1] + f[:, :1] * g[:, 1:]], 1)
+        if self.order < 2:
+            return result
+        mixed = self.form(df, dg) + self.form(dg, df)
+        return torch.cat([result[:, : 1 + R], result[:, 1 + R :] + mixed], dim=1)
+
+    def part(self, rows: slice) -> "SecondOrder":
+        """Take these data's directions and weights, where they differ between data."""
+        V = self.directions[rows] if self.directions.ndim == 3 else self.directions
+        return replace(self, directions=V, C=self.C[:, rows] if self.C.ndim == 4 else self.C)
+
+    def form(
+        self, x: Float[Tensor, "N R #h"], y: Float[Tensor, "N R #h"]
+    ) -> Float[Tensor, "N M h"]:
+        """`sum_ij C_ij x_i y_j` for every sum."""
+        C = self.C.to(x)
+        if C.ndim == 2 and C.stride(1) == 0:  # one weight for all directions
+            return C[:, :1] * _sum_of_products(x, y).unsqueeze(1)
+        if C.ndim == 2:
+            return torch.stack([_sum_of_products(c.unsqueeze(1) * x, y) for c in C], dim=1)
+        data = "n" if C.ndim == 4 else ""
+        return torch.einsum(f"m{data}ij,nih,njh->nmh", C, x, y)
+
+    def gradient_of_form(
+        self, x: Float[Tensor, "N R h"], top: Float[Tensor, "N M h"]
+    ) -> Float[Tensor, "N R h"]:
+        """The derivative of `sum(top * form(x, x))` with respect to `x`."""
+        C = self.C.to(x)
+        if C.ndim == 2:
+            C = C[:, :1] if C.stride(1) == 0 else C
+            parts = zip(2 * C, top.split(1, dim=1), strict=True)
+            return x * sum(c.unsqueeze(1) * t for c, t in parts)
+        data = "n" if C.ndim == 4 else ""
+        return torch.einsum(f"m{data}ij,nmh,njh->nih", C + C.mT, top, x)
+
+
+class _Chain(torch.autograd.Function):
+    """`SecondOrder.compose` with its own reverse pass: each is a few sweeps over the coefficients.
+
+    With `q = sum_ij C_ij d_i h d_j h`, forward `d_i -> s' d_i`, `l -> s' l + s'' q`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, sigma: Derivatives, expansion: SecondOrder) -> Tensor:
+        R, outer = expansion.directions.shape[-2], evaluate(sigma, h[:, 0], expansion.order)
+        if expansion.order == 0:
+            return outer[0].unsqueeze(1)
+        result = h * outer[1].unsqueeze(1)
+        result[:, 0] = outer[0]
+        if expansion.order == 2:
+            first = h[:, 1 : 1 + R]
+            result[:, 1 + R :] += outer[2].unsqueeze(1) * expansion.form(first, first)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        h, ctx.sigma, ctx.expansion = inputs
+        ctx.save_for_backward(h)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None]:
+        (h,), E = ctx.saved_tensors, ctx.expansion
+        R, outer = E.directions.shape[-2], evaluate(ctx.sigma, h[:, 0], E.order + 1)
+        back = G * outer[1].unsqueeze(1)
+        if E.order >= 1:
+            back[:, 0] += outer[2] * _sum_of_products(G[:, 1:], h[:, 1:])
+        if E.order == 2:
+            first, top = h[:, 1 : 1 + R], G[:, 1 + R :]
+            back[:, 0] += outer[3] * (top * E.form(first, first)).sum(1)
+            back[:, 1 : 1 + R] += E.gradient_of_form(first, outer[2].unsqueeze(1) * top)
+        return back, None, None
+
+
+def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """`(x * y).sum(1)`, without the product in memory."""
+    total = x[:, 0] * y[:, 0]
+    for i in range(1, x.shape[1]):
+        total = torch.addcmul(total, x[:, i], y[:, i])
+    return total
+
+
+def checked(directions: Tensor, X: Tensor) -> Tensor:
+    """`X`, if directions fit it."""
+    if directions.shape[-1] != X.shape[1] or (directions.ndim == 3 and len(directions) != len(X)):
+        raise ValueError(
+            f"Directions of shape {tuple(directions.shape)} do not fit data of shape "
+            f"{tuple(X.shape)}: they need [R, d], or [N, R, d]."
+        )
+    return X
+
+
+# ---- usual operators ----------------------------------------------------------------------------
+
+
+def value(d: int) -> SecondOrder:
+    """No derivative at all: what boundary and data terms need."""
+    return SecondOrder(torch.zeros(0, d), torch.zeros(0, 0))
+
+
+def along(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
+    """First derivatives along directions: for Neumann conditions, `[N, 1, d]` normals."""
+    return SecondOrder(directions, torch.zeros(0, directions.shape[-2]))
+
+
+def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
+    """All first derivatives, and the Laplacian over the given coordinates (default: all)."""
+    if coordinates is None:
+        return SecondOrder(torch.eye(d), torch.ones(1, 1).expand(1, d))
+    C = torch.zeros(1, d)
+    C[0, list(coordinates)] = 1.0
+    return SecondOrder(torch.eye(d), C)
+
+
+def weighted(C: Float[Tensor, "*data d d"]) -> SecondOrder:
+    """All first derivatives, and `sum_ij C_ij d_i d_j`, with one `C` or one for each datum."""
+    if C.ndim not in (2, 3) or C.shape[-1] != C.shape[-2]:
+        raise ValueError(f"C has shape {tuple(C.shape)}, not [d, d], or [N, d, d] for each datum.")
+    return SecondOrder(torch.eye(C.shape[-1], dtype=C.dtype, device=C.device), C.unsqueeze(0))

@@ -1,0 +1,204 @@
+"""What capture cannot do is refused, with the layer, the value and the way out."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import (
+    BatchNorm1d,
+    Conv1d,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    MSELoss,
+    Sequential,
+)
+from torch.nn.functional import linear
+
+from kfac_scratch import layer_ios
+from kfac_scratch.curvature import block_diagonal, ggn
+from tests.capture.test_hooks import C, D, N, simple
+from tests.laws import check_equal
+
+
+def test_parameters_without_a_block_are_named_in_a_warning(device):
+    model = Sequential(Linear(D, C), LayerNorm(C)).to(device)
+    data = MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
+    with pytest.warns(UserWarning, match=r"'1\.weight', '1\.bias'"):
+        layer_ios(model, *data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_ios(model, *data, layers=["0"])
+
+
+def test_a_model_without_supported_layers_is_refused():
+    with pytest.raises(ValueError, match="no trainable layer"):
+        layer_ios(Sequential(LayerNorm(D)), MSELoss(), torch.randn(N, D), torch.randn(N, D))
+
+
+def test_multihead_attention_is_refused_by_name_of_its_silent_layer():
+    class Model(Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    data = MSELoss(), torch.randn(N, 3, 4), torch.randn(N, 2)
+    with (
+        pytest.warns(UserWarning, match="in_proj_weight"),
+        pytest.raises(ValueError, match=r"'attention\.out_proj'.*never ran.*layers="),
+    ):
+        layer_ios(Model(), *data)
+    assert list(layer_ios(Model(), *data, layers=["head"])) == ["head"]
+
+
+def test_a_subclass_that_computes_something_else_is_refused():
+    class Scaled(Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(NotImplementedError, match=r"'0' \(Scaled\) does not compute what Linear"):
+        layer_ios(Sequential(Scaled(D, C)), MSELoss(), torch.randn(N, D), torch.randn(N, C))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_batch_axis_that_is_not_axis_0_is_refused(axis):
+    class Folded(Sequential):
+        def forward(self, x):
+            x = x.flatten(0, 1) if axis == 0 else x.transpose(0, 1)
+            x = self[0](x)
+            return (x.unflatten(0, (N, -1)) if axis == 0 else x.transpose(0, 1)).mean(1)
+
+    with pytest.raises(ValueError, match=r"'0' \(Linear\).*axis 0"):
+        layer_ios(Folded(Linear(D, C)), MSELoss(), torch.randn(N, 7, D), torch.randn(N, C))
+
+
+def test_a_convolution_without_a_batch_axis_is_refused():
+    class Single(Sequential):
+        def forward(self, x):
+            return self[0](x[:, 0])
+
+    with pytest.raises(ValueError, match="axis 0 of a layer's input must be the batch"):
+        layer_ios(Single(Conv1d(N, N, 1)), MSELoss(), torch.randn(N, 1, 7), torch.randn(N, 7))
+
+
+def test_an_empty_batch_is_refused():
+    model, loss, X, y = simple("cpu")
+    with pytest.raises(ValueError, match="batch is empty"):
+        layer_ios(model, loss, X[:0], y[:0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_numbers_are_traced_to_layer_and_datum(bad, device):
+    model, loss, X, y = simple(device)
+    X[3, 1] = bad
+    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for datum 3"):
+        layer_ios(model, loss, X, y)
+    model, loss, X, y = simple(device)
+    with torch.no_grad():
+        model[2].weight[0, 0] = bad
+    with pytest.raises(ValueError, match="output of layer '2' is not finite, first for datum 0"):
+        layer_ios(model, loss, X, y)
+
+
+def test_batch_statistics_are_refused(device):
+    model = Sequential(Linear(D, C), BatchNorm1d(C, affine=False)).to(device)
+    data = MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\).*model.eval\(\)"):
+        layer_ios(model, *data)
+    layer_ios(model.eval(), *data)
+    no_statistics = BatchNorm1d(C, affine=False, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match="statistics of the batch"):
+        layer_ios(Sequential(Linear(D, C), no_statistics).to(device), *data)
+
+
+def test_another_device_than_the_data_is_refused():
+    model, loss, X, y = simple("cpu")
+    with pytest.raises(ValueError, match="X is on meta but the model is on cpu"):
+        layer_ios(model, loss, X.to("meta"), y)
+
+
+def test_an_input_modified_after_use_is_refused():
+    class Modifies(Sequential):
+        def forward(self, x):
+            h = self[0](x)
+            z = self[1](h)
+            h += 1
+            return z
+
+    model = Modifies(Linear(D, D), Linear(D, C))
+    with pytest.raises(ValueError, match=r"'1' \(Linear\) was modified in place"):
+        layer_ios(model, MSELoss(), torch.randn(N, D), torch.randn(N, C))
+
+
+def test_vectors_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"not \[V, \*\(5, 2\)\]"):
+        layer_ios(*simple("cpu"), lambda loss, f, y: f)
+
+
+def test_no_vector_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        layer_ios(*simple("cpu"), chunk=0)
+
+
+def test_an_operation_that_cannot_be_batched_needs_chunk_1(device):
+    class NoVmap(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.from_numpy(g.cpu().numpy()).to(g.device)
+
+    class Model(Sequential):
+        def forward(self, x):
+            return self[1](NoVmap.apply(self[0](x)))
+
+    model = Model(Linear(D, 4), Linear(4, C)).to(device)
+    data = MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
+    with pytest.raises(RuntimeError, match="pass chunk=1"):
+        layer_ios(model, *data, chunk=2)
+    exact = block_diagonal(model, ggn(Sequential(*model), *data))
+    check_equal(layer_ios(model, *data, chunk=1)["0"].block(), exact["0"])
+
+
+def test_model_must_return_a_tensor():
+    class Tuple(Sequential):
+        def forward(self, x):
+            return (self[0](x),)
+
+    with pytest.raises(ValueError, match="must return one tensor"):
+        layer_ios(Tuple(Linear(D, C)), MSELoss(), torch.randn(N, D), torch.randn(N, C))
+
+
+def test_tokens_out_of_the_vocabulary():
+    model = Sequential(Embedding(4, 3), Linear(3, C))
+    with pytest.raises(IndexError):
+        layer_ios(model, MSELoss(), torch.tensor([1, 9]), torch.randn(2, C))
+
+
+class TiedHead(Module):
+    """A language model's head that borrows the embedding's weight."""
+
+    def __init__(self, head=None):
+        super().__init__()
+        self.embed, self.head = Embedding(D, 4), head
+
+    def forward(self, x):
+        h = self.embed(x).tanh()
+        return linear(h, self.embed.weight) if self.head is None else self.head(h)
+
+
+def test_a_weight_used_by_a_function_is_refused(device):
+    data = MSELoss(), torch.randint(D, (N,), device=device), torch.randn(N, D, device=device)
+    with pytest.raises(NotImplementedError, match=r"'embed\.weight' is used 2 times.*ran 1 times"):
+        layer_ios(TiedHead().to(device), *data)
+    own = TiedHead(Linear(4, D)).to(device)
+    exact = block_diagonal(own, ggn(own, *data))
+    for name, io in layer_ios(own, *data).items():
+        check_equal(io.block(), exact[name])

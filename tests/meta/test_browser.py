@@ -1,0 +1,161 @@
+"""The site opened from disk in Chromium, with the network switched off."""
+
+from functools import cache
+
+import pytest
+
+from tests.meta.built_site import CHROMIUM, built_site, missing, pages, unavailable
+
+pytestmark = pytest.mark.slow
+
+READY = "document.documentElement.dataset.math === 'ready'"
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
+SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+
+BROKEN_MATH = """() => [...document.querySelectorAll('mjx-merror, mjx-mtext')]
+    .filter(e => e.matches('mjx-merror') || /red/.test(e.getAttribute('style') || ''))
+    .map(e => e.getAttribute('data-mjx-error') || e.textContent)"""
+UNTYPESET = """() => [...document.querySelectorAll('.arithmatex')]
+    .filter(e => !e.querySelector('mjx-container')).map(e => e.textContent)"""
+SIDEWAYS = """() => [document.documentElement.scrollWidth > document.documentElement.clientWidth]
+    .filter(Boolean)"""
+CUT_OFF = """() => [...document.querySelectorAll('div.arithmatex')]
+    .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.id || e.textContent)"""
+SHOWN = """() => [...document.querySelectorAll('figure.plot img')].filter(i => i.offsetParent)
+    .map(i => i.getAttribute('src'))"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    missing("playwright", "axe_playwright_python")
+    if not CHROMIUM:
+        unavailable("no Chromium: install it or set CHROMIUM to the executable")
+    from playwright.sync_api import sync_playwright
+
+    options = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield running
+        running.close()
+
+
+def opened(context, path):
+    """Open a page, wait for its formulas, and collect whatever goes wrong."""
+    page = context.new_page()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("requestfailed", lambda request: page.problems.append(request.url))
+    page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
+    page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
+    page.goto(path.as_uri())
+    page.wait_for_function(READY, timeout=120_000)
+    return page
+
+
+@pytest.fixture
+def visit(browser):
+    with browser.new_context(**DESKTOP) as context:
+        yield lambda name: opened(context, built_site() / name)
+
+
+@pytest.fixture(scope="module")
+def survey(browser):
+    """Answers by page and question, from one visit of every page for each screen and scheme."""
+    asked = {
+        "desktop": {"broken": BROKEN_MATH, "raw": UNTYPESET, "cut off": CUT_OFF, "shown": SHOWN},
+        "phone": {"sideways": SIDEWAYS},
+    }
+
+    @cache
+    def answers(screen, scheme):
+        found = {}
+        for path in pages():
+            if path.parent.name == "api" and (screen, scheme) != ("desktop", "light"):
+                continue  # all of them are made from one template, and there are many
+            size = DESKTOP if screen == "desktop" else PHONE
+            with browser.new_context(color_scheme=scheme, **size) as context:
+                page = opened(context, path)
+                found[path] = {name: page.evaluate(js) for name, js in asked[screen].items()}
+                found[path]["problems"] = list(page.problems)  # axe adds requests of its own
+                if screen == "desktop":
+                    found[path]["inaccessible"] = inaccessible(page)
+        return found
+
+    def ask(question, screen, scheme="light"):
+        return {path: answer[question] for path, answer in answers(screen, scheme).items()}
+
+    return ask
+
+
+def inaccessible(page):
+    """Violations of WCAG A and AA, as axe reports them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    options = {"resultTypes": ["violations"], "runOnly": {"type": "tag", "values": RULES}}
+    results = Axe().run(page, options=options)
+    return results.generate_report() if results.violations_count else ""
+
+
+def some(answers):
+    """Pages with an answer that should be empty."""
+    return {path.name: answer for path, answer in answers.items() if answer}
+
+
+def test_every_formula_is_typeset(survey):
+    assert some(survey("broken", "desktop")) == {}
+    assert some(survey("raw", "desktop")) == {}
+
+
+def test_no_formula_is_cut_off_on_a_desktop(survey):
+    assert some(survey("cut off", "desktop")) == {}
+
+
+@SCHEMES
+@pytest.mark.parametrize("screen", ["desktop", "phone"])
+def test_no_request_fails_and_no_error_is_logged(survey, screen, scheme):
+    assert some(survey("problems", screen, scheme)) == {}
+
+
+@SCHEMES
+def test_a_phone_does_not_scroll_sideways(survey, scheme):
+    assert some(survey("sideways", "phone", scheme)) == {}
+
+
+@SCHEMES
+def test_pages_are_accessible(survey, scheme):
+    found = some(survey("inaccessible", "desktop", scheme))
+    assert found == {}, "\n".join(found.values())
+
+
+def test_figures_follow_the_colour_scheme(survey):
+    light, dark = survey("shown", "desktop", "light"), survey("shown", "desktop", "dark")
+    assert any(light.values())
+    for path in dark:
+        figures = path.read_text(encoding="utf-8").count('class="plot"')
+        assert len(light[path]) == len(dark[path]) == figures
+        assert all(src.endswith("#only-light") for src in light[path])
+        assert all(src.endswith("-dark.svg#only-dark") for src in dark[path])
+
+
+def test_home_fits_on_one_screen(visit):
+    page = visit("index.html")
+    bottom = page.evaluate("document.querySelector('.start').getBoundingClientRect().bottom")
+    assert bottom <= 800
+
+
+def test_a_numbered_equation_can_be_jumped_to(visit):
+    page = visit("01_flattening.html")
+    page.click("a[href='#eq-1.6'] >> nth=0")
+    assert page.evaluate("document.querySelector(':target').id") == "eq-1.6"
+
+
+def test_search_works_from_disk(visit):
+    page = visit("index.html")
+    page.click(".md-search__input")
+    page.keyboard.type("Kronecker", delay=20)
+    page.wait_for_selector(".md-search-result__item")
+    assert page.locator(".md-search-result__item").count() >= 2
+    assert page.problems == []

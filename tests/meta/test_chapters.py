@@ -1,0 +1,111 @@
+"""Every chapter runs from top to bottom as a plain script and has the form of a chapter."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.pyplot")  # the attribute
+jupytext = pytest.importorskip("jupytext")
+nbformat = pytest.importorskip("nbformat")
+
+TUTORIAL = Path(__file__).resolve().parents[2] / "tutorial"
+CHAPTERS = sorted(TUTORIAL.glob("[0-9]*.py"))
+PARTS = ("I: Curvature", "II: KFAC", "III: Better and faster", "IV: PINNs")
+PARTS += ("V: Curvature in use", "VI: Scale and trust")
+DRAWS = re.compile(r"\b(plt\.(subplots|figure|plot)|matrices)\(")
+
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def defaults(monkeypatch):
+    """Leave torch and matplotlib as they were, whatever a chapter sets."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    with matplotlib.rc_context({"backend": "agg"}):
+        yield
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    matplotlib.pyplot.close("all")
+
+
+def cells(path):
+    """Text and code cells of a chapter, without the header that names the kernel."""
+    return [cell for cell in jupytext.read(path).cells if cell.cell_type != "raw"]
+
+
+def code_cells(path):
+    return [cell for cell in cells(path) if cell.cell_type == "code"]
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+    numbers = [int(path.name[:2]) for path in CHAPTERS]
+    assert len(set(numbers)) == len(numbers)
+
+
+@each_chapter
+@pytest.mark.filterwarnings(
+    "error",
+    "ignore:FigureCanvasAgg is non-interactive",
+    "ignore:.*torch.jit.script.*:DeprecationWarning",  # PyTorch's own, at its first jvp
+)
+def test_runs_as_a_script(path, defaults, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a chapter needs no file beside it
+    runpy.run_path(str(path), run_name="__main__")
+    assert not list(tmp_path.iterdir())
+
+
+@each_chapter
+def test_is_a_valid_notebook(path):
+    notebook = jupytext.read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@each_chapter
+def test_states_number_title_part_and_question(path):
+    first = cells(path)[0]
+    assert first.cell_type == "markdown"
+    title, opening = first.source.split("\n\n")[:2]
+    assert title.startswith(f"# {int(path.name[:2])}. ")
+    stated = re.match(r"\*\*Part (.+?)\.\*\* ", opening)
+    assert stated
+    assert stated[1] in PARTS
+    assert opening.endswith("?")
+
+
+@each_chapter
+def test_figures_have_a_text_alternative(path):
+    for cell in code_cells(path):
+        if DRAWS.search(cell.source):
+            assert len(cell.metadata.get("alt", "")) > 30, cell.source
+            assert cell.metadata.get("caption"), cell.source
+
+
+@each_chapter
+def test_asserts_what_it_claims(path):
+    assert any(re.search(r"^\s*assert", cell.source, re.MULTILINE) for cell in code_cells(path))
+
+
+@each_chapter
+def test_is_plain_python(path):
+    """No magics or shell commands; jupytext would have commented them out."""
+    for cell in code_cells(path):
+        assert not re.search(r"^\s*(# )?[%!]\w", cell.source, re.MULTILINE), cell.source
+
+
+@each_chapter
+def test_numbers_equations_by_its_own_number(path):
+    for number in re.findall(r"\\tag\{(\d+)\.\d+\w?\}", path.read_text()):
+        assert int(number) == int(path.name[:2])
+
+
+@pytest.mark.parametrize("page", sorted(TUTORIAL.glob("*.md")), ids=lambda page: page.stem)
+def test_code_on_pages_runs(page, defaults):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(page), "exec"), {})

@@ -1,0 +1,158 @@
+"""Every variant in the optimizer: it descends, on expand and reduce views, and it resumes."""
+
+import io as files
+
+import pytest
+import torch
+from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, Sequential, Tanh
+
+from kfac_scratch import EXPAND, KFAC, REDUCE, Latest, factored_inverse, graft, layer_ios, type2
+from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
+from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC
+from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.kpsvd import (
+    Recompressed,
+    deflation,
+    ekpsvd,
+    guarded_inverse,
+    kfac_corrected,
+    kpsvd,
+    lanczos,
+    nearest_product,
+    nearest_sum,
+)
+from kfac_scratch.approximations.mini_block import mini_block, mini_block_rows, mini_block_shared
+from kfac_scratch.approximations.randomized import Sketch, randomized, sre
+from kfac_scratch.approximations.skfac import Window, skfac
+from kfac_scratch.approximations.tekfac import tekfac
+from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.matrices.roots import factored_woodbury
+from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual
+from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.optimizer.step_control import kl_clip
+from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction, two_level
+from tests.laws import check_equal
+
+VARIANTS = {
+    "tkfac": {"approximation": tkfac},
+    "tekfac": {"approximation": tekfac},
+    "tekfac-amortised": {"approximation": AmortisedEKFAC(2, Averaged(tkfac))},
+    "kpsvd": {"approximation": kpsvd},
+    "kpsvd-recompressed": {"approximation": Recompressed(nearest_product)},
+    "ekpsvd": {"approximation": ekpsvd},
+    "deflation": {"approximation": Latest(deflation), "invert": guarded_inverse},
+    "deflation-recompressed": {
+        "approximation": Recompressed(nearest_sum),
+        "invert": guarded_inverse,
+    },
+    "lanczos": {"approximation": Latest(lanczos), "invert": guarded_inverse},
+    "kfac-corrected": {"approximation": Latest(kfac_corrected), "invert": guarded_inverse},
+    "skfac": {"approximation": Latest(skfac), "invert": factored_woodbury},
+    "skfac-window": {"approximation": Window(3)},
+    "rs": {"approximation": randomized(3, oversampling=2)},
+    "sre": {"approximation": randomized(3), "invert": lambda M, d: M.low_rank(sre).inverse(d)},
+    "b": {"approximation": Brand(3)},
+    "b-r": {"approximation": Repaired(Brand(3), refreshed(Sketch(3, 2)), 2)},
+    "b-c": {"approximation": Repaired(Brand(3), corrected(0.5), 2)},
+    "mini-block": {"approximation": mini_block},
+    "mini-block-rows": {"approximation": Latest(mini_block_rows)},
+    "mini-block-shared": {"approximation": mini_block_shared, "invert": factored_inverse},
+    "cg-fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
+    "cg-fac-direct": {"approximation": Latest(cg_fac), "invert": kernel_inverse},
+    "two-level": {"controls": [coarse_correction(type2), graft()]},
+    "two-level-adef2": {"controls": [coarse_correction(type2, combine=adef2), graft()]},
+}
+
+
+def problem(device):
+    torch.manual_seed(0)
+    model = Sequential(Conv2d(2, 3, 3), Tanh(), Flatten(), Linear(27, 7), Tanh(), Linear(7, 3))
+    X, y = torch.randn(11, 2, 5, 5, device=device), torch.randint(3, (11,), device=device)
+    return model.to(device), CrossEntropyLoss(), X, y
+
+
+def trained(settings, device, steps, setting=EXPAND):
+    model, loss, X, y = problem(device)
+    optimizer = KFAC(
+        model,
+        loss,
+        **{"lr": 0.03, "controls": [graft()], "setting": setting} | settings,
+        factor_every=2,
+        inverse_every=2,
+        generator=torch.Generator(device).manual_seed(0),
+    )
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss(model(X), y)
+        value.backward()
+        losses.append(float(value.detach()))
+        optimizer.observe(X, y)
+        optimizer.step()
+    return optimizer, losses
+
+
+@pytest.mark.parametrize("setting", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_descends(name, setting, device):
+    _, losses = trained(VARIANTS[name], device, 13, setting)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_checkpoint_restores_matrices_and_inverses(name, device):
+    optimizer, _ = trained(VARIANTS[name], device, 4)
+    file = files.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other, _ = trained(VARIANTS[name], device, 1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for key, M in optimizer.matrices.items():
+        W = torch.randn(*_shape(optimizer, key), device=device)
+        assert torch.equal(other.matrices[key] @ W, M @ W)
+        assert torch.equal(other.inverses[key] @ W, optimizer.inverses[key] @ W)
+
+
+def _shape(optimizer, name):
+    layer = optimizer.model.get_submodule(name)
+    return len(layer.weight), layer.weight[0].numel() + 1
+
+
+# ---- two levels -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combine", [additive, adef2])
+@pytest.mark.parametrize("space", [nicolaides, residual, krylov(nicolaides)])
+def test_coarse_correction_is_the_two_level_step(space, combine, device):
+    optimizer, _ = trained({"fisher": type2, "momentum": 0.0, "damping": 0.1}, device, 1)
+    model, loss, X, y = optimizer.model, *problem(device)[1:]
+    optimizer.controls = (coarse_correction(type2, space, combine),)
+    optimizer.zero_grad()
+    loss(model(X), y).backward()
+    gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+    ios = layer_ios(model, loss, X, y, type2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step = two_level(model, ios, optimizer.inverses, 0.1, space=space, combine=combine)(gradient)
+    plain = preconditioner(model, optimizer.inverses)(gradient)
+    optimizer.observe(X, y)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        check_equal(before[name] - p.detach(), 0.03 * step[name])
+    assert any((step[n] - plain[n]).abs().max() > 1e-3 * plain[n].abs().max() for n in step)
+
+
+def test_a_coarse_level_needs_the_batch_and_one_damping(device):
+    optimizer, _ = trained({"controls": [coarse_correction(type2), kl_clip(1e-2)]}, device, 1)
+    with pytest.raises(ValueError, match="observe"):
+        optimizer.step()
+    model, loss, X, y = problem(device)
+    groups = [
+        {"params": model[0].parameters(), "damping": 0.1},
+        {"params": [*model[3].parameters(), *model[5].parameters()]},
+    ]
+    optimizer = KFAC(model, loss, groups, controls=[coarse_correction(type2)])
+    loss(model(X), y).backward()
+    optimizer.observe(X, y)
+    with pytest.raises(ValueError, match="one damping for all"):
+        optimizer.step()
