@@ -27,7 +27,7 @@ FISHERS = {
     "MC-1": (monte_carlo(1), {"fisher_type": "mc"}, ("KFAC", {"mc_samples": 1})),
     "empirical": (empirical, {"fisher_type": "empirical"}, None),
 }
-SETTINGS = {"expand": EXPAND, "reduce": REDUCE}
+FLAVOURS = {"expand": EXPAND, "reduce": REDUCE}
 TOLERANCE = 1e-3  # float32, sums over thousands of rows in different orders
 
 
@@ -78,21 +78,21 @@ def transformer():
 NETS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
 
 
-def contenders(model, loss, X, y, fisher: str, setting: str) -> dict[str, Callable]:
+def contenders(model, loss, X, y, fisher: str, flavour: str) -> dict[str, Callable]:
     """Functions without arguments that compute all factors, by implementation."""
     vectors, of_curvlinops, of_backpack = FISHERS[fisher]
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
     def ours():
-        options = {"setting": SETTINGS[setting], "layers": layers, "progress": False}
+        options = {"flavour": FLAVOURS[flavour], "layers": layers, "progress": False}
         return kfac_over(model, loss, [(X, y)], vectors, **options)
 
     def curvlinops():
-        options = {"kfac_approx": setting, "num_per_example_loss_terms": 1}
+        options = {"kfac_approx": flavour, "num_per_example_loss_terms": 1}
         return reference.kfac_operator(model, loss, X, y, **of_curvlinops, **options)
 
     found = {"ours": ours, "curvlinops": curvlinops}
-    if of_backpack is not None and setting == "expand":  # it has one setting, a mix of both
+    if of_backpack is not None and flavour == "expand":  # it has one flavour, a mix of both
         extension, options = of_backpack
         run = reference.backpack_runner(model, loss, extension, **options)
         found["backpack"] = lambda: run(X, y)
@@ -133,7 +133,7 @@ def error_to_curvlinops(model, mine: dict, operator) -> float:
 
 
 def error_to_backpack(expand: dict, reduced: dict, theirs: dict[str, Tensor], field: str) -> float:
-    """The same for BackPACK's mix: A summed over positions, B of the reduce setting."""
+    """The same for BackPACK's mix: A summed over positions, B of the reduce flavour."""
     errors = []
     for name, M in expand.items():
         B, A = getattr(theirs[f"{name}.weight"], field)
@@ -146,7 +146,7 @@ def error_to_backpack(expand: dict, reduced: dict, theirs: dict[str, Tensor], fi
     return max(errors)
 
 
-def check(net: str, model, loss, X, y, fisher: str, setting: str, runs: dict) -> dict[str, float]:
+def check(net: str, model, loss, X, y, fisher: str, flavour: str, runs: dict) -> dict[str, float]:
     """Relative errors of the other implementations' results to ours.
 
     Raises:
@@ -161,7 +161,7 @@ def check(net: str, model, loss, X, y, fisher: str, setting: str, runs: dict) ->
             reduced = contenders(model, loss, X, y, fisher, "reduce")["ours"]()
             errors["backpack"] = error_to_backpack(mine, reduced, runs["backpack"](), "kflr")
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
-    assert not wrong, f"{net}, {fisher}, {setting}: {wrong}"
+    assert not wrong, f"{net}, {fisher}, {flavour}: {wrong}"
     return errors
 
 
@@ -180,7 +180,7 @@ def median_times(runs: dict[str, Callable], rounds: int, device: torch.device) -
 
 
 def measure(rounds: int, device: torch.device, only: str | None) -> list[dict]:
-    """One row for every network, Fisher and setting, printed as it comes."""
+    """One row for every network, Fisher and flavour, printed as it comes."""
     rows = []
     print(f"{'':32s}{'ours':>8s}{'curvlinops':>18s}{'BackPACK':>18s}   relative errors")
     for net, build in NETS.items():
@@ -191,13 +191,13 @@ def measure(rounds: int, device: torch.device, only: str | None) -> list[dict]:
         model, X = model.to(device), X.to(device)
         loss, y = nn.CrossEntropyLoss(), torch.randint(10, (len(X),), device=device)
         for fisher in FISHERS:
-            for setting in SETTINGS:
+            for flavour in FLAVOURS:
                 notes: list[str] = []
-                runs = contenders(model, loss, X, y, fisher, setting)
+                runs = contenders(model, loss, X, y, fisher, flavour)
                 runs = {name: run for name, run in runs.items() if works(name, run, notes)}
-                errors = check(net, model, loss, X, y, fisher, setting, runs)
+                errors = check(net, model, loss, X, y, fisher, flavour, runs)
                 ms = median_times(runs, rounds, device)
-                row = {"net": net, "fisher": fisher, "setting": setting, "ms": ms}
+                row = {"net": net, "fisher": fisher, "flavour": flavour, "ms": ms}
                 row |= {"ratio": {name: t / ms["ours"] for name, t in ms.items()}}
                 row |= {"error": errors, "notes": notes}
                 rows.append(row)
@@ -206,7 +206,7 @@ def measure(rounds: int, device: torch.device, only: str | None) -> list[dict]:
 
 
 def _line(row: dict) -> str:
-    text = f"{row['net']:12s}{row['fisher']:11s}{row['setting']:9s}{row['ms']['ours']:8.1f}"
+    text = f"{row['net']:12s}{row['fisher']:11s}{row['flavour']:9s}{row['ms']['ours']:8.1f}"
     for name in ("curvlinops", "backpack"):
         cell = f"{row['ms'][name]:.1f} ({row['ratio'][name]:.2f}x)" if name in row["ms"] else "-"
         text += f"{cell:>18s}"

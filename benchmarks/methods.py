@@ -151,7 +151,7 @@ CURVATURE: Space = {
 
 
 def curvature(
-    task: Task, model: nn.Module, config: Config, approximation=kfac, setting=EXPAND
+    task: Task, model: nn.Module, config: Config, approximation=kfac, flavour=EXPAND
 ) -> KFAC:
     """KFAC with the length of every layer's step from Adam.
 
@@ -169,7 +169,7 @@ def curvature(
         controls=[graft(betas)],
         rest=lambda params: torch.optim.AdamW(params, **adam),
         approximation=approximation,
-        setting=setting,
+        flavour=flavour,
         damping=config["damping"],
         decay=config["decay"],
         factor_every=config["periods"][0],
@@ -194,7 +194,7 @@ ANY_INVERSE: Space = {"inverse": Choice(tuple(INVERSES))}
 SECOND_ORDER = {
     "kfac-expand": Method(SCHEDULE | ADAM | CURVATURE | ANY_INVERSE, curvature),
     "kfac-reduce": Method(
-        SCHEDULE | ADAM | CURVATURE | ANY_INVERSE, partial(curvature, setting=REDUCE)
+        SCHEDULE | ADAM | CURVATURE | ANY_INVERSE, partial(curvature, flavour=REDUCE)
     ),
     "ekfac": Method(SCHEDULE | ADAM | CURVATURE, amortised_ekfac),
 }

@@ -34,14 +34,19 @@ from kfac_scratch import ekfac, kfac
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.approximations.kpsvd import kpsvd
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.pinn.jacobian import assign, flat, moved, residuals, weights
+from kfac_scratch.pinn.jacobian import assign, block_weights, flat, moved, residuals
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, TermWise, ekfac_inverse
 from kfac_scratch.pinn.problems import Problem, heat, mlp, poisson, poisson_cosines
-from kfac_scratch.pinn.solvers import combined, dense, in_kernel, per_layer
-from kfac_scratch.pinn.steps import KFAC, GaussNewton, KFACStar, Spring
-from kfac_scratch.pinn.terms import Field, linearize, loss
-from kfac_scratch.taylor.jets import forward_laplacian, taylor
+from kfac_scratch.pinn.solvers import (
+    dense_solver,
+    kernel_solver,
+    linear_combination,
+    two_directions_per_layer,
+)
+from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, Spring
+from kfac_scratch.pinn.terms import Field, linearize, pinn_loss
+from kfac_scratch.taylor.jets import forward_laplacian, taylor_coefficients
 
 # ---- Laplacians ----------------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class First:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = loss(model, terms)
+            value = pinn_loss(model, terms)
             value.backward()
             return value
 
@@ -207,14 +212,16 @@ class First:
 class StarByAutograd:
     """KFAC* whose gradient and products with `J` are passes of autograd, as is common."""
 
-    def __init__(self, metric: TermWise, damping: float) -> None:
-        self.metric, self.damping = metric, damping
+    def __init__(self, preconditioner: TermWise, damping: float) -> None:
+        self.preconditioner, self.damping = preconditioner, damping
 
     def step(self, model: nn.Module, terms: list, state=None):
-        count, metric, previous = state or (0, None, None)
+        count, preconditioner, previous = state or (0, None, None)
         lin = linearize(model, terms)
-        metric, inverses = self.metric.update(metric, lin, self.damping, count + 1)
-        value = loss(model, terms)
+        preconditioner, inverses = self.preconditioner.update(
+            preconditioner, lin, self.damping, count + 1
+        )
+        value = pinn_loss(model, terms)
         parameters = dict(model.named_parameters())
         grads = torch.autograd.grad(value, list(parameters.values()))
         layers = dict(model.named_modules())
@@ -234,13 +241,13 @@ class StarByAutograd:
             [[sum((x[n] * y[n]).sum() for n in x) for y in directions] for x in directions]
         )
         c = -torch.linalg.solve(J.T @ J + self.damping * lengths, J.T @ rho)
-        step = combined(directions, c)
-        assign(model, moved(weights(model), step))
-        return count + 1, metric, step
+        step = linear_combination(directions, c)
+        assign(model, moved(block_weights(model), step))
+        return count + 1, preconditioner, step
 
 
 def _forward_mode(model, layers, term, direction) -> Tensor:
-    c = taylor(model, term.X, term.expansion)
+    c = taylor_coefficients(model, term.X, term.expansion)
     r = term.residual(Field(list(c.unbind(1)), term.expansion), term.X).flatten()
     r = r * (term.weight / len(term.X)) ** 0.5
     W = [p for n in direction for p in (layers[n].weight, layers[n].bias)]
@@ -270,16 +277,18 @@ ADAM = {  # learning rate, and whether it falls; tuned on seed 0 as the others
 
 def methods(problem: str, budget: float) -> dict[str, Setup]:
     options = {"chunk": CHUNK.get(problem)}
-    exact = in_kernel if "deep" in problem or "116" in problem else dense
+    exact = kernel_solver if "deep" in problem or "116" in problem else dense_solver
     wise, corrected = TermWise(0.6), TermWise(0.6, ekfac_inverse)
     rate, falls = ADAM.get(problem, (3e-3, False))
     return {
         "Adam": Setup(First(partial(torch.optim.Adam, lr=rate), budget if falls else None)),
         "L-BFGS": Setup(First(lbfgs), NEVER),
-        "KFAC": Setup(KFAC(metric=wise, **options)),
-        "KFAC*": Setup(KFACStar(metric=wise, **options)),
-        "KFAC* per layer": Setup(KFACStar(candidates=per_layer, metric=wise, **options)),
-        "EKFAC*": Setup(KFACStar(metric=corrected, **options)),
+        "KFAC": Setup(PinnKFAC(preconditioner=wise, **options)),
+        "KFAC*": Setup(KFACStar(preconditioner=wise, **options)),
+        "KFAC* per layer": Setup(
+            KFACStar(candidates=two_directions_per_layer, preconditioner=wise, **options)
+        ),
+        "EKFAC*": Setup(KFACStar(preconditioner=corrected, **options)),
         "KFAC*, more directions": more_directions(problem),
         "Gauss-Newton": Setup(GaussNewton(solver=exact, **options)),
         "ENGD": Setup(Spring(1e-12, solver=exact, **options)),
@@ -301,11 +310,11 @@ def more_directions(problem: str) -> Setup:
     """Settings found on seed 0."""
     corrected = TermWise(0.6, ekfac_inverse)
     if "deep" in problem or "116" in problem:
-        return Setup(KFACKrylov(20, 1, 1e-13, metric=corrected), 10)
+        return Setup(KFACKrylov(20, 1, 1e-13, preconditioner=corrected), 10)
     if "5d" in problem:
         slowly = TermWise(0.9, ekfac_inverse)
-        return Setup(KFACKrylov(10, 1, 1e-2, metric=slowly, chunk=CHUNK.get(problem)))
-    return Setup(KFACKrylov(1, 8, 1e-10, 1e-10, metric=corrected))
+        return Setup(KFACKrylov(10, 1, 1e-2, preconditioner=slowly, chunk=CHUNK.get(problem)))
+    return Setup(KFACKrylov(1, 8, 1e-10, 1e-10, preconditioner=corrected))
 
 
 def preconditioners(problem: str) -> dict[str, Setup]:
@@ -321,10 +330,13 @@ def preconditioners(problem: str) -> dict[str, Setup]:
         "TKFAC": tkfac,
         "KPSVD": partial(kpsvd, tolerance=0.01),
     }
-    found = {name: replace(method, metric=metric) for name, metric in wise.items()}
+    found = {
+        name: replace(method, preconditioner=preconditioner)
+        for name, preconditioner in wise.items()
+    }
     for name, approximation in of_all.items():
-        metric = Joined(approximation, 0.6)
-        found[f"{name} of all terms"] = replace(method, metric=metric, floor=1e-7)
+        preconditioner = Joined(approximation, 0.6)
+        found[f"{name} of all terms"] = replace(method, preconditioner=preconditioner, floor=1e-7)
     return {name: Setup(of, keep) for name, of in found.items()}
 
 

@@ -24,12 +24,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from kfac_scratch.approximations.brand import Factor, followed, product_of_rows
-from kfac_scratch.approximations.randomized import Sketch, leading, rs, sre, trace_matched
+from kfac_scratch.approximations.brand import TruncatedFactor, product_of_rows, updated_factor
+from kfac_scratch.approximations.randomized import Sketch, leading, rsvd, srevd, trace_matched
 from kfac_scratch.linalg import eye_like, psd_eigh
 from kfac_scratch.matrices.kronecker import KroneckerEigen
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, inverse_of_damped_columns
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
-from kfac_scratch.matrices.roots import KroneckerRoots, woodbury_inverse
 
 N, RANK, BATCHES, DECAY, POWER = 128, 64, 40, 0.95, 1.5
 SKETCH = Sketch(RANK, oversampling=10, iterations=2)
@@ -79,8 +79,8 @@ def square_parts(d: int, generator: torch.Generator) -> dict[tuple[str, str], Ca
     return {
         ("K-FAC", "update"): lambda: psd_eigh(M),
         ("K-FAC", "apply"): lambda: kfac @ G,
-        ("RS-KFAC", "update"): lambda: leading(M, SKETCH, rs),
-        ("SRE-KFAC", "update"): lambda: leading(M, SKETCH, sre),
+        ("RS-KFAC", "update"): lambda: leading(M, SKETCH, rsvd),
+        ("SRE-KFAC", "update"): lambda: leading(M, SKETCH, srevd),
         ("RS-KFAC", "apply"): lambda: low_rank @ G,
         ("average", "share"): lambda: M.lerp(X.T @ X, 1 - DECAY),
         ("gradient", "share"): lambda: X.T @ X,
@@ -90,27 +90,29 @@ def square_parts(d: int, generator: torch.Generator) -> dict[tuple[str, str], Ca
 def row_parts(d: int, generator: torch.Generator) -> dict[tuple[str, str], Callable]:
     """What needs only the rows of a batch and a few eigenvectors."""
     X, X2, X3 = (rows_of(d, N, generator) / N**0.5 for _ in range(3))
-    state = followed(
-        followed(empty(X), X.T, 1.0, RANK, trace_matched), X2.T, 0.5, RANK, trace_matched
+    state = updated_factor(
+        updated_factor(empty(X), X.T, 1.0, RANK, trace_matched), X2.T, 0.5, RANK, trace_matched
     )
     U, w, c = state
     brand = LowRankKronecker(U, w, c, U, w, c)
     one = X.new_ones(1, 1)
-    woodbury = woodbury_inverse(KroneckerRoots(X.T, X.T), 0.1, 0.1)
+    woodbury = inverse_of_damped_columns(KroneckerColumns(X.T, X.T), 0.1, 0.1)
 
     def rows_by_woodbury() -> tuple[Tensor, Tensor]:
         WA, WB = woodbury.WA, woodbury.WB
         return X2 - (X2 @ WB.T) @ WB, X3 - (X3 @ WA.T) @ WA
 
     return {
-        ("B-KFAC", "update"): lambda: followed(state, X3.T, 0.05, RANK, trace_matched),
+        ("B-KFAC", "update"): lambda: updated_factor(state, X3.T, 0.05, RANK, trace_matched),
         ("B-KFAC", "apply"): lambda: product_of_rows(brand, X2, X3),
-        ("SKFAC", "update"): lambda: woodbury_inverse(KroneckerRoots(X.T, one), 0.1, 0.1),
+        ("SKFAC", "update"): lambda: inverse_of_damped_columns(
+            KroneckerColumns(X.T, one), 0.1, 0.1
+        ),
         ("SKFAC", "apply"): rows_by_woodbury,
     }
 
 
-def empty(X: Tensor) -> Factor:
+def empty(X: Tensor) -> TruncatedFactor:
     return X.new_zeros(X.shape[1], 0), X.new_zeros(0), X.new_zeros(())
 
 
@@ -209,11 +211,11 @@ def errors(d: int, device: torch.device) -> dict[str, float]:
     factor = empty(batches[0])
     for t, X in enumerate(batches, start=1):
         weight = (1 - DECAY) / (1 - DECAY**t)
-        factor = followed(factor, X.T, weight, RANK, trace_matched)
+        factor = updated_factor(factor, X.T, weight, RANK, trace_matched)
     found = {"B-KFAC": dense(*factor), "SKFAC (last batch only)": batches[-1].T @ batches[-1]}
     w, U = (t.flip(-1) for t in psd_eigh(M))
     pairs = {"exact eigenpairs": (w[:RANK], U[:, :RANK])}
-    pairs |= {"RS-KFAC": leading(M, SKETCH, rs), "SRE-KFAC": leading(M, SKETCH, sre)}
+    pairs |= {"RS-KFAC": leading(M, SKETCH, rsvd), "SRE-KFAC": leading(M, SKETCH, srevd)}
     for name, (w, U) in pairs.items():
         found[name] = dense(U, w, trace_matched(w, M.trace(), d))
     found["no factor at all"] = M.trace() / d * eye_like(M)

@@ -16,7 +16,7 @@ from kfac_scratch import KFAC, kfac, monte_carlo
 from kfac_scratch.approximations.brand import Brand
 from kfac_scratch.approximations.cg_fac import cg_fac, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
-from kfac_scratch.approximations.estimators import Averaged, Latest
+from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     guarded_inverse,
@@ -26,19 +26,19 @@ from kfac_scratch.approximations.kpsvd import (
 )
 from kfac_scratch.approximations.mini_block import mini_block, mini_block_shared
 from kfac_scratch.approximations.randomized import randomized
-from kfac_scratch.approximations.skfac import Window, averaged, skfac
+from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns
 from kfac_scratch.matrices.matrix import exact_inverse
-from kfac_scratch.matrices.roots import KroneckerRoots
 from kfac_scratch.optimizer.two_level import adef2, coarse_correction
 
 SEEDS = (200, 201, 202)
 
 
-def skfac_of_averages(io: LayerIO) -> KroneckerRoots:
+def skfac_of_averages(io: LayerIO) -> KroneckerColumns:
     """A convolution's positions are averaged: otherwise columns are as many as rows."""
-    return skfac(averaged(io))
+    return skfac(mean_over_positions(io))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kfac": {"approximation": kfac},
     "ekfac": {"approximation": AmortisedEKFAC(1)},
     "tkfac": {"approximation": tkfac},
-    "tekfac": {"approximation": AmortisedEKFAC(1, Averaged(tkfac))},
+    "tekfac": {"approximation": AmortisedEKFAC(1, MovingAverage(tkfac))},
     "kpsvd": {"approximation": Recompressed(nearest_product)},
     "deflation": {"approximation": Recompressed(nearest_sum), "invert": guarded_inverse},
     "kfac_corrected": {"approximation": Latest(kfac_corrected), "invert": guarded_inverse},

@@ -1,29 +1,100 @@
-"""Kronecker-factored curvature, understood, checked and trusted."""
+"""Kronecker-factored curvature, understood, checked and trusted.
 
+Everything that is public stands here: `from kfac_scratch import kfac, layer_ios`. The modules below
+say where a thing is defined; none of them passes on another's functions. What belongs to one topic
+under short names is used with its module: `from kfac_scratch import curvature`, then
+`curvature.ggn(...)`; likewise `linalg`, `show`, `taylor.activations` and `pinn.problems`.
+"""
+
+from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
+from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
+from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, rescaled
-from kfac_scratch.approximations.estimators import Averaged, Estimator, Latest
-from kfac_scratch.approximations.kfac import foof, kfac, kfac_over
-from kfac_scratch.capture.hooks import EXPAND, REDUCE, layer_ios, stream
-from kfac_scratch.capture.layer_groups import blocks, uncovered
+from kfac_scratch.approximations.estimators import Approximation, Estimator, Latest, MovingAverage
+from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.approximations.kpsvd import (
+    Recompressed,
+    deflation,
+    ekpsvd,
+    guarded,
+    guarded_inverse,
+    kfac_corrected,
+    kpsvd,
+    lanczos,
+    nearest_product,
+    nearest_sum,
+)
+from kfac_scratch.approximations.mini_block import (
+    mini_block,
+    mini_block_filters,
+    mini_block_rows,
+    mini_block_shared,
+)
+from kfac_scratch.approximations.randomized import (
+    Sketch,
+    nystrom,
+    randomized,
+    rsvd,
+    smallest_kept,
+    srevd,
+    trace_matched,
+    zero_tail,
+)
+from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac, subsampled
+from kfac_scratch.approximations.tekfac import tekfac
+from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.capture.hooks import EXPAND, REDUCE, Flavour, layer_ios, stream
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
+from kfac_scratch.data_loader import kfac_over, over_loader
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.losses import (
-    Fisher,
+    BackpropagatedVectors,
     divisor,
     empirical,
     monte_carlo,
     type2,
     type2_classwise,
 )
-from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt
+from kfac_scratch.matrices.block_diagonal import BlockDiagonal
+from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative_damping
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, factored_woodbury_inverse
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+from kfac_scratch.optimizer.coarse_spaces import (
+    krylov_space,
+    nicolaides_space,
+    residual_space,
+    spectral_space,
+)
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import Preconditioner, inverses, preconditioner
 from kfac_scratch.optimizer.quadratic_model import quadratic_model
 from kfac_scratch.optimizer.step_control import graft, kl_clip, norm_constraint
+from kfac_scratch.optimizer.two_level import (
+    additive,
+    adef1,
+    adef2,
+    bnn,
+    coarse_correction,
+    two_level,
+)
+from kfac_scratch.pinn.krylov import KFACKrylov
+from kfac_scratch.pinn.preconditioners import Joined, PinnPreconditioner, TermWise
+from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, Spring
+from kfac_scratch.pinn.terms import Field, Linearization, Term, linearize, pinn_loss
+from kfac_scratch.taylor.expansions import (
+    SecondOrder,
+    directional,
+    laplacian,
+    second_order_sum,
+    value_only,
+)
+from kfac_scratch.taylor.jets import Elementwise, Jet, forward_laplacian, taylor_coefficients
+from kfac_scratch.taylor.partials import Partials, biharmonic, univariate_jets
 
 __version__ = "0.1.0"
 
@@ -31,42 +102,124 @@ __all__ = [
     "EXPAND",
     "KFAC",
     "REDUCE",
+    "Accumulator",
     "AmortisedEKFAC",
-    "Averaged",
+    "Approximation",
+    "BackpropagatedVectors",
+    "BlockDiagonal",
+    "Brand",
     "Dense",
     "Diagonal",
+    "Elementwise",
     "Estimator",
-    "Fisher",
+    "FactorSums",
+    "Field",
+    "Flavour",
+    "Gathered",
+    "GaussNewton",
+    "Jet",
+    "Joined",
+    "KFACKrylov",
+    "KFACStar",
     "Kronecker",
+    "KroneckerColumns",
     "KroneckerEigen",
     "KroneckerSum",
     "Latest",
+    "LayerGroup",
     "LayerIO",
     "LinearMap",
+    "Linearization",
+    "LowRankKronecker",
     "Matrix",
+    "MovingAverage",
+    "Partials",
+    "PinnKFAC",
+    "PinnPreconditioner",
     "Preconditioner",
-    "blocks",
+    "Recompressed",
+    "Repaired",
+    "SecondOrder",
+    "Sketch",
+    "Spring",
+    "Term",
+    "TermWise",
+    "Window",
+    "additive",
+    "adef1",
+    "adef2",
+    "biharmonic",
+    "bnn",
+    "cg_fac",
+    "coarse_correction",
     "concatenate",
+    "corrected",
+    "deflation",
+    "directional",
     "divisor",
     "ekfac",
+    "ekpsvd",
     "empirical",
     "exact_inverse",
     "factored_inverse",
+    "factored_woodbury_inverse",
     "foof",
+    "forward_laplacian",
     "graft",
+    "guarded",
+    "guarded_inverse",
     "inverses",
+    "kernel_inverse",
     "kfac",
+    "kfac_corrected",
     "kfac_over",
     "kl_clip",
+    "kpsvd",
+    "krylov_space",
+    "lanczos",
+    "laplacian",
+    "layer_groups",
     "layer_ios",
     "levenberg_marquardt",
+    "linearize",
+    "mean_over_positions",
+    "mini_block",
+    "mini_block_filters",
+    "mini_block_rows",
+    "mini_block_shared",
     "monte_carlo",
+    "nearest_product",
+    "nearest_sum",
+    "nicolaides_space",
     "norm_constraint",
+    "nystrom",
+    "over_loader",
+    "pinn_loss",
     "preconditioner",
     "quadratic_model",
+    "randomized",
+    "refreshed",
+    "relative_damping",
     "rescaled",
+    "residual_space",
+    "rsvd",
+    "second_order_sum",
+    "skfac",
+    "smallest_kept",
+    "spectral_space",
+    "srevd",
     "stream",
+    "subsampled",
+    "taylor_coefficients",
+    "tekfac",
+    "tkfac",
+    "trace_matched",
+    "truncated_inverse",
+    "two_level",
     "type2",
     "type2_classwise",
     "uncovered",
+    "univariate_jets",
+    "value_only",
+    "zero_tail",
 ]

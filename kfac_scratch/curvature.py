@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jacrev, jvp, vjp
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
 
-from kfac_scratch.capture.layer_groups import blocks
+from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.losses import divisor
 
 Product = Callable[[Float[Tensor, "D"]], Float[Tensor, "D"]]
@@ -171,11 +171,11 @@ def block_index(model: Module) -> dict[str, Int[Tensor, "d_out d_in"]]:
     for name, p in _parameters(model).items():
         places[name] = torch.arange(start, start + p.numel(), device=p.device).reshape(p.shape)
         start += p.numel()
-    found = blocks(model)
-    return {n: W for b in found for n, W in zip(b.names, b.matrices(places), strict=True)}
+    groups = layer_groups(model)
+    return {n: W for b in groups for n, W in zip(b.names, b.matrices(places), strict=True)}
 
 
-def block_diagonal(model: Module, M: Float[Tensor, "D D"]) -> dict[str, Tensor]:
+def diagonal_blocks(model: Module, M: Float[Tensor, "D D"]) -> dict[str, Tensor]:
     """Cut a dense matrix into the blocks of a model's layers, by name."""
     index = {name: W.flatten() for name, W in block_index(model).items()}
     return {name: M[i][:, i] for name, i in index.items()}

@@ -6,8 +6,9 @@ $$
 L = \frac{1}{D} \sum_n \ell_n, \qquad \ell_n = -\log p(y_n \mid f_n) + \text{const}.
 $$
 
-A `Fisher` is a function `(loss, f, y) -> vectors` with vectors of shape `[V, *f.shape]`. For each
-datum, the outer products of its `V` vectors sum to a curvature of $L$ with respect to $f_n$:
+`BackpropagatedVectors` are a function `(loss, f, y) -> vectors` with vectors of shape
+`[V, *f.shape]`. For each datum, the outer products of its `V` vectors sum to a curvature of $L$
+with respect to $f_n$:
 
 - `type2`: the loss Hessian itself. Curvature: the GGN, which is the Fisher.
 - `monte_carlo(M)`: gradients at `M` labels drawn from the model. Right in expectation.
@@ -32,7 +33,7 @@ from torch import Generator, Tensor
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
 from torch.nn.functional import one_hot
 
-Fisher = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
+BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
 
 
 def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
@@ -55,7 +56,7 @@ def type2_classwise(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..
     return _as_output(loss, f, _class_vectors(loss, f, y))
 
 
-def monte_carlo(samples: int, generator: Generator | None = None) -> Fisher:
+def monte_carlo(samples: int, generator: Generator | None = None) -> BackpropagatedVectors:
     r"""Gradients at labels drawn from the model; their outer products average to `type2`'s.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kfac_scratch.conformance import Kronecker, LayerBlock, NotSupported
+from kfac_scratch.conformance import KroneckerAnswer, LayerBlock, NotSupported
 from kfac_scratch.conformance.adapters.ours import Adapter as Ours
 
 
@@ -23,7 +23,7 @@ class Scaled(Ours):
 
     def blocks(self, request):
         return {
-            name: LayerBlock(Kronecker(b.joint.A, self.factor(request, name) * b.joint.B))
+            name: LayerBlock(KroneckerAnswer(b.joint.A, self.factor(request, name) * b.joint.B))
             for name, b in super().blocks(request).items()
         }
 
@@ -37,9 +37,9 @@ class Separate(Ours):
         found = {}
         for name, b in super().blocks(request).items():
             A, B = b.joint.A, b.joint.B
-            weight = Kronecker(A[:, :-1, :-1], self.scales[0] * B)
+            weight = KroneckerAnswer(A[:, :-1, :-1], self.scales[0] * B)
             found[name] = LayerBlock(
-                weight=weight, bias=Kronecker(A[:, -1:, -1:], self.scales[1] * B)
+                weight=weight, bias=KroneckerAnswer(A[:, -1:, -1:], self.scales[1] * B)
             )
         return found
 
@@ -56,12 +56,12 @@ class Changed(Ours):
 
 class NotFinite(Changed):
     def change(self, request, block):
-        return replace(block, joint=Kronecker(block.joint.A * float("nan"), block.joint.B))
+        return replace(block, joint=KroneckerAnswer(block.joint.A * float("nan"), block.joint.B))
 
 
 class WrongShape(Changed):
     def change(self, request, block):
-        return replace(block, joint=Kronecker(block.joint.A[:, 1:, 1:], block.joint.B))
+        return replace(block, joint=KroneckerAnswer(block.joint.A[:, 1:, 1:], block.joint.B))
 
 
 class WrongType(Changed):
@@ -81,13 +81,13 @@ class WrongAxes(Changed):
 
 class SinglePrecision(Changed):
     def change(self, request, block):
-        return replace(block, joint=Kronecker(block.joint.A.float(), block.joint.B.float()))
+        return replace(block, joint=KroneckerAnswer(block.joint.A.float(), block.joint.B.float()))
 
 
 class Random(Changed):
     def change(self, request, block):
         noise = 1 + 1e-6 * torch.rand_like(block.joint.B)
-        return replace(block, joint=Kronecker(block.joint.A, block.joint.B * noise))
+        return replace(block, joint=KroneckerAnswer(block.joint.A, block.joint.B * noise))
 
 
 class Forgetful(Ours):
@@ -141,7 +141,7 @@ class Accumulating(Ours):
         self.kept += 0.1
         return {
             n: LayerBlock(
-                Kronecker(b.joint.A, b.joint.B + self.kept * torch.eye(b.joint.B.shape[-1]))
+                KroneckerAnswer(b.joint.A, b.joint.B + self.kept * torch.eye(b.joint.B.shape[-1]))
             )
             for n, b in super().blocks(request).items()
         }

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from kfac_scratch import layer_ios
-from kfac_scratch.capture.layer_groups import blocks, uncovered
+from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.curvature import (
-    block_diagonal,
     block_index,
+    diagonal_blocks,
     empirical_fisher,
     empirical_fisher_product,
     fisher,
@@ -218,7 +218,9 @@ def test_diagonal_of_the_ggn_is_that_of_backpack(net, loss, reduction):
 def test_block_index_finds_every_covered_parameter_once(net):
     model, _, _, _ = problem(net)
     places = torch.cat([index.flatten() for index in block_index(model).values()])
-    missing = sum(model.get_parameter(name).numel() for name in uncovered(model, blocks(model)))
+    missing = sum(
+        model.get_parameter(name).numel() for name in uncovered(model, layer_groups(model))
+    )
     assert len(places) == len(places.unique())
     assert len(places) + missing == len(parameter_vector(model))
 
@@ -229,7 +231,7 @@ def test_block_index_is_laid_out_as_the_weight_and_bias_columns(net):
     theta = parameter_vector(model)
     for name, index in block_index(model).items():
         layer, _, group = name.partition("[")
-        block = next(b for b in blocks(model) if b.name == layer)
+        block = next(b for b in layer_groups(model) if b.name == layer)
         weight = model.get_submodule(layer).weight.detach()
         weight = weight.T if isinstance(model.get_submodule(layer), nn.Embedding) else weight
         columns = [weight.flatten(1)] + [b.detach().unsqueeze(1) for b in block.biases.values()]
@@ -242,7 +244,7 @@ def test_block_index_is_laid_out_as_the_weight_and_bias_columns(net):
 @pytest.mark.filterwarnings("ignore:No block covers")
 def test_block_of_the_ggn_is_that_of_layer_io(net, loss):
     args = problem(net, loss)
-    exact, ios = block_diagonal(args[0], ggn(*args)), layer_ios(*args)
+    exact, ios = diagonal_blocks(args[0], ggn(*args)), layer_ios(*args)
     assert exact.keys() == ios.keys()
     for name, io in ios.items():
         assert distance(io.block(), exact[name]) <= TOLERANCE
@@ -283,7 +285,7 @@ def test_dtype_is_that_of_the_parameters(function, loss, dtype):
     torch.set_default_dtype(other)
     M = function(*args)
     assert M.dtype == dtype
-    assert block_diagonal(args[0], M)["0"].dtype == dtype
+    assert diagonal_blocks(args[0], M)["0"].dtype == dtype
     if function in (products := dict(zip(MATRICES, PRODUCTS, strict=True))):
         assert products[function](*args)(torch.ones(len(M), dtype=dtype)).dtype == dtype
 
@@ -326,7 +328,7 @@ def test_sizes_of_the_nets_have_no_common_factor(net):
     """Except where the architecture makes two of them the same."""
     model, loss, X, y = problem(net)
     for name, io in layer_ios(model, loss, X, y).items():
-        block = next(b for b in blocks(model) if name.startswith(b.name))
+        block = next(b for b in layer_groups(model) if name.startswith(b.name))
         square = str(net).startswith("tied")  # applied to its own output, S is the calls
         S = 1 if square else io.a.shape[1]
         sizes = {N, S, C, io.a.shape[2] - len(block.biases), io.g.shape[3]}

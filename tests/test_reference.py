@@ -20,14 +20,14 @@ from kfac_scratch import (
     type2,
     type2_classwise,
 )
-from kfac_scratch.curvature import block_diagonal, block_index
+from kfac_scratch.curvature import block_index, diagonal_blocks
 from tests import reference
 from tests.nets import BY_NAME, LOSSES, REDUCTIONS, N, problem
 from tests.reference import distance
 
 TOLERANCE = 1e-10
 FIXED = "fixed upstream, remove this exception"
-SETTINGS = {"expand": EXPAND, "reduce": REDUCE}
+FLAVOURS = {"expand": EXPAND, "reduce": REDUCE}
 CLASS_WEIGHTS = torch.tensor([0.3, 1.1, 2.0], dtype=torch.float64)
 
 # what curvlinops covers by definition; the exceptions are below
@@ -39,7 +39,7 @@ NETS = [
 nets = pytest.mark.parametrize("net", NETS, ids=str)
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
-settings = pytest.mark.parametrize("setting", SETTINGS)
+flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 ignore_uncovered = pytest.mark.filterwarnings("ignore:No block covers")
 pytestmark = ignore_uncovered
 
@@ -50,9 +50,9 @@ def of_curvlinops_3_0_1():
         pytest.skip("about curvlinops 3.0.1; a newer one is installed")
 
 
-def ours(args, fisher=type2, setting="expand"):
+def ours(args, fisher=type2, flavour="expand"):
     """The blocks of KFAC that curvlinops has too: linear layers and ungrouped 2d convolutions."""
-    ios = layer_ios(*args, fisher, setting=SETTINGS[setting])
+    ios = layer_ios(*args, fisher, flavour=FLAVOURS[flavour])
     layers = dict(args[0].named_modules())
     return {
         name: kfac(io).dense()
@@ -72,29 +72,29 @@ def check_equal(mine, theirs):
 @nets
 @losses
 @reductions
-@settings
-def test_type2_is_that_of_curvlinops(net, loss, reduction, setting):
+@flavours
+def test_type2_is_that_of_curvlinops(net, loss, reduction, flavour):
     """For one loss term per datum; per token, curvlinops has the cheaper vectors per class."""
     args = problem(net, loss, reduction)
     fisher = type2_classwise if net.per_token else type2
-    check_equal(ours(args, fisher, setting), reference.kfac(*args, "type-2", setting))
+    check_equal(ours(args, fisher, flavour), reference.kfac(*args, "type-2", flavour))
 
 
 @nets
 @losses
 @reductions
-@settings
-def test_empirical_is_that_of_curvlinops(net, loss, reduction, setting):
+@flavours
+def test_empirical_is_that_of_curvlinops(net, loss, reduction, flavour):
     args = problem(net, loss, reduction)
-    check_equal(ours(args, empirical, setting), reference.kfac(*args, "empirical", setting))
+    check_equal(ours(args, empirical, flavour), reference.kfac(*args, "empirical", flavour))
 
 
 @nets
-@settings
-def test_foof_is_that_of_curvlinops(net, setting):
+@flavours
+def test_foof_is_that_of_curvlinops(net, flavour):
     args = problem(net, nn.CrossEntropyLoss)
-    ios = layer_ios(*args, setting=SETTINGS[setting])
-    theirs = reference.kfac(*args, "forward-only", setting)
+    ios = layer_ios(*args, flavour=FLAVOURS[flavour])
+    theirs = reference.kfac(*args, "forward-only", flavour)
     names = [name for name in theirs if name in ios]
     check_equal({name: foof(ios[name]).dense() for name in names}, theirs)
 
@@ -106,10 +106,10 @@ def test_kflr_of_backpack_takes_one_factor_from_each_setting(net, loss, reductio
     """KFLR is KFAC with type-2 vectors; of a convolution, BackPACK sums patches, not only vectors.
 
     Its A is the sum over positions (S times that of expand), its B is that of reduce. For linear
-    layers on [N, d] both settings are the same, and so is BackPACK.
+    layers on [N, d] both flavours are the same, and so is BackPACK.
     """
     args = problem(net, loss, reduction)
-    expand, reduced = layer_ios(*args), layer_ios(*args, setting=REDUCE)
+    expand, reduced = layer_ios(*args), layer_ios(*args, flavour=REDUCE)
     theirs = reference.kflr(*args)
     checked = 0
     for name, io in expand.items():
@@ -125,13 +125,13 @@ def test_kflr_of_backpack_takes_one_factor_from_each_setting(net, loss, reductio
     assert not theirs
 
 
-@settings
-def test_tokens_that_do_not_mix_need_no_vector_of_their_own(setting):
-    """In the expand setting `type2_classwise` is `type2`; with reduce it adds cross terms."""
+@flavours
+def test_tokens_that_do_not_mix_need_no_vector_of_their_own(flavour):
+    """In the expand flavour `type2_classwise` is `type2`; with reduce it adds cross terms."""
     args = problem("tokens", nn.CrossEntropyLoss)
-    exact, classwise = ours(args, type2, setting), ours(args, type2_classwise, setting)
+    exact, classwise = ours(args, type2, flavour), ours(args, type2_classwise, flavour)
     for name in exact:
-        if setting == "expand":
+        if flavour == "expand":
             assert distance(classwise[name], exact[name]) <= TOLERANCE
         else:
             assert distance(classwise[name], exact[name]) > 0.01
@@ -146,9 +146,9 @@ def test_kfac_reduce_of_a_key_projection_is_zero(net, loss):
     """
     args = problem(net, loss)
     name = next(n for n, _ in args[0].named_modules() if n.endswith(".k"))
-    others = [B.abs().max() for n, B in ours(args, setting="reduce").items() if n != name]
-    assert ours(args, setting="reduce")[name].abs().max() <= 1e-20 * max(others)
-    assert ours(args, setting="expand")[name].abs().max() >= 1e-6 * max(others)
+    others = [B.abs().max() for n, B in ours(args, flavour="reduce").items() if n != name]
+    assert ours(args, flavour="reduce")[name].abs().max() <= 1e-20 * max(others)
+    assert ours(args, flavour="expand")[name].abs().max() >= 1e-6 * max(others)
 
 
 # ---------------------------------------------------------------- exceptions, one by one
@@ -179,7 +179,7 @@ def test_type2_with_reduce_and_a_loss_per_token_is_s_times_too_large_in_curvlino
     args = problem("tokens", nn.MSELoss, reduction)
     S = args[2].shape[1]
     limit, theirs = (
-        ours(args, setting="reduce")["2"],
+        ours(args, flavour="reduce")["2"],
         reference.kfac(*args, "type-2", "reduce")["2"],
     )
     assert distance(S * limit, theirs) <= TOLERANCE, FIXED
@@ -229,15 +229,15 @@ def test_curvlinops_counts_the_calls_of_a_layer_in_both_factors(loss, reduction)
 
 
 @pytest.mark.usefixtures("of_curvlinops_3_0_1")
-@settings
-def test_curvlinops_takes_every_padding_for_zeros(setting):
+@flavours
+def test_curvlinops_takes_every_padding_for_zeros(flavour):
     """With circular padding its patches are not those that the convolution saw."""
     args = problem("circular_conv2d", nn.CrossEntropyLoss)
-    theirs = reference.kfac(*args, kfac_approx=setting)["0"]
-    assert distance(ours(args, setting=setting)["0"], theirs) > 0.01, FIXED
-    B = kfac(layer_ios(*args, setting=SETTINGS[setting])["0"]).B
+    theirs = reference.kfac(*args, kfac_approx=flavour)["0"]
+    assert distance(ours(args, flavour=flavour)["0"], theirs) > 0.01, FIXED
+    B = kfac(layer_ios(*args, flavour=FLAVOURS[flavour])["0"]).B
     args[0][0].padding_mode = "zeros"
-    A = kfac(layer_ios(*args, setting=SETTINGS[setting])["0"]).A
+    A = kfac(layer_ios(*args, flavour=FLAVOURS[flavour])["0"]).A
     assert distance(Kronecker(A, B).dense(), theirs) <= TOLERANCE
 
 
@@ -257,11 +257,11 @@ def test_references_use_the_layout_of_block_index():
     """One datum: KFAC is the exact block, so that the two references check each other's layout."""
     model, loss, X, y = problem("mlp", nn.CrossEntropyLoss)
     args = model, loss, X[:1], y[:1]
-    exact = block_diagonal(model, reference.ggn(*args))
+    exact = diagonal_blocks(model, reference.ggn(*args))
     for name, block in reference.kfac(*args).items():
         assert distance(block, exact[name]) <= TOLERANCE
     args = model, loss, X, y
-    exact = block_diagonal(model, reference.ggn(*args))
+    exact = diagonal_blocks(model, reference.ggn(*args))
     assert N > 1
     assert distance(reference.kfac(*args)["0"], exact["0"]) > 0.01
 

@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from kfac_scratch.curvature import (
-    block_diagonal,
     block_index,
+    diagonal_blocks,
     ggn,
     ggn_product,
     hessian,
@@ -443,10 +443,10 @@ assert disagreement(model, loss, X, target + 0.01 * y) > 1e-5
 #
 # To speak of blocks, we must know where a layer's $W$, with its bias as last column, lies in the
 # flat vector. `block_index` sends the positions through the same operations as the values, the
-# trick at the end of [Chapter 1](01_flattening.py), and `block_diagonal` cuts the blocks out.
+# trick at the end of [Chapter 1](01_flattening.py), and `diagonal_blocks` cuts the blocks out.
 
 # %% tags=["remove-input"]
-code(block_index, block_diagonal)
+code(block_index, diagonal_blocks)
 
 # %%
 relu = Sequential(Linear(3, 5), ReLU(), Linear(5, C))
@@ -455,7 +455,7 @@ print(block_index(relu)["2"])  # layer "2": ten weights and two biases
 
 def by_layer(model: Module, loss: Module, y: Tensor) -> dict[str, float]:
     H, G = hessian(model, loss, X, y), ggn(model, loss, X, y)
-    H_blocks, G_blocks = block_diagonal(model, H), block_diagonal(model, G)
+    H_blocks, G_blocks = diagonal_blocks(model, H), diagonal_blocks(model, G)
     return {name: relative(H_blocks[name] - G_blocks[name], H) for name in H_blocks}
 
 
@@ -916,7 +916,7 @@ assert exact.abs().max() > 0
 # and the right eigenvalues, and every entry but a few at the wrong place:
 
 # %%
-slice_, block = GGN[:20, :20], block_diagonal(model, GGN)["0"]
+slice_, block = GGN[:20, :20], diagonal_blocks(model, GGN)["0"]
 assert_close(torch.linalg.eigvalsh(slice_), torch.linalg.eigvalsh(block))
 print(f"relative error of the slice: {relative(slice_ - block, block):.2f}")
 assert relative(slice_ - block, block) > 0.1

@@ -855,7 +855,7 @@ for attention, layer in itertools.product((False, True), ("first", "last")):
 # %%
 network = TokenModel(attention=False)
 GGN = curvature.ggn(network, loss, sequences, token_labels)
-exact = curvature.block_diagonal(network, GGN)["last"]
+exact = curvature.diagonal_blocks(network, GGN)["last"]
 for fisher in (type2, type2_classwise):
     io = layer_ios(network, loss, sequences, token_labels, fisher, layers=["last"])["last"]
     error = relative(io.block() - exact, exact)
@@ -947,7 +947,7 @@ for loss in (PoissonNLLLoss(), PoissonNLLLoss(reduction="sum")):
     assert relative(curvature_of(poisson(loss, f, counts)) - H_f, H_f) < 1e-10
 
     GGN = curvature.ggn(model, loss, X, counts)
-    for name, block in curvature.block_diagonal(model, GGN).items():
+    for name, block in curvature.diagonal_blocks(model, GGN).items():
         ours = layer_ios(model, loss, X, counts, poisson)[name].block()
         assert relative(ours - block, block) < 1e-10
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from kfac_scratch import curvature
 from kfac_scratch.capture import hooks as capture
 from kfac_scratch.capture.hooks import layer_ios, stream
-from kfac_scratch.capture.layer_groups import blocks, uncovered
+from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2
@@ -276,13 +276,13 @@ for name, io in capture_by_hand(model, loss, X, y).items():
 
 # %% [markdown]
 # Is it right? [Chapter 2](02_curvature.py)'s `curvature.ggn` builds the whole matrix [(4.4)] from
-# full Jacobians. It knows nothing of layers, hooks or vectors; `block_diagonal` cuts a layer's
+# full Jacobians. It knows nothing of layers, hooks or vectors; `diagonal_blocks` cuts a layer's
 # rows and columns out of it.
 
 
 # %%
 def check(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
-    exact = curvature.block_diagonal(model, curvature.ggn(model, loss, X, y))
+    exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))
     assert ios.keys() == exact.keys()
     return {name: error(io.block(), exact[name]) for name, io in ios.items()}
 
@@ -575,7 +575,7 @@ shapes(frozen, torch.randn(N, 4))
 # %%
 normed = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randn(N, 3)
-print("uncovered:", uncovered(normed, blocks(normed)))
+print("uncovered:", uncovered(normed, layer_groups(normed)))
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -707,7 +707,7 @@ plt.show()
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randint(3, (N,))
-exact = curvature.block_diagonal(model, curvature.ggn(model, loss, X, y))["0"]
+exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))["0"]
 generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
 io = layer_ios(model, loss, X, y)["0"]

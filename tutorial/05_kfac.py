@@ -33,10 +33,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
-from kfac_scratch.approximations.kfac import foof, kfac, kfac_over
+from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.capture.hooks import layer_ios
-from kfac_scratch.capture.layer_groups import blocks
-from kfac_scratch.curvature import block_diagonal, block_index, empirical_fisher, ggn
+from kfac_scratch.capture.layer_groups import layer_groups
+from kfac_scratch.curvature import block_index, diagonal_blocks, empirical_fisher, ggn
+from kfac_scratch.data_loader import kfac_over
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, unvec, vec
 from kfac_scratch.losses import empirical, monte_carlo
@@ -128,7 +129,7 @@ for n in range(N):
 F = sum(torch.kron(B, A) for B, A in zip(B_n, A_n, strict=True))
 
 assert_exact(F, io.block())
-assert_exact(F, block_diagonal(model, ggn(model, loss, X, y))["0"])  # by plain autodiff
+assert_exact(F, diagonal_blocks(model, ggn(model, loss, X, y))["0"])  # by plain autodiff
 print(f"F is {len(F)} × {len(F)}; B_n is {d_out} × {d_out} and A_n is {d_in} × {d_in}")
 
 # %% [markdown]
@@ -329,7 +330,7 @@ for reduction in ("mean", "sum"):
         for size in (1, 2, 11):
             linear, loss = mlp(5, 4, 6, 3, activation=None, bias=bias), MSELoss(reduction=reduction)
             X, y = torch.rand(size, 5), torch.rand(size, 3)
-            exact = block_diagonal(linear, ggn(linear, loss, X, y))
+            exact = diagonal_blocks(linear, ggn(linear, loss, X, y))
             for name, layer in layer_ios(linear, loss, X, y).items():
                 assert_exact(kfac(layer).dense(), exact[name])
 
@@ -401,7 +402,7 @@ assert relative_error(kfac(wrong).dense(), wrong.block()) > 0.01
 
 # %%
 X, y, loss = torch.randn(11, 5), torch.randint(3, (11,)), CrossEntropyLoss()
-exact = block_diagonal(nonlinear, ggn(nonlinear, loss, X, y))
+exact = diagonal_blocks(nonlinear, ggn(nonlinear, loss, X, y))
 for name, layer in layer_ios(nonlinear, loss, X, y).items():
     d_in = layer.a.shape[-1]
     bias = slice(d_in - 1, None, d_in)  # the last entry of every row of W
@@ -713,7 +714,7 @@ assert enough > 1  # a single sample does not reach it
 # %%
 io = layer_ios(example, loss, X, y, empirical)["2"]
 E, KE = io.block(), kfac(io).dense()
-assert_exact(E, block_diagonal(example, empirical_fisher(example, loss, X, y))["2"])
+assert_exact(E, diagonal_blocks(example, empirical_fisher(example, loss, X, y))["2"])
 print(f"empirical Fisher from the Fisher:      {relative_error(E, F):.2f}")
 print(f"its KFAC from the empirical Fisher:    {relative_error(KE, E):.2f}")
 print(f"its KFAC from the Fisher:              {relative_error(KE, F):.2f}")
@@ -990,7 +991,7 @@ only, X, y = Sequential(Linear(5, 3)), torch.randn(11, 5), torch.randn(11, 3)
 W = block_index(only)["0"].flatten()
 io = layer_ios(only, MSELoss(), X, y)["0"]
 assert_exact(kfac(io).dense(), ggn(only, MSELoss(), X, y)[W][:, W])
-assert len(blocks(only)) == 1
+assert len(layer_groups(only)) == 1
 print("all hold")
 
 # %% [markdown]

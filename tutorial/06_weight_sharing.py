@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import REDUCE, layer_ios
 from kfac_scratch.capture.layers import _averaged_patches, averaged_rows, input_rows
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import type2, type2_classwise
 from kfac_scratch.show import code, matrices
@@ -162,7 +162,7 @@ examples = {
 }
 for kind, (model, X) in examples.items():
     y = torch.randint(3, (N,))
-    exact = block_diagonal(model, ggn(model, CrossEntropyLoss(), X, y))
+    exact = diagonal_blocks(model, ggn(model, CrossEntropyLoss(), X, y))
     for name, io in layer_ios(model, CrossEntropyLoss(), X, y).items():
         assert_exact(io.block(), exact[name])
         print(f"{kind:12} {name:9} a {list(io.a.shape)!s:10}  g {list(io.g.shape)}")
@@ -451,7 +451,7 @@ def bias_errors(model: Module, X: Tensor, y: Tensor) -> tuple[float, float]:
     name, io = next(iter(layer_ios(model, MSELoss(), X, y).items()))
     d_in = io.a.shape[-1]
     bias = slice(d_in - 1, None, d_in)
-    F = block_diagonal(model, ggn(model, MSELoss(), X, y))[name][bias, bias]
+    F = diagonal_blocks(model, ggn(model, MSELoss(), X, y))[name][bias, bias]
     return relative_error(kfac(io).B, F), relative_error(kfac(io.reduced()).B, F)
 
 
@@ -550,7 +550,7 @@ matrices(shown)
 # %% [markdown]
 # ### In the package
 #
-# With `setting=REDUCE`, the inputs are averaged while they are captured. One turn of the loop per
+# With `flavour=REDUCE`, the inputs are averaged while they are captured. One turn of the loop per
 # axis: build the pattern, contract.
 
 # %% tags=["remove-input"]
@@ -560,7 +560,7 @@ code(_averaged_patches)
 for settings in ({}, {"padding": 1}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2}):
     model = Sequential(Conv2d(2, 3, (3, 2), **settings), Tanh(), Mean(2, 3))
     slow = layer_ios(model, MSELoss(), X, y)["0"].reduced()
-    fast = layer_ios(model, MSELoss(), X, y, setting=REDUCE)["0"]
+    fast = layer_ios(model, MSELoss(), X, y, flavour=REDUCE)["0"]
     assert_exact(fast.a, slow.a)
     assert_exact(fast.g, slow.g)
 
@@ -794,7 +794,7 @@ matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(sh
 # Use **expand** when the loss has a term per position (language models, segmentation), **reduce**
 # when positions are averaged before the loss (classification of images, sequences and graphs),
 # layer by layer where a network does both, and expand for keys. Behind the average it makes no
-# difference. `layer_ios` takes `setting` and `layers`, so both can be used in one network.
+# difference. `layer_ios` takes `flavour` and `layers`, so both can be used in one network.
 #
 # There is one more choice for losses per token. Type-2 vectors are an exact square root of the loss
 # Hessian only with one vector for every class *and position* ([chapter 3](03_losses.py)). One
@@ -821,7 +821,7 @@ for model, mixes in ((apart, False), (mixing, True)):
 # %%
 grouped = Sequential(Conv1d(4, 6, 3, groups=2), Tanh(), Mean(2))
 X, y = torch.randn(N, 4, 9), torch.randn(N, 6)
-for name, block in block_diagonal(grouped, ggn(grouped, MSELoss(), X, y)).items():
+for name, block in diagonal_blocks(grouped, ggn(grouped, MSELoss(), X, y)).items():
     io = layer_ios(grouped, MSELoss(), X, y)[name]
     assert_exact(io.block(), block)
     print(f"{name}: a {list(io.a.shape)}")
@@ -830,7 +830,7 @@ layer = Linear(4, 4)
 tied = Sequential(layer, Tanh(), layer, Tanh(), layer)
 X, y = torch.randn(N, 4), torch.randn(N, 4)
 io = layer_ios(tied, MSELoss(), X, y)["0"]
-assert_exact(io.block(), block_diagonal(tied, ggn(tied, MSELoss(), X, y))["0"])
+assert_exact(io.block(), diagonal_blocks(tied, ggn(tied, MSELoss(), X, y))["0"])
 print(
     f"three calls: a {list(io.a.shape)}, expand {relative_error(kfac(io).dense(), io.block()):.2f} off"
 )
@@ -838,7 +838,7 @@ print(
 words = torch.randint(6, (N, 5))
 model = Sequential(Embedding(6, 4), Tanh(), Mean(1))
 io = layer_ios(model, MSELoss(), words, y)["0"]
-assert_exact(io.block(), block_diagonal(model, ggn(model, MSELoss(), words, y))["0"])
+assert_exact(io.block(), diagonal_blocks(model, ggn(model, MSELoss(), words, y))["0"])
 assert_exact(kfac(io).A, (words.flatten().bincount(minlength=6) / words.numel()).diag())
 
 # %% [markdown]

@@ -45,7 +45,7 @@ from kfac_scratch.linalg import (
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
-from kfac_scratch.matrices.kronecker_sum import Congruence, IterativeInverse, KroneckerSum
+from kfac_scratch.matrices.kronecker_sum import Congruence, ConjugateGradientInverse, KroneckerSum
 from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices, source
@@ -506,14 +506,14 @@ matrices(in_basis, scale=float(in_basis["the identity"].abs().max()) / 4)
 
 # %% [markdown]
 # In general three matrices cannot be diagonalised at once. `inverse` with a positive damping
-# therefore returns an `IterativeInverse`: each product with it solves a system by *conjugate
+# therefore returns an `ConjugateGradientInverse`: each product with it solves a system by *conjugate
 # gradients*, which need only products with $M + \delta I$, and these are cheap. The number of
 # iterations depends on how far the eigenvalues are spread. A preconditioner narrows the spread:
 # here the inverse of the first term with damping, $(B_1 \otimes A_1 + \delta I)^{-1}$, which we
 # have exactly by [(7.5)]. If the first term is the larger one, little is left to do.
 
 # %% tags=["beside", "remove-input"]
-code(KroneckerSum.inverse, IterativeInverse.__matmul__)
+code(KroneckerSum.inverse, ConjugateGradientInverse.__matmul__)
 
 # %%
 steep = Kronecker(torch.logspace(0, -3, 12).diag(), torch.logspace(0, -2, 10).diag())
@@ -540,7 +540,7 @@ print(f"iterations: {plain} without, {with_first} with the first term as precond
 assert with_first < plain
 
 iterative = both.inverse(delta)
-assert isinstance(iterative, IterativeInverse)
+assert isinstance(iterative, ConjugateGradientInverse)
 undamped_twin = both.dense() + delta * torch.eye(120)
 assert error(vec(iterative @ b), torch.linalg.solve(undamped_twin, vec(b))) <= EXACT
 
@@ -893,7 +893,7 @@ by_factor = Kronecker(
 assert error(by_factor.dense(), average) > 0.01
 
 # %% [markdown]
-# **Averaged eigenvectors.** An implementation decomposes at every step and smooths what it
+# **MovingAverage eigenvectors.** An implementation decomposes at every step and smooths what it
 # stores, eigenvectors included. But eigenvectors are defined only up to a sign, and their order
 # may change. The average of $q$ and $-q$ is zero; the average of two orthogonal matrices is not
 # orthogonal. Even for one and the same matrix:

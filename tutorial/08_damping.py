@@ -44,7 +44,7 @@ from kfac_scratch.matrices.damping import (
     factored_inverse,
     levenberg_marquardt,
     reduction_ratio,
-    relative,
+    relative_damping,
 )
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import LinearMap
@@ -522,14 +522,14 @@ assert not torch.allclose(fixed_pi(of_sum, N * 1e-3) @ (N * V), fixed_pi(of_mean
 # $$
 
 # %% tags=["beside", "remove-input"]
-code(relative)
+code(relative_damping)
 
 # %%
 for name, K in factors.items():
-    print(f"layer {name}: mean eigenvalue {relative(K, 1.0):.1e}")
-    assert_close(relative(K, 1.0), K.eigenvalues().mean().item())
-sum_step = of_sum.inverse(relative(of_sum, 0.1)) @ (N * V)
-assert_exact(sum_step, of_mean.inverse(relative(of_mean, 0.1)) @ V)
+    print(f"layer {name}: mean eigenvalue {relative_damping(K, 1.0):.1e}")
+    assert_close(relative_damping(K, 1.0), K.eigenvalues().mean().item())
+sum_step = of_sum.inverse(relative_damping(of_sum, 0.1)) @ (N * V)
+assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 
 # %% [markdown]
 # This is a choice and not a law: the trust region becomes an ellipsoid, with longer steps in flat

@@ -54,7 +54,7 @@ from torch.nn.utils import vector_to_parameters
 
 import kfac_scratch
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac
-from kfac_scratch.approximations.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.curvature import block_index, flatten_values, ggn, ggn_gram, parameter_vector
@@ -133,7 +133,7 @@ def training_loss(model: Module) -> float:
 # over batches, which the next section is about.
 
 # %%
-average, lr, momentum, damping = Averaged(kfac), 0.1, 0.9, 0.1
+average, lr, momentum, damping = MovingAverage(kfac), 0.1, 0.9, 0.1
 mine, matrices = network(), {}
 parameters = dict(mine.named_parameters())
 change = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -264,10 +264,10 @@ assert max(reached.values()) < 0.3
 #
 # The state is a matrix, the update takes a matrix to a matrix, and nothing needs a start value.
 # This is all that the package calls an **estimator**. A function of one batch becomes one with
-# `Averaged`:
+# `MovingAverage`:
 
 # %% tags=["remove-input"]
-code(weight_of_newest, Averaged)
+code(weight_of_newest, MovingAverage)
 
 # %%
 model, decay = network(), 0.9
@@ -288,7 +288,7 @@ def weighted(tensors: list[Tensor]) -> Tensor:
 
 
 for t in (1, 2, 7):
-    M = estimate(Averaged(kfac), stream[:t], decay)
+    M = estimate(MovingAverage(kfac), stream[:t], decay)
     assert_exact(M.A, weighted([kfac(io).A for io in stream[:t]]))
     assert_exact(M.B, weighted([kfac(io).B for io in stream[:t]]))
 
@@ -316,7 +316,7 @@ def noise(decay: float) -> float:
     """Mean relative error of `A` over the last twenty batches."""
     M, errors = None, []
     for count, io in enumerate(stream, start=1):
-        M = Averaged(kfac).update(M, io, weight_of_newest(decay, count))
+        M = MovingAverage(kfac).update(M, io, weight_of_newest(decay, count))
         errors.append(((M.A - whole.A).norm() / whole.A.norm()).item())
     return statistics.mean(errors[-20:])
 
@@ -371,7 +371,7 @@ class FromIdentity:
 G, lengths, shares = torch.randn(16, 65), {}, {}
 for t in (1, 10, 30, 60):
     biased = estimate(FromIdentity(0.95), stream[:t], 0.95)
-    right = estimate(Averaged(kfac), stream[:t], 0.95)
+    right = estimate(MovingAverage(kfac), stream[:t], 0.95)
     gamma = 0.95**t / (1 - 0.95**t)
     same = Kronecker(right.A + gamma * eye_like(right.A), right.B + gamma * eye_like(right.B))
     assert_exact(biased.dense(), (1 - 0.95**t) ** 2 * same.dense())
@@ -416,7 +416,7 @@ covariance = w * (1 - w) * Kronecker(K1.A - K2.A, K1.B - K2.B).dense()
 assert_exact(product, K1.mixed(K2, w).dense() + covariance)
 print(f"relative size of the covariance: {(covariance.norm() / product.norm()).item():.4f}")
 
-plain = estimate(Averaged(kfac), [first, second], decay=1.0)  # the plain mean
+plain = estimate(MovingAverage(kfac), [first, second], decay=1.0)  # the plain mean
 union = concatenate([first, second])
 union = LayerIO(union.a, union.g / 2**0.5)  # the loss is a mean over twice as many data
 assert_exact(plain.dense(), kfac(union).dense())
@@ -858,7 +858,7 @@ code(quadratic_model)
 # computes. By induction both are at the same point, with the same previous change. $\blacksquare$
 #
 # The optimizer does this if its preconditioner is fixed. `invert` is a function like all the
-# others, so we can pass one that ignores the curvature. Beside it, conjugate gradients from the
+# others, so we can pass one that ignores the curvature. FiltersAndBias it, conjugate gradients from the
 # textbook:
 
 # %%
@@ -1707,7 +1707,7 @@ for t, new in enumerate(As, start=1):
         assert_exact(theirs_A, torch.stack(As[:t]).mean(0))
     if t == 10:
         assert not torch.allclose(
-            theirs_A, estimate(Averaged(kfac), stream[:10], 0.95).A, rtol=1e-3
+            theirs_A, estimate(MovingAverage(kfac), stream[:10], 0.95).A, rtol=1e-3
         )
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
 from kfac_scratch.approximations.ekfac import ekfac
-from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import PartialTraces, _weighted_factors, tkfac
@@ -568,7 +568,7 @@ plt.show()
 code(PartialTraces.kronecker)
 
 # %% [markdown]
-# `Averaged` moves $A$ and $B$ towards those of the newest batch. For TKFAC this
+# `MovingAverage` moves $A$ and $B$ towards those of the newest batch. For TKFAC this
 # gives **TKFAC of the averaged block, exactly**, for any number of batches and any decay. For KFAC nothing of
 # the kind holds: averaged factors do not belong to any averaged block.
 
@@ -579,10 +579,10 @@ second = LayerIO(2 * second.a, second.g)  # a batch of larger inputs
 average = 0.7 * first.block() + 0.3 * second.block()
 A, B = partial_traces(average, 16, 17)
 
-M = Averaged(tkfac).update(tkfac(first), second, 0.3)
+M = MovingAverage(tkfac).update(tkfac(first), second, 0.3)
 assert_exact(M.dense(), torch.kron(B, A) / average.trace())
 
-ratios = Averaged(lambda io: tkfac(io).kronecker())
+ratios = MovingAverage(lambda io: tkfac(io).kronecker())
 wrong = ratios.update(tkfac(first).kronecker(), second, 0.3)
 error = relative_error(partial_traces(wrong.dense(), 16, 17)[0], A)
 print(f"factors of trace one, averaged: error of the partial trace {error:.3f}")

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
 from kfac_scratch.approximations.ekfac import ekfac
-from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
@@ -582,7 +582,7 @@ assert total["KPSVD"] < 0.97 * total["TKFAC"]
 # A single product may be averaged factor by factor, as KFAC is: both factors have the same norm and
 # no sign to lose. (Still, averages of factors are not factors of the average.) For two products that is
 # wrong. The second pair's signs are arbitrary, and when $\sigma_1$ and $\sigma_2$, or $\sigma_2$ and $\sigma_3$,
-# change places, so do the terms. `Averaged` refuses a `KroneckerSum` for that reason.
+# change places, so do the terms. `MovingAverage` refuses a `KroneckerSum` for that reason.
 #
 # There is a clean way. [(12.1)] holds for any matrix that we can multiply with. The average of the old
 # matrix and the new block, $(1 - w) M + w F$, is one: a batch and two further products. So take the nearest sum to
@@ -607,7 +607,7 @@ new = random_io(20)
 M2 = Recompressed(nearest_product).update(M, new, 0.25)
 target = 0.75 * M.dense() + 0.25 * new.block()
 assert squared_error(M2.dense(), target) < squared_error(
-    Averaged(kpsvd).update(M, new, 0.25).dense(), target
+    MovingAverage(kpsvd).update(M, new, 0.25).dense(), target
 )
 
 # %% [markdown]

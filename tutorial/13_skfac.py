@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn import Conv2d, CrossEntropyLoss, Linear, Module, Sequential, Tanh
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_scratch.approximations.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.skfac import (
     Window,
     at_positions,
-    averaged,
+    mean_over_positions,
     push_through,
     skfac,
     subsampled,
@@ -49,14 +49,14 @@ from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import empirical, monte_carlo, type2
 from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
-from kfac_scratch.matrices.roots import (
-    KroneckerRoots,
-    WoodburyInverse,
-    factored_woodbury,
-    few,
-    woodbury_inverse,
+from kfac_scratch.matrices.kronecker_columns import (
+    FactoredWoodburyInverse,
+    KroneckerColumns,
+    factored_woodbury_inverse,
+    inverse_of_damped_columns,
+    reduced_columns,
 )
+from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
@@ -160,13 +160,13 @@ assert_exact(inverse_by_hand(U, gamma), torch.linalg.inv(A + gamma * eye_like(A)
 # %% [markdown]
 # ## A layer by its columns
 #
-# SKFAC's matrix is the same $B \otimes A$ as KFAC's, held by other numbers. `few` guards
+# SKFAC's matrix is the same $B \otimes A$ as KFAC's, held by other numbers. `reduced_columns` guards
 # against the opposite case: with more columns than the factor has rows, a QR decomposition
 # $U^\top = Q R$ gives $U U^\top = R^\top R$, and the $d$ columns of $R^\top$ do as well. So no more is
 # ever stored than for the factor.
 
 # %% tags=["remove-input"]
-code(skfac, few)
+code(skfac, reduced_columns)
 
 # %% [markdown]
 # A product with the matrix needs no factor either: $B V A = U_B (U_B^\top V U_A) U_A^\top$, with a
@@ -186,7 +186,7 @@ for fisher in (monte_carlo(1, generator), type2):
 
 # %% [markdown]
 # Note the second half. Type-2 vectors come ten to a datum, one for each class, so that $B$ has 320
-# columns and `few` cuts them down to $d_\text{out}$. **What counts is not $N$ but $V N S$.** SKFAC goes
+# columns and `reduced_columns` cuts them down to $d_\text{out}$. **What counts is not $N$ but $V N S$.** SKFAC goes
 # with the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
 #
 # ## The paper's inverse
@@ -204,14 +204,14 @@ for fisher in (monte_carlo(1, generator), type2):
 # squared entries of the columns.
 
 # %% tags=["remove-input"]
-code(woodbury_inverse, WoodburyInverse, factored_woodbury)
+code(inverse_of_damped_columns, FactoredWoodburyInverse, factored_woodbury_inverse)
 
 # %%
 for io in ios.values():
     M, G = skfac(io), io.gradients().sum((0, 1))
-    assert_exact(factored_woodbury(M, 0.1) @ G, factored_inverse(kfac(io), 0.1) @ G)
+    assert_exact(factored_woodbury_inverse(M, 0.1) @ G, factored_inverse(kfac(io), 0.1) @ G)
     explicit = Kronecker(*(inverse_by_hand(U, gamma) for U in (M.UA, M.UB)))
-    assert_exact(woodbury_inverse(M, gamma, gamma) @ G, explicit @ G)
+    assert_exact(inverse_of_damped_columns(M, gamma, gamma) @ G, explicit @ G)
 
 # %% [markdown]
 # This is the paper's first form, the explicit inverse, against the applied one. They agree in all
@@ -243,7 +243,7 @@ def kfac_step(io: LayerIO, G: Tensor) -> Tensor:
 
 
 def skfac_step(io: LayerIO, G: Tensor) -> Tensor:
-    return factored_woodbury(skfac(io), 0.1) @ G
+    return factored_woodbury_inverse(skfac(io), 0.1) @ G
 
 
 widths = [32, 64, 128, 256, 512]
@@ -319,7 +319,9 @@ for fisher in (empirical, type2):
     for name, io in layer_ios(net, loss, X, y, fisher).items():
         G = torch.cat([gradient[f"{name}.weight"], gradient[f"{name}.bias"].unsqueeze(1)], dim=1)
         assert_exact(torch.einsum("vn,vnoi->oi", c, io.gradients()), G)
-        assert_exact(push_through(io, c, 0.1, 0.2), woodbury_inverse(skfac(io), 0.1, 0.2) @ G)
+        assert_exact(
+            push_through(io, c, 0.1, 0.2), inverse_of_damped_columns(skfac(io), 0.1, 0.2) @ G
+        )
 
 drawn = monte_carlo(1, generator)(loss, f, y).squeeze(0)
 outside = head - (head * drawn).sum(1, keepdim=True) / drawn.square().sum(1, keepdim=True) * drawn
@@ -342,12 +344,12 @@ forms = {"Woodbury": [], "eigenpairs": [], "only G is rounded": [], "pushed thro
 gammas = torch.logspace(-7, 0, 15).tolist()
 for gamma in gammas:
     right = push_through(io, c, gamma, gamma)
-    assert relative_error(woodbury_inverse(skfac(io), gamma, gamma) @ G, right) < 0.01
+    assert relative_error(inverse_of_damped_columns(skfac(io), gamma, gamma) @ G, right) < 0.01
     M = skfac(single)
     steps = (
-        woodbury_inverse(M, gamma, gamma) @ G.float(),
+        inverse_of_damped_columns(M, gamma, gamma) @ G.float(),
         inverse_of_damped_factors(M.low_rank(), gamma, gamma) @ G.float(),
-        woodbury_inverse(skfac(io), gamma, gamma) @ G.float().double(),
+        inverse_of_damped_columns(skfac(io), gamma, gamma) @ G.float().double(),
         push_through(single, c.float(), gamma, gamma),
     )
     for row, step in zip(forms.values(), steps, strict=True):
@@ -421,13 +423,13 @@ matrices(
 )
 
 # %% tags=["remove-input"]
-code(KroneckerRoots.inverse, KroneckerRoots.low_rank, FourBlocks.__matmul__)
+code(KroneckerColumns.inverse, KroneckerColumns.low_rank, FourBlocks.__matmul__)
 
 # %%
 for io in ios.values():
     M, G = skfac(io), io.gradients().sum((0, 1))
     for delta in (1e-3, 1e-1):
-        exact, factored = M.inverse(delta) @ G, factored_woodbury(M, delta) @ G
+        exact, factored = M.inverse(delta) @ G, factored_woodbury_inverse(M, delta) @ G
         assert_exact(exact, kfac(io).inverse(delta) @ G)
         assert not torch.allclose(factored, exact, rtol=0.05)
         assert factored.norm() < exact.norm()
@@ -459,7 +461,7 @@ for io in ios.values():
 # and the $B_{\mathcal T}$ to the full $B$: each part is an unbiased guess of both.
 
 # %% tags=["remove-input"]
-code(averaged, subsampled, at_positions)
+code(mean_over_positions, subsampled, at_positions)
 
 
 # %%
@@ -487,7 +489,7 @@ parts = [kfac(subsampled(io, 4, start)) for start in range(4)]
 assert_exact(sum(part.A for part in parts) / 4, expand.A)
 assert_exact(sum(part.B for part in parts) / 4, expand.B)
 assert_exact(skfac(subsampled(io, 1)).dense(), expand.dense())
-assert_exact(skfac(averaged(io)).dense() * S**2, kfac(io.reduced()).dense())
+assert_exact(skfac(mean_over_positions(io)).dense() * S**2, kfac(io.reduced()).dense())
 
 views = {
     "expand": io,
@@ -495,7 +497,7 @@ views = {
     "every fourth position": subsampled(io, 4),
     "a grid of 2 × 2": at_positions(io, torch.tensor([0, 2, 8, 10])),
     "reduce": io.reduced(),
-    "the paper's averages": averaged(io),
+    "the paper's averages": mean_over_positions(io),
 }
 errors = {}
 print("                       positions | distance from expand | distance from the exact block")
@@ -543,7 +545,8 @@ for name, io in batches.items():
         f"{name}: {share:.3f} of the gradient's length is orthogonal to the columns on both sides"
     )
     lengths[name] = [
-        (woodbury_inverse(M, f * trace_A, f * trace_B) @ G).norm().item() for f in fractions
+        (inverse_of_damped_columns(M, f * trace_A, f * trace_B) @ G).norm().item()
+        for f in fractions
     ]
     assert share < 1e-10 if name == "own batch" else 1e-3 < share < 0.9
 
@@ -596,12 +599,12 @@ for t, io in enumerate(stream, start=1):
     weight = weight_of_newest(0.9, t)
     window, average = (
         Window(6).update(window, io, weight),
-        Averaged(kfac).update(average, io, weight),
+        MovingAverage(kfac).update(average, io, weight),
     )
 G = sum(io.gradients().sum((0, 1)) for io in stream)
 assert_exact(window.roots().UA @ window.roots().UA.T, average.A)
 assert_exact(window.inverse(0.1) @ G, average.inverse(0.1) @ G)
-assert_exact(factored_woodbury(window.roots(), 0.1) @ G, factored_inverse(average, 0.1) @ G)
+assert_exact(factored_woodbury_inverse(window.roots(), 0.1) @ G, factored_inverse(average, 0.1) @ G)
 
 delta = 0.01 * (window.roots().trace() / G.numel()).item()
 averaged_inverse = sum(kfac(io).inverse(delta) @ G for io in stream) / 6
@@ -619,12 +622,12 @@ assert relative_error(averaged_inverse, average.inverse(delta) @ G) > 0.2
 # %%
 state = skfac(stream[0])
 try:
-    Averaged(skfac).update(state, stream[1], 0.5)
+    MovingAverage(skfac).update(state, stream[1], 0.5)
     raise AssertionError
 except TypeError as refused:
     print(fill(str(refused), 90))
-wrong = KroneckerRoots((state.UA + skfac(stream[1]).UA) / 2, (state.UB + skfac(stream[1]).UB) / 2)
-right = Averaged(kfac).update(kfac(stream[0]), stream[1], 0.5)
+wrong = KroneckerColumns((state.UA + skfac(stream[1]).UA) / 2, (state.UB + skfac(stream[1]).UB) / 2)
+right = MovingAverage(kfac).update(kfac(stream[0]), stream[1], 0.5)
 assert relative_error(wrong.UB @ wrong.UB.T, right.B) > 0.3
 
 # %% [markdown]
@@ -636,9 +639,9 @@ assert relative_error(wrong.UB @ wrong.UB.T, right.B) > 0.3
 
 # %%
 estimators = {
-    "KFAC, moving average": (Averaged(kfac), factored_inverse),
-    "SKFAC, newest batch": (Latest(skfac), factored_woodbury),
-    "SKFAC, window of 6": (Window(6), lambda M, d: factored_woodbury(M.roots(), d)),
+    "KFAC, moving average": (MovingAverage(kfac), factored_inverse),
+    "SKFAC, newest batch": (Latest(skfac), factored_woodbury_inverse),
+    "SKFAC, window of 6": (Window(6), lambda M, d: factored_woodbury_inverse(M.roots(), d)),
 }
 
 
@@ -669,7 +672,8 @@ assert results["SKFAC, newest batch"][0] > 5 * max(best.values())
 assert max(best.values()) < 0.5 < 1 < loss(network()(images), labels).item()
 
 same = [
-    run(Latest(f), g, 0.1)[1] for f, g in ((kfac, factored_inverse), (skfac, factored_woodbury))
+    run(Latest(f), g, 0.1)[1]
+    for f, g in ((kfac, factored_inverse), (skfac, factored_woodbury_inverse))
 ]
 for W, V in zip(*(model.parameters() for model in same), strict=True):
     assert_exact(V, W)  # one batch each: the same network after 40 steps
@@ -702,17 +706,17 @@ plt.show()
 # %%
 io = ios["2"]
 M, G = skfac(io), io.gradients().sum((0, 1))
-moved = KroneckerRoots(M.UA / 10, M.UB * 10)
+moved = KroneckerColumns(M.UA / 10, M.UB * 10)
 root = 0.1**0.5
-without_pi = [woodbury_inverse(m, root, root) @ G for m in (M, moved)]
+without_pi = [inverse_of_damped_columns(m, root, root) @ G for m in (M, moved)]
 print(f"without pi, change of the step: {relative_error(without_pi[1], without_pi[0]):.2f}")
 assert relative_error(without_pi[1], without_pi[0]) > 0.1
-assert_exact(factored_woodbury(moved, 0.1) @ G, factored_woodbury(M, 0.1) @ G)
+assert_exact(factored_woodbury_inverse(moved, 0.1) @ G, factored_woodbury_inverse(M, 0.1) @ G)
 
 weights_only = skfac(LayerIO(io.a[..., :-1], io.g))
 with_bias, without = (
-    factored_woodbury(M, 0.01) @ G,
-    factored_woodbury(weights_only, 0.01) @ G[:, :-1],
+    factored_woodbury_inverse(M, 0.01) @ G,
+    factored_woodbury_inverse(weights_only, 0.01) @ G[:, :-1],
 )
 print(
     f"without the bias, change of the weights' step: {relative_error(without, with_bias[:, :-1]):.2f}"
@@ -731,12 +735,12 @@ assert relative_error(without, with_bias[:, :-1]) > 1e-3
 # %%
 four_times = torch.full((3, 4), 1000.0).float()  # four data, all the same
 try:
-    woodbury_inverse(KroneckerRoots(four_times, four_times), 1e-6, 1e-6)
+    inverse_of_damped_columns(KroneckerColumns(four_times, four_times), 1e-6, 1e-6)
     raise AssertionError
 except ValueError as refused:
     print(fill(str(refused), 90))
-exact = KroneckerRoots(four_times.double(), four_times.double()).inverse(1e-6)
-single = KroneckerRoots(four_times, four_times).inverse(1e-6)
+exact = KroneckerColumns(four_times.double(), four_times.double()).inverse(1e-6)
+single = KroneckerColumns(four_times, four_times).inverse(1e-6)
 G = torch.randn(3, 3)
 assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 
@@ -802,7 +806,7 @@ assert_exact(own_class * (-1 / (32 * p).sqrt()).unsqueeze(1), head)
 average = None  # 13.3
 for t in range(1, 6):
     io = LayerIO(torch.randn(3, 1, 12), torch.randn(1, 3, 1, 12))
-    average = Averaged(kfac).update(average, io, weight_of_newest(0.9, t))
+    average = MovingAverage(kfac).update(average, io, weight_of_newest(0.9, t))
     assert torch.linalg.matrix_rank(average.A) == min(3 * t, 12)
 held = sum(Window(4).update(None, io, 1.0).roots().UA.numel() * 2 for _ in range(4))
 assert held == 2 * 12**2

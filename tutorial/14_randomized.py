@@ -35,20 +35,20 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
 import kfac_scratch
-from kfac_scratch.approximations.estimators import Averaged, Estimator, weight_of_newest
+from kfac_scratch.approximations.estimators import Estimator, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.randomized import (
     Randomized,
     Sketch,
     leading,
-    nothing,
     nystrom,
     randomized,
     range_basis,
-    rs,
+    rsvd,
     smallest_kept,
-    sre,
+    srevd,
     trace_matched,
+    zero_tail,
 )
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.layer_io import LayerIO
@@ -114,7 +114,7 @@ def train(estimator: Estimator, steps: int = 30, period: int = 5) -> tuple[list[
     return losses, states
 
 
-losses_kfac, states = train(Averaged(kfac))
+losses_kfac, states = train(MovingAverage(kfac))
 factors = states["2"]
 spectra = {"A": psd_eigh(factors.A)[0].flip(0), "B": psd_eigh(factors.B)[0].flip(0)}
 for name, values in spectra.items():
@@ -265,7 +265,7 @@ code(range_basis)
 # $$
 
 # %% tags=["remove-input"]
-code(rs, sre, nystrom)
+code(rsvd, srevd, nystrom)
 
 
 # %%
@@ -274,8 +274,8 @@ def from_pairs(d: Tensor, U: Tensor, c: Tensor | float = 0.0) -> Tensor:
 
 
 Q = range_basis(M, Sketch(rank=12, oversampling=0, iterations=0))
-assert_exact(from_pairs(*sre(M, Q)), Q @ Q.T @ M @ Q @ Q.T)
-assert_exact(from_pairs(*rs(M, Q)) @ from_pairs(*rs(M, Q)), M @ Q @ Q.T @ M)
+assert_exact(from_pairs(*srevd(M, Q)), Q @ Q.T @ M @ Q @ Q.T)
+assert_exact(from_pairs(*rsvd(M, Q)) @ from_pairs(*rsvd(M, Q)), M @ Q @ Q.T @ M)
 assert_exact(from_pairs(*nystrom(M, Q)), M @ Q @ torch.linalg.solve(Q.T @ M @ Q, Q.T @ M))
 
 # %% [markdown]
@@ -314,17 +314,17 @@ def smallest_eigenvalue(P: Tensor) -> float:
     return torch.linalg.eigvalsh(P)[0].item()
 
 
-chain = [*(f(M, Q)[0] for f in (sre, rs, nystrom)), values[:12]]
+chain = [*(f(M, Q)[0] for f in (srevd, rsvd, nystrom)), values[:12]]
 for lower, upper in pairwise(chain):
     assert (lower <= upper + 1e-12).all()
-S, R, Y = (from_pairs(*f(M, Q)) for f in (sre, rs, nystrom))
+S, R, Y = (from_pairs(*f(M, Q)) for f in (srevd, rsvd, nystrom))
 assert smallest_eigenvalue(M - Y) > -1e-12
 assert smallest_eigenvalue(Y - R) > -1e-12
 print(f"smallest eigenvalue of M - SRE: {smallest_eigenvalue(M - S):.3f}")
 assert smallest_eigenvalue(M - S) < -0.01
 
 # %%
-steps, kinds = range(5), {"SRE": sre, "RS": rs, "Nyström": nystrom}
+steps, kinds = range(5), {"SRE": srevd, "RS": rsvd, "Nyström": nystrom}
 curves: dict[str, list[float]] = {name: [] for name in kinds}
 for iterations in steps:
     for name, f in kinds.items():
@@ -399,14 +399,14 @@ assert best < more < plain
 # The author's code has had the first and the second one; this package's default is the third.
 
 # %% tags=["remove-input"]
-code(trace_matched, smallest_kept, nothing)
+code(trace_matched, smallest_kept, zero_tail)
 
 # %%
 M, values = made_up(60, rate=0.04)
 d, U = (t.flip(-1) for t in psd_eigh(M))
 d, U, gamma, eye = d[:12], U[:, :12], 0.05, torch.eye(60)
 exact, tails = torch.linalg.inv(M + gamma * eye), {}
-for tail in (nothing, smallest_kept, trace_matched):
+for tail in (zero_tail, smallest_kept, trace_matched):
     c = tail(d, M.trace(), 60)
     wrong = torch.linalg.inv(from_pairs(d, U, c) + gamma * eye) - exact
     predicted = (1 / (c + gamma) - 1 / (values[12:] + gamma)).abs().max()
@@ -415,7 +415,7 @@ for tail in (nothing, smallest_kept, trace_matched):
     assert_exact(formula, exact + wrong)
     tails[tail.__name__] = (c.item(), predicted.item())
     print(f"{tail.__name__:14} c = {c.item():.4f}, error of the inverse {predicted.item():.2f}")
-assert tails["trace_matched"][1] < min(tails["nothing"][1], tails["smallest_kept"][1])
+assert tails["trace_matched"][1] < min(tails["zero_tail"][1], tails["smallest_kept"][1])
 
 # %% tags=["hide-input"] alt="The error of the damped inverse against the tail value c on a logarithmic axis: a curve with a kink at its minimum. Marks show that c equal to zero lies left of the minimum, the smallest kept eigenvalue right of it, and the mean of the tail nearest to it." caption="The error [(14.8)] for every tail value, and the three choices. Zero is drawn at the left edge."
 fig, ax = plt.subplots(figsize=(6.0, 3.0))
@@ -517,7 +517,7 @@ assert relative_error(approximate, step) < 0.01
 # **Training is the same.** The same seeds, once with all eigenpairs and once with 16 of up to 257:
 
 # %%
-losses_rs, _ = train(Averaged(randomized(16)))
+losses_rs, _ = train(MovingAverage(randomized(16)))
 difference = max(abs(a - b) / a for a, b in zip(losses_kfac, losses_rs, strict=True))
 print("step           1     6    11    16    21    26")
 for name, curve in (("KFAC", losses_kfac), ("RS-KFAC", losses_rs)):
@@ -586,8 +586,8 @@ M32, values32 = (t.float() for t in made_up(60))
 Y = torch.randn(60, 40, dtype=torch.float32)
 for _ in range(3):
     Y = M32 @ Y
-naive = sre(M32, torch.linalg.qr(Y).Q)[0]
-careful = sre(M32, range_basis(M32, Sketch(30, 10, 2)))[0]
+naive = srevd(M32, torch.linalg.qr(Y).Q)[0]
+careful = srevd(M32, range_basis(M32, Sketch(30, 10, 2)))[0]
 for number in (10, 20, 30):
     wrong, right = (abs(d[number - 1] / values32[number - 1] - 1).item() for d in (naive, careful))
     print(f"relative error of eigenvalue {number}: {wrong:.0e} without QR, {right:.0e} with")
@@ -632,7 +632,7 @@ assert_exact(torch.linalg.inv(from_pairs(d, U) + (0.9**3 + 0.01) * torch.eye(20)
 #
 # ## Exercises
 #
-# **Exercise 14.1.** A factor has $d$ rows. Count the multiplications of `range_basis` and of `rs`, up to terms of
+# **Exercise 14.1.** A factor has $d$ rows. Count the multiplications of `range_basis` and of `rsvd`, up to terms of
 # order $d q^2$. Take $10 d^3$ for an eigendecomposition. For $d = 2048$, $q = 74$ and 2 iterations, how many
 # times fewer are they?
 #
@@ -681,7 +681,7 @@ assert all(least < error for _, error in tails.values())
 
 M, _ = made_up(60)  # 14.3
 Q = range_basis(M, Sketch(12, 0, 0))
-assert_exact(rs(M, Q)[0].square(), sre(M @ M, Q)[0])
+assert_exact(rsvd(M, Q)[0].square(), srevd(M @ M, Q)[0])
 print("all hold")
 
 # %% [markdown]

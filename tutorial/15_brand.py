@@ -38,27 +38,27 @@ from kfac_scratch.approximations.brand import (
     Brand,
     Repaired,
     corrected,
-    followed,
     product_of_rows,
     refreshed,
     ritz,
     truncated,
+    updated_factor,
 )
-from kfac_scratch.approximations.estimators import Averaged, Estimator, weight_of_newest
+from kfac_scratch.approximations.estimators import Estimator, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.randomized import (
     Randomized,
     Sketch,
-    nothing,
     smallest_kept,
     trace_matched,
+    zero_tail,
 )
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.losses import monte_carlo
 from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
-from kfac_scratch.matrices.low_rank_update import brand_update, split, straightened
+from kfac_scratch.matrices.low_rank_update import brand_update, reorthonormalized, split_by_span
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
@@ -130,7 +130,7 @@ for update in (update_by_hand, brand_update):
     assert_exact(from_pairs(V, w), from_pairs(U, d) + X @ X.T)
 
 # %% [markdown]
-# The package takes all columns at once. `split` is [(15.1)], and `straightened` removes round-off. Both are
+# The package takes all columns at once. `split_by_span` is [(15.1)], and `reorthonormalized` removes round-off. Both are
 # shown below, where it is about what goes wrong.
 
 # %% tags=["remove-input"]
@@ -167,7 +167,7 @@ code(brand_update)
 # damping instead, which is the same.
 
 # %% tags=["remove-input"]
-code(followed)
+code(updated_factor)
 
 
 # %%
@@ -179,7 +179,7 @@ def none(d: int, c: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
 zero, one, exact = none(60), none(60, c=1.0), torch.zeros(60, 60)
 for _ in range(6):
     X = torch.randn(60, 3)
-    zero, one = (followed(f, X, 0.1, 20, trace_matched) for f in (zero, one))
+    zero, one = (updated_factor(f, X, 0.1, 20, trace_matched) for f in (zero, one))
     exact = 0.9 * exact + 0.1 * X @ X.T
 assert zero[0].shape == (60, 18)
 assert_exact(from_pairs(*zero), exact)  # nothing was cut off yet
@@ -216,8 +216,8 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 factor, exact, errors = none(60), torch.zeros(60, 60), torch.zeros(60, 60)
 for _ in range(20):
     X = torch.randn(60, 3)
-    cut = from_pairs(*factor) - from_pairs(*truncated(factor, 10, nothing))
-    factor, errors = followed(factor, X, 0.1, 10, nothing), 0.9 * (errors + cut)
+    cut = from_pairs(*factor) - from_pairs(*truncated(factor, 10, zero_tail))
+    factor, errors = updated_factor(factor, X, 0.1, 10, zero_tail), 0.9 * (errors + cut)
     exact = 0.9 * exact + 0.1 * X @ X.T
 assert_exact(exact - from_pairs(*factor), errors)
 assert torch.linalg.eigvalsh(errors)[0] > -1e-12
@@ -255,15 +255,15 @@ def best(M: Tensor, rank: int) -> Tensor:
 
 
 rank, batches = 24, stream(100, rate=0.02, drift=0.02)
-states = {"trace_matched": none(120), "nothing": none(120), "smallest_kept": none(120)}
-tails = {f.__name__: f for f in (trace_matched, nothing, smallest_kept)}
+states = {"trace_matched": none(120), "zero_tail": none(120), "smallest_kept": none(120)}
+tails = {f.__name__: f for f in (trace_matched, zero_tail, smallest_kept)}
 exact, early, history = torch.zeros(120, 120), None, []
 for t, X in enumerate(batches, start=1):
     w = weight_of_newest(0.95, t)
     exact = (1 - w) * exact + w * X @ X.T
-    states = {k: followed(f, X, w, rank, tails[k]) for k, f in states.items()}
+    states = {k: updated_factor(f, X, w, rank, tails[k]) for k, f in states.items()}
     row = {f"tail: {k}": inverse_error(from_pairs(*f), exact) for k, f in states.items()}
-    U, d, _ = states["nothing"]
+    U, d, _ = states["zero_tail"]
     row["tail at the end only"] = inverse_error(from_pairs(U, d, d[-1]), exact)
     history.append(row | {"truncated average": inverse_error(best(exact, rank), exact)})
     early = exact if t == 60 else early
@@ -292,7 +292,7 @@ plt.show()
 #
 # ## In the package
 #
-# An estimator ([`estimators`](api/estimators.md)) is a function from a state and a batch to the next state. `Averaged(kfac)` is
+# An estimator ([`estimators`](api/approximations.estimators.md)) is a function from a state and a batch to the next state. `MovingAverage(kfac)` is
 # the moving average of KFAC's factors. `Brand(rank)` has as its state the eigenpairs and the
 # tails of both factors, a matrix like any other.
 
@@ -315,7 +315,7 @@ def made_up(d_in: int, d_out: int, N: int = 4) -> LayerIO:
 
 ios = [made_up(90, 70) for _ in range(10)]
 G = torch.randn(70, 90)
-K = follow(Averaged(kfac), ios)
+K = follow(MovingAverage(kfac), ios)
 assert_exact(follow(Brand(rank=40), ios).inverse(0.1) @ G, K.inverse(0.1) @ G)  # 40 columns in all
 for rank in (4, 8, 16, 32):
     M = follow(Brand(rank), ios)
@@ -325,7 +325,7 @@ for rank in (4, 8, 16, 32):
 assert error < 0.1
 
 small = [made_up(11, 7) for _ in range(10)]  # too small for a truncation to make sense
-assert_exact(follow(Brand(rank=8), small).dense(), follow(Averaged(kfac), small).dense())
+assert_exact(follow(Brand(rank=8), small).dense(), follow(MovingAverage(kfac), small).dense())
 
 # %% [markdown]
 # A batch has $N S$ rows of inputs and $V N S$ rows of vectors. **A convolution has too many positions** $S$ for this: if
@@ -466,7 +466,7 @@ def train(estimator: Estimator, steps: int = 30, period: int = 5) -> tuple[list[
     return losses, states
 
 
-curves = {"KFAC": train(Averaged(kfac))[0]}
+curves = {"KFAC": train(MovingAverage(kfac))[0]}
 curves["B-KFAC"], states = train(Brand(rank=32))
 print("step       1     6    11    16    21    26")
 for name, curve in curves.items():
@@ -539,7 +539,7 @@ print(f"error {old:.3f} before, {new:.3f} after 100 corrections of six eigenpair
 # %%
 vectors = torch.randn(1, 8, 1, 3)
 drifting = [LayerIO(X.T.unsqueeze(1) * 8**0.5, vectors) for X in stream(80, rate=0.05, drift=0.03)]
-average = follow(Averaged(kfac), drifting).A
+average = follow(MovingAverage(kfac), drifting).A
 sketch = Sketch(40)
 at_60 = follow(Repaired(Brand(40), refreshed(sketch), period=60), drifting[:60])
 assert_exact(at_60.dense(), Randomized(at_60.factors.A, at_60.factors.B, sketch).dense())
@@ -605,7 +605,7 @@ assert wrong["package"] < 1e-12 < 1e-6 < wrong["naive"]
 # the largest weight there. A test that compares the matrix would not find this.
 
 # %% tags=["remove-input"]
-code(split, straightened)
+code(split_by_span, reorthonormalized)
 
 # %% [markdown]
 # The package projects twice ("twice is enough" is an old rule of Gram-Schmidt), takes a basis that reveals the
@@ -619,7 +619,7 @@ code(split, straightened)
 
 # %%
 def without_the_step(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    C, Q, R = split(U, X)
+    C, Q, R = split_by_span(U, X)
     H = torch.cat([C, R])
     w, W = torch.linalg.eigh(torch.cat([d, d.new_zeros(len(R))]).diag() + H @ H.T)
     return (torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
@@ -693,7 +693,7 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 
 # %% tags=["hide-input"]
 X, gamma = torch.randn(30, 3), 0.1  # 15.1
-U, d, c = followed(none(30), X, 1.0, 5, nothing)
+U, d, c = updated_factor(none(30), X, 1.0, 5, zero_tail)
 woodbury = X @ torch.linalg.inv(X.T @ X + gamma * torch.eye(3)) @ X.T
 inverse = torch.eye(30) / gamma + (U * (1 / (d + gamma) - 1 / gamma)) @ U.T
 assert_exact(inverse, (torch.eye(30) - woodbury) / gamma)

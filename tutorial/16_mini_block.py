@@ -43,7 +43,7 @@ from kfac_scratch.approximations.ekfac import ekfac
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.approximations.mini_block import (
     BlocksByRows,
-    Woodbury,
+    BlocksByRowsInverse,
     _blocks,
     _merged,
     mini_block,
@@ -56,7 +56,7 @@ from kfac_scratch.curvature import ggn_product
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import empirical, type2
-from kfac_scratch.matrices.block_diagonal import Beside, BlockDiagonal
+from kfac_scratch.matrices.block_diagonal import BlockDiagonal, FiltersAndBias
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -478,7 +478,7 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # formed: what is kept is the layer's input and its vectors.
 
 # %% tags=["remove-input"]
-code(BlocksByRows.inverse, Woodbury.__matmul__)
+code(BlocksByRows.inverse, BlocksByRowsInverse.__matmul__)
 
 # %%
 io = LayerIO(torch.randn(20, 1, 300), torch.randn(4, 20, 1, 6))
@@ -545,7 +545,7 @@ assert relative_error(shared.A / shared.A.trace(), foof(io).A / foof(io).A.trace
 # has to be passed; a bias is a filter with a single entry.
 
 # %% tags=["beside", "remove-input"]
-code(mini_block_filters, Beside.__matmul__)
+code(mini_block_filters, FiltersAndBias.__matmul__)
 
 # %%
 conv = Sequential(Conv2d(3, 2, (2, 2)), Tanh(), Flatten(), Linear(32, 3))

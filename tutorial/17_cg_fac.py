@@ -36,14 +36,14 @@ from kfac_scratch.approximations.cg_fac import (
     KernelInverse,
     TruncatedInverse,
     cg_fac,
-    combined,
-    kernel,
+    gradient_kernel,
+    gradient_products,
     kernel_inverse,
-    products,
     same_batch_step,
     truncated_inverse,
+    weighted_gradients,
 )
-from kfac_scratch.approximations.estimators import Averaged, Latest, weight_of_newest
+from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.capture.hooks import layer_ios
@@ -113,7 +113,7 @@ for S in (1, 3):
     assert_exact(cg_fac(io) @ X, product_by_hand(io, X))
 
 # %% tags=["remove-input"]
-code(products, combined, Gradients.__matmul__)
+code(gradient_products, weighted_gradients, Gradients.__matmul__)
 
 # %% [markdown]
 # ### What KFAC does differently
@@ -246,7 +246,9 @@ for M, row in zip((cg_fac(io), skfac(io)), errors.values(), strict=True):
     assert_exact(X, G * (G * G).sum() / ((M @ G + delta * G) * G).sum())
 assert errors["exact block"][6] < 1e-8 < 1e-5 < min(errors["exact block"][4], errors["KFAC"][6])
 
-own = combined(io, torch.randn(1, 6))  # a combination of the same gradients: one step less
+own = weighted_gradients(
+    io, torch.randn(1, 6)
+)  # a combination of the same gradients: one step less
 assert_exact(truncated_inverse(cg_fac(io), delta, 6, 0.0) @ own, cg_fac(io).inverse(delta) @ own)
 
 # %% tags=["hide-input"] alt="Plot of the error against the number of steps, logarithmic. For the exact block it drops to round-off at step seven. For KFAC it falls gradually and needs about three times as many steps." caption="Error of conjugate gradients for a batch of six data, five outputs and seven inputs. With the exact block it is over after seven steps."
@@ -303,16 +305,16 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # Fisher all $c$ are equal: the step solves for weights of the data, and the plain gradient has them all alike.
 
 # %% tags=["remove-input"]
-code(kernel, KernelInverse.__matmul__, same_batch_step)
+code(gradient_kernel, KernelInverse.__matmul__, same_batch_step)
 
 # %%
 for S in (1, 3):
     io, X = random_io(4, S, V=2), torch.randn(5, 7)
     U = io.gradients().flatten(0, 1).flatten(1).T
-    assert_exact(kernel(io), U.T @ U)
+    assert_exact(gradient_kernel(io), U.T @ U)
     dense, c = Dense(io.block()).inverse(0.1), torch.randn(2, 4)
     assert_exact(kernel_inverse(cg_fac(io), 0.1) @ X, dense @ X)
-    assert_exact(same_batch_step(io, c, 0.1), dense @ combined(io, c))
+    assert_exact(same_batch_step(io, c, 0.1), dense @ weighted_gradients(io, c))
 
 # %% [markdown]
 # ## What a step costs
@@ -508,7 +510,7 @@ assert relative_error(mean_of_rows.block(), (first.block() + second.block()) / 2
 
 # %%
 methods = {
-    "KFAC, moving average": (Averaged(kfac), lambda M, damping: M.inverse(damping)),
+    "KFAC, moving average": (MovingAverage(kfac), lambda M, damping: M.inverse(damping)),
     "CG-FAC, 5 steps": (Latest(cg_fac), lambda M, damping: truncated_inverse(M, damping, 5, 0.0)),
     "exact block, direct": (Latest(cg_fac), kernel_inverse),
 }
@@ -684,7 +686,7 @@ copies = concatenate([io] * 5)
 assert_exact(truncated_inverse(cg_fac(copies), 1.0, 4, 0.0) @ G, cg_fac(copies).inverse(1.0) @ G)
 
 io, c = random_io(6), torch.randn(6)  # 17.2
-T, y, r = kernel(io), torch.zeros(6), c
+T, y, r = gradient_kernel(io), torch.zeros(6), c
 p = r
 for k in range(1, 4):
     Mp = T @ p + 0.5 * p
@@ -692,8 +694,8 @@ for k in range(1, 4):
     y, new = y + step * p, r - step * Mp
     p = new + (new @ T @ new) / (r @ T @ r) * p
     r = new
-    found = truncated_inverse(cg_fac(io), 0.5, k, 0.0) @ combined(io, c[None])
-    assert_exact(combined(io, y[None]), found)
+    found = truncated_inverse(cg_fac(io), 0.5, k, 0.0) @ weighted_gradients(io, c[None])
+    assert_exact(weighted_gradients(io, y[None]), found)
 
 io, G = random_io(3), torch.randn(5, 7)  # 17.3
 M, dampings = cg_fac(io), (1e-6, 1e-4, 1e-2, 1.0)

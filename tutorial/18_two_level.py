@@ -40,19 +40,24 @@ from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import monte_carlo, type2
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.matrices.dense import Dense
-from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual, spectral
+from kfac_scratch.optimizer.coarse_spaces import (
+    krylov_space,
+    nicolaides_space,
+    residual_space,
+    spectral_space,
+)
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.two_level import (
     additive,
     adef1,
     adef2,
-    along,
     bnn,
     coarse_correction,
     coarse_inverse,
     coarse_matrix,
-    curvature,
+    gradient_products,
+    joint_curvature,
     two_level,
 )
 from kfac_scratch.show import code, matrices
@@ -120,7 +125,7 @@ class Problem:
         self.delta = fraction * F.diagonal().mean().item()
         self.F = F + self.delta * eye_like(F)
         self.maps = {name: kfac(io).inverse(self.delta) for name, io in self.ios.items()}
-        self.product = curvature(self.ios, self.delta)
+        self.product = joint_curvature(self.ios, self.delta)
 
     def gradient(self) -> Tensor:
         value = loss(self.model(self.X), self.y)
@@ -204,7 +209,7 @@ matrices({"layers 0, 2, 4, 6": pairs}, digits=2)
 # with $c_{vn}^{(l)}$ for each layer by itself, and the result is the block-diagonal product.
 
 # %% tags=["beside", "remove-input"]
-code(along, curvature)
+code(gradient_products, joint_curvature)
 
 # %%
 X = problem.split(torch.randn(len(problem.F)))
@@ -213,7 +218,7 @@ for name, io in problem.ios.items():
     for v in range(10):
         for n in range(0, 300, 50):  # a few data, for the loop's sake
             c[v, n] += io.g[v, n, 0] @ X[name] @ io.a[n, 0]
-in_one_go = sum(along(problem.ios, X).values())
+in_one_go = sum(gradient_products(problem.ios, X).values())
 assert_exact(in_one_go[:, ::50], c[:, ::50])
 assert_exact(problem.joined(problem.product(X)), problem.F @ problem.joined(X))
 
@@ -250,7 +255,7 @@ assert_exact(problem.joined(problem.product(X)), problem.F @ problem.joined(X))
 code(coarse_matrix, coarse_inverse)
 
 # %%
-ones = nicolaides(problem.maps, problem.split(r))
+ones = nicolaides_space(problem.maps, problem.split(r))
 Z = torch.zeros(len(problem.F), 4)
 for k, index in enumerate(problem.index.values()):
     Z[index, k] = 1
@@ -400,10 +405,10 @@ assert_exact(P["ADEF1"], P["ADEF2"].T)
 # Four answers, each a function of the fine level and the gradient:
 
 # %% tags=["beside", "remove-input"]
-code(nicolaides, residual, spectral, krylov)
+code(nicolaides_space, residual_space, spectral_space, krylov_space)
 
 # %% [markdown]
-# The `residual` space takes from each layer its own fine step, $z_l = M_l^{-1} r_l$. This one we
+# The `residual_space` space takes from each layer its own fine step, $z_l = M_l^{-1} r_l$. This one we
 # understand completely.
 #
 # <div class="admonition theorem" markdown="1" id="thm-18.2">
@@ -424,7 +429,7 @@ code(nicolaides, residual, spectral, krylov)
 # by that turns it.
 
 # %%
-step = problem.step(r, adef2, residual)
+step = problem.step(r, adef2, residual_space)
 span = torch.zeros(len(problem.F), 4)
 for k, (name, index) in enumerate(problem.index.items()):
     span[index, k] = problem.fine(problem.split(r))[name]
@@ -474,11 +479,11 @@ def conjugate_gradients(product, fine, r: Layers, steps: int) -> Layers:
 
 
 two_levels = {
-    "additive, ones (the paper)": (additive, nicolaides),
-    "ADEF2, ones": (adef2, nicolaides),
-    "ADEF2, flattest": (adef2, spectral),
-    "ADEF2, fine steps": (adef2, residual),
-    "ADEF2, fine steps, twice": (adef2, krylov(residual)),
+    "additive, ones (the paper)": (additive, nicolaides_space),
+    "ADEF2, ones": (adef2, nicolaides_space),
+    "ADEF2, flattest": (adef2, spectral_space),
+    "ADEF2, fine steps": (adef2, residual_space),
+    "ADEF2, fine steps, twice": (adef2, krylov_space(residual_space)),
 }
 shares: dict[str, list[tuple[float, float]]] = {}
 for seed in range(4):
@@ -539,7 +544,7 @@ def minimise(seed: int, choice: tuple | None, steps: int = 11) -> list[float]:
         g = torch.autograd.grad(before, list(model.parameters()))
         r = {name: torch.cat([v.flatten() for v in g])[i] for name, i in index.items()}
         ios = layer_ios(model, loss, X, y)
-        maps, F = {n: kfac(io).inverse(delta) for n, io in ios.items()}, curvature(ios, delta)
+        maps, F = {n: kfac(io).inverse(delta) for n, io in ios.items()}, joint_curvature(ios, delta)
 
         def fine(r: Layers, maps: dict = maps) -> Layers:
             return {name: maps[name] @ v for name, v in r.items()}
@@ -565,9 +570,9 @@ def minimise(seed: int, choice: tuple | None, steps: int = 11) -> list[float]:
 
 contestants = {
     "KFAC": None,
-    "additive, ones": (additive, nicolaides),
-    "ADEF2, ones": (adef2, nicolaides),
-    "ADEF2, fine steps, twice": (adef2, krylov(residual)),
+    "additive, ones": (additive, nicolaides_space),
+    "ADEF2, ones": (adef2, nicolaides_space),
+    "ADEF2, fine steps, twice": (adef2, krylov_space(residual_space)),
     "two steps of CG": ("CG",),
 }
 curves = {
@@ -613,7 +618,7 @@ value = loss(problem.model(problem.X), problem.y)
 g = dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
 step = two_level(problem.model, problem.ios, problem.maps, problem.delta)(g)
 flat = torch.cat([step[name].flatten() for name in parameters])
-assert_exact(flat, problem.step(problem.gradient(), adef2, nicolaides))
+assert_exact(flat, problem.step(problem.gradient(), adef2, nicolaides_space))
 one_level = preconditioner(problem.model, problem.maps)(g)
 assert step.keys() == one_level.keys()
 

@@ -65,10 +65,10 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.kronecker_columns import factored_woodbury_inverse
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
-from kfac_scratch.matrices.roots import factored_woodbury
-from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual
-from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, curvature
+from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
+from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, joint_curvature
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -130,7 +130,7 @@ METHODS: dict[str, tuple[Callable[[LayerIO], Matrix], Callable[[Matrix, float], 
 # %%
 io, V = LayerIO(torch.randn(9, 1, 12), torch.randn(1, 9, 1, 11)), torch.randn(11, 12)
 pairs = {
-    "SKFAC": (factored_woodbury(skfac(io), 0.1), factored_inverse(kfac(io), 0.1)),
+    "SKFAC": (factored_woodbury_inverse(skfac(io), 0.1), factored_inverse(kfac(io), 0.1)),
     "mini-block by rows": (mini_block_rows(io).inverse(0.1), mini_block(io).inverse(0.1)),
     "B-KFAC, one batch": (Brand(rank=9).update(None, io, 1.0).inverse(0.1), kfac(io).inverse(0.1)),
 }
@@ -256,7 +256,7 @@ measured = {
 # %%
 def two_level_share(problem: Problem, combine: Callable, space: Callable) -> float:
     maps = {name: kfac(io).inverse(problem.delta) for name, io in problem.ios.items()}
-    r, F = problem.split(problem.h), curvature(problem.ios, problem.delta)
+    r, F = problem.split(problem.h), joint_curvature(problem.ios, problem.delta)
     Q = coarse_inverse(problem.ios, space(maps, r), problem.delta)
 
     def fine(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -277,9 +277,11 @@ def cg_share(problem: Problem, steps: int = 2) -> float:
 
 
 NETWORK = {
-    "two-level, ones": partial(two_level_share, combine=additive, space=nicolaides),
-    "two-level, fine steps": partial(two_level_share, combine=adef2, space=residual),
-    "two-level, fine steps twice": partial(two_level_share, combine=adef2, space=krylov(residual)),
+    "two-level, ones": partial(two_level_share, combine=additive, space=nicolaides_space),
+    "two-level, fine steps": partial(two_level_share, combine=adef2, space=residual_space),
+    "two-level, fine steps twice": partial(
+        two_level_share, combine=adef2, space=krylov_space(residual_space)
+    ),
     "KFAC and 2 steps of CG": cg_share,
 }
 network = {

@@ -38,10 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfac_scratch.show import code
 from kfac_scratch.taylor import activations
 from kfac_scratch.taylor import jets as taylor
-from kfac_scratch.taylor.expansions import SecondOrder, laplacian, weighted
+from kfac_scratch.taylor.expansions import SecondOrder, laplacian, second_order_sum
 from kfac_scratch.taylor.faa_di_bruno import partitions
 from kfac_scratch.taylor.jets import Elementwise, forward_laplacian
-from kfac_scratch.taylor.partials import Partials, biharmonic, jets
+from kfac_scratch.taylor.partials import Partials, biharmonic, univariate_jets
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -186,13 +186,13 @@ for k in range(1, 5):
 #
 # The derivatives of the activations are needed up to the same order. For $\tanh$ every one of them is a
 # polynomial in $t$: if $\sigma^{(k)} = p_k(t)$, the chain rule gives $\sigma^{(k+1)} = p_k'(t) (1 - t^2)$. The
-# [`activations`](api/activations.md) module has this and more functions. Six orders, along two
+# [`activations`](api/taylor.activations.md) module has this and more functions. Six orders, along two
 # directions, against nested reverse mode:
 
 # %%
 V = torch.randn(2, 3)
-expansion = jets(V, 6)
-coefficients = taylor.taylor(net, X, expansion)  # [N, S, 1]
+expansion = univariate_jets(V, 6)
+coefficients = taylor.taylor_coefficients(net, X, expansion)  # [N, S, 1]
 print("S =", len(expansion.names), "coefficients:", *expansion.names[:5], "and so on")
 for s, alpha in enumerate(expansion.names):
     assert_exact(coefficients[:, s, 0], derivative(net, X, [V[r] for r in alpha]))
@@ -224,7 +224,11 @@ u = net(x).squeeze(1)
 for k in range(1, 7):
     u = (torch.autograd.grad(u.sum(), x, create_graph=True)[0] * v).sum(1)
     nested.append(nodes(u))
-    forward.append(nodes(taylor.taylor(net, X.clone().requires_grad_(), jets(v[None], k))))
+    forward.append(
+        nodes(
+            taylor.taylor_coefficients(net, X.clone().requires_grad_(), univariate_jets(v[None], k))
+        )
+    )
 growth = [b / a for a, b in zip(nested, nested[1:], strict=False)]
 print("nested: ", nested, "\nforward:", forward)
 assert min(growth) > 1.5
@@ -317,13 +321,15 @@ assert_exact(du[:, 1, 0], derivative(net, X, [torch.eye(3)[1]]))
 C = torch.randn(3, 3)  # neither symmetric nor definite
 expected = torch.einsum("ij,nij->n", C, hessian)
 assert_exact(torch.stack([forward_laplacian_by_hand(net, x, C) for x in X])[:, 0], expected)
-assert_exact(taylor.taylor(net, X, weighted(C))[:, -1, 0], expected)
+assert_exact(taylor.taylor_coefficients(net, X, second_order_sum(C))[:, -1, 0], expected)
 
-heat = taylor.taylor(net, X, laplacian(3, coordinates=[1, 2]))  # coordinate 0 is the time
+heat = taylor.taylor_coefficients(
+    net, X, laplacian(3, coordinates=[1, 2])
+)  # coordinate 0 is the time
 assert_exact(heat[:, -1, 0], hessian[:, 1, 1] + hessian[:, 2, 2])
 
 per_datum = torch.randn(5, 3, 3)
-found = taylor.taylor(net, X, weighted(per_datum))[:, -1, 0]
+found = taylor.taylor_coefficients(net, X, second_order_sum(per_datum))[:, -1, 0]
 assert_exact(found, torch.einsum("nij,nij->n", per_datum, hessian))
 assert not torch.allclose(found, expected)
 
@@ -442,7 +448,7 @@ plt.show()
 # to know:
 
 # %% tags=["remove-input"]
-code(taylor.Jet.__torch_function__, taylor._linear, taylor.taylor)
+code(taylor.Jet.__torch_function__, taylor._linear, taylor.taylor_coefficients)
 
 # %% [markdown]
 # Sums of jets are sums of coefficients, a constant changes the value only, and products follow
@@ -477,7 +483,7 @@ class Hard(nn.Module):
 
 model = Hard()
 expansion = Partials(torch.eye(3), [(0, 0, 1, 2)], sums=[{(0, 0): 1.0, (1, 1): -1.0}])
-wave = taylor.taylor(model, X, expansion)
+wave = taylor.taylor_coefficients(model, X, expansion)
 for s, alpha in enumerate(expansion.names[:-1]):
     assert_exact(wave[:, s, 0], derivative(model, X, [torch.eye(3)[i] for i in alpha]))
 second = [derivative(model, X, [torch.eye(3)[i]] * 2) for i in (0, 1)]
@@ -554,7 +560,7 @@ for d in (2, 3, 6):
     )  # fmt: skip
     plate = nn.Sequential(nn.Linear(d, 7), nn.Tanh(), nn.Linear(7, 7), nn.SiLU(), nn.Linear(7, 1))
     Z = torch.randn(4, d)
-    a, b = (taylor.taylor(plate, Z, e)[:, -1] for e in (mixed, along))
+    a, b = (taylor.taylor_coefficients(plate, Z, e)[:, -1] for e in (mixed, along))
     assert (a - b).abs().max() < 1e-11 * a.abs().max()
     print(f"d = {d}: {len(mixed.names)} coefficients with mixed derivatives,", end=" ")
     print(f"{len(along.names)} with directions")
@@ -614,7 +620,7 @@ assert_exact(careless(unbiased, X), forward_laplacian(unbiased, X)[2])
 # %%
 for layer in (nn.LayerNorm(3), nn.ELU()):
     try:
-        taylor.taylor(layer, X, laplacian(3))
+        taylor.taylor_coefficients(layer, X, laplacian(3))
         raise AssertionError("should have been refused")
     except NotImplementedError as error:
         print(str(error)[:84], "...")
@@ -676,7 +682,7 @@ for layer in (nn.LayerNorm(3), nn.ELU()):
 
 # %% tags=["hide-input"]
 E = laplacian(3)  # 20.1
-f, g = (taylor.taylor(n, X, E) for n in (net, model))
+f, g = (taylor.taylor_coefficients(n, X, E) for n in (net, model))
 df, dg = f[:, 1:4], g[:, 1:4]
 product = g[:, 0] * f[:, 4] + 2 * (df * dg).sum(1) + f[:, 0] * g[:, 4]
 assert_exact(product, E.product(f, g)[:, 4])
@@ -686,8 +692,10 @@ w, Q = torch.linalg.eigh(torch.outer(v, v) - torch.outer(X[0], X[0]))  # 20.2: r
 used = w.abs() > 1e-8
 low_rank = SecondOrder(Q.T[used], w[None, used])
 assert len(low_rank.names) == 2 + 2
-full = taylor.taylor(net, X, weighted(torch.outer(v, v) - torch.outer(X[0], X[0])))
-assert_exact(taylor.taylor(net, X, low_rank)[:, -1], full[:, -1])
+full = taylor.taylor_coefficients(
+    net, X, second_order_sum(torch.outer(v, v) - torch.outer(X[0], X[0]))
+)
+assert_exact(taylor.taylor_coefficients(net, X, low_rank)[:, -1], full[:, -1])
 
 counts = [2 + 2 * d + d * (d + 1) // 2 for d in (2, 3, 6)]  # 20.3
 assert all(n < len(biharmonic(d).names) for n, d in zip(counts, (2, 3, 6), strict=True))

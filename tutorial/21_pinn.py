@@ -43,24 +43,30 @@ from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.pinn import jacobian as pinn_gramian
 from kfac_scratch.pinn import terms as pinn
 from kfac_scratch.pinn.jacobian import (
-    dot,
+    block_weights,
     flat,
     gramian,
+    inner_product,
     joined,
-    kernel,
+    kernel_matrix,
     residuals,
     times,
     transposed_times,
-    weights,
 )
-from kfac_scratch.pinn.krylov import KFACKrylov, krylov
+from kfac_scratch.pinn.krylov import KFACKrylov, krylov_direction
 from kfac_scratch.pinn.preconditioners import TermWise, congruence, damped_factors, ekfac_inverse
 from kfac_scratch.pinn.problems import kovasznay, mlp, poisson
-from kfac_scratch.pinn.solvers import best_combination, dense, in_kernel, line_search, per_layer
+from kfac_scratch.pinn.solvers import (
+    best_combination,
+    dense_solver,
+    kernel_solver,
+    line_search,
+    two_directions_per_layer,
+)
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar
 from kfac_scratch.pinn.terms import Term, linearize
 from kfac_scratch.show import code, matrices
-from kfac_scratch.taylor.expansions import laplacian, value
+from kfac_scratch.taylor.expansions import laplacian, value_only
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -104,10 +110,10 @@ inside, border = torch.rand(60, 2), torch.rand(20, 2)
 border[:10, 0], border[10:, 1] = torch.randint(2, (2, 10)) * 1.0
 terms = [
     Term(lambda u, x: u.lap + 2 * torch.pi**2 * solution(x), inside, laplacian(2)),
-    Term(lambda u, x: u.value, border, value(2)),
+    Term(lambda u, x: u.value, border, value_only(2)),
 ]
 model = mlp(2, 6, 5, 1)
-print(f"loss {pinn.loss(model, terms).item():.2f}")
+print(f"loss {pinn.pinn_loss(model, terms).item():.2f}")
 
 # %% [markdown]
 # Another equation is another function. Here is Allen and Cahn's, $\partial_t u = \tfrac{1}{100} \partial_x^2 u + u - u^3$,
@@ -127,10 +133,10 @@ def start(u, x):
 X = torch.rand(50, 2) * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
 phases = [
     Term(allen_cahn, X, laplacian(2, coordinates=[1])),
-    Term(start, X * torch.tensor([0.0, 1.0]), value(2), weight=10.0),
-    Term(lambda u, x: u.value + 0.9, torch.tensor([[0.5, 0.0]]), value(2)),  # one measurement
+    Term(start, X * torch.tensor([0.0, 1.0]), value_only(2), weight=10.0),
+    Term(lambda u, x: u.value + 0.9, torch.tensor([[0.5, 0.0]]), value_only(2)),  # one measurement
 ]
-print(f"loss {pinn.loss(mlp(2, 6, 1), phases).item():.2f}")
+print(f"loss {pinn.pinn_loss(mlp(2, 6, 1), phases).item():.2f}")
 
 # %% [markdown]
 # The most common mistake in such code is silent: an output of shape $[N, 1]$ minus a target of shape $[N]$ is
@@ -198,7 +204,7 @@ for n in range(0, 60, 10):
     assert_exact(G[:, :-1], rows[0])
     assert_exact(G[:, -1], rows[1])
 gradient = transposed_times(parts, residuals(parts))
-expected = torch.autograd.grad(pinn.loss(model, terms), model[0].weight)[0]
+expected = torch.autograd.grad(pinn.pinn_loss(model, terms), model[0].weight)[0]
 assert_exact(gradient["0"][:, :-1], expected)
 for name, io in parts[0].ios.items():
     print(f"layer {name}: a {list(io.a.shape)}, g {list(io.g.shape)}")
@@ -285,7 +291,7 @@ for io in flat(linearize(linear, [Term(design, points, laplacian(2))]))[0].ios.v
 for name in ("0", "2"):  # a nonlinear net and many points, even without derivatives
     io = parts[1].ios[name]
     assert relative_error(kfac(io).dense(), io.block()) > 1e-3
-one_point = flat(linearize(model, [Term(lambda u, x: u.value, border[:1], value(2))]))[0]
+one_point = flat(linearize(model, [Term(lambda u, x: u.value, border[:1], value_only(2))]))[0]
 for io in one_point.ios.values():
     assert_exact(kfac(io).dense(), io.block())
 
@@ -397,7 +403,7 @@ for t in range(1, 4):
 # $$
 #
 # Two unknowns, two equations, and what they need is $J \Delta$ and $J \delta$: a few products of small matrices
-# with the $a$ and $g$ that are already there. Nothing limits us to two directions. `per_layer` gives each layer
+# with the $a$ and $g$ that are already there. Nothing limits us to two directions. `two_directions_per_layer` gives each layer
 # its own $\alpha$ and $\mu$, at no extra cost, and is never worse in the model.
 
 # %% tags=["remove-input"]
@@ -424,7 +430,7 @@ code(best_combination, KFACStar.step)
 # as the number of weights the step is that of Gauss-Newton. Now KFAC decides how *soon* it is reached, and no longer where the step leads.
 
 # %% tags=["remove-input"]
-code(krylov, KFACKrylov.step)
+code(krylov_direction, KFACKrylov.step)
 
 # %% [markdown]
 # How much does the preconditioner help? Take a network that has been trained for a few steps, and measure how far
@@ -438,7 +444,9 @@ draw = torch.Generator(torch.get_default_device()).manual_seed(0)
 fixed = poisson(2).terms(200, 60, draw)
 state = None
 for _ in range(10):
-    state = KFACKrylov(20, 1, 1e-6, metric=TermWise(0.6, ekfac_inverse)).step(net, fixed, state)
+    state = KFACKrylov(20, 1, 1e-6, preconditioner=TermWise(0.6, ekfac_inverse)).step(
+        net, fixed, state
+    )
 trained = linearize(net, fixed)
 rows, rho = flat(trained), residuals(flat(trained))
 
@@ -447,15 +455,16 @@ def gap(P, k: int, damping: float) -> float:
     """How far `k` iterations are from the model's minimum, relative to the start."""
 
     def model_value(p) -> float:
-        return ((rho + times(rows, p)).square().sum() + damping * dot(p, p)).item() / 2
+        return ((rho + times(rows, p)).square().sum() + damping * inner_product(p, p)).item() / 2
 
-    lowest, highest = model_value(in_kernel(rows, rho)(damping)), rho.square().sum().item() / 2
-    return (model_value(krylov(rows, P, damping, k)) - lowest) / (highest - lowest)
+    lowest, highest = model_value(kernel_solver(rows, rho)(damping)), rho.square().sum().item() / 2
+    return (model_value(krylov_direction(rows, P, damping, k)) - lowest) / (highest - lowest)
 
 
 preconditioners = {
     "none": {
-        n: Kronecker(*(torch.eye(d) for d in reversed(V.shape))) for n, V in weights(net).items()
+        n: Kronecker(*(torch.eye(d) for d in reversed(V.shape)))
+        for n, V in block_weights(net).items()
     },
     "KFAC": TermWise(0.0).update(None, trained, 1e-8, 1)[1],
     "EKFAC": TermWise(0.0, ekfac_inverse).update(None, trained, 1e-8, 1)[1],
@@ -501,15 +510,15 @@ assert ignorant["none"] < min(ignorant["KFAC"], ignorant["EKFAC"])
 # whatever the size of the network. Both forms give the same step:
 
 # %%
-both = [solver(parts, residuals(parts))(1e-3) for solver in (dense, in_kernel)]
-for name in weights(model):
+both = [solver(parts, residuals(parts))(1e-3) for solver in (dense_solver, kernel_solver)]
+for name in block_weights(model):
     assert_exact(both[0][name], both[1][name])
 assert gramian(parts).shape == (59, 59)
-assert kernel(parts).shape == (80, 80)
-assert torch.linalg.matrix_rank(kernel(parts)) <= 59
+assert kernel_matrix(parts).shape == (80, 80)
+assert torch.linalg.matrix_rank(kernel_matrix(parts)) <= 59
 
 # %% tags=["remove-input"]
-code(in_kernel)
+code(kernel_solver)
 
 # %% [markdown]
 # `GaussNewton` uses either with the rule of Levenberg and Marquardt ([Chapter 8](08_damping.py)): a step that lowers the loss as
@@ -540,17 +549,26 @@ class Adam:
     def step(self, net: nn.Module, terms: list[Term], optimizer=None):
         optimizer = optimizer or torch.optim.Adam(net.parameters(), lr=0.01)
         optimizer.zero_grad()
-        pinn.loss(net, terms).backward()
+        pinn.pinn_loss(net, terms).backward()
         optimizer.step()
         return optimizer
 
 
 methods = {
     "Adam": (Adam(), 150),
-    "KFAC*": (KFACStar(metric=TermWise(0.6)), 40),
-    "KFAC* per layer": (KFACStar(candidates=per_layer, metric=TermWise(0.6)), 40),
-    "EKFAC* per layer": (KFACStar(1e-10, per_layer, TermWise(0.6, ekfac_inverse)), 40),
-    "KFAC*, 20 directions": (KFACKrylov(20, 1, 1e-8, metric=TermWise(0.6, ekfac_inverse)), 40),
+    "KFAC*": (KFACStar(preconditioner=TermWise(0.6)), 40),
+    "KFAC* per layer": (
+        KFACStar(candidates=two_directions_per_layer, preconditioner=TermWise(0.6)),
+        40,
+    ),
+    "EKFAC* per layer": (
+        KFACStar(1e-10, two_directions_per_layer, TermWise(0.6, ekfac_inverse)),
+        40,
+    ),
+    "KFAC*, 20 directions": (
+        KFACKrylov(20, 1, 1e-8, preconditioner=TermWise(0.6, ekfac_inverse)),
+        40,
+    ),
     "Gauss-Newton": (GaussNewton(), 40),
 }
 runs = {name: train(*pair) for name, pair in methods.items()}
@@ -725,7 +743,7 @@ assert all(sum(error > 1e-2 for error in row["final"]) == 2 for row in heat_runs
 
 # %%
 APPROXIMATIONS = {"KFAC": kfac, "reduce": lambda io: kfac(io.reduced()), "EKFAC": ekfac}
-for name in weights(model):
+for name in block_weights(model):
     batch = joined([part.ios[name] for part in parts])
     F = sum(part.ios[name].block() for part in parts)
     assert_exact(batch.block(), F)
@@ -932,10 +950,10 @@ class Fixed:  # 21.3
 
 
 affine, features = nn.Sequential(nn.Linear(4, 1)), torch.randn(20, 4)
-fit = [Term(lambda u, x: u.value - x[:, :1].sin() ** 2, features, value(4))]
+fit = [Term(lambda u, x: u.value - x[:, :1].sin() ** 2, features, value_only(4))]
 state = None
 for _ in range(5):  # as many steps as weights
-    state = KFACStar(damping=0.0, metric=Fixed()).step(affine, fit, state)
+    state = KFACStar(damping=0.0, preconditioner=Fixed()).step(affine, fit, state)
 left = flat(linearize(affine, fit))
 assert transposed_times(left, residuals(left))["0"].abs().max() < 1e-8
 
@@ -952,4 +970,4 @@ print("all hold")
 # (2023)](bibliography.md#engd) introduce the exact method with a dense matrix, energy natural gradients;
 # [Guzmán-Cordero et al. (2025)](bibliography.md#engd-w) its kernel form with momentum, after
 # [Goldshlager et al. (2024)](bibliography.md#spring), who had it for quantum chemistry. Each of their
-# methods is a dozen lines in [`pinn_steps`](api/pinn_steps.md) and [`pinn_solvers`](api/pinn_solvers.md).
+# methods is a dozen lines in [`pinn_steps`](api/pinn.steps.md) and [`pinn_solvers`](api/pinn.solvers.md).

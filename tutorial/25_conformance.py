@@ -40,7 +40,13 @@ from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import layer_ios
-from kfac_scratch.conformance import Capabilities, Kronecker, LayerBlock, NotSupported, Request
+from kfac_scratch.conformance import (
+    Capabilities,
+    KroneckerAnswer,
+    LayerBlock,
+    NotSupported,
+    Request,
+)
 from kfac_scratch.conformance.adapters.ours import Adapter as Ours
 from kfac_scratch.conformance.cases import selection
 from kfac_scratch.conformance.cases.case import EXACT
@@ -50,7 +56,7 @@ from kfac_scratch.conformance.judging import harness, judge, report, scalars, tr
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.selftest.museum import PIECES
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
-from kfac_scratch.matrices.kronecker import Kronecker as KroneckerMatrix
+from kfac_scratch.matrices.kronecker import KroneckerAnswer as KroneckerMatrix
 from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)
@@ -329,7 +335,9 @@ class Adapter:
         for X, y in request.batches:
             ours.update(request.loss, X, y)
         return {
-            name: LayerBlock(joint=Kronecker(ours.A[name], ours.B[name]), bias_at=self.bias_at)
+            name: LayerBlock(
+                joint=KroneckerAnswer(ours.A[name], ours.B[name]), bias_at=self.bias_at
+            )
             for name in request.layers
         }
 
@@ -1038,7 +1046,7 @@ for j, group in enumerate(groups[3:], start=3):
 
 
 # %% tags=["hide-input"]
-class Averaged(Weighted):  # 25.1
+class AveragedBatches(Weighted):  # 25.1
     def __init__(self, model: Module) -> None:
         super().__init__(model)
         self.kept: list[tuple[dict, dict]] = []
@@ -1057,9 +1065,9 @@ def asked(make: Callable[[Module], FirstTry], name: str) -> Result:
     return result
 
 
-assert asked(Averaged, "batches-equal-cross-entropy-mean").verdict == "definition"
-assert asked(Averaged, "batches-unequal-mse-mean").verdict == "wrong"
-assert "batches" in asked(Averaged, "batches-equal-cross-entropy-sum").words
+assert asked(AveragedBatches, "batches-equal-cross-entropy-mean").verdict == "definition"
+assert asked(AveragedBatches, "batches-unequal-mse-mean").verdict == "wrong"
+assert "batches" in asked(AveragedBatches, "batches-equal-cross-entropy-sum").words
 
 
 class Zeros(Counted):  # 25.2

@@ -57,9 +57,7 @@ class Gathered:
 
     approximation: Callable[[LayerIO], Matrix]
 
-    def add(
-        self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool
-    ) -> list[LayerIO]:
+    def add(self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool) -> list[LayerIO]:
         """Remember the part.
 
         Raises:

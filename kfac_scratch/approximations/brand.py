@@ -30,13 +30,13 @@ from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update
 
-Factor = tuple[Float[Tensor, "d _"], Float[Tensor, "_"], Float[Tensor, ""]]  # U, d, c
+TruncatedFactor = tuple[Float[Tensor, "d _"], Float[Tensor, "_"], Float[Tensor, ""]]  # U, d, c
 
 
 # ---- one factor ---------------------------------------------------------------------------------
 
 
-def truncated(factor: Factor, rank: int, tail: Tail) -> Factor:
+def truncated(factor: TruncatedFactor, rank: int, tail: Tail) -> TruncatedFactor:
     """Keep the leading eigenpairs; the others become part of the tail."""
     U, d, c = factor
     if len(d) <= rank:
@@ -45,9 +45,9 @@ def truncated(factor: Factor, rank: int, tail: Tail) -> Factor:
     return U[:, :rank], d[:rank], tail(d[:rank], trace, len(U))
 
 
-def followed(
-    factor: Factor, X: Float[Tensor, "d K"], weight: float, rank: int, tail: Tail
-) -> Factor:
+def updated_factor(
+    factor: TruncatedFactor, X: Float[Tensor, "d K"], weight: float, rank: int, tail: Tail
+) -> TruncatedFactor:
     """`(1 - weight)` times the truncated factor plus `weight * X X^T`, by its eigenpairs.
 
     A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full.
@@ -60,7 +60,7 @@ def followed(
     return U, (d + c).clamp(min=0), c
 
 
-def _in_full(factor: Factor, X: Tensor, weight: float) -> Factor:
+def _in_full(factor: TruncatedFactor, X: Tensor, weight: float) -> TruncatedFactor:
     U, d, c = factor
     M = (1 - weight) * (U * (d - c) @ U.mT) + weight * (X @ X.mT)
     M.diagonal().add_((1 - weight) * c)
@@ -78,7 +78,7 @@ class Brand:
     Law: without truncation, the factors are exactly the moving averages of KFAC's; with
     `trace_matched`, their traces always are. The tail is a part of the matrix that is updated, so
     a tail above what was cut off (`smallest_kept`) adds up. The paper updates without one
-    (`nothing`).
+    (`zero_tail`).
 
     A batch has as many columns as there are rows `a`, or `g`. With many positions or vectors that
     is soon the whole size of a factor, which is then kept in full.
@@ -101,15 +101,15 @@ class Brand:
         """Both factors after one more batch."""
         a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)
         if state is None:
-            state, weight = empty(io), 1.0
+            state, weight = zero_factors(io), 1.0
         A, B = (state.UA, state.dA, state.cA), (state.UB, state.dB, state.cB)
         return LowRankKronecker(
-            *followed(A, (a / len(a) ** 0.5).mT, weight, self.rank, self.tail),
-            *followed(B, g.mT, weight, self.rank, self.tail),
+            *updated_factor(A, (a / len(a) ** 0.5).mT, weight, self.rank, self.tail),
+            *updated_factor(B, g.mT, weight, self.rank, self.tail),
         )
 
 
-def empty(io: LayerIO) -> LowRankKronecker:
+def zero_factors(io: LayerIO) -> LowRankKronecker:
     """No eigenpairs and no tail: zero factors of a layer's sizes."""
     zero = io.a.new_zeros(())
     (dA, UA), (dB, UB) = ((x.new_zeros(0), x.new_zeros(x.shape[-1], 0)) for x in (io.a, io.g))
@@ -133,7 +133,7 @@ def product_of_rows(
 
 
 @dataclass(frozen=True, eq=False)
-class Tracked:
+class FactorsAndEigenpairs:
     """The averaged factors, and the eigenpairs that stand for them.
 
     Attributes:
@@ -170,34 +170,40 @@ class Repaired:
     """
 
     brand: Brand
-    repair: Callable[[Tracked], LowRankKronecker]
+    repair: Callable[[FactorsAndEigenpairs], LowRankKronecker]
     period: int
 
     def __post_init__(self) -> None:
         if self.period < 1:
             raise ValueError(f"A repair needs a period of at least 1, got {self.period}.")
 
-    def update(self, state: Tracked | None, io: LayerIO, weight: float) -> Tracked:
+    def update(
+        self, state: FactorsAndEigenpairs | None, io: LayerIO, weight: float
+    ) -> FactorsAndEigenpairs:
         """The factors' average and the eigenpairs after one more batch."""
         new = kfac(io)
         if state is None:
-            now = Tracked(new, self.brand.update(None, io, weight), 1)
+            now = FactorsAndEigenpairs(new, self.brand.update(None, io, weight), 1)
         else:
             modes = self.brand.update(state.modes, io, weight)
-            now = Tracked(state.factors.mixed(new, weight), modes, state.count + 1)
+            now = FactorsAndEigenpairs(state.factors.mixed(new, weight), modes, state.count + 1)
         return now if now.count % self.period else replace(now, modes=self.repair(now))
 
 
-def refreshed(sketch: Sketch, tail: Tail = trace_matched) -> Callable[[Tracked], LowRankKronecker]:
+def refreshed(
+    sketch: Sketch, tail: Tail = trace_matched
+) -> Callable[[FactorsAndEigenpairs], LowRankKronecker]:
     """B-R-KFAC's repair: RS-KFAC of the averaged factors replaces all eigenpairs."""
 
-    def repair(state: Tracked) -> LowRankKronecker:
+    def repair(state: FactorsAndEigenpairs) -> LowRankKronecker:
         return Randomized(state.factors.A, state.factors.B, sketch).low_rank(tail=tail)
 
     return repair
 
 
-def corrected(fraction: float = 0.2, seed: int = 0) -> Callable[[Tracked], LowRankKronecker]:
+def corrected(
+    fraction: float = 0.2, seed: int = 0
+) -> Callable[[FactorsAndEigenpairs], LowRankKronecker]:
     """B-KFAC-C's repair: a random share of the eigenpairs becomes Ritz pairs of the factors.
 
     Law: the Frobenius error of a factor never grows. Its square shrinks by that of the error
@@ -209,7 +215,7 @@ def corrected(fraction: float = 0.2, seed: int = 0) -> Callable[[Tracked], LowRa
     if not 0 <= fraction <= 1:
         raise ValueError(f"The fraction of corrected eigenpairs lies in [0, 1], got {fraction}.")
 
-    def repair(state: Tracked) -> LowRankKronecker:
+    def repair(state: FactorsAndEigenpairs) -> LowRankKronecker:
         generator = torch.Generator(state.modes.UA.device).manual_seed(seed + state.count)
         K, M = state.factors, state.modes
         dA, UA = ritz(K.A, M.dA, M.UA, _subset(M.dA, fraction, generator))

@@ -27,7 +27,7 @@ from kfac_scratch.approximations.ekfac import second_moments
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices.diagonal import Diagonal
-from kfac_scratch.matrices.kronecker_sum import IterativeInverse
+from kfac_scratch.matrices.kronecker_sum import ConjugateGradientInverse
 from kfac_scratch.matrices.matrix import LinearMap, check_damping
 
 
@@ -47,9 +47,9 @@ class Gradients:
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """Inner products with all gradients, then the sum of the gradients with these weights."""
-        return combined(self.U, products(self.U, V))
+        return weighted_gradients(self.U, gradient_products(self.U, V))
 
-    def inverse(self, damping: float) -> IterativeInverse:
+    def inverse(self, damping: float) -> ConjugateGradientInverse:
         """The inverse of `F + damping * I`: conjugate gradients to full accuracy at every product.
 
         Raises:
@@ -59,7 +59,7 @@ class Gradients:
         ones = torch.ones_like(self.U.g[0, 0, :1].mT @ self.U.a[0, :1])  # [d_out, d_in]
         if damping == 0 and self.U.g[..., 0, 0].numel() < ones.numel():
             raise ValueError("A singular matrix has no inverse: pass a positive damping.")
-        return IterativeInverse(self, damping, Diagonal(ones))
+        return ConjugateGradientInverse(self, damping, Diagonal(ones))
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
@@ -76,13 +76,17 @@ class Gradients:
         return second_moments(self.U, QA, QB).flatten()
 
 
-def products(io: LayerIO, V: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*batch V N"]:
+def gradient_products(
+    io: LayerIO, V: Float[Tensor, "*batch d_out d_in"]
+) -> Float[Tensor, "*batch V N"]:
     """Inner products of `V` with every gradient: send the inputs through `V`, meet the vectors."""
     z = torch.einsum("nsi,...oi->...nso", io.a, V)
     return torch.einsum("vnso,...nso->...vn", io.g, z)
 
 
-def combined(io: LayerIO, c: Float[Tensor, "*batch V N"]) -> Float[Tensor, "*batch d_out d_in"]:
+def weighted_gradients(
+    io: LayerIO, c: Float[Tensor, "*batch V N"]
+) -> Float[Tensor, "*batch d_out d_in"]:
     """The gradients' sum with given weights, `sum_{v,n} c[v, n] G[v, n]`."""
     g = torch.einsum("...vn,vnso->...nso", c, io.g)
     return torch.einsum("...nso,nsi->...oi", g, io.a)
@@ -144,12 +148,12 @@ class KernelInverse:
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """Woodbury's identity: take away from `V` what the gradients explain, and divide."""
-        inner = products(self.U, V)
+        inner = gradient_products(self.U, V)
         y = torch.cholesky_solve(inner.flatten(-2).unsqueeze(-1), self.L)
-        return (V - combined(self.U, y.reshape(inner.shape))) / self.damping
+        return (V - weighted_gradients(self.U, y.reshape(inner.shape))) / self.damping
 
 
-def kernel(io: LayerIO) -> Float[Tensor, "K K"]:
+def gradient_kernel(io: LayerIO) -> Float[Tensor, "K K"]:
     """Inner products of all pairs of gradients, in the order of `io.g.flatten(0, 1)`.
 
     With one position two small matrices of inner products are multiplied entry by entry; with
@@ -180,13 +184,13 @@ def same_batch_step(
     $(U U^\top + \delta I)^{-1} U c = U (U^\top U + \delta I)^{-1} c$ with the kernel $U^\top U$.
     """
     y = torch.cholesky_solve(c.reshape(-1, 1), _damped_kernel(io, damping))
-    return combined(io, y.reshape(c.shape))
+    return weighted_gradients(io, y.reshape(c.shape))
 
 
 def _damped_kernel(io: LayerIO, damping: float) -> Float[Tensor, "K K"]:
     if not damping > 0:
         raise ValueError(f"Solving by the kernel needs a positive damping, got {damping}.")
-    K = kernel(io)
+    K = gradient_kernel(io)
     L, failed = torch.linalg.cholesky_ex(K + damping * eye_like(K))
     if failed.any():
         raise ValueError(

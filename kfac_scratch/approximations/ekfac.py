@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.approximations.estimators import Averaged, Estimator
+from kfac_scratch.approximations.estimators import Estimator, MovingAverage
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.kronecker import KroneckerEigen
@@ -64,7 +64,7 @@ class AmortisedEKFAC:
     """
 
     basis_every: int = 10
-    factors: Estimator = field(default_factory=lambda: Averaged(kfac))
+    factors: Estimator = field(default_factory=lambda: MovingAverage(kfac))
 
     def __post_init__(self) -> None:
         if self.basis_every < 1:

@@ -55,7 +55,7 @@ def weight_of_newest(decay: float, count: int) -> float:
 
 
 @dataclass(frozen=True)
-class Averaged:
+class MovingAverage:
     """Average an approximation over batches, by the matrices' own method `mixed`.
 
     For a Kronecker product this is the usual moving average of both factors, which differs from
@@ -96,4 +96,4 @@ class Latest:
 
 def estimator(approximation: "Approximation | Estimator") -> Estimator:
     """What remembers as it is; a function of one batch as the average of its results."""
-    return approximation if isinstance(approximation, Estimator) else Averaged(approximation)
+    return approximation if isinstance(approximation, Estimator) else MovingAverage(approximation)

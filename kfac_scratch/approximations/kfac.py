@@ -14,8 +14,6 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671), §3; with weight sharing, E
 factor only, Benzing 2022 (arXiv:2201.12250).
 """
 
-
-
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, gram
 from kfac_scratch.matrices.kronecker import Kronecker

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, gram
-from kfac_scratch.matrices.block_diagonal import Beside, BlockDiagonal
+from kfac_scratch.matrices.block_diagonal import BlockDiagonal, FiltersAndBias
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker
 
@@ -38,7 +38,7 @@ def mini_block(io: LayerIO) -> BlockDiagonal:
     return BlockDiagonal(_blocks(io, io.a.shape[-1]))
 
 
-def mini_block_filters(size: int) -> Callable[[LayerIO], Beside]:
+def mini_block_filters(size: int) -> Callable[[LayerIO], FiltersAndBias]:
     """Keep one `[size, size]` block for every filter of a convolution, and the bias's diagonal.
 
     Args:
@@ -49,7 +49,7 @@ def mini_block_filters(size: int) -> Callable[[LayerIO], Beside]:
         ValueError: On a layer whose `W` has rows of another length.
     """
 
-    def approximation(io: LayerIO) -> Beside:
+    def approximation(io: LayerIO) -> FiltersAndBias:
         d_out, d_in = io.g.shape[-1], io.a.shape[-1]
         if size < 1 or d_in < size or d_in % size > 1:
             raise ValueError(
@@ -58,7 +58,7 @@ def mini_block_filters(size: int) -> Callable[[LayerIO], Beside]:
             )
         end = d_in - d_in % size
         squares = _blocks(LayerIO(io.a[..., end:], io.g), 1).reshape(d_out, d_in - end)
-        return Beside(
+        return FiltersAndBias(
             BlockDiagonal(_blocks(LayerIO(io.a[..., :end], io.g), size)), Diagonal(squares)
         )
 
@@ -131,7 +131,7 @@ class BlocksByRows:
         """Project on every gradient's rows, send the projections back."""
         return self.back(self.along(X))
 
-    def inverse(self, damping: float) -> "Woodbury":
+    def inverse(self, damping: float) -> "BlocksByRowsInverse":
         """The inverse of `M + damping * I`, by one small system for each neuron.
 
         Its size is `V * N`, or `N` with one position. All systems come from the same inner
@@ -144,7 +144,9 @@ class BlocksByRows:
         K = (
             torch.einsum("ovnmt,wmto->ovnwm", half, self.U.g).flatten(1, 2).flatten(2)
         )  # [o, VN, VN]
-        return Woodbury(self, torch.linalg.cholesky(K + damping * eye_like(K[0])), damping)
+        return BlocksByRowsInverse(
+            self, torch.linalg.cholesky(K + damping * eye_like(K[0])), damping
+        )
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
@@ -160,7 +162,7 @@ class BlocksByRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Woodbury:
+class BlocksByRowsInverse:
     r"""A damped inverse by Woodbury's identity, for every neuron with its rows $R$.
 
     $(R^\top R + \delta I)^{-1} = \frac{1}{\delta} (I - R^\top (R R^\top + \delta I)^{-1} R)$.

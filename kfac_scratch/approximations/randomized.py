@@ -4,13 +4,13 @@ The moving average of a factor has a spectrum that decays. Instead of all $d$ ei
 $\mathcal{O}(d^3)$, a few are found in $\mathcal{O}(d^2 q)$ from an orthonormal basis $Q$ of
 $q \ll d$ columns that holds most of the range of the factor $M$. Three things to make of it:
 
-- `rs`, the right singular vectors of $Q^\top M$: an eigendecomposition of
+- `rsvd`, the right singular vectors of $Q^\top M$: an eigendecomposition of
   $(M Q Q^\top M)^{1/2} \preceq M$;
-- `sre`, the Ritz pairs: an eigendecomposition of $Q Q^\top M Q Q^\top$;
+- `srevd`, the Ritz pairs: an eigendecomposition of $Q Q^\top M Q Q^\top$;
 - `nystrom`, not in the paper: one of $M Q (Q^\top M Q)^{-1} Q^\top M \preceq M$.
 
-For one basis, eigenvalue by eigenvalue, `sre` $\le$ `rs` $\le$ `nystrom` $\le$ those of $M$. All
-that is left out is replaced by one number, the tail.
+For one basis, eigenvalue by eigenvalue, `srevd` $\le$ `rsvd` $\le$ `nystrom` $\le$ those of $M$.
+All that is left out is replaced by one number, the tail.
 
 Sources: Puiu 2022 (arXiv:2206.15397); Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), §4 and
 §5; for `nystrom`, Tropp, Yurtsever, Udell and Cevher 2017 (arXiv:1706.05736).
@@ -68,13 +68,13 @@ def range_basis(M: Float[Tensor, "d d"], sketch: Sketch) -> Float[Tensor, "d q"]
     return Q
 
 
-def rs(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
+def rsvd(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
     """Singular values and right singular vectors of `Q.T @ M`."""
     _, s, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
     return s, Vh.mT
 
 
-def sre(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
+def srevd(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
     """Ritz pairs: eigenpairs of `Q.T @ M @ Q`, mapped back by `Q`."""
     d, W = psd_eigh(Q.mT @ M @ Q)
     return d.flip(0), (Q @ W).flip(1)
@@ -90,7 +90,7 @@ def nystrom(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
 
 
 def leading(
-    M: Float[Tensor, "d d"], sketch: Sketch, decomposition: Decomposition = rs
+    M: Float[Tensor, "d d"], sketch: Sketch, decomposition: Decomposition = rsvd
 ) -> Eigenpairs:
     """The leading eigenpairs of a PSD matrix, at most `sketch.rank` of them.
 
@@ -116,7 +116,7 @@ def smallest_kept(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) ->
     return d[-1]
 
 
-def nothing(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
+def zero_tail(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
     """Zero: less than is left out, so that steps are longer."""
     return torch.zeros_like(trace)
 
@@ -160,9 +160,9 @@ class Randomized:
     sketch: Sketch
 
     def low_rank(
-        self, decomposition: Decomposition = rs, tail: Tail = trace_matched
+        self, decomposition: Decomposition = rsvd, tail: Tail = trace_matched
     ) -> LowRankKronecker:
-        """Both factors by leading eigenpairs and a tail. SRE-KFAC inverts `low_rank(sre)`."""
+        """Both factors by leading eigenpairs and a tail. SRE-KFAC inverts `low_rank(srevd)`."""
         (dA, UA), (dB, UB) = (leading(M, self.sketch, decomposition) for M in (self.A, self.B))
         return LowRankKronecker(
             *(UA, dA, tail(dA, self.A.trace(), len(UA))),

@@ -2,8 +2,8 @@ r"""SKFAC: KFAC by the rows of a batch, without a square matrix of a factor's si
 
 KFAC's factors are sums of outer products, $A$ of the $N S$ scaled inputs and $B$ of the $V N S$
 vectors. Held by these columns, they are multiplied and inverted at a cost that is linear in the
-sizes of the layer (`roots`). To keep the columns few, a convolution averages over its positions,
-or leaves out most of them. What a few batches remember has few columns, too (`Window`).
+sizes of the layer (`kronecker_columns`). To keep the columns few, a convolution averages over its
+positions, or leaves out most of them. What a few batches remember has few columns, too (`Window`).
 
 Source: Tang et al. 2021 (CVPR), who invert the damped factors of one batch. The exact inverse of
 the damped product, the window, and one step for the batch's own gradient are additions.
@@ -19,22 +19,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, gram_root, reduced_columns
 from kfac_scratch.matrices.low_rank import FourBlocks
-from kfac_scratch.matrices.roots import KroneckerRoots, few, gram_root
 
 
-def skfac(io: LayerIO) -> KroneckerRoots:
+def skfac(io: LayerIO) -> KroneckerColumns:
     """KFAC's factors by their columns: `skfac(io).dense() == kfac(io).dense()`.
 
-    The paper's inverse is `roots.factored_woodbury`. Of a convolution, pass `io.reduced()`,
-    `averaged(io)` or `subsampled(io, stride)`.
+    The paper's inverse is `roots.factored_woodbury_inverse`. Of a convolution, pass `io.reduced()`,
+    `mean_over_positions(io)` or `subsampled(io, stride)`.
     """
     N, S, _ = io.a.shape
     a = io.a.flatten(0, 1) / (N * S) ** 0.5
-    return KroneckerRoots(few(a.mT), few(io.g.flatten(0, 2).mT))
+    return KroneckerColumns(reduced_columns(a.mT), reduced_columns(io.g.flatten(0, 2).mT))
 
 
-def averaged(io: LayerIO) -> LayerIO:
+def mean_over_positions(io: LayerIO) -> LayerIO:
     """Mean of the inputs and mean of the vectors: how the paper's code reduces positions.
 
     The vectors are those of `io.reduced()` divided by `S`, the curvature is divided by `S` squared.
@@ -88,7 +88,7 @@ def push_through(
 
 
 @dataclass(frozen=True, eq=False)
-class Recent:
+class RecentBatches:
     """`B ⊗ A`, both factors a weighted mean over the last batches, held by their columns.
 
     Attributes:
@@ -101,11 +101,11 @@ class Recent:
     UB: Float[Tensor, "T d_out KB"]
     shares: Float[Tensor, "T"]
 
-    def roots(self) -> KroneckerRoots:
+    def roots(self) -> KroneckerColumns:
         """All columns side by side, scaled by the root of their batch's share."""
         root = (self.shares / self.shares.sum()).sqrt().reshape(-1, 1, 1)
         UA, UB = ((root * U).movedim(0, 1).flatten(1) for U in (self.UA, self.UB))
-        return KroneckerRoots(few(UA), few(UB))
+        return KroneckerColumns(reduced_columns(UA), reduced_columns(UB))
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """`B V A`."""
@@ -130,17 +130,17 @@ class Window:
     """
 
     batches: int
-    approximation: Callable[[LayerIO], KroneckerRoots] = skfac
+    approximation: Callable[[LayerIO], KroneckerColumns] = skfac
 
-    def update(self, state: Any, io: LayerIO, weight: float) -> Recent:
+    def update(self, state: Any, io: LayerIO, weight: float) -> RecentBatches:
         """Append the columns of a batch, and drop those of the oldest beyond the window."""
         if self.batches < 1:
             raise ValueError(f"A window holds at least 1 batch, got {self.batches}.")
         new = self.approximation(io)
         share = new.UA.new_tensor([weight])
         if state is None:
-            return Recent(new.UA.unsqueeze(0), new.UB.unsqueeze(0), share)
-        return Recent(
+            return RecentBatches(new.UA.unsqueeze(0), new.UB.unsqueeze(0), share)
+        return RecentBatches(
             _appended(state.UA, new.UA)[-self.batches :],
             _appended(state.UB, new.UB)[-self.batches :],
             torch.cat([(1 - weight) * state.shares, share])[-self.batches :],

@@ -33,7 +33,7 @@ class PartialTraces:
     """`B ⊗ A / tr A`, the product with the partial traces `A` and `B` of a block.
 
     Kept apart from their trace because sums and means of blocks have the sums and means of `A` and
-    `B`: `Averaged(tkfac)` is TKFAC of the averaged block. Law: `tr A == tr B`.
+    `B`: `MovingAverage(tkfac)` is TKFAC of the averaged block. Law: `tr A == tr B`.
     """
 
     A: Float[Tensor, "d_in d_in"]

@@ -19,18 +19,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.capture.layer_groups import Shared, blocks
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.layers import Call, Layer, averaged_rows, input_rows, output_rows
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.losses import Fisher, type2
+from kfac_scratch.losses import BackpropagatedVectors, type2
 
 
 @dataclass(frozen=True)
-class Setting:
+class Flavour:
     """How the positions of a layer become the `S` rows of its `LayerIO`."""
 
-    inputs: Callable[[Shared, list[Call]], Float[Tensor, "groups N S d_in"]]
+    inputs: Callable[[LayerGroup, list[Call]], Float[Tensor, "groups N S d_in"]]
     outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
 
 
@@ -39,13 +39,13 @@ def layer_ios(
     loss: Module,
     X: Tensor,
     y: Tensor,
-    fisher: Fisher = type2,
+    fisher: BackpropagatedVectors = type2,
     *,
-    setting: "Setting | None" = None,
+    flavour: "Flavour | None" = None,
     layers: Collection[str] | None = None,
     chunk: int | None = None,
 ) -> dict[str, LayerIO]:
-    """The `LayerIO` of every block of a model on one batch, by name (see `blocks`).
+    """The `LayerIO` of every block of a model on one batch, by name (see `layer_groups`).
 
     Args:
         model: Any module; axis 0 of its output is the batch.
@@ -53,7 +53,7 @@ def layer_ios(
         X: The model's input. Axis 0 of what every layer gets must be the batch.
         y: Targets for the loss.
         fisher: Which vectors to send backward, see `losses`.
-        setting: `EXPAND` (default): every position is a row. `REDUCE`: positions are averaged, and
+        flavour: `EXPAND` (default): every position is a row. `REDUCE`: positions are averaged, and
             the result equals `io.reduced()` but no convolution's patches are ever formed.
         layers: Names of the layers to cover. Default: all supported ones; trainable parameters
             that this leaves out are named in a warning.
@@ -67,7 +67,7 @@ def layer_ios(
             that never ran, and more: each names the layer and the way out.
         NotImplementedError: For layers and losses that are not covered.
     """
-    parts = list(stream(model, loss, X, y, fisher, setting=setting, layers=layers, chunk=chunk))
+    parts = list(stream(model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk))
     if len(parts) == 1:
         return parts[0]
     return {
@@ -81,36 +81,36 @@ def stream(
     loss: Module,
     X: Tensor,
     y: Tensor,
-    fisher: Fisher = type2,
+    fisher: BackpropagatedVectors = type2,
     *,
-    setting: "Setting | None" = None,
+    flavour: "Flavour | None" = None,
     layers: Collection[str] | None = None,
     chunk: int | None = None,
 ) -> Iterator[dict[str, LayerIO]]:
     """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
-    setting = EXPAND if setting is None else setting
+    flavour = EXPAND if flavour is None else flavour
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
-    found = blocks(model, layers)
-    check_model(model, X, found, layers)
+    groups = layer_groups(model, layers)
+    check_model(model, X, groups, layers)
     with torch.enable_grad():
-        f, calls = _forward(model, X, found)
-    check_calls(f, found, calls)
+        f, calls = _forward(model, X, groups)
+    check_calls(f, groups, calls)
     with full_precision(f.device):
         vectors = fisher(loss, _upcast(f), y).to(f.dtype)
-        used = [setting.inputs(block, calls[block.name]) for block in found]
+        used = [flavour.inputs(group, calls[group.name]) for group in groups]
     if vectors.shape[1:] != f.shape:
         raise ValueError(
             f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}]."
         )
-    flat = [call.z for block in found for call in calls[block.name]]
+    flat = [call.z for group in groups for call in calls[group.name]]
     parts = vectors.split(chunk or (1 if vectors.device.type == "cpu" else 32))
     for i, part in enumerate(parts):
         sent = iter(_backward(f, flat, part, retain=i + 1 < len(parts)))
         ios = {}
-        for block, a in zip(found, used, strict=True):
-            g = setting.outputs(calls[block.name], [next(sent) for _ in calls[block.name]])
-            for name, a_, g_ in zip(block.names, a, g, strict=True):
+        for group, a in zip(groups, used, strict=True):
+            g = flavour.outputs(calls[group.name], [next(sent) for _ in calls[group.name]])
+            for name, a_, g_ in zip(group.names, a, g, strict=True):
                 ios[name] = LayerIO(a_, g_.to(a_.dtype))
         yield ios
 
@@ -129,12 +129,12 @@ def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     return torch.cat([g.mT for g in gs]).mT if gs[0].mT.is_contiguous() else torch.cat(gs)
 
 
-def _expanded_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
+def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
     rows = []
     for call in calls:
-        ends = block.bias_inputs(call.layer)
+        ends = group.bias_inputs(call.layer)
         row = input_rows(call.layer, call.x, ends).to(call.layer.weight.dtype)
-        rows.append(row if block.weight is not None else row[..., -len(ends) :])
+        rows.append(row if group.weight is not None else row[..., -len(ends) :])
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
 
@@ -143,13 +143,13 @@ def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "gro
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)
 
 
-def _averaged_inputs(block: Shared, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
+def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
     means, counts = [], []
     for call in calls:
         row, S = averaged_rows(call.layer, call.x)
         row = row.to(call.layer.weight.dtype)
-        ends = row.new_tensor(block.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
-        means.append(torch.cat([row, ends] if block.weight is not None else [ends], dim=-1))
+        ends = row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
+        means.append(torch.cat([row, ends] if group.weight is not None else [ends], dim=-1))
         counts.append(S)
     if len(means) == 1:
         return means[0]
@@ -163,16 +163,18 @@ def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "group
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-EXPAND = Setting(_expanded_inputs, _expanded_outputs)
-REDUCE = Setting(_averaged_inputs, _summed_outputs)
+EXPAND = Flavour(_expanded_inputs, _expanded_outputs)
+REDUCE = Flavour(_averaged_inputs, _summed_outputs)
 
 
-def _forward(model: Module, X: Tensor, found: list[Shared]) -> tuple[Tensor, dict[str, list[Call]]]:
-    calls: dict[str, list[Call]] = {block.name: [] for block in found}
+def _forward(
+    model: Module, X: Tensor, groups: list[LayerGroup]
+) -> tuple[Tensor, dict[str, list[Call]]]:
+    calls: dict[str, list[Call]] = {group.name: [] for group in groups}
     with ExitStack() as hooks:
-        for block in found:
-            record = partial(_record, calls[block.name])
-            for layer in block.layers:
+        for group in groups:
+            record = partial(_record, calls[group.name])
+            for layer in group.layers:
                 handle = layer.register_forward_hook(record, with_kwargs=True)
                 hooks.callback(handle.remove)
         f = check_output(model(X))

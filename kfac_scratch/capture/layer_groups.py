@@ -18,7 +18,7 @@ from kfac_scratch.capture.layers import LAYERS, Layer, check_layer, weight_matri
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
+class LayerGroup:
     """Layers that apply the same weight, and the names of its trainable parameters.
 
     Attributes:
@@ -72,7 +72,7 @@ class Shared:
         return values
 
 
-def blocks(model: Module, layers: Collection[str] | None = None) -> list[Shared]:
+def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[LayerGroup]:
     """All blocks of a model, or those of the named layers.
 
     Args:
@@ -91,28 +91,28 @@ def blocks(model: Module, layers: Collection[str] | None = None) -> list[Shared]
     by_weight: dict[int, dict[str, Layer]] = {}
     for name, layer in chosen.items():
         by_weight.setdefault(id(layer.weight), {})[name] = layer
-    found = [_shared(family, trainable) for family in by_weight.values()]
-    found = [block for block in found if block.weight is not None or block.biases]
-    if layers is not None and len(found) < len(by_weight):
+    groups = [_shared(family, trainable) for family in by_weight.values()]
+    groups = [group for group in groups if group.weight is not None or group.biases]
+    if layers is not None and len(groups) < len(by_weight):
         raise ValueError(f"Among the layers {sorted(layers)} one has no trainable parameter.")
     owners: dict[str, str] = {}
-    for block in found:
-        for bias in block.biases:
-            if owners.setdefault(bias, block.name) != block.name:
+    for group in groups:
+        for bias in group.biases:
+            if owners.setdefault(bias, group.name) != group.name:
                 raise ValueError(
-                    f"Layers {owners[bias]!r} and {block.name!r} share the bias {bias!r} but not "
+                    f"Layers {owners[bias]!r} and {group.name!r} share the bias {bias!r} but not "
                     "their weight, so it belongs to two blocks: leave one out with layers=[...]."
                 )
-    return found
+    return groups
 
 
-def layer_names(model: Module, found: list[Shared]) -> list[str]:
-    """Names of all layers of some blocks, as `blocks(model, layers)` takes them."""
-    layers = {id(layer) for block in found for layer in block.layers}
+def layer_names(model: Module, groups: list[LayerGroup]) -> list[str]:
+    """Names of all layers of some blocks, as `layer_groups(model, layers)` takes them."""
+    layers = {id(layer) for group in groups for layer in group.layers}
     return [name for name, module in model.named_modules() if id(module) in layers]
 
 
-def uncovered(model: Module, covered: list[Shared]) -> list[str]:
+def uncovered(model: Module, covered: list[LayerGroup]) -> list[str]:
     """Names of the trainable parameters that are in none of the blocks."""
     names = {name for b in covered for name in b.parameter_names}
     return [n for n, p in model.named_parameters() if p.requires_grad and n not in names]
@@ -140,7 +140,7 @@ def _named(model: Module, layers: Collection[str]) -> dict[str, Layer]:
     return {name: layer for name, layer in supported.items() if name in layers}
 
 
-def _shared(family: dict[str, Layer], trainable: dict[int, str]) -> Shared:
+def _shared(family: dict[str, Layer], trainable: dict[int, str]) -> LayerGroup:
     (name, first), *others = family.items()
     check_layer(name, first)
     for other, layer in others:
@@ -153,7 +153,7 @@ def _shared(family: dict[str, Layer], trainable: dict[int, str]) -> Shared:
                 "layers=[...], or untie them."
             )
     biases = [b for layer in family.values() if (b := layer._parameters.get("bias")) is not None]
-    return Shared(
+    return LayerGroup(
         name,
         tuple(family.values()),
         trainable.get(id(first.weight)),

@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kfac_scratch.capture.layer_groups import Shared, uncovered
+from kfac_scratch.capture.layer_groups import LayerGroup, uncovered
 from kfac_scratch.capture.layers import LAYERS, Call
 
 Output = TypeVar("Output")
 
 
 def check_model(
-    model: Module, X: Tensor, found: list[Shared], layers: Collection[str] | None
+    model: Module, X: Tensor, groups: list[LayerGroup], layers: Collection[str] | None
 ) -> None:
     """Before the forward pass: is there something to capture, and has each datum a gradient?"""
-    if not found:
+    if not groups:
         kinds = ", ".join(kind.__name__ for kind in LAYERS)
         raise ValueError(f"The model has no trainable layer of a supported kind ({kinds}).")
     for name, module in model.named_modules():
@@ -36,10 +36,10 @@ def check_model(
     if isinstance(X, Tensor):
         if len(X) == 0:
             raise ValueError("The batch is empty.")
-        device = found[0].layers[0].weight.device
+        device = groups[0].layers[0].weight.device
         if X.device != device:
             raise ValueError(f"X is on {X.device} but the model is on {device}: move one of them.")
-    if layers is None and (names := uncovered(model, found)):
+    if layers is None and (names := uncovered(model, groups)):
         warnings.warn(
             f"No block covers the trainable parameters {names}. To say that this is meant, pass "
             "layers=[...].",
@@ -54,12 +54,12 @@ def check_output(f: Output) -> Output:
     return f
 
 
-def check_calls(f: Tensor, found: list[Shared], calls: dict[str, list[Call]]) -> None:
+def check_calls(f: Tensor, groups: list[LayerGroup], calls: dict[str, list[Call]]) -> None:
     """After the forward pass: did every layer run, on axis 0, and nothing beside the layers?"""
     uses = _uses_of_leaves(f)
-    for block in found:
-        name = block.name
-        silent = [layer for layer in block.layers if all(c.layer is not layer for c in calls[name])]
+    for group in groups:
+        name = group.name
+        silent = [layer for layer in group.layers if all(c.layer is not layer for c in calls[name])]
         if silent:
             raise ValueError(
                 f"Layer {name!r} ({type(silent[0]).__name__}) never ran in the forward pass: its "
@@ -68,7 +68,7 @@ def check_calls(f: Tensor, found: list[Shared], calls: dict[str, list[Call]]) ->
             )
         for call in calls[name]:
             _check_call(name, call, len(f))
-        _check_uses(block, calls[name], uses)
+        _check_uses(group, calls[name], uses)
     if not f.isfinite().all():
         raise ValueError(_where_not_finite(calls))
 
@@ -87,14 +87,14 @@ def _check_call(name: str, call: Call, N: int) -> None:
     _check_subclass(kind, call)
 
 
-def _check_uses(block: Shared, calls: list[Call], uses: Counter[int]) -> None:
+def _check_uses(group: LayerGroup, calls: list[Call], uses: Counter[int]) -> None:
     """A weight that also works outside of its layers has gradients that no hook sees."""
-    if any(type(layer) not in LAYERS for layer in block.layers):
+    if any(type(layer) not in LAYERS for layer in group.layers):
         return  # a subclass may use its weight in several steps
-    found = uses[id(block.layers[0].weight)]
-    if block.weight is not None and found > len(calls):
+    count = uses[id(group.layers[0].weight)]
+    if group.weight is not None and count > len(calls):
         raise NotImplementedError(
-            f"The weight {block.weight!r} is used {found} times, but the layers that hold it ran "
+            f"The weight {group.weight!r} is used {count} times, but the layers that hold it ran "
             f"{len(calls)} times: somewhere it is used by a function, as in F.linear(x, weight). "
             "Use a layer there, or leave this one out with layers=[...]."
         )

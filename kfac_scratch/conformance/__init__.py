@@ -7,23 +7,23 @@
 from kfac_scratch.conformance.protocol import (
     Adapter,
     Capabilities,
-    Dense,
-    Eigen,
-    Kronecker,
+    DenseAnswer,
+    EigenAnswer,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
-    Vector,
+    VectorAnswer,
 )
 
 __all__ = [
     "Adapter",
     "Capabilities",
-    "Dense",
-    "Eigen",
-    "Kronecker",
+    "DenseAnswer",
+    "EigenAnswer",
+    "KroneckerAnswer",
     "LayerBlock",
     "NotSupported",
     "Request",
-    "Vector",
+    "VectorAnswer",
 ]

@@ -80,7 +80,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker:
+class KroneckerAnswer:
     """Two factors: `A` of the layer's inputs, `B` of its outputs. Their order does not matter.
 
     A grouped convolution's factors have a leading axis of groups.
@@ -91,7 +91,7 @@ class Kronecker:
 
 
 @dataclass(frozen=True, eq=False)
-class Eigen:
+class EigenAnswer:
     """Eigenvectors as columns, and eigenvalues `[d_out, d_in]`, as EKFAC has them."""
 
     QA: Tensor
@@ -100,20 +100,20 @@ class Eigen:
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class DenseAnswer:
     """A whole block, whose rows and columns are numbered as `LayerBlock.axes` says."""
 
     M: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Vector:
+class VectorAnswer:
     """A damped inverse times the gradient: of any shape, numbered as `LayerBlock.axes` says."""
 
     v: Tensor
 
 
-Part = Kronecker | Eigen | Dense | Vector
+Part = KroneckerAnswer | EigenAnswer | DenseAnswer | VectorAnswer
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,7 +54,7 @@ class BlockDiagonal:
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class FiltersAndBias:
     """`filters` on the first columns of `V`, `bias` on the others, which it scales."""
 
     filters: BlockDiagonal
@@ -65,13 +65,15 @@ class Beside:
         end = V.shape[-1] - self.bias.scale.shape[-1]
         return torch.cat([self.filters @ V[..., :end], self.bias @ V[..., end:]], -1)
 
-    def inverse(self, damping: float) -> "Beside":
+    def inverse(self, damping: float) -> "FiltersAndBias":
         """The inverse of `M + damping * I`, each part by itself."""
-        return Beside(self.filters.inverse(damping), self.bias.inverse(damping))
+        return FiltersAndBias(self.filters.inverse(damping), self.bias.inverse(damping))
 
-    def mixed(self, new: "Beside", weight: float) -> "Beside":
+    def mixed(self, new: "FiltersAndBias", weight: float) -> "FiltersAndBias":
         """The average with another matrix, which has the weight."""
-        return Beside(self.filters.mixed(new.filters, weight), self.bias.mixed(new.bias, weight))
+        return FiltersAndBias(
+            self.filters.mixed(new.filters, weight), self.bias.mixed(new.bias, weight)
+        )
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""

@@ -56,7 +56,7 @@ def balance(K: Kronecker) -> Float[Tensor, ""]:
     return torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()
 
 
-def relative(M: HasDiagonal, fraction: float) -> float:
+def relative_damping(M: HasDiagonal, fraction: float) -> float:
     """A layer's own damping: a fraction of its mean eigenvalue, for every scale of the loss."""
     return fraction * float(M.diagonal().mean())
 

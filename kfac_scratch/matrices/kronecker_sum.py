@@ -40,7 +40,7 @@ class KroneckerSum:
         """
         check_damping(damping)
         if damping > 0:
-            return IterativeInverse(self, damping, self.first.inverse(damping))
+            return ConjugateGradientInverse(self, damping, self.first.inverse(damping))
         (p, KA), (q, KB) = (
             simultaneous_eigh(self.first.A, self.second.A),
             simultaneous_eigh(self.first.B, self.second.B),
@@ -77,7 +77,7 @@ class Congruence:
 
 
 @dataclass(frozen=True, eq=False)
-class IterativeInverse:
+class ConjugateGradientInverse:
     """`(M + damping * I)^{-1}` by preconditioned conjugate gradients at every product."""
 
     M: Matrix

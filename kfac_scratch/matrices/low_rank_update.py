@@ -28,13 +28,13 @@ def brand_update(
 
     A batch that adds nothing to the span of `U` adds no eigenpairs.
     """
-    C, Q, R = split(U, X)
+    C, Q, R = split_by_span(U, X)
     H = torch.cat([C, R])
     w, W = torch.linalg.eigh(H @ H.mT + torch.cat([d, d.new_zeros(len(R))]).diag())
-    return straightened(torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
+    return reorthonormalized(torch.cat([U, Q], 1) @ W).flip(1), w.flip(0)
 
 
-def split(
+def split_by_span(
     U: Float[Tensor, "d r"], X: Float[Tensor, "d K"]
 ) -> tuple[Float[Tensor, "r K"], Float[Tensor, "d k"], Float[Tensor, "k K"]]:
     """`X = U C + Q R` with `Q` orthonormal, and orthogonal to `U`.
@@ -56,6 +56,6 @@ def split(
     return C, Q, T @ R
 
 
-def straightened(U: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
+def reorthonormalized(U: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
     """A step of Newton and Schulz to the nearest orthonormal basis, lest round-off adds up."""
     return 1.5 * U - 0.5 * U @ (U.mT @ U)

@@ -17,18 +17,18 @@ from torch import Tensor
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.matrix import LinearMap
 
-Blocks = Mapping[str, Tensor]  # one [d_out, d_in] for each block
-Maps = Mapping[str, LinearMap]
+BlockValues = Mapping[str, Tensor]  # one [d_out, d_in] for each block
+BlockMaps = Mapping[str, LinearMap]
 Space = Mapping[str, Tensor]  # [m, d_out, d_in]: m directions that lie in one block
-CoarseSpace = Callable[[Maps, Blocks], Space]
+CoarseSpace = Callable[[BlockMaps, BlockValues], Space]
 
 
-def nicolaides(maps: Maps, r: Blocks) -> Space:
+def nicolaides_space(maps: BlockMaps, r: BlockValues) -> Space:
     """One direction for each block, all ones: the paper's choice."""
     return {name: torch.ones_like(v).unsqueeze(0) for name, v in r.items()}
 
 
-def residual(maps: Maps, r: Blocks) -> Space:
+def residual_space(maps: BlockMaps, r: BlockValues) -> Space:
     """One direction for each block, its own fine step.
 
     Law: the two-level step then consists of the fine steps, each with the best length in view of
@@ -37,7 +37,7 @@ def residual(maps: Maps, r: Blocks) -> Space:
     return {name: (maps[name] @ v).unsqueeze(0) for name, v in r.items()}
 
 
-def spectral(maps: Maps, r: Blocks) -> Space:
+def spectral_space(maps: BlockMaps, r: BlockValues) -> Space:
     """One direction for each block, the one that its inverse stretches most.
 
     Raises:
@@ -46,10 +46,10 @@ def spectral(maps: Maps, r: Blocks) -> Space:
     return {name: _top(name, maps[name]).unsqueeze(0) for name in r}
 
 
-def krylov(space: CoarseSpace) -> CoarseSpace:
+def krylov_space(space: CoarseSpace) -> CoarseSpace:
     """Every direction of a space, and what the fine level makes of it."""
 
-    def enriched(maps: Maps, r: Blocks) -> Space:
+    def enriched(maps: BlockMaps, r: BlockValues) -> Space:
         return {name: torch.cat([z, maps[name] @ z]) for name, z in space(maps, r).items()}
 
     return enriched

@@ -32,9 +32,9 @@ from kfac_scratch.approximations.estimators import (
     weight_of_newest,
 )
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.capture.hooks import EXPAND, Setting, full_precision, layer_ios
-from kfac_scratch.capture.layer_groups import blocks, layer_names
-from kfac_scratch.losses import Fisher, monte_carlo
+from kfac_scratch.capture.hooks import EXPAND, Flavour, full_precision, layer_ios
+from kfac_scratch.capture.layer_groups import layer_groups, layer_names
+from kfac_scratch.losses import BackpropagatedVectors, monte_carlo
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 from kfac_scratch.optimizer.checkpoints import example_io, restored, tensors
 from kfac_scratch.optimizer.parameter_groups import covered, trainable
@@ -63,7 +63,7 @@ class KFAC(Optimizer):
         approximation: From a batch's `LayerIO` to a matrix, or an `Estimator`.
         fisher: Which vectors to send backward. Default: Monte Carlo with one sample, drawn with
             `generator`.
-        setting: `EXPAND` or `REDUCE`.
+        flavour: `EXPAND` or `REDUCE`.
         invert: From a matrix and a damping to its inverse, for example `factored_inverse`.
         controls: Functions of `step_control`, applied in this order.
         decay: Weight of the old matrix when a batch is averaged in, with bias correction.
@@ -96,8 +96,8 @@ class KFAC(Optimizer):
         weight_decay: float = 0.0,
         damping: float = 1e-3,
         approximation: Approximation | Estimator = kfac,
-        fisher: Fisher | None = None,
-        setting: Setting = EXPAND,
+        fisher: BackpropagatedVectors | None = None,
+        flavour: Flavour = EXPAND,
         invert: Callable[[Any, float], LinearMap] = exact_inverse,
         controls: Sequence[Control] = (),
         decay: float = 0.95,
@@ -110,7 +110,7 @@ class KFAC(Optimizer):
         generator: Generator | None = None,
         record: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self.model, self.loss, self.setting = model, loss, setting
+        self.model, self.loss, self.flavour = model, loss, flavour
         self.estimator, self.invert = estimator(approximation), invert
         self.fisher = monte_carlo(1, generator) if fisher is None else fisher
         self.controls, self.decay = tuple(controls), decay
@@ -124,7 +124,7 @@ class KFAC(Optimizer):
         defaults = dict(zip(NUMBERS, (lr, momentum, weight_decay, damping), strict=True))
         super().__init__(params, defaults)
         self._trained = trainable(model, self.param_groups, NUMBERS)
-        self._blocks = covered(blocks(model, layers), self._trained)
+        self._blocks = covered(layer_groups(model, layers), self._trained)
         self._layers = layer_names(model, self._blocks)
         self._rest = self._first_order(rest)
 
@@ -201,7 +201,7 @@ class KFAC(Optimizer):
         """Average a batch's curvature in, due or not: several times before the first step, say."""
         ios = layer_ios(
             *(self.model, self.loss, X, y, self.fisher),
-            setting=self.setting,
+            flavour=self.flavour,
             layers=self._layers,
         )
         weight = weight_of_newest(self.decay, self.updates + 1)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.nn import Module, Parameter
 
-from kfac_scratch.capture.layer_groups import Shared
+from kfac_scratch.capture.layer_groups import LayerGroup
 
 
 def trainable(
@@ -37,21 +37,21 @@ def trainable(
     return found
 
 
-def covered(found: Sequence[Shared], names: Collection[str]) -> list[Shared]:
+def covered(groups: Sequence[LayerGroup], names: Collection[str]) -> list[LayerGroup]:
     """The blocks all of whose parameters are named; those with none are left alone.
 
     Raises:
         ValueError: If only a part of a block's parameters is named.
     """
     kept = []
-    for block in found:
-        inside = [name in names for name in block.parameter_names]
+    for group in groups:
+        inside = [name in names for name in group.parameter_names]
         if any(inside) and not all(inside):
             raise ValueError(
-                f"Of the parameters {list(block.parameter_names)} of block {block.name!r} only a "
+                f"Of the parameters {list(group.parameter_names)} of block {group.name!r} only a "
                 "part was given: give all of them, freeze those that shall stay as they are, or "
                 "leave the layer out with layers=[...]."
             )
         if all(inside):
-            kept.append(block)
+            kept.append(group)
     return kept

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.capture.layer_groups import Shared, blocks
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 
 Preconditioner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -39,35 +39,35 @@ def preconditioner(
         ValueError: If maps and blocks do not go together, or a value has no block and `rest` is
             not given.
     """
-    found = blocks(model, layers)
-    names = [name for block in found for name in block.names]
+    groups = layer_groups(model, layers)
+    names = [name for group in groups for name in group.names]
     if set(names) != set(maps):
         raise ValueError(
             f"Blocks without a map: {sorted(set(names) - set(maps))}; maps without a block: "
             f"{sorted(set(maps) - set(names))}."
         )
 
-    return blockwise(found, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()}, rest)
+    return blockwise(groups, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()}, rest)
 
 
 def blockwise(
-    found: list[Shared],
+    groups: list[LayerGroup],
     step: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     rest: Callable[[Tensor], Tensor] | None = None,
 ) -> Preconditioner:
     """A function of matrices by block name as a function of values by parameter name.
 
     Args:
-        found: The blocks.
+        groups: The layers' groups, as `layer_groups` gives them.
         step: From one `[d_out, d_in]` matrix for each block to as many.
         rest: As in `preconditioner`.
     """
 
     def apply(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        moved = step(block_matrices(found, values))
+        moved = step(block_matrices(groups, values))
         result = {}
-        for block in found:
-            result.update(block.parameters([moved[name] for name in block.names]))
+        for group in groups:
+            result.update(group.parameters([moved[name] for name in group.names]))
         others = [name for name in values if name not in result]
         if others and rest is None:
             raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
@@ -76,17 +76,17 @@ def blockwise(
     return apply
 
 
-def block_matrices(found: list[Shared], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def block_matrices(groups: list[LayerGroup], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Values by parameter name as one `[d_out, d_in]` matrix for each block, by its name."""
     return {
         name: V
-        for block in found
-        for name, V in zip(block.names, block.matrices(values), strict=True)
+        for group in groups
+        for name, V in zip(group.names, group.matrices(values), strict=True)
     }
 
 
 def inverses(
-    found: list[Shared],
+    groups: list[LayerGroup],
     matrices: Mapping[str, Matrix],
     damping: Mapping[str, float],
     invert: Callable[[Any, float], LinearMap] = exact_inverse,
@@ -94,7 +94,7 @@ def inverses(
     """Invert the matrix of every block with a damping that may differ between blocks.
 
     Args:
-        found: The blocks.
+        groups: The layers' groups, as `layer_groups` gives them.
         matrices: Their matrices, by name.
         damping: The damping of every parameter, by its name: all of a block have the same.
         invert: From a matrix and a damping to the inverse.
@@ -103,14 +103,14 @@ def inverses(
         ValueError: If a matrix has no inverse, or the parameters of a block differ in damping.
     """
     result = {}
-    for block in found:
-        value, *others = {damping[name] for name in block.parameter_names}
+    for group in groups:
+        value, *others = {damping[name] for name in group.parameter_names}
         if others:
             raise ValueError(
-                f"The parameters of block {block.name!r} are in groups with the dampings "
+                f"The parameters of block {group.name!r} are in groups with the dampings "
                 f"{sorted([value, *others])}: a block has one."
             )
-        for name in block.names:
+        for name in group.names:
             try:
                 result[name] = invert(matrices[name], value)
             except (ValueError, RuntimeError) as error:  # RuntimeError: of torch.linalg

@@ -32,26 +32,28 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.capture.hooks import layer_ios
-from kfac_scratch.capture.layer_groups import blocks, layer_names
+from kfac_scratch.capture.layer_groups import layer_groups, layer_names
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.losses import Fisher
+from kfac_scratch.losses import BackpropagatedVectors
 from kfac_scratch.matrices.matrix import LinearMap, check_damping
-from kfac_scratch.optimizer.coarse_spaces import Blocks, CoarseSpace, Space, nicolaides
+from kfac_scratch.optimizer.coarse_spaces import BlockValues, CoarseSpace, Space, nicolaides_space
 from kfac_scratch.optimizer.preconditioner import Preconditioner, block_matrices, blockwise
 from kfac_scratch.optimizer.step_control import Control, Step
 
-BlockMap = Callable[[Blocks], dict[str, Tensor]]
+BlockMap = Callable[[BlockValues], dict[str, Tensor]]
 Combination = Callable[[BlockMap, BlockMap, BlockMap], BlockMap]
 
 # ---- the curvature of all layers ----------------------------------------------------------------
 
 
-def along(ios: Mapping[str, LayerIO], X: Blocks) -> dict[str, Float[Tensor, "V N"]]:
+def gradient_products(
+    ios: Mapping[str, LayerIO], X: BlockValues
+) -> dict[str, Float[Tensor, "V N"]]:
     """Products of every vector's gradient with `X`, for each block: `sum_s g^T X a`."""
     return {name: torch.einsum("vnso,nso->vn", io.g, io.a @ X[name].mT) for name, io in ios.items()}
 
 
-def curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMap:
+def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMap:
     """The product with `F + damping * I`, cross-blocks included, of all blocks on one batch.
 
     Exact for a model's GGN or Fisher, because the vectors of all layers are the same ones, seen at
@@ -59,8 +61,8 @@ def curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMap:
     """
     check_damping(damping)
 
-    def product(X: Blocks) -> dict[str, Tensor]:
-        total = torch.stack(list(along(ios, X).values())).sum(0)  # [V, N]
+    def product(X: BlockValues) -> dict[str, Tensor]:
+        total = torch.stack(list(gradient_products(ios, X).values())).sum(0)  # [V, N]
         return {
             name: torch.einsum("vn,vnso,nsi->oi", total, io.g, io.a) + damping * X[name]
             for name, io in ios.items()
@@ -100,7 +102,7 @@ def coarse_inverse(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Bloc
     inverse = torch.linalg.pinv(E / scale, hermitian=True) / scale
     counts = [len(Z[name]) for name in ios]
 
-    def apply(r: Blocks) -> dict[str, Tensor]:
+    def apply(r: BlockValues) -> dict[str, Tensor]:
         onto = [torch.einsum("moi,oi->m", Z[name], r[name]) for name in ios]
         y = (inverse @ torch.cat(onto)).split(counts)
         return {n: torch.einsum("m,moi->oi", c, Z[n]) for n, c in zip(ios, y, strict=True)}
@@ -119,7 +121,7 @@ def additive(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
 def adef1(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
     """Coarse step first, then the fine one on what is left. Not symmetric."""
 
-    def step(r: Blocks) -> dict[str, Tensor]:
+    def step(r: BlockValues) -> dict[str, Tensor]:
         x = Q(r)
         return _sum(fine(_difference(r, F(x))), x)
 
@@ -133,7 +135,7 @@ def adef2(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
     for every fine level, every coarse space and every `r`.
     """
 
-    def step(r: Blocks) -> dict[str, Tensor]:
+    def step(r: BlockValues) -> dict[str, Tensor]:
         x = fine(r)
         return _sum(x, Q(_difference(r, F(x))))
 
@@ -154,7 +156,7 @@ def two_level(
     maps: Mapping[str, LinearMap],
     damping: float,
     *,
-    space: CoarseSpace = nicolaides,
+    space: CoarseSpace = nicolaides_space,
     combine: Combination = adef2,
     rest: Callable[[Tensor], Tensor] | None = None,
 ) -> Preconditioner:
@@ -168,7 +170,8 @@ def two_level(
         ios: All its blocks on one batch, from `layer_ios`, which define `F`.
         maps: The fine level, usually damped inverses, for the same blocks.
         damping: The damping of `F`.
-        space: Where the coarse level looks, `nicolaides`, `residual`, `spectral`, `krylov(...)`.
+        space: Where the coarse level looks, for example `nicolaides_space` or
+            `krylov_space(residual_space)`.
         combine: How to use both levels, `adef2`, `additive`, `adef1` or `bnn`.
         rest: What to do with values of parameters that no block covers, as in `preconditioner`.
 
@@ -176,26 +179,28 @@ def two_level(
         ValueError: If blocks, `ios` and maps do not go together, or a value has no block and
             `rest` is not given.
     """
-    found = [block for block in blocks(model) if set(block.names) & set(ios)]
-    names = [name for block in found for name in block.names]
+    groups = [block for block in layer_groups(model) if set(block.names) & set(ios)]
+    names = [name for block in groups for name in block.names]
     if not set(names) == set(ios) == set(maps):
         raise ValueError(
             f"Two levels need the same blocks: {sorted(names)} are the model's, {sorted(ios)} have "
             f"a LayerIO, {sorted(maps)} have a map."
         )
-    F = curvature(ios, damping)
+    F = joint_curvature(ios, damping)
 
-    def fine(r: Blocks) -> dict[str, Tensor]:
+    def fine(r: BlockValues) -> dict[str, Tensor]:
         return {name: maps[name] @ v for name, v in r.items()}
 
-    def step(r: Blocks) -> Mapping[str, Tensor]:
+    def step(r: BlockValues) -> Mapping[str, Tensor]:
         return combine(fine, F, coarse_inverse(ios, space(maps, r), damping))(r)
 
-    return blockwise(found, step, rest)
+    return blockwise(groups, step, rest)
 
 
 def coarse_correction(
-    fisher: Fisher, space: CoarseSpace = nicolaides, combine: Combination = additive
+    fisher: BackpropagatedVectors,
+    space: CoarseSpace = nicolaides_space,
+    combine: Combination = additive,
 ) -> Control:
     """Two levels as a step control: corrects the preconditioned gradient of an optimizer's step.
 
@@ -216,20 +221,20 @@ def coarse_correction(
         if others:
             raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
         model, loss, X, y = step.batch
-        found = [block for block in blocks(model) if set(block.names) <= set(step.inverses)]
+        groups = [block for block in layer_groups(model) if set(block.names) <= set(step.inverses)]
         with torch.enable_grad():
-            ios = layer_ios(model, loss, X, y, fisher, layers=layer_names(model, found))
-        r, x = (block_matrices(found, values) for values in (step.gradient, step.direction))
+            ios = layer_ios(model, loss, X, y, fisher, layers=layer_names(model, groups))
+        r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
         Q = coarse_inverse(ios, space(step.inverses, r), damping)
-        both = combine(lambda _: x, curvature(ios, damping), Q)
-        return replace(step, direction=blockwise(found, lambda _: both(r))(step.gradient))
+        both = combine(lambda _: x, joint_curvature(ios, damping), Q)
+        return replace(step, direction=blockwise(groups, lambda _: both(r))(step.gradient))
 
     return control
 
 
-def _sum(x: Blocks, y: Blocks) -> dict[str, Tensor]:
+def _sum(x: BlockValues, y: BlockValues) -> dict[str, Tensor]:
     return {name: x[name] + y[name] for name in x}
 
 
-def _difference(x: Blocks, y: Blocks) -> dict[str, Tensor]:
+def _difference(x: BlockValues, y: BlockValues) -> dict[str, Tensor]:
     return {name: x[name] - y[name] for name in x}

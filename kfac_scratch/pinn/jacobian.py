@@ -22,19 +22,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.capture.layer_groups import blocks
+from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.pinn.terms import Linearization
 
 Direction = Mapping[str, Tensor]  # a matrix [d_out, d_in] for each block; one that lacks is zero
 
 
-def weights(model: Module) -> dict[str, Tensor]:
+def block_weights(model: Module) -> dict[str, Tensor]:
     """The `W` of every block, copied."""
     values = {name: p.detach() for name, p in model.named_parameters()}
     return {
         name: W.clone()
-        for block in blocks(model)
+        for block in layer_groups(model)
         for name, W in zip(block.names, block.matrices(values), strict=True)
     }
 
@@ -42,7 +42,7 @@ def weights(model: Module) -> dict[str, Tensor]:
 def assign(model: Module, W: Direction) -> None:
     """Write the `W` of every block into the model's parameters."""
     with torch.no_grad():
-        for block in blocks(model):
+        for block in layer_groups(model):
             for name, value in block.parameters([W[n] for n in block.names]).items():
                 model.get_parameter(name).copy_(value)
 
@@ -52,7 +52,7 @@ def moved(W: Direction, direction: Direction, step: float = 1.0) -> dict[str, Te
     return {n: torch.add(W[n], direction[n], alpha=step) if n in direction else W[n] for n in W}
 
 
-def dot(x: Direction, y: Direction) -> Float[Tensor, ""]:
+def inner_product(x: Direction, y: Direction) -> Float[Tensor, ""]:
     """The inner product of two directions."""
     zero = next(iter(x.values())).new_zeros(())
     return sum(((x[n] * y[n]).sum() for n in x.keys() & y.keys()), zero)
@@ -101,7 +101,7 @@ def _weighted_sum(scale: Float[Tensor, "V N 1 1"], io: LayerIO) -> Float[Tensor,
     return io.g.flatten(0, 2).T @ (scale * io.a).flatten(0, 2)
 
 
-def jacobian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "K D"]:
+def layer_jacobian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "K D"]:
     """The columns of `J` that belong to one block."""
     return torch.cat([part.ios[name].gradients().flatten(2).flatten(0, 1) for part in parts])
 
@@ -113,7 +113,7 @@ def gramian(parts: Sequence[Linearization]) -> Float[Tensor, "D D"]:
     size = sum(io.a.shape[-1] * io.g.shape[-1] for io in parts[0].ios.values())
     total = parts[0].residuals.new_zeros(size, size)
     for part in parts:
-        _add_outer(total, torch.cat([jacobian([part], name) for name in part.ios], dim=1).T)
+        _add_outer(total, torch.cat([layer_jacobian([part], name) for name in part.ios], dim=1).T)
     return _mirrored(total)
 
 
@@ -122,12 +122,12 @@ def layer_gramian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "D
     return torch.stack([part.ios[name].block() for part in parts]).sum(0)
 
 
-def kernel(parts: Sequence[Linearization]) -> Float[Tensor, "K K"]:
+def kernel_matrix(parts: Sequence[Linearization]) -> Float[Tensor, "K K"]:
     """`J J^T`, one block after the other, so that of `J` only one block's columns exist."""
     size = sum(part.residuals.numel() for part in parts)
     total = parts[0].residuals.new_zeros(size, size)
     for name in parts[0].ios:
-        _add_outer(total, jacobian(parts, name))
+        _add_outer(total, layer_jacobian(parts, name))
     return _mirrored(total)
 
 

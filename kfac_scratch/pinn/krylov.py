@@ -36,16 +36,16 @@ from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.pinn.jacobian import (
     Direction,
     assign,
+    block_weights,
     flat,
     moved,
     residuals,
     times,
     transposed_times,
-    weights,
 )
-from kfac_scratch.pinn.preconditioners import Metric, TermWise
-from kfac_scratch.pinn.solvers import best_combination, combined, line_search
-from kfac_scratch.pinn.steps import State, along, half_square
+from kfac_scratch.pinn.preconditioners import PinnPreconditioner, TermWise
+from kfac_scratch.pinn.solvers import best_combination, line_search, linear_combination
+from kfac_scratch.pinn.steps import PinnState, half_square, loss_along
 from kfac_scratch.pinn.terms import Linearization, Term, linearize
 
 
@@ -58,8 +58,8 @@ class KFACKrylov:
         memory: How many steps are remembered, `m`.
         damping: Of the model, at the first step. It follows the model's success.
         minimum: The smallest damping of the model.
-        floor: The smallest damping of the metric, which has that of the model otherwise.
-        metric: The preconditioner.
+        floor: The smallest damping of the preconditioner, which has that of the model otherwise.
+        preconditioner: The preconditioner.
         chunk: How many data are linearised at once.
     """
 
@@ -68,7 +68,7 @@ class KFACKrylov:
     damping: float = 1e-4
     minimum: float = 1e-14
     floor: float = 1e-10
-    metric: Metric = field(default_factory=TermWise)
+    preconditioner: PinnPreconditioner = field(default_factory=TermWise)
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -78,18 +78,21 @@ class KFACKrylov:
                 f"iterations={self.iterations}, memory={self.memory}."
             )
 
-    def step(self, model: Module, terms: Sequence[Term], state: State | None = None) -> State:
+    def step(
+        self, model: Module, terms: Sequence[Term], state: PinnState | None = None
+    ) -> PinnState:
         """Move the weights, and return the next state; its `previous` stacks the last steps."""
-        W, count = weights(model), state.count + 1 if state else 1
+        W, count = block_weights(model), state.count + 1 if state else 1
         damping = state.damping if state else self.damping
         lin = linearize(model, terms, self.chunk)
         parts = flat(lin)
-        remembered, rho = state.metric if state else None, residuals(parts)
-        metric, P = self.metric.update(remembered, lin, max(damping, self.floor), count)
+        remembered, rho = state.preconditioner if state else None, residuals(parts)
+        added = max(damping, self.floor)
+        preconditioner, P = self.preconditioner.update(remembered, lin, added, count)
         last = unstacked(state.previous) if state else []
-        directions = [krylov(parts, P, damping, self.iterations), *last]
-        best = combined(directions, best_combination(parts, directions, damping))
-        at, before = along(model, terms, W, best, self.chunk), half_square(rho)
+        directions = [krylov_direction(parts, P, damping, self.iterations), *last]
+        best = linear_combination(directions, best_combination(parts, directions, damping))
+        at, before = loss_along(model, terms, W, best, self.chunk), half_square(rho)
         length, after = line_search(at, before, state.length if state else 1.0)
         taken = {name: length * V for name, V in best.items()}
         assign(model, moved(W, taken))
@@ -97,10 +100,10 @@ class KFACKrylov:
         ratio = reduction_ratio(before, after, predicted) if predicted else None
         damping = levenberg_marquardt(damping, ratio, 0.5, self.minimum)
         kept = stacked([taken, *last][: self.memory])
-        return State(count, after, kept, damping, length or 1.0, metric)
+        return PinnState(count, after, kept, damping, length or 1.0, preconditioner)
 
 
-def krylov(
+def krylov_direction(
     parts: Sequence[Linearization], P: Mapping[str, LinearMap], damping: float, iterations: int
 ) -> dict[str, Tensor]:
     """The minimum of the damped model over the Krylov space, by conjugate gradients.

@@ -41,22 +41,24 @@ from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.pinn.jacobian import joined
 from kfac_scratch.pinn.terms import Linearization
 
-Terms = Sequence[Sequence[Linearization]]
-Factors = tuple[Kronecker, ...]  # of one layer: one for each kind of term
-Inverse = Callable[[Factors, Factors, Sequence[LayerIO]], LinearMap]  # damped, undamped, data
+LinearizedTerms = Sequence[Sequence[Linearization]]
+TermFactors = tuple[Kronecker, ...]  # of one layer: one for each kind of term
+TermInverse = Callable[
+    [TermFactors, TermFactors, Sequence[LayerIO]], LinearMap
+]  # damped, undamped, data
 
 
 @runtime_checkable
-class Metric(Protocol):
+class PinnPreconditioner(Protocol):
     """How a step is measured: from linearised terms to an inverse for each layer."""
 
     def update(
-        self, state: Any, terms: Terms, damping: float, count: int
+        self, state: Any, terms: LinearizedTerms, damping: float, count: int
     ) -> tuple[Any, dict[str, LinearMap]]:
         """The next state, and the inverses.
 
         Args:
-            state: What the metric remembers; None before the first step.
+            state: What the preconditioner remembers; None before the first step.
             terms: The linearised terms.
             damping: What is added.
             count: The number of this step, from 1.
@@ -64,7 +66,7 @@ class Metric(Protocol):
         ...
 
 
-def by_layer(terms: Terms) -> dict[str, list[list[LayerIO]]]:
+def by_layer(terms: LinearizedTerms) -> dict[str, list[list[LayerIO]]]:
     """For each layer its data, grouped by the number of coefficients."""
     result: dict[str, list[list[LayerIO]]] = {}
     for name in terms[0][0].ios:
@@ -89,14 +91,14 @@ def damped_factors(K: Kronecker, share: float, damping: float) -> Kronecker:
     return Kronecker(A + damping * eye_like(A), B + damping * eye_like(B))
 
 
-def kfac_inverse(damped: Factors, factors: Factors, ios: Sequence[LayerIO]) -> LinearMap:
+def kfac_inverse(damped: TermFactors, factors: TermFactors, ios: Sequence[LayerIO]) -> LinearMap:
     """The inverse of the sum of damped products, in closed form for up to two of them."""
     if len(damped) <= 2:
         return congruence(damped)
     return SumInverse(damped, congruence(damped[:2]))
 
 
-def ekfac_inverse(damped: Factors, factors: Factors, ios: Sequence[LayerIO]) -> LinearMap:
+def ekfac_inverse(damped: TermFactors, factors: TermFactors, ios: Sequence[LayerIO]) -> LinearMap:
     """The same with the diagonal corrected in the basis in which the sum is diagonal.
 
     That basis is not orthogonal. The exact block is not diagonal in it, but its diagonal is cheap:
@@ -119,7 +121,7 @@ def diagonal_in(basis: Congruence, K: Kronecker) -> Float[Tensor, "d_out d_in"]:
     return torch.outer(b, a)
 
 
-def congruence(products: Factors) -> Congruence:
+def congruence(products: TermFactors) -> Congruence:
     """The inverse of one Kronecker product, or of a sum of two.
 
     Each pair of factors is diagonalised together with its sum, so that all numbers lie between 0
@@ -138,7 +140,7 @@ def congruence(products: Factors) -> Congruence:
 class SumInverse:
     """The inverse of a sum of many Kronecker products, by conjugate gradients at every product."""
 
-    products: Factors
+    products: TermFactors
     preconditioner: LinearMap
 
     def __matmul__(self, V: Float[Tensor, "d_out d_in"]) -> Tensor:
@@ -150,7 +152,7 @@ class SumInverse:
         )
 
 
-def _mixed(old: Factors, new: Factors, weight: float) -> Factors:
+def _mixed(old: TermFactors, new: TermFactors, weight: float) -> TermFactors:
     return tuple(o.mixed(n, weight) for o, n in zip(old, new, strict=True))
 
 
@@ -168,11 +170,11 @@ class TermWise:
     """
 
     decay: float = 0.95
-    inverse: Inverse = kfac_inverse
+    inverse: TermInverse = kfac_inverse
 
     def update(
-        self, state: Any, terms: Terms, damping: float, count: int
-    ) -> tuple[dict[str, Factors], dict[str, LinearMap]]:
+        self, state: Any, terms: LinearizedTerms, damping: float, count: int
+    ) -> tuple[dict[str, TermFactors], dict[str, LinearMap]]:
         """Average the factors, add the damping to each, invert the sum."""
         weight, left = weight_of_newest(self.decay, count), self.decay**count
         averages, inverses = {}, {}
@@ -198,7 +200,7 @@ class Joined:
     decay: float = 0.95
 
     def update(
-        self, state: Any, terms: Terms, damping: float, count: int
+        self, state: Any, terms: LinearizedTerms, damping: float, count: int
     ) -> tuple[dict[str, Any], dict[str, LinearMap]]:
         """Follow the stream of batches, and invert with a damping that decays to `damping`."""
         follow, weight = estimator(self.approximation), weight_of_newest(self.decay, count)

@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from torch.nn import Linear, Module, Sequential, Tanh
 
 from kfac_scratch.pinn.terms import Field, Term
-from kfac_scratch.taylor.expansions import laplacian, value
+from kfac_scratch.taylor.expansions import laplacian, value_only
 
 Bounds = Sequence[tuple[float, float]]
 
@@ -69,7 +69,7 @@ class Problem:
         outside[rows, ends[:, 0]] = bounds[ends[:, 0], ends[:, 1]]
         return [
             Term(self.equation, inside, laplacian(d, self.space)),
-            Term(self.condition, outside, value(d)),
+            Term(self.condition, outside, value_only(d)),
         ]
 
     def points(self, N: int, generator: Generator) -> Float[Tensor, "N d"]:

@@ -6,9 +6,9 @@ $$
 p = -(J^\top J + \lambda I)^{-1} J^\top \rho = -J^\top (J J^\top + \lambda I)^{-1} \rho ,
 $$
 
-a system with as many unknowns as weights (`dense`), or as residuals (`in_kernel`, by Woodbury's
-identity). `layerwise` solves one system for each layer, which is another step. In the span of a few
-directions, the system is as small as their number.
+a system with as many unknowns as weights (`dense_solver`), or as residuals (`kernel_solver`, by
+Woodbury's identity). `layerwise_solver` solves one system for each layer, which is another step.
+In the span of a few directions, the system is as small as their number.
 
 Sources: Müller and Zeinhofer 2023 (arXiv:2302.13163); Guzmán-Cordero et al. 2025
 (arXiv:2505.12149); Martens and Grosse 2015 (arXiv:1503.05671), §6.4 and §7.
@@ -23,9 +23,9 @@ from torch import Tensor
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.pinn.jacobian import (
     Direction,
-    dot,
     gramian,
-    kernel,
+    inner_product,
+    kernel_matrix,
     layer_gramian,
     residuals,
     times,
@@ -37,7 +37,7 @@ OfDamping = Callable[[float], dict[str, Tensor]]
 Solver = Callable[[Sequence[Linearization], Tensor], OfDamping]
 
 
-def dense(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
+def dense_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
     """Solve with the whole matrix: `D^3` work, `D^2` numbers. Returns the step for a damping."""
     G, gradient = gramian(parts), transposed_times(parts, rho)
     h = torch.cat([V.flatten() for V in gradient.values()])
@@ -52,7 +52,7 @@ def dense(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
     return solve
 
 
-def layerwise(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
+def layerwise_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
     """Solve for each layer as if the others did not move. Returns the step for a damping."""
     gradient = transposed_times(parts, rho)
     blocks = {name: layer_gramian(parts, name) for name in gradient}
@@ -66,9 +66,9 @@ def layerwise(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamp
     return solve
 
 
-def in_kernel(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
-    """`dense`'s step by a system with one unknown for each residual."""
-    K = kernel(parts)
+def kernel_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
+    """`dense_solver`'s step by a system with one unknown for each residual."""
+    K = kernel_matrix(parts)
 
     def solve(damping: float) -> dict[str, Tensor]:
         return transposed_times(parts, -_solved(K, rho, damping))
@@ -89,14 +89,14 @@ def _solved(M: Float[Tensor, "D D"], b: Float[Tensor, "D"], damping: float) -> F
 # ---- a few directions ---------------------------------------------------------------------------
 
 
-def pair(newest: Direction, previous: Direction | None) -> list[Direction]:
+def two_directions(newest: Direction, previous: Direction | None) -> list[Direction]:
     """The preconditioned gradient and the last step: the paper's two directions."""
     return [newest] if previous is None else [newest, previous]
 
 
-def per_layer(newest: Direction, previous: Direction | None) -> list[Direction]:
+def two_directions_per_layer(newest: Direction, previous: Direction | None) -> list[Direction]:
     """The same, with a coefficient of its own for each layer."""
-    return [{name: V} for d in pair(newest, previous) for name, V in d.items()]
+    return [{name: V} for d in two_directions(newest, previous) for name, V in d.items()]
 
 
 def best_combination(
@@ -107,7 +107,9 @@ def best_combination(
     Directions that depend on each other share their coefficient; a zero direction gets none.
     """
     J = torch.stack([times(parts, d) for d in directions], dim=1)  # [K, q]
-    lengths = torch.stack([torch.stack([dot(x, y) for y in directions]) for x in directions])
+    lengths = torch.stack(
+        [torch.stack([inner_product(x, y) for y in directions]) for x in directions]
+    )
     M, h = J.T @ J + damping * lengths, J.T @ residuals(parts)
     scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
     s, Q = torch.linalg.eigh(scale[:, None] * M * scale)
@@ -116,7 +118,7 @@ def best_combination(
     return -scale * (Q @ (inverse * (Q.T @ (scale * h))))
 
 
-def combined(directions: Sequence[Direction], c: Float[Tensor, "q"]) -> dict[str, Tensor]:
+def linear_combination(directions: Sequence[Direction], c: Float[Tensor, "q"]) -> dict[str, Tensor]:
     """`sum_i c_i d_i`."""
     result: dict[str, Tensor] = {}
     for coefficient, d in zip(c, directions, strict=True):

@@ -1,9 +1,9 @@
 r"""Optimizers for PINNs: how to get from linearised residuals to the next weights.
 
-`KFAC` follows a preconditioned gradient with momentum and a line search. `KFACStar` asks the exact
-Gauss-Newton model for the best combination of the preconditioned gradient $\Delta$ and the last
-step $\delta$: two unknowns, whose equations need $J \Delta$ and $J \delta$ only. `GaussNewton` and
-`Spring` use the exact matrix, as a whole, per layer, or as a kernel.
+`PinnKFAC` follows a preconditioned gradient with momentum and a line search. `KFACStar` asks the
+exact Gauss-Newton model for the best combination of the preconditioned gradient $\Delta$ and the
+last step $\delta$: two unknowns, whose equations need $J \Delta$ and $J \delta$ only.
+`GaussNewton` and `Spring` use the exact matrix, as a whole, per layer, or as a kernel.
 
 A step is a function from a state to a state; that it moves the model's weights is its effect.
 A state is a plain value, which `torch.save` writes; a run resumes from it bit by bit.
@@ -25,29 +25,29 @@ from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.pinn.jacobian import (
     Direction,
     assign,
+    block_weights,
     flat,
     moved,
     residuals,
     times,
     transposed_times,
-    weights,
 )
-from kfac_scratch.pinn.preconditioners import Metric, TermWise
+from kfac_scratch.pinn.preconditioners import PinnPreconditioner, TermWise
 from kfac_scratch.pinn.solvers import (
     Solver,
     backtracked,
     best_combination,
-    combined,
-    dense,
-    in_kernel,
+    dense_solver,
+    kernel_solver,
     line_search,
-    pair,
+    linear_combination,
+    two_directions,
 )
-from kfac_scratch.pinn.terms import Term, linearize, loss
+from kfac_scratch.pinn.terms import Term, linearize, pinn_loss
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class PinnState:
     """What an optimizer remembers between two steps.
 
     Attributes:
@@ -56,7 +56,7 @@ class State:
         previous: The last step, or with momentum the direction that is accumulated.
         damping: As adapted so far.
         length: What the last line search multiplied its direction by; 1 if that was 0.
-        metric: What the metric remembers.
+        preconditioner: What the preconditioner remembers.
     """
 
     count: int
@@ -64,28 +64,30 @@ class State:
     previous: dict[str, Tensor]
     damping: float
     length: float = 1.0
-    metric: Any = None
+    preconditioner: Any = None
 
 
 @dataclass(frozen=True)
-class KFAC:
+class PinnKFAC:
     """Momentum on preconditioned gradients, and a line search along the result."""
 
     damping: float = 1e-10
     momentum: float = 0.9
-    metric: Metric = field(default_factory=TermWise)
+    preconditioner: PinnPreconditioner = field(default_factory=TermWise)
     chunk: int | None = None
 
-    def step(self, model: Module, terms: Sequence[Term], state: State | None = None) -> State:
+    def step(
+        self, model: Module, terms: Sequence[Term], state: PinnState | None = None
+    ) -> PinnState:
         """Move the weights, and return the next state."""
-        W, count = weights(model), state.count + 1 if state else 1
-        direction, rho, _, metric = _preconditioned(self, model, terms, state)
+        W, count = block_weights(model), state.count + 1 if state else 1
+        direction, rho, _, preconditioner = _preconditioned(self, model, terms, state)
         if state:
             direction = moved(direction, state.previous, self.momentum)
-        at, before = along(model, terms, W, direction, self.chunk), half_square(rho)
+        at, before = loss_along(model, terms, W, direction, self.chunk), half_square(rho)
         length, after = line_search(at, before, state.length if state else 1.0)
         assign(model, moved(W, direction, length))
-        return State(count, after, direction, self.damping, length or 1.0, metric)
+        return PinnState(count, after, direction, self.damping, length or 1.0, preconditioner)
 
 
 @dataclass(frozen=True)
@@ -95,27 +97,29 @@ class KFACStar:
     Attributes:
         damping: Of the factors, and of the quadratic model.
         candidates: From the preconditioned gradient and the last step to the directions that are
-            combined: `pair`, or `per_layer`.
-        metric: How gradients are preconditioned.
+            combined: `two_directions`, or `per_layer`.
+        preconditioner: How gradients are preconditioned.
         chunk: How many data are linearised at once.
     """
 
     damping: float = 1e-10
-    candidates: Callable[[Direction, Direction | None], list[Direction]] = pair
-    metric: Metric = field(default_factory=TermWise)
+    candidates: Callable[[Direction, Direction | None], list[Direction]] = two_directions
+    preconditioner: PinnPreconditioner = field(default_factory=TermWise)
     chunk: int | None = None
 
-    def step(self, model: Module, terms: Sequence[Term], state: State | None = None) -> State:
+    def step(
+        self, model: Module, terms: Sequence[Term], state: PinnState | None = None
+    ) -> PinnState:
         """Move the weights, and return the next state."""
-        W, count = weights(model), state.count + 1 if state else 1
-        newest, rho, parts, metric = _preconditioned(self, model, terms, state)
+        W, count = block_weights(model), state.count + 1 if state else 1
+        newest, rho, parts, preconditioner = _preconditioned(self, model, terms, state)
         directions = self.candidates(newest, state.previous if state else None)
-        best = combined(directions, best_combination(parts, directions, self.damping))
-        at = along(model, terms, W, best, self.chunk)
+        best = linear_combination(directions, best_combination(parts, directions, self.damping))
+        at = loss_along(model, terms, W, best, self.chunk)
         length, after = backtracked(at, half_square(rho))
         assign(model, moved(W, best, length))
         step = {name: length * V for name, V in best.items()}
-        return State(count, after, step, self.damping, length or 1.0, metric)
+        return PinnState(count, after, step, self.damping, length or 1.0, preconditioner)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class GaussNewton:
 
     Attributes:
         damping: At the first step.
-        solver: `dense`, `in_kernel` (the same step), or `layerwise`.
+        solver: `dense_solver`, `kernel_solver` (the same step), or `layerwise`.
         factor: What a success multiplies the damping by; a failure divides.
         minimum: The smallest damping.
         tries: How many dampings one step may try.
@@ -135,21 +139,23 @@ class GaussNewton:
     """
 
     damping: float = 1e-3
-    solver: Solver = dense
+    solver: Solver = dense_solver
     factor: float = 0.5
     minimum: float = 1e-14
     tries: int = 10
     chunk: int | None = None
 
-    def step(self, model: Module, terms: Sequence[Term], state: State | None = None) -> State:
+    def step(
+        self, model: Module, terms: Sequence[Term], state: PinnState | None = None
+    ) -> PinnState:
         """Move the weights, and return the next state."""
-        W, parts = weights(model), flat(linearize(model, terms, self.chunk))
+        W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
         rho, damping = residuals(parts), state.damping if state else self.damping
         before, solve = half_square(rho), self.solver(parts, rho)
         after, step = before, {name: torch.zeros_like(V) for name, V in W.items()}
         for _ in range(self.tries):
             proposed = solve(damping)
-            found = along(model, terms, W, proposed, self.chunk)(1.0)
+            found = loss_along(model, terms, W, proposed, self.chunk)(1.0)
             predicted = half_square(rho + times(parts, proposed)) - before
             ratio = reduction_ratio(before, found, predicted) if predicted else None
             damping = levenberg_marquardt(damping, ratio, self.factor, self.minimum)
@@ -158,7 +164,7 @@ class GaussNewton:
             if found < before or ratio is None:
                 break
         assign(model, moved(W, step))
-        return State(state.count + 1 if state else 1, after, step, damping)
+        return PinnState(state.count + 1 if state else 1, after, step, damping)
 
 
 @dataclass(frozen=True)
@@ -171,21 +177,23 @@ class Spring:
 
     damping: float = 1e-8
     momentum: float = 0.0
-    solver: Solver = in_kernel
+    solver: Solver = kernel_solver
     chunk: int | None = None
 
-    def step(self, model: Module, terms: Sequence[Term], state: State | None = None) -> State:
+    def step(
+        self, model: Module, terms: Sequence[Term], state: PinnState | None = None
+    ) -> PinnState:
         """Move the weights, and return the next state."""
-        W, parts = weights(model), flat(linearize(model, terms, self.chunk))
+        W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
         rho = residuals(parts)
         kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
         change = self.solver(parts, rho + times(parts, kept) if kept else rho)(self.damping)
         direction = moved(change, kept)
-        at = along(model, terms, W, direction, self.chunk)
+        at = loss_along(model, terms, W, direction, self.chunk)
         length, after = line_search(at, half_square(rho), state.length if state else 1.0)
         assign(model, moved(W, direction, length))
         count = state.count + 1 if state else 1
-        return State(count, after, direction, self.damping, length or 1.0)
+        return PinnState(count, after, direction, self.damping, length or 1.0)
 
 
 def half_square(rho: Tensor) -> float:
@@ -194,19 +202,19 @@ def half_square(rho: Tensor) -> float:
 
 
 def _preconditioned(
-    method: KFAC | KFACStar, model: Module, terms: Sequence[Term], state: State | None
+    method: PinnKFAC | KFACStar, model: Module, terms: Sequence[Term], state: PinnState | None
 ) -> tuple[dict[str, Tensor], Tensor, Any, Any]:
-    """Minus the preconditioned gradient; the residuals, all parts, and the metric's next state."""
+    """Minus the preconditioned gradient, the residuals, all parts, the preconditioner's state."""
     lin = linearize(model, terms, method.chunk)
     parts, count = flat(lin), state.count + 1 if state else 1
     rho = residuals(parts)
-    remembered = state.metric if state else None
-    metric, inverses = method.metric.update(remembered, lin, method.damping, count)
+    remembered = state.preconditioner if state else None
+    preconditioner, inverses = method.preconditioner.update(remembered, lin, method.damping, count)
     gradient = transposed_times(parts, rho)
-    return {name: -(M @ gradient[name]) for name, M in inverses.items()}, rho, parts, metric
+    return {name: -(M @ gradient[name]) for name, M in inverses.items()}, rho, parts, preconditioner
 
 
-def along(
+def loss_along(
     model: Module,
     terms: Sequence[Term],
     W: Direction,
@@ -218,6 +226,6 @@ def along(
     def at(length: float) -> float:
         assign(model, moved(W, direction, length))
         with torch.no_grad():
-            return float(loss(model, terms, chunk))
+            return float(pinn_loss(model, terms, chunk))
 
     return at

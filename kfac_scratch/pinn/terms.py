@@ -27,11 +27,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.capture.layer_groups import Shared, blocks, uncovered
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
 from kfac_scratch.taylor.faa_di_bruno import Multiset
-from kfac_scratch.taylor.jets import Jet, taylor
+from kfac_scratch.taylor.jets import Jet, taylor_coefficients
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +105,11 @@ class Linearization:
     ios: dict[str, LayerIO]
 
 
-def loss(model: Module, terms: Sequence[Term], chunk: int | None = None) -> Float[Tensor, ""]:
+def pinn_loss(model: Module, terms: Sequence[Term], chunk: int | None = None) -> Float[Tensor, ""]:
     """The sum of all terms, by one forward pass; autograd can differentiate it."""
     squares = []
     for part, scale in (pair for term in terms for pair in _parts(term, chunk)):
-        c = taylor(model, part.X, part.expansion)
+        c = taylor_coefficients(model, part.X, part.expansion)
         squares.append((scale * _residuals(part, list(c.unbind(1)))).square().sum())
     return torch.stack(squares).sum() / 2
 
@@ -120,7 +120,7 @@ def linearize(
     """For each term its residuals and their derivatives, by one forward and one reverse pass.
 
     Args:
-        model: A network that does to its input only what `taylor` has rules for.
+        model: A network that does to its input only what `taylor_coefficients` has rules for.
         terms: The terms of the loss.
         chunk: How many data go through the network at once; each such part of a term is a
             `Linearization` of its own. Bounds memory, and what fits the cache is faster.
@@ -130,20 +130,20 @@ def linearize(
             declared for it; if a layer never runs; if a trainable parameter is in no layer.
         NotImplementedError: If the network does what has no rule.
     """
-    found = blocks(model)
-    if names := uncovered(model, found):
+    groups = layer_groups(model)
+    if names := uncovered(model, groups):
         raise ValueError(
             f"No linear layer holds the trainable parameters {names}, so that no step could change "
             "them: freeze them with requires_grad_(False)."
         )
     with torch.enable_grad():
-        return [[_linearized(model, found, *pair) for pair in _parts(t, chunk)] for t in terms]
+        return [[_linearized(model, groups, *pair) for pair in _parts(t, chunk)] for t in terms]
 
 
-def _linearized(model: Module, found: list[Shared], part: Term, scale: float) -> Linearization:
-    c, calls = _forward(model, found, part)
+def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: float) -> Linearization:
+    c, calls = _forward(model, groups, part)
     r, slopes = _operator(part, c.detach())
-    outputs = [z for block in found for _, z in calls[block.name]]
+    outputs = [z for group in groups for _, z in calls[group.name]]
     sent = [  # one reverse pass for each residual that a datum has
         torch.autograd.grad(
             c, outputs, scale * slope, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -155,9 +155,9 @@ def _linearized(model: Module, found: list[Shared], part: Term, scale: float) ->
         for of_call in zip(*sent, strict=True)
     )
     ios = {}
-    for block in found:
-        a = _cat([a for a, _ in calls[block.name]], 1)
-        ios[block.name] = LayerIO(a, _cat([next(back) for _ in calls[block.name]], 2))
+    for group in groups:
+        a = _cat([a for a, _ in calls[group.name]], 1)
+        ios[group.name] = LayerIO(a, _cat([next(back) for _ in calls[group.name]], 2))
     return Linearization(scale * r.T, ios)
 
 
@@ -172,20 +172,20 @@ def _operator(part: Term, c: Float[Tensor, "N S k"]) -> tuple[Tensor, Float[Tens
     r = _residuals(part, leaves)
     if not r.isfinite().all():
         raise ValueError("A residual is not finite.")
-    found = [
+    of_residuals = [
         torch.autograd.grad(column.sum(), leaves, retain_graph=True, allow_unused=True)
         if column.requires_grad
         else [None] * len(leaves)
         for column in r.unbind(1)
     ]
     for s in part.expansion.tops:
-        if all(slopes[s] is None for slopes in found):
+        if all(slopes[s] is None for slopes in of_residuals):
             raise ValueError(
                 f"The residual ignores {part.expansion.names[s]} (a tuple: a derivative, a number: "
                 "a sum), which the expansion computes only for it: declare a smaller expansion."
             )
     zero = torch.zeros_like(c[:, 0])
-    slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in found]
+    slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]
     return r.detach(), torch.stack(slopes)
 
 
@@ -212,27 +212,31 @@ def _parts(term: Term, chunk: int | None) -> Iterator[tuple[Term, float]]:
 
 
 def _forward(
-    model: Module, found: list[Shared], part: Term
+    model: Module, groups: list[LayerGroup], part: Term
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
     """The output's coefficients, and inputs `a` and outputs `z` of every call of every block."""
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in found}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {group.name: [] for group in groups}
     with ExitStack() as hooks:
-        for block in found:
-            for layer in block.layers:
-                record = partial(_record, block, calls[block.name])
+        for group in groups:
+            for layer in group.layers:
+                record = partial(_record, group, calls[group.name])
                 hooks.callback(layer.register_forward_hook(record).remove)
-        c = taylor(model, part.X, part.expansion)
+        c = taylor_coefficients(model, part.X, part.expansion)
     if silent := [name for name, of_block in calls.items() if not of_block]:
         raise ValueError(f"The layers {silent} never ran: freeze or remove them.")
     return c, calls
 
 
 def _record(
-    block: Shared, calls: list[tuple[Tensor, Tensor]], layer: Any, inputs: tuple[Jet], output: Jet
+    group: LayerGroup,
+    calls: list[tuple[Tensor, Tensor]],
+    layer: Any,
+    inputs: tuple[Jet],
+    output: Jet,
 ) -> None:
     """The bias is a column that is 1 for the value and 0 for every derivative."""
     c = inputs[0].c.detach()
-    columns = [] if block.weight is None else [c]
-    bias = c.new_zeros(*c.shape[:2], len(block.biases))
-    bias[:, 0] = torch.tensor(block.bias_inputs(layer), dtype=c.dtype, device=c.device)
+    columns = [] if group.weight is None else [c]
+    bias = c.new_zeros(*c.shape[:2], len(group.biases))
+    bias[:, 0] = torch.tensor(group.bias_inputs(layer), dtype=c.dtype, device=c.device)
     calls.append((torch.cat([*columns, bias], dim=2), output.c))

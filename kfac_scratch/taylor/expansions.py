@@ -29,7 +29,7 @@ from kfac_scratch.taylor.activations import Derivatives, evaluate
 from kfac_scratch.taylor.faa_di_bruno import Multiset
 
 Coefficients = Float[Tensor, "N S h"]
-Factor = Float[Tensor, "N S #h"]
+CoefficientsOrConstants = Float[Tensor, "N S #h"]
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class Expansion(Protocol):
         """Those of `sigma(h)`, given the derivatives of `sigma`."""
         ...
 
-    def product(self, f: Factor, g: Factor) -> Coefficients:
+    def product(self, f: CoefficientsOrConstants, g: CoefficientsOrConstants) -> Coefficients:
         """Those of `f * g`."""
         ...
 
@@ -120,7 +120,7 @@ class SecondOrder:
         """The chain rule, once and twice."""
         return _Chain.apply(h, sigma, self)
 
-    def product(self, f: Factor, g: Factor) -> Coefficients:
+    def product(self, f: CoefficientsOrConstants, g: CoefficientsOrConstants) -> Coefficients:
         """The rule of Leibniz."""
         R = self.directions.shape[-2]
         df, dg = f[:, 1 : 1 + R], g[:, 1 : 1 + R]
@@ -220,12 +220,12 @@ def checked(directions: Tensor, X: Tensor) -> Tensor:
 # ---- usual operators ----------------------------------------------------------------------------
 
 
-def value(d: int) -> SecondOrder:
+def value_only(d: int) -> SecondOrder:
     """No derivative at all: what boundary and data terms need."""
     return SecondOrder(torch.zeros(0, d), torch.zeros(0, 0))
 
 
-def along(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
+def directional(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
     """First derivatives along directions: for Neumann conditions, `[N, 1, d]` normals."""
     return SecondOrder(directions, torch.zeros(0, directions.shape[-2]))
 
@@ -239,7 +239,7 @@ def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
     return SecondOrder(torch.eye(d), C)
 
 
-def weighted(C: Float[Tensor, "*data d d"]) -> SecondOrder:
+def second_order_sum(C: Float[Tensor, "*data d d"]) -> SecondOrder:
     """All first derivatives, and `sum_ij C_ij d_i d_j`, with one `C` or one for each datum."""
     if C.ndim not in (2, 3) or C.shape[-1] != C.shape[-2]:
         raise ValueError(f"C has shape {tuple(C.shape)}, not [d, d], or [N, d, d] for each datum.")

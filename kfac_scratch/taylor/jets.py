@@ -132,7 +132,9 @@ class Elementwise(Module):
         return elementwise(self.derivatives, x) if isinstance(x, Jet) else self.derivatives(x, 0)[0]
 
 
-def taylor(model: Callable[[Any], Any], X: Float[Tensor, "N d"], expansion: Expansion) -> Tensor:
+def taylor_coefficients(
+    model: Callable[[Any], Any], X: Float[Tensor, "N d"], expansion: Expansion
+) -> Tensor:
     """The coefficients `[N, S, outputs]` of a network's output at `X`, in one forward pass.
 
     Law: coefficient `s` is the derivative that `expansion.names[s]` says.
@@ -153,7 +155,7 @@ def forward_laplacian(
     model: Callable[[Any], Any], X: Float[Tensor, "N d"]
 ) -> tuple[Float[Tensor, "N k"], Float[Tensor, "N d k"], Float[Tensor, "N k"]]:
     """A network's value, gradient and Laplacian with respect to its input."""
-    c = taylor(model, X, laplacian(X.shape[1]))
+    c = taylor_coefficients(model, X, laplacian(X.shape[1]))
     return c[:, 0], c[:, 1:-1], c[:, -1]
 
 

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.taylor.activations import Derivatives, evaluate
-from kfac_scratch.taylor.expansions import Coefficients, Factor, checked
+from kfac_scratch.taylor.expansions import Coefficients, CoefficientsOrConstants, checked
 from kfac_scratch.taylor.faa_di_bruno import Multiset, partitions, splits, submultisets
 
-Terms = dict[tuple[int, tuple[int, ...]], float]  # {(row, coefficients multiplied): factor}
+TermTable = dict[tuple[int, tuple[int, ...]], float]  # {(row, coefficients multiplied): factor}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Partials:
             result = result + outer[blocks].unsqueeze(1) * (M @ factors)
         return result
 
-    def product(self, f: Factor, g: Factor) -> Coefficients:
+    def product(self, f: CoefficientsOrConstants, g: CoefficientsOrConstants) -> Coefficients:
         """Leibniz's rule: every way to give each derivative to one of the factors."""
         (left, right), M = _matrix(self._leibniz, f)
         return M @ (f[:, left] * g[:, right])
@@ -110,9 +110,9 @@ class Partials:
         return self
 
     @cached_property
-    def _chain(self) -> dict[int, Terms]:
+    def _chain(self) -> dict[int, TermTable]:
         """Terms by their number of blocks."""
-        found: dict[int, Terms] = {}
+        found: dict[int, TermTable] = {}
         for row, own in self._rows():
             for alpha, weight in own.items():
                 for pi, count in partitions(alpha).items():
@@ -126,8 +126,8 @@ class Partials:
         return found
 
     @cached_property
-    def _leibniz(self) -> Terms:
-        found: Terms = {(0, (0, 0)): 1.0}
+    def _leibniz(self) -> TermTable:
+        found: TermTable = {(0, (0, 0)): 1.0}
         for row, own in self._rows():
             for alpha, weight in own.items():
                 for (beta, gamma), count in splits(alpha).items():
@@ -146,7 +146,7 @@ class Partials:
         return self.kept.index(beta) if whole is None else whole
 
 
-def _matrix(terms: Terms, like: Coefficients) -> tuple[list[Tensor], Float[Tensor, "S T"]]:
+def _matrix(terms: TermTable, like: Coefficients) -> tuple[list[Tensor], Float[Tensor, "S T"]]:
     """Which coefficients each product has, and the matrix that adds products up."""
     products = sorted({key for _, key in terms})
     position = {key: t for t, key in enumerate(products)}
@@ -160,7 +160,7 @@ def _matrix(terms: Terms, like: Coefficients) -> tuple[list[Tensor], Float[Tenso
 # ---- usual operators ----------------------------------------------------------------------------
 
 
-def jets(directions: Float[Tensor, "R d"], order: int) -> Partials:
+def univariate_jets(directions: Float[Tensor, "R d"], order: int) -> Partials:
     """All derivatives up to an order along each direction by itself."""
     return Partials(directions, [(r,) * order for r in range(len(directions))])
 

@@ -4,25 +4,25 @@ import torch
 from kfac_scratch import LayerIO, concatenate, kfac, layer_ios
 from kfac_scratch.approximations.brand import (
     Brand,
+    FactorsAndEigenpairs,
     Repaired,
-    Tracked,
     corrected,
-    empty,
-    followed,
     product_of_rows,
     refreshed,
     ritz,
     truncated,
+    updated_factor,
+    zero_factors,
 )
-from kfac_scratch.approximations.estimators import Averaged, weight_of_newest
+from kfac_scratch.approximations.estimators import MovingAverage, weight_of_newest
 from kfac_scratch.approximations.randomized import (
     Randomized,
     Sketch,
-    nothing,
     smallest_kept,
     trace_matched,
+    zero_tail,
 )
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
@@ -30,7 +30,7 @@ from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix, error
 
-TAILS = pytest.mark.parametrize("tail", [nothing, smallest_kept, trace_matched])
+TAILS = pytest.mark.parametrize("tail", [zero_tail, smallest_kept, trace_matched])
 DECAY = 0.9
 
 
@@ -76,7 +76,7 @@ def check_orthonormal(M):
 @pytest.mark.parametrize("S", [1, 2])
 def test_without_truncation_the_factors_are_those_of_the_average(S, V, device):
     ios = [random_io(device, n=1, V=V, S=S) for _ in range(5)]
-    M, K = follow(Brand(rank=30), ios), follow(Averaged(kfac), ios)
+    M, K = follow(Brand(rank=30), ios), follow(MovingAverage(kfac), ios)
     A, B = M.factors()
     check_equal(A, K.A)
     check_equal(B, K.B)
@@ -91,7 +91,7 @@ def test_without_truncation_the_factors_are_those_of_the_average(S, V, device):
 def test_full_rank_is_kfac(view, n, device):
     """A layer that is too small for the update is decomposed in full: nothing is lost."""
     ios = [view(random_io(device, n, 11, 7, V=2, S=3)) for _ in range(4)]
-    M, K = follow(Brand(rank=11), ios), follow(Averaged(kfac), ios)
+    M, K = follow(Brand(rank=11), ios), follow(MovingAverage(kfac), ios)
     check_equal(M.dense(), K.dense())
     check_equal(M.inverse(0.1).dense(), K.inverse(0.1).dense())
     A, B = K.A + 0.1 * eye_like(K.A), K.B + 0.3 * eye_like(K.B)
@@ -102,7 +102,7 @@ def test_full_rank_is_kfac(view, n, device):
 def test_small_layers_are_never_truncated(device):
     """Nor is their tail lost when a batch is larger than those before."""
     ios = [random_io(device, 9, 11, 7) for _ in range(4)]
-    M, K = follow(Brand(rank=4), ios), follow(Averaged(kfac), ios)
+    M, K = follow(Brand(rank=4), ios), follow(MovingAverage(kfac), ios)
     check_equal(M.dense(), K.dense())
     io = random_io(device, 1, 11, 7)
     M = Brand(rank=4).update(Brand(rank=4).update(M, io, 0.2), io, 0.2)
@@ -116,7 +116,7 @@ def test_small_layers_are_never_truncated(device):
 @pytest.mark.parametrize("case", DEEP_LINEAR, ids=str)
 def test_exact_where_kfac_is(case, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(Brand().update(None, io, 1.0).dense(), exact[name])
 
@@ -127,7 +127,7 @@ def test_the_tail_is_a_part_of_the_matrix(weight, device):
     io = random_io(device)
     start = LowRankKronecker(
         *(orthonormal(device, 31, 4), torch.tensor([5.0, 4.0, 3.0, 0.5], device=device)),
-        *(torch.tensor(1.0, device=device), *(getattr(empty(io), k) for k in ("UB", "dB"))),
+        *(torch.tensor(1.0, device=device), *(getattr(zero_factors(io), k) for k in ("UB", "dB"))),
         torch.tensor(2.0, device=device),
     )
     A, B = Brand(rank=20).update(start, io, weight).factors()
@@ -138,7 +138,7 @@ def test_the_tail_is_a_part_of_the_matrix(weight, device):
 
 def test_starting_at_the_identity_is_a_damping(device):
     ios = [random_io(device) for _ in range(4)]
-    zero = empty(ios[0])
+    zero = zero_factors(ios[0])
     one = LowRankKronecker(zero.UA, zero.dA, zero.cA + 1, zero.UB, zero.dB, zero.cB + 1)
     for io in ios:
         zero, one = (Brand(rank=15).update(M, io, 0.1) for M in (zero, one))
@@ -148,7 +148,7 @@ def test_starting_at_the_identity_is_a_damping(device):
 
 def test_one_batch_is_woodbury(device):
     io = random_io(device)
-    M, weight, damping = Brand().update(empty(io), io, 0.05), 0.05, 0.1
+    M, weight, damping = Brand().update(zero_factors(io), io, 0.05), 0.05, 0.1
     X = (weight / 3) ** 0.5 * io.a.squeeze(1)  # [N, d_in]
     small = torch.linalg.inv(damping * torch.eye(3, device=device) + X @ X.T)
     woodbury = (torch.eye(31, device=device) - X.T @ small @ X) / damping
@@ -189,13 +189,13 @@ def test_truncation_keeps_the_leading_eigenpairs(tail, device):
 
 def test_what_is_cut_off_is_all_of_the_error(device):
     """Without a tail: the errors of all truncations, decayed, and none is negative."""
-    factor = empty(random_io(device))
+    factor = zero_factors(random_io(device))
     factor, rank, rho = (factor.UA, factor.dA, factor.cA), 5, 0.8
     exact, errors = torch.zeros(31, 31, device=device), torch.zeros(31, 31, device=device)
     for _ in range(12):
         X = torch.randn(31, 3, device=device)
-        cut = dense(*factor) - dense(*truncated(factor, rank, nothing))
-        factor = followed(factor, X, 1 - rho, rank, nothing)
+        cut = dense(*factor) - dense(*truncated(factor, rank, zero_tail))
+        factor = updated_factor(factor, X, 1 - rho, rank, zero_tail)
         exact = rho * exact + (1 - rho) * X @ X.T
         errors = rho * (errors + cut)
         check_equal(dense(*factor), exact - errors)
@@ -207,18 +207,18 @@ def test_what_is_cut_off_is_all_of_the_error(device):
 @pytest.mark.parametrize("V", [1, 2])
 def test_traces_are_those_of_the_average(V, device):
     ios = [random_io(device, V=V) for _ in range(12)]
-    M, K = follow(Brand(rank=4), ios), follow(Averaged(kfac), ios)
+    M, K = follow(Brand(rank=4), ios), follow(MovingAverage(kfac), ios)
     for mine, exact in zip(M.factors(), (K.A, K.B), strict=True):
         check_equal(mine.trace(), exact.trace())
         check_differs(mine, exact)
-    check_differs(follow(Brand(4, nothing), ios).trace(), K.trace())
+    check_differs(follow(Brand(4, zero_tail), ios).trace(), K.trace())
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_following_is_nearly_as_good_as_truncating_the_average(seed, device):
     torch.manual_seed(seed)
     ios = [random_io(device) for _ in range(40)]
-    M, K = follow(Brand(rank=8), ios), follow(Averaged(kfac), ios)
+    M, K = follow(Brand(rank=8), ios), follow(MovingAverage(kfac), ios)
     eye = eye_like(K.A)
     exact = torch.linalg.inv(K.A + 0.01 * eye)
 
@@ -273,7 +273,7 @@ REPAIRS = pytest.mark.parametrize("repair", [refreshed(SKETCH), corrected()])
 def test_after_a_refresh_it_is_rs_kfac(device):
     ios = [random_io(device) for _ in range(7)]
     estimator = Repaired(Brand(rank=4), refreshed(SKETCH), period=3)
-    M, K = follow(estimator, ios[:6]), follow(Averaged(kfac), ios[:6])
+    M, K = follow(estimator, ios[:6]), follow(MovingAverage(kfac), ios[:6])
     check_equal(M.factors.dense(), K.dense())
     check_equal(M.dense(), Randomized(K.A, K.B, SKETCH).dense())
     io = random_io(device, n=9)
@@ -316,9 +316,11 @@ def test_a_full_correction_of_the_right_span_is_the_truncated_decomposition(devi
     bases = [torch.linalg.eigh(M).eigenvectors[:, -8:] for M in (A, B)]
     turned = [U @ orthonormal(device, 8, 8) for U in bases]
     zero, d = torch.zeros((), device=device), torch.ones(8, device=device)
-    state = Tracked(Kronecker(A, B), LowRankKronecker(turned[0], d, zero, turned[1], d, zero), 1)
+    state = FactorsAndEigenpairs(
+        Kronecker(A, B), LowRankKronecker(turned[0], d, zero, turned[1], d, zero), 1
+    )
     M = corrected(fraction=1.0)(state)
-    check_equal(M.dense(), Kronecker(*(from_full(F, 8, nothing) for F in (A, B))).dense())
+    check_equal(M.dense(), Kronecker(*(from_full(F, 8, zero_tail) for F in (A, B))).dense())
     check_orthonormal(M)
 
 
@@ -327,7 +329,7 @@ def test_the_subset_changes_from_one_correction_to_the_next(device):
     M = follow(Repaired(Brand(rank=4), corrected(), period=7), ios)
 
     def corrections(count, seed):
-        return corrected(seed=seed)(Tracked(M.factors, M.modes, count)).dense()
+        return corrected(seed=seed)(FactorsAndEigenpairs(M.factors, M.modes, count)).dense()
 
     assert torch.equal(corrections(1, 0), corrections(1, 0))
     assert not torch.equal(corrections(1, 0), corrections(4, 0))
@@ -343,7 +345,7 @@ def test_following_beats_standing_still(seed, device):
     for t in range(40, 60):
         mixed = ios[t].a + (t - 40) / 10 * (random_io(device).a @ turn)
         ios[t] = LayerIO(mixed, ios[t].g)
-    K = follow(Averaged(kfac), ios)
+    K = follow(MovingAverage(kfac), ios)
     estimator = Repaired(Brand(rank=12), refreshed(Sketch(12, seed=seed)), period=40)
     stale, now = follow(estimator, ios[:40]), follow(estimator, ios)
     damped = K.A + 0.1 * eye_like(K.A)
@@ -385,7 +387,7 @@ def test_survives_a_checkpoint(repair, dtype, device):
 def test_small_sizes(n, sizes, device):
     ios = [random_io(device, n, *sizes) for _ in range(3)]
     M = follow(Brand(rank=31), ios)
-    check_equal(M.dense(), follow(Averaged(kfac), ios).dense())
+    check_equal(M.dense(), follow(MovingAverage(kfac), ios).dense())
 
 
 def test_duplicated_data_change_nothing(device):

@@ -7,14 +7,14 @@ from kfac_scratch.approximations.cg_fac import (
     Gradients,
     TruncatedInverse,
     cg_fac,
-    combined,
-    kernel,
+    gradient_kernel,
+    gradient_products,
     kernel_inverse,
-    products,
     same_batch_step,
     truncated_inverse,
+    weighted_gradients,
 )
-from kfac_scratch.approximations.estimators import Averaged, Latest
+from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.capture.hooks import layer_ios
@@ -75,10 +75,10 @@ def test_both_operators_are_the_dense_products(N, S, V, dtype, device):
 def test_products_and_sums_are_those_of_the_gradients(N, S, V, device):
     io, X = random_io(device, N, S, V), gradient(device, 2)
     c = torch.randn(3, V, N, device=device)
-    check_equal(products(io, X), torch.einsum("vnoi,boi->bvn", io.gradients(), X))
-    check_equal(combined(io, c), torch.einsum("vnoi,bvn->boi", io.gradients(), c))
+    check_equal(gradient_products(io, X), torch.einsum("vnoi,boi->bvn", io.gradients(), X))
+    check_equal(weighted_gradients(io, c), torch.einsum("vnoi,bvn->boi", io.gradients(), c))
     G = io.gradients().flatten(0, 1).flatten(1)
-    check_equal(kernel(io), G @ G.T)
+    check_equal(gradient_kernel(io), G @ G.T)
 
 
 @pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
@@ -149,7 +149,9 @@ def test_one_step_for_each_different_eigenvalue(N, S, V, device):
     K, right = V * N, exact_step(cg_fac(io), 1.0, X)
     check_equal(truncated_inverse(cg_fac(io), 1.0, K + 1, 0.0) @ X, right)
     check_differs(truncated_inverse(cg_fac(io), 1.0, K - 1, 0.0) @ X, right, by=1e-4)
-    G = combined(io, torch.randn(V, N, device=device))  # of the batch itself: one step less
+    G = weighted_gradients(
+        io, torch.randn(V, N, device=device)
+    )  # of the batch itself: one step less
     right = exact_step(cg_fac(io), 1.0, G)
     check_equal(truncated_inverse(cg_fac(io), 1.0, K, 0.0) @ G, right)
 
@@ -243,7 +245,7 @@ def test_stops_at_the_tolerance_of_the_norm_not_of_its_square(device):
 
 def test_a_batch_is_its_members_though_they_stop_at_different_times(device):
     io = random_io(device, N=6)
-    easy, hard = combined(io, torch.eye(6, device=device)[:1]), gradient(device)
+    easy, hard = weighted_gradients(io, torch.eye(6, device=device)[:1]), gradient(device)
     V = torch.stack([easy, hard, 0 * hard, 1e-9 * hard])
     inverse = truncated_inverse(cg_fac(io), 0.1, 30, tol=0.05)
     together = inverse @ V
@@ -357,7 +359,7 @@ def test_at_least_one_step(max_iter, device):
 def test_rows_are_never_averaged(device):
     io = random_io(device)
     with pytest.raises(TypeError, match="averaged"):
-        Averaged(cg_fac).update(cg_fac(io), io, 0.5)
+        MovingAverage(cg_fac).update(cg_fac(io), io, 0.5)
     M = Latest(cg_fac).update(cg_fac(random_io(device)), io, 0.5)
     check_equal(M.dense(), io.block())
 
@@ -374,7 +376,7 @@ def test_never_forms_a_block_or_a_gradient(device):
         torch.randn(16, 1, 100_000, device=device) / 300, torch.randn(1, 16, 1, 10).to(device)
     )
     c = torch.ones(1, 16, device=device)
-    G = combined(io, c)
+    G = weighted_gradients(io, c)
     assert (truncated_inverse(cg_fac(io), 1.0, 2) @ G).isfinite().all()
     step = same_batch_step(io, c, 1.0)
     check_equal(cg_fac(io) @ step + step, G)

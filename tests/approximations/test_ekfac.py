@@ -3,8 +3,8 @@ import torch
 
 from kfac_scratch import LayerIO, ekfac, kfac, layer_ios, rescaled
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, second_moments
-from kfac_scratch.approximations.estimators import Averaged, weight_of_newest
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.approximations.estimators import MovingAverage, weight_of_newest
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.matrices.kronecker import KroneckerEigen
 from tests.cases import CONSTANT_HESSIAN, CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR, ONE_DATUM
 from tests.laws import check_differs, check_equal, check_matrix, check_spectrum
@@ -76,7 +76,7 @@ def test_trace_is_exact(S, device):
 @pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM + CONSTANT_HESSIAN, ids=str)
 def test_exact_where_kfac_is(case, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(ekfac(io).dense(), exact[name])
 
@@ -135,7 +135,7 @@ def test_amortised_with_a_basis_for_every_batch_follows_the_averaged_factors(dev
     ios, how, state, K = stream(device), AmortisedEKFAC(basis_every=1), None, None
     for t, io in enumerate(ios, start=1):
         state = how.update(state, io, weight_of_newest(0.9, t))
-        K = Averaged(kfac).update(K, io, weight_of_newest(0.9, t))
+        K = MovingAverage(kfac).update(K, io, weight_of_newest(0.9, t))
         check_equal(state.factors.dense(), K.dense())
         check_equal(KroneckerEigen(state.M.QA, state.M.QB, K.eigen().scale).dense(), K.dense())
 
@@ -186,7 +186,7 @@ def test_amortised_state_is_a_matrix(device):
 
 
 def test_amortised_takes_other_factors(device):
-    how = AmortisedEKFAC(factors=Averaged(lambda io: kfac(io.reduced())))
+    how = AmortisedEKFAC(factors=MovingAverage(lambda io: kfac(io.reduced())))
     io = random_io(device, 4)
     check_equal(how.update(None, io, 1.0).M.QA, kfac(io.reduced()).eigen().QA)
 

@@ -3,9 +3,9 @@ import torch
 
 from kfac_scratch import LayerIO, ekfac, kfac
 from kfac_scratch.approximations.estimators import (
-    Averaged,
     Estimator,
     Latest,
+    MovingAverage,
     estimator,
     weight_of_newest,
 )
@@ -36,7 +36,7 @@ def weighted_mean(tensors, decay):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 1.0])
 def test_is_the_bias_corrected_average(decay, device):
     ios = list(stream(device))
-    M = run(Averaged(kfac), ios, decay)
+    M = run(MovingAverage(kfac), ios, decay)
     check_equal(M.A, weighted_mean([kfac(io).A for io in ios], decay))
     check_equal(M.B, weighted_mean([kfac(io).B for io in ios], decay))
 
@@ -46,7 +46,7 @@ def test_equals_the_zero_started_average_after_correction(device):
     A = torch.zeros(5, 5, device=device)
     for io in ios:
         A = decay * A + (1 - decay) * kfac(io).A
-    check_equal(run(Averaged(kfac), ios, decay).A, A / (1 - decay ** len(ios)))
+    check_equal(run(MovingAverage(kfac), ios, decay).A, A / (1 - decay ** len(ios)))
 
 
 def test_equals_the_weighted_average_with_a_running_total(device):
@@ -56,7 +56,7 @@ def test_equals_the_weighted_average_with_a_running_total(device):
     for io in ios:
         total = decay * total + 1
         A = A + (kfac(io).A - A) / total
-    check_equal(run(Averaged(kfac), ios, decay).A, A)
+    check_equal(run(MovingAverage(kfac), ios, decay).A, A)
 
 
 def test_martens_and_grosses_schedule_is_the_plain_mean_at_first(device):
@@ -67,8 +67,8 @@ def test_martens_and_grosses_schedule_is_the_plain_mean_at_first(device):
         rho = min(1 - 1 / t, 0.95)
         A = rho * A + (1 - rho) * kfac(io).A
     check_equal(A, torch.stack([kfac(io).A for io in ios]).mean(0))
-    check_equal(A, run(Averaged(kfac), ios, 1.0).A)
-    check_differs(A, run(Averaged(kfac), ios, 0.5).A)
+    check_equal(A, run(MovingAverage(kfac), ios, 1.0).A)
+    check_differs(A, run(MovingAverage(kfac), ios, 0.5).A)
 
 
 def test_a_start_at_the_identity_is_a_damping_that_decays(device):
@@ -79,19 +79,19 @@ def test_a_start_at_the_identity_is_a_damping_that_decays(device):
     for io in ios:
         A = decay * A + (1 - decay) * kfac(io).A
     share = decay ** len(ios)
-    check_equal(A, share * eye + (1 - share) * run(Averaged(kfac), ios, decay).A)
+    check_equal(A, share * eye + (1 - share) * run(MovingAverage(kfac), ios, decay).A)
 
 
 def test_the_average_of_factors_is_not_the_average_of_products(device):
     ios = list(stream(device))
     mean = torch.stack([kfac(io).dense() for io in ios]).mean(0)
-    check_differs(run(Averaged(kfac), ios, 1.0).dense(), mean)
+    check_differs(run(MovingAverage(kfac), ios, 1.0).dense(), mean)
 
 
 def test_averages_of_equal_shards_and_over_time_commute(device):
     """Data-parallel workers may average their averaged factors, if they average linearly."""
     shards = [list(stream(device)) for _ in range(3)]
-    apart = torch.stack([run(Averaged(kfac), ios, 0.9).A for ios in shards]).mean(0)
+    apart = torch.stack([run(MovingAverage(kfac), ios, 0.9).A for ios in shards]).mean(0)
     steps = [torch.stack([kfac(io).A for io in ios]).mean(0) for ios in zip(*shards, strict=True)]
     check_equal(apart, weighted_mean(steps, 0.9))
 
@@ -105,7 +105,7 @@ def test_the_state_is_a_value(device):
     first, second = stream(device, 2)
     M = kfac(first)
     before = M.dense().clone()
-    Averaged(kfac).update(M, second, 0.3)
+    MovingAverage(kfac).update(M, second, 0.3)
     check_equal(M.dense(), before)
 
 
@@ -128,7 +128,7 @@ def test_sums_of_products_are_not_averaged_factor_by_factor(device):
     """Their terms may change places, and signs: `Recompressed` averages the blocks instead."""
     (io,) = stream(device, 1)
     with pytest.raises(TypeError, match="KroneckerSum has no method mixed"):
-        Averaged(lambda io: KroneckerSum(kfac(io), kfac(io.reduced()))).update(None, io, 1.0)
+        MovingAverage(lambda io: KroneckerSum(kfac(io), kfac(io.reduced()))).update(None, io, 1.0)
 
 
 # ---- bases ------------------------------------------------------------------------------------
@@ -164,17 +164,17 @@ class Rows:
 def test_what_has_no_average_is_refused_by_name(device):
     (io,) = stream(device, 1)
     with pytest.raises(TypeError, match=r"Rows has no method mixed.*Latest"):
-        Averaged(lambda io: Rows()).update(None, io, 1.0)
+        MovingAverage(lambda io: Rows()).update(None, io, 1.0)
 
 
 def test_two_kinds_are_not_averaged(device):
     (io,) = stream(device, 1)
     with pytest.raises(TypeError, match="Kronecker cannot be averaged with a Dense"):
-        Averaged(kfac).update(Dense(io.block()), io, 0.5)
+        MovingAverage(kfac).update(Dense(io.block()), io, 0.5)
 
 
 def test_a_function_is_averaged_and_an_estimator_left_alone():
-    assert estimator(kfac) == Averaged(kfac)
+    assert estimator(kfac) == MovingAverage(kfac)
     assert estimator(Latest(kfac)) == Latest(kfac)
     assert isinstance(Latest(kfac), Estimator)
 

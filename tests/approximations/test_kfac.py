@@ -16,7 +16,7 @@ from kfac_scratch import (
     monte_carlo,
     type2,
 )
-from kfac_scratch.curvature import block_diagonal, empirical_fisher, ggn
+from kfac_scratch.curvature import diagonal_blocks, empirical_fisher, ggn
 from tests.cases import (
     CONSTANT_HESSIAN,
     CONV_GLOBAL_POOL,
@@ -54,7 +54,7 @@ BOTH = [expand, reduce]
 def pairs(case: Case, flavour, device="cpu", dtype=torch.float64, fisher=type2, exact=ggn):
     """KFAC and the exact block of every layer that the theorem speaks of."""
     problem = case.build(device, dtype)
-    truth = block_diagonal(problem[0], exact(*problem))
+    truth = diagonal_blocks(problem[0], exact(*problem))
     ios = layer_ios(*problem, fisher)
     assert set(ios) == set(truth)
     names = [n for n in ios if case.layers is None or n in case.layers]
@@ -165,7 +165,7 @@ def test_bias_block_with_sharing_exact_under_reduce_only(case, device):
 
 def with_bias(case: Case, device):
     problem = case.build(device)
-    truth = block_diagonal(problem[0], ggn(*problem))
+    truth = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         if problem[0].get_submodule(name).bias is not None:
             d_in = io.a.shape[-1]
@@ -289,17 +289,17 @@ LOADER_LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("fisher", [type2, empirical], ids=["type2", "empirical"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("make", LOADER_LOSSES, ids=["mse", "bce", "ce", "ce-weighted"])
-def test_unequal_batches_are_one_batch(make, reduction, fisher, setting, device):
+def test_unequal_batches_are_one_batch(make, reduction, fisher, flavour, device):
     loss = make(reduction, device)
     model, X, y = problem_for(loss, device)
     batches = [(X[:2], y[:2]), (X[2:3], y[2:3]), (X[3:], y[3:])]
     for chunk in (1, 2, 32):
-        whole = kfac_over(model, loss, batches, fisher, setting=setting, chunk=chunk)
-        for name, io in layer_ios(model, loss, X, y, fisher, setting=setting).items():
+        whole = kfac_over(model, loss, batches, fisher, flavour=flavour, chunk=chunk)
+        for name, io in layer_ios(model, loss, X, y, fisher, flavour=flavour).items():
             check_equal(whole[name].A, kfac(io).A)
             check_equal(whole[name].B, kfac(io).B)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kfac_scratch import Kronecker, KroneckerSum, LayerIO, ekfac, kfac, layer_ios
-from kfac_scratch.approximations.estimators import Averaged, Estimator
+from kfac_scratch.approximations.estimators import Estimator, MovingAverage
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     deflation,
@@ -16,7 +16,7 @@ from kfac_scratch.approximations.kpsvd import (
     nearest_sum,
 )
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.matrices.damping import balance
 from tests.approximations.test_tkfac import (
     common_size,
@@ -159,7 +159,7 @@ def test_equals_kfac_only_without_correlation(device):
 @pytest.mark.parametrize("case", DEEP_LINEAR[::2] + ONE_DATUM[::5] + CONSTANT_HESSIAN[::5], ids=str)
 def test_exact_where_kfac_is(case, method, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(method(io).dense(), exact[name])
 
@@ -337,5 +337,5 @@ def test_it_is_the_nearest_to_the_average_of_old_and_new(device):
     target = 0.75 * M.dense() + 0.25 * second.block()
     sigma = symmetric_singular_values(target, 3).to(device)
     check_equal(squared_error(after, target), target.square().sum() - sigma[0] ** 2)
-    factors = Averaged(kpsvd).update(M, second, 0.25)
+    factors = MovingAverage(kpsvd).update(M, second, 0.25)
     assert frobenius(after, target) < frobenius(factors, target)

@@ -3,14 +3,14 @@ import torch
 from torch.nn import CrossEntropyLoss
 
 from kfac_scratch import Kronecker, LayerIO, concatenate, ekfac, foof, kfac, layer_ios
-from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.mini_block import (
     mini_block,
     mini_block_filters,
     mini_block_rows,
     mini_block_shared,
 )
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.cases import CONV_PER_LOCATION, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix
 
@@ -57,7 +57,7 @@ def test_block_of_a_neuron_by_hand(S, device):
 @pytest.mark.parametrize("case", NONLINEAR + CONV_PER_LOCATION[18:20], ids=str)
 def test_blocks_are_those_of_the_ggn(case, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(mini_block(io).dense(), on_the_diagonal(exact[name], io.a.shape[-1]))
 
@@ -92,7 +92,7 @@ def test_exact_if_no_datum_reaches_two_neurons(S, device):
 def test_exact_on_the_last_layer_unless_the_loss_mixes_outputs(case, device):
     """The Hessians of squared error and BCE are diagonal, that of cross-entropy is not."""
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     hidden, last = layer_ios(*problem).items()
     check_differs(mini_block(hidden[1]).dense(), exact[hidden[0]])
     check = check_differs if case.loss is CrossEntropyLoss else check_equal
@@ -208,7 +208,7 @@ def test_averages_over_batches_are_those_of_all_data(device):
     first, second = random_io(device, 4), random_io(device, 4)
     both = concatenate([first, second])
     for approximation in (mini_block, mini_block_shared):
-        estimator = Averaged(approximation)
+        estimator = MovingAverage(approximation)
         M = estimator.update(estimator.update(None, first, 1.0), second, 0.5)
         check_equal(2 * M.dense(), approximation(both).dense())
 
@@ -216,7 +216,7 @@ def test_averages_over_batches_are_those_of_all_data(device):
 def test_rows_have_no_average(device):
     """A mean of rows is no rows of a mean: estimators refuse, instead of being wrong."""
     with pytest.raises(TypeError, match="BlocksByRows has no method mixed"):
-        Averaged(mini_block_rows).update(None, random_io(device), 1.0)
+        MovingAverage(mini_block_rows).update(None, random_io(device), 1.0)
 
 
 # ---- filters of a convolution -----------------------------------------------------------------

@@ -4,21 +4,21 @@ import pytest
 import torch
 
 from kfac_scratch import LayerIO, kfac, layer_ios
-from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.randomized import (
     Randomized,
     Sketch,
     leading,
-    nothing,
     nystrom,
     randomized,
     range_basis,
-    rs,
+    rsvd,
     smallest_kept,
-    sre,
+    srevd,
     trace_matched,
+    zero_tail,
 )
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
@@ -26,7 +26,7 @@ from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix
 
-EACH = pytest.mark.parametrize("decomposition", [rs, sre, nystrom])
+EACH = pytest.mark.parametrize("decomposition", [rsvd, srevd, nystrom])
 SMALL = Sketch(rank=7, oversampling=4, iterations=1)
 
 
@@ -69,17 +69,17 @@ def test_eigenvectors_are_orthonormal_and_eigenvalues_descend(decomposition, dty
 def test_rs_is_a_root_and_never_more_than_the_factor(device):
     M, _ = decaying(device)
     Q = range_basis(M, SMALL)
-    found = dense(*rs(M, Q))
+    found = dense(*rsvd(M, Q))
     check_equal(found @ found, M @ Q @ Q.T @ M)
     assert smallest_eigenvalue(found) > -1e-12
-    assert smallest_eigenvalue(M - dense(*rs(M, Q))) > -1e-12
-    assert smallest_eigenvalue(M - dense(*leading(M, SMALL, rs))) > -1e-12
+    assert smallest_eigenvalue(M - dense(*rsvd(M, Q))) > -1e-12
+    assert smallest_eigenvalue(M - dense(*leading(M, SMALL, rsvd))) > -1e-12
 
 
 def test_sre_is_a_compression_and_may_be_more_than_the_factor(device):
     M, values = decaying(device)
     Q = range_basis(M, SMALL)
-    d, U = sre(M, Q)
+    d, U = srevd(M, Q)
     check_equal(dense(d, U), Q @ Q.T @ M @ Q @ Q.T)
     assert (d <= values[:11]).all()
     assert smallest_eigenvalue(M - dense(d, U)) < -1e-3
@@ -99,10 +99,10 @@ def test_order_of_the_eigenvalues(rate, seed, device):
     torch.manual_seed(seed)
     M, values = decaying(device, rate=rate)
     Q = range_basis(M, SMALL)
-    chain = [*(f(M, Q)[0] for f in (sre, rs, nystrom)), values[:11]]
+    chain = [*(f(M, Q)[0] for f in (srevd, rsvd, nystrom)), values[:11]]
     for lower, upper in pairwise(chain):
         assert (lower <= upper + 1e-12).all()
-    below = dense(*nystrom(M, Q)) - dense(*rs(M, Q))
+    below = dense(*nystrom(M, Q)) - dense(*rsvd(M, Q))
     assert smallest_eigenvalue(below) > -1e-12
 
 
@@ -116,10 +116,10 @@ def test_iterations_bring_the_leading_eigenpairs(decomposition, device):
 
 
 def test_rs_is_half_a_power_step_ahead_of_sre(device):
-    """`sre` with one more half step: the same `Q`, seen by the root of the factor's square."""
+    """`srevd` with one more half step: the same `Q`, seen by the root of the factor's square."""
     M, _ = decaying(device)
     Q = range_basis(M, SMALL)
-    check_equal(rs(M, Q)[0].square(), sre(M @ M, Q)[0])
+    check_equal(rsvd(M, Q)[0].square(), srevd(M @ M, Q)[0])
 
 
 @EACH
@@ -172,8 +172,8 @@ def test_powers_without_qr_lose_small_directions(device):
     Y = torch.randn(60, 40, device=device, dtype=torch.float32)
     for _ in range(4):
         Y = M @ Y
-    naive = sre(M, torch.linalg.qr(Y).Q)[0]
-    proper = sre(M, range_basis(M, sketch))[0]
+    naive = srevd(M, torch.linalg.qr(Y).Q)[0]
+    proper = srevd(M, range_basis(M, sketch))[0]
     assert abs(proper[29] / values[29] - 1) < 0.01
     assert abs(naive[29] / values[29] - 1) > 0.1
     assert abs(naive[9] / values[9] - 1) < 0.01  # large ones are right
@@ -181,7 +181,7 @@ def test_powers_without_qr_lose_small_directions(device):
 
 # ---- the tail -----------------------------------------------------------------------------------
 
-TAILS = pytest.mark.parametrize("tail", [nothing, smallest_kept, trace_matched])
+TAILS = pytest.mark.parametrize("tail", [zero_tail, smallest_kept, trace_matched])
 
 
 @TAILS
@@ -196,7 +196,7 @@ def test_error_of_the_damped_inverse(tail, device):
     expected = (1 / (values[7:] + damping) - 1 / (c + damping)).abs().max()
     check_equal(torch.linalg.matrix_norm(wrong, 2), expected)
     eigenvalues = torch.linalg.eigvalsh(wrong)
-    if tail is nothing:
+    if tail is zero_tail:
         assert eigenvalues[0] > -1e-9
     if tail is smallest_kept:
         check_equal(c, values[6])
@@ -214,7 +214,7 @@ def test_matching_the_trace_is_the_best_of_the_three(device):
         return (1 / (tail + damping) - 1 / (c + damping)).abs().max()
 
     d, trace = values[:7], M.trace()
-    mine, none, continued = (f(d, trace, 40) for f in (trace_matched, nothing, smallest_kept))
+    mine, none, continued = (f(d, trace, 40) for f in (trace_matched, zero_tail, smallest_kept))
     check_equal(mine, tail.mean())
     assert error(mine) < error(none)
     assert error(mine) < error(continued)
@@ -225,15 +225,15 @@ def test_matching_the_trace_is_the_best_of_the_three(device):
 @TAILS
 def test_there_is_no_tail_at_full_rank(tail, device):
     M = Randomized(*(decaying(device, d)[0] for d in (5, 3)), Sketch(7))
-    check_equal(M.low_rank(rs, tail).dense(), Kronecker(M.A, M.B).dense())
+    check_equal(M.low_rank(rsvd, tail).dense(), Kronecker(M.A, M.B).dense())
 
 
 def test_traces_are_kept(device):
     M = randomized(7, oversampling=0, iterations=0)(random_io(device))
-    for f in (rs, sre, nystrom):
+    for f in (rsvd, srevd, nystrom):
         check_equal(M.low_rank(f).trace(), Kronecker(M.A, M.B).trace())
     check_equal(M.trace(), M.low_rank().trace())
-    check_differs(M.low_rank(rs, nothing).trace(), M.trace())
+    check_differs(M.low_rank(rsvd, zero_tail).trace(), M.trace())
 
 
 # ---- RS-KFAC ------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_full_rank_is_kfac(S, device):
 @pytest.mark.parametrize("case", DEEP_LINEAR, ids=str)
 def test_exact_where_kfac_is(case, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(randomized()(io).dense(), exact[name])
 
@@ -277,16 +277,16 @@ def test_rank_of_the_batch_is_enough(device):
     check_differs(randomized(5, oversampling=0, iterations=1)(io).dense(), kfac(io).dense())
 
 
-@pytest.mark.parametrize("decomposition", [sre, nystrom])
+@pytest.mark.parametrize("decomposition", [srevd, nystrom])
 def test_other_decompositions_are_other_matrices(decomposition, device):
     M = randomized(3, oversampling=0, iterations=0)(random_io(device, n=30))
-    check_equal(M.low_rank(rs).dense(), M.dense())
+    check_equal(M.low_rank(rsvd).dense(), M.dense())
     check_differs(M.low_rank(decomposition).dense(), M.dense(), by=1e-3)
 
 
 def test_factors_are_averaged_before_they_are_decomposed(device):
     first, second = random_io(device), random_io(device)
-    average = Averaged(randomized(7))
+    average = MovingAverage(randomized(7))
     M = average.update(average.update(None, first, 1.0), second, 0.25)
     assert M.sketch == Sketch(7)
     check_equal(M.A, 0.75 * kfac(first).A + 0.25 * kfac(second).A)

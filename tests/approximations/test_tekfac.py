@@ -4,7 +4,7 @@ import torch
 from kfac_scratch import LayerIO, ekfac, layer_ios
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.approximations.test_tkfac import (
     common_size,
     frobenius,
@@ -75,7 +75,7 @@ def test_farther_than_ekfac_if_the_weights_hide_the_basis(device):
 @pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM + CONSTANT_HESSIAN, ids=str)
 def test_exact_where_kfac_is(case, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(tekfac(io).dense(), exact[name])
 

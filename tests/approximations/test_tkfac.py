@@ -3,9 +3,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch import LayerIO, kfac, layer_ios
-from kfac_scratch.approximations.estimators import Averaged, weight_of_newest
+from kfac_scratch.approximations.estimators import MovingAverage, weight_of_newest
 from kfac_scratch.approximations.tkfac import PartialTraces, tkfac
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONSTANT_HESSIAN, CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR, ONE_DATUM
 from tests.laws import check_differs, check_equal, check_matrix, check_spectrum
@@ -90,7 +90,7 @@ def test_half_a_step_towards_the_nearest_product_from_the_identity(device):
 @pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM + CONSTANT_HESSIAN, ids=str)
 def test_exact_where_kfac_is(case, device):
     problem = case.build(device)
-    exact = block_diagonal(problem[0], ggn(*problem))
+    exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
         check_equal(tkfac(io).dense(), exact[name])
 
@@ -254,7 +254,7 @@ def test_one_input_and_one_output(S, device):
 @SHARED
 def test_averages_have_the_partial_traces_of_the_averaged_block(S, device):
     ios = [random_io(device, S) for _ in range(4)]
-    estimator, M, F = Averaged(tkfac), None, 0
+    estimator, M, F = MovingAverage(tkfac), None, 0
     for t, io in enumerate(ios, start=1):
         weight = weight_of_newest(0.9, t)
         M = estimator.update(M, io, weight)
@@ -268,7 +268,7 @@ def test_averages_have_the_partial_traces_of_the_averaged_block(S, device):
 def test_averages_of_normalised_factors_do_not(device):
     ios = [random_io(device), random_io(device)]
     ios[1] = LayerIO(3 * ios[1].a, ios[1].g)
-    ratios, moments = Averaged(lambda io: tkfac(io).kronecker()), Averaged(tkfac)
+    ratios, moments = MovingAverage(lambda io: tkfac(io).kronecker()), MovingAverage(tkfac)
     wrong, right = ((e.update(e.update(None, ios[0], 1.0), ios[1], 0.5)) for e in (ratios, moments))
     F = (ios[0].block() + ios[1].block()) / 2
     check_equal(right.trace(), F.trace())

@@ -16,8 +16,8 @@ from torch.nn import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from kfac_scratch import EXPAND, REDUCE, blocks, empirical, kfac, layer_ios, stream, type2
-from kfac_scratch.curvature import block_diagonal, empirical_fisher, ggn
+from kfac_scratch import EXPAND, REDUCE, empirical, kfac, layer_groups, layer_ios, stream, type2
+from kfac_scratch.curvature import diagonal_blocks, empirical_fisher, ggn
 from tests.laws import check_equal
 from tests.nets import LOSSES, NETS, REDUCTIONS, problem
 
@@ -34,7 +34,7 @@ COVERED = [net for net in COVERED if str(net) != "tied_to_embedding"]
 @pytest.mark.parametrize("net", COVERED, ids=str)
 def test_block_is_the_exact_ggn_block(net, loss, reduction, device):
     model, *data = problem(net, loss, reduction, device=device)
-    exact = block_diagonal(model, ggn(model, *data))
+    exact = diagonal_blocks(model, ggn(model, *data))
     ios = layer_ios(model, *data)
     assert set(ios) == set(exact)
     for name, io in ios.items():
@@ -45,7 +45,7 @@ def test_block_is_the_exact_ggn_block(net, loss, reduction, device):
 @pytest.mark.parametrize("net", COVERED, ids=str)
 def test_block_is_the_exact_empirical_fisher_block(net, loss, device):
     model, *data = problem(net, loss, device=device)
-    exact = block_diagonal(model, empirical_fisher(model, *data))
+    exact = diagonal_blocks(model, empirical_fisher(model, *data))
     for name, io in layer_ios(model, *data, empirical).items():
         check_equal(io.block(), exact[name])
 
@@ -54,7 +54,7 @@ def test_block_is_the_exact_empirical_fisher_block(net, loss, device):
 def test_gradients_of_all_layers_give_the_whole_ggn(net, device):
     """Also the blocks between layers."""
     model, *data = problem(net, device=device)
-    found = {block.name: block for block in blocks(model)}
+    found = {block.name: block for block in layer_groups(model)}
     G = {name: io.gradients() for name, io in layer_ios(model, *data).items()}
     V, n = next(iter(G.values())).shape[:2]
     rows = []
@@ -74,40 +74,40 @@ def check_same(io, expected, size=1.0):
     assert (io.g - expected.g).abs().max() <= 1e-12 * size
 
 
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("net", COVERED, ids=str)
-def test_chunks_are_the_whole(net, setting, device):
+def test_chunks_are_the_whole(net, flavour, device):
     model, *data = problem(net, CrossEntropyLoss, device=device)
-    whole = layer_ios(model, *data, setting=setting, chunk=1000)
+    whole = layer_ios(model, *data, flavour=flavour, chunk=1000)
     for chunk in (1, 2):
-        parts = list(stream(model, *data, setting=setting, chunk=chunk))
+        parts = list(stream(model, *data, flavour=flavour, chunk=chunk))
         assert all(len(io.g) <= chunk for part in parts for io in part.values())
-        for name, io in layer_ios(model, *data, setting=setting, chunk=chunk).items():
+        for name, io in layer_ios(model, *data, flavour=flavour, chunk=chunk).items():
             check_same(io, whole[name])
 
 
 @pytest.mark.parametrize("net", COVERED, ids=str)
 def test_reduce_setting_is_the_reduced_view(net, device):
     model, *data = problem(net, CrossEntropyLoss, device=device)
-    ios = layer_ios(model, *data, setting=REDUCE)
+    ios = layer_ios(model, *data, flavour=REDUCE)
     for name, io in layer_ios(model, *data).items():
         check_same(ios[name], io.reduced(), size=io.g.abs().max())
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("net", COVERED, ids=str)
-def test_precision_is_the_models_whatever_the_default(net, setting, dtype, default, device):
+def test_precision_is_the_models_whatever_the_default(net, flavour, dtype, default, device):
     data = problem(net, CrossEntropyLoss, device=device, dtype=dtype)
     torch.set_default_dtype(default)
-    for io in layer_ios(*data, setting=setting).values():
+    for io in layer_ios(*data, flavour=flavour).values():
         M = kfac(io)
         V = torch.ones(io.g.shape[-1], io.a.shape[-1], dtype=dtype, device=device)
         for t in (io.a, io.g, M.A, M.B, M @ V, M.inverse(0.1) @ V):
             assert t.dtype == dtype
             assert t.device.type == device.type
-    assert all(M.dtype == dtype for M in block_diagonal(data[0], ggn(*data)).values())
+    assert all(M.dtype == dtype for M in diagonal_blocks(data[0], ggn(*data)).values())
 
 
 def test_autocast_gives_the_parameters_precision(device):
@@ -125,7 +125,7 @@ def test_sizes_of_one(n, s, d, device):
     model = Sequential(Linear(d, 1), Tanh(), Linear(1, d)).to(device)
     X = torch.randn(n, *s, d, device=device)
     data = MSELoss(), X, torch.randn_like(X)
-    exact = block_diagonal(model, ggn(model, *data))
+    exact = diagonal_blocks(model, ggn(model, *data))
     for name, io in layer_ios(model, *data).items():
         check_equal(io.block(), exact[name])
 
@@ -134,9 +134,9 @@ def test_sizes_of_one(n, s, d, device):
 def test_frozen_parameters_are_no_part_of_a_block(what, device):
     model, *data = simple(device)
     getattr(model[0], what).requires_grad_(False)
-    exact = block_diagonal(model, ggn(model, *data))
-    for setting in (EXPAND, REDUCE):
-        for name, io in layer_ios(model, *data, setting=setting).items():
+    exact = diagonal_blocks(model, ggn(model, *data))
+    for flavour in (EXPAND, REDUCE):
+        for name, io in layer_ios(model, *data, flavour=flavour).items():
             check_equal(io.block(), exact[name])
 
 
@@ -204,7 +204,7 @@ def test_a_subclass_that_computes_the_same(device):
 
     model = Sequential(Mine(D, C)).to(device)
     data = MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
-    exact = block_diagonal(model, ggn(model, *data))
+    exact = diagonal_blocks(model, ggn(model, *data))
     check_equal(layer_ios(model, *data)["0"].block(), exact["0"])
 
 
@@ -336,8 +336,8 @@ def test_autocast_does_not_reach_what_capture_computes_itself(fisher, device):
         seen.append(f.dtype)
         return fisher(loss, f, y)
 
-    full = layer_ios(model, nn.CrossEntropyLoss(), X, y, fisher, setting=REDUCE)["0"].a
+    full = layer_ios(model, nn.CrossEntropyLoss(), X, y, fisher, flavour=REDUCE)["0"].a
     with torch.autocast(device.type, torch.bfloat16):
-        half = layer_ios(model, nn.CrossEntropyLoss(), X, y, watched, setting=REDUCE)["0"].a
+        half = layer_ios(model, nn.CrossEntropyLoss(), X, y, watched, flavour=REDUCE)["0"].a
     assert torch.equal(half, full)
     assert seen == [torch.float32]

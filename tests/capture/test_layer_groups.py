@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import Conv1d, Embedding, LayerNorm, Linear, Module, Sequential
 
-from kfac_scratch import blocks, uncovered
+from kfac_scratch import layer_groups, uncovered
 from tests.laws import check_equal
 
 
@@ -12,12 +12,12 @@ def values(model):
 
 
 def names(model, **options):
-    return [name for block in blocks(model, **options) for name in block.names]
+    return [name for block in layer_groups(model, **options) for name in block.names]
 
 
 def test_w_is_the_weight_with_the_bias_as_last_column(device):
     model = Sequential(Linear(3, 2)).to(device)
-    v, (block,) = values(model), blocks(model)
+    v, (block,) = values(model), layer_groups(model)
     (W,) = block.matrices(v)
     check_equal(W[:, :3], v["0.weight"])
     check_equal(W[:, 3], v["0.bias"])
@@ -53,12 +53,12 @@ def frozen(what):
 def test_parameters_undoes_matrices(make, device):
     model = make().to(device)
     v, seen = values(model), {}
-    for block in blocks(model):
+    for block in layer_groups(model):
         seen |= block.parameters(block.matrices(v))
     assert set(seen) == {n for n, p in model.named_parameters() if p.requires_grad}
     for name, value in seen.items():
         check_equal(value, v[name])
-    assert uncovered(model, blocks(model)) == []
+    assert uncovered(model, layer_groups(model)) == []
 
 
 def test_names():
@@ -69,17 +69,17 @@ def test_names():
 
 
 def test_own_biases_of_a_shared_weight_are_columns_of_their_own():
-    (block,) = blocks(tied(False))
+    (block,) = layer_groups(tied(False))
     assert list(block.biases) == ["0.bias", "1.bias"]
     assert block.bias_inputs(block.layers[0]) == [1.0, 0.0]
     assert block.bias_inputs(block.layers[1]) == [0.0, 1.0]
 
 
 def test_frozen_parameters_have_no_columns():
-    bias_only, _ = blocks(frozen("weight"))
+    bias_only, _ = layer_groups(frozen("weight"))
     assert bias_only.weight is None
     assert bias_only.matrices(values(frozen("weight")))[0].shape == (2, 1)
-    assert len(blocks(MODELS["linear"]().requires_grad_(False))) == 0
+    assert len(layer_groups(MODELS["linear"]().requires_grad_(False))) == 0
 
 
 class Custom(Module):
@@ -92,7 +92,7 @@ class Custom(Module):
 
 def test_what_is_not_covered_is_named():
     model = Custom()
-    assert uncovered(model, blocks(model)) == [
+    assert uncovered(model, layer_groups(model)) == [
         "scale",
         "norm.weight",
         "norm.bias",
@@ -104,19 +104,19 @@ def test_what_is_not_covered_is_named():
 def test_a_parametrized_weight_has_no_block():
     model = Sequential(Linear(3, 2), nn.utils.parametrizations.weight_norm(Linear(2, 2)))
     assert names(model) == ["0"]
-    assert len(uncovered(model, blocks(model))) == 3
+    assert len(uncovered(model, layer_groups(model))) == 3
     with pytest.raises(NotImplementedError, match="parametrization"):
-        blocks(model, ["1"])
+        layer_groups(model, ["1"])
 
 
 def test_unknown_layers_are_refused():
     with pytest.raises(ValueError, match="no layer 'head'"):
-        blocks(Sequential(Linear(3, 2)), ["head"])
+        layer_groups(Sequential(Linear(3, 2)), ["head"])
 
 
 def test_named_layers_of_other_kinds_are_refused():
     with pytest.raises(NotImplementedError, match="'norm' is a LayerNorm"):
-        blocks(Custom(), ["norm"])
+        layer_groups(Custom(), ["norm"])
 
 
 def test_named_layers_without_trainable_parameters_are_refused():
@@ -124,14 +124,14 @@ def test_named_layers_without_trainable_parameters_are_refused():
     model[0].requires_grad_(False)
     assert names(model) == ["1"]
     with pytest.raises(ValueError, match="no trainable parameter"):
-        blocks(model, ["0", "1"])
+        layer_groups(model, ["0", "1"])
 
 
 def test_a_weight_used_transposed_is_refused():
     model = Sequential(Embedding(3, 2), Linear(2, 3))
     model[1].weight = model[0].weight
     with pytest.raises(NotImplementedError, match="'0' and '1' share a weight"):
-        blocks(model)
+        layer_groups(model)
     assert names(model, layers=["1"]) == ["1"]
 
 
@@ -139,4 +139,4 @@ def test_a_bias_of_two_blocks_is_refused():
     model = Sequential(Linear(3, 3), Linear(3, 3))
     model[1].bias = model[0].bias
     with pytest.raises(ValueError, match=r"share the bias '0\.bias'"):
-        blocks(model)
+        layer_groups(model)

@@ -18,7 +18,7 @@ from torch.nn import (
 from torch.nn.functional import linear
 
 from kfac_scratch import layer_ios
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.capture.test_hooks import C, D, N, simple
 from tests.laws import check_equal
 
@@ -163,7 +163,7 @@ def test_an_operation_that_cannot_be_batched_needs_chunk_1(device):
     data = MSELoss(), torch.randn(N, D, device=device), torch.randn(N, C, device=device)
     with pytest.raises(RuntimeError, match="pass chunk=1"):
         layer_ios(model, *data, chunk=2)
-    exact = block_diagonal(model, ggn(Sequential(*model), *data))
+    exact = diagonal_blocks(model, ggn(Sequential(*model), *data))
     check_equal(layer_ios(model, *data, chunk=1)["0"].block(), exact["0"])
 
 
@@ -199,6 +199,6 @@ def test_a_weight_used_by_a_function_is_refused(device):
     with pytest.raises(NotImplementedError, match=r"'embed\.weight' is used 2 times.*ran 1 times"):
         layer_ios(TiedHead().to(device), *data)
     own = TiedHead(Linear(4, D)).to(device)
-    exact = block_diagonal(own, ggn(own, *data))
+    exact = diagonal_blocks(own, ggn(own, *data))
     for name, io in layer_ios(own, *data).items():
         check_equal(io.block(), exact[name])

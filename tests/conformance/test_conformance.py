@@ -85,7 +85,7 @@ def test_the_exact_blocks_are_those_of_the_whole_networks_matrix(case):
     data = case.build()
     model, loss = network(case.ops, data.parameters), case.loss.module(data.X)
     of = curvature.empirical_fisher if case.fisher == "empirical" else curvature.ggn
-    blocks = curvature.block_diagonal(model, of(model, loss, data.X, data.y))
+    blocks = curvature.diagonal_blocks(model, of(model, loss, data.X, data.y))
     for name, M in truth.exact(case, data).items():
         check_equal(M[0], blocks[name])
 
@@ -95,7 +95,7 @@ def test_the_exact_blocks_are_those_of_curvlinops(case):
     data = case.build()
     model, loss = network(case.ops, data.parameters), case.loss.module(data.X)
     M = reference.ggn(model, loss, data.X, data.y)
-    blocks = curvature.block_diagonal(model, M)
+    blocks = curvature.diagonal_blocks(model, M)
     for name, F in truth.exact(case, data).items():
         check_equal(F[0], blocks[name])
 
@@ -104,7 +104,7 @@ def test_a_groups_block_is_a_diagonal_block_of_the_whole_convolution():
     case = CASES["conv2d-groups-per-location-mse"]
     data = case.build()
     model, loss = network(case.ops, data.parameters), case.loss.module(data.X)
-    blocks = curvature.block_diagonal(model, curvature.ggn(model, loss, data.X, data.y))
+    blocks = curvature.diagonal_blocks(model, curvature.ggn(model, loss, data.X, data.y))
     for i, M in enumerate(truth.exact(case, data)["conv"]):
         check_equal(M, blocks[f"conv[{i}]"])
 

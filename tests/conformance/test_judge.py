@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kfac_scratch.conformance import Dense, Kronecker, LayerBlock, Vector
+from kfac_scratch.conformance import DenseAnswer, KroneckerAnswer, LayerBlock, VectorAnswer
 from kfac_scratch.conformance.adapters.ours import Adapter
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.ops import conv, linear
@@ -220,7 +220,7 @@ class Biased(Adapter):
     def blocks(self, request):
         found = super().blocks(request)
         return {
-            n: LayerBlock(Kronecker(b.joint.A, self.scale_of_draws * b.joint.B))
+            n: LayerBlock(KroneckerAnswer(b.joint.A, self.scale_of_draws * b.joint.B))
             for n, b in found.items()
         }
 
@@ -258,9 +258,9 @@ def test_layouts_are_undone(axes, bias_at):
         parts = [raw.flatten(0, -2), b[None]]
         v = torch.cat(parts if bias_at == "last" else parts[::-1], 0).flatten()
     right = torch.cat([W.flatten(1), b[:, None]], 1).flatten()
-    block = LayerBlock(Dense(torch.outer(v, v)), bias_at=bias_at, axes=axes)
+    block = LayerBlock(DenseAnswer(torch.outer(v, v)), bias_at=bias_at, axes=axes)
     check_equal(canonical("conv", block, op)["joint"][0], torch.outer(right, right))
-    vector = LayerBlock(Vector(v), bias_at=bias_at, axes=axes)
+    vector = LayerBlock(VectorAnswer(v), bias_at=bias_at, axes=axes)
     check_equal(canonical("conv", vector, op)["joint"][0], right)
 
 
@@ -272,7 +272,7 @@ def test_layouts_of_factors_are_undone(axes, bias_at):
     raw = a if axes == "o i h w" else a.permute(1, 2, 0)
     row = torch.cat([raw.flatten(), b] if bias_at == "last" else [b, raw.flatten()])
     block = LayerBlock(
-        Kronecker(torch.outer(row, row), torch.outer(g, g)), bias_at=bias_at, axes=axes
+        KroneckerAnswer(torch.outer(row, row), torch.outer(g, g)), bias_at=bias_at, axes=axes
     )
     right = torch.outer(g, torch.cat([a.flatten(), b])).flatten()
     check_equal(canonical("conv", block, op)["joint"][0], torch.outer(right, right))
@@ -282,9 +282,9 @@ def test_what_no_layout_fits_is_refused():
     op = linear("fc", 2, 3)
     M = torch.zeros(9, 9)
     for block, words in [
-        (LayerBlock(Dense(M), bias_at="middle"), "expected 'last', 'first' or 'behind'"),
-        (LayerBlock(Dense(M[:8, :8])), "M has shape [8, 8], expected [1, 9, 9] or [9, 9]"),
-        (LayerBlock(Vector(M)), "v has 81 entries, expected 9"),
+        (LayerBlock(DenseAnswer(M), bias_at="middle"), "expected 'last', 'first' or 'behind'"),
+        (LayerBlock(DenseAnswer(M[:8, :8])), "M has shape [8, 8], expected [1, 9, 9] or [9, 9]"),
+        (LayerBlock(VectorAnswer(M)), "v has 81 entries, expected 9"),
         (LayerBlock(), "got the parts []"),
     ]:
         with pytest.raises(Malformed) as caught:

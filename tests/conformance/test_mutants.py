@@ -91,7 +91,9 @@ def test_a_snippet_that_is_gone_is_an_error():
         pass
     twice = Mutant("twice", "return", "", CASE)
     with (
-        pytest.raises(ValueError, match="must occur once in the package, but occurs in {"),
+        pytest.raises(
+            ValueError, match=r"must occur once in the package, but occurs in .*layer_io"
+        ),
         twice.adapter(),
     ):
         pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import kfac_scratch.conformance
+import kfac_scratch.conformance.vectors
 from kfac_scratch.conformance.__main__ import main
 from kfac_scratch.conformance.cases.case import Loss
 from kfac_scratch.conformance.cases.families import CASES
@@ -22,8 +22,8 @@ from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.vectors import export, grid
 from kfac_scratch.conformance.vectors import files as vectors
 
-PACKAGE = Path(kfac_scratch.conformance.__file__).parent
-CONSUMERS = PACKAGE / "consumers"
+VECTORS = Path(kfac_scratch.conformance.vectors.__file__).parent
+CONSUMERS = VECTORS / "consumers"
 SOME = [  # one of each kind of content
     "deep-linear-mse-mean-bias",
     "mlp-cross-entropy-sum",
@@ -125,7 +125,7 @@ def test_ties_of_other_numbers_are_refused():
 
 def test_the_manifest_obeys_its_schema():
     manifest = json.loads((vectors.SHIPPED / "manifest.json").read_text(encoding="utf-8"))
-    schema = json.loads((PACKAGE / "vectors.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((VECTORS / "vectors.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(manifest, schema)
     assert {case["theorem"] for case in manifest["cases"]} <= set(manifest["theorems"])
@@ -144,10 +144,10 @@ def test_every_deterministic_case_is_there(shipped):
 
 
 def test_everything_that_is_read_is_packaged():
-    config = (PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    config = (VECTORS.parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     for pattern in ("consumers/*.py", "kfac-vectors-1/*", "ties.json", "vectors.schema.json"):
         assert f'"{pattern}"' in config
-        assert list(PACKAGE.glob(pattern))
+        assert list(VECTORS.glob(pattern))
 
 
 def test_what_is_given_is_exact_in_single_precision(shipped):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kfac_scratch.matrices.block_diagonal import Beside, BlockDiagonal
+from kfac_scratch.matrices.block_diagonal import BlockDiagonal, FiltersAndBias
 from kfac_scratch.matrices.diagonal import Diagonal
 from tests.laws import check_equal, check_matrix
 
@@ -24,7 +24,7 @@ def test_obeys_the_laws_of_matrices(K, dtype, device):
 @pytest.mark.parametrize("biases", [0, 1, 2])
 def test_beside_obeys_them_too(biases, device):
     scale = torch.rand(3, biases, device=device)
-    M = Beside(BlockDiagonal(psd(6, 4, device)), Diagonal(scale))
+    M = FiltersAndBias(BlockDiagonal(psd(6, 4, device)), Diagonal(scale))
     check_matrix(M, (3, 8 + biases))
     check_equal(M.trace(), M.dense().trace())
     check_equal(M.diagonal(), M.dense().diagonal())
@@ -34,7 +34,7 @@ def test_beside_acts_on_columns(device):
     filters, bias = BlockDiagonal(psd(6, 4, device)), Diagonal(torch.rand(3, 1, device=device))
     V = torch.randn(3, 9, device=device)
     expected = torch.cat([filters @ V[:, :8], bias @ V[:, 8:]], 1)
-    check_equal(Beside(filters, bias) @ V, expected)
+    check_equal(FiltersAndBias(filters, bias) @ V, expected)
 
 
 def test_a_block_without_inverse_is_refused(device):

@@ -7,7 +7,7 @@ from kfac_scratch.matrices.damping import (
     factored_inverse,
     levenberg_marquardt,
     reduction_ratio,
-    relative,
+    relative_damping,
 )
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -82,9 +82,11 @@ def test_factored_damping_must_be_positive(damping, device):
 def test_relative_damping_is_a_fraction_of_the_mean_eigenvalue(device):
     K = example(device)
     for M in (K, K.eigen(), Dense(K.dense())):
-        assert relative(M, 0.3) == pytest.approx(0.3 * float(K.eigenvalues().mean()), rel=1e-12)
+        assert relative_damping(M, 0.3) == pytest.approx(
+            0.3 * float(K.eigenvalues().mean()), rel=1e-12
+        )
     scaled = Kronecker(K.A, 5 * K.B)
-    assert relative(scaled, 0.3) == pytest.approx(5 * relative(K, 0.3), rel=1e-12)
+    assert relative_damping(scaled, 0.3) == pytest.approx(5 * relative_damping(K, 0.3), rel=1e-12)
 
 
 # ---- Levenberg-Marquardt ----------------------------------------------------------------------

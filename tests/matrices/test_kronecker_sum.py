@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.kronecker_sum import IterativeInverse, KroneckerSum
+from kfac_scratch.matrices.kronecker_sum import ConjugateGradientInverse, KroneckerSum
 from tests.laws import check_equal
 from tests.matrices.test_matrices import D_IN, D_OUT, kronecker_sum, to
 
@@ -27,7 +27,7 @@ def test_an_indefinite_sum_is_refused(device):
 def test_with_damping_every_product_solves_a_system(device):
     M, V = to(kronecker_sum(), device), torch.randn(5, D_OUT, D_IN, device=device)
     inverse = M.inverse(0.3)
-    assert isinstance(inverse, IterativeInverse)
+    assert isinstance(inverse, ConjugateGradientInverse)
     check_equal(inverse @ (M @ V + 0.3 * V), V)
 
 

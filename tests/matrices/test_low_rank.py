@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -104,7 +104,7 @@ def test_no_square_matrix_is_needed(device):
 
 def test_bases_are_never_averaged(device):
     io = LayerIO(torch.randn(2, 1, D_IN, device=device), torch.randn(1, 2, 1, D_OUT, device=device))
-    average = Averaged(lambda _: example(device))
+    average = MovingAverage(lambda _: example(device))
     with pytest.raises(TypeError, match="no method mixed"):
         average.update(example(device), io, 0.5)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kfac_scratch.linalg import eye_like
-from kfac_scratch.matrices.low_rank_update import brand_update, split
+from kfac_scratch.matrices.low_rank_update import brand_update, split_by_span
 from tests.laws import check_equal, error
 
 
@@ -30,7 +30,7 @@ def test_an_update_is_an_eigendecomposition(r, K, dtype, device):
 
 def test_split_is_by_the_span(device):
     U, X = orthonormal(device, 20, 7), torch.randn(20, 4, device=device)
-    C, Q, R = split(U, X)
+    C, Q, R = split_by_span(U, X)
     check_equal(U @ C + Q @ R, X)
     check_equal(U @ C, U @ U.T @ X)
     assert (U.T @ Q).abs().max() < 1e-14
@@ -82,7 +82,7 @@ def test_a_wide_batch_in_the_span_adds_nothing(dtype, device):
     """One projection leaves round-off that grows with the width; two do not."""
     U = orthonormal(device, 4000, 200, dtype)
     X = U @ torch.randn(200, 64, device=device, dtype=dtype)
-    assert split(U, X)[1].shape == (4000, 0)
+    assert split_by_span(U, X)[1].shape == (4000, 0)
 
 
 def test_without_care_the_basis_is_lost(device):

@@ -26,7 +26,7 @@ from benchmarks.tasks import TASKS, Task, autoencoder, squared_error
 from benchmarks.training import RESULTS, cost, median, rank, search, stored, summary, written
 from benchmarks.variants import VARIANTS
 from kfac_scratch import EXPAND, KFAC, REDUCE, layer_ios, monte_carlo
-from kfac_scratch.capture.layer_groups import blocks, uncovered
+from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 
 SPACE = {"lr": Log(1e-3, 1e-1), "mode": Choice(("a", "b", "c"))}
 
@@ -240,16 +240,16 @@ def test_timed_steps_hold_whole_periods():
 
 
 @pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE])
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE])
 @pytest.mark.filterwarnings("ignore:No block covers")
-def test_kfac_sees_every_layer_of_every_task(name, setting):
+def test_kfac_sees_every_layer_of_every_task(name, flavour):
     task = TASKS[name]()
     model = task.model()
-    ios = layer_ios(model, task.loss, task.X[:8], task.y[:8], monte_carlo(1), setting=setting)
+    ios = layer_ios(model, task.loss, task.X[:8], task.y[:8], monte_carlo(1), flavour=flavour)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert list(ios) == layers
     assert all(io.g.abs().sum() > 0 for io in ios.values())
-    left = {n for n in uncovered(model, blocks(model)) if "norm" not in n and n != "position"}
+    left = {n for n in uncovered(model, layer_groups(model)) if "norm" not in n and n != "position"}
     assert not left
 
 

@@ -1,4 +1,4 @@
-"""Imports only go down: the floors of the house are read off the tree, and no room is below itself."""
+"""Imports only go down: floors are read off the tree, and no room lies below itself."""
 
 import ast
 import importlib

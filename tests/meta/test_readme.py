@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kfac_scratch import REDUCE, kfac, layer_ios
-from kfac_scratch.curvature import block_diagonal, ggn
+from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.laws import check_equal
 
 README = Path(__file__).parents[2] / "README.md"
@@ -29,10 +29,10 @@ def test_example_runs():
     assert {n: v.shape for n, v in shown["step"].items()} == {
         n: p.shape for n, p in shown["model"].named_parameters()
     }
-    for name, io in layer_ios(*data, setting=REDUCE).items():
+    for name, io in layer_ios(*data, flavour=REDUCE).items():
         check_equal(shown["reduce"][name].A, kfac(io).A)
     few = data[0].double(), data[1], data[2][:3].double(), data[3][:3]
-    exact = block_diagonal(few[0], ggn(*few))["0"]
+    exact = diagonal_blocks(few[0], ggn(*few))["0"]
     check_equal(layer_ios(*few)["0"].block(), exact)
     assert shown["exact"].shape == exact.shape
 

@@ -10,7 +10,7 @@ from kfac_scratch import EXPAND, KFAC, REDUCE, Latest, factored_inverse, graft, 
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
-from kfac_scratch.approximations.estimators import Averaged
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     deflation,
@@ -23,12 +23,12 @@ from kfac_scratch.approximations.kpsvd import (
     nearest_sum,
 )
 from kfac_scratch.approximations.mini_block import mini_block, mini_block_rows, mini_block_shared
-from kfac_scratch.approximations.randomized import Sketch, randomized, sre
+from kfac_scratch.approximations.randomized import Sketch, randomized, srevd
 from kfac_scratch.approximations.skfac import Window, skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.matrices.roots import factored_woodbury
-from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual
+from kfac_scratch.matrices.kronecker_columns import factored_woodbury_inverse
+from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction, two_level
@@ -37,7 +37,7 @@ from tests.laws import check_equal
 VARIANTS = {
     "tkfac": {"approximation": tkfac},
     "tekfac": {"approximation": tekfac},
-    "tekfac-amortised": {"approximation": AmortisedEKFAC(2, Averaged(tkfac))},
+    "tekfac-amortised": {"approximation": AmortisedEKFAC(2, MovingAverage(tkfac))},
     "kpsvd": {"approximation": kpsvd},
     "kpsvd-recompressed": {"approximation": Recompressed(nearest_product)},
     "ekpsvd": {"approximation": ekpsvd},
@@ -48,10 +48,10 @@ VARIANTS = {
     },
     "lanczos": {"approximation": Latest(lanczos), "invert": guarded_inverse},
     "kfac-corrected": {"approximation": Latest(kfac_corrected), "invert": guarded_inverse},
-    "skfac": {"approximation": Latest(skfac), "invert": factored_woodbury},
+    "skfac": {"approximation": Latest(skfac), "invert": factored_woodbury_inverse},
     "skfac-window": {"approximation": Window(3)},
     "rs": {"approximation": randomized(3, oversampling=2)},
-    "sre": {"approximation": randomized(3), "invert": lambda M, d: M.low_rank(sre).inverse(d)},
+    "sre": {"approximation": randomized(3), "invert": lambda M, d: M.low_rank(srevd).inverse(d)},
     "b": {"approximation": Brand(3)},
     "b-r": {"approximation": Repaired(Brand(3), refreshed(Sketch(3, 2)), 2)},
     "b-c": {"approximation": Repaired(Brand(3), corrected(0.5), 2)},
@@ -72,12 +72,12 @@ def problem(device):
     return model.to(device), CrossEntropyLoss(), X, y
 
 
-def trained(settings, device, steps, setting=EXPAND):
+def trained(settings, device, steps, flavour=EXPAND):
     model, loss, X, y = problem(device)
     optimizer = KFAC(
         model,
         loss,
-        **{"lr": 0.03, "controls": [graft()], "setting": setting} | settings,
+        **{"lr": 0.03, "controls": [graft()], "flavour": flavour} | settings,
         factor_every=2,
         inverse_every=2,
         generator=torch.Generator(device).manual_seed(0),
@@ -93,10 +93,10 @@ def trained(settings, device, steps, setting=EXPAND):
     return optimizer, losses
 
 
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_descends(name, setting, device):
-    _, losses = trained(VARIANTS[name], device, 13, setting)
+def test_descends(name, flavour, device):
+    _, losses = trained(VARIANTS[name], device, 13, flavour)
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -123,7 +123,9 @@ def _shape(optimizer, name):
 
 
 @pytest.mark.parametrize("combine", [additive, adef2])
-@pytest.mark.parametrize("space", [nicolaides, residual, krylov(nicolaides)])
+@pytest.mark.parametrize(
+    "space", [nicolaides_space, residual_space, krylov_space(nicolaides_space)]
+)
 def test_coarse_correction_is_the_two_level_step(space, combine, device):
     optimizer, _ = trained({"fisher": type2, "momentum": 0.0, "damping": 0.1}, device, 1)
     model, loss, X, y = optimizer.model, *problem(device)[1:]

@@ -25,7 +25,7 @@ from kfac_scratch import EXPAND, REDUCE, ekfac, empirical, foof, kfac, layer_ios
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.curvature import block_index, flatten_values, ggn, hessian
-from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative
+from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative_damping
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.quadratic_model import quadratic_model
 from kfac_scratch.optimizer.step_control import graft, kl_clip, norm_constraint
@@ -107,15 +107,15 @@ def test_deep_linear_net_takes_the_damped_newton_step_of_every_block(approximati
     check_differs(expected, 0.3 * newton(G, model, 0.2))  # without blocks it is another step
 
 
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE])
-def test_matrices_are_those_of_the_approximation(setting, device):
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE])
+def test_matrices_are_those_of_the_approximation(flavour, device):
     torch.manual_seed(0)
     model = Sequential(Conv2d(2, 3, 3), ReLU(), Flatten(), Linear(27, 3)).to(device)
     X, y = torch.randn(7, 2, 5, 5, device=device), torch.randint(3, (7,), device=device)
     loss = CrossEntropyLoss()
-    optimizer = KFAC(model, loss, approximation=foof, setting=setting, **PLAIN)
+    optimizer = KFAC(model, loss, approximation=foof, flavour=flavour, **PLAIN)
     optimizer.observe(X, y)
-    for name, io_ in layer_ios(model, loss, X, y, setting=setting).items():
+    for name, io_ in layer_ios(model, loss, X, y, flavour=flavour).items():
         check_equal(optimizer.matrices[name].dense(), foof(io_).dense())
 
 
@@ -123,7 +123,7 @@ def test_reduced_view_as_an_approximation_equals_the_reduce_setting(device):
     torch.manual_seed(0)
     model = Sequential(Conv2d(2, 3, 3), Flatten(), Linear(27, 3)).to(device)
     X, y = torch.randn(7, 2, 5, 5, device=device), torch.randint(3, (7,), device=device)
-    one = KFAC(model, CrossEntropyLoss(), setting=REDUCE, **PLAIN)
+    one = KFAC(model, CrossEntropyLoss(), flavour=REDUCE, **PLAIN)
     other = KFAC(model, CrossEntropyLoss(), approximation=lambda io: kfac(io.reduced()), **PLAIN)
     for optimizer in (one, other):
         optimizer.observe(X, y)
@@ -217,7 +217,7 @@ def test_damping_per_layer(device):
     for name, damping in (("0", 0.5), ("2", 0.2)):
         expected = optimizer.matrices[name].inverse(damping)
         check_equal(optimizer.inverses[name].dense(), expected.dense())
-    optimizer = KFAC(model, loss, invert=lambda M, f: M.inverse(relative(M, f)), **PLAIN)
+    optimizer = KFAC(model, loss, invert=lambda M, f: M.inverse(relative_damping(M, f)), **PLAIN)
     take(optimizer, *data(device))
     M = optimizer.matrices["0"]
     mean = float(M.eigenvalues().mean())
@@ -475,7 +475,7 @@ for name in RESUMABLE:
 """
 RESUMABLE = {
     "kfac": {"controls": [graft(), kl_clip(0.01)]},
-    "amortised": {"approximation": AmortisedEKFAC(2), "controls": [graft()], "setting": REDUCE},
+    "amortised": {"approximation": AmortisedEKFAC(2), "controls": [graft()], "flavour": REDUCE},
     "model": {"controls": [quadratic_model], "adapt_damping": levenberg_marquardt},
     "factored": {"invert": factored_inverse, "lr": 0.1, "controls": [norm_constraint(0.3)]},
 }

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import LayerNorm, Linear, Sequential
 
-from kfac_scratch.capture.layer_groups import blocks, layer_names
+from kfac_scratch.capture.layer_groups import layer_groups, layer_names
 from kfac_scratch.optimizer.parameter_groups import covered, trainable
 
 
@@ -39,7 +39,7 @@ def test_foreign_parameters_are_refused():
 
 def test_blocks_are_covered_whole_or_not_at_all():
     model = network()
-    found = blocks(model)
+    found = layer_groups(model)
     assert [b.name for b in covered(found, {"0.weight", "0.bias"})] == ["0"]
     assert covered(found, {"1.weight"}) == []
     with pytest.raises(ValueError, match="block '0' only a part was given"):
@@ -51,10 +51,13 @@ def test_blocks_are_covered_whole_or_not_at_all():
 def test_a_frozen_bias_is_no_part():
     model = network()
     model[0].bias.requires_grad_(False)
-    assert [b.name for b in covered(blocks(model), {"0.weight"})] == ["0"]
+    assert [b.name for b in covered(layer_groups(model), {"0.weight"})] == ["0"]
 
 
 def test_layers_of_blocks_are_named_with_those_that_share():
     model = network()
-    assert layer_names(model, blocks(model)[1:]) == ["2", "3"]
-    assert [b.name for b in blocks(model, layer_names(model, blocks(model)))] == ["0", "2"]
+    assert layer_names(model, layer_groups(model)[1:]) == ["2", "3"]
+    assert [b.name for b in layer_groups(model, layer_names(model, layer_groups(model)))] == [
+        "0",
+        "2",
+    ]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import Conv1d, Embedding, Flatten, LayerNorm, Linear, MSELoss, Sequential, Tanh
 
-from kfac_scratch import Dense, blocks, kfac, layer_ios, preconditioner
+from kfac_scratch import Dense, kfac, layer_groups, layer_ios, preconditioner
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.optimizer.preconditioner import inverses
 from tests.laws import check_equal
@@ -26,8 +26,8 @@ def test_step_solves_the_block_diagonal_system(device):
     """With exact blocks, the step is the dense block-diagonal natural-gradient step."""
     model, loss, X, y = problem(device)
     grads = gradients(model, loss, X, y)
-    blocks = {name: io.block() for name, io in layer_ios(model, loss, X, y).items()}
-    inverses = {name: Dense(M).inverse(DAMPING) for name, M in blocks.items()}
+    layer_groups = {name: io.block() for name, io in layer_ios(model, loss, X, y).items()}
+    inverses = {name: Dense(M).inverse(DAMPING) for name, M in layer_groups.items()}
     step = preconditioner(model, inverses)(grads)
     G = ggn(model, loss, X, y)
     kept = torch.zeros_like(G)
@@ -89,7 +89,7 @@ def test_maps_must_belong_to_the_blocks(device):
 
 def test_inverses_have_the_damping_of_their_block(device):
     model = Sequential(Linear(5, 4), Linear(4, 3)).to(device)
-    found = blocks(model)
+    found = layer_groups(model)
     matrices = {
         name: Dense(torch.eye(b.matrices(dict(model.named_parameters()))[0].numel(), device=device))
         for b in found

@@ -6,7 +6,12 @@ from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Linear, MSELoss, Seque
 
 from kfac_scratch import Dense, ekfac, factored_inverse, kfac, layer_ios, preconditioner
 from kfac_scratch.curvature import block_index, ggn
-from kfac_scratch.optimizer.coarse_spaces import krylov, nicolaides, residual, spectral
+from kfac_scratch.optimizer.coarse_spaces import (
+    krylov_space,
+    nicolaides_space,
+    residual_space,
+    spectral_space,
+)
 from kfac_scratch.optimizer.two_level import (
     additive,
     adef1,
@@ -14,7 +19,7 @@ from kfac_scratch.optimizer.two_level import (
     bnn,
     coarse_inverse,
     coarse_matrix,
-    curvature,
+    joint_curvature,
     two_level,
 )
 from tests import nets
@@ -22,7 +27,7 @@ from tests.laws import check_differs, check_equal
 
 DAMPING = 0.05
 COMBINATIONS = (additive, adef1, adef2, bnn)
-SPACES = (nicolaides, residual, spectral, krylov(nicolaides))
+SPACES = (nicolaides_space, residual_space, spectral_space, krylov_space(nicolaides_space))
 
 
 class Problem:
@@ -34,7 +39,7 @@ class Problem:
         F = ggn(model, loss, X, y)
         self.F = F + damping * torch.eye(len(F), dtype=F.dtype, device=F.device)
         self.maps = {name: kfac(io).inverse(damping) for name, io in self.ios.items()}
-        self.product = curvature(self.ios, damping)
+        self.product = joint_curvature(self.ios, damping)
 
     def split(self, v):
         return {name: v[index] for name, index in self.index.items()}
@@ -64,7 +69,7 @@ class Problem:
     def space(self, make, r=None):
         return make(self.maps, self.split(self.random() if r is None else r))
 
-    def step(self, r, combine=adef2, Z=None, make=nicolaides):
+    def step(self, r, combine=adef2, Z=None, make=nicolaides_space):
         Z = make(self.maps, self.split(r)) if Z is None else Z
         Q = coarse_inverse(self.ios, Z, self.damping)
         return self.joined(combine(self.fine, self.product, Q)(self.split(r)))
@@ -103,7 +108,7 @@ def test_curvature_is_the_whole_ggn(net, device):
     p = Problem(*nets.problem(net, device=device))
     v = p.random()
     check_equal(p.joined(p.product(p.split(v))), p.F @ v)
-    E = coarse_matrix(p.ios, p.space(krylov(nicolaides)), p.damping)
+    E = coarse_matrix(p.ios, p.space(krylov_space(nicolaides_space)), p.damping)
     assert E.shape == (2 * len(p.ios), 2 * len(p.ios))
 
 
@@ -118,7 +123,7 @@ def test_coarse_matrix_is_exact(loss, space, device):
 def test_coarse_damping_is_the_number_of_weights(device):
     """Not the identity: a direction of ones is as long as the block has weights."""
     p = mlp_problem(device)
-    Z = p.space(nicolaides)
+    Z = p.space(nicolaides_space)
     damping = coarse_matrix(p.ios, Z, 1.0) - coarse_matrix(p.ios, Z, 0.0)
     check_equal(damping, torch.tensor([30.0, 35, 18], device=device).diag())
 
@@ -126,7 +131,7 @@ def test_coarse_damping_is_the_number_of_weights(device):
 def test_factors_between_layers_are_not_exact(device):
     """Kronecker-approximated cross-blocks, as in the paper's code, give another coarse matrix."""
     p = mlp_problem(device)
-    E = coarse_matrix(p.ios, p.space(nicolaides), 0.0)
+    E = coarse_matrix(p.ios, p.space(nicolaides_space), 0.0)
     a = torch.stack([io.a[:, 0].sum(1) for io in p.ios.values()])  # [L, N]
     g = torch.stack([io.g[:, :, 0].sum(2) for io in p.ios.values()])  # [L, V, N]
     factored = a @ a.T / a.shape[1] * torch.einsum("kvn,lvn->kl", g, g)
@@ -147,7 +152,7 @@ def test_coarse_inverse(space, dtype, device):
 
 def test_only_the_span_of_the_directions_counts(device):
     p = mlp_problem(device)
-    Z, r = p.space(krylov(nicolaides)), p.random()
+    Z, r = p.space(krylov_space(nicolaides_space)), p.random()
     mixed = {name: torch.stack([1e6 * z[0] + z[1], 1e-6 * z[1]]) for name, z in Z.items()}
     twice = {name: torch.cat([z, z, 0 * z]) for name, z in Z.items()}
     for other in (mixed, twice):
@@ -163,14 +168,14 @@ def test_only_the_span_of_the_directions_counts(device):
 @pytest.mark.parametrize("combine", COMBINATIONS)
 def test_an_empty_space_changes_nothing(combine, device):
     p = mlp_problem(device)
-    empty = {name: z[:0] for name, z in p.space(nicolaides).items()}
+    empty = {name: z[:0] for name, z in p.space(nicolaides_space).items()}
     r = p.random()
     check_equal(p.step(r, combine, empty), p.joined(p.fine(p.split(r))))
 
 
 def test_a_block_may_have_no_direction(device):
     p = mlp_problem(device)
-    Z = p.space(krylov(nicolaides))
+    Z = p.space(krylov_space(nicolaides_space))
     Z = {**Z, "2": Z["2"][:0]}
     check_equal(coarse_matrix(p.ios, Z, p.damping), p.dense(Z).T @ p.F @ p.dense(Z))
 
@@ -192,7 +197,7 @@ def test_the_full_space_solves_exactly(combine, device):
 def test_gradients_from_the_coarse_space_are_solved_exactly(combine, device):
     """`r` in the span of `F Z`: by the forms that start with the coarse step."""
     p = mlp_problem(device)
-    Z = p.space(nicolaides)
+    Z = p.space(nicolaides_space)
     x = p.dense(Z) @ torch.randn(3, device=device)
     check = check_equal if combine in (adef1, bnn) else check_differs
     check(p.step(p.F @ x, combine, Z), x)
@@ -202,7 +207,7 @@ def test_gradients_from_the_coarse_space_are_solved_exactly(combine, device):
 def test_nothing_is_left_in_the_coarse_space(combine, device):
     """For every `r`, by the forms that end with the coarse step."""
     p = mlp_problem(device)
-    r, Z = p.random(), p.space(nicolaides)
+    r, Z = p.random(), p.space(nicolaides_space)
     left = p.dense(Z).T @ (r - p.F @ p.step(r, combine, Z))
     size = (p.dense(Z).T @ r).abs().max()
     if combine in (adef2, bnn):
@@ -220,14 +225,14 @@ def test_a_perfect_fine_level_is_left_alone(combine, device):
     p.maps = {name: Dense(io.block()).inverse(DAMPING) for name, io in p.ios.items()}
     r = p.random()
     check = check_differs if combine is additive else check_equal
-    for space in (nicolaides, krylov(nicolaides)):
+    for space in (nicolaides_space, krylov_space(nicolaides_space)):
         check(p.step(r, combine, make=space), torch.linalg.solve(p.F, r))
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
 def test_symmetric_or_not(combine, device):
     p = mlp_problem(device)
-    Z = p.space(nicolaides)
+    Z = p.space(nicolaides_space)
     P = matrix(p, combine, Z)
     if combine in (additive, bnn):
         check_equal(P, P.T)
@@ -238,7 +243,7 @@ def test_symmetric_or_not(combine, device):
 
 def test_adef1_and_adef2_are_transposes(device):
     p = mlp_problem(device)
-    Z, r, v = p.space(nicolaides), p.random(), p.random()
+    Z, r, v = p.space(nicolaides_space), p.random(), p.random()
     check_equal(p.step(r, adef1, Z) @ v, p.step(v, adef2, Z) @ r)
 
 
@@ -265,13 +270,21 @@ def worse(p, combine, Z, trials=500):
     return int((errors[0] > errors[1] * (1 + 1e-12)).sum())
 
 
-@pytest.mark.parametrize("space", [nicolaides, spectral, krylov(nicolaides), krylov(spectral)])
+@pytest.mark.parametrize(
+    "space",
+    [
+        nicolaides_space,
+        spectral_space,
+        krylov_space(nicolaides_space),
+        krylov_space(spectral_space),
+    ],
+)
 def test_adef2_is_never_worse_than_its_fine_level(space, device):
     p = mlp_problem(device)
     assert worse(p, adef2, p.space(space)) == 0
 
 
-@pytest.mark.parametrize("space", [residual, krylov(residual)])
+@pytest.mark.parametrize("space", [residual_space, krylov_space(residual_space)])
 def test_nor_with_a_space_that_depends_on_the_gradient(space, device):
     p = mlp_problem(device)
     for _ in range(30):
@@ -283,7 +296,7 @@ def test_nor_with_a_space_that_depends_on_the_gradient(space, device):
 def test_adef2_is_never_worse_than_any_fine_level(device):
     """Even one that goes uphill."""
     p = mlp_problem(device)
-    Z = p.space(nicolaides)
+    Z = p.space(nicolaides_space)
     for maps in (
         {name: ekfac(io).inverse(0.5) for name, io in p.ios.items()},
         {name: factored_inverse(kfac(io), DAMPING) for name, io in p.ios.items()},
@@ -297,14 +310,14 @@ def test_a_larger_space_is_never_worse(device):
     p = mlp_problem(device)
     for _ in range(20):
         r = p.random()
-        small, large = p.step(r, make=residual), p.step(r, make=krylov(residual))
+        small, large = p.step(r, make=residual_space), p.step(r, make=krylov_space(residual_space))
         assert p.error(large, r) <= p.error(small, r)
 
 
 def test_the_others_may_be_worse(device):
     """The additive form in most cases."""
     p = mlp_problem(device, damping=0.01)
-    found = {combine: worse(p, combine, p.space(nicolaides)) for combine in COMBINATIONS}
+    found = {combine: worse(p, combine, p.space(nicolaides_space)) for combine in COMBINATIONS}
     assert found[adef2] == 0
     assert 100 < found[bnn] < 400 < found[additive]
 
@@ -312,7 +325,7 @@ def test_the_others_may_be_worse(device):
 def test_the_error_is_projected(device):
     """ADEF2 leaves `(I - Q F) e` of KFAC's error `e`: a projection, orthogonal in F's norm."""
     p = mlp_problem(device)
-    r, Z = p.random(), p.dense(p.space(nicolaides))
+    r, Z = p.random(), p.dense(p.space(nicolaides_space))
     exact, x = torch.linalg.solve(p.F, r), p.joined(p.fine(p.split(r)))
     Pi = Z @ torch.linalg.solve(Z.T @ p.F @ Z, Z.T @ p.F)
     e = x - exact
@@ -325,9 +338,9 @@ def test_residual_space_gives_every_block_its_best_length(device):
     """The minimum of the damped quadratic model over all lengths of the blocks' fine steps."""
     p = mlp_problem(device)
     r = p.random()
-    Z = p.dense(p.space(residual, r))
+    Z = p.dense(p.space(residual_space, r))
     best = Z @ torch.linalg.solve(Z.T @ p.F @ Z, Z.T @ r)
-    check_equal(p.step(r, make=residual), best)
+    check_equal(p.step(r, make=residual_space), best)
     check_differs(best, Z.sum(1))
 
 
@@ -340,7 +353,7 @@ def test_spectral_directions_are_the_flattest(device):
     K = {name: kfac(io) for name, io in p.ios.items()}
     factored = {name: factored_inverse(M, DAMPING) for name, M in K.items()}
     for maps in (p.maps, factored):
-        for name, (z,) in spectral(maps, p.split(p.random())).items():
+        for name, (z,) in spectral_space(maps, p.split(p.random())).items():
             eigenvalues = K[name].eigenvalues()
             assert (K[name] @ z - eigenvalues[0] * z).abs().max() < 1e-10 * eigenvalues[-1]
             check_equal(z.norm(), torch.ones_like(z[0, 0]))
@@ -350,13 +363,13 @@ def test_spectral_needs_eigenvectors(device):
     p = mlp_problem(device)
     maps = {name: Dense(io.block()) for name, io in p.ios.items()}
     with pytest.raises(TypeError, match="The inverse of block '0', a Dense"):
-        spectral(maps, p.split(p.random()))
+        spectral_space(maps, p.split(p.random()))
 
 
 def test_krylov_adds_what_the_fine_level_makes_of_a_space(device):
     p = mlp_problem(device)
     r = p.split(p.random())
-    for name, Z in krylov(krylov(residual))(p.maps, r).items():
+    for name, Z in krylov_space(krylov_space(residual_space))(p.maps, r).items():
         x = p.maps[name] @ r[name]
         check_equal(Z[3], p.maps[name] @ (p.maps[name] @ x))
         check_equal(Z[0], x)
@@ -388,7 +401,7 @@ def test_by_default_one_direction_for_each_block_after_the_fine_step(device):
     p, g = Problem(*problem), gradients(*problem)
     r = torch.cat([v.flatten() for v in g.values()])
     step = two_level(p.model, p.ios, p.maps, DAMPING)(g)
-    check_equal(torch.cat([step[n].flatten() for n in g]), p.step(r, adef2, make=nicolaides))
+    check_equal(torch.cat([step[n].flatten() for n in g]), p.step(r, adef2, make=nicolaides_space))
 
 
 def test_without_directions_it_is_one_level(device):
@@ -439,7 +452,7 @@ def test_float32(combine, device):
     p, q = mlp_problem(device, dtype=torch.float32), mlp_problem(device)
     r = q.random()
     step = partial(p.step, r.float(), combine)
-    for space in (nicolaides, residual):
+    for space in (nicolaides_space, residual_space):
         check_equal(step(make=space), q.step(r, combine, make=space).float())
 
 

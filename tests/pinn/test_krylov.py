@@ -5,21 +5,21 @@ import torch
 
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.pinn.jacobian import (
-    dot,
+    block_weights,
     flat,
-    jacobian,
+    inner_product,
+    layer_jacobian,
     residuals,
     times,
     transposed_times,
-    weights,
 )
-from kfac_scratch.pinn.krylov import KFACKrylov, krylov, stacked, unstacked
+from kfac_scratch.pinn.krylov import KFACKrylov, krylov_direction, stacked, unstacked
 from kfac_scratch.pinn.preconditioners import TermWise
 from kfac_scratch.pinn.problems import mlp, poisson
-from kfac_scratch.pinn.solvers import best_combination, combined, dense
+from kfac_scratch.pinn.solvers import best_combination, dense_solver, linear_combination
 from kfac_scratch.pinn.steps import KFACStar
 from kfac_scratch.pinn.terms import Term, linearize
-from kfac_scratch.taylor.expansions import value
+from kfac_scratch.taylor.expansions import value_only
 from tests.laws import check_differs, check_equal
 
 
@@ -34,7 +34,7 @@ def linear_problem(device):
     torch.manual_seed(0)
     X = torch.randn(30, 5, device=device)
     model = torch.nn.Sequential(torch.nn.Linear(5, 1)).to(device)
-    return model, [Term(lambda u, x: u.value - x[:, :1].sin(), X, value(5))]
+    return model, [Term(lambda u, x: u.value - x[:, :1].sin(), X, value_only(5))]
 
 
 def as_vector(direction):
@@ -65,9 +65,9 @@ class Fixed:
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_krylov_minimises_the_model_over_the_space(k, device):
     model, terms = setting(device)
-    parts, W = flat(linearize(model, terms)), weights(model)
+    parts, W = flat(linearize(model, terms)), block_weights(model)
     P, damping = preconditioner(W.items()), 0.3
-    J, rho = torch.cat([jacobian(parts, name) for name in W], 1), residuals(parts)
+    J, rho = torch.cat([layer_jacobian(parts, name) for name in W], 1), residuals(parts)
     M = J.T @ J + damping * torch.eye(J.shape[1], device=device)
     P_dense = torch.block_diag(*(P[name].dense() for name in W))
     columns = [P_dense @ J.T @ rho]
@@ -75,42 +75,42 @@ def test_krylov_minimises_the_model_over_the_space(k, device):
         columns.append(P_dense @ M @ columns[-1])
     Q = torch.linalg.qr(torch.stack([c / c.norm() for c in columns], 1)).Q
     expected = -Q @ torch.linalg.solve(Q.T @ M @ Q, Q.T @ J.T @ rho)
-    found = as_vector(krylov(parts, P, damping, k))
+    found = as_vector(krylov_direction(parts, P, damping, k))
     assert (found - expected).norm() <= 1e-7 * expected.norm()  # Q's columns are nearly parallel
 
 
 def test_one_iteration_is_the_best_step_along_the_preconditioned_gradient(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    P = preconditioner(weights(model).items())
+    P = preconditioner(block_weights(model).items())
     newest = {n: P[n] @ V for n, V in transposed_times(parts, residuals(parts)).items()}
-    expected = combined([newest], best_combination(parts, [newest], 0.3))
-    check_equal(as_vector(krylov(parts, P, 0.3, 1)), as_vector(expected))
+    expected = linear_combination([newest], best_combination(parts, [newest], 0.3))
+    check_equal(as_vector(krylov_direction(parts, P, 0.3, 1)), as_vector(expected))
 
 
 def test_as_many_iterations_as_weights_are_gauss_newton(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    W, damping = weights(model), 0.3
+    W, damping = block_weights(model), 0.3
     P = {n: Kronecker(*(torch.eye(d).to(V) for d in (V.shape[1], len(V)))) for n, V in W.items()}
-    expected = as_vector(dense(parts, residuals(parts))(damping))
-    found = as_vector(krylov(parts, P, damping, 2 * len(expected)))
+    expected = as_vector(dense_solver(parts, residuals(parts))(damping))
+    found = as_vector(krylov_direction(parts, P, damping, 2 * len(expected)))
     assert (found - expected).norm() <= 1e-9 * expected.norm()
-    check_differs(as_vector(krylov(parts, P, damping, 2)), expected)
+    check_differs(as_vector(krylov_direction(parts, P, damping, 2)), expected)
 
 
 @pytest.mark.parametrize("memory", [1, 3])
 def test_one_direction_and_the_last_steps_are_kfac_star_on_a_linear_problem(memory, device):
     """Conjugate gradients: steps before the last one add nothing."""
     model, terms = linear_problem(device)
-    metric = Fixed(preconditioner(weights(model).items()))
-    krylov_method = KFACKrylov(1, memory, 0.0, 0.0, metric=metric)
-    star, state, state_of_star = KFACStar(damping=0.0, metric=metric), None, None
+    fixed = Fixed(preconditioner(block_weights(model).items()))
+    krylov_method = KFACKrylov(1, memory, 0.0, 0.0, preconditioner=fixed)
+    star, state, state_of_star = KFACStar(damping=0.0, preconditioner=fixed), None, None
     other, _ = linear_problem(device)
     for _ in range(4):
         state = krylov_method.step(model, terms, state)
         state_of_star = star.step(other, terms, state_of_star)
-        found, expected = as_vector(weights(model)), as_vector(weights(other))
+        found, expected = as_vector(block_weights(model)), as_vector(block_weights(other))
         assert (found - expected).norm() <= 1e-7 * expected.norm()
     assert all(len(V) == memory for V in state.previous.values())
 
@@ -125,9 +125,11 @@ def test_every_direction_lowers_the_model(device):
     last, damping = unstacked(state.previous), 1e-6
 
     def left(iterations, memory):
-        directions = [krylov(parts, P, damping, iterations), *last[:memory]]
-        p = combined(directions, best_combination(parts, directions, damping))
-        return float((residuals(parts) + times(parts, p)).square().sum() + damping * dot(p, p))
+        directions = [krylov_direction(parts, P, damping, iterations), *last[:memory]]
+        p = linear_combination(directions, best_combination(parts, directions, damping))
+        return float(
+            (residuals(parts) + times(parts, p)).square().sum() + damping * inner_product(p, p)
+        )
 
     assert left(1, 0) > left(1, 1) > left(1, 2)
     assert left(1, 0) > left(3, 0) > left(10, 0)
@@ -137,14 +139,14 @@ def test_what_is_remembered_are_the_last_steps(device):
     model, terms = setting(device)
     state, taken = None, []
     for _ in range(3):
-        before = as_vector(weights(model))
+        before = as_vector(block_weights(model))
         state = KFACKrylov(3, 2).step(model, terms, state)
-        taken.insert(0, as_vector(weights(model)) - before)
+        taken.insert(0, as_vector(block_weights(model)) - before)
         steps = unstacked(state.previous)
         assert len(steps) == min(2, len(taken))
         for found, expected in zip(steps, taken, strict=False):
             assert (as_vector(found) - expected).abs().max() <= 1e-12 * as_vector(
-                weights(model)
+                block_weights(model)
             ).abs().max()
     assert KFACKrylov(3, 0).step(model, terms).previous == {}
     assert KFACKrylov(3, 0).step(model, terms, KFACKrylov(3, 0).step(model, terms)).count == 2
@@ -152,13 +154,13 @@ def test_what_is_remembered_are_the_last_steps(device):
 
 def test_the_damping_follows_the_models_success_and_the_metrics_has_a_floor(device):
     model, terms = linear_problem(device)
-    metric = Fixed(preconditioner(weights(model).items()))
-    method, state, dampings = KFACKrylov(2, 1, 8e-4, 1e-4, 3e-4, metric), None, []
+    fixed = Fixed(preconditioner(block_weights(model).items()))
+    method, state, dampings = KFACKrylov(2, 1, 8e-4, 1e-4, 3e-4, fixed), None, []
     for _ in range(5):
         state = method.step(model, terms, state)
         dampings.append(state.damping)
     assert dampings == [4e-4, 2e-4, 1e-4, 1e-4, 1e-4]
-    assert metric.seen == [8e-4, 4e-4, 3e-4, 3e-4, 3e-4]
+    assert fixed.seen == [8e-4, 4e-4, 3e-4, 3e-4, 3e-4]
     hard, other = [Term(_wavy, terms[0].X, terms[0].expansion)], linear_problem(device)[0]
     method, state, dampings = KFACKrylov(damping=1e-6), None, [1e-6]
     for _ in range(6):

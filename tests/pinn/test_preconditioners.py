@@ -19,7 +19,7 @@ from kfac_scratch.pinn.preconditioners import (
 )
 from kfac_scratch.pinn.problems import mlp, poisson
 from kfac_scratch.pinn.terms import Term, linearize
-from kfac_scratch.taylor.expansions import along, laplacian, value
+from kfac_scratch.taylor.expansions import directional, laplacian, value_only
 from tests.laws import check_differs, check_equal
 
 
@@ -37,9 +37,11 @@ def linearized(device, seed=0, kinds=2):
     model = mlp(2, 5, 4, 1).to(device)
     g = torch.Generator(device).manual_seed(seed)
     terms = poisson(2).terms(9, 4, g)
-    terms.append(Term(lambda u, x: u.value, poisson(2).points(3, g), value(2)))  # merged
+    terms.append(Term(lambda u, x: u.value, poisson(2).points(3, g), value_only(2)))  # merged
     if kinds > 2:
-        terms.append(Term(lambda u, x: u.d[0], poisson(2).points(3, g), along(torch.eye(2)[:1])))
+        terms.append(
+            Term(lambda u, x: u.d[0], poisson(2).points(3, g), directional(torch.eye(2)[:1]))
+        )
     return linearize(model, terms), linearize(model, terms, chunk=2)
 
 
@@ -126,10 +128,10 @@ def test_three_kinds_have_no_common_basis(device):
 def test_averages_are_the_references_from_the_identity_on(kinds, device):
     """`X_t = b X_(t-1) + (1 - b) X` from `X_0 = I`, plus damping, for every factor."""
     b, damping, state, reference = 0.8, 0.01, None, {}
-    metric = TermWise(decay=b)
+    preconditioner = TermWise(decay=b)
     for t in range(1, 4):
         terms, _ = linearized(device, seed=t, kinds=kinds)
-        state, inverses = metric.update(state, terms, damping, t)
+        state, inverses = preconditioner.update(state, terms, damping, t)
         for name, groups in by_layer(terms).items():
             new = [kfac(concatenate(group)) for group in groups]
             eyes = [(torch.eye(len(K.A)).to(K.A), torch.eye(len(K.B)).to(K.B)) for K in new]
@@ -157,9 +159,9 @@ def test_updates_change_no_state(device):
 
 def test_chunks_do_not_change_a_metric(device):
     whole, parts = linearized(device)
-    for metric in (TermWise(), TermWise(inverse=ekfac_inverse), Joined(Latest(ekfac))):
-        _, a = metric.update(None, whole, 0.1, 1)
-        _, b = metric.update(None, parts, 0.1, 1)
+    for preconditioner in (TermWise(), TermWise(inverse=ekfac_inverse), Joined(Latest(ekfac))):
+        _, a = preconditioner.update(None, whole, 0.1, 1)
+        _, b = preconditioner.update(None, parts, 0.1, 1)
         for name, M in a.items():
             V = torch.randn(len(M.KB) if hasattr(M, "KB") else len(M.QB), 3, device=device)
             V = V @ torch.randn(3, len(M.KA) if hasattr(M, "KA") else len(M.QA), device=device)
@@ -169,14 +171,14 @@ def test_chunks_do_not_change_a_metric(device):
 @pytest.mark.parametrize("approximation", [kfac, foof, Latest(ekfac)])
 def test_joined_runs_any_approximation(approximation, device):
     terms, _ = linearized(device)
-    metric = Joined(approximation, decay=0.5)
-    state, inverses = metric.update(None, terms, 0.1, 1)
+    preconditioner = Joined(approximation, decay=0.5)
+    state, inverses = preconditioner.update(None, terms, 0.1, 1)
     for name, groups in by_layer(terms).items():
         io = joined([io for group in groups for io in group])
         f = getattr(approximation, "approximation", approximation)
         V = torch.randn(io.g.shape[-1], io.a.shape[-1], device=device)
         check_equal(inverses[name] @ V, f(io).inverse(0.1 + 0.5) @ V)
-    second, _ = metric.update(state, terms, 0.1, 2)
+    second, _ = preconditioner.update(state, terms, 0.1, 2)
     for name in second:
         check_equal(second[name].dense(), state[name].dense())  # the mean of twice the same
 

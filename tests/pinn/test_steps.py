@@ -9,15 +9,15 @@ from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.pinn.jacobian import (
     assign,
-    dot,
+    block_weights,
     flat,
     gramian,
-    jacobian,
-    kernel,
+    inner_product,
+    kernel_matrix,
+    layer_jacobian,
     residuals,
     times,
     transposed_times,
-    weights,
 )
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, TermWise, damped_factors, ekfac_inverse
@@ -25,31 +25,31 @@ from kfac_scratch.pinn.problems import kovasznay, mlp, poisson
 from kfac_scratch.pinn.solvers import (
     backtracked,
     best_combination,
-    combined,
-    dense,
-    in_kernel,
-    layerwise,
+    dense_solver,
+    kernel_solver,
+    layerwise_solver,
     line_search,
-    pair,
-    per_layer,
+    linear_combination,
+    two_directions,
+    two_directions_per_layer,
 )
-from kfac_scratch.pinn.steps import KFAC, GaussNewton, KFACStar, Spring, State
-from kfac_scratch.pinn.terms import Term, linearize, loss
-from kfac_scratch.taylor.expansions import laplacian, value
+from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, PinnState, Spring
+from kfac_scratch.pinn.terms import Term, linearize, pinn_loss
+from kfac_scratch.taylor.expansions import laplacian, value_only
 from tests.laws import check_equal
 
 OPTIMIZERS = {
-    "kfac": KFAC(),
+    "kfac": PinnKFAC(),
     "kfac-star": KFACStar(),
-    "kfac-star-per-layer": KFACStar(candidates=per_layer),
-    "ekfac-star": KFACStar(metric=TermWise(inverse=ekfac_inverse)),
-    "kfac-star-joined": KFACStar(metric=Joined(kfac)),
-    "ekfac-star-joined": KFACStar(metric=Joined(Latest(ekfac))),
+    "kfac-star-per-layer": KFACStar(candidates=two_directions_per_layer),
+    "ekfac-star": KFACStar(preconditioner=TermWise(inverse=ekfac_inverse)),
+    "kfac-star-joined": KFACStar(preconditioner=Joined(kfac)),
+    "ekfac-star-joined": KFACStar(preconditioner=Joined(Latest(ekfac))),
     "kfac-krylov": KFACKrylov(4, 2),
     "gauss-newton": GaussNewton(),
-    "gauss-newton-kernel": GaussNewton(solver=in_kernel),
-    "gauss-newton-layerwise": GaussNewton(solver=layerwise),
-    "engd": Spring(solver=dense),
+    "gauss-newton-kernel": GaussNewton(solver=kernel_solver),
+    "gauss-newton-layerwise": GaussNewton(solver=layerwise_solver),
+    "engd": Spring(solver=dense_solver),
     "spring": Spring(momentum=0.8),
 }
 
@@ -76,21 +76,24 @@ def test_gramian_and_kernel_are_products_of_the_jacobian(device):
     """Both are summed up to the diagonal in blocks of rows: here there are several."""
     model, terms = setting(device, N=150)
     parts = flat(linearize(model, terms, chunk=70))
-    J = torch.cat([jacobian(parts, name) for name in weights(model)], 1)
-    assert len(kernel(parts)) == 160
+    J = torch.cat([layer_jacobian(parts, name) for name in block_weights(model)], 1)
+    assert len(kernel_matrix(parts)) == 160
     check_equal(gramian(parts), J.T @ J)
-    check_equal(kernel(parts), J @ J.T)
+    check_equal(kernel_matrix(parts), J @ J.T)
     wide = mlp(2, 40, 1).to(device)
     few = flat(linearize(wide, setting(device, N=10)[1]))
-    J = torch.cat([jacobian(few, name) for name in weights(wide)], 1)
+    J = torch.cat([layer_jacobian(few, name) for name in block_weights(wide)], 1)
     check_equal(gramian(few), J.T @ J)  # 161 weights
 
 
-@pytest.mark.parametrize("solver", [dense, in_kernel])
+@pytest.mark.parametrize("solver", [dense_solver, kernel_solver])
 def test_solvers_solve_the_damped_system(solver, device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    J, rho = torch.cat([jacobian(parts, name) for name in weights(model)], 1), residuals(parts)
+    J, rho = (
+        torch.cat([layer_jacobian(parts, name) for name in block_weights(model)], 1),
+        residuals(parts),
+    )
     for damping in (1e-2, 1.0):
         M = J.T @ J + damping * torch.eye(J.shape[1], device=device)
         found = as_vector(solver(parts, rho)(damping))
@@ -100,52 +103,57 @@ def test_solvers_solve_the_damped_system(solver, device):
 def test_layerwise_solves_each_block(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    found = layerwise(parts, residuals(parts))(0.1)
+    found = layerwise_solver(parts, residuals(parts))(0.1)
     for name, V in found.items():
-        J = jacobian(parts, name)
+        J = layer_jacobian(parts, name)
         M = J.T @ J + 0.1 * torch.eye(J.shape[1], device=device)
         check_equal(V.flatten(), -torch.linalg.solve(M, J.T @ residuals(parts)))
     one = torch.nn.Sequential(torch.nn.Linear(2, 1)).to(device)
     parts = flat(linearize(one, terms[1:]))
     rho = residuals(parts)
-    check_equal(layerwise(parts, rho)(0.1)["0"], dense(parts, rho)(0.1)["0"])
+    check_equal(layerwise_solver(parts, rho)(0.1)["0"], dense_solver(parts, rho)(0.1)["0"])
 
 
 def test_a_singular_system_gets_the_damping_it_needs(device):
     one = torch.nn.Sequential(torch.nn.Linear(2, 1)).to(device)
     X = torch.zeros(3, 2, device=device)
-    parts = flat(linearize(one, [Term(lambda u, x: u.value - 1, X, value(2))]))
-    step = dense(parts, residuals(parts))(0.0)["0"]
+    parts = flat(linearize(one, [Term(lambda u, x: u.value - 1, X, value_only(2))]))
+    step = dense_solver(parts, residuals(parts))(0.0)["0"]
     assert step.isfinite().all()
     check_equal(step[:, 2], 1 - one[0].bias)
 
 
-@pytest.mark.parametrize("candidates", [pair, per_layer])
+@pytest.mark.parametrize("candidates", [two_directions, two_directions_per_layer])
 def test_best_combination_minimises_the_model(candidates, device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    J, rho = torch.cat([jacobian(parts, name) for name in weights(model)], 1), residuals(parts)
-    a, b = ({n: torch.randn_like(W) for n, W in weights(model).items()} for _ in range(2))
+    J, rho = (
+        torch.cat([layer_jacobian(parts, name) for name in block_weights(model)], 1),
+        residuals(parts),
+    )
+    a, b = ({n: torch.randn_like(W) for n, W in block_weights(model).items()} for _ in range(2))
     directions = candidates(a, b)
-    assert len(directions) == (2 if candidates is pair else 4)
+    assert len(directions) == (2 if candidates is two_directions else 4)
     zero = {n: torch.zeros_like(W) for n, W in a.items()}
     P = torch.stack([as_vector({**zero, **d}) for d in directions], 1)
     M = P.T @ (J.T @ J + 0.1 * torch.eye(len(P), device=device)) @ P
     c = best_combination(parts, directions, 0.1)
     check_equal(c, -torch.linalg.solve(M, P.T @ J.T @ rho))
-    check_equal(as_vector(combined(directions, c)), P @ c)
+    check_equal(as_vector(linear_combination(directions, c)), P @ c)
 
 
 def test_directions_that_depend_on_each_other(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    a = {n: torch.randn_like(W) for n, W in weights(model).items()}
+    a = {n: torch.randn_like(W) for n, W in block_weights(model).items()}
     twice, zero = {n: -2 * V for n, V in a.items()}, {n: 0 * V for n, V in a.items()}
-    expected = combined([a], best_combination(parts, [a], 0.1))
+    expected = linear_combination([a], best_combination(parts, [a], 0.1))
     for directions in ([a, twice], [a, zero], [zero, a], [a, a, twice]):
-        found = combined(directions, best_combination(parts, directions, 0.1))
+        found = linear_combination(directions, best_combination(parts, directions, 0.1))
         check_equal(as_vector(found), as_vector(expected))
-    assert as_vector(combined([zero], best_combination(parts, [zero], 0.1))).abs().max() == 0
+    assert (
+        as_vector(linear_combination([zero], best_combination(parts, [zero], 0.1))).abs().max() == 0
+    )
 
 
 # ---- how far -------------------------------------------------------------------------------------
@@ -186,13 +194,13 @@ def test_loss_never_rises_and_falls(name, device):
     model, terms = setting(
         device, kovasznay() if "layer" in name or name == "spring" else poisson(2)
     )
-    before, state = loss(model, terms).item(), None
+    before, state = pinn_loss(model, terms).item(), None
     first = before
     for count in range(1, 4):
         state = OPTIMIZERS[name].step(model, terms, state)
         assert state.count == count
         assert state.loss <= before
-        check_equal(loss(model, terms).detach(), torch.tensor(state.loss, device=device))
+        check_equal(pinn_loss(model, terms).detach(), torch.tensor(state.loss, device=device))
         before = state.loss
     assert state.loss < first
 
@@ -207,7 +215,7 @@ def test_chunks_change_no_step(name, device):
         state = None
         for _ in range(2):
             state = with_chunk(OPTIMIZERS[name], chunk).step(model, terms, state)
-        ends.append(as_vector(weights(model)))
+        ends.append(as_vector(block_weights(model)))
     assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max()
 
 
@@ -220,14 +228,14 @@ def test_a_run_resumes_bit_by_bit(name, device):
     for _ in range(2):
         state = optimizer.step(model, terms, state)
     file.seek(0)
-    with torch.serialization.safe_globals([State, Kronecker, KroneckerEigen]):
+    with torch.serialization.safe_globals([PinnState, Kronecker, KroneckerEigen]):
         saved = torch.load(file, weights_only=True)
     other, _ = setting(device, seed=1)
     other.load_state_dict(saved["model"])
     resumed = saved["state"]
     for _ in range(2):
         resumed = optimizer.step(other, terms, resumed)
-    assert torch.equal(as_vector(weights(model)), as_vector(weights(other)))
+    assert torch.equal(as_vector(block_weights(model)), as_vector(block_weights(other)))
     assert state.loss == resumed.loss
 
 
@@ -235,12 +243,12 @@ def test_a_run_resumes_bit_by_bit(name, device):
 def test_states_are_values(name, device):
     optimizer, (model, terms) = OPTIMIZERS[name], setting(device)
     state = optimizer.step(model, terms)
-    W, kept = weights(model), as_vector(state.previous).clone()
+    W, kept = block_weights(model), as_vector(state.previous).clone()
     optimizer.step(model, terms, state)
-    once = as_vector(weights(model))
+    once = as_vector(block_weights(model))
     assign(model, W)
     optimizer.step(model, terms, state)  # the same again
-    assert torch.equal(once, as_vector(weights(model)))
+    assert torch.equal(once, as_vector(block_weights(model)))
     assert torch.equal(kept, as_vector(state.previous))
 
 
@@ -258,16 +266,16 @@ def test_exact_preconditioner_solves_a_linear_problem_in_one_step(device):
 
     terms = [
         Term(interior, X, laplacian(2)),
-        Term(lambda u, x: u.value - x[:, :1] ** 2, torch.randn(5, 2, device=device), value(2)),
+        Term(lambda u, x: u.value - x[:, :1] ** 2, torch.randn(5, 2, device=device), value_only(2)),
     ]
-    optimizer = KFACStar(damping=0.0, metric=TermWise(decay=0.0))
+    optimizer = KFACStar(damping=0.0, preconditioner=TermWise(decay=0.0))
     lin = linearize(model, terms)
-    _, inverses = optimizer.metric.update(None, lin, 0.0, 1)
+    _, inverses = optimizer.preconditioner.update(None, lin, 0.0, 1)
     gradient = transposed_times(flat(lin), residuals(flat(lin)))
     newest = {n: -(M @ gradient[n]) for n, M in inverses.items()}
     c = best_combination(flat(lin), [newest, {"0": torch.randn(1, 3, device=device)}], 0.0)
     check_equal(c + 1, torch.tensor([2.0, 1.0], device=device))  # coefficients 1 and 0
-    for method in (optimizer, KFAC(damping=0.0, metric=TermWise(decay=0.0))):
+    for method in (optimizer, PinnKFAC(damping=0.0, preconditioner=TermWise(decay=0.0))):
         model.load_state_dict({"0.weight": torch.ones(1, 2), "0.bias": torch.ones(1)})
         before = as_vector(gradient).norm()
         method.step(model, terms)
@@ -290,11 +298,11 @@ def test_star_is_conjugate_gradients_on_a_quadratic(device):
     """O10: fixed preconditioner, linear residuals, and an exact first step."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 1)).to(device)
     X = torch.randn(20, 6, device=device)
-    terms = [Term(lambda u, x: u.value - x[:, :1].sin(), X, value(6))]
+    terms = [Term(lambda u, x: u.value - x[:, :1].sin(), X, value_only(6))]
     R = torch.randn(7, 7, device=device)
     K = damped_factors(Kronecker(R @ R.T, torch.ones(1, 1, device=device)), 1.0, 0.5)
     P = K.inverse(0.0)
-    W = weights(model)["0"]
+    W = block_weights(model)["0"]
     G = gramian(flat(linearize(model, terms)))
     gradient = transposed_times(
         flat(linearize(model, terms)), residuals(flat(linearize(model, terms)))
@@ -308,22 +316,22 @@ def test_star_is_conjugate_gradients_on_a_quadratic(device):
         x, r_new = x + alpha * p, r - alpha * Gp
         z_new = P @ r_new
         p, r, z = z_new + (r_new * z_new).sum() / (r * z).sum() * p, r_new, z_new
-        state = KFACStar(damping=0.0, metric=Fixed(P)).step(model, terms, state)
-        found = weights(model)["0"] - W
+        state = KFACStar(damping=0.0, preconditioner=Fixed(P)).step(model, terms, state)
+        found = block_weights(model)["0"] - W
         assert (found - x).abs().max() <= 1e-8 * x.abs().max()
 
 
 def test_per_layer_is_never_worse_in_the_model(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    a, b = ({n: torch.randn_like(W) for n, W in weights(model).items()} for _ in range(2))
+    a, b = ({n: torch.randn_like(W) for n, W in block_weights(model).items()} for _ in range(2))
 
     def left(candidates):
         directions = candidates(a, b)
-        p = combined(directions, best_combination(parts, directions, 0.0))
+        p = linear_combination(directions, best_combination(parts, directions, 0.0))
         return (residuals(parts) + times(parts, p)).norm()
 
-    assert left(per_layer) < left(pair)
+    assert left(two_directions_per_layer) < left(two_directions)
 
 
 def test_spring_minimises_its_objective(device):
@@ -331,26 +339,29 @@ def test_spring_minimises_its_objective(device):
     optimizer = Spring(damping=0.1, momentum=0.7)
     state = optimizer.step(model, terms)
     parts = flat(linearize(model, terms))
-    J, rho = torch.cat([jacobian(parts, name) for name in weights(model)], 1), residuals(parts)
+    J, rho = (
+        torch.cat([layer_jacobian(parts, name) for name in block_weights(model)], 1),
+        residuals(parts),
+    )
     kept = 0.7 * as_vector(state.previous)
     M = J.T @ J + 0.1 * torch.eye(J.shape[1], device=device)
     expected = torch.linalg.solve(M, 0.1 * kept - J.T @ rho)
     check_equal(as_vector(optimizer.step(model, terms, state).previous), expected)
     check_equal(
         as_vector(Spring(0.1, 0.0).step(*setting(device)).previous),
-        as_vector(Spring(0.1, 0.0, dense).step(*setting(device)).previous),
+        as_vector(Spring(0.1, 0.0, dense_solver).step(*setting(device)).previous),
     )
 
 
 def test_momentum_accumulates_directions(device):
     model, terms = setting(device)
-    W = weights(model)
-    first = KFAC(momentum=0.5).step(model, terms)
-    moved_by = {n: V - W[n] for n, V in weights(model).items()}
+    W = block_weights(model)
+    first = PinnKFAC(momentum=0.5).step(model, terms)
+    moved_by = {n: V - W[n] for n, V in block_weights(model).items()}
     check_equal(as_vector(moved_by), first.length * as_vector(first.previous))
-    second = KFAC(momentum=0.5).step(model, terms, first)
+    second = PinnKFAC(momentum=0.5).step(model, terms, first)
     model2, _ = setting(device)
-    without = KFAC(momentum=0.0)
+    without = PinnKFAC(momentum=0.0)
     one = without.step(model2, terms)
     two = without.step(model2, terms, one)
     expected = as_vector(two.previous) + 0.5 * as_vector(first.previous)
@@ -360,12 +371,12 @@ def test_momentum_accumulates_directions(device):
 def test_what_is_remembered_is_the_step_that_was_taken():
     """Also where the model's step was too long and has been shortened."""
     model, terms = setting("cpu")
-    terms = [Term(lambda u, x: u.value**5 - 1, terms[0].X[:3], value(2))]
+    terms = [Term(lambda u, x: u.value**5 - 1, terms[0].X[:3], value_only(2))]
     lengths, state = [], None
     for _ in range(4):
-        W = weights(model)
+        W = block_weights(model)
         state = KFACStar().step(model, terms, state)
-        moved_by = {n: V - W[n] for n, V in weights(model).items()}
+        moved_by = {n: V - W[n] for n, V in block_weights(model).items()}
         check_equal(as_vector(state.previous), as_vector(moved_by))
         lengths.append(state.length)
     assert min(lengths) < 1
@@ -376,25 +387,25 @@ def test_gauss_newton_raises_the_damping_until_it_succeeds(device):
     terms = [Term(lambda u, x: (40 * u.value).sin() + u.lap, terms[0].X, laplacian(2))]
     state = GaussNewton(damping=1e-14, minimum=1e-14).step(model, terms)
     assert state.damping > 1e-14
-    assert state.loss < loss(setting(device)[0], terms).item()
+    assert state.loss < pinn_loss(setting(device)[0], terms).item()
 
 
 def test_at_a_minimum_nothing_moves(device):
     model = torch.nn.Sequential(torch.nn.Linear(2, 1)).to(device)
-    terms = [Term(lambda u, x: u.value, torch.randn(9, 2, device=device), value(2))]
+    terms = [Term(lambda u, x: u.value, torch.randn(9, 2, device=device), value_only(2))]
     for p in model.parameters():
         torch.nn.init.zeros_(p)
     for optimizer in OPTIMIZERS.values():
         state = optimizer.step(model, terms, optimizer.step(model, terms))
         assert state.loss == 0
-        assert as_vector(weights(model)).abs().max() == 0
-        assert dot(state.previous, state.previous) == 0
+        assert as_vector(block_weights(model)).abs().max() == 0
+        assert inner_product(state.previous, state.previous) == 0
 
 
 def test_float32(device):
     torch.set_default_dtype(torch.float32)
     model, terms = setting(device)
-    state, first = None, loss(model, terms).item()
+    state, first = None, pinn_loss(model, terms).item()
     for _ in range(5):
         state = KFACStar(damping=1e-4).step(model, terms, state)
     assert state.loss < 0.7 * first

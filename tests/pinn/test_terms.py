@@ -10,22 +10,28 @@ from kfac_scratch import ekfac, foof, kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.pinn.jacobian import (
     assign,
-    dot,
+    block_weights,
     flat,
     gramian,
-    jacobian,
+    inner_product,
     joined,
-    kernel,
+    kernel_matrix,
     layer_gramian,
+    layer_jacobian,
     moved,
     residuals,
     times,
     transposed_times,
-    weights,
 )
 from kfac_scratch.pinn.problems import mlp
-from kfac_scratch.pinn.terms import Field, Term, linearize, loss
-from kfac_scratch.taylor.expansions import SecondOrder, along, laplacian, value, weighted
+from kfac_scratch.pinn.terms import Field, Term, linearize, pinn_loss
+from kfac_scratch.taylor.expansions import (
+    SecondOrder,
+    directional,
+    laplacian,
+    second_order_sum,
+    value_only,
+)
 from kfac_scratch.taylor.partials import Partials, biharmonic
 from tests.laws import check_differs, check_equal, check_matrix
 
@@ -115,7 +121,7 @@ def problem(request, device):
     X, Xb = torch.randn(7, 2, device=device), torch.randn(3, 2, device=device)
     terms = [
         Term(residual, X, expansion, weight=2.0),
-        Term(lambda u, x: u.value[:, 0] - x[:, 0], Xb, value(2), weight=0.3),
+        Term(lambda u, x: u.value[:, 0] - x[:, 0], Xb, value_only(2), weight=0.3),
     ]
     r = [
         (2 / 7) ** 0.5 * by_nesting(model, X),
@@ -131,7 +137,7 @@ def test_residuals_and_loss(problem):
     model, terms, r = problem
     parts = flat(linearize(model, terms))
     check_equal(residuals(parts), torch.cat([part.T.flatten() for part in r]))
-    check_equal(loss(model, terms), residuals(parts).square().sum() / 2)
+    check_equal(pinn_loss(model, terms), residuals(parts).square().sum() / 2)
 
 
 def test_gramian_is_that_of_nested_autodiff(problem):
@@ -139,16 +145,16 @@ def test_gramian_is_that_of_nested_autodiff(problem):
     model, terms, r = problem
     parts = flat(linearize(model, terms))
     J = torch.cat([jacobian_by_autodiff(model, part) for part in r])
-    check_equal(torch.cat([jacobian(parts, name) for name in parts[0].ios], 1), J)
+    check_equal(torch.cat([layer_jacobian(parts, name) for name in parts[0].ios], 1), J)
     check_equal(gramian(parts), J.T @ J)
-    check_equal(kernel(parts), J @ J.T)
+    check_equal(kernel_matrix(parts), J @ J.T)
     position = 0
     for name, io in parts[0].ios.items():
         size = io.a.shape[-1] * io.g.shape[-1]
         block = (J.T @ J)[position : position + size, position : position + size]
         check_equal(layer_gramian(parts, name), block)
         position += size
-    v = {name: torch.randn_like(W) for name, W in weights(model).items()}
+    v = {name: torch.randn_like(W) for name, W in block_weights(model).items()}
     check_equal(times(parts, v), J @ torch.cat([V.flatten() for V in v.values()]))
     y = torch.randn_like(residuals(parts))
     found = transposed_times(parts, y)
@@ -159,7 +165,7 @@ def test_gradient_is_autograds(problem):
     model, terms, _ = problem
     parts = flat(linearize(model, terms))
     gradient = transposed_times(parts, residuals(parts))
-    expected = torch.autograd.grad(loss(model, terms), list(model.parameters()))
+    expected = torch.autograd.grad(pinn_loss(model, terms), list(model.parameters()))
     for V, w, b in zip(gradient.values(), expected[::2], expected[1::2], strict=True):
         check_equal(V, torch.cat([w, b[:, None]], 1))
 
@@ -169,7 +175,7 @@ def test_chunks_change_nothing(problem, chunk):
     model, terms, _ = problem
     whole, parts = flat(linearize(model, terms)), flat(linearize(model, terms, chunk))
     assert max(len(io.a) for part in parts for io in part.ios.values()) <= max(chunk, 0)
-    check_equal(loss(model, terms, chunk), loss(model, terms))
+    check_equal(pinn_loss(model, terms, chunk), pinn_loss(model, terms))
     check_equal(gramian(parts), gramian(whole))
     for name, V in transposed_times(whole, residuals(whole)).items():
         check_equal(transposed_times(parts, residuals(parts))[name], V)
@@ -179,12 +185,12 @@ def test_per_datum_expansions_in_chunks(device):
     model, X = mlp(2, 5, 1).to(device), torch.randn(5, 2, device=device)
     C, normals = torch.randn(5, 2, 2, device=device), torch.randn(5, 1, 2, device=device)
     terms = [
-        Term(lambda u, x: u.lap, X, weighted(C)),
-        Term(lambda u, x: u.d[0], X, along(normals)),
+        Term(lambda u, x: u.lap, X, second_order_sum(C)),
+        Term(lambda u, x: u.d[0], X, directional(normals)),
     ]
     assert [io.ios["0"].a.shape[1] for (io,) in linearize(model, terms)] == [4, 2]
     check_equal(gramian(flat(linearize(model, terms, 2))), gramian(flat(linearize(model, terms))))
-    check_equal(loss(model, terms, 2), loss(model, terms))
+    check_equal(pinn_loss(model, terms, 2), pinn_loss(model, terms))
 
 
 def test_first_layer_in_closed_form(problem):
@@ -260,7 +266,7 @@ def test_joined_batches_have_the_sum_of_the_blocks(device):
 def test_every_approximation_runs_on_a_pinn(approximation, view, problem):
     model, terms, _ = problem
     linearized = linearize(model, terms)
-    for name in weights(model):
+    for name in block_weights(model):
         io = joined([part.ios[name] for (part,) in linearized])
         M = approximation(view(io))
         check_matrix(M, (io.g.shape[-1], io.a.shape[-1]), damping=0.1)
@@ -290,14 +296,14 @@ ANY_NET = {
 def test_exact_for_one_datum_without_derivatives(name, device):
     """O1."""
     X = torch.randn(1, 3, device=device)
-    for io in ios_of(ANY_NET[name](), lambda u, x: u.value, X, value(3)).values():
+    for io in ios_of(ANY_NET[name](), lambda u, x: u.value, X, value_only(3)).values():
         check_equal(kfac(io).dense(), io.block())
 
 
 def test_exact_for_deep_linear_boundaries(device):
     """O2."""
     X = torch.randn(7, 3, device=device)
-    for io in ios_of(linear_net(3, 5, 4, 1), lambda u, x: u.value - 1, X, value(3)).values():
+    for io in ios_of(linear_net(3, 5, 4, 1), lambda u, x: u.value - 1, X, value_only(3)).values():
         check_equal(kfac(io).dense(), io.block())
 
 
@@ -329,7 +335,7 @@ def test_exact_with_first_derivatives_only(c, device):
     def operator(u, x):
         return c[0] * u.value + c[1] * u.d[0]
 
-    first = along(torch.ones(1, 1))
+    first = directional(torch.ones(1, 1))
     for io in ios_of(linear_net(1, 5, 1, bias=False), operator, X, first).values():
         check_equal(kfac(io).dense(), io.block())
 
@@ -337,7 +343,7 @@ def test_exact_with_first_derivatives_only(c, device):
 def test_exact_for_first_derivatives_at_centred_points(device):
     """O3'."""
     net, X = linear_net(1, 5, 4, 1, bias=False), centred(7, 1, device)
-    for io in ios_of(net, lambda u, x: u.value + u.d[0], X, along(torch.ones(1, 1))).values():
+    for io in ios_of(net, lambda u, x: u.value + u.d[0], X, directional(torch.ones(1, 1))).values():
         check_equal(kfac(io).dense(), io.block())
 
 
@@ -397,7 +403,7 @@ def pruned(io):
 
 @pytest.mark.parametrize(
     ("operator", "expansion"),
-    [(poisson, laplacian(2)), (lambda u, x: u.d[0], along(torch.eye(2)[:1]))],
+    [(poisson, laplacian(2)), (lambda u, x: u.d[0], directional(torch.eye(2)[:1]))],
 )
 def test_pruned_is_exact_in_the_last_layer(operator, expansion, device):
     """O6: one child of the operator, any network, any N."""
@@ -414,7 +420,7 @@ def test_pruned_is_exact_for_linear_nets_and_one_derivative(device):
         return u.d[0] + 0 * u.d[1]
 
     X = torch.randn(7, 2, device=device)
-    for io in ios_of(linear_net(2, 5, 4, 1), first_only, X, along(torch.eye(2))).values():
+    for io in ios_of(linear_net(2, 5, 4, 1), first_only, X, directional(torch.eye(2))).values():
         check_equal(kfac(pruned(io)).dense(), io.block())
 
 
@@ -481,7 +487,7 @@ def test_tied_frozen_and_unbiased_layers(device):
     assert parts[0].ios["a"].a.shape[1] == 2 * 4
     gradient = transposed_times(parts, residuals(parts))
     w, b, c = torch.autograd.grad(
-        loss(model, terms), [model.a.weight, model.a.bias, model.c.weight]
+        pinn_loss(model, terms), [model.a.weight, model.a.bias, model.c.weight]
     )
     check_equal(gradient["a"], torch.cat([w, b[:, None]], 1))
     check_equal(gradient["c"], c)
@@ -494,20 +500,20 @@ def test_higher_order_and_named_derivatives(device):
         Term(lambda u, x: u.lap - 1, X, biharmonic(2)),
     ]
     parts = flat(linearize(model, terms))
-    expected = torch.autograd.grad(loss(model, terms), model[0].weight)[0]
+    expected = torch.autograd.grad(pinn_loss(model, terms), model[0].weight)[0]
     check_equal(transposed_times(parts, residuals(parts))["0"][:, :2], expected)
 
 
 def test_weights_and_directions(device):
     model = mlp(2, 3, 1).to(device)
-    W = weights(model)
+    W = block_weights(model)
     check_equal(W["0"], torch.cat([model[0].weight, model[0].bias[:, None]], 1))
     d = {"0": torch.randn_like(W["0"])}
     assign(model, moved(W, d, 0.5))
-    check_equal(weights(model)["0"], W["0"] + 0.5 * d["0"])
-    check_equal(weights(model)["2"], W["2"])
-    check_equal(dot(W, d), (W["0"] * d["0"]).sum())
-    assert dot(d, {"2": W["2"]}) == 0
+    check_equal(block_weights(model)["0"], W["0"] + 0.5 * d["0"])
+    check_equal(block_weights(model)["2"], W["2"])
+    check_equal(inner_product(W, d), (W["0"] * d["0"]).sum())
+    assert inner_product(d, {"2": W["2"]}) == 0
 
 
 def test_linearizing_leaves_no_trace(problem):
@@ -536,8 +542,8 @@ def refused(residual, match, expansion=None, model=None, X=None, error=ValueErro
 
 def test_a_residual_must_use_what_it_declares():
     refused(lambda u, x: u.value, r"ignores 0 .* declare a smaller expansion")
-    refused(lambda u, x: u.d[0], r"ignores \(1,\)", along(torch.eye(2)))
-    refused(lambda u, x: x[:, :1], r"ignores \(\)", value(2))
+    refused(lambda u, x: u.d[0], r"ignores \(1,\)", directional(torch.eye(2)))
+    refused(lambda u, x: x[:, :1], r"ignores \(\)", value_only(2))
     refused(
         lambda u, x: u.lap, r"ignores \(0, 1\)", Partials(torch.eye(2), [(0, 1)], [{(0, 0): 1.0}])
     )
@@ -552,7 +558,7 @@ def test_shapes_of_residuals():
 
 
 def test_derivatives_that_do_not_travel():
-    refused(lambda u, x: u.lap, "Sum 0 does not travel", value(2))
+    refused(lambda u, x: u.lap, "Sum 0 does not travel", value_only(2))
     refused(lambda u, x: u.partial(0, 0), r"Derivative \(0, 0\) does not travel")
 
 

@@ -7,10 +7,16 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from kfac_scratch.taylor import activations
-from kfac_scratch.taylor.expansions import SecondOrder, along, laplacian, value, weighted
+from kfac_scratch.taylor.expansions import (
+    SecondOrder,
+    directional,
+    laplacian,
+    second_order_sum,
+    value_only,
+)
 from kfac_scratch.taylor.faa_di_bruno import partitions, splits, submultisets
-from kfac_scratch.taylor.jets import Elementwise, Jet, forward_laplacian, taylor
-from kfac_scratch.taylor.partials import Partials, biharmonic, jets
+from kfac_scratch.taylor.jets import Elementwise, Jet, forward_laplacian, taylor_coefficients
+from kfac_scratch.taylor.partials import Partials, biharmonic, univariate_jets
 from tests.laws import check_differs, check_equal
 
 FUNCTIONS = {  # derivatives, and a definition that autodiff can differentiate as often as it likes
@@ -153,7 +159,7 @@ def test_splits_are_binomials():
 def test_jets_equal_nested_autodiff_up_to_order_six(name, device):
     model, X = net(MODULES[name]).to(device), torch.randn(4, 3, device=device)
     V = torch.randn(2, 3, device=device)
-    c, expansion = taylor(model, X, jets(V, 6)), jets(V, 6)
+    c, expansion = taylor_coefficients(model, X, univariate_jets(V, 6)), univariate_jets(V, 6)
     assert len(expansion.names) == 1 + 2 * 6
     for s, alpha in enumerate(expansion.names):
         expected = derivative(plain(model), X, [V[r] for r in alpha])
@@ -165,7 +171,7 @@ def test_mixed_partial_derivatives(device):
     V = torch.randn(3, 3, device=device)
     wanted = [(0, 1, 2, 2), (2, 1), (1, 1, 1, 0, 0)]
     expansion = Partials(V, wanted)
-    c = taylor(model, X, expansion)
+    c = taylor_coefficients(model, X, expansion)
     assert {tuple(sorted(a)) for a in wanted} <= set(expansion.names)
     for s, alpha in enumerate(expansion.names):
         close(c[:, s], derivative(model, X, [V[r] for r in alpha]))
@@ -178,7 +184,7 @@ def test_biharmonic(d, device):
     pairs = [(eye[i], eye[i], eye[j], eye[j]) for i in range(d) for j in range(d)]
     expected = sum(derivative(model, X, p) for p in pairs)
     expansion = biharmonic(d)
-    close(taylor(model, X, expansion)[:, -1], expected)
+    close(taylor_coefficients(model, X, expansion)[:, -1], expected)
     assert len(expansion.names) == 2 + d + d * (d + 1) // 2 + d * d
 
 
@@ -188,7 +194,7 @@ def test_sums_are_sums_of_their_members(device):
     several = Partials(V, sums=[total, {(0, 1): 3.0}, {(1,): 0.7, (0, 0): 1.0}])
     singly = Partials(V, [*total, (0, 1), (1,), (0, 0)])
     for f in (model, lambda x: model(x) * torch.tanh(x[:, :1] * x[:, 1:2])):  # Leibniz, too
-        c, e = taylor(f, X, several), taylor(f, X, singly).unbind(1)
+        c, e = taylor_coefficients(f, X, several), taylor_coefficients(f, X, singly).unbind(1)
         e = dict(zip(singly.names, e, strict=True))
         close(c[:, -3], 2 * e[0, 0, 1] - 0.5 * e[1, 1, 1])
         close(c[:, -2], 3 * e[0, 1])
@@ -219,8 +225,8 @@ def test_forward_laplacian(device):
 @pytest.mark.parametrize("name", MODULES)
 def test_second_order_equals_the_general_formula(name, device):
     model, X = net(MODULES[name]).to(device), torch.randn(5, 3, device=device)
-    c = taylor(model, X, laplacian(3, [0, 2]))
-    e = taylor(model, X, Partials(torch.eye(3), [(1,)], [{(0, 0): 1.0, (2, 2): 1.0}]))
+    c = taylor_coefficients(model, X, laplacian(3, [0, 2]))
+    e = taylor_coefficients(model, X, Partials(torch.eye(3), [(1,)], [{(0, 0): 1.0, (2, 2): 1.0}]))
     close(c, e)
 
 
@@ -228,46 +234,52 @@ def test_weights_per_batch_and_per_datum(device):
     model, X = net().to(device), torch.randn(4, 3, device=device)
     H = hessian(model, X)
     C = torch.randn(3, 3, device=device)  # neither symmetric nor definite
-    close(taylor(model, X, weighted(C))[:, -1], torch.einsum("ij,nijo->no", C, H))
+    close(
+        taylor_coefficients(model, X, second_order_sum(C))[:, -1], torch.einsum("ij,nijo->no", C, H)
+    )
     Cn = torch.randn(4, 3, 3, device=device)
-    close(taylor(model, X, weighted(Cn))[:, -1], torch.einsum("nij,nijo->no", Cn, H))
+    close(
+        taylor_coefficients(model, X, second_order_sum(Cn))[:, -1],
+        torch.einsum("nij,nijo->no", Cn, H),
+    )
     several = SecondOrder(torch.eye(3, device=device), torch.stack([Cn, Cn.mT * 2]))
-    c = taylor(model, X, several)
+    c = taylor_coefficients(model, X, several)
     close(c[:, -1], torch.einsum("nij,nijo->no", 2 * Cn.mT, H))
     for rows in (slice(0, 1), slice(2, 4)):  # a part of the data has its part of the weights
-        close(taylor(model, X[rows], several.part(rows)), c[rows])
+        close(taylor_coefficients(model, X[rows], several.part(rows)), c[rows])
     diagonal = SecondOrder(torch.eye(3, device=device), torch.randn(2, 3, device=device))
     close(
-        taylor(model, X, diagonal)[:, -2:], torch.einsum("mi,niio->nmo", diagonal.C.to(device), H)
+        taylor_coefficients(model, X, diagonal)[:, -2:],
+        torch.einsum("mi,niio->nmo", diagonal.C.to(device), H),
     )
 
 
 def test_directions_per_datum(device):
     model, X = net().to(device), torch.randn(4, 3, device=device)
     normals = torch.randn(4, 1, 3, device=device)
-    c = taylor(model, X, along(normals))
+    c = taylor_coefficients(model, X, directional(normals))
     close(c[:, 1], derivative(model, X, [normals[:, 0]]))
-    close(taylor(model, X[1:3], along(normals).part(slice(1, 3))), c[1:3])
+    close(taylor_coefficients(model, X[1:3], directional(normals).part(slice(1, 3))), c[1:3])
     twice = SecondOrder(normals, torch.ones(1, 1))
-    close(taylor(model, X, twice)[:, 2], derivative(model, X, [normals[:, 0]] * 2))
+    close(taylor_coefficients(model, X, twice)[:, 2], derivative(model, X, [normals[:, 0]] * 2))
 
 
 def test_no_derivative_is_the_network(device):
     model, X = net().to(device), torch.randn(4, 3, device=device)
-    close(taylor(model, X, value(3)), model(X)[:, None])
+    close(taylor_coefficients(model, X, value_only(3)), model(X)[:, None])
 
 
 @pytest.mark.parametrize("N", [1, 3])
 def test_smallest_sizes(N, device):
     model, X = net(d=1, outputs=1).to(device), torch.randn(N, 1, device=device)
     one = torch.ones(1, device=device)
-    close(taylor(model, X, laplacian(1))[:, 2], derivative(model, X, [one, one]))
+    close(taylor_coefficients(model, X, laplacian(1))[:, 2], derivative(model, X, [one, one]))
 
 
 def test_dead_units_and_linear_nets_have_no_second_derivatives(device):
     for activation in (nn.ReLU, nn.Identity):
         model, X = net(activation).to(device), torch.randn(4, 3, device=device)
-        c = taylor(model, X, laplacian(3))
+        c = taylor_coefficients(model, X, laplacian(3))
         assert (c[:, -1] == 0).all()
         assert (c[:, 1:-1] != 0).any()
 
@@ -275,18 +287,18 @@ def test_dead_units_and_linear_nets_have_no_second_derivatives(device):
 def test_float32(device):
     model = net().to(device, torch.float32)
     X = torch.randn(4, 3, device=device, dtype=torch.float32)
-    for expansion in (laplacian(3), biharmonic(3), weighted(torch.eye(3))):
-        c = taylor(model, X, expansion)
+    for expansion in (laplacian(3), biharmonic(3), second_order_sum(torch.eye(3))):
+        c = taylor_coefficients(model, X, expansion)
         assert c.dtype == torch.float32
-        close(c, taylor(model.double(), X.double(), expansion).float(), 1e-4)
+        close(c, taylor_coefficients(model.double(), X.double(), expansion).float(), 1e-4)
         model.float()
 
 
 # ---- reverse passes through a forward pass ------------------------------------------------------
 
 SECOND = {  # made in the test, in its precision
-    "value": lambda: (value(3), Partials(torch.eye(3))),
-    "gradient": lambda: (along(torch.eye(3)), Partials(torch.eye(3), [(0,), (1,), (2,)])),
+    "value": lambda: (value_only(3), Partials(torch.eye(3))),
+    "gradient": lambda: (directional(torch.eye(3)), Partials(torch.eye(3), [(0,), (1,), (2,)])),
     "laplacian": lambda: (laplacian(3), sums({(0, 0): 1.0, (1, 1): 1.0, (2, 2): 1.0})),
     "partial laplacian": lambda: (laplacian(3, [1, 2]), sums({(1, 1): 1.0, (2, 2): 1.0}, (0,))),
     "constant": lambda: (
@@ -315,7 +327,7 @@ def sums(*totals):
 def test_reverse_pass_by_hand_equals_autodiffs(name, activation, device):
     """`Partials` is differentiated by autodiff, `SecondOrder` has its own reverse pass."""
     model, X = net(MODULES[activation]).to(device), torch.randn(5, 3, device=device)
-    mine, general = (taylor(model, X, e) for e in SECOND[name]())
+    mine, general = (taylor_coefficients(model, X, e) for e in SECOND[name]())
     close(mine, general)
     w = torch.randn_like(mine)
     for a, b in zip(
@@ -332,7 +344,7 @@ def test_reverse_pass_can_be_differentiated_again(name, device):
     h = torch.randn(1, len(expansion.names), 2, device=device, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda h: expansion.compose(activations.tanh, h), h)
     N = torch.randn(2, 3, 3, device=device)
-    per_datum = weighted(N)
+    per_datum = second_order_sum(N)
     h = torch.randn(2, 5, 3, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: per_datum.compose(activations.gelu, h), h)
 
@@ -347,7 +359,7 @@ def test_works_below_torch_func(device):
         return torch.func.functional_call(model, parameters, (jet,)).c[0, -1, 0]
 
     J = torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, X)
-    lap = taylor(model, X, laplacian(3))[:, -1].sum()
+    lap = taylor_coefficients(model, X, laplacian(3))[:, -1].sum()
     (expected,) = torch.autograd.grad(lap, model[0].weight)
     close(J["0.weight"].sum(0), expected)
 
@@ -404,19 +416,22 @@ def test_any_forward_pass(name, device):
         laplacian(3),
         Partials(torch.eye(3), [(0, 1, 2), (0, 0, 1, 1)], [{(0, 2): 1.0, (1, 1): -2.0}]),
     ):
-        c = taylor(model, X, expansion)
+        c = taylor_coefficients(model, X, expansion)
         close(c[:, 0], model(X))
         eye = torch.eye(3, device=device)
         for s, alpha in enumerate(expansion.names):
             if isinstance(alpha, tuple):
                 close(c[:, s], derivative(model, X, [eye[i] for i in alpha]))
-    check_equal(taylor(model, X, laplacian(3))[:, -1], torch.einsum("niio->no", hessian(model, X)))
+    check_equal(
+        taylor_coefficients(model, X, laplacian(3))[:, -1],
+        torch.einsum("niio->no", hessian(model, X)),
+    )
 
 
 def test_products_with_per_datum_weights(device):
     model, X = Hard().to(device), torch.randn(4, 3, device=device)
     C = torch.randn(4, 3, 3, device=device)
-    lap = taylor(model, X, weighted(C))[:, -1]
+    lap = taylor_coefficients(model, X, second_order_sum(C))[:, -1]
     close(lap, torch.einsum("nij,nijo->no", C, hessian(model, X)))
     check_differs(lap, torch.einsum("ij,nijo->no", C[0], hessian(model, X)))
 
@@ -430,20 +445,20 @@ def test_products_with_per_datum_weights(device):
 )
 def test_unknown_functions_are_named(layer, named, device):
     with pytest.raises(NotImplementedError, match=rf"'{named}'.*Elementwise"):
-        taylor(layer, torch.randn(4, 3, device=device), laplacian(3))
+        taylor_coefficients(layer, torch.randn(4, 3, device=device), laplacian(3))
 
 
 def test_approximate_gelu_is_refused(device):
     with pytest.raises(NotImplementedError, match="exact GELU"):
-        taylor(nn.GELU("tanh"), torch.randn(4, 3, device=device), laplacian(3))
+        taylor_coefficients(nn.GELU("tanh"), torch.randn(4, 3, device=device), laplacian(3))
 
 
 def test_too_few_derivatives_are_refused(device):
     few = Elementwise(lambda z, K: activations.tanh(z, min(K, 2)))
     X = torch.randn(4, 3, device=device)
     with pytest.raises(ValueError, match=r"4 derivatives.*value and 2 of them"):
-        taylor(few, X, biharmonic(3))
-    c = taylor(nn.Sequential(nn.Linear(3, 2), few).to(device), X, laplacian(3))
+        taylor_coefficients(few, X, biharmonic(3))
+    c = taylor_coefficients(nn.Sequential(nn.Linear(3, 2), few).to(device), X, laplacian(3))
     with pytest.raises(ValueError, match=r"3 derivatives.*K \+ 1 in a reverse pass"):
         c.sum().backward()
 
@@ -457,26 +472,26 @@ def test_weights_of_another_shape_are_refused(shape):
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 2, 3, 3)])
 def test_weighted_needs_square_weights(shape):
     with pytest.raises((ValueError, TypeError)):
-        weighted(torch.ones(shape))
+        second_order_sum(torch.ones(shape))
 
 
 def test_data_must_fit(device):
     X = torch.randn(4, 2, device=device)
     with pytest.raises(ValueError, match="do not fit data"):
-        taylor(net(), X, laplacian(3))
+        taylor_coefficients(net(), X, laplacian(3))
     with pytest.raises(ValueError, match="do not fit data"):
-        taylor(net(), X, along(torch.ones(5, 1, 2)))
+        taylor_coefficients(net(), X, directional(torch.ones(5, 1, 2)))
     with pytest.raises(ValueError, match=r"4 data need C of shape \[M, 4, R, R\]"):
-        taylor(net(), X, weighted(torch.ones(3, 2, 2)))
+        taylor_coefficients(net(), X, second_order_sum(torch.ones(3, 2, 2)))
     with pytest.raises((ValueError, TypeError)):
-        taylor(net(), X[0], laplacian(2))
+        taylor_coefficients(net(), X[0], laplacian(2))
     with pytest.raises(ValueError, match="ignores its input"):
-        taylor(lambda x: torch.ones(4, 1), X, laplacian(2))
+        taylor_coefficients(lambda x: torch.ones(4, 1), X, laplacian(2))
 
 
 def test_orders_and_directions_are_checked():
     with pytest.raises(ValueError, match="order 10 is the highest"):
-        jets(torch.eye(2), 11)
+        univariate_jets(torch.eye(2), 11)
     for alpha in ((), (0, 2), (-1,)):
         with pytest.raises(ValueError, match="no derivative along directions 0 to 1"):
             Partials(torch.eye(2), [alpha])
@@ -496,4 +511,4 @@ def test_orders_and_directions_are_checked():
 )
 def test_what_would_mix_data_is_refused(forward, device):
     with pytest.raises((ValueError, IndexError)):
-        taylor(forward, torch.randn(4, 3, device=device), laplacian(3))
+        taylor_coefficients(forward, torch.randn(4, 3, device=device), laplacian(3))

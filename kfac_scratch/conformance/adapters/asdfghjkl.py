@@ -22,8 +22,8 @@ from torch import nn
 from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Dense,
-    Kronecker,
+    DenseAnswer,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
@@ -98,8 +98,8 @@ def _run(request: Request, shape: str) -> None:
 def _factors(layer: Any) -> LayerBlock:
     """`Kron.mvp` multiplies a bias by the factor of the outputs."""
     A, B = layer.fisher.kron.A, layer.fisher.kron.B
-    bias = None if layer.bias is None else Kronecker(B.new_ones(1, 1), B)
-    return LayerBlock(weight=Kronecker(A, B), bias=bias)
+    bias = None if layer.bias is None else KroneckerAnswer(B.new_ones(1, 1), B)
+    return LayerBlock(weight=KroneckerAnswer(A, B), bias=bias)
 
 
 def _products(layer: Any) -> LayerBlock:
@@ -107,7 +107,7 @@ def _products(layer: Any) -> LayerBlock:
     D = layer.weight.numel()
     units = torch.eye(D, dtype=layer.weight.dtype).reshape(D, *layer.weight.shape)
     columns = [layer.fisher.kfe.mvp(unit, eps=0.0).flatten() for unit in units]
-    return LayerBlock(weight=Dense(torch.linalg.inv(torch.stack(columns, 1))))
+    return LayerBlock(weight=DenseAnswer(torch.linalg.inv(torch.stack(columns, 1))))
 
 
 def _size(request: Request) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Kronecker,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Part,
@@ -104,7 +104,7 @@ def _run(request: Request, extension: Any) -> dict[str, LayerBlock]:
 def _block(layer: Any, field: str) -> LayerBlock:
     def part(p: Tensor) -> Part:
         B, *A = getattr(p, field)
-        return Kronecker(A[0] if A else B.new_ones(1, 1), B)
+        return KroneckerAnswer(A[0] if A else B.new_ones(1, 1), B)
 
     bias = layer.bias
     return LayerBlock(weight=part(layer.weight), bias=part(bias) if bias is not None else None)

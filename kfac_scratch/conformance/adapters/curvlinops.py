@@ -22,13 +22,13 @@ from torch import nn
 
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Eigen,
-    Kronecker,
+    EigenAnswer,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Part,
     Request,
-    Vector,
+    VectorAnswer,
 )
 
 FISHERS = {"type2": "type-2", "mc": "mc", "empirical": "empirical"}
@@ -108,12 +108,12 @@ def _check_output(request: Request) -> None:
 def _part(operator: Any, name: str) -> Part:
     if isinstance(operator, EKFACLinearOperator):
         scale = operator._corrected_eigenvalues[name]
-        return Eigen(
+        return EigenAnswer(
             operator._input_covariances_eigenvectors[name],
             operator._gradient_covariances_eigenvectors[name],
             next(iter(scale.values())) if isinstance(scale, dict) else scale,  # without a bias
         )
-    return Kronecker(operator._input_covariances[name], operator._gradient_covariances[name])
+    return KroneckerAnswer(operator._input_covariances[name], operator._gradient_covariances[name])
 
 
 def _solved(request: Request, operator: Any, damping: tuple[str, float]) -> dict[str, LayerBlock]:
@@ -126,5 +126,5 @@ def _solved(request: Request, operator: Any, damping: tuple[str, float]) -> dict
     found = {}
     for name in request.layers:
         parts = [vectors[key].flatten() for key in names if key.rpartition(".")[0] == name]
-        found[name] = LayerBlock(joint=Vector(torch.cat(parts)), bias_at="behind")
+        found[name] = LayerBlock(joint=VectorAnswer(torch.cat(parts)), bias_at="behind")
     return found

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Kronecker,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
-    Vector,
+    VectorAnswer,
 )
 from kfac_scratch.conformance.vectors.consumers import kfac_jax_port as port
 
@@ -63,7 +63,7 @@ class Adapter:
             if isinstance(factors[name], str):
                 raise NotSupported(f"{name}: its block is a {factors[name]}")
             A, B = (torch.tensor(M) for M in factors[name])
-            found[name] = LayerBlock(joint=Kronecker(A, B), axes=_axes(request, name))
+            found[name] = LayerBlock(joint=KroneckerAnswer(A, B), axes=_axes(request, name))
         return found
 
 
@@ -117,6 +117,8 @@ def _solved(request: Request, estimate: Any) -> dict[str, LayerBlock]:
         return torch.cat([torch.tensor(solution[key]).flatten() for key in keys])
 
     return {
-        name: LayerBlock(joint=Vector(vector(name)), axes=_axes(request, name), bias_at="behind")
+        name: LayerBlock(
+            joint=VectorAnswer(vector(name)), axes=_axes(request, name), bias_at="behind"
+        )
         for name in request.layers
     }

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Eigen,
-    Kronecker,
+    EigenAnswer,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
@@ -141,14 +141,14 @@ def _fitted(request: Request) -> dict[str, LayerBlock]:
     return {name: LayerBlock(_eigen(Q, L, name)) for name in request.layers}
 
 
-def _kronecker(C: Factors, name: str) -> Kronecker:
+def _kronecker(C: Factors, name: str) -> KroneckerAnswer:
     A, B = (
         C[f"{side}_covariance"][name] / C[f"num_{side}_covariance_processed"][name]
         for side in ("activation", "gradient")
     )
-    return Kronecker(A, B)
+    return KroneckerAnswer(A, B)
 
 
-def _eigen(Q: Factors, L: Factors, name: str) -> Eigen:
+def _eigen(Q: Factors, L: Factors, name: str) -> EigenAnswer:
     scale = L["lambda_matrix"][name] / L["num_lambda_processed"][name]
-    return Eigen(Q["activation_eigenvectors"][name], Q["gradient_eigenvectors"][name], scale)
+    return EigenAnswer(Q["activation_eigenvectors"][name], Q["gradient_eigenvectors"][name], scale)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Kronecker,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
@@ -59,8 +59,8 @@ class Adapter:
         found = {}
         for name in request.layers:
             B, A = kfacs[f"{name}.weight"]
-            bias = [Kronecker(b.new_ones(1, 1), b) for b in kfacs.get(f"{name}.bias", [])]
-            found[name] = LayerBlock(weight=Kronecker(A, B), bias=next(iter(bias), None))
+            bias = [KroneckerAnswer(b.new_ones(1, 1), b) for b in kfacs.get(f"{name}.bias", [])]
+            found[name] = LayerBlock(weight=KroneckerAnswer(A, B), bias=next(iter(bias), None))
         return found
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:

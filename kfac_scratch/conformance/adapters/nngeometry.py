@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Eigen,
-    Kronecker,
+    EigenAnswer,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
@@ -80,12 +80,12 @@ def _fitted(request: Request) -> dict[str, LayerBlock]:
     loader = _loader(request)
     if request.flavour != "ekfac":
         matrix = _matrix(request, PMatKFAC, loader)
-        return {n: LayerBlock(Kronecker(A, B)) for n, (A, B) in matrix.data.items()}
+        return {n: LayerBlock(KroneckerAnswer(A, B)) for n, (A, B) in matrix.data.items()}
     matrix = _matrix(request, PMatEKFAC, loader)
     matrix.update_diag(loader)
     vectors, values = matrix.data
     return {
-        n: LayerBlock(Eigen(QA, QB, values[n].reshape(*QB.shape[:-1], QA.shape[-1])))
+        n: LayerBlock(EigenAnswer(QA, QB, values[n].reshape(*QB.shape[:-1], QA.shape[-1])))
         for n, (QA, QB) in vectors.items()
     }
 

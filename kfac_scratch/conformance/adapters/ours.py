@@ -9,17 +9,17 @@ from torch import Generator, Tensor
 import kfac_scratch as ks
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Eigen,
-    Kronecker,
+    EigenAnswer,
+    KroneckerAnswer,
     LayerBlock,
     Part,
     Request,
-    Vector,
+    VectorAnswer,
 )
 from kfac_scratch.pinn.terms import Field, Term, linearize
 from kfac_scratch.taylor.expansions import laplacian
 
-SETTINGS = {"expand": ks.EXPAND, "reduce": ks.REDUCE, "ekfac": ks.EXPAND}
+FLAVOURS = {"expand": ks.EXPAND, "reduce": ks.REDUCE, "ekfac": ks.EXPAND}
 
 
 class Adapter:
@@ -64,7 +64,7 @@ def matrices(request: Request) -> Mapping[str, ks.Kronecker | ks.KroneckerEigen]
         request.loss,
         request.batches,
         _fisher(request),
-        setting=SETTINGS[request.flavour],
+        flavour=FLAVOURS[request.flavour],
         progress=False,
     )
 
@@ -86,7 +86,7 @@ def _ios(request: Request) -> dict[str, ks.LayerIO]:
     }
 
 
-def _fisher(request: Request) -> ks.Fisher:
+def _fisher(request: Request) -> ks.BackpropagatedVectors:
     match request.fisher:
         case "type2":
             return ks.type2
@@ -113,11 +113,13 @@ def _of_operator(request: Request, c: Tensor) -> dict[str, ks.LayerIO]:
 def _part(request: Request, name: str, groups: list[Any]) -> Part:
     """One matrix per group, with a leading axis of groups; or their inverses on the gradient."""
     if request.damping:
-        return Vector(torch.cat([_solved(request, name, M, i) for i, M in enumerate(groups)]))
+        return VectorAnswer(torch.cat([_solved(request, name, M, i) for i, M in enumerate(groups)]))
     if isinstance(groups[0], ks.Kronecker):
-        return Kronecker(torch.stack([M.A for M in groups]), torch.stack([M.B for M in groups]))
+        return KroneckerAnswer(
+            torch.stack([M.A for M in groups]), torch.stack([M.B for M in groups])
+        )
     fields = [torch.stack([getattr(M, f) for M in groups]) for f in ("QA", "QB", "scale")]
-    return Eigen(*fields)
+    return EigenAnswer(*fields)
 
 
 def _solved(request: Request, name: str, M: Any, group: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 from kfac_scratch.conformance.drivers import rows
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Kronecker,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
@@ -55,7 +55,7 @@ class Adapter:
         _backward(request)
         K, C = optimizer.H_Ks, optimizer.H_Cs
         return {
-            name: LayerBlock(joint=Kronecker(K[name].to_dense(), C[name].to_dense()))
+            name: LayerBlock(joint=KroneckerAnswer(K[name].to_dense(), C[name].to_dense()))
             for name in request.layers
         }
 

@@ -44,7 +44,7 @@ class Place:
 
     def command(self) -> list[str]:
         """How the process is started."""
-        worker = "kfac_scratch.conformance.worker"
+        worker = "kfac_scratch.conformance.judging.worker"
         return [self.python, "-m", worker, self.adapter, self.device]
 
 

@@ -12,7 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.ops import Op
-from kfac_scratch.conformance.protocol import Dense, Eigen, Kronecker, LayerBlock, Vector
+from kfac_scratch.conformance.protocol import (
+    DenseAnswer,
+    EigenAnswer,
+    KroneckerAnswer,
+    LayerBlock,
+    VectorAnswer,
+)
 
 
 class Malformed(Exception):  # noqa: N818
@@ -98,7 +104,7 @@ def _reordered(
     d_out, d_in = shape
     D = d_out * d_in
     match value:
-        case Kronecker(A, B):
+        case KroneckerAnswer(A, B):
             A, B = (
                 _checked(what, "A", A, groups, d_in, d_in),
                 _checked(what, "B", B, groups, d_out, d_out),
@@ -106,17 +112,17 @@ def _reordered(
             order = inputs_order(numbering)
             A = A[:, order][:, :, order]
             M = torch.einsum("gop,gij->goipj", B, A).reshape(groups, D, D)
-        case Eigen(QA, QB, scale):
+        case EigenAnswer(QA, QB, scale):
             QA = _checked(what, "QA", QA, groups, d_in, d_in)[:, inputs_order(numbering)]
             QB = _checked(what, "QB", QB, groups, d_out, d_out)
             scale = _checked(what, "scale", scale, groups, d_out, d_in).flatten(1)
             U = torch.einsum("gop,gij->goipj", QB, QA).reshape(groups, D, D)
             M = U * scale.unsqueeze(1) @ U.mT
-        case Dense(M):
+        case DenseAnswer(M):
             M = _grouped(what, M, groups, D)
             order = numbering.flatten().to(M.device)
             M = M[:, order][:, :, order]
-        case Vector(v):
+        case VectorAnswer(v):
             if v.numel() != groups * D:
                 raise Malformed(f"{what}: v has {v.numel()} entries, expected {groups * D}.")
             M = v.reshape(groups, D)[:, numbering.flatten().to(v.device)]

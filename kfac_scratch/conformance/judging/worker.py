@@ -1,4 +1,4 @@
-"""A process for an adapter: `python -m kfac_scratch.conformance.worker pkg.mod:Adapter cpu`.
+"""A process for an adapter: `python -m (this module) pkg.mod:Adapter cpu`.
 
 The parent (`isolation`) writes a line `case flavour` and gets back a line of JSON, the verdict.
 What an adapter prints goes to the error stream, so that it cannot be taken for an answer.

@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from kfac_scratch.conformance.protocol import (
     Capabilities,
-    Eigen,
-    Kronecker,
+    EigenAnswer,
+    KroneckerAnswer,
     LayerBlock,
     NotSupported,
     Request,
-    Vector,
+    VectorAnswer,
 )
 from kfac_scratch.conformance.selftest.museum import naive, vectors
 from kfac_scratch.conformance.selftest.museum.naive import Batch, Call
@@ -136,10 +136,10 @@ class KFAC:
         z = CONVOLVE[dims](self.padded(layer, x), kernels, **self.geometry(layer))
         return z.flatten(2)
 
-    def factors(self, batch: Batch) -> Kronecker:
+    def factors(self, batch: Batch) -> KroneckerAnswer:
         """Both factors of one mini-batch, of the mean loss."""
         A = self.input_factor(batch.a, batch.positions)
-        return Kronecker(A, self.vector_factor(batch.g, batch.terms))
+        return KroneckerAnswer(A, self.vector_factor(batch.g, batch.terms))
 
     def block(self, request: Request, batches: Sequence[Batch]) -> LayerBlock:
         """A layer's factors, or EKFAC's basis and scale, over all mini-batches."""
@@ -151,9 +151,9 @@ class KFAC:
             for i, batch in enumerate(batches[1:], start=2):
                 new = self.second_moments(batch, QA, QB)
                 scale = self.mixed(scale, new, [b.terms for b in batches[:i]])
-            return LayerBlock(joint=Eigen(QA, QB, scale / D))
+            return LayerBlock(joint=EigenAnswer(QA, QB, scale / D))
         K = naive.over_all(batches, self.factors, self.mixed)
-        block: LayerBlock = self.presented(Kronecker(K.A, K.B / D), batches)
+        block: LayerBlock = self.presented(KroneckerAnswer(K.A, K.B / D), batches)
         return block
 
     def solved(self, part: Any, V: Tensor, form: str, damping: float) -> Tensor:
@@ -162,7 +162,7 @@ class KFAC:
             pi = self.balance(part.A, part.B)
             A, B = self.damped_factors(part.A, part.B, pi, damping)
             return torch.linalg.solve(B, torch.linalg.solve(A, V.T).T)
-        if isinstance(part, Kronecker):
+        if isinstance(part, KroneckerAnswer):
             raise TypeError("An exact damped inverse needs eigenvalues.")
         W = self.divided(part.QB.T @ V @ part.QA, part.scale, damping)
         return part.QB @ W @ part.QA.T
@@ -175,12 +175,12 @@ def positions_last(layer: Any, g: Tensor) -> Tensor:
     return g.flatten(3).mT
 
 
-def diagonalised(part: Kronecker | Eigen) -> Eigen:
+def diagonalised(part: KroneckerAnswer | EigenAnswer) -> EigenAnswer:
     """By eigenvectors and eigenvalues."""
-    if isinstance(part, Eigen):
+    if isinstance(part, EigenAnswer):
         return part
     (a, QA), (b, QB) = torch.linalg.eigh(part.A), torch.linalg.eigh(part.B)
-    return Eigen(QA, QB, torch.outer(b, a))
+    return EigenAnswer(QA, QB, torch.outer(b, a))
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Adapter:
                 raise NotSupported("damped inverses of separate weight and bias")
             self.kept[key] = {name: form(block.joint) for name, block in blocks.items()}
         return {
-            name: LayerBlock(joint=Vector(self.solved(request, name, part)))
+            name: LayerBlock(joint=VectorAnswer(self.solved(request, name, part)))
             for name, part in self.kept[key].items()
         }
 

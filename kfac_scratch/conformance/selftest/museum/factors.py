@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.protocol import Dense, Kronecker, LayerBlock
+from kfac_scratch.conformance.protocol import DenseAnswer, KroneckerAnswer, LayerBlock
 from kfac_scratch.conformance.selftest.museum.naive import Batch, Mix
 from kfac_scratch.conformance.selftest.museum.piece import Piece
 
@@ -117,7 +117,7 @@ LOCAL = Piece(
 
 
 def basis(
-    batches: Sequence[Batch], of_one: Callable[[Batch], Kronecker], mix: Mix
+    batches: Sequence[Batch], of_one: Callable[[Batch], KroneckerAnswer], mix: Mix
 ) -> tuple[Tensor, Tensor]:
     """Wrong: eigenvectors averaged."""
     found = [torch.linalg.eigh(M)[1] for K in map(of_one, batches) for M in (K.A, K.B)]
@@ -152,12 +152,12 @@ SQUARES = Piece(
 )
 
 
-def presented(K: Kronecker, batches: Sequence[Batch]) -> LayerBlock:
+def presented(K: KroneckerAnswer, batches: Sequence[Batch]) -> LayerBlock:
     """Wrong: scales of weight and bias that differ."""
     if batches[0].a.shape[-1] != len(K.A) or not bool((batches[0].a[..., -1] == 1).all()):
         return LayerBlock(joint=K)
     A, ones = K.A[:-1, :-1], batches[0].a[0, :, -1].sum()
-    return LayerBlock(weight=Kronecker(A, K.B), bias=Dense(ones * K.B))
+    return LayerBlock(weight=KroneckerAnswer(A, K.B), bias=DenseAnswer(ones * K.B))
 
 
 BIAS_SCALE = Piece(

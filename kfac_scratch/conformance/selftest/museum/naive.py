@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kfac_scratch.conformance.protocol import Kronecker, LayerBlock
+from kfac_scratch.conformance.protocol import KroneckerAnswer, LayerBlock
 
 Mix = Callable[[Tensor, Tensor, Sequence[float]], Tensor]
 
@@ -130,25 +130,27 @@ def second_moments(batch: Batch, QA: Tensor, QB: Tensor) -> Tensor:
 
 
 def basis(
-    batches: Sequence[Batch], of_one: Callable[[Batch], Kronecker], mix: Mix
+    batches: Sequence[Batch], of_one: Callable[[Batch], KroneckerAnswer], mix: Mix
 ) -> tuple[Tensor, Tensor]:
     """The eigenvectors of the factors over all mini-batches."""
     K = over_all(batches, of_one, mix)
     return torch.linalg.eigh(K.A)[1], torch.linalg.eigh(K.B)[1]
 
 
-def over_all(batches: Sequence[Batch], of_one: Callable[[Batch], Kronecker], mix: Mix) -> Kronecker:
+def over_all(
+    batches: Sequence[Batch], of_one: Callable[[Batch], KroneckerAnswer], mix: Mix
+) -> KroneckerAnswer:
     """Both factors over all mini-batches: `A` by the number of rows, `B` by that of terms."""
     rows = [float(len(batch.a) * batch.positions) for batch in batches]
     terms = [batch.terms for batch in batches]
     K = of_one(batches[0])
     for i, batch in enumerate(batches[1:], start=2):
         new = of_one(batch)
-        K = Kronecker(mix(K.A, new.A, rows[:i]), mix(K.B, new.B, terms[:i]))
+        K = KroneckerAnswer(mix(K.A, new.A, rows[:i]), mix(K.B, new.B, terms[:i]))
     return K
 
 
-def presented(K: Kronecker, batches: Sequence[Batch]) -> LayerBlock:
+def presented(K: KroneckerAnswer, batches: Sequence[Batch]) -> LayerBlock:
     """A layer's block: weight and bias have one pair of factors."""
     return LayerBlock(joint=K)
 

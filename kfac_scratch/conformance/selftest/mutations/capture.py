@@ -57,15 +57,15 @@ MUTANTS = [
     ),
     capture(
         "expand for reduce",
-        "REDUCE = Setting(_averaged_inputs, _summed_outputs)",
+        "REDUCE = Flavour(_averaged_inputs, _summed_outputs)",
         "REDUCE = EXPAND",
         "sum-pooled-mse-mean-bias",
         "reduce",
     ),
     capture(
         "no bias column in averages",
-        "ends = row.new_tensor(block.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)",
-        "ends = 0 * row.new_tensor(block.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)",
+        "ends = row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)",
+        "ends = 0 * row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)",
         "pooled-bias-mse",
         "reduce",
     ),

@@ -3,7 +3,7 @@
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
 
 FACTORS = "return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))"
-SUMS = "return Kronecker(self.A.div_(self.rows), self.B.div_(D))"
+SUMS = "return Kronecker(state.A / state.rows, state.B / divisor)"
 
 
 def kfac(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
@@ -19,8 +19,8 @@ def ekfac(name: str, before: str, after: str, case: str) -> Mutant:
 MUTANTS = [
     kfac(
         "inputs divided by the data only",
-        "sums[name] = _Sums(gram(io.a), B, N * S)",
-        "sums[name] = _Sums(gram(io.a), B, N)",
+        "rows = gram(io.g.flatten(0, 1)), io.a.shape[0] * io.a.shape[1]",
+        "rows = gram(io.g.flatten(0, 1)), io.a.shape[0]",
         "positions-mse-mean-bias",
     ),
     kfac(
@@ -31,26 +31,26 @@ MUTANTS = [
     ),
     kfac(
         "the square of the sum over data",
-        "    N, S, _ = io.a.shape\n    B = gram(io.g.flatten(0, 1))\n",
-        "    N, S, _ = io.a.shape\n    B = gram(io.g.sum(1))\n",
+        "B, rows = gram(io.g.flatten(0, 1)), ",
+        "B, rows = gram(io.g.sum(1)), ",
         "mlp-cross-entropy-sum",
     ),
     kfac(
         "the last mini-batch only",
-        "    total.B += B\n",
-        "    total.B = B\n",
+        "B.add_(state.B), state.rows + rows",
+        "B, state.rows + rows",
         "batches-unequal-mse-sum",
     ),
     kfac(
         "inputs of the first mini-batch only",
-        "        total.A += gram(io.a)\n",
-        "        total.A += total.A\n",
+        "gram(io.a).add_(state.A)",
+        "2 * state.A",
         "batches-unequal-mse-mean",
     ),
     kfac(
         "rows of later mini-batches not counted",
-        "        total.rows += N * S\n",
-        "        total.rows += 0\n",
+        "B.add_(state.B), state.rows + rows",
+        "B.add_(state.B), state.rows",
         "batches-unequal-mse-mean",
     ),
     kfac(
@@ -79,13 +79,11 @@ MUTANTS = [
     ),
     kfac(
         "inputs added for every vector",
-        "    if with_inputs:\n",
-        "    if not with_inputs:\n",
+        "        if not new_batch:\n            return Running",
+        "        if new_batch:\n            return Running",
         "batches-unequal-cross-entropy-mean",
     ),
-    kfac(
-        "factors exchanged in scale", SUMS, SUMS.replace("self.B.div_(D)", "self.B"), "mlp-mse-mean"
-    ),
+    kfac("factors exchanged in scale", SUMS, SUMS.replace(" / divisor", ""), "mlp-mse-mean"),
     ekfac(
         "squares before the sum over positions",
         "moments += LayerIO(a, part).gradients().square().sum((0, 1))",

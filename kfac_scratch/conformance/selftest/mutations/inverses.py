@@ -31,8 +31,8 @@ MUTANTS = [
     damping("no pi", INVERSE, INVERSE.replace("root * pi", "root").replace("root / pi", "root")),
     damping(
         "the damping for its root",
-        "float(balance(K)), damping**0.5\n    return Kron",
-        "float(balance(K)), damping\n    return Kron",
+        "float(balance(K)), damping**0.5\n    return Kronecker(Dense",
+        "float(balance(K)), damping\n    return Kronecker(Dense",
     ),
     damping("pi on the same side twice", INVERSE, INVERSE.replace("root / pi", "root * pi")),
     damping(

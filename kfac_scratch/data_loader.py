@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, accumulator
 from kfac_scratch.approximations.estimators import Approximation
 from kfac_scratch.capture.hooks import EXPAND, Flavour, stream
-from kfac_scratch.losses import Fisher, divisor, type2
+from kfac_scratch.losses import BackpropagatedVectors, divisor, type2
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import Matrix
 
@@ -25,7 +25,7 @@ class LoaderOptions(TypedDict, total=False):
     flavour: Flavour
     layers: Collection[str] | None
     chunk: int | None
-    terms: Callable[[Module, Tensor, Tensor], float]
+    count_terms: Callable[[Module, Tensor, Tensor], float]
     progress: bool | None
 
 
@@ -34,12 +34,12 @@ def over_loader(
     model: Module,
     loss: Module,
     data: Iterable[tuple[Tensor, Tensor]],
-    fisher: Fisher = type2,
+    fisher: BackpropagatedVectors = type2,
     *,
     flavour: Flavour = EXPAND,
     layers: Collection[str] | None = None,
     chunk: int | None = None,
-    terms: Callable[[Module, Tensor, Tensor], float] = divisor,
+    count_terms: Callable[[Module, Tensor, Tensor], float] = divisor,
     progress: bool | None = None,
 ) -> dict[str, Matrix]:
     """An approximation of every block over a whole data loader, as if it were one batch.
@@ -57,7 +57,7 @@ def over_loader(
         flavour: `EXPAND` or `REDUCE`.
         layers: Names of the layers to cover.
         chunk: How many vectors are sent backward at once, see `layer_ios`.
-        terms: How many terms a batch loss is the mean of, 1 for a sum: `losses.divisor`.
+        count_terms: How many terms a batch loss is the mean of, 1 for a sum: `losses.divisor`.
         progress: Show a progress bar. Default: on a terminal only.
 
     Raises:
@@ -67,7 +67,7 @@ def over_loader(
 
     def of_sum(loss: Module, f: Tensor, y: Tensor) -> Tensor:
         nonlocal D
-        here = terms(loss, f, y)
+        here = count_terms(loss, f, y)
         D += here
         return here**0.5 * fisher(loss, f, y)
 
@@ -87,7 +87,7 @@ def kfac_over(
     model: Module,
     loss: Module,
     data: Iterable[tuple[Tensor, Tensor]],
-    fisher: Fisher = type2,
+    fisher: BackpropagatedVectors = type2,
     **options: Unpack[LoaderOptions],
 ) -> dict[str, Kronecker]:
     """KFAC of every block over a whole data loader, in the memory of one batch and the factors.

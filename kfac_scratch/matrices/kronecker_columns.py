@@ -25,7 +25,7 @@ from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerRoots:
+class KroneckerColumns:
     """`B ⊗ A` with `A = UA @ UA.T` and `B = UB @ UB.T`, held by these columns."""
 
     UA: Float[Tensor, "d_in KA"]
@@ -41,7 +41,7 @@ class KroneckerRoots:
         return LowRankKronecker(*_eigenpairs(self.UA), zero, *_eigenpairs(self.UB), zero)
 
     def inverse(self, damping: float) -> FourBlocks:
-        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_woodbury`."""
+        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_woodbury_inverse`."""
         return self.low_rank().inverse(damping)
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -57,13 +57,13 @@ class KroneckerRoots:
         return torch.outer(self.UB.square().sum(1), self.UA.square().sum(1)).flatten()
 
 
-def few(U: Float[Tensor, "d K"]) -> Float[Tensor, "d k"]:
+def reduced_columns(U: Float[Tensor, "d K"]) -> Float[Tensor, "d k"]:
     """At most `d` columns with the same `U @ U.T`: the triangle of a QR decomposition."""
     return U if len(U) >= U.shape[1] else torch.linalg.qr(U.mT, mode="r").R.mT
 
 
 @dataclass(frozen=True, eq=False)
-class WoodburyInverse:
+class FactoredWoodburyInverse:
     """`scale * (I - WB.T @ WB) ⊗ (I - WA.T @ WA)`."""
 
     WA: Float[Tensor, "KA d_in"]
@@ -76,7 +76,9 @@ class WoodburyInverse:
         return self.scale * (V - (V @ self.WA.mT) @ self.WA)
 
 
-def woodbury_inverse(M: KroneckerRoots, damping_A: float, damping_B: float) -> WoodburyInverse:
+def inverse_of_damped_columns(
+    M: KroneckerColumns, damping_A: float, damping_B: float
+) -> FactoredWoodburyInverse:
     """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by Woodbury's identity.
 
     Raises:
@@ -84,20 +86,20 @@ def woodbury_inverse(M: KroneckerRoots, damping_A: float, damping_B: float) -> W
     """
     WA = torch.linalg.solve_triangular(gram_root(M.UA, damping_A), M.UA.mT, upper=False)
     WB = torch.linalg.solve_triangular(gram_root(M.UB, damping_B), M.UB.mT, upper=False)
-    return WoodburyInverse(WA, WB, 1 / (damping_A * damping_B))
+    return FactoredWoodburyInverse(WA, WB, 1 / (damping_A * damping_B))
 
 
-def factored_woodbury(M: KroneckerRoots, damping: float) -> WoodburyInverse:
+def factored_woodbury_inverse(M: KroneckerColumns, damping: float) -> FactoredWoodburyInverse:
     """`damping.factored_inverse` of a matrix that is held by its columns.
 
     Raises:
-        ValueError: As `woodbury_inverse`.
+        ValueError: As `inverse_of_damped_columns`.
     """
     if not damping > 0:
         raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
     mean_A, mean_B = (U.square().sum().reshape(1, 1) / len(U) for U in (M.UA, M.UB))
     pi, root = float(balance(Kronecker(mean_A, mean_B))), damping**0.5
-    return woodbury_inverse(M, root * pi, root / pi)
+    return inverse_of_damped_columns(M, root * pi, root / pi)
 
 
 def gram_root(U: Float[Tensor, "d K"], damping: float) -> Float[Tensor, "K K"]:
