@@ -56,7 +56,7 @@ from kfac_scratch.conformance.judging import harness, judge, report, scalars, tr
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.selftest.museum import PIECES
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
-from kfac_scratch.matrices.kronecker import KroneckerAnswer as KroneckerMatrix
+from kfac_scratch.matrices.kronecker import Kronecker as KroneckerMatrix
 from kfac_scratch.show import code, matrices
 
 torch.manual_seed(0)

@@ -109,7 +109,7 @@ def made_finding():
     vars(found).update(
         LIBRARY="faulty",
         VERSION="1",
-        ADAPTER="faulty:Scaled",
+        ADAPTER="tests.faulty:Scaled",
         TITLE="twice",
         CASES=(("deep-linear-mse-mean-nobias", "expand"),),
         patch=patch,
