@@ -46,7 +46,7 @@ from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.hooks import EXPAND, REDUCE, Flavour, layer_ios, stream
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
 from kfac_scratch.data_loader import kfac_over, over_loader
-from kfac_scratch.layer_io import LayerIO, concatenate
+from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import (
     BackpropagatedVectors,
     divisor,
@@ -152,7 +152,6 @@ __all__ = [
     "bnn",
     "cg_fac",
     "coarse_correction",
-    "concatenate",
     "corrected",
     "deflation",
     "directional",

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
-from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, accumulator
-from kfac_scratch.approximations.estimators import Approximation
+from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
 from kfac_scratch.capture.hooks import EXPAND, Flavour, stream
+from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, divisor, type2
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.matrix import Matrix
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -30,7 +29,7 @@ class LoaderOptions(TypedDict, total=False):
 
 
 def over_loader(
-    approximation: Approximation | Accumulator,
+    approximation: Callable[[LayerIO], M] | Accumulator[M],
     model: Module,
     loss: Module,
     data: Iterable[tuple[Tensor, Tensor]],
@@ -41,7 +40,7 @@ def over_loader(
     chunk: int | None = None,
     count_terms: Callable[[Module, Tensor, Tensor], float] = divisor,
     progress: bool | None = None,
-) -> dict[str, Matrix]:
+) -> dict[str, M]:
     """An approximation of every block over a whole data loader, as if it were one batch.
 
     Law: equal, up to rounding, to the approximation of one batch with all data, for batches of any
@@ -95,4 +94,4 @@ def kfac_over(
     The same as `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the
     arguments.
     """
-    return over_loader(FactorSums(), model, loss, data, fisher, **options)  # type: ignore[return-value]
+    return over_loader(FactorSums(), model, loss, data, fisher, **options)

@@ -53,6 +53,29 @@ class LayerIO:
         return block
 
 
-def concatenate(ios: Sequence[LayerIO]) -> LayerIO:
-    """Join several batches of one layer along `N`; all need the same `V` and `S`."""
-    return LayerIO(torch.cat([io.a for io in ios]), torch.cat([io.g for io in ios], dim=1))
+def concatenate(ios: Sequence[LayerIO], shares: Sequence[float]) -> LayerIO:
+    """Join several batches of one layer along `N`, for a loss that is a weighted sum of theirs.
+
+    Law: the block of the result is the sum of the batches' blocks, each times its share. To join
+    all batches of a data loader, use `over_loader`, which knows the shares.
+
+    Args:
+        ios: The layer on every batch, with the same `S`. Batches with fewer vectors than others
+            get zero vectors, which add nothing.
+        shares: Weight of every batch's loss in the joint loss. For a loss with sum reduction they
+            are 1. With mean reduction the share of a batch is its `losses.divisor` over the sum of
+            all of them, and 1 would count every batch as if it were all data.
+
+    Raises:
+        ValueError: If there is not one share for every batch, or batches differ in `S`.
+    """
+    positions = sorted({io.a.shape[1] for io in ios})
+    if len(positions) != 1 or len(shares) != len(ios):
+        raise ValueError(
+            f"Cannot join {len(ios)} batches with {len(shares)} shares and {positions} positions: "
+            "every batch needs a share, and all the same number of positions."
+        )
+    V = max(len(io.g) for io in ios)
+    g = [share**0.5 * io.g for io, share in zip(ios, shares, strict=True)]
+    g = [torch.cat([x, x.new_zeros(V - len(x), *x.shape[1:])]) for x in g]
+    return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g, dim=1))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from kfac_scratch import LayerIO, concatenate
+from kfac_scratch import LayerIO
+from kfac_scratch.layer_io import concatenate
 from tests.laws import check_differs, check_equal
 
 N, S, V, D_IN, D_OUT = 5, 3, 2, 7, 4
@@ -53,11 +54,27 @@ def test_reduction_is_exact_if_all_positions_agree(device):
 def test_a_batch_is_its_parts(device):
     io = example(device)
     parts = [LayerIO(io.a[s], io.g[:, s]) for s in (slice(2), slice(2, N))]
-    check_equal(concatenate(parts).a, io.a)
-    check_equal(concatenate(parts).g, io.g)
+    check_equal(concatenate(parts, [1.0] * len(parts)).a, io.a)
+    check_equal(concatenate(parts, [1.0] * len(parts)).g, io.g)
     check_equal(parts[0].block() + parts[1].block(), io.block())
 
 
 def test_shapes_must_fit():
     with pytest.raises(TypeCheckError):
         LayerIO(torch.randn(N, S, D_IN), torch.randn(V, N + 1, S, D_OUT))
+
+
+def test_joined_batches_have_the_weighted_sum_of_their_blocks():
+    """Also with other numbers of vectors; a share of 1 for a mean loss would count it twice."""
+    ios = [LayerIO(torch.randn(N, 3, 4), torch.randn(V, N, 3, 2)) for N, V in ((2, 5), (3, 2))]
+    joined = concatenate(ios, [0.3, 0.7])
+    check_equal(joined.block(), 0.3 * ios[0].block() + 0.7 * ios[1].block())
+    check_differs(concatenate(ios, [1.0, 1.0]).block(), joined.block())
+
+
+def test_batches_that_do_not_go_together_are_refused():
+    ios = [LayerIO(torch.randn(2, S, 4), torch.randn(1, 2, S, 2)) for S in (3, 5)]
+    with pytest.raises(ValueError, match=r"2 batches with 2 shares and \[3, 5\] positions"):
+        concatenate(ios, [1.0, 1.0])
+    with pytest.raises(ValueError, match="1 batches with 2 shares"):
+        concatenate(ios[:1], [1.0, 1.0])

@@ -417,8 +417,7 @@ assert_exact(product, K1.mixed(K2, w).dense() + covariance)
 print(f"relative size of the covariance: {(covariance.norm() / product.norm()).item():.4f}")
 
 plain = estimate(MovingAverage(kfac), [first, second], decay=1.0)  # the plain mean
-union = concatenate([first, second])
-union = LayerIO(union.a, union.g / 2**0.5)  # the loss is a mean over twice as many data
+union = concatenate([first, second], shares=[0.5, 0.5])  # a mean over twice as many samples
 assert_exact(plain.dense(), kfac(union).dense())
 products = (K1.dense() + K2.dense()) / 2
 assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()

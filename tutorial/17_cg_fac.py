@@ -495,10 +495,8 @@ plt.show()
 
 # %%
 first, second = random_io(4), random_io(4)
-joined = concatenate([first, second])
-assert_exact(
-    cg_fac(LayerIO(joined.a, joined.g / 2**0.5)).dense(), (first.block() + second.block()) / 2
-)
+joined = concatenate([first, second], shares=[0.5, 0.5])
+assert_exact(cg_fac(joined).dense(), (first.block() + second.block()) / 2)
 mean_of_rows = LayerIO((first.a + second.a) / 2, (first.g + second.g) / 2)
 assert relative_error(mean_of_rows.block(), (first.block() + second.block()) / 2) > 0.3
 
@@ -682,7 +680,7 @@ assert (moved * G).sum() < 0
 
 # %% tags=["hide-input"]
 io, G = random_io(3), torch.randn(5, 7)  # 17.1
-copies = concatenate([io] * 5)
+copies = concatenate([io] * 5, [1.0] * 5)
 assert_exact(truncated_inverse(cg_fac(copies), 1.0, 4, 0.0) @ G, cg_fac(copies).inverse(1.0) @ G)
 
 io, c = random_io(6), torch.randn(6)  # 17.2

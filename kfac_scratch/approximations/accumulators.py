@@ -14,20 +14,23 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectation
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import gram
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import Matrix
 
+M = TypeVar("M", bound=Matrix)
+M_co = TypeVar("M_co", bound=Matrix, covariant=True)
+
 
 @runtime_checkable
-class Accumulator(Protocol):
+class Accumulator(Protocol[M_co]):
     """How the matrix of a layer over many batches is put together."""
 
     def add(self, state: Any, io: LayerIO, new_batch: bool) -> Any:
@@ -40,13 +43,13 @@ class Accumulator(Protocol):
         """
         ...
 
-    def matrix(self, state: Any, divisor: float) -> Matrix:
+    def matrix(self, state: Any, divisor: float) -> M_co:
         """The matrix of all data, for a loss that is the sum of its terms over `divisor`."""
         ...
 
 
 @dataclass(frozen=True)
-class Gathered:
+class Gathered(Generic[M_co]):
     """Any approximation: join all batches to one `LayerIO`, and apply it once, at the end.
 
     Memory is that of all inputs and vectors, `N * S * (d_in + V * d_out)` numbers for `N` data.
@@ -55,7 +58,7 @@ class Gathered:
         approximation: From a `LayerIO` to a matrix.
     """
 
-    approximation: Callable[[LayerIO], Matrix]
+    approximation: Callable[[LayerIO], M_co]
 
     def add(self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool) -> list[LayerIO]:
         """Remember the part.
@@ -76,10 +79,9 @@ class Gathered:
             )
         return [*state, io]
 
-    def matrix(self, state: list[LayerIO], divisor: float) -> Matrix:
+    def matrix(self, state: list[LayerIO], divisor: float) -> M_co:
         """The approximation of all parts together."""
-        g = torch.cat([io.g for io in state], dim=1) / divisor**0.5
-        return self.approximation(LayerIO(torch.cat([io.a for io in state]), g))
+        return self.approximation(concatenate(state, [1 / divisor] * len(state)))
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,6 @@ class RunningFactors:
     rows: int
 
 
-def accumulator(approximation: "Callable[[LayerIO], Matrix] | Accumulator") -> Accumulator:
+def accumulator(approximation: Callable[[LayerIO], M] | Accumulator[M]) -> Accumulator[M]:
     """An accumulator as it is; a function of one `LayerIO` by gathering everything for it."""
     return approximation if isinstance(approximation, Accumulator) else Gathered(approximation)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kfac_scratch import LayerIO, concatenate, kfac, layer_ios
+from kfac_scratch import LayerIO, kfac, layer_ios
 from kfac_scratch.approximations.brand import (
     Brand,
     FactorsAndEigenpairs,
@@ -23,6 +23,7 @@ from kfac_scratch.approximations.randomized import (
     zero_tail,
 )
 from kfac_scratch.curvature import diagonal_blocks, ggn
+from kfac_scratch.layer_io import concatenate
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
@@ -392,7 +393,7 @@ def test_small_sizes(n, sizes, device):
 
 def test_duplicated_data_change_nothing(device):
     io = random_io(device)
-    twice = concatenate([io, LayerIO(io.a, io.g)])
+    twice = concatenate([io, LayerIO(io.a, io.g)], [1.0, 1.0])
     M = Brand().update(None, twice, 1.0)
     A, B = M.factors()
     check_equal(A, kfac(io).A)

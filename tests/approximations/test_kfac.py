@@ -2,18 +2,13 @@
 
 import pytest
 import torch
-from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
 from kfac_scratch import (
-    EXPAND,
-    REDUCE,
     LayerIO,
     empirical,
     foof,
     kfac,
-    kfac_over,
     layer_ios,
-    monte_carlo,
     type2,
 )
 from kfac_scratch.curvature import diagonal_blocks, empirical_fisher, ggn
@@ -261,76 +256,3 @@ def test_foof_keeps_the_input_factor_only(device):
     io = layer_ios(*DEEP_LINEAR[0].build(device))["0"]
     check_equal(foof(io).A, kfac(io).A)
     check_equal(foof(io).B, torch.eye(4, device=device))
-
-
-# ---- over a data loader -----------------------------------------------------------------------
-
-
-def problem_for(loss, device):
-    torch.manual_seed(0)
-    model = Sequential(Linear(5, 4), Tanh(), Linear(4, 3)).to(device)
-    X = torch.randn(11, 5, device=device)
-    y = torch.randn(11, 3, device=device)
-    if isinstance(loss, CrossEntropyLoss):
-        y = torch.randint(3, (11,), device=device)
-        y[4] = loss.ignore_index
-    if isinstance(loss, BCEWithLogitsLoss):
-        y = y.sigmoid()
-    return model, X, y
-
-
-LOADER_LOSSES = [
-    lambda r, device: MSELoss(reduction=r),
-    lambda r, device: BCEWithLogitsLoss(reduction=r),
-    lambda r, device: CrossEntropyLoss(reduction=r),
-    lambda r, device: CrossEntropyLoss(
-        torch.tensor([1.0, 2.0, 5.0], device=device), reduction=r, label_smoothing=0.1
-    ),
-]
-
-
-@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
-@pytest.mark.parametrize("fisher", [type2, empirical], ids=["type2", "empirical"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("make", LOADER_LOSSES, ids=["mse", "bce", "ce", "ce-weighted"])
-def test_unequal_batches_are_one_batch(make, reduction, fisher, flavour, device):
-    loss = make(reduction, device)
-    model, X, y = problem_for(loss, device)
-    batches = [(X[:2], y[:2]), (X[2:3], y[2:3]), (X[3:], y[3:])]
-    for chunk in (1, 2, 32):
-        whole = kfac_over(model, loss, batches, fisher, flavour=flavour, chunk=chunk)
-        for name, io in layer_ios(model, loss, X, y, fisher, flavour=flavour).items():
-            check_equal(whole[name].A, kfac(io).A)
-            check_equal(whole[name].B, kfac(io).B)
-
-
-def test_equal_weights_for_unequal_batches_would_be_wrong(device):
-    loss = MSELoss()
-    model, X, y = problem_for(loss, device)
-    parts = [kfac(layer_ios(model, loss, X[s], y[s])["0"]) for s in (slice(2), slice(2, 11))]
-    average = (parts[0].B + parts[1].B) / 2
-    check_differs(average, kfac(layer_ios(model, loss, X, y)["0"]).B)
-
-
-def test_monte_carlo_over_a_loader_draws_anew_in_every_batch(device):
-    loss = CrossEntropyLoss(reduction="sum")
-    model, X, y = problem_for(loss, device)
-    fisher = monte_carlo(3, torch.Generator(device).manual_seed(0))
-    twice = kfac_over(model, loss, [(X, y), (X, y)], fisher)
-    again = monte_carlo(3, torch.Generator(device).manual_seed(0))
-    parts = [kfac(layer_ios(model, loss, X, y, again)["2"]).B for _ in range(2)]
-    check_equal(twice["2"].B, parts[0] + parts[1])
-    check_differs(parts[0], parts[1])
-
-
-def test_a_loader_without_batches_is_an_error():
-    with pytest.raises(ValueError, match="no batch"):
-        kfac_over(Linear(2, 1), MSELoss(), [])
-
-
-def test_progress_is_shown_on_request(capsys):
-    model, X, y = problem_for(MSELoss(), "cpu")
-    kfac_over(model, MSELoss(), [(X, y)], progress=True)
-    assert "KFAC" in capsys.readouterr().err
-    kfac_over(model, MSELoss(), [(X, y)])
-    assert capsys.readouterr().err == ""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import CrossEntropyLoss
 
-from kfac_scratch import Kronecker, LayerIO, concatenate, ekfac, foof, kfac, layer_ios
+from kfac_scratch import Kronecker, LayerIO, ekfac, foof, kfac, layer_ios
 from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.mini_block import (
     mini_block,
@@ -11,6 +11,7 @@ from kfac_scratch.approximations.mini_block import (
     mini_block_shared,
 )
 from kfac_scratch.curvature import diagonal_blocks, ggn
+from kfac_scratch.layer_io import concatenate
 from tests.cases import CONV_PER_LOCATION, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix
 
@@ -206,7 +207,7 @@ def test_rows_need_one_small_system_per_neuron(device):
 
 def test_averages_over_batches_are_those_of_all_data(device):
     first, second = random_io(device, 4), random_io(device, 4)
-    both = concatenate([first, second])
+    both = concatenate([first, second], [1.0, 1.0])
     for approximation in (mini_block, mini_block_shared):
         estimator = MovingAverage(approximation)
         M = estimator.update(estimator.update(None, first, 1.0), second, 0.5)

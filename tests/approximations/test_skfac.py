@@ -102,7 +102,7 @@ def test_a_zero_batch(device):
 
 def test_duplicated_data_change_nothing(device):
     io = random_io(device)
-    twice = concatenate([io, io])
+    twice = concatenate([io, io], [1.0, 1.0])
     twice = LayerIO(twice.a, twice.g / 2**0.5)
     V = torch.randn(D_OUT, D_IN, device=device)
     for damping in (1e-6, 0.1):

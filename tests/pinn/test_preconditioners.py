@@ -86,7 +86,7 @@ def test_factors_of_parts_are_those_of_the_batch(device):
     for name, groups in by_layer(whole).items():
         assert len(groups) == 2  # the two terms without derivatives are one kind
         for group, chunked in zip(groups, by_layer(parts)[name], strict=True):
-            expected = kfac(concatenate(group))
+            expected = kfac(concatenate(group, [1.0] * len(group)))
             for ios in (group, chunked):
                 check_equal(kfac_of_parts(ios).A, expected.A)
                 check_equal(kfac_of_parts(ios).B, expected.B)
@@ -133,7 +133,7 @@ def test_averages_are_the_references_from_the_identity_on(kinds, device):
         terms, _ = linearized(device, seed=t, kinds=kinds)
         state, inverses = preconditioner.update(state, terms, damping, t)
         for name, groups in by_layer(terms).items():
-            new = [kfac(concatenate(group)) for group in groups]
+            new = [kfac(concatenate(group, [1.0] * len(group))) for group in groups]
             eyes = [(torch.eye(len(K.A)).to(K.A), torch.eye(len(K.B)).to(K.B)) for K in new]
             old = reference.get(name, eyes)
             reference[name] = [

@@ -53,13 +53,12 @@ class Adapter:
 
 def matrices(request: Request) -> Mapping[str, ks.Kronecker | ks.KroneckerEigen]:
     """The matrix of every block."""
-    if request.flavour == "ekfac":
-        return {name: ks.ekfac(io) for name, io in _ios(request).items()}
     if request.coefficients is not None:
         reduced = request.flavour == "reduce"
         ios = _of_operator(request, request.coefficients)
         return {name: ks.kfac(io.reduced() if reduced else io) for name, io in ios.items()}
-    return ks.kfac_over(
+    return ks.over_loader(
+        ks.ekfac if request.flavour == "ekfac" else ks.FactorSums(),
         request.model,
         request.loss,
         request.batches,
@@ -67,23 +66,6 @@ def matrices(request: Request) -> Mapping[str, ks.Kronecker | ks.KroneckerEigen]
         flavour=FLAVOURS[request.flavour],
         progress=False,
     )
-
-
-def _ios(request: Request) -> dict[str, ks.LayerIO]:
-    """Every layer on all mini-batches: with mean reduction, each has the share of its terms."""
-    model, loss = request.model, request.loss
-    shares = [ks.divisor(loss, model(X).detach(), y) for X, y in request.batches]
-    total = sum(shares) if loss.reduction == "mean" else 1.0
-    parts = [ks.layer_ios(model, loss, X, y, _fisher(request)) for X, y in request.batches]
-    return {
-        name: ks.concatenate(
-            [
-                ks.LayerIO(part[name].a, (share / total) ** 0.5 * part[name].g)
-                for part, share in zip(parts, shares, strict=True)
-            ]
-        )
-        for name in parts[0]
-    }
 
 
 def _fisher(request: Request) -> ks.BackpropagatedVectors:

@@ -107,9 +107,9 @@ MUTANTS = [
         ("operator-reduce-2d-mean", "reduce"),
     ),
     Mutant(
-        "mini-batches joined along the wrong axis",
-        "torch.cat([io.g for io in ios], dim=1)",
-        "torch.cat([io.g[:, :2].repeat(1, 4, 1, 1)[:, : len(io.a)] for io in ios], dim=1)",
+        "vectors of mini-batches joined in another order than their inputs",
+        "return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g, dim=1))",
+        "return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g[::-1], dim=1))",
         ("batches-unequal-ekfac", "ekfac"),
     ),
 ]
