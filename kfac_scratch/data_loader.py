@@ -4,7 +4,7 @@ There is one loop over data for all approximations. It knows the model and the l
 become a matrix is said by an `Accumulator`, which knows neither.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
+from kfac_scratch.border import check_function, check_result
 from kfac_scratch.capture.hooks import EXPAND, Flavour, stream
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, divisor, type2
@@ -62,16 +63,20 @@ def over_loader(
     Raises:
         ValueError: If there is no batch, and for everything that `layer_ios` refuses.
     """
+    check_function("fisher", fisher, "fisher=type2")
+    check_function("count_terms", count_terms, "count_terms=divisor")
     gather, D = accumulator(approximation), 0.0
 
     def of_sum(loss: Module, f: Tensor, y: Tensor) -> Tensor:
         nonlocal D
         here = count_terms(loss, f, y)
         D += here
-        return here**0.5 * fisher(loss, f, y)
+        vectors = fisher(loss, f, y)
+        check_result("fisher", vectors, Tensor, f"vectors, a tensor of shape [V, *{[*f.shape]}]")
+        return here**0.5 * vectors
 
     states: dict[str, Any] = {}
-    for X, y in tqdm(data, desc="KFAC", disable=None if progress is None else not progress):
+    for X, y in _batches(data, progress):
         parts = stream(model, loss, X, y, of_sum, flavour=flavour, layers=layers, chunk=chunk)
         for i, ios in enumerate(parts):
             for name, io in ios.items():
@@ -80,6 +85,29 @@ def over_loader(
         raise ValueError("The data loader yielded no batch.")
     D = D if getattr(loss, "reduction", None) == "mean" else 1.0
     return {name: gather.matrix(state, D) for name, state in states.items()}
+
+
+def _batches(
+    data: Iterable[tuple[Tensor, Tensor]], progress: bool | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, each of which must be a pair, behind a progress bar.
+
+    Raises:
+        TypeError: For a tensor, or another thing that is not a list of pairs.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must yield batches (X, y), as a DataLoader does, got a {type(data).__name__}: "
+            "for one batch, pass [(X, y)]."
+        )
+    bar = tqdm(data, desc="KFAC", disable=None if progress is None else not progress)
+    for i, batch in enumerate(bar):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(
+                f"Batch {i} of data is a {type(batch).__name__}, not a pair (X, y). Yield pairs, "
+                "for example ((batch['x'], batch['y']) for batch in loader)."
+            )
+        yield batch[0], batch[1]
 
 
 def kfac_over(

@@ -33,6 +33,8 @@ from torch import Generator, Tensor
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
 from torch.nn.functional import one_hot
 
+from kfac_scratch.border import check_count, check_instance
+
 BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
 
 
@@ -66,8 +68,9 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Backpropaga
     Raises:
         ValueError: If there is not at least one sample.
     """
-    if samples < 1:
-        raise ValueError(f"The Monte Carlo Fisher needs at least 1 sample, got {samples}.")
+    check_count("samples", samples)
+    if generator is not None:
+        check_instance("generator", generator, Generator, "torch.Generator().manual_seed(0)")
 
     def vectors(loss: Module, f: Tensor, y: Tensor) -> Tensor:
         scale = _hessian_weights(loss, f, y) / samples

@@ -183,7 +183,7 @@ def test_monte_carlo_is_reproducible_by_its_generator(device):
 
 
 def test_monte_carlo_needs_a_sample():
-    with pytest.raises(ValueError, match="at least 1 sample"):
+    with pytest.raises(ValueError, match="samples must be at least 1"):
         monte_carlo(0)
 
 

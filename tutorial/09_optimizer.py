@@ -866,7 +866,7 @@ Q = R @ R.T / 12 + 0.3 * torch.eye(12)  # any positive definite matrix
 X, y = torch.randn(30, 4), torch.randn(30, 3)
 linear = Sequential(Linear(4, 3, bias=False))
 C = ggn(linear, squared, X, y)  # [12, 12], the same everywhere
-options = {"controls": [quadratic_model], "damping": 0.0, "fisher": type2}
+options = {"controls": [quadratic_model()], "damping": 0.0, "fisher": type2}
 optimizer = KFAC(linear, squared, invert=lambda M, damping: Dense(Q), **options)
 
 theta = parameter_vector(linear)
@@ -952,7 +952,7 @@ def probe(step: Step) -> Step:
 
 
 often = {"factor_every": 5, "inverse_every": 5}
-model_options = {"controls": [probe, quadratic_model], "adapt_damping": levenberg_marquardt}
+model_options = {"controls": [probe, quadratic_model()], "adapt_damping": levenberg_marquardt}
 runs = {
     "quadratic model": reconstruct(
         lambda m: KFAC(m, squared, damping=1e-2, record=history.append, **model_options, **often)
@@ -1131,7 +1131,7 @@ left_paths["KFAC"] = path(
 )
 right_paths["KFAC"] = path(bent[0](), lambda m: KFAC(m, squared, **adapted), *bent[1:], 30)
 right_paths["KFAC, quadratic model"] = path(
-    bent[0](), lambda m: KFAC(m, squared, controls=[quadratic_model], **adapted), *bent[1:], 30
+    bent[0](), lambda m: KFAC(m, squared, controls=[quadratic_model()], **adapted), *bent[1:], 30
 )
 right_paths["exact GGN"] = newton(bent[0](), *bent[1:], 30)
 
@@ -1729,7 +1729,7 @@ assert_exact(scaled_run(7.0, None), scaled_run(1.0, None))
 
 for factor in (1.0, 2.0):  # 9.3
     linear, seen = Sequential(Linear(6, 3)), []
-    options = {"controls": [quadratic_model], "damping": 0.1, "fisher": type2}
+    options = {"controls": [quadratic_model()], "damping": 0.1, "fisher": type2}
     optimizer = KFAC(
         linear,
         squared,

@@ -14,12 +14,14 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectation
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kfac_scratch.border import check_function, check_result
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import gram
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -60,6 +62,9 @@ class Gathered(Generic[M_co]):
 
     approximation: Callable[[LayerIO], M_co]
 
+    def __post_init__(self) -> None:
+        check_function("approximation", self.approximation, "approximation=ekfac or FactorSums()")
+
     def add(self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool) -> list[LayerIO]:
         """Remember the part.
 
@@ -81,7 +86,9 @@ class Gathered(Generic[M_co]):
 
     def matrix(self, state: list[LayerIO], divisor: float) -> M_co:
         """The approximation of all parts together."""
-        return self.approximation(concatenate(state, [1 / divisor] * len(state)))
+        M = self.approximation(concatenate(state, [1 / divisor] * len(state)))
+        check_result("approximation", M, Matrix, "a Matrix")
+        return M
 
 
 @dataclass(frozen=True)
@@ -113,4 +120,6 @@ class RunningFactors:
 
 def accumulator(approximation: Callable[[LayerIO], M] | Accumulator[M]) -> Accumulator[M]:
     """An accumulator as it is; a function of one `LayerIO` by gathering everything for it."""
-    return approximation if isinstance(approximation, Accumulator) else Gathered(approximation)
+    if isinstance(approximation, Accumulator) and not isclass(approximation):
+        return approximation
+    return Gathered(approximation)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.randomized import Randomized, Sketch, Tail, trace_matched
+from kfac_scratch.border import check_count, check_function, check_instance
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -92,8 +93,8 @@ class Brand:
     tail: Tail = trace_matched
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"B-KFAC needs a rank of at least 1, got {self.rank}.")
+        check_count("rank", self.rank)
+        check_function("tail", self.tail, "tail=trace_matched")
 
     def update(
         self, state: LowRankKronecker | None, io: LayerIO, weight: float
@@ -174,8 +175,9 @@ class Repaired:
     period: int
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            raise ValueError(f"A repair needs a period of at least 1, got {self.period}.")
+        check_instance("brand", self.brand, Brand, "Brand(rank=64)")
+        check_function("repair", self.repair, "repair=corrected(fraction=0.2)")
+        check_count("period", self.period)
 
     def update(
         self, state: FactorsAndEigenpairs | None, io: LayerIO, weight: float

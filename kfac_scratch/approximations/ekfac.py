@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kfac_scratch.approximations.estimators import Estimator, MovingAverage
 from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.border import check_count, check_instance
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.kronecker import KroneckerEigen
 from kfac_scratch.matrices.matrix import Matrix
@@ -67,8 +68,8 @@ class AmortisedEKFAC:
     factors: Estimator = field(default_factory=lambda: MovingAverage(kfac))
 
     def __post_init__(self) -> None:
-        if self.basis_every < 1:
-            raise ValueError(f"basis_every must be at least 1, got {self.basis_every}.")
+        check_count("basis_every", self.basis_every)
+        check_instance("factors", self.factors, Estimator, "factors=MovingAverage(kfac)")
 
     def update(self, state: "EKFACState | None", io: LayerIO, weight: float) -> "EKFACState":
         """Average the factors, and the second moments in the current basis.

@@ -16,8 +16,10 @@ correction is that of Kingma and Ba 2015 (arXiv:1412.6980), §3.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isclass
 from typing import Any, Protocol, runtime_checkable
 
+from kfac_scratch.border import check_function, check_result
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import Matrix
 
@@ -64,6 +66,9 @@ class MovingAverage:
 
     approximation: Approximation
 
+    def __post_init__(self) -> None:
+        check_function("approximation", self.approximation, "approximation=ekfac")
+
     def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
         """Move the state towards the matrix of the new batch.
 
@@ -71,6 +76,7 @@ class MovingAverage:
             TypeError: If matrices of this kind have no average.
         """
         new = self.approximation(io)
+        check_result("approximation", new, Matrix, "a Matrix")
         kind = type(new).__name__
         if not hasattr(new, "mixed"):
             raise TypeError(
@@ -89,11 +95,18 @@ class Latest:
 
     approximation: Approximation
 
+    def __post_init__(self) -> None:
+        check_function("approximation", self.approximation, "approximation=ekfac")
+
     def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
         """The approximation on the new batch."""
-        return self.approximation(io)
+        new = self.approximation(io)
+        check_result("approximation", new, Matrix, "a Matrix")
+        return new
 
 
 def estimator(approximation: "Approximation | Estimator") -> Estimator:
     """What remembers as it is; a function of one batch as the average of its results."""
-    return approximation if isinstance(approximation, Estimator) else MovingAverage(approximation)
+    if isinstance(approximation, Estimator) and not isclass(approximation):
+        return approximation
+    return MovingAverage(approximation)

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.border import check_count
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
@@ -132,11 +133,9 @@ def randomized(
     Raises:
         ValueError: If the rank is below 1, or one of the others below 0.
     """
-    if rank < 1 or oversampling < 0 or iterations < 0:
-        raise ValueError(
-            "A randomised decomposition needs rank >= 1, oversampling >= 0 and iterations >= 0, "
-            f"got {rank}, {oversampling} and {iterations}."
-        )
+    check_count("rank", rank)
+    check_count("oversampling", oversampling, 0)
+    check_count("iterations", iterations, 0)
     sketch = Sketch(rank, oversampling, iterations, seed)
 
     def of(io: LayerIO) -> Randomized:

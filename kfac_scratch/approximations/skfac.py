@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kfac_scratch.border import check_count, check_function
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, gram_root, reduced_columns
 from kfac_scratch.matrices.low_rank import FourBlocks
@@ -132,10 +133,12 @@ class Window:
     batches: int
     approximation: Callable[[LayerIO], KroneckerColumns] = skfac
 
+    def __post_init__(self) -> None:
+        check_count("batches", self.batches)
+        check_function("approximation", self.approximation, "approximation=skfac")
+
     def update(self, state: Any, io: LayerIO, weight: float) -> RecentBatches:
         """Append the columns of a batch, and drop those of the oldest beyond the window."""
-        if self.batches < 1:
-            raise ValueError(f"A window holds at least 1 batch, got {self.batches}.")
         new = self.approximation(io)
         share = new.UA.new_tensor([weight])
         if state is None:

@@ -19,6 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.border import (
+    check_count,
+    check_function,
+    check_instance,
+    check_result,
+    checked_names,
+)
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.layers import Call, Layer, averaged_rows, input_rows, output_rows
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
@@ -89,15 +96,16 @@ def stream(
 ) -> Iterator[dict[str, LayerIO]]:
     """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
     flavour = EXPAND if flavour is None else flavour
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}.")
-    groups = layer_groups(model, layers)
+    check_capture(model, loss, fisher, flavour, chunk)
+    groups = layer_groups(model, checked_names("layers", layers))
     check_model(model, X, groups, layers)
     with torch.enable_grad():
         f, calls = _forward(model, X, groups)
     check_calls(f, groups, calls)
     with full_precision(f.device):
-        vectors = fisher(loss, _upcast(f), y).to(f.dtype)
+        vectors = fisher(loss, _upcast(f), y)
+        check_result("fisher", vectors, Tensor, f"vectors, a tensor of shape [V, *{[*f.shape]}]")
+        vectors = vectors.to(f.dtype)
         used = [flavour.inputs(group, calls[group.name]) for group in groups]
     if vectors.shape[1:] != f.shape:
         raise ValueError(
@@ -113,6 +121,23 @@ def stream(
             for name, a_, g_ in zip(group.names, a, g, strict=True):
                 ios[name] = LayerIO(a_, g_.to(a_.dtype))
         yield ios
+
+
+def check_capture(
+    model: object, loss: object, fisher: object, flavour: object, chunk: object
+) -> None:
+    """Refuse arguments of the wrong kind before anything runs.
+
+    Raises:
+        TypeError: Naming the argument, its value and the way out.
+        ValueError: If the chunk is below 1.
+    """
+    check_instance("model", model, Module, "nn.Sequential(...)")
+    check_instance("loss", loss, Module, "nn.CrossEntropyLoss()")
+    check_function("fisher", fisher, "fisher=type2")
+    check_instance("flavour", flavour, Flavour, "flavour=REDUCE (or EXPAND)")
+    if chunk is not None:
+        check_count("chunk", chunk)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

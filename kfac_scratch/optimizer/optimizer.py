@@ -32,12 +32,13 @@ from kfac_scratch.approximations.estimators import (
     weight_of_newest,
 )
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.capture.hooks import EXPAND, Flavour, full_precision, layer_ios
+from kfac_scratch.border import check_count, check_instance, check_result, checked_names
+from kfac_scratch.capture.hooks import EXPAND, Flavour, check_capture, full_precision, layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, layer_names
-from kfac_scratch.losses import BackpropagatedVectors, monte_carlo
+from kfac_scratch.losses import BackpropagatedVectors, monte_carlo, type2
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 from kfac_scratch.optimizer.checkpoints import example_io, restored, tensors
-from kfac_scratch.optimizer.parameter_groups import covered, trainable
+from kfac_scratch.optimizer.parameter_groups import check_behaviour, covered, trainable
 from kfac_scratch.optimizer.preconditioner import Preconditioner, inverses, preconditioner
 from kfac_scratch.optimizer.quadratic_model import before_step, ratio_after_step
 from kfac_scratch.optimizer.step_control import Batch, Control, Step, dot, norm
@@ -110,6 +111,11 @@ class KFAC(Optimizer):
         generator: Generator | None = None,
         record: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
+        check_capture(model, loss, type2 if fisher is None else fisher, flavour, None)
+        check_behaviour(approximation, invert, controls, adapt_damping, record, rest)
+        layers = checked_names("layers", layers)
+        if generator is not None:
+            check_instance("generator", generator, Generator, "torch.Generator().manual_seed(0)")
         self.model, self.loss, self.flavour = model, loss, flavour
         self.estimator, self.invert = estimator(approximation), invert
         self.fisher = monte_carlo(1, generator) if fisher is None else fisher
@@ -139,8 +145,7 @@ class KFAC(Optimizer):
     def _check_periods(self) -> None:
         weight_of_newest(self.decay, 1)
         for name in ("factor_every", "inverse_every", "adapt_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name))
 
     def _first_order(self, rest: Callable[[list[Parameter]], Optimizer] | None) -> Optimizer | None:
         """Hand the parameters without a block over; what is left is preconditioned."""
@@ -237,6 +242,7 @@ class KFAC(Optimizer):
         step = self._proposal(self._precondition)
         for control in self.controls:
             step = control(step)
+            check_result("controls", step, Step, "the Step that it was given, changed")
         notes = self._move(step)
         if self.record is not None:
             self.record(self._summary(step, loss) | notes)

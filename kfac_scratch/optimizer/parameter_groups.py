@@ -1,11 +1,18 @@
-"""Which parameters an optimizer was given, and which blocks these make up."""
+"""What an optimizer was given: its parameters and blocks, and the functions that make it up."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from inspect import isclass
 from typing import Any
 
 from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
+from kfac_scratch.approximations.estimators import Estimator
+from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.layer_groups import LayerGroup
+
+EXAMPLE = "adapt_damping=levenberg_marquardt"
+REST = "rest=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)"
 
 
 def trainable(
@@ -55,3 +62,36 @@ def covered(groups: Sequence[LayerGroup], names: Collection[str]) -> list[LayerG
         if all(inside):
             kept.append(group)
     return kept
+
+
+def check_behaviour(
+    approximation: object,
+    invert: object,
+    controls: object,
+    adapt_damping: object,
+    record: object,
+    rest: object,
+) -> None:
+    """Refuse functions of the wrong kind when an optimizer is made, not at its first step.
+
+    Raises:
+        TypeError: Naming the argument, its value and the way out.
+    """
+    if not isinstance(approximation, Estimator) or isclass(approximation):
+        check_function("approximation", approximation, "approximation=ekfac")
+    check_function("invert", invert, "invert=factored_inverse")
+    if callable(controls) or isinstance(controls, str) or not isinstance(controls, Iterable):
+        name = getattr(controls, "__name__", repr(controls))
+        raise TypeError(f"controls must be a list, for example controls=[graft()]; got {name}.")
+    for control in controls:
+        check_function("control", control, "controls=[graft()]")
+    for name, function in (("adapt_damping", adapt_damping), ("record", record)):
+        if function is not None:
+            check_callable(name, function, {"record": "record=history.append"}.get(name, EXAMPLE))
+    if isinstance(rest, Optimizer):
+        raise TypeError(
+            f"rest must make an optimizer from parameters, not be one: pass {REST} instead of a "
+            f"{type(rest).__name__}."
+        )
+    if rest is not None and not isclass(rest):
+        check_callable("rest", rest, REST)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.border import check_instance, check_result, checked_names
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 
@@ -39,7 +40,13 @@ def preconditioner(
         ValueError: If maps and blocks do not go together, or a value has no block and `rest` is
             not given.
     """
-    groups = layer_groups(model, layers)
+    check_instance("model", model, Module, "nn.Sequential(...)")
+    check_instance(
+        "maps", maps, Mapping, "{name: kfac(io).inverse(1e-3) for name, io in ios.items()}"
+    )
+    for name, M in maps.items():
+        check_instance(f"maps[{name!r}]", M, LinearMap, "kfac(io).inverse(1e-3)")
+    groups = layer_groups(model, checked_names("layers", layers))
     names = [name for group in groups for name in group.names]
     if set(names) != set(maps):
         raise ValueError(
@@ -118,4 +125,5 @@ def inverses(
                     f"The curvature of block {name!r} has no inverse with damping {value:g}. "
                     f"{error}"
                 ) from error
+            check_result("invert", result[name], LinearMap, "the inverse, a LinearMap")
     return result

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kfac_scratch.curvature import flatten_values, ggn_gram, parameter_vector
 from kfac_scratch.matrices.damping import reduction_ratio
-from kfac_scratch.optimizer.step_control import Batch, Step, Values, dot
+from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot
 
 
-def quadratic_model(step: Step) -> Step:
+def quadratic_model() -> Control:
     r"""Take the learning rate and momentum that minimise the exact quadratic model on the batch.
 
     $\mathcal{M}(\delta) = \tfrac12 \delta^\top (C + \lambda I) \delta + \nabla^\top \delta$ over
@@ -31,21 +31,27 @@ def quadratic_model(step: Step) -> Step:
 
     Source: Martens and Grosse 2015 (arXiv:1503.05671), §7.
     """
-    if step.batch is None:
-        raise ValueError("quadratic_model needs the batch: call observe(X, y) before every step.")
-    model, loss, X, y = step.batch
-    basis: list[Values] = [{name: -P for name, P in step.direction.items()}, step.previous]
-    damped = [{name: step.damping[name] * v for name, v in d.items()} for d in basis]
-    C = ggn_gram(model, loss, X, y, torch.stack([flatten_values(model, d) for d in basis]))
-    C = C.double().cpu() + torch.tensor([[dot(u, v) for v in damped] for u in basis]).double()
-    slope = torch.tensor([dot(step.gradient, d) for d in basis]).double()
-    lr, momentum = (-torch.linalg.pinv(C, hermitian=True) @ slope).tolist()
-    return replace(
-        step,
-        lr=dict.fromkeys(step.lr, lr),
-        momentum=dict.fromkeys(step.momentum, momentum),
-        notes={**step.notes, "model_lr": lr, "model_momentum": momentum},
-    )
+
+    def control(step: Step) -> Step:
+        if step.batch is None:
+            raise ValueError(
+                "quadratic_model needs the batch: call observe(X, y) before every step."
+            )
+        model, loss, X, y = step.batch
+        basis: list[Values] = [{name: -P for name, P in step.direction.items()}, step.previous]
+        damped = [{name: step.damping[name] * v for name, v in d.items()} for d in basis]
+        C = ggn_gram(model, loss, X, y, torch.stack([flatten_values(model, d) for d in basis]))
+        C = C.double().cpu() + torch.tensor([[dot(u, v) for v in damped] for u in basis]).double()
+        slope = torch.tensor([dot(step.gradient, d) for d in basis]).double()
+        lr, momentum = (-torch.linalg.pinv(C, hermitian=True) @ slope).tolist()
+        return replace(
+            step,
+            lr=dict.fromkeys(step.lr, lr),
+            momentum=dict.fromkeys(step.momentum, momentum),
+            notes={**step.notes, "model_lr": lr, "model_momentum": momentum},
+        )
+
+    return control
 
 
 class Before(NamedTuple):

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, layer_names
 from kfac_scratch.layer_io import LayerIO
@@ -179,6 +180,7 @@ def two_level(
         ValueError: If blocks, `ios` and maps do not go together, or a value has no block and
             `rest` is not given.
     """
+    check_levels(space, combine)
     groups = [block for block in layer_groups(model) if set(block.names) & set(ios)]
     names = [name for block in groups for name in block.names]
     if not set(names) == set(ios) == set(maps):
@@ -197,6 +199,16 @@ def two_level(
     return blockwise(groups, step, rest)
 
 
+def check_levels(space: object, combine: object) -> None:
+    """Refuse what is no coarse space, or no combination of both levels.
+
+    Raises:
+        TypeError: Naming the argument, its value and the way out.
+    """
+    check_function("space", space, "space=nicolaides_space")
+    check_callable("combine", combine, "combine=additive")
+
+
 def coarse_correction(
     fisher: BackpropagatedVectors,
     space: CoarseSpace = nicolaides_space,
@@ -213,6 +225,8 @@ def coarse_correction(
         combine: `additive` or `adef2`, which use the fine level once. A step of `adef2` may ascend,
             since its guarantee is about another norm: in training, `additive` is the safer one.
     """
+    check_function("fisher", fisher, "fisher=type2")
+    check_levels(space, combine)
 
     def control(step: Step) -> Step:
         if step.batch is None:

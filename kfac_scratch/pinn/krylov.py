@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.border import check_instance
 from kfac_scratch.linalg import conjugate_gradient
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.matrices.matrix import LinearMap
@@ -72,6 +73,7 @@ class KFACKrylov:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        check_instance("preconditioner", self.preconditioner, PinnPreconditioner, "TermWise()")
         if self.iterations < 1 or self.memory < 0:
             raise ValueError(
                 "At least one iteration and no fewer than 0 steps to remember are needed, got "

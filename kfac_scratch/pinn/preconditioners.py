@@ -33,6 +33,7 @@ from kfac_scratch.approximations.estimators import (
     estimator,
     weight_of_newest,
 )
+from kfac_scratch.border import check_function
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import conjugate_gradient, eye_like, gram, simultaneous_eigh
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -172,6 +173,9 @@ class TermWise:
     decay: float = 0.95
     inverse: TermInverse = kfac_inverse
 
+    def __post_init__(self) -> None:
+        check_function("inverse", self.inverse, "inverse=kfac_inverse")
+
     def update(
         self, state: Any, terms: LinearizedTerms, damping: float, count: int
     ) -> tuple[dict[str, TermFactors], dict[str, LinearMap]]:
@@ -198,6 +202,9 @@ class Joined:
 
     approximation: Approximation | Estimator
     decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        estimator(self.approximation)  # refuses what is neither
 
     def update(
         self, state: Any, terms: LinearizedTerms, damping: float, count: int

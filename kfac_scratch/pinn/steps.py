@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.border import check_callable, check_instance
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.pinn.jacobian import (
     Direction,
@@ -76,6 +77,9 @@ class PinnKFAC:
     preconditioner: PinnPreconditioner = field(default_factory=TermWise)
     chunk: int | None = None
 
+    def __post_init__(self) -> None:
+        check_instance("preconditioner", self.preconditioner, PinnPreconditioner, "TermWise()")
+
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
@@ -106,6 +110,10 @@ class KFACStar:
     candidates: Callable[[Direction, Direction | None], list[Direction]] = two_directions
     preconditioner: PinnPreconditioner = field(default_factory=TermWise)
     chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_instance("preconditioner", self.preconditioner, PinnPreconditioner, "TermWise()")
+        check_callable("candidates", self.candidates, "candidates=two_directions")
 
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
@@ -145,6 +153,9 @@ class GaussNewton:
     tries: int = 10
     chunk: int | None = None
 
+    def __post_init__(self) -> None:
+        check_callable("solver", self.solver, "solver=kernel_solver")
+
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
@@ -179,6 +190,9 @@ class Spring:
     momentum: float = 0.0
     solver: Solver = kernel_solver
     chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_callable("solver", self.solver, "solver=kernel_solver")
 
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from kfac_scratch.border import check_function, check_instance
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
@@ -92,6 +93,11 @@ class Term:
     expansion: Expansion
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_function("residual", self.residual, "residual=lambda u, x: u.lap")
+        check_instance("X", self.X, Tensor, "X=torch.rand(100, 2)")
+        check_instance("expansion", self.expansion, Expansion, "expansion=laplacian(2)")
+
 
 @dataclass(frozen=True, eq=False)
 class Linearization:
@@ -107,6 +113,7 @@ class Linearization:
 
 def pinn_loss(model: Module, terms: Sequence[Term], chunk: int | None = None) -> Float[Tensor, ""]:
     """The sum of all terms, by one forward pass; autograd can differentiate it."""
+    check_terms(terms)
     squares = []
     for part, scale in (pair for term in terms for pair in _parts(term, chunk)):
         c = taylor_coefficients(model, part.X, part.expansion)
@@ -130,6 +137,7 @@ def linearize(
             declared for it; if a layer never runs; if a trainable parameter is in no layer.
         NotImplementedError: If the network does what has no rule.
     """
+    check_terms(terms)
     groups = layer_groups(model)
     if names := uncovered(model, groups):
         raise ValueError(
@@ -138,6 +146,18 @@ def linearize(
         )
     with torch.enable_grad():
         return [[_linearized(model, groups, *pair) for pair in _parts(t, chunk)] for t in terms]
+
+
+def check_terms(terms: object) -> None:
+    """Refuse what is not a list of terms.
+
+    Raises:
+        TypeError: Naming what was passed and the way out.
+    """
+    if isinstance(terms, Term):
+        raise TypeError("terms must be a list of Term, got one Term: pass [term].")
+    for i, term in enumerate(terms if isinstance(terms, Sequence) else [terms]):
+        check_instance(f"terms[{i}]", term, Term, "Term(residual, X, laplacian(2))")
 
 
 def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: float) -> Linearization:

@@ -414,9 +414,9 @@ def test_dead_units_and_zero_vectors(device):
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="rank of at least 1"):
+    with pytest.raises(ValueError, match="rank must be at least 1"):
         Brand(rank=0)
-    with pytest.raises(ValueError, match="period of at least 1"):
+    with pytest.raises(ValueError, match="period must be at least 1"):
         Repaired(Brand(), corrected(), period=0)
     with pytest.raises(ValueError, match="fraction"):
         corrected(fraction=1.5)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kfac_scratch import LayerIO, ekfac, kfac
+from kfac_scratch import LayerIO, ekfac, kfac, mini_block_rows
 from kfac_scratch.approximations.estimators import (
     Estimator,
     Latest,
@@ -157,14 +157,10 @@ def test_carried_over_is_the_nearest_with_that_basis(device):
 # ---- border -----------------------------------------------------------------------------------
 
 
-class Rows:
-    """A matrix without an average."""
-
-
 def test_what_has_no_average_is_refused_by_name(device):
     (io,) = stream(device, 1)
-    with pytest.raises(TypeError, match=r"Rows has no method mixed.*Latest"):
-        MovingAverage(lambda io: Rows()).update(None, io, 1.0)
+    with pytest.raises(TypeError, match=r"BlocksByRows has no method mixed.*Latest"):
+        MovingAverage(mini_block_rows).update(None, io, 1.0)
 
 
 def test_two_kinds_are_not_averaged(device):

@@ -324,7 +324,7 @@ def test_updating_leaves_the_state_as_it_is(device):
 
 
 def test_an_empty_window_is_refused(device):
-    with pytest.raises(ValueError, match="at least 1 batch"):
+    with pytest.raises(ValueError, match="batches must be at least 1"):
         Window(0).update(None, random_io(device), 1.0)
 
 

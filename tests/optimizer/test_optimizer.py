@@ -406,7 +406,7 @@ def test_modes_and_flags_stay(device):
         {"controls": [graft()], "lr": 0.03},
         {"controls": [kl_clip(0.01)], "lr": 0.3},
         {"controls": [norm_constraint(0.1)], "lr": 0.3},
-        {"controls": [quadratic_model], "adapt_damping": levenberg_marquardt, "damping": 1.0},
+        {"controls": [quadratic_model()], "adapt_damping": levenberg_marquardt, "damping": 1.0},
         {"controls": [graft()], "lr": 0.03, "approximation": AmortisedEKFAC(3), "factor_every": 2},
         {"controls": [graft()], "lr": 0.03, "approximation": ekfac, "fisher": empirical},
         {"controls": [graft()], "lr": 0.03, "approximation": Latest(kfac)},
@@ -476,7 +476,7 @@ for name in RESUMABLE:
 RESUMABLE = {
     "kfac": {"controls": [graft(), kl_clip(0.01)]},
     "amortised": {"approximation": AmortisedEKFAC(2), "controls": [graft()], "flavour": REDUCE},
-    "model": {"controls": [quadratic_model], "adapt_damping": levenberg_marquardt},
+    "model": {"controls": [quadratic_model()], "adapt_damping": levenberg_marquardt},
     "factored": {"invert": factored_inverse, "lr": 0.1, "controls": [norm_constraint(0.3)]},
 }
 
@@ -580,7 +580,7 @@ def test_float16_overflow_is_seen_and_a_scaler_skips_it(device):
         optimizer.step()
 
 
-@pytest.mark.parametrize("controls", [[], [graft()], [kl_clip(1e-3)], [quadratic_model]])
+@pytest.mark.parametrize("controls", [[], [graft()], [kl_clip(1e-3)], [quadratic_model()]])
 @pytest.mark.parametrize("approximation", [kfac, ekfac, AmortisedEKFAC()])
 def test_all_zero_inputs_move_only_biases(approximation, controls, device):
     model, loss = classifier(device), CrossEntropyLoss()
@@ -594,7 +594,7 @@ def test_all_zero_inputs_move_only_biases(approximation, controls, device):
     assert moved["0.weight"].abs().max() == 0 < moved["2.bias"].abs().max()
 
 
-@pytest.mark.parametrize("controls", [[], [graft()], [kl_clip(1e-3)], [quadratic_model]])
+@pytest.mark.parametrize("controls", [[], [graft()], [kl_clip(1e-3)], [quadratic_model()]])
 @pytest.mark.parametrize("invert", [None, factored_inverse])
 def test_a_dead_layer_stays_and_the_others_move(controls, invert, device):
     torch.manual_seed(0)

@@ -81,7 +81,7 @@ def test_no_other_pair_of_coefficients_has_a_smaller_model(damping, device):
     batch = batch_on(device)
     names = dict(batch.model.named_parameters())
     direction, previous = ({n: torch.randn_like(p) for n, p in names.items()} for _ in range(2))
-    step = quadratic_model(step_on(batch, direction, previous, damping))
+    step = quadratic_model()(step_on(batch, direction, previous, damping))
     C = ggn(*batch) + damping * torch.eye(len(parameter_vector(batch.model)), device=device)
     gradient = flatten_values(batch.model, step.gradient)
 
@@ -101,7 +101,7 @@ def test_no_other_pair_of_coefficients_has_a_smaller_model(damping, device):
 def test_first_step_is_the_exact_line_search(device):
     batch = batch_on(device)
     gradient = gradients(batch)
-    step = quadratic_model(
+    step = quadratic_model()(
         step_on(batch, gradient, {n: torch.zeros_like(g) for n, g in gradient.items()})
     )
     g = flatten_values(batch.model, gradient)
@@ -125,7 +125,7 @@ def test_on_a_quadratic_the_rule_is_preconditioned_conjugate_gradients(device):
         g = flatten_values(model, gradient)
         parts = (P @ g).split([s.numel() for s in shapes.values()])
         found = {n: v.reshape(s) for (n, s), v in zip(shapes.items(), parts, strict=True)}
-        previous = quadratic_model(step_on(batch, found, previous)).change()
+        previous = quadratic_model()(step_on(batch, found, previous)).change()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p += previous[name]
@@ -143,15 +143,15 @@ def test_on_a_quadratic_the_rule_is_preconditioned_conjugate_gradients(device):
 def test_collinear_directions_are_no_problem(device):
     batch = batch_on(device)
     gradient = gradients(batch)
-    twice = quadratic_model(step_on(batch, gradient, {n: -2 * g for n, g in gradient.items()}))
+    twice = quadratic_model()(step_on(batch, gradient, {n: -2 * g for n, g in gradient.items()}))
     zero = {n: torch.zeros_like(g) for n, g in gradient.items()}
-    once = quadratic_model(step_on(batch, gradient, zero))
+    once = quadratic_model()(step_on(batch, gradient, zero))
     check_equal(twice.change()["0.weight"], once.change()["0.weight"])
 
 
 def test_the_batch_must_be_known(device):
     with pytest.raises(ValueError, match="observe"):
-        quadratic_model(example(device))
+        quadratic_model()(example(device))
     with pytest.raises(ValueError, match="observe"):
         before_step(None, {})
 

@@ -78,14 +78,14 @@ MUTANTS = [
     ),
     capture(
         "one vector alone",
-        "vectors = fisher(loss, _upcast(f), y).to(f.dtype)",
-        "vectors = fisher(loss, _upcast(f), y).to(f.dtype)[:1]",
+        "vectors = fisher(loss, _upcast(f), y)",
+        "vectors = fisher(loss, _upcast(f), y)[:1]",
         "mlp-bce-sum",
     ),
     capture(
         "vectors of a softmaxed output",
-        "vectors = fisher(loss, _upcast(f), y).to(f.dtype)",
-        "vectors = fisher(loss, _upcast(f).softmax(1), y).to(f.dtype)",
+        "vectors = fisher(loss, _upcast(f), y)",
+        "vectors = fisher(loss, _upcast(f).softmax(1), y)",
         "mlp-cross-entropy-sum",
     ),
     Mutant(

@@ -55,8 +55,8 @@ MUTANTS = [
     ),
     kfac(
         "mini-batches with equal weights",
-        "return here**0.5 * fisher(loss, f, y)",
-        "return 3.5**0.5 * fisher(loss, f, y)",
+        "return here**0.5 * vectors",
+        "return 3.5**0.5 * vectors",
         "batches-unequal-mse-mean",
     ),
     kfac(
@@ -73,8 +73,8 @@ MUTANTS = [
     ),
     kfac(
         "the number of terms for its root",
-        "return here**0.5 * fisher(loss, f, y)",
-        "return here * fisher(loss, f, y)",
+        "return here**0.5 * vectors",
+        "return here * vectors",
         "mlp-cross-entropy-mean",
     ),
     kfac(
