@@ -11,6 +11,13 @@ torch.set_num_threads(1)  # faster than many for matrices of this size
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+def pytest_collection_modifyitems(items):
+    """The quick tier is what is neither slow nor long."""
+    for item in items:
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("long")):
+            item.add_marker(pytest.mark.quick)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)

@@ -344,7 +344,7 @@ def test_survives_a_checkpoint(device):
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"oversampling": -1}, {"iterations": -1}])
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be at least [01], got"):
+    with pytest.raises(ValueError, match=r"must be at least [01], got"):
         randomized(**wrong)
 
 

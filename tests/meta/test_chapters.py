@@ -48,6 +48,7 @@ def test_there_are_chapters():
     assert len(set(numbers)) == len(numbers)
 
 
+@pytest.mark.long
 @each_chapter
 @pytest.mark.filterwarnings(
     "error",
