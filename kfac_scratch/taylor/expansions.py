@@ -75,20 +75,25 @@ class SecondOrder:
     Sum `m` is $\sum_{ij} C_{ij} \partial_{v_i} \partial_{v_j}$.
 
     Attributes:
-        directions: `[R, d]`, or `[N, R, d]` if they differ between data, as normals do.
-        C: The sums' weights: `[M, R]` if all are diagonal, `[M, R, R]`, or `[M, N, R, R]`.
+        directions: `[R, d]`, or `[N, R, d]` if they differ between points, as normals do.
+        C: The sums' weights, in one of four shapes. `[M, 1]`: one weight for all directions,
+            `C_ij = C if i == j else 0`, as the Laplacian has. `[M, R]`: diagonal weights.
+            `[M, R, R]`: all weights. `[M, N, R, R]`: all weights, for each point its own. The
+            shape alone decides which formula runs; `[M, 1]` is the cheapest (`R * N * h` products
+            less than `[M, R]`).
     """
 
     directions: Float[Tensor, "*data R d"]
-    C: Float[Tensor, "M *pairs R"]
+    C: Float[Tensor, "M *pairs #R"]
 
     def __post_init__(self) -> None:
         R, d = self.directions.shape[-2:]
-        per_datum = (self.C.shape[1], R, R) if self.C.ndim == 4 else None
-        if self.C.shape[1:] not in ((R,), (R, R), per_datum):
+        per_point = (self.C.shape[1], R, R) if self.C.ndim == 4 else None
+        if self.C.shape[1:] not in ((1,), (R,), (R, R), per_point):
             raise ValueError(
                 f"C has shape {tuple(self.C.shape)}, but {R} directions in {d} dimensions need "
-                f"[M, {R}] (diagonal), [M, {R}, {R}], or [M, N, {R}, {R}] for each datum."
+                f"[M, 1] (one weight for all), [M, {R}] (diagonal), [M, {R}, {R}], or "
+                f"[M, N, {R}, {R}] for each point."
             )
 
     @property
@@ -140,8 +145,8 @@ class SecondOrder:
     ) -> Float[Tensor, "N M h"]:
         """`sum_ij C_ij x_i y_j` for every sum."""
         C = self.C.to(x)
-        if C.ndim == 2 and C.stride(1) == 0:  # one weight for all directions
-            return C[:, :1] * _sum_of_products(x, y).unsqueeze(1)
+        if C.ndim == 2 and C.shape[1] == 1:  # one weight for all directions
+            return C * _sum_of_products(x, y).unsqueeze(1)
         if C.ndim == 2:
             return torch.stack([_sum_of_products(c.unsqueeze(1) * x, y) for c in C], dim=1)
         data = "n" if C.ndim == 4 else ""
@@ -153,7 +158,6 @@ class SecondOrder:
         """The derivative of `sum(top * form(x, x))` with respect to `x`."""
         C = self.C.to(x)
         if C.ndim == 2:
-            C = C[:, :1] if C.stride(1) == 0 else C
             parts = zip(2 * C, top.split(1, dim=1), strict=True)
             return x * sum(c.unsqueeze(1) * t for c, t in parts)
         data = "n" if C.ndim == 4 else ""
@@ -233,7 +237,7 @@ def directional(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
 def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
     """All first derivatives, and the Laplacian over the given coordinates (default: all)."""
     if coordinates is None:
-        return SecondOrder(torch.eye(d), torch.ones(1, 1).expand(1, d))
+        return SecondOrder(torch.eye(d), torch.ones(1, 1))
     C = torch.zeros(1, d)
     C[0, list(coordinates)] = 1.0
     return SecondOrder(torch.eye(d), C)
