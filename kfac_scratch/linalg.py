@@ -59,10 +59,25 @@ def scale_in_basis(
     return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT
 
 
+def stored_as_columns(rows: Float[Tensor, "*batch S d"]) -> bool:
+    """Whether rows lie in memory as columns: the positions `S` next to each other, not the `d`.
+
+    Rows may be stored either way, and every function gives the same result for both. Capture
+    stores the rows of a convolution as columns, because the image has its positions next to each
+    other, too. Whoever copies or multiplies rows asks here, to read memory in its own order.
+    """
+    return rows.mT.is_contiguous()
+
+
 def gram(rows: Float[Tensor, "K S d"]) -> Float[Tensor, "d d"]:
-    """Sum of `r r^T` over all rows `r`. Rows stored as long columns are not copied."""
+    """Sum of `r r^T` over all rows `r`, in either layout (see `stored_as_columns`).
+
+    Cost: `K * S * d**2` operations. Rows that are stored as columns are not copied if `d < S`:
+    then 32 of the `K` matrices at a time are multiplied as a batch, which needs memory for 32
+    products `[d, d]` at once. Otherwise they are copied into rows.
+    """
     _, S, d = rows.shape
-    if rows.mT.is_contiguous() and d < S:
+    if stored_as_columns(rows) and d < S:
         return torch.stack([(r.mT @ r).sum(0) for r in rows.split(32)]).sum(0)
     flat = rows.reshape(-1, d)
     return flat.T @ flat

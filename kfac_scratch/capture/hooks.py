@@ -23,6 +23,7 @@ from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.layers import Call, Layer, averaged_rows, input_rows, output_rows
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import stored_as_columns
 from kfac_scratch.losses import BackpropagatedVectors, type2
 
 
@@ -126,7 +127,7 @@ def _upcast(f: Tensor) -> Tensor:
 
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     """Concatenate along V; rows that are stored as columns (of convolutions) stay so."""
-    return torch.cat([g.mT for g in gs]).mT if gs[0].mT.is_contiguous() else torch.cat(gs)
+    return torch.cat([g.mT for g in gs]).mT if stored_as_columns(gs[0]) else torch.cat(gs)
 
 
 def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
