@@ -292,7 +292,7 @@ class KFAC(Optimizer):
         for name, change in step.change().items():
             p = self._names[name]
             p.mul_(1 - lr[name] * decay[name]).add_(change)
-            self.state[p]["previous"] = change
+            self.state[p] |= {**step.memory.get(name, {}), "previous": change}
         if self._rest is not None:
             self._rest.step()
         if before is None or self.adapt_damping is None:

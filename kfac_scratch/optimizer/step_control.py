@@ -51,7 +51,9 @@ class Step:
         damping: Damping of the block that a parameter is in.
         layers: Names of the parameters of each layer.
         inverses: What gave the directions, by block name.
-        memory: Tensors that a control keeps from step to step, which it writes itself.
+        memory: Tensors that controls keep from step to step, by parameter name and a key. A
+            control changes none of them. It returns a step with new ones, and the optimizer stores
+            those of the step that is taken: a step that is given up leaves no trace.
         batch: The mini-batch, if it is known.
         notes: What controls report, for a history.
     """
@@ -64,7 +66,7 @@ class Step:
     momentum: Mapping[str, float]
     damping: Mapping[str, float]
     layers: tuple[tuple[str, ...], ...]
-    memory: Mapping[str, dict[str, Tensor]]
+    memory: Mapping[str, Mapping[str, Tensor]]
     inverses: Mapping[str, LinearMap] = field(default_factory=dict)
     batch: Batch | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -128,13 +130,14 @@ def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Contr
         raise ValueError(f"eps must be positive, got {eps}: gradients may be zero.")
 
     def control(step: Step) -> Step:
-        adam = {name: _adam(step.memory[name], g, betas, eps) for name, g in step.gradient.items()}
+        moments = {n: _moments(step.memory[n], g, betas) for n, g in step.gradient.items()}
+        adam = {name: _adam(m, betas, eps) for name, m in moments.items()}
         scales: dict[str, Tensor | float] = {}
         for names in step.layers:
-            wanted, found = (_norm([v[n] for n in names]) for v in (adam, step.direction))
-            scale = torch.where(found > 0, wanted / found, torch.zeros_like(found))
+            wanted, length = (_norm([v[n] for n in names]) for v in (adam, step.direction))
+            scale = torch.where(length > 0, wanted / length, torch.zeros_like(length))
             scales |= dict.fromkeys(names, scale)
-        return step.scaled(scales)
+        return replace(step.scaled(scales), memory=moments)
 
     return control
 
@@ -159,17 +162,26 @@ def dot(x: Values, y: Values) -> float:
     return float(torch.stack([(x[name] * y[name]).sum() for name in x]).sum())
 
 
-def _adam(memory: dict[str, Tensor], g: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
-    """Adam's step for one parameter at learning rate 1; the moments in `memory` move along."""
-    if "exp_avg" not in memory:
-        memory |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
-        memory["step"] = torch.zeros((), dtype=torch.float32)
-    memory["step"] += 1
-    m = memory["exp_avg"].lerp_(g, 1 - betas[0])
-    v = memory["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    count = float(memory["step"])
+def _moments(
+    memory: Mapping[str, Tensor], g: Tensor, betas: tuple[float, float]
+) -> dict[str, Tensor]:
+    """The memory of one parameter after one more gradient: Adam's moments and their count."""
+    m = memory.get("exp_avg", torch.zeros_like(g))
+    v = memory.get("exp_avg_sq", torch.zeros_like(g))
+    return {
+        **memory,
+        "exp_avg": m.lerp(g, 1 - betas[0]),
+        "exp_avg_sq": (v * betas[1]).addcmul_(g, g, value=1 - betas[1]),
+        "step": memory.get("step", torch.zeros((), dtype=torch.float32)) + 1,
+    }
+
+
+def _adam(moments: Mapping[str, Tensor], betas: tuple[float, float], eps: float) -> Tensor:
+    """Adam's step for one parameter at learning rate 1."""
+    count = float(moments["step"])
     m_scale, v_scale = 1 - betas[0] ** count, 1 - betas[1] ** count
-    return m / m_scale / (v.sqrt().div_(v_scale**0.5).add_(eps))
+    root = moments["exp_avg_sq"].sqrt().div_(v_scale**0.5).add_(eps)
+    return moments["exp_avg"] / m_scale / root
 
 
 def _check_limit(limit: float) -> None:
