@@ -42,8 +42,9 @@ class Problem:
         solution: From points `[N, d]` to values `[N, outputs]`.
         equation: The residual in the interior.
         condition: The residual on the boundary.
-        faces: On which faces the condition holds: a coordinate, and 0 for its lower end, 1 for its
-            upper one. Each gets the same share of points, by `shares` if given.
+        faces: The faces on which the condition holds: a coordinate, and 0 for its lower end, 1 for
+            its upper one. Points are drawn uniformly from this list, so that a face that is listed
+            twice gets twice as many.
         space: The coordinates of the Laplacian. Default: all.
         outputs: How many unknown functions there are.
     """

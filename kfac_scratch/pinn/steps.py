@@ -55,8 +55,11 @@ class PinnState:
         loss: Of the last batch, after the step.
         previous: The last step, or with momentum the direction that is accumulated.
         damping: As adapted so far.
-        length: What the last line search multiplied its direction by; 1 if that was 0.
-        preconditioner: What the preconditioner remembers.
+        length: The factor that the last line search gave its direction; 1 if that was 0.
+        preconditioner: The state of the preconditioner.
+        solved_with: The damping with which the last step's system was solved, None if there was no
+            such system. It is larger than the one that was asked for if that was too small for a
+            Cholesky factorisation (`solvers.Solved`).
     """
 
     count: int
@@ -65,6 +68,7 @@ class PinnState:
     damping: float
     length: float = 1.0
     preconditioner: Any = None
+    solved_with: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,9 @@ class GaussNewton:
         rho, damping = residuals(parts), state.damping if state else self.damping
         before, solve = half_square(rho), self.solver(parts, rho)
         after, step = before, {name: torch.zeros_like(V) for name, V in W.items()}
+        used: float | None = None
         for _ in range(self.tries):
-            proposed = solve(damping)
+            proposed, used = solve(damping)
             found = loss_along(model, terms, W, proposed, self.chunk)(1.0)
             predicted = half_square(rho + times(parts, proposed)) - before
             ratio = reduction_ratio(before, found, predicted) if predicted else None
@@ -164,7 +169,8 @@ class GaussNewton:
             if found < before or ratio is None:
                 break
         assign(model, moved(W, step))
-        return PinnState(state.count + 1 if state else 1, after, step, damping)
+        count = state.count + 1 if state else 1
+        return PinnState(count, after, step, damping, solved_with=used)
 
 
 @dataclass(frozen=True)
@@ -187,13 +193,14 @@ class Spring:
         W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
         rho = residuals(parts)
         kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
-        change = self.solver(parts, rho + times(parts, kept) if kept else rho)(self.damping)
+        solve = self.solver(parts, rho + times(parts, kept) if kept else rho)
+        change, used = solve(self.damping)
         direction = moved(change, kept)
         at = loss_along(model, terms, W, direction, self.chunk)
         length, after = line_search(at, half_square(rho), state.length if state else 1.0)
         assign(model, moved(W, direction, length))
         count = state.count + 1 if state else 1
-        return PinnState(count, after, direction, self.damping, length or 1.0)
+        return PinnState(count, after, direction, self.damping, length or 1.0, solved_with=used)
 
 
 def half_square(rho: Tensor) -> float:
