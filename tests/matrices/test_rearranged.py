@@ -1,5 +1,6 @@
 """The rearranged block and its singular pairs, against the dense one."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -142,6 +143,16 @@ def test_signs_do_not_depend_on_the_start(device):
     check_equal(flipped.B, K.B)
 
 
+def test_iterations_that_do_not_suffice_are_announced(device):
+    R = Rearranged(random_io(device, 2))
+    with pytest.warns(UserWarning, match=r"stopped after 2 iterations with a residual above 1e-12"):
+        power_svd(R, R.identity(), 1e-12, iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        power_svd(R, R.identity())
+
+
+@pytest.mark.filterwarnings("ignore:Power iteration stopped")
 @SHARED
 def test_every_iteration_is_at_least_as_near(S, device):
     io = random_io(device, S)
