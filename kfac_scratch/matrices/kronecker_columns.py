@@ -31,8 +31,9 @@ class KroneckerColumns:
     Use it for factors with fewer columns than rows: one batch of a wide layer. Not for averages
     over many batches: columns add up, and there is no method `mixed` (see `Window`).
 
-    Cost: memory `d_in * KA + d_out * KB`; a product `d_in * d_out * min(KA, KB)` operations and
-    less; an exact inverse two thin decompositions, `O(d_in * KA**2 + d_out * KB**2)`.
+    Cost: memory `d_in * KA + d_out * KB`; a product
+    `d_in * d_out * (KA + KB) + KA * KB * (d_in + d_out)` operations; an exact inverse two thin
+    decompositions, `O(d_in * KA**2 + d_out * KB**2)`.
     """
 
     UA: Float[Tensor, "d_in KA"]

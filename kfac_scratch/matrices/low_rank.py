@@ -96,8 +96,8 @@ class FourBlocks:
     the matrix is diagonal in the products of the basis vectors, and does not depend on the choice.
     It is what `LowRankKronecker.inverse` returns.
 
-    Cost: memory `d_in * rA + d_out * rB + rA * rB`, a product `2 * d_in * d_out * (rA + rB)`
-    operations.
+    Cost: memory `d_in * rA + d_out * rB + rA * rB`, a product
+    `2 * d_in * d_out * (rA + rB) + 2 * d_in * rA * rB` operations.
 
     Attributes:
         UA: Orthonormal columns.

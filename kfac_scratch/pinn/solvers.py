@@ -1,4 +1,4 @@
-r"""The small and large linear systems behind a PINN's step, and how far to go.
+r"""The linear systems behind a PINN's step, and the line searches for its length.
 
 With residuals $\rho$ and their Jacobian $J$, the damped Gauss-Newton step is
 
@@ -134,12 +134,15 @@ def _solved(
 
 
 def two_directions(newest: Direction, previous: Direction | None) -> list[Direction]:
-    """The preconditioned gradient and the last step: the paper's two directions."""
+    """The preconditioned gradient and the last step: KFAC*'s two directions."""
     return [newest] if previous is None else [newest, previous]
 
 
 def two_directions_per_layer(newest: Direction, previous: Direction | None) -> list[Direction]:
-    """The same, with a coefficient of its own for each layer."""
+    """The two directions of `two_directions` cut into layers, each with its own coefficient.
+
+    Cost: products with `J` for `2 * layers` directions, each for one layer.
+    """
     return [{name: V} for d in two_directions(newest, previous) for name, V in d.items()]
 
 
@@ -148,7 +151,11 @@ def best_combination(
 ) -> Float[Tensor, "q"]:
     """Coefficients `c` that minimise `|J p + rho|^2 + damping |p|^2` for `p = sum_i c_i d_i`.
 
-    Directions that depend on each other share their coefficient; a zero direction gets none.
+    Directions that depend on each other share their coefficient; a zero direction gets zero. For
+    this, eigenvalues of the scaled `q x q` system below 1e-12 times the largest count as zero. The
+    threshold is made for float64: in float32 it is below round-off.
+
+    Cost: one product with `J` for each direction, and an eigendecomposition of size `q`.
     """
     J = torch.stack([times(parts, d) for d in directions], dim=1)  # [K, q]
     lengths = torch.stack(
@@ -171,16 +178,24 @@ def linear_combination(directions: Sequence[Direction], c: Float[Tensor, "q"]) -
     return result
 
 
-# ---- how far ------------------------------------------------------------------------------------
+# ---- line searches ------------------------------------------------------------------------------
 
 
 def line_search(
     at: Callable[[float], float], before: float, start: float = 1.0, lowest: float = 2.0**-30
 ) -> tuple[float, float]:
-    """A step at which halving and doubling do not lower the loss further, and the loss there.
+    """A step length at which halving and doubling do not lower the loss further, and the loss.
 
-    Walks over powers of two from `start`. If nothing down to `lowest` is better than `before`, the
-    step is 0. Every comparison asks for a smaller loss, which one that is not a number never is.
+    The search goes over powers of two from `start`. The step is 0 if no length down to `lowest` has
+    a smaller loss than `before`. A loss that is not a number never counts as smaller.
+
+    Cost: one evaluation of the loss for each length, at least three and usually few.
+
+    Args:
+        at: The loss as a function of the length.
+        before: The loss at length 0.
+        start: The first length, usually the last step's.
+        lowest: The smallest length that is tried.
     """
     step, best = start, at(start)
     while not best < before and step > lowest:  # downhill first
@@ -197,7 +212,11 @@ def line_search(
 def backtracked(
     at: Callable[[float], float], before: float, tries: int = 20
 ) -> tuple[float, float]:
-    """The first of 1, 1/2, 1/4, ... at which the loss is lower, and the loss there; or 0."""
+    """The first length of 1, 1/2, 1/4, ... at which the loss is lower, and the loss there.
+
+    Use it for steps that have a natural length of 1. Not for directions without one: `line_search`
+    also lengthens. If the loss is not lower after `tries` lengths, the length is 0.
+    """
     for k in range(tries):
         if (found := at(2.0**-k)) < before:
             return 2.0**-k, found

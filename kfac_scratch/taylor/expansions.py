@@ -1,4 +1,4 @@
-r"""Expansions: which derivatives travel through a network, and how they pass through a function.
+r"""Expansions: sets of derivatives that Taylor mode computes together, and their chain rules.
 
 A quantity $h(x)$ is known at $x$ by its value and some of its partial derivatives along directions
 $v_1, \dots, v_R$. Of $\sigma(h)$ the same derivatives follow, by the formula of Faà di Bruno,
@@ -9,9 +9,10 @@ $$
 $$
 
 a sum over all partitions $\pi$ of the multiset $\alpha$ of directions. The derivative of highest
-order enters linearly. So a *sum* of such derivatives travels as one coefficient: the Laplacian
-costs $d + 2$ coefficients, not $1 + 2 d$. `SecondOrder` has all operators of order two,
-`Partials` those of any order.
+order enters linearly. So a *sum* of such derivatives needs one coefficient: the Laplacian costs
+$d + 2$ coefficients, not $1 + 2 d$. With $S$ coefficients, a forward pass costs about $S$ ordinary
+ones, in time and in memory. `SecondOrder` has all operators of order two, `Partials` those of any
+order.
 
 Sources: Griewank and Walther 2008, chapter 13; Dangel et al. 2024 (arXiv:2405.15603), appendix C;
 Dangel et al. 2025 (arXiv:2505.13644) for the sums.
@@ -38,17 +39,20 @@ class Expansion(Protocol):
 
     @property
     def order(self) -> int:
-        """How many derivatives of a function are needed."""
+        """The number of derivatives of an elementwise function that `compose` needs."""
         ...
 
     @property
     def names(self) -> list[Multiset | int]:
-        """What each coefficient is: a multiset of directions, or the number of a sum."""
+        """The name of each coefficient: a multiset of directions, or the number of a sum."""
         ...
 
     @property
     def tops(self) -> list[int]:
-        """Which coefficients serve no other: useless, unless they are wanted themselves."""
+        """The coefficients that no other one is computed from.
+
+        A residual that ignores one of them has declared too large an expansion.
+        """
         ...
 
     def start(self, X: Float[Tensor, "N d"]) -> Coefficients:
@@ -64,15 +68,18 @@ class Expansion(Protocol):
         ...
 
     def part(self, rows: slice) -> "Expansion":
-        """The same for a part of the data."""
+        """The same expansion for some of the points."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class SecondOrder:
-    r"""Value, first derivatives along `R` directions, and `M` sums of second ones.
+    r"""The value, first derivatives along `R` directions, and `M` sums of second derivatives.
 
-    Sum `m` is $\sum_{ij} C_{ij} \partial_{v_i} \partial_{v_j}$.
+    Sum `m` is $\sum_{ij} C_{ij} \partial_{v_i} \partial_{v_j}$. Use it for equations of order up
+    to two. Not for higher orders or single second derivatives beside each other: `Partials`.
+
+    Cost: `1 + R + M` coefficients.
 
     Attributes:
         directions: `[R, d]`, or `[N, R, d]` if they differ between points, as normals do.
@@ -98,7 +105,7 @@ class SecondOrder:
 
     @property
     def order(self) -> int:
-        """2, or less where there is no sum."""
+        """2 if there is a sum, 1 if there are only directions, 0 otherwise."""
         return 2 if len(self.C) else min(1, self.directions.shape[-2])
 
     @property
@@ -117,7 +124,7 @@ class SecondOrder:
         """`x` has the directions as first derivatives, and no second ones."""
         N, d = checked(self.directions, X).shape
         if self.C.ndim == 4 and self.C.shape[1] != N:
-            raise ValueError(f"{N} data need C of shape [M, {N}, R, R], not {self.C.shape}.")
+            raise ValueError(f"{N} points need C of shape [M, {N}, R, R], not {self.C.shape}.")
         V = self.directions.to(X).expand(N, -1, d)
         return torch.cat([X.unsqueeze(1), V, X.new_zeros(N, len(self.C), d)], dim=1)
 
@@ -136,7 +143,7 @@ class SecondOrder:
         return torch.cat([result[:, : 1 + R], result[:, 1 + R :] + mixed], dim=1)
 
     def part(self, rows: slice) -> "SecondOrder":
-        """Take these data's directions and weights, where they differ between data."""
+        """The expansion of some points, whose directions and weights may differ between points."""
         V = self.directions[rows] if self.directions.ndim == 3 else self.directions
         return replace(self, directions=V, C=self.C[:, rows] if self.C.ndim == 4 else self.C)
 
@@ -165,7 +172,7 @@ class SecondOrder:
 
 
 class _Chain(torch.autograd.Function):
-    """`SecondOrder.compose` with its own reverse pass: each is a few sweeps over the coefficients.
+    """`SecondOrder.compose` with a reverse pass of its own, which saves memory for intermediates.
 
     With `q = sum_ij C_ij d_i h d_j h`, forward `d_i -> s' d_i`, `l -> s' l + s'' q`.
     """
@@ -215,7 +222,7 @@ def checked(directions: Tensor, X: Tensor) -> Tensor:
     """`X`, if directions fit it."""
     if directions.shape[-1] != X.shape[1] or (directions.ndim == 3 and len(directions) != len(X)):
         raise ValueError(
-            f"Directions of shape {tuple(directions.shape)} do not fit data of shape "
+            f"Directions of shape {tuple(directions.shape)} do not fit points of shape "
             f"{tuple(X.shape)}: they need [R, d], or [N, R, d]."
         )
     return X
@@ -225,17 +232,27 @@ def checked(directions: Tensor, X: Tensor) -> Tensor:
 
 
 def value_only(d: int) -> SecondOrder:
-    """No derivative at all: what boundary and data terms need."""
+    """The value without derivatives, for Dirichlet conditions and measurements: 1 coefficient."""
     return SecondOrder(torch.zeros(0, d), torch.zeros(0, 0))
 
 
 def directional(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
-    """First derivatives along directions: for Neumann conditions, `[N, 1, d]` normals."""
+    """The value and first derivatives along `R` directions: `1 + R` coefficients.
+
+    Use it for equations of first order, and for Neumann conditions with `[N, 1, d]` normals.
+    """
     return SecondOrder(directions, torch.zeros(0, directions.shape[-2]))
 
 
 def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
-    """All first derivatives, and the Laplacian over the given coordinates (default: all)."""
+    """The value, all first derivatives, and the Laplacian over some coordinates (default: all).
+
+    Use it for equations with a Laplacian in space. Not for other sums of second derivatives:
+    `second_order_sum`.
+
+    Cost: `d + 2` coefficients. Over all coordinates, the sum has one weight for all directions, in
+    the shape `[1, 1]`, which is cheaper than one for each (see `SecondOrder.C`).
+    """
     if coordinates is None:
         return SecondOrder(torch.eye(d), torch.ones(1, 1))
     C = torch.zeros(1, d)
@@ -244,7 +261,16 @@ def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
 
 
 def second_order_sum(C: Float[Tensor, "*data d d"]) -> SecondOrder:
-    """All first derivatives, and `sum_ij C_ij d_i d_j`, with one `C` or one for each datum."""
+    """The value, all first derivatives, and `sum_ij C_ij d_i d_j`.
+
+    Use it for anisotropic diffusion and mixed derivatives, with one `C` or one for each point. Not
+    for the Laplacian, which costs `d**2` products for each entry here.
+
+    Cost: `d + 2` coefficients.
+
+    Raises:
+        ValueError: If `C` is not `[d, d]` or `[N, d, d]`.
+    """
     if C.ndim not in (2, 3) or C.shape[-1] != C.shape[-2]:
-        raise ValueError(f"C has shape {tuple(C.shape)}, not [d, d], or [N, d, d] for each datum.")
+        raise ValueError(f"C has shape {tuple(C.shape)}, not [d, d], or [N, d, d] for each point.")
     return SecondOrder(torch.eye(C.shape[-1], dtype=C.dtype, device=C.device), C.unsqueeze(0))
