@@ -29,7 +29,11 @@ from kfac_scratch.losses import BackpropagatedVectors, type2
 
 @dataclass(frozen=True)
 class Flavour:
-    """How the positions of a layer become the `S` rows of its `LayerIO`."""
+    """A pair of rules that make the `S` rows of a `LayerIO` from a layer's positions.
+
+    There are two: `EXPAND`, in which every position is a row, and `REDUCE`, which averages inputs
+    and sums vectors over positions to one row.
+    """
 
     inputs: Callable[[LayerGroup, list[Call]], Float[Tensor, "groups N S d_in"]]
     outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
@@ -48,12 +52,22 @@ def layer_ios(
 ) -> dict[str, LayerIO]:
     """The `LayerIO` of every block of a model on one batch, by name (see `layer_groups`).
 
+    Use it for one batch. Not for a whole data set, which `over_loader` takes batch by batch, and
+    not if all vectors together do not fit into memory: `stream` yields them in parts.
+
+    Cost: one forward pass and `V` reverse passes; memory `N * S * d_in + V * N * S * d_out` for
+    each layer.
+
+    It has many parameters, because it is the one door to a model: what to send back, how rows are
+    made, which layers, and how much memory.
+
     Args:
         model: Any module; axis 0 of its output is the batch.
         loss: The loss module; `fisher` says for which losses it works.
         X: The model's input. Axis 0 of what every layer gets must be the batch.
         y: Targets for the loss.
-        fisher: Which vectors to send backward, see `losses`.
+        fisher: The vectors that are sent backward, see `losses`. The default `type2` is exact; the
+            default of the optimizer `KFAC` is one Monte Carlo vector.
         flavour: `EXPAND` (default): every position is a row. `REDUCE`: positions are averaged, and
             the result equals `io.reduced()` but no convolution's patches are ever formed.
         layers: Names of the layers to cover. Default: all supported ones; trainable parameters
@@ -64,7 +78,7 @@ def layer_ios(
 
     Raises:
         ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
-            model on another device than its data, batch statistics in training mode, a layer
+            model on another device than its input, batch statistics in training mode, a layer
             that never ran, and more: each names the layer and the way out.
         NotImplementedError: For layers and losses that are not covered.
     """
@@ -88,7 +102,17 @@ def stream(
     layers: Collection[str] | None = None,
     chunk: int | None = None,
 ) -> Iterator[dict[str, LayerIO]]:
-    """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
+    """The parts of `layer_ios`, of at most `chunk` vectors each; `a` is the same in all of them.
+
+    Use it where an approximation is a sum over vectors, as KFAC's `B` is. Not where one needs all
+    vectors of a sample together.
+
+    Cost: as `layer_ios`, with `chunk` for `V` in the memory of a part. The vectors at the model's
+    output are made all at once. If `chunk` is not given, a part has 1 vector on a CPU and 32
+    elsewhere, as in `layer_ios`, which describes the arguments.
+
+    It has many parameters, because it has those of `layer_ios`.
+    """
     flavour = EXPAND if flavour is None else flavour
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")

@@ -39,8 +39,8 @@ def residual_space(maps: BlockMaps, r: BlockValues) -> Space:
     Use it to correct the lengths of the layers' steps relative to each other. Not to find new
     directions: the span has none.
 
-    Law: the two-level step consists of the fine steps, with lengths that minimise the quadratic
-    model together.
+    Law: with `adef2`, the step consists of the layers' fine steps, with lengths that minimise the
+    quadratic model together.
     Cost: one product with each fine map.
     """
     return {name: (maps[name] @ v).unsqueeze(0) for name, v in r.items()}
@@ -63,8 +63,8 @@ def spectral_space(maps: BlockMaps, r: BlockValues) -> Space:
 def krylov_space(space: CoarseSpace) -> CoarseSpace:
     """The directions of a space, and the products of the fine maps with them.
 
-    Use it to enrich `nicolaides_space` or `residual_space`. Not repeatedly: the number of directions
-    doubles each time.
+    Use it to enrich `nicolaides_space` or `residual_space`. Not repeatedly: the number of
+    directions doubles each time.
 
     Cost: one product with a fine map for each direction.
     """

@@ -169,7 +169,7 @@ def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Contr
 
 
 def squared_length(step: Step) -> float:
-    """The sum of `base_lr**2 * <P, G>`: the step's squared length in the curvature that gave `P`."""
+    """The sum of `base_lr**2 * <P, G>`: the squared length in the curvature that gave `P`."""
     direction = {name: step.base_lr[name] ** 2 * P for name, P in step.direction.items()}
     return dot(direction, step.gradient)
 

@@ -56,8 +56,8 @@ def gradient_products(
 def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMap:
     """The product with `F + damping * I` of all blocks on one batch, cross-blocks included.
 
-    Law: exact for a model's GGN or Fisher, because the vectors of all layers are the same ones, sent
-    back to different depths. Use it with `LayerIO`s of `EXPAND`, not of `REDUCE`.
+    Law: exact for a model's GGN or Fisher, because the vectors of all layers are the same ones,
+    sent back to different depths. Use it with `LayerIO`s of `EXPAND`, not of `REDUCE`.
 
     Cost: `2 * N * S * d_out * (d_in + V)` operations for each layer.
 
@@ -126,8 +126,8 @@ def coarse_inverse(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Bloc
 def additive(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
     """The paper's form: the sum of both steps.
 
-    Use it in training: it is symmetric and positive definite, so that steps descend. Not as a
-    better solution of the system: curvature that both levels have counts twice.
+    Use it in training: with a symmetric positive definite fine level it is so, too, and its steps
+    descend. Not as a better solution of the system: curvature that both levels have counts twice.
 
     Cost: one fine step, no product with the curvature.
     """
@@ -197,8 +197,8 @@ def two_level(
     Use it for one batch's system with curvature between layers. Not for averages over batches: the
     cross-blocks are those of `ios`.
 
-    Cost: beyond `preconditioner(model, maps)`, the products with the curvature that `combine` takes,
-    `coarse_matrix`, and an `m` by `m` system at every step.
+    Cost: beyond `preconditioner(model, maps)`, the products with the curvature that `combine`
+    takes, `coarse_matrix`, and an `m` by `m` system at every step.
 
     It has many parameters, because it has two levels and a rule to combine them.
 

@@ -80,8 +80,8 @@ class PinnState:
 class PinnKFAC:
     """KFAC for PINNs: momentum on preconditioned gradients, and a line search along the result.
 
-    Use it as the method of the paper with the fewest products with `J`. Not as the first choice:
-    `KFACStar` finds momentum and length from the model, for little more.
+    Use it as the baseline of its paper. Not as the first choice: `KFACStar` finds momentum and
+    length from the model, for little more.
 
     Cost: for each step one linearisation, the preconditioner, and some forward passes of the line
     search.
@@ -222,8 +222,8 @@ class Spring:
     Attributes:
         damping: The damping, constant, in the units of the loss. `PinnState.solved_with` tells if a
             system needed more.
-        momentum: The factor of the previous direction. The default 0 is ENGD; SPRING needs a value
-            near 1, which other optimizers here have as their default.
+        momentum: The factor of the previous direction. The default 0 is ENGD; SPRING takes a value
+            near 1. (The default of `PinnKFAC` and `KFAC` is 0.9.)
         solver: `kernel_solver`, `dense_solver` (the same step), or `layerwise_solver` (another).
         chunk: How many points are linearised at once. Default: all.
     """
@@ -277,8 +277,8 @@ def loss_along(
 ) -> Callable[[float], float]:
     """The loss as a function of the length of a step from the weights `W`.
 
-    Every call writes `W + length * direction` into the model and leaves it there. The caller assigns
-    the weights that are to stay.
+    Every call writes `W + length * direction` into the model and leaves it there. The caller
+    assigns the weights that are to stay.
     """
 
     def at(length: float) -> float:

@@ -231,7 +231,7 @@ def _parts(term: Term, chunk: int | None) -> Iterator[tuple[Term, float]]:
 def _forward(
     model: Module, groups: list[LayerGroup], part: Term
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
-    """The output's coefficients, and the inputs `a` and outputs `z` of every call of every block."""
+    """The output's coefficients, and inputs `a` and outputs `z` of every call of every block."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {group.name: [] for group in groups}
     with ExitStack() as hooks:
         for group in groups:

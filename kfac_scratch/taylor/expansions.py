@@ -90,7 +90,7 @@ class SecondOrder:
             less than `[M, R]`).
     """
 
-    directions: Float[Tensor, "*data R d"]
+    directions: Float[Tensor, "*points R d"]
     C: Float[Tensor, "M *pairs #R"]
 
     def __post_init__(self) -> None:
@@ -156,8 +156,8 @@ class SecondOrder:
             return C * _sum_of_products(x, y).unsqueeze(1)
         if C.ndim == 2:
             return torch.stack([_sum_of_products(c.unsqueeze(1) * x, y) for c in C], dim=1)
-        data = "n" if C.ndim == 4 else ""
-        return torch.einsum(f"m{data}ij,nih,njh->nmh", C, x, y)
+        n = "n" if C.ndim == 4 else ""
+        return torch.einsum(f"m{n}ij,nih,njh->nmh", C, x, y)
 
     def gradient_of_form(
         self, x: Float[Tensor, "N R h"], top: Float[Tensor, "N M h"]
@@ -167,8 +167,8 @@ class SecondOrder:
         if C.ndim == 2:
             parts = zip(2 * C, top.split(1, dim=1), strict=True)
             return x * sum(c.unsqueeze(1) * t for c, t in parts)
-        data = "n" if C.ndim == 4 else ""
-        return torch.einsum(f"m{data}ij,nmh,njh->nih", C + C.mT, top, x)
+        n = "n" if C.ndim == 4 else ""
+        return torch.einsum(f"m{n}ij,nmh,njh->nih", C + C.mT, top, x)
 
 
 class _Chain(torch.autograd.Function):
@@ -236,7 +236,7 @@ def value_only(d: int) -> SecondOrder:
     return SecondOrder(torch.zeros(0, d), torch.zeros(0, 0))
 
 
-def directional(directions: Float[Tensor, "*data R d"]) -> SecondOrder:
+def directional(directions: Float[Tensor, "*points R d"]) -> SecondOrder:
     """The value and first derivatives along `R` directions: `1 + R` coefficients.
 
     Use it for equations of first order, and for Neumann conditions with `[N, 1, d]` normals.
@@ -260,7 +260,7 @@ def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
     return SecondOrder(torch.eye(d), C)
 
 
-def second_order_sum(C: Float[Tensor, "*data d d"]) -> SecondOrder:
+def second_order_sum(C: Float[Tensor, "*points d d"]) -> SecondOrder:
     """The value, all first derivatives, and `sum_ij C_ij d_i d_j`.
 
     Use it for anisotropic diffusion and mixed derivatives, with one `C` or one for each point. Not

@@ -553,7 +553,7 @@ def test_a_batch_with_nan_is_refused_and_nothing_changes(device):
     X, y = data(device)
     X[3, 2] = float("nan")
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for datum 3"):
+    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for sample 3"):
         optimizer.observe(X, y)
     gradients(model, loss, X, y)
     with pytest.raises(
