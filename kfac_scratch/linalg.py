@@ -22,7 +22,7 @@ def vec(V: Num[Tensor, "*batch m n"]) -> Num[Tensor, "*batch mn"]:
 
 
 def unvec(v: Num[Tensor, "*batch mn"], rows: int) -> Num[Tensor, "*batch m n"]:
-    """Undo `vec` for a matrix with the given number of rows.
+    """The matrix with the given number of rows whose `vec` is `v`.
 
     Raises:
         ValueError: If the vector does not fill that many rows.
@@ -168,7 +168,7 @@ def conjugate_gradient(
     """
     max_iter = 2 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
     tol = 10 * torch.finfo(b.dtype).eps if tol is None else tol
-    size = b.abs().amax((-2, -1), keepdim=True)  # in its own unit, no square underflows
+    size = b.abs().amax((-2, -1), keepdim=True)  # divided by it, no square underflows
     size = size.where(size > 0, 1.0)
     x, r = torch.zeros_like(b), b / size
     z, target = precondition(r), (tol**2 * _dot(r, r)).clamp_min(_nothing(b))
@@ -190,7 +190,7 @@ def conjugate_gradient(
 
 
 def _nothing(b: Tensor) -> float:
-    """A square that cannot be told from zero."""
+    """The size below which a squared norm is round-off."""
     return torch.finfo(b.dtype).tiny / torch.finfo(b.dtype).eps
 
 

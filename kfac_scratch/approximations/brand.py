@@ -9,9 +9,9 @@ $$
 
 are those of a matrix with $r + K$ rows, rotated. This update is exact, at a cost of
 $\mathcal{O}(d (r + K)^2)$. The only error is the truncation to $r$ eigenpairs before the next
-batch. The paper's three algorithms are
-`Brand` (B-KFAC), and two that also keep the factors, `Repaired(brand, refreshed, period)`
-(B-R-KFAC) and `Repaired(brand, corrected, period)` (B-KFAC-C).
+batch. The paper's three algorithms are `Brand()` (B-KFAC), and two that also keep the factors,
+`Repaired(brand, refreshed(sketch), period)` (B-R-KFAC) and `Repaired(brand, corrected(), period)`
+(B-KFAC-C).
 
 Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`.
 """
@@ -163,7 +163,7 @@ class FactorsAndEigenpairs:
         return self.modes.inverse(damping)
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """The dense twin of `modes`."""
+        """The matrix of `modes`, dense."""
         return self.modes.dense()
 
 

@@ -1,6 +1,6 @@
-r"""CG-FAC: solve with the curvature by products alone.
+r"""CG-FAC: systems with the exact block, solved by products alone.
 
-A product with the exact block needs no block, only what flows through the layer,
+A product with the exact block does not need the block, only the layer's inputs and vectors,
 
 $$
 F V = \sum_{v,n} \langle G_{vn}, V \rangle\, G_{vn} , \qquad
@@ -9,7 +9,7 @@ $$
 
 and conjugate gradients solve $(F + \delta I) X = V$ by such products. With $K = V N$ gradients,
 $F + \delta I$ has at most $K + 1$ different eigenvalues, and that many steps are enough.
-The matrix that KFAC stands for has such a product, too: `skfac(io)` is that operator.
+KFAC's matrix has such a product, too: `skfac(io)`.
 
 The kernel $\langle G_{vn}, G_{wm} \rangle$, of size $K \times K$, solves the same system directly.
 

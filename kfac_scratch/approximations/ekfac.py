@@ -1,4 +1,4 @@
-r"""EKFAC: keep KFAC's eigenbasis, correct its eigenvalues.
+r"""EKFAC: KFAC's eigenvectors with the best eigenvalues for them.
 
 In an orthogonal basis $U = Q_B \otimes Q_A$, the diagonal matrix nearest to the exact block $F$ has
 the second moments of the gradients in that basis,

@@ -145,7 +145,7 @@ class BlocksByRows:
         return torch.einsum("...nso,nsi->...oi", z, self.U.a)
 
     def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Project on every gradient's rows, send the projections back."""
+        """The product `R.T @ (R @ x)` for every neuron's row `x` of `X`."""
         return self.back(self.along(X))
 
     def inverse(self, damping: float) -> "BlocksByRowsInverse":
@@ -193,7 +193,7 @@ class BlocksByRowsInverse:
     damping: float
 
     def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Solve for every neuron's row of `X`."""
+        """The solution for every neuron's row of `X`."""
         along = self.M.along(X)
         rhs = along.flatten(-3, -2).mT.unsqueeze(-1)  # [*batch, d_out, K, 1]
         solved = torch.cholesky_solve(rhs, self.L).squeeze(-1).mT.reshape(along.shape)

@@ -151,8 +151,8 @@ def smallest_kept(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) ->
 
     Use it for cautious steps. Not in `Brand`, where the excess adds up from batch to batch.
 
-    Law: at least every eigenvalue that was left out, so that the inverse is too small and steps
-    are shorter. Cost: none.
+    Law: with exact eigenpairs, it is at least every eigenvalue that was left out, so that the
+    inverse is too small and steps are shorter. Cost: none.
     """
     return d[-1]
 
@@ -245,7 +245,7 @@ class Randomized:
         return Randomized(A, B, self.sketch)
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """The dense twin of `low_rank()`."""
+        """The matrix `low_rank()`, dense."""
         return self.low_rank().dense()
 
     def trace(self) -> Float[Tensor, ""]:

@@ -141,7 +141,7 @@ def stream(
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Suspend autocast: factors, and what they are made of, keep the parameters' precision."""
+    """Suspend autocast, so that rows, vectors and factors keep the precision of the parameters."""
     return torch.autocast(device.type, enabled=False)
 
 

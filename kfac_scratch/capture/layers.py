@@ -128,7 +128,11 @@ def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
 def _written_patches(
     layer: Convolution, x: Float[Tensor, "N C *space"], ends: Sequence[float]
 ) -> Float[Tensor, "groups N S d_in"]:
-    """Rows in one copy: stored as columns, because neighbouring positions are so in `x`, too."""
+    """The patches of a convolution as rows, copied once.
+
+    They are stored as columns (`linalg.stored_as_columns`): neighbouring positions are next to each
+    other in `x`, too, so that the copy reads and writes memory in order.
+    """
     x = _patches(layer, x)  # [groups, N, C_group, *kernel, *positions]
     d = prod(x.shape[2 : 3 + len(layer.kernel_size)])
     S = prod(x.shape[3 + len(layer.kernel_size) :])

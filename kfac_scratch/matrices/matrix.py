@@ -26,10 +26,10 @@ from torch import Tensor
 
 @runtime_checkable
 class LinearMap(Protocol):
-    """Something that acts on gradients."""
+    """A linear map on gradients."""
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Apply the map to `vec(V)`, written as a matrix again."""
+        """The product of the map with `vec(V)`, as a matrix of the shape of `V`."""
         ...
 
 

@@ -55,6 +55,8 @@ from kfac_scratch.pinn.terms import Term, linearize, pinn_loss
 class PinnState:
     """The state of an optimizer between two steps.
 
+    It has many parameters, because one kind of state serves all optimizers here.
+
     Attributes:
         count: The number of steps so far.
         loss: The loss of the last batch, after the step.

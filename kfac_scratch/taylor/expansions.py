@@ -60,11 +60,11 @@ class Expansion(Protocol):
         ...
 
     def compose(self, sigma: Derivatives, h: Coefficients) -> Coefficients:
-        """Those of `sigma(h)`, given the derivatives of `sigma`."""
+        """The coefficients of `sigma(h)`, given the derivatives of `sigma`."""
         ...
 
     def product(self, f: CoefficientsOrConstants, g: CoefficientsOrConstants) -> Coefficients:
-        """Those of `f * g`."""
+        """The coefficients of `f * g`."""
         ...
 
     def part(self, rows: slice) -> "Expansion":
@@ -129,11 +129,11 @@ class SecondOrder:
         return torch.cat([X.unsqueeze(1), V, X.new_zeros(N, len(self.C), d)], dim=1)
 
     def compose(self, sigma: Derivatives, h: Coefficients) -> Coefficients:
-        """The chain rule, once and twice."""
+        """The coefficients of `sigma(h)`, by the chain rule of first and second order."""
         return _Chain.apply(h, sigma, self)
 
     def product(self, f: CoefficientsOrConstants, g: CoefficientsOrConstants) -> Coefficients:
-        """The rule of Leibniz."""
+        """The coefficients of `f * g`, by the rule of Leibniz."""
         R = self.directions.shape[-2]
         df, dg = f[:, 1 : 1 + R], g[:, 1 : 1 + R]
         result = torch.cat([f[:, :1] * g[:, :1], f[:, 1:] * g[:, :1] + f[:, :1] * g[:, 1:]], 1)
@@ -219,7 +219,11 @@ def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def checked(directions: Tensor, X: Tensor) -> Tensor:
-    """`X`, if directions fit it."""
+    """The points `X`, after a check that directions fit them.
+
+    Raises:
+        ValueError: If the dimension, or the number of points, differs.
+    """
     if directions.shape[-1] != X.shape[1] or (directions.ndim == 3 and len(directions) != len(X)):
         raise ValueError(
             f"Directions of shape {tuple(directions.shape)} do not fit points of shape "

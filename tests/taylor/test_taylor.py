@@ -524,13 +524,13 @@ def test_weighted_needs_square_weights(shape):
         second_order_sum(torch.ones(shape))
 
 
-def test_data_must_fit(device):
+def test_points_must_fit(device):
     X = torch.randn(4, 2, device=device)
     with pytest.raises(ValueError, match="do not fit points"):
         taylor_coefficients(net(), X, laplacian(3))
     with pytest.raises(ValueError, match="do not fit points"):
         taylor_coefficients(net(), X, directional(torch.ones(5, 1, 2)))
-    with pytest.raises(ValueError, match=r"4 data need C of shape \[M, 4, R, R\]"):
+    with pytest.raises(ValueError, match=r"4 points need C of shape \[M, 4, R, R\]"):
         taylor_coefficients(net(), X, second_order_sum(torch.ones(3, 2, 2)))
     with pytest.raises((ValueError, TypeError)):
         taylor_coefficients(net(), X[0], laplacian(2))
