@@ -104,6 +104,8 @@ def kfac_over(
     """KFAC of every block over a whole data loader, in the memory of one batch and the factors.
 
     It is `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the
-    arguments. Memory: `d_in**2 + d_out**2` for each layer, and one part of one batch.
+    arguments. Use it for KFAC of a whole data set. Not for other approximations: `over_loader`.
+
+    Cost: memory `d_in**2 + d_out**2` for each layer, and one part of one batch.
     """
     return over_loader(FactorSums(), model, loss, data, fisher, **options)  # type: ignore[return-value]

@@ -37,8 +37,9 @@ def mini_block(io: LayerIO) -> BlockDiagonal:
 
     Law: exact if no sample's vectors reach two neurons, or if there is one neuron; no matrix
     without entries between neurons is nearer.
-    Cost: `N * d_out * d_in**2` operations with one position, `V` times that with several; memory
-    `d_out * d_in**2 + N * d_out * d_in`. An inverse takes `O(d_out * d_in**3)`.
+    Cost: `N * d_out * d_in**2` operations with one position, `V * N * d_out * d_in * (S + d_in)`
+    with several; memory `d_out * d_in**2 + N * d_out * d_in`. An inverse takes
+    `O(d_out * d_in**3)`.
     """
     return BlockDiagonal(_blocks(io, io.a.shape[-1]))
 

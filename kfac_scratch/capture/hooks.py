@@ -7,6 +7,8 @@ is computed, and modes and flags stay as they were.
 
 Memory: `N * S * d_in + V * N * S * d_out` numbers for each layer, besides the graph of one forward
 pass. `stream` yields the vectors in chunks, so that `V` is bounded.
+
+Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 """
 
 from collections.abc import Callable, Collection, Iterator

@@ -91,6 +91,8 @@ def levenberg_marquardt(
     Use it as `adapt_damping=` of an optimizer. Not with a single noisy batch for each step unless
     the ratio is of that batch before and after the step.
 
+    Cost: none. The ratio costs one evaluation of the loss and of the quadratic model.
+
     Args:
         damping: The damping so far.
         ratio: The `reduction_ratio` of the last step; not finite if the loss was not; None leaves

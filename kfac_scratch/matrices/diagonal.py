@@ -1,4 +1,8 @@
-"""A diagonal matrix: one number for each weight."""
+"""A diagonal matrix: one number for each weight.
+
+Source: Becker and LeCun 1988 (Improving the convergence of back-propagation learning with second
+order methods), who precondition by the diagonal of curvature.
+"""
 
 from dataclasses import dataclass
 

@@ -2,6 +2,8 @@
 
 A preconditioner is a function from gradients to a step, both by parameter name. It is block
 diagonal: curvature between blocks has no effect.
+
+Source: Martens and Grosse 2015 (arXiv:1503.05671), §4.2.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -95,6 +97,11 @@ def inverses(
     invert: Callable[[Any, float], LinearMap] = exact_inverse,
 ) -> dict[str, LinearMap]:
     """The inverse of every block's matrix, with a damping that may differ between blocks.
+
+    Use it as the optimizer does, where dampings belong to parameter groups. Not for one damping:
+    `{name: M.inverse(damping) for name, M in matrices.items()}`.
+
+    Cost: that of `invert` for each matrix.
 
     Args:
         groups: The layers' groups, as `layer_groups` gives them.

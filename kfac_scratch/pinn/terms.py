@@ -111,6 +111,8 @@ def pinn_loss(model: Module, terms: Sequence[Term], chunk: int | None = None) ->
     Use it for first-order optimizers and to evaluate. Not for curvature: `linearize` gives the
     residuals with their derivatives.
 
+    Cost: about `S` ordinary forward passes for a term with `S` coefficients.
+
     Args:
         model: As in `linearize`.
         terms: The terms of the loss.

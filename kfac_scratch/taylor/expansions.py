@@ -236,14 +236,23 @@ def checked(directions: Tensor, X: Tensor) -> Tensor:
 
 
 def value_only(d: int) -> SecondOrder:
-    """The value without derivatives, for Dirichlet conditions and measurements: 1 coefficient."""
+    """The value without derivatives.
+
+    Use it for Dirichlet conditions, initial values and measurements. Not for residuals with
+    derivatives.
+
+    Cost: 1 coefficient.
+    """
     return SecondOrder(torch.zeros(0, d), torch.zeros(0, 0))
 
 
 def directional(directions: Float[Tensor, "*points R d"]) -> SecondOrder:
-    """The value and first derivatives along `R` directions: `1 + R` coefficients.
+    """The value and first derivatives along `R` directions.
 
-    Use it for equations of first order, and for Neumann conditions with `[N, 1, d]` normals.
+    Use it for equations of first order, and for Neumann conditions with `[N, 1, d]` normals. Not
+    for second derivatives.
+
+    Cost: `1 + R` coefficients.
     """
     return SecondOrder(directions, torch.zeros(0, directions.shape[-2]))
 

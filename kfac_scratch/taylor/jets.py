@@ -38,7 +38,13 @@ from kfac_scratch.taylor.expansions import Expansion, laplacian
 
 @dataclass(frozen=True, eq=False)
 class Jet:
-    """A batch of vectors `[N, h]` with their derivatives, to be used like the tensor of values."""
+    """A batch of vectors `[N, h]` with their derivatives, to be used like the tensor of values.
+
+    Use it through `taylor_coefficients`, which makes the first jet. Not with in-place operations or
+    indices of the first axis, which have no rule.
+
+    Cost: `S` times the memory of the values, and `S` times the work of a linear layer.
+    """
 
     c: Float[Tensor, "N S h"]
     expansion: Expansion
@@ -121,7 +127,10 @@ class Elementwise(Module):
     """An activation given by its derivatives: `derivatives(z, K)` lists value and `K` derivatives.
 
     Use it for activations without a rule. Not for those in `activations`, whose PyTorch modules
-    have a rule already. `K` is the order of the expansion, and one more in a reverse pass.
+    have a rule already.
+
+    Cost: that of `derivatives(z, K)` at every call. `K` is the order of the expansion, and one more
+    in a reverse pass.
     """
 
     def __init__(self, derivatives: Derivatives) -> None:
@@ -161,7 +170,10 @@ def forward_laplacian(
 ) -> tuple[Float[Tensor, "N k"], Float[Tensor, "N d k"], Float[Tensor, "N k"]]:
     """A network's value, gradient and Laplacian with respect to its input.
 
-    Cost: `d + 2` ordinary forward passes. See `taylor_coefficients`.
+    Use it for the Laplacian by itself. Not in a loss of several terms: `linearize` and `pinn_loss`
+    take expansions.
+
+    Cost: about `d + 2` ordinary forward passes, and `d + 2` times their memory.
     """
     c = taylor_coefficients(model, X, laplacian(X.shape[1]))
     return c[:, 0], c[:, 1:-1], c[:, -1]

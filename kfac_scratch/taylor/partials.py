@@ -173,13 +173,17 @@ def _matrix(terms: TermTable, like: Coefficients) -> tuple[list[Tensor], Float[T
 def univariate_jets(directions: Float[Tensor, "R d"], order: int) -> Partials:
     """All derivatives up to an order along each direction by itself.
 
-    Use it for equations without mixed derivatives. Cost: `1 + R * order` coefficients.
+    Use it for equations without mixed derivatives. Not for sums of second ones: `SecondOrder`.
+
+    Cost: `1 + R * order` coefficients.
     """
     return Partials(directions, [(r,) * order for r in range(len(directions))])
 
 
 def biharmonic(d: int) -> Partials:
     """The Laplacian of the Laplacian, and the derivatives of lower order that it is computed from.
+
+    Use it for plates and streamfunctions. Not for the Laplacian alone: `laplacian`.
 
     Cost: 11 coefficients for `d = 2`, 20 for `d = 3`; the number grows with `d**2`.
     """
