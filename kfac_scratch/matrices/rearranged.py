@@ -106,7 +106,7 @@ def power_svd(
     R: Rearranged,
     Y: Float[Tensor, "d_out d_out"],
     tolerance: float = 1e-6,
-    iterations: int = 1000,
+    iterations: int | None = None,
 ) -> Kronecker:
     """The top singular pair of `R` by power iteration, as the Kronecker product of its matrices.
 
@@ -120,19 +120,19 @@ def power_svd(
         tolerance: The residual at which to stop, as a fraction of the largest singular value known
             (but not below 100 times the precision). The error of the singular value is of the order
             of its square.
-        iterations: The number of iterations after which to stop in any case. Each costs two
-            products with `R` (see `Rearranged`), and contracts the error by the squared ratio of
-            the second to the first singular value.
+        iterations: The number of iterations after which to stop in any case, without a warning.
+            Default: 1000, with a warning. Each costs two products with `R` (see `Rearranged`), and
+            contracts the error by the squared ratio of the second to the first singular value.
 
     Warns:
-        UserWarning: If the residual is still above the tolerance after all iterations, which
-            happens where two singular values are nearly equal. The pair is then one of a nearly
-            equal value, or a mixture of both; `lanczos_svd` separates them.
+        UserWarning: If the residual is still above the tolerance after the default number of
+            iterations, which happens where two singular values are nearly equal. The pair is then a
+            mixture of both; `lanczos_svd` separates them.
     """
     tolerance = max(tolerance, 100 * torch.finfo(Y.dtype).eps)
     known = max((float(K.A.norm() * K.B.norm()) for K in R.plus), default=0.0)
     X = R.to_inputs(Y)
-    for _ in range(iterations):
+    for _ in range(1000 if iterations is None else iterations):
         X = _unit(X)
         Y = R.to_outputs(X)
         sigma, Y = Y.norm(), _unit(Y)
@@ -140,12 +140,13 @@ def power_svd(
         if (X - sigma * old).norm() <= tolerance * max(float(sigma), known):
             break
     else:
-        warnings.warn(
-            f"Power iteration stopped after {iterations} iterations with a residual above "
-            f"{tolerance:.3g}, as happens if two singular values are nearly equal: use a larger "
-            "tolerance, or lanczos(io, steps), which separates them.",
-            stacklevel=2,
-        )
+        if iterations is None:
+            warnings.warn(
+                "Power iteration stopped after 1000 iterations with a residual above "
+                f"{tolerance:.3g}, as happens if two singular values are nearly equal: use a "
+                "larger tolerance, or lanczos(io, steps), which separates them.",
+                stacklevel=2,
+            )
     return _pair(X.norm(), _unit(X), Y)
 
 

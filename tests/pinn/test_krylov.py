@@ -183,7 +183,7 @@ def test_stacked_and_back():
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, -1)])
 def test_too_few_directions(numbers):
-    with pytest.raises(ValueError, match="At least one iteration"):
+    with pytest.raises(ValueError, match="iterations of at least 1"):
         KFACKrylov(*numbers)
 
 
