@@ -14,8 +14,12 @@ $$
 
 Everything acts on one flat vector: the trainable parameters in the order of
 `model.named_parameters()`, each stacked by rows. `block_index` selects one layer's block from it,
-in the layout of `LayerIO.block()`. The dense functions are for small networks; the products
-(`*_product`) need memory for a few vectors only.
+in the layout of `LayerIO.block()`.
+
+Use the dense functions for networks with up to a few thousand parameters $D$, in tests and
+pictures: their memory is $D^2$, or the number of outputs times $D$. Use the products
+(`*_product`) for larger ones: they need memory for a few vectors, and each costs about as much as
+two to four gradients. Not for training: nothing here is cached or approximated.
 
 Sources: Schraudolph 2002; Martens 2014 (arXiv:1412.1193), §§5, 8, 9; Kunstner et al. 2019
 (arXiv:1905.12558).
@@ -42,32 +46,35 @@ def parameter_vector(model: Module) -> Float[Tensor, "D"]:
 
 
 def flatten_values(model: Module, values: Mapping[str, Tensor]) -> Float[Tensor, "D"]:
-    """Values by parameter name in the order of `parameter_vector`; what is not named is zero."""
+    """Values by parameter name in the order of `parameter_vector`; a missing name means zeros."""
     parts = [values.get(name, torch.zeros_like(p)) for name, p in _parameters(model).items()]
     return torch.cat([part.detach().flatten() for part in parts])
 
 
 def jacobian(model: Module, X: Tensor) -> Float[Tensor, "out D"]:
-    """Derivative of every output entry (`out = f.numel()`, data first) by every parameter."""
+    """The derivative of every output entry (`out = f.numel()`, samples first) by every parameter.
+
+    Cost: one reverse pass for each output entry; memory `out * D`.
+    """
     network, theta = _network(model, X), parameter_vector(model)
     return jacrev(lambda t: network(t).flatten())(theta)
 
 
 def loss_hessian(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "out out"]:
-    """Second derivatives of the loss by the network's outputs."""
+    """The second derivatives of the loss by the network's outputs: memory `out**2`."""
     gradient = grad(lambda v: loss(v.reshape(f.shape), y))
     return jacrev(gradient)(f.detach().flatten())
 
 
 def hessian(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "D D"]:
-    """Second derivatives of the loss by the parameters."""
+    """The second derivatives of the loss by the parameters. Cost: `D` reverse passes."""
     network = _network(model, X)
     gradient = grad(lambda t: loss(network(t), y))  # jacrev here is wrong for LayerNorm (2.13)
     return jacrev(gradient)(parameter_vector(model))
 
 
 def ggn(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "D D"]:
-    """The generalised Gauss-Newton matrix: the Hessian with the network linearised."""
+    """The generalised Gauss-Newton matrix: the Hessian of the loss of the linearised network."""
     J, f = jacobian(model, X), _output(model, X)
     return J.T @ loss_hessian(loss, f, y) @ J
 
@@ -82,7 +89,7 @@ def fisher(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "
         NotImplementedError: For losses whose targets change the likelihood (weights, smoothing).
     """
     f, J = _output(model, X), jacobian(model, X)
-    # what one label is about: all classes at one position, or a single output entry
+    # one label concerns all classes at one position, or a single output entry
     shape = (*f.shape[:2], -1) if isinstance(loss, CrossEntropyLoss) else (-1, 1, 1)
     J = J.reshape(*f.reshape(shape).shape, -1)  # [N, C, P, D] or [entries, 1, 1, D]
     F = J.new_zeros(J.shape[-1], J.shape[-1])
@@ -94,7 +101,7 @@ def fisher(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "
 
 
 def empirical_fisher(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "D D"]:
-    """Outer products of every datum's gradient at its own label, divided by `losses.divisor`."""
+    """The outer products of every sample's gradient at its label, over `losses.divisor`."""
     f, J = _output(model, X), jacobian(model, X)
     g = grad(_sum(loss))(f, y)
     G = torch.einsum("nkd,nk->nd", J.reshape(len(f), -1, J.shape[-1]), g.reshape(len(f), -1))
@@ -129,7 +136,7 @@ def ggn_gram(
     directions: Float[Tensor, "K D"],
     theta: Float[Tensor, "D"] | None = None,
 ) -> Float[Tensor, "K K"]:
-    """All products `u^T G v` of some directions: one forward derivative each, none backward.
+    """All products `u^T G v` of some directions, by one forward derivative for each direction.
 
     Args:
         model: The network.
@@ -137,7 +144,7 @@ def ggn_gram(
         X: Its input.
         y: Targets.
         directions: Changes of the parameters, as rows in the order of `parameter_vector`.
-        theta: Where to linearise, by default at the model's own parameters.
+        theta: The parameters at which to linearise. Default: those of the model.
     """
     network, theta = _network(model, X), parameter_vector(model) if theta is None else theta
     gradient = grad(lambda f: loss(f, y))
@@ -148,7 +155,7 @@ def ggn_gram(
 
 
 def empirical_fisher_product(model: Module, loss: Module, X: Tensor, y: Tensor) -> Product:
-    """The function `v -> E v`: project on every datum's gradient, send the projections back."""
+    """The function `v -> E v`: project on every sample's gradient, send the projections back."""
     network, theta = _network(model, X), parameter_vector(model)
     f = _output(model, X)
     g, D = grad(_sum(loss))(f, y), divisor(loss, f, y)
@@ -163,7 +170,7 @@ def empirical_fisher_product(model: Module, loss: Module, X: Tensor, y: Tensor) 
 
 
 def block_index(model: Module) -> dict[str, Int[Tensor, "d_out d_in"]]:
-    """Where every block's `W`, bias columns included, lies in the flat parameter vector.
+    """The places of every block's `W`, bias columns included, in the flat parameter vector.
 
     `M[index][:, index]` with the flattened index is a layer's block of a dense matrix `M`.
     """
@@ -200,7 +207,7 @@ def _network(model: Module, X: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _places(model: Module) -> dict[str, str]:
-    """Every place that holds a trainable parameter, each once, and the parameter's name.
+    """The parameter's name for every place of the model that holds a trainable parameter.
 
     With this, `functional_call` need not find tied weights by itself, which damages a model that
     has one module under two names (PyTorch issue 164759).
@@ -225,7 +232,7 @@ def _output(model: Module, X: Tensor) -> Tensor:
 
 
 def _sum(loss: Module) -> Module:
-    """The sum of a loss's terms, whatever its reduction."""
+    """The same loss with sum reduction."""
     total = copy.copy(loss)
     setattr(total, "reduction", "sum")  # noqa: B010
     return total

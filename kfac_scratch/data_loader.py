@@ -1,7 +1,9 @@
 """From a data loader to matrices: any approximation of every block, over all batches at once.
 
-There is one loop over data for all approximations. It knows the model and the loss; how parts
-become a matrix is said by an `Accumulator`, which knows neither.
+There is one loop over batches for all approximations. It knows the model and the loss. An
+`Accumulator` knows neither, and makes a matrix of the parts.
+
+Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectations over the data.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -44,20 +46,29 @@ def over_loader(
 ) -> dict[str, M]:
     """An approximation of every block over a whole data loader, as if it were one batch.
 
-    Law: equal, up to rounding, to the approximation of one batch with all data, for batches of any
-    sizes. It has the parameters of `layer_ios`, and one for the loader: hence their number.
+    Use it where one matrix stands for a whole data set: Laplace, influence, pruning. Not in
+    training, where an `Estimator` follows the batches.
+
+    Law: equal, up to rounding, to the approximation of one batch with all samples, for batches of
+    any sizes. Units: those of the loss over all samples, with the reduction of `loss`.
+    Cost: that of `layer_ios` for every batch, and of the accumulator.
+
+    It has many parameters, because it passes those of `layer_ios` on.
 
     Args:
-        approximation: A function of a `LayerIO`, which gets all data at once: memory grows with
-            them. Or an `Accumulator`, such as `FactorSums()` for KFAC, which bounds the memory.
+        approximation: A function of a `LayerIO`, which gets all samples at once, so that memory
+            grows with their number. Or an `Accumulator`, such as `FactorSums()` for KFAC, which
+            bounds the memory.
         model: Any module, see `layer_ios`.
-        loss: The loss of one batch. With mean reduction, the result is for the mean over all data.
+        loss: The loss of one batch. With mean reduction, the result is for the mean over all
+            samples.
         data: Batches `(X, y)`, on the model's device.
-        fisher: Which vectors to send backward, see `losses`.
+        fisher: The vectors that are sent backward, see `losses`.
         flavour: `EXPAND` or `REDUCE`.
-        layers: Names of the layers to cover.
+        layers: Names of the layers to cover. Default: all supported ones.
         chunk: How many vectors are sent backward at once, see `layer_ios`.
-        count_terms: How many terms a batch loss is the mean of, 1 for a sum: `losses.divisor`.
+        count_terms: The number of terms that a batch loss is the mean of, 1 for a sum. Default:
+            `losses.divisor`.
         progress: Show a progress bar. Default: on a terminal only.
 
     Raises:
@@ -119,7 +130,9 @@ def kfac_over(
 ) -> dict[str, Kronecker]:
     """KFAC of every block over a whole data loader, in the memory of one batch and the factors.
 
-    The same as `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the
-    arguments.
+    It is `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the
+    arguments. Use it for KFAC of a whole data set. Not for other approximations: `over_loader`.
+
+    Cost: memory `d_in**2 + d_out**2` for each layer, and one part of one batch.
     """
     return over_loader(FactorSums(), model, loss, data, fisher, **options)

@@ -5,6 +5,9 @@ along a sequence, a convolution at every patch, a tied layer at every call. Two 
 everything about the layer's curvature on a batch: the rows that go into `W` and the vectors that
 come back to its output. Every approximation in this package is a function of them.
 
+In memory, rows may be stored as columns; `linalg.stored_as_columns` says which layout a tensor has.
+Results do not depend on it, only speed does.
+
 Source: the shared-weight view of Eschenhagen et al. 2023 (arXiv:2311.00636), §2.3 and §3.
 """
 
@@ -22,28 +25,37 @@ class LayerIO:
 
     Attributes:
         a: Inputs of `W`. A bias is a trailing column: its input is 1.
-        g: `V` vectors per datum, sent back from the loss to `z`. Their outer products sum to the
-            loss curvature with respect to `z`: all scale of the loss is in `g`, none in `a`.
+        g: `V` vectors for each sample, sent back from the loss to `z`. Their outer products sum to
+            the loss curvature with respect to `z`. All scale of the loss is in `g`, none in `a`: a
+            loss that is multiplied by `c` multiplies `g` by `sqrt(c)`, and every curvature by `c`.
     """
 
     a: Float[Tensor, "N S d_in"]
     g: Float[Tensor, "V N S d_out"]
 
     def reduced(self) -> "LayerIO":
-        """View the layer as if it were applied once: mean of the inputs, sum of the vectors.
+        """The layer as if it were applied once: mean of the inputs, sum of the vectors.
 
-        KFAC-reduce is `kfac(io.reduced())` (Eschenhagen et al. 2023, eq. 22).
+        KFAC-reduce is `kfac(io.reduced())` (Eschenhagen et al. 2023, eq. 22). Use it in tests and
+        for rows that exist already; `layer_ios(..., flavour=REDUCE)` gives the same without forming
+        the rows of a convolution.
         """
         return LayerIO(self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True))
 
     def gradients(self) -> Float[Tensor, "V N d_out d_in"]:
-        """Every vector's gradient with respect to `W`: `G[v, n] = sum_s g[v, n, s] a[n, s]^T`."""
+        """Every vector's gradient with respect to `W`: `G[v, n] = sum_s g[v, n, s] a[n, s]^T`.
+
+        Cost: `V * N * S * d_out * d_in` operations, memory `V * N * d_out * d_in`.
+        """
         return torch.einsum("vnso,nsi->vnoi", self.g, self.a)
 
     def block(self) -> Float[Tensor, "D D"]:
         """The exact curvature block on `vec(W)`, which every paper approximates.
 
-        `sum_{v, n} vec(G[v, n]) vec(G[v, n])^T` with `D = d_out * d_in`.
+        `sum_{v, n} vec(G[v, n]) vec(G[v, n])^T` with `D = d_out * d_in`. Use it for small layers
+        and in tests; not for layers with more than a few thousand weights.
+
+        Cost: `V * N * D**2` operations, memory `D**2 + N * D`.
         """
         D = self.a.shape[-1] * self.g.shape[-1]
         block = self.a.new_zeros(D, D)

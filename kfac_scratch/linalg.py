@@ -22,7 +22,7 @@ def vec(V: Num[Tensor, "*batch m n"]) -> Num[Tensor, "*batch mn"]:
 
 
 def unvec(v: Num[Tensor, "*batch mn"], rows: int) -> Num[Tensor, "*batch m n"]:
-    """Undo `vec` for a matrix with the given number of rows.
+    """The matrix with the given number of rows whose `vec` is `v`.
 
     Raises:
         ValueError: If the vector does not fill that many rows.
@@ -44,10 +44,10 @@ def kron_matvec(
 
 
 def kron(B: Float[Tensor, "p m"], A: Float[Tensor, "q n"]) -> Float[Tensor, "pq mn"]:
-    """The dense Kronecker product `B ⊗ A`, whatever the memory layout of the two.
+    """The dense Kronecker product `B ⊗ A`, for factors in any memory layout.
 
     `torch.kron` (2.13) fails if one of them is stored by rows and the other by columns, as
-    eigenvectors are.
+    eigenvectors are. Memory is `p * q * m * n` numbers: use it in tests and pictures only.
     """
     return torch.kron(B.contiguous(), A.contiguous())
 
@@ -55,14 +55,32 @@ def kron(B: Float[Tensor, "p m"], A: Float[Tensor, "q n"]) -> Float[Tensor, "pq 
 def scale_in_basis(
     QA: Float[Tensor, "n n"], QB: Float[Tensor, "m m"], scale: Float[Tensor, "m n"], V: Tensor
 ) -> Float[Tensor, "*batch m n"]:
-    """Multiply `(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` onto matrices `V`."""
+    """The product of `(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` with matrices `V`.
+
+    Cost: `2 * m * n * (m + n)` operations for each matrix.
+    """
     return QB @ (scale * (QB.mT @ V @ QA)) @ QA.mT
 
 
+def stored_as_columns(rows: Float[Tensor, "*batch S d"]) -> bool:
+    """Whether rows lie in memory as columns: the positions `S` next to each other, not the `d`.
+
+    Rows may be stored either way, and every function gives the same result for both. Capture
+    stores the rows of a convolution as columns, because the image has its positions next to each
+    other, too. Whoever copies or multiplies rows asks here, to read memory in its own order.
+    """
+    return rows.mT.is_contiguous()
+
+
 def gram(rows: Float[Tensor, "K S d"]) -> Float[Tensor, "d d"]:
-    """Sum of `r r^T` over all rows `r`. Rows stored as long columns are not copied."""
+    """Sum of `r r^T` over all rows `r`, in either layout (see `stored_as_columns`).
+
+    Cost: `K * S * d**2` operations. Rows that are stored as columns are not copied if `d < S`:
+    then 32 of the `K` matrices at a time are multiplied as a batch, which needs memory for 32
+    products `[d, d]` at once. Otherwise they are copied into rows.
+    """
     _, S, d = rows.shape
-    if rows.mT.is_contiguous() and d < S:
+    if stored_as_columns(rows) and d < S:
         return torch.stack([(r.mT @ r).sum(0) for r in rows.split(32)]).sum(0)
     flat = rows.reshape(-1, d)
     return flat.T @ flat
@@ -76,9 +94,9 @@ def eye_like(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 def psd_eigh(M: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
     """Eigenvalues (ascending, none negative) and eigenvectors of a PSD matrix.
 
-    What cannot be told from zero, up to `d * eps` times the largest magnitude, is zero, so that
-    a singular matrix is seen to be singular. A decomposition that fails in a lower precision is
-    repeated in float64.
+    An eigenvalue below `d * eps` times the largest magnitude becomes zero, so that a singular
+    matrix is seen to be singular. A decomposition that fails in a lower precision is repeated in
+    float64. Cost: `O(d**3)` operations.
 
     Raises:
         ValueError: If the matrix has non-finite entries, or an eigenvalue that is negative beyond
@@ -127,18 +145,30 @@ def conjugate_gradient(
     max_iter: int | None = None,
     tol: float | None = None,
 ) -> Float[Tensor, "*batch m n"]:
-    """Solve `M x = b` for a positive definite `M`, separately for every matrix in the batch.
+    """The solution of `M x = b` for a positive definite `M`, for every matrix in a batch.
 
-    Each stops when its residual is below `tol` times its right-hand side, all after `max_iter`
-    steps. Default: `10 * eps`, and `2 m n` steps. Started from zero, so that `<x, b> > 0` at any
-    time. Source: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, §11.5.
+    Use it where products with `M` are cheap and `M` itself is not. Not where a Cholesky
+    factorisation fits: it is exact, and serves many right-hand sides.
+
+    Law: it starts from zero, so that `<x, b> > 0` after any number of steps.
+    Cost: one product with `M` and one with the preconditioner for each step.
+    Source: Hestenes and Stiefel 1952; Golub and Van Loan, Matrix Computations, §11.5.
+
+    Args:
+        matvec: The product with `M`.
+        b: Right-hand sides: matrices, each a vector of the system.
+        precondition: The product with an approximate inverse of `M`.
+        max_iter: The number of steps after which all stop. Where the tolerance is not reached by
+            then, the last iterate is returned without a warning. Default: `2 * m * n`.
+        tol: The residual at which a system stops, as a fraction of its right-hand side. Default:
+            `10 * eps`.
 
     Raises:
         ValueError: If a direction of negative curvature shows that `M` is not positive definite.
     """
     max_iter = 2 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
     tol = 10 * torch.finfo(b.dtype).eps if tol is None else tol
-    size = b.abs().amax((-2, -1), keepdim=True)  # in its own unit, no square underflows
+    size = b.abs().amax((-2, -1), keepdim=True)  # divided by it, no square underflows
     size = size.where(size > 0, 1.0)
     x, r = torch.zeros_like(b), b / size
     z, target = precondition(r), (tol**2 * _dot(r, r)).clamp_min(_nothing(b))
@@ -160,7 +190,7 @@ def conjugate_gradient(
 
 
 def _nothing(b: Tensor) -> float:
-    """A square that cannot be told from zero."""
+    """The size below which a squared norm is round-off."""
     return torch.finfo(b.dtype).tiny / torch.finfo(b.dtype).eps
 
 

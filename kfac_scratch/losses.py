@@ -1,4 +1,4 @@
-r"""What a loss says about curvature: the vectors that are sent backward through the network.
+r"""Fishers: the vectors that are sent from a loss backward through the network.
 
 A loss is a sum over terms, divided by a number $D$ (1 for `reduction="sum"`),
 
@@ -7,14 +7,19 @@ L = \frac{1}{D} \sum_n \ell_n, \qquad \ell_n = -\log p(y_n \mid f_n) + \text{con
 $$
 
 `BackpropagatedVectors` are a function `(loss, f, y) -> vectors` with vectors of shape
-`[V, *f.shape]`. For each datum, the outer products of its `V` vectors sum to a curvature of $L$
-with respect to $f_n$:
+`[V, *f.shape]`. For each sample, the outer products of its `V` vectors sum to a curvature of $L$
+with respect to $f_n$. With $C$ classes (or output entries) at each of $P$ positions:
 
-- `type2`: the loss Hessian itself. Curvature: the GGN, which is the Fisher.
-- `monte_carlo(M)`: gradients at `M` labels drawn from the model. Right in expectation.
-- `empirical`: gradients at the data's own labels. Another matrix: the empirical Fisher.
-- `type2_classwise`: one vector per class for all positions of a datum at once. Cheaper, and
-  another approximation as soon as the network mixes positions.
+| function | $V$ | the curvature is |
+|---|---|---|
+| `type2` | $C P$ | the loss Hessian, so that the network's is the GGN, which is the Fisher |
+| `monte_carlo(M)` | $M$ | the same in expectation: gradients at $M$ labels drawn from the model |
+| `empirical` | 1 | another matrix, the empirical Fisher: gradients at the labels of the batch |
+| `type2_classwise` | $C$ | another one as soon as the network mixes positions |
+
+Everything after the loss costs in proportion to $V$: the backward passes, the memory of a
+`LayerIO`, and the work of an approximation. All vectors have the scale of the loss as it is: its
+reduction and weights are in them.
 
 The likelihoods are Gaussian with variance 1/2 (`MSELoss`, so that $\ell_n$ is the squared error),
 categorical (`CrossEntropyLoss`) and Bernoulli (`BCEWithLogitsLoss`). Class weights, `pos_weight`,
@@ -39,7 +44,17 @@ BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..
 
 
 def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
-    """An exact square root of the loss Hessian: one vector per (class, position) of a datum."""
+    """An exact square root of the loss Hessian: one vector per (class, position) of a sample.
+
+    Use it for exact GGNs, and for losses with few classes. Not for many classes or positions:
+    `monte_carlo(1)` sends one vector where this sends `C * P`.
+
+    Cost: memory `C * P * f.numel()`, all at once.
+
+    Raises:
+        ValueError: As `divisor`.
+        NotImplementedError: As `divisor`.
+    """
     S = _class_vectors(loss, f, y)  # [C, N, P, C]
     P = S.shape[2]
     if P > 1:
@@ -49,11 +64,18 @@ def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
 
 
 def type2_classwise(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
-    """One vector per class, sent to all positions of a datum at once: `type2` summed over them.
+    """One vector per class, sent to all positions of a sample at once: `type2` summed over them.
 
-    Equals `type2` for one position. With several, it gives KFAC-expand the same factors as long as
-    no layer after the one in question mixes positions; a layer that does, and every exact block,
-    gain cross terms between positions that the loss Hessian lacks.
+    Use it for losses per token or pixel, where `type2` has too many vectors. Not for exact blocks:
+    with several positions these gain cross terms that the loss Hessian lacks.
+
+    Law: equal to `type2` for one position. With several, KFAC-expand has the same factors as with
+    `type2`, as long as no layer behind the one in question mixes positions.
+    Cost: memory `C * f.numel()`.
+
+    Raises:
+        ValueError: As `divisor`.
+        NotImplementedError: As `divisor`.
     """
     return _as_output(loss, f, _class_vectors(loss, f, y))
 
@@ -61,9 +83,16 @@ def type2_classwise(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..
 def monte_carlo(samples: int, generator: Generator | None = None) -> BackpropagatedVectors:
     r"""Gradients at labels drawn from the model; their outer products average to `type2`'s.
 
+    Use it in training, where moving averages reduce the noise. Not for a single batch that decides
+    something by itself: the relative error falls as one over the root of the number of labels.
+
+    Cost: memory `samples * f.numel()`.
+
     Args:
-        samples: Labels drawn per datum. Each vector carries $1 / \sqrt{\text{samples}}$.
+        samples: How many labels to draw for each sample of the batch. Each vector carries
+            $1 / \sqrt{\text{samples}}$.
         generator: Source of randomness, on the device of the model's output.
+            Default: PyTorch's global one.
 
     Raises:
         ValueError: If there is not at least one sample.
@@ -81,7 +110,17 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Backpropaga
 
 
 def empirical(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
-    r"""Gradients of $\ell_n / \sqrt{D}$ at the data's own labels: one vector per datum."""
+    r"""Gradients of $\ell_n / \sqrt{D}$ at the labels of the batch: one vector per sample.
+
+    Use it where a method is defined by it (mini-block Fisher), or for its cost. Not as a substitute
+    for the Fisher: it vanishes where the model fits the labels (Kunstner et al. 2019).
+
+    Cost: one gradient of the loss by the output, memory `f.numel()`.
+
+    Raises:
+        ValueError: As `divisor`.
+        NotImplementedError: As `divisor`.
+    """
     D = divisor(loss, f, y)
     with torch.enable_grad():
         leaf = f.detach().requires_grad_()
@@ -92,7 +131,7 @@ def empirical(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
 def divisor(loss: Module, f: Tensor, y: Tensor) -> float:
     """The number `D` by which a loss divides the sum of its terms.
 
-    Batches of different sizes combine by it: the loss over all data is the average of the batch
+    Batches of different sizes combine by it: the loss over all samples is the average of the batch
     losses weighted by `D`, or their sum for `reduction="sum"`.
 
     Raises:
@@ -114,7 +153,7 @@ def divisor(loss: Module, f: Tensor, y: Tensor) -> float:
 
 
 def _class_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N P C"]:
-    """For every position by itself, the columns of a square root of its loss Hessian."""
+    """The columns of a square root of the loss Hessian of every position by itself."""
     weight, rows = _hessian_weights(loss, f, y), _rows(loss, f)  # [N, P, C]
     match loss:
         case CrossEntropyLoss():  # diag(p) - p p^T = sum_c p_c (p - e_c) (p - e_c)^T
@@ -147,7 +186,7 @@ def _score_samples(
 
 
 def _hessian_weights(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "N P #C"]:
-    """By what each term's target, and `1 / D`, multiply the Hessian of its likelihood."""
+    """The factor of each term's Hessian: the weight that its target has in the loss, over `D`."""
     D = divisor(loss, f, y)
     match loss:
         case CrossEntropyLoss(label_smoothing=smoothing, ignore_index=ignored):
@@ -194,7 +233,7 @@ def _check(loss: Module, f: Tensor, y: Tensor) -> None:
         raise NotImplementedError(
             f"No likelihood is known for {type(loss).__name__}. To use it, pass a function "
             "fisher(loss, f, y) that returns vectors of shape [V, *f.shape] whose outer products "
-            "sum, for every datum, to the Hessian of the loss with respect to f."
+            "sum, for every sample, to the Hessian of the loss with respect to f."
         )
     if loss.reduction not in ("mean", "sum"):
         raise NotImplementedError(f"{loss} has reduction={loss.reduction!r}: use 'mean' or 'sum'.")

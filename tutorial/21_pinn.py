@@ -457,7 +457,10 @@ def gap(P, k: int, damping: float) -> float:
     def model_value(p) -> float:
         return ((rho + times(rows, p)).square().sum() + damping * inner_product(p, p)).item() / 2
 
-    lowest, highest = model_value(kernel_solver(rows, rho)(damping)), rho.square().sum().item() / 2
+    lowest, highest = (
+        model_value(kernel_solver(rows, rho)(damping).step),
+        rho.square().sum().item() / 2,
+    )
     return (model_value(krylov_direction(rows, P, damping, k)) - lowest) / (highest - lowest)
 
 
@@ -510,7 +513,7 @@ assert ignorant["none"] < min(ignorant["KFAC"], ignorant["EKFAC"])
 # whatever the size of the network. Both forms give the same step:
 
 # %%
-both = [solver(parts, residuals(parts))(1e-3) for solver in (dense_solver, kernel_solver)]
+both = [solver(parts, residuals(parts))(1e-3).step for solver in (dense_solver, kernel_solver)]
 for name in block_weights(model):
     assert_exact(both[0][name], both[1][name])
 assert gramian(parts).shape == (59, 59)

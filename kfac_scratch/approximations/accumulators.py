@@ -3,11 +3,7 @@ r"""Accumulators: from the parts of a data set to the matrix of all of it.
 A data set arrives in batches, and a batch in parts: some vectors at a time, all with the same
 inputs. Every part is a `LayerIO` whose vectors belong to the *sum* of the loss's terms. An
 accumulator adds the parts up and divides once, at the end, so that batches of unequal size count
-by their terms. Both accumulators here give what one batch with all data would give:
-
-- `Gathered(approximation)`: any approximation. It keeps every row and vector, so that memory grows
-  with the data.
-- `FactorSums()`: KFAC, whose factors are sums over data. Memory is that of the two factors.
+by their terms. Law of both accumulators here: they give what one batch with all samples would give.
 
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectations over the data.
 """
@@ -33,7 +29,12 @@ M_co = TypeVar("M_co", bound=Matrix, covariant=True)
 
 @runtime_checkable
 class Accumulator(Protocol[M_co]):
-    """How the matrix of a layer over many batches is put together."""
+    """A rule that makes one matrix of a layer from the parts of many batches.
+
+    Use one with `over_loader`. Not in training, where an `Estimator` forgets old batches.
+
+    Cost: see `FactorSums` and `Gathered`.
+    """
 
     def add(self, state: Any, io: LayerIO, new_batch: bool) -> Any:
         """The state after one more part.
@@ -46,15 +47,18 @@ class Accumulator(Protocol[M_co]):
         ...
 
     def matrix(self, state: Any, divisor: float) -> M_co:
-        """The matrix of all data, for a loss that is the sum of its terms over `divisor`."""
+        """The matrix of all samples, for a loss that is the sum of its terms over `divisor`."""
         ...
 
 
 @dataclass(frozen=True)
 class Gathered(Generic[M_co]):
-    """Any approximation: join all batches to one `LayerIO`, and apply it once, at the end.
+    """Any approximation of all batches, joined to one `LayerIO` at the end.
 
-    Memory is that of all inputs and vectors, `N * S * (d_in + V * d_out)` numbers for `N` data.
+    Use it for approximations that are no sums over samples: EKFAC, KPSVD. Not for KFAC, which
+    `FactorSums` gives in bounded memory, and not for data sets that do not fit into memory.
+
+    Cost: memory `N * S * (d_in + V * d_out)` for `N` samples in all, and the approximation once.
 
     Args:
         approximation: From a `LayerIO` to a matrix.
@@ -66,7 +70,7 @@ class Gathered(Generic[M_co]):
         check_function("approximation", self.approximation, "approximation=ekfac or FactorSums()")
 
     def add(self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool) -> list[LayerIO]:
-        """Remember the part.
+        """The state with one more part.
 
         Raises:
             ValueError: If a layer meets another number of positions than before.
@@ -93,10 +97,16 @@ class Gathered(Generic[M_co]):
 
 @dataclass(frozen=True)
 class FactorSums:
-    """KFAC in the memory of its two factors: running sums of `a a^T` and `g g^T`."""
+    """KFAC of all batches, by running sums of `a a^T` and `g g^T`.
+
+    Use it for KFAC over a whole data set of any size. Not for other approximations, whose factors
+    are no such sums.
+
+    Cost: that of `kfac` for each part; memory `d_in**2 + d_out**2`.
+    """
 
     def add(self, state: "RunningFactors | None", io: LayerIO, new_batch: bool) -> "RunningFactors":
-        """Add a part's outer products; the inputs of a batch count once."""
+        """The sums with a part's outer products; the inputs of a batch count once."""
         B, rows = gram(io.g.flatten(0, 1)), io.a.shape[0] * io.a.shape[1]
         if state is None:
             return RunningFactors(gram(io.a), B, rows)
@@ -111,7 +121,7 @@ class FactorSums:
 
 @dataclass(frozen=True, eq=False)
 class RunningFactors:
-    """Sums of `a a^T` and `g g^T` over everything so far, and the number of rows `a`."""
+    """Sums of `a a^T` and `g g^T` over all parts so far, and the number of rows `a`."""
 
     A: Float[Tensor, "d_in d_in"]
     B: Float[Tensor, "d_out d_out"]

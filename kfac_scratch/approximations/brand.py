@@ -1,4 +1,4 @@
-r"""Brand new K-FACs: eigenpairs of KFAC's factors that follow the batches, without the factors.
+r"""Brand new K-FACs: eigenpairs of KFAC's factors, updated with every batch, without the factors.
 
 A batch of $K$ rows changes a factor by a matrix of rank $K$. If the factor is known as
 $U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$ with $r$ columns, the eigenpairs of
@@ -7,10 +7,11 @@ $$
 (1 - w) \bigl(U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)\bigr) + w X X^\top
 $$
 
-are those of a matrix with $r + K$ rows, rotated: exact, in $\mathcal{O}(d (r + K)^2)$. What is
-not exact is to cut them back to $r$ before the next batch. The paper's three algorithms are
-`Brand` (B-KFAC), and two that also keep the factors, `Repaired(brand, refreshed, period)`
-(B-R-KFAC) and `Repaired(brand, corrected, period)` (B-KFAC-C).
+are those of a matrix with $r + K$ rows, rotated. This update is exact, at a cost of
+$\mathcal{O}(d (r + K)^2)$. The only error is the truncation to $r$ eigenpairs before the next
+batch. The paper's three algorithms are `Brand()` (B-KFAC), and two that also keep the factors,
+`Repaired(brand, refreshed(sketch), period)` (B-R-KFAC) and `Repaired(brand, corrected(), period)`
+(B-KFAC-C).
 
 Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`.
 """
@@ -38,7 +39,7 @@ TruncatedFactor = tuple[Float[Tensor, "d _"], Float[Tensor, "_"], Float[Tensor, 
 
 
 def truncated(factor: TruncatedFactor, rank: int, tail: Tail) -> TruncatedFactor:
-    """Keep the leading eigenpairs; the others become part of the tail."""
+    """The factor with its leading eigenpairs only; the others become part of the tail."""
     U, d, c = factor
     if len(d) <= rank:
         return factor
@@ -49,9 +50,10 @@ def truncated(factor: TruncatedFactor, rank: int, tail: Tail) -> TruncatedFactor
 def updated_factor(
     factor: TruncatedFactor, X: Float[Tensor, "d K"], weight: float, rank: int, tail: Tail
 ) -> TruncatedFactor:
-    """`(1 - weight)` times the truncated factor plus `weight * X X^T`, by its eigenpairs.
+    """The eigenpairs of `(1 - weight)` times the truncated factor plus `weight * X X^T`.
 
-    A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full.
+    A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full,
+    which costs `O(d**3)` and memory `d**2`.
     """
     U, d, c = truncated(factor, rank, tail)
     if len(d) + X.shape[1] > len(U):
@@ -74,19 +76,25 @@ def _in_full(factor: TruncatedFactor, X: Tensor, weight: float) -> TruncatedFact
 
 @dataclass(frozen=True)
 class Brand:
-    """B-KFAC: `rank` eigenpairs of each factor, from one batch to the next.
+    """B-KFAC: an estimator that keeps `rank` eigenpairs of each factor from batch to batch.
 
-    Law: without truncation, the factors are exactly the moving averages of KFAC's; with
-    `trace_matched`, their traces always are. The tail is a part of the matrix that is updated, so
-    a tail above what was cut off (`smallest_kept`) adds up. The paper updates without one
+    Use it for fully connected layers much wider than `rank` plus the number of columns of a batch:
+    `N * S` for `A`, `V * N * S` for `B`. Not for convolutions: with many positions or vectors, the
+    columns reach the size of a factor, which is then decomposed in full at every update.
+
+    Law: without truncation, the factors are the moving averages of KFAC's; with `trace_matched`,
+    their traces always are. The tail is a part of the matrix that is updated, so that the excess of
+    `smallest_kept` over the eigenvalues that were cut off adds up. The paper has no tail
     (`zero_tail`).
-
-    A batch has as many columns as there are rows `a`, or `g`. With many positions or vectors that
-    is soon the whole size of a factor, which is then kept in full.
+    Cost: with `K` columns, `O(d * (rank + K)**2)` operations and memory `d * (rank + K)` for a
+    factor of size `d`.
 
     Attributes:
-        rank: Eigenpairs that an update starts from; the state has those of the batch besides.
-        tail: What becomes of the eigenvalues that are cut off.
+        rank: Eigenpairs at the start of an update; the state has up to `K` more.
+        tail: The rule for the eigenvalues that are cut off.
+
+    Raises:
+        ValueError: If the rank is below 1.
     """
 
     rank: int = 64
@@ -99,7 +107,7 @@ class Brand:
     def update(
         self, state: LowRankKronecker | None, io: LayerIO, weight: float
     ) -> LowRankKronecker:
-        """Both factors after one more batch."""
+        """Both factors after one more batch, whose share is `weight`; the old have `1 - weight`."""
         a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)
         if state is None:
             state, weight = zero_factors(io), 1.0
@@ -120,10 +128,10 @@ def zero_factors(io: LayerIO) -> LowRankKronecker:
 def product_of_rows(
     M: LowRankKronecker, g: Float[Tensor, "K d_out"], a: Float[Tensor, "K d_in"]
 ) -> tuple[Float[Tensor, "K d_out"], Float[Tensor, "K d_in"]]:
-    """Rows `(h, b)` with `h.T @ b == M @ (g.T @ a)`: a gradient in factors stays in factors.
+    """Rows `(h, b)` with `h.T @ b == M @ (g.T @ a)`: a factored gradient stays factored.
 
-    Linear in the widths, where the product with `g.T @ a` is quadratic. What remains is to form
-    `h.T @ b`, which costs what the gradient itself does.
+    Cost: `2 * K * (d_out * rB + d_in * rA)` operations, linear in the widths, where the product
+    with `g.T @ a` is quadratic. To form `h.T @ b` costs as much as to form the gradient.
     """
     h = M.cB * g + ((g @ M.UB) * (M.dB - M.cB)) @ M.UB.mT
     b = M.cA * a + ((a @ M.UA) * (M.dA - M.cA)) @ M.UA.mT
@@ -135,12 +143,12 @@ def product_of_rows(
 
 @dataclass(frozen=True, eq=False)
 class FactorsAndEigenpairs:
-    """The averaged factors, and the eigenpairs that stand for them.
+    """The state of `Repaired`: the averaged factors, and their eigenpairs.
 
     Attributes:
-        factors: The moving average, dense.
-        modes: The matrix that this one is.
-        count: Batches so far.
+        factors: The moving average of KFAC's factors, dense.
+        modes: The eigenpairs. Product, inverse and dense matrix are those of `modes`.
+        count: The number of batches so far.
     """
 
     factors: Kronecker
@@ -156,18 +164,27 @@ class FactorsAndEigenpairs:
         return self.modes.inverse(damping)
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """The dense twin of `modes`."""
+        """The matrix of `modes`, dense."""
         return self.modes.dense()
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """B-KFAC that looks at the dense factors now and then, and has to keep them for that.
+    """B-R-KFAC and B-KFAC-C: B-KFAC whose eigenpairs are repaired from the dense factors at times.
+
+    Use it where B-KFAC's truncation loses too much. Not where dense factors do not fit into memory,
+    which is what `Brand` is for.
+
+    Cost: that of `brand` and `kfac` for each batch, and of `repair` every `period` batches; memory
+    `d_in**2 + d_out**2` more than `Brand`.
 
     Attributes:
-        brand: What happens at every batch.
-        repair: What happens after it at every `period`-th: `refreshed` or `corrected`.
+        brand: The update with every batch.
+        repair: The repair after every `period`-th update: `refreshed(...)` or `corrected(...)`.
         period: Batches from one repair to the next.
+
+    Raises:
+        ValueError: If the period is below 1.
     """
 
     brand: Brand
@@ -182,7 +199,7 @@ class Repaired:
     def update(
         self, state: FactorsAndEigenpairs | None, io: LayerIO, weight: float
     ) -> FactorsAndEigenpairs:
-        """The factors' average and the eigenpairs after one more batch."""
+        """The factors' average and the eigenpairs after one more batch, whose share is `weight`."""
         new = kfac(io)
         if state is None:
             now = FactorsAndEigenpairs(new, self.brand.update(None, io, weight), 1)
@@ -195,7 +212,13 @@ class Repaired:
 def refreshed(
     sketch: Sketch, tail: Tail = trace_matched
 ) -> Callable[[FactorsAndEigenpairs], LowRankKronecker]:
-    """B-R-KFAC's repair: RS-KFAC of the averaged factors replaces all eigenpairs."""
+    """B-R-KFAC's repair: RS-KFAC of the averaged factors replaces all eigenpairs.
+
+    Use it in `Repaired`, where most of the spectrum has drifted. Not for a few wrong eigenpairs,
+    which `corrected` repairs for less.
+
+    Cost: that of `sketch` for both factors.
+    """
 
     def repair(state: FactorsAndEigenpairs) -> LowRankKronecker:
         return Randomized(state.factors.A, state.factors.B, sketch).low_rank(tail=tail)
@@ -206,10 +229,19 @@ def refreshed(
 def corrected(
     fraction: float = 0.2, seed: int = 0
 ) -> Callable[[FactorsAndEigenpairs], LowRankKronecker]:
-    """B-KFAC-C's repair: a random share of the eigenpairs becomes Ritz pairs of the factors.
+    """B-KFAC-C's repair: a random part of the eigenpairs becomes Ritz pairs of the factors.
 
-    Law: the Frobenius error of a factor never grows. Its square shrinks by that of the error
-    within the span of the chosen eigenvectors, which is what becomes zero.
+    Use it in `Repaired`, for eigenvalues and rotations within the span of the eigenvectors. Not for
+    directions that the truncation has lost: the span stays the same, `refreshed` replaces it.
+
+    Law: the Frobenius error of a factor never grows. The error within the span of the chosen
+    eigenvectors becomes zero.
+    Cost: with `s = fraction * r + 1` eigenpairs, `O(d**2 * s + d * s**2)` operations for a factor.
+
+    Args:
+        fraction: The part of the eigenpairs that is corrected.
+        seed: The seed of the choice. The number of batches so far is added, so that every repair
+            chooses anew, and every run the same.
 
     Raises:
         ValueError: If the fraction is not in [0, 1].
@@ -230,7 +262,7 @@ def corrected(
 def ritz(
     M: Float[Tensor, "d d"], d: Float[Tensor, "r"], U: Float[Tensor, "d r"], chosen: Tensor
 ) -> tuple[Float[Tensor, "r"], Float[Tensor, "d r"]]:
-    """Replace the chosen eigenpairs by the Ritz pairs of `M` in their span, and sort all anew."""
+    """All eigenpairs, sorted, with Ritz pairs of `M` in the span of the chosen ones for these."""
     mu, W = psd_eigh(U[:, chosen].mT @ M @ U[:, chosen])
     d = d.index_copy(0, chosen, mu)
     U = U.index_copy(1, chosen, U[:, chosen] @ W)

@@ -1,6 +1,6 @@
-r"""CG-FAC: solve with the curvature by products alone.
+r"""CG-FAC: systems with the exact block, solved by products alone.
 
-A product with the exact block needs no block, only what flows through the layer,
+A product with the exact block does not need the block, only the layer's inputs and vectors,
 
 $$
 F V = \sum_{v,n} \langle G_{vn}, V \rangle\, G_{vn} , \qquad
@@ -9,7 +9,7 @@ $$
 
 and conjugate gradients solve $(F + \delta I) X = V$ by such products. With $K = V N$ gradients,
 $F + \delta I$ has at most $K + 1$ different eigenvalues, and that many steps are enough.
-The matrix that KFAC stands for has such a product, too: `skfac(io)` is that operator.
+KFAC's matrix has such a product, too: `skfac(io)`.
 
 The kernel $\langle G_{vn}, G_{wm} \rangle$, of size $K \times K$, solves the same system directly.
 
@@ -32,21 +32,30 @@ from kfac_scratch.matrices.matrix import LinearMap, check_damping
 
 
 def cg_fac(io: LayerIO) -> "Gradients":
-    """The exact block, held by what flows through the layer. Solve with `truncated_inverse`."""
+    """CG-FAC: the exact block as products, with the layer's inputs and vectors in memory.
+
+    Use it with `truncated_inverse` for wide layers and small batches, or `kernel_inverse` if there
+    are few gradients. Not for averages over batches, which it does not have, and not for
+    `steps * N * S` above `d_in + d_out`: KFAC's step then costs less.
+
+    Law: `cg_fac(io).dense() == io.block()`.
+    Cost: memory of the batch, `N * S * (d_in + V * d_out)`; a product
+    `2 * N * S * d_out * (d_in + V)` operations.
+    """
     return Gradients(io)
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """The exact block `F = U @ U.T`: the columns of `U` are the gradients of all vectors and data.
+    """The exact block `F = U @ U.T`; columns of `U` are the gradients of all vectors and samples.
 
-    They are never formed: `U` is kept as inputs and vectors of the layer.
+    The gradients are never formed: `U` is stored as inputs and vectors of the layer. See `cg_fac`.
     """
 
     U: LayerIO
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Inner products with all gradients, then the sum of the gradients with these weights."""
+        """The sum of the gradients, each with its inner product with `V` as weight."""
         return weighted_gradients(self.U, gradient_products(self.U, V))
 
     def inverse(self, damping: float) -> ConjugateGradientInverse:
@@ -79,7 +88,7 @@ class Gradients:
 def gradient_products(
     io: LayerIO, V: Float[Tensor, "*batch d_out d_in"]
 ) -> Float[Tensor, "*batch V N"]:
-    """Inner products of `V` with every gradient: send the inputs through `V`, meet the vectors."""
+    """The inner products of `V` with every gradient, `sum_s g^T V a`."""
     z = torch.einsum("nsi,...oi->...nso", io.a, V)
     return torch.einsum("vnso,...nso->...vn", io.g, z)
 
@@ -97,10 +106,10 @@ def weighted_gradients(
 
 @dataclass(frozen=True, eq=False)
 class TruncatedInverse:
-    """About `(M + damping * I)^{-1}`: a few steps of conjugate gradients at every product.
+    """Approximately `(M + damping * I)^{-1}`: a few steps of conjugate gradients at every product.
 
-    From zero, so that `X = T @ V` has `<X, V> > 0` after any number of steps. Not a linear map:
-    which polynomial in `M` is applied depends on `V`.
+    Law: `X = T @ V` has `<X, V> > 0` after any number of steps, since they start from zero. It is
+    not a linear map: the polynomial in `M` that multiplies `V` depends on `V`.
     """
 
     M: LinearMap
@@ -110,7 +119,7 @@ class TruncatedInverse:
     preconditioner: LinearMap | None = None
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """About the solution of `M X + damping * X = V`."""
+        """The approximate solution of `M X + damping * X = V`."""
         P = self.preconditioner
         return conjugate_gradient(
             lambda X: self.M @ X + self.damping * X,
@@ -124,7 +133,20 @@ class TruncatedInverse:
 def truncated_inverse(
     M: LinearMap, damping: float, max_iter: int = 20, tol: float = 1e-2
 ) -> TruncatedInverse:
-    """CG-FAC's inverse: stop when the residual is below `tol` times the right-hand side.
+    """CG-FAC's inverse: conjugate gradients at every product, with a loose tolerance.
+
+    Use it as `invert=` for `cg_fac` in training. Not where an accurate or linear map is needed:
+    `M.inverse(damping)` iterates to full accuracy, `kernel_inverse` solves directly.
+
+    Cost: one product with `M` for each step. The steps end without a warning when `max_iter` is
+    reached.
+
+    Args:
+        M: The curvature.
+        damping: The multiple of the identity that is added, in the units of `M`.
+        max_iter: The largest number of steps.
+        tol: The residual at which to stop, as a fraction of the right-hand side. A step of training
+            needs no more; the default of `linalg.conjugate_gradient` is full accuracy.
 
     Raises:
         ValueError: If there is not at least one step, or the damping is negative.
@@ -147,17 +169,17 @@ class KernelInverse:
     damping: float
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Woodbury's identity: take away from `V` what the gradients explain, and divide."""
+        """The product by Woodbury's identity."""
         inner = gradient_products(self.U, V)
         y = torch.cholesky_solve(inner.flatten(-2).unsqueeze(-1), self.L)
         return (V - weighted_gradients(self.U, y.reshape(inner.shape))) / self.damping
 
 
 def gradient_kernel(io: LayerIO) -> Float[Tensor, "K K"]:
-    """Inner products of all pairs of gradients, in the order of `io.g.flatten(0, 1)`.
+    """The inner products of all pairs of gradients, in the order of `io.g.flatten(0, 1)`.
 
-    With one position two small matrices of inner products are multiplied entry by entry; with
-    several, gradients are formed: memory `V * N * D`.
+    Cost: with `K = V * N` gradients, `K**2 * d_out + N**2 * d_in` operations for one position. With
+    several, gradients are formed: `K**2 * D` operations, memory `K * D`.
     """
     V, _, S, _ = io.g.shape
     if S == 1:
@@ -168,7 +190,13 @@ def gradient_kernel(io: LayerIO) -> Float[Tensor, "K K"]:
 
 
 def kernel_inverse(M: Gradients, damping: float) -> KernelInverse:
-    """The inverse of `M + damping * I` by a system of as many unknowns as there are gradients.
+    """CG-FAC's system solved directly: the inverse of `M + damping * I` by the kernel.
+
+    Use it for few gradients `K = V * N`: one factorisation serves every product. Not for more than
+    a few thousand gradients.
+
+    Law: exact.
+    Cost: that of `gradient_kernel` and `K**3 / 3` operations; memory `K**2`.
 
     Raises:
         ValueError: If the damping is not positive, or lost in round-off.
@@ -179,8 +207,9 @@ def kernel_inverse(M: Gradients, damping: float) -> KernelInverse:
 def same_batch_step(
     io: LayerIO, c: Float[Tensor, "V N"], damping: float
 ) -> Float[Tensor, "d_out d_in"]:
-    r"""The step for the gradient `sum_{v,n} c[v, n] G[v, n]` of the same batch, never divided.
+    r"""The step for the gradient `sum_{v,n} c[v, n] G[v, n]` of the same batch.
 
+    It needs no division by the damping:
     $(U U^\top + \delta I)^{-1} U c = U (U^\top U + \delta I)^{-1} c$ with the kernel $U^\top U$.
     """
     y = torch.cholesky_solve(c.reshape(-1, 1), _damped_kernel(io, damping))

@@ -1,4 +1,4 @@
-r"""EKFAC: keep KFAC's eigenbasis, correct its eigenvalues.
+r"""EKFAC: KFAC's eigenvectors with the best eigenvalues for them.
 
 In an orthogonal basis $U = Q_B \otimes Q_A$, the diagonal matrix nearest to the exact block $F$ has
 the second moments of the gradients in that basis,
@@ -31,20 +31,32 @@ from kfac_scratch.matrices.matrix import Matrix
 
 
 def ekfac(io: LayerIO) -> KroneckerEigen:
-    """Rescale KFAC's eigenbasis by the gradients' second moments in it."""
+    """EKFAC: KFAC's eigenvectors with the second moments of the gradients as eigenvalues.
+
+    Use it where one matrix serves for long (Laplace, influence), or in training as
+    `AmortisedEKFAC`. Not with `MovingAverage`, which would average matrices in different bases.
+
+    Law: nearest to the exact block among all matrices with KFAC's eigenvectors, and so at least as
+    near as KFAC; the trace is exact.
+    Cost: that of `kfac`, two eigendecompositions, `O(d_in**3 + d_out**3)`, and `second_moments`;
+    memory `d_in**2 + d_out**2 + d_in * d_out`.
+    """
     return rescaled(kfac(io).eigen(), io)
 
 
 def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEigen:
-    """Move the eigenvalues of a matrix towards the second moments of a new batch in its basis.
+    """The same eigenvectors, with eigenvalues moved towards the second moments of a new batch.
 
-    The amortised EKFAC calls `ekfac` now and then, for a basis, and this in between, at a small
-    part of the cost (George et al. 2018, §3.2). Eigenvalues of different bases are never averaged.
+    Use it between two eigendecompositions (George et al. 2018, §3.2), or for the best eigenvalues
+    in any Kronecker basis. Not across bases: eigenvalues of different bases are never averaged.
+
+    Cost: that of `second_moments`.
 
     Args:
         M: The matrix so far.
         io: The new batch.
-        decay: Weight of the eigenvalues so far.
+        decay: Share of the eigenvalues so far. The default forgets them, as `ekfac` needs it;
+            averages over batches pass their own.
 
     Raises:
         ValueError: If the decay is not in [0, 1].
@@ -57,11 +69,20 @@ def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEig
 
 @dataclass(frozen=True)
 class AmortisedEKFAC:
-    """EKFAC as an `Estimator`: cheap new eigenvalues for every batch, a new basis now and then.
+    """EKFAC as an `Estimator`: new eigenvalues for every batch, a new basis every so many.
+
+    Use it for EKFAC in training. Not for one matrix of one batch: that is `ekfac`.
+
+    Cost: for each batch that of `factors` and of `second_moments`; every `basis_every` batches two
+    eigendecompositions. Memory `2 * (d_in**2 + d_out**2) + d_in * d_out`.
 
     Args:
         basis_every: Updates between two eigendecompositions.
-        factors: The estimator that the basis is taken from; its matrices need a method `eigen()`.
+        factors: The estimator of the matrices whose eigenvectors are the basis; they need a method
+            `eigen()`. Default: the moving average of KFAC's factors.
+
+    Raises:
+        ValueError: If `basis_every` is below 1.
     """
 
     basis_every: int = 10
@@ -72,9 +93,14 @@ class AmortisedEKFAC:
         check_instance("factors", self.factors, Estimator, "factors=MovingAverage(kfac)")
 
     def update(self, state: "EKFACState | None", io: LayerIO, weight: float) -> "EKFACState":
-        """Average the factors, and the second moments in the current basis.
+        """The averaged factors, and the averaged second moments in the current basis.
 
         A new basis starts with the moments that the old matrix has in it, which keeps the trace.
+
+        Args:
+            state: The state so far, None before the first batch.
+            io: The layer on the new batch.
+            weight: Share of the new batch; the old state has `1 - weight`.
         """
         factors: Any = self.factors.update(None if state is None else state.factors, io, weight)
         if state is None:
@@ -118,9 +144,12 @@ class EKFACState:
 def second_moments(
     io: LayerIO, QA: Float[Tensor, "d_in d_in"], QB: Float[Tensor, "d_out d_out"]
 ) -> Float[Tensor, "d_out d_in"]:
-    """Sum over data and vectors of the squared gradients in a Kronecker basis.
+    """The sum over samples and vectors of the squared gradients in a Kronecker basis.
 
-    With weight sharing a datum's gradient is summed over its positions first, then squared.
+    With weight sharing, a sample's gradient is summed over its positions first, then squared.
+
+    Cost: `N * S * (d_in**2 + V * d_out**2)` operations for the rotation. Then `N * d_in * d_out`
+    with one position; `V * N * S * d_in * d_out`, and memory `N * d_in * d_out`, with several.
     """
     a, g = io.a @ QA, io.g @ QB
     if a.shape[1] == 1:  # the square of an outer product is the outer product of squares

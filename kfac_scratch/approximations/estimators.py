@@ -1,4 +1,4 @@
-r"""Estimators: papers that remember. From one batch after another to one matrix.
+r"""Estimators: from one batch after another to one matrix.
 
 An approximation sees one batch. Training averages over batches with exponentially decaying
 weights, and every update is a weighted mean of the state so far and the batch:
@@ -7,8 +7,12 @@ $$
 M_t = (1 - w_t)\, M_{t-1} + w_t \hat M_t , \qquad w_t = \frac{1 - \rho}{1 - \rho^t} .
 $$
 
-The first weight is 1, so that nothing needs a start value, and $M_t$ is the bias-corrected average
+The first weight is 1, so that no start value is needed, and $M_t$ is the bias-corrected average
 $\sum_i \rho^{t-i} \hat M_i / \sum_i \rho^{t-i}$. The state is the matrix itself, a value.
+
+Two words name the two shares everywhere in this package: `decay`, here $\rho$, is the share of the
+old average, which a user chooses; `weight`, here $w_t$, is the share of the new batch, which an
+update gets from `weight_of_newest(decay, t)`.
 
 Sources: Martens and Grosse 2015 (arXiv:1503.05671), §5 (moving averages of factors); the bias
 correction is that of Kingma and Ba 2015 (arXiv:1412.6980), §3.
@@ -28,7 +32,13 @@ Approximation = Callable[[LayerIO], Matrix]
 
 @runtime_checkable
 class Estimator(Protocol):
-    """How a matrix follows a stream of batches."""
+    """A rule that moves a matrix with every batch.
+
+    Use one in training. Not for one matrix of a whole data set: that is an `Accumulator`'s, and
+    counts every sample the same.
+
+    Cost: that of its approximation for each update, and memory for its state.
+    """
 
     def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
         """The matrix after one more batch.
@@ -36,7 +46,8 @@ class Estimator(Protocol):
         Args:
             state: The matrix so far, which stays as it is; None before the first batch.
             io: The layer on the new batch.
-            weight: Share of the new batch in the result, in (0, 1]; what was before has the rest.
+            weight: Share of the new batch in the result, in (0, 1]; the old state has
+                `1 - weight`. It is never a decay.
         """
         ...
 
@@ -58,10 +69,15 @@ def weight_of_newest(decay: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class MovingAverage:
-    """Average an approximation over batches, by the matrices' own method `mixed`.
+    """The moving average of an approximation over batches, by the matrices' own method `mixed`.
 
-    For a Kronecker product this is the usual moving average of both factors, which differs from
+    Use it for matrices that have an average of the same form: `kfac`, `foof`, `tkfac`,
+    `randomized`, `mini_block`. Not for `ekfac`, whose basis changes with every batch, and not for
+    matrices without `mixed`: these have estimators of their own.
+
+    Law: for a Kronecker product it is the usual moving average of both factors, which differs from
     the average of the products.
+    Cost: that of the approximation, and memory for one matrix more during an update.
     """
 
     approximation: Approximation
@@ -70,7 +86,7 @@ class MovingAverage:
         check_function("approximation", self.approximation, "approximation=ekfac")
 
     def update(self, state: Any, io: LayerIO, weight: float) -> Matrix:
-        """Move the state towards the matrix of the new batch.
+        """The average `(1 - weight) * state + weight * new` in the form of the matrix.
 
         Raises:
             TypeError: If matrices of this kind have no average.
@@ -91,7 +107,13 @@ class MovingAverage:
 
 @dataclass(frozen=True)
 class Latest:
-    """Forget: the matrix of the newest batch alone."""
+    """The matrix of the newest batch alone.
+
+    Use it for approximations without an average (`ekfac`, `deflation`, `cg_fac`, `skfac`), and to
+    see what averaging does. Not with small batches, of which each has another matrix.
+
+    Cost: that of the approximation; `weight` is ignored.
+    """
 
     approximation: Approximation
 
@@ -106,7 +128,7 @@ class Latest:
 
 
 def estimator(approximation: "Approximation | Estimator") -> Estimator:
-    """What remembers as it is; a function of one batch as the average of its results."""
+    """An estimator as it is; a function of one batch as the `MovingAverage` of its results."""
     if isinstance(approximation, Estimator) and not isclass(approximation):
         return approximation
     return MovingAverage(approximation)

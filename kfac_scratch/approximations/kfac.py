@@ -20,19 +20,30 @@ from kfac_scratch.matrices.kronecker import Kronecker
 
 
 def kfac(io: LayerIO) -> Kronecker:
-    """Approximate a layer's block by its input factor and its vector factor.
+    """KFAC: a layer's block as the product of an input factor `A` and a vector factor `B`.
 
-    `A` is the mean of `a a^T` over data and positions, `B` the sum of `g g^T` over all vectors.
-    Law: exact if `a a^T` or `sum_v g g^T` is the same for all data and there is one position.
+    `A` is the mean of `a a^T` over samples and positions, `B` the sum of `g g^T` over all vectors.
+
+    Use it as the default. Not for layers with very many inputs (the vocabulary of an embedding),
+    and not where inputs and vectors vary together, which it drops: `ekfac` and `tkfac` keep some.
+
+    Law: exact if there is one position, and `a a^T` or `sum_v g g^T` is the same for all samples.
+    Units: `A` has those of the inputs, `B` those of the loss.
+    Cost: `N * S * (d_in**2 + V * d_out**2)` operations, memory `d_in**2 + d_out**2`.
     """
     N, S, _ = io.a.shape
     return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))
 
 
 def foof(io: LayerIO) -> Kronecker:
-    """Keep only the input factor: `I ⊗ A`.
+    """FOOF: the input factor alone, `I ⊗ A`.
 
-    Source: Benzing 2022 (arXiv:2201.12250), §5, where it is called FOOF.
+    Use it to see how much of KFAC's effect comes from the inputs, which is its paper's question.
+    Not as curvature: nothing of the loss is in it.
+
+    Units: those of squared inputs, so that the damping does not scale with the loss.
+    Cost: that of `kfac`, from which it takes `A`. `B` is only needed for its size.
+    Source: Benzing 2022 (arXiv:2201.12250), §5.
     """
     factors = kfac(io)
     return Kronecker(factors.A, eye_like(factors.B))

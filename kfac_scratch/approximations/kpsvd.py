@@ -30,17 +30,44 @@ from kfac_scratch.matrices.rearranged import Rearranged, lanczos_svd, power_svd
 
 
 def kpsvd(io: LayerIO, tolerance: float = 1e-6) -> Kronecker:
-    """The Kronecker product nearest to the exact block, by power iteration from the identity."""
+    """KPSVD: the Kronecker product nearest to the exact block, by power iteration.
+
+    Use it where the distance to the block matters, and to judge other products. Not for cheap
+    updates: it costs many times what `kfac` does, and a nearer matrix need not give a better step.
+
+    Law: no Kronecker product is nearer; both factors are positive semi-definite.
+    Cost: for each iteration twice that of `kfac` with one position, or
+    `2 * V * N * d_in * d_out * (S + d_in + d_out)` operations with several; memory
+    `d_in**2 + d_out**2`. The number of iterations grows as the two largest singular values get
+    nearer to each other. It warns if 1000 do not suffice, see `power_svd`.
+    """
     return nearest_product(Rearranged(io), tolerance)
 
 
 def deflation(io: LayerIO, tolerance: float = 1e-6) -> KroneckerSum:
-    """The nearest sum of two products: the nearest one, then the nearest to what it leaves."""
+    """Deflation: the nearest sum of two products, the second nearest to the error of the first.
+
+    Use it with `guarded_inverse`. Not as positive definite curvature: the sum may be indefinite.
+    Not where two singular values are nearly equal: prefer `lanczos`.
+
+    Law: no sum of two Kronecker products is nearer to the block.
+    Cost: as `kpsvd` for each term. The second may take all 1000 iterations, and then warns. Memory
+    `2 * (d_in**2 + d_out**2)`.
+    """
     return nearest_sum(Rearranged(io), tolerance)
 
 
 def lanczos(io: LayerIO, steps: int = 12) -> KroneckerSum:
-    """The same sum, both terms at once, from the given number of Lanczos steps: at least 2."""
+    """The sum of `deflation`, both terms at once by Lanczos steps.
+
+    Use it instead of `deflation` where the cost must be known in advance. Not with few steps
+    without a check: nothing tests whether the terms have converged.
+
+    Cost: `steps` times an iteration of `kpsvd`, and memory `steps * (d_in**2 + d_out**2)`.
+
+    Raises:
+        ValueError: If there are fewer than 2 steps.
+    """
     if steps < 2:
         raise ValueError(f"Two terms need at least two steps, got {steps}.")
     R = Rearranged(io)
@@ -48,23 +75,49 @@ def lanczos(io: LayerIO, steps: int = 12) -> KroneckerSum:
 
 
 def kfac_corrected(io: LayerIO, tolerance: float = 1e-6) -> KroneckerSum:
-    """KFAC and the product nearest to its error."""
+    """KFAC-CORRECTED: KFAC plus the product nearest to its error.
+
+    Use it to see what KFAC leaves out, with `guarded_inverse`. Not as positive definite curvature,
+    and not as the best sum: `deflation` is at least as near.
+
+    Law: at least as near to the block as KFAC.
+    Cost: `kfac`, and the second term as in `deflation`; memory `2 * (d_in**2 + d_out**2)`.
+    """
     first, R = kfac(io), Rearranged(io)
     return KroneckerSum(first, power_svd(R.minus(first), R.generic(), tolerance))
 
 
 def ekpsvd(io: LayerIO, tolerance: float = 1e-6) -> KroneckerEigen:
-    """The best eigenvalues for the eigenvectors of the nearest product (not in the paper)."""
+    """The eigenvectors of `kpsvd` with the second moments of the gradients as eigenvalues.
+
+    Use it as the third of its kind beside `ekfac` and `tekfac` (it is not in the paper). Not with
+    `MovingAverage`.
+
+    Law: at least as near to the block as `kpsvd`; the trace is exact.
+    Cost: that of `kpsvd`, two eigendecompositions and `second_moments`; memory
+    `d_in**2 + d_out**2 + d_in * d_out`.
+    """
     return rescaled(kpsvd(io, tolerance).eigen(), io)
 
 
 def nearest_product(R: Rearranged, tolerance: float = 1e-6) -> Kronecker:
-    """The product nearest to a rearranged matrix that has positive terms only."""
+    """The Kronecker product nearest to a rearranged matrix that has positive terms only.
+
+    Use it in `Recompressed`. Not with negative terms, for which the start may be orthogonal to the
+    top pair: `power_svd` with another start finds that.
+
+    Cost: as `kpsvd`.
+    """
     return power_svd(R, R.identity(), tolerance)
 
 
 def nearest_sum(R: Rearranged, tolerance: float = 1e-6) -> KroneckerSum:
-    """The sum of two products nearest to a rearranged matrix."""
+    """The sum of two Kronecker products nearest to a rearranged matrix.
+
+    Use it in `Recompressed`. Not with negative terms, as `nearest_product`.
+
+    Cost: as `deflation`.
+    """
     first = nearest_product(R, tolerance)
     return KroneckerSum(first, power_svd(R.minus(first), R.generic(), tolerance))
 
@@ -74,11 +127,16 @@ def nearest_sum(R: Rearranged, tolerance: float = 1e-6) -> KroneckerSum:
 
 @dataclass(frozen=True)
 class Recompressed:
-    """An estimator: add the new block to the matrix so far, and take what is nearest to the sum.
+    """An estimator: the nearest product, or sum of two, to the average of old matrix and new block.
 
-    `nearest` is `nearest_product` or `nearest_sum`. Unlike averaged factors, whose product is not
-    the averaged product, and which may change their order and their signs, this is the average of
-    the blocks, as long as it has that few terms.
+    Use it for KPSVD and its sums in training: averages of factors are no average of products, and
+    the second terms of two batches may differ in order and sign. Not for KFAC's factors, which
+    `MovingAverage` averages for less.
+
+    Cost: that of `nearest` for each batch.
+
+    Attributes:
+        nearest: `nearest_product` or `nearest_sum`.
     """
 
     nearest: Callable[[Rearranged], Kronecker | KroneckerSum]
@@ -86,7 +144,7 @@ class Recompressed:
     def update(
         self, state: Kronecker | KroneckerSum | None, io: LayerIO, weight: float
     ) -> Kronecker | KroneckerSum:
-        """The matrix after one more batch, which has this weight."""
+        """The matrix after one more batch, whose share is `weight`; the old has `1 - weight`."""
         if state is None:
             return self.nearest(Rearranged(io))
         terms = (state.first, state.second) if isinstance(state, KroneckerSum) else (state,)
@@ -95,18 +153,37 @@ class Recompressed:
 
 
 def guarded(M: KroneckerSum, damping: float, margin: float = 0.1) -> KroneckerSum:
-    r"""Damp the factors of the first term, and shrink the second until the sum is safe.
+    r"""A positive definite sum: the first term damped, the second shrunk as far as needed.
 
     The first becomes `(B1 + sqrt(damping) / pi * I) ⊗ (A1 + sqrt(damping) * pi * I)`, as in
     `factored_inverse`. The second is multiplied by the largest factor, at most 1, that leaves the
-    sum at least `margin` times the first. So it is positive definite, and `.inverse(0)` is direct.
+    sum at least `margin` times the first.
+
+    Use it to look at the matrix that `guarded_inverse` inverts. Not as the exact damping: the sum
+    is another matrix than `M + damping * I`.
+
+    Law: positive definite, so that `.inverse(0)` needs no iteration.
+    Cost: that of `guarded_inverse`.
+
+    Raises:
+        ValueError: If the damping is not positive, or the margin not in (0, 1].
     """
     first, theta, _ = _common_basis(M, damping, margin)
     return KroneckerSum(first, Kronecker(theta * M.second.A, M.second.B))
 
 
 def guarded_inverse(M: KroneckerSum, damping: float, margin: float = 0.1) -> Congruence:
-    """The inverse of `guarded(M, damping, margin)`, at the price of four small decompositions."""
+    """The inverse of `guarded(M, damping, margin)`, without iterations.
+
+    Use it as `invert=` for `deflation`, `lanczos` and `kfac_corrected`. Not as the inverse of
+    `M + damping * I`: that is `M.inverse(damping)`.
+
+    Cost: two Cholesky factorisations and two eigendecompositions, `O(d_in**3 + d_out**3)`; memory
+    `d_in**2 + d_out**2 + d_in * d_out`.
+
+    Raises:
+        ValueError: As `guarded`.
+    """
     return _common_basis(M, damping, margin)[2]
 
 

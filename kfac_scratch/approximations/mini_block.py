@@ -7,8 +7,8 @@ F_o = \sum_{v,n} (G_{vn})_{o \cdot}^\top (G_{vn})_{o \cdot}
 \in \mathbb{R}^{d_\text{in} \times d_\text{in}},
 $$
 
-a diagonal block of the layer's block $F$, since `vec` stacks rows. Keeping these blocks and nothing
-else is the best approximation that does not mix neurons: the squared Frobenius error is
+a diagonal block of the layer's block $F$, since `vec` stacks rows. The matrix of these blocks is
+the best approximation that does not mix neurons: the squared Frobenius error is
 $\|F\|^2 - \sum_o \|F_o\|^2$, and the trace is exact. For a convolution, the blocks are those of
 single filters, one for each pair of an output and an input channel.
 
@@ -30,16 +30,28 @@ from kfac_scratch.matrices.kronecker import Kronecker
 
 
 def mini_block(io: LayerIO) -> BlockDiagonal:
-    """Keep one `[d_in, d_in]` block for every neuron of a layer.
+    """The mini-block Fisher: one `[d_in, d_in]` block for every neuron of a layer.
 
-    Law: exact if no datum's vectors reach two neurons, or if there is one neuron. Memory and time
-    grow with `d_out`: `d_out * d_in**2` numbers, against KFAC's `d_out**2 + d_in**2`.
+    Use it for layers with few inputs or few neurons, where it keeps the correlation of inputs and
+    vectors that KFAC drops. Not for wide layers: its memory is `d_out` times that of KFAC's `A`.
+
+    Law: exact if no sample's vectors reach two neurons, or if there is one neuron; no matrix
+    without entries between neurons is nearer.
+    Cost: `N * d_out * d_in**2` operations with one position, `V * N * d_out * d_in * (S + d_in)`
+    with several; memory `d_out * d_in**2 + N * d_out * d_in`. An inverse takes
+    `O(d_out * d_in**3)`.
     """
     return BlockDiagonal(_blocks(io, io.a.shape[-1]))
 
 
 def mini_block_filters(size: int) -> Callable[[LayerIO], FiltersAndBias]:
-    """Keep one `[size, size]` block for every filter of a convolution, and the bias's diagonal.
+    """Mini-block Fisher of a convolution: a `[size, size]` block for every filter.
+
+    The bias gets its diagonal entries. Use it for convolutions. Not for other layers, nor where
+    the correlation of input channels matters, which it drops.
+
+    Cost: `V * N * d_out * d_in * (S + size)` operations, with `V = 1` for one position; memory
+    `d_out * d_in * size + N * d_out * d_in`. An inverse takes `O(d_out * d_in * size**2)`.
 
     Args:
         size: Entries of one filter, the product of the kernel's sizes: rows of `W` are cut into
@@ -66,10 +78,15 @@ def mini_block_filters(size: int) -> Callable[[LayerIO], FiltersAndBias]:
 
 
 def mini_block_shared(io: LayerIO) -> Kronecker:
-    r"""Give all neurons one block, the mean of theirs: `I ⊗ A`, $A = \sum_o F_o / d_\text{out}$.
+    r"""Mini-block Fisher with one block for all neurons, the mean of theirs.
 
-    This is FOOF with every datum weighted by the squared size of its vectors. Law: no matrix of
-    the form `I ⊗ A` is nearer to the exact block, and the trace is exact.
+    It is `I ⊗ A` with $A = \sum_o F_o / d_\text{out}$: FOOF with every sample weighted by the
+    squared size of its vectors. Use it for wide layers, where `mini_block` does not fit. Not where
+    the outputs of a layer differ in scale, which it drops.
+
+    Law: no matrix of the form `I ⊗ A` is nearer to the exact block, and the trace is exact.
+    Cost: `N * d_in**2` operations with one position, `V * N * d_out * d_in * (S + d_in)` with
+    several, where memory holds `N * d_out * d_in` numbers; memory `d_in**2 + d_out**2`.
     """
     d_out = io.g.shape[-1]
     if io.a.shape[1] == 1:
@@ -98,21 +115,22 @@ def _gradients(io: LayerIO) -> Iterator[Float[Tensor, "N d_out d_in"]]:
 def _merged(io: LayerIO) -> LayerIO:
     """A layer with the same block for every neuron, and one vector if there is one position.
 
-    Then a neuron's block is a sum of `g**2 a a^T`, to which vectors contribute their squares.
+    A neuron's block is a sum of `g**2 a a^T` then, so that only the sum of squares over the vectors
+    matters.
     """
     if io.a.shape[1] > 1:
         return io
     return LayerIO(io.a, io.g.square().sum(0, keepdim=True).sqrt())
 
 
-# ---- fewer data than inputs ---------------------------------------------------------------------
+# ---- fewer samples than inputs ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class BlocksByRows:
-    """The blocks `R.T @ R` of `mini_block(U)`: rows `R` of gradients, kept as inputs and vectors.
+    """The blocks `R.T @ R` of `mini_block(U)`: rows `R` of gradients, stored as a `LayerIO`.
 
-    Memory is that of a batch, and there is no average over batches.
+    See `mini_block_rows`.
     """
 
     U: LayerIO
@@ -123,19 +141,22 @@ class BlocksByRows:
         return torch.einsum("vnso,...nso->...vno", self.U.g, z)
 
     def back(self, c: Float[Tensor, "*batch V N d_out"]) -> Float[Tensor, "*batch d_out d_in"]:
-        """Every gradient's rows, weighted by numbers `c` and added up: the transpose of `along`."""
+        """The sum of every gradient's rows with weights `c`: the transpose of `along`."""
         z = torch.einsum("vnso,...vno->...nso", self.U.g, c)
         return torch.einsum("...nso,nsi->...oi", z, self.U.a)
 
     def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Project on every gradient's rows, send the projections back."""
+        """The product `R.T @ (R @ x)` for every neuron's row `x` of `X`."""
         return self.back(self.along(X))
 
     def inverse(self, damping: float) -> "BlocksByRowsInverse":
-        """The inverse of `M + damping * I`, by one small system for each neuron.
+        """The inverse of `M + damping * I`, by one system of `K` unknowns for each neuron.
 
-        Its size is `V * N`, or `N` with one position. All systems come from the same inner
-        products of inputs.
+        `K` is `V * N`, or `N` with one position. All systems come from the same inner products of
+        inputs. Cost: `O(d_out * K**3)` operations, memory `d_out * K**2`.
+
+        Raises:
+            ValueError: If the damping is not positive.
         """
         if not damping > 0:
             raise ValueError(f"Blocks of low rank need a positive damping, got {damping}.")
@@ -173,7 +194,7 @@ class BlocksByRowsInverse:
     damping: float
 
     def __matmul__(self, X: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Solve for every neuron's row of `X`."""
+        """The solution for every neuron's row of `X`."""
         along = self.M.along(X)
         rhs = along.flatten(-3, -2).mT.unsqueeze(-1)  # [*batch, d_out, K, 1]
         solved = torch.cholesky_solve(rhs, self.L).squeeze(-1).mT.reshape(along.shape)
@@ -181,8 +202,13 @@ class BlocksByRowsInverse:
 
 
 def mini_block_rows(io: LayerIO) -> BlocksByRows:
-    """`mini_block` without its blocks: for layers with more inputs than data.
+    """The mini-block Fisher without its blocks: the batch itself, and Woodbury's identity.
 
-    Law: the same matrix.
+    Use it for layers with more inputs than there are samples. Not for averages over batches, which
+    it does not have.
+
+    Law: the same matrix as `mini_block`.
+    Cost: memory of the batch, `N * S * (d_in + V * d_out)`, with `V = 1` for one position; a
+    product `2 * N * S * d_out * (d_in + V)` operations; for the inverse see `BlocksByRows.inverse`.
     """
     return BlocksByRows(_merged(io))

@@ -2,7 +2,7 @@ r"""RS-KFAC and SRE-KFAC: the leading eigenpairs of KFAC's factors, from a few p
 
 The moving average of a factor has a spectrum that decays. Instead of all $d$ eigenpairs, in
 $\mathcal{O}(d^3)$, a few are found in $\mathcal{O}(d^2 q)$ from an orthonormal basis $Q$ of
-$q \ll d$ columns that holds most of the range of the factor $M$. Three things to make of it:
+$q \ll d$ columns that holds most of the range of the factor $M$. There are three ways to use it:
 
 - `rsvd`, the right singular vectors of $Q^\top M$: an eigendecomposition of
   $(M Q Q^\top M)^{1/2} \preceq M$;
@@ -10,7 +10,7 @@ $q \ll d$ columns that holds most of the range of the factor $M$. Three things t
 - `nystrom`, not in the paper: one of $M Q (Q^\top M Q)^{-1} Q^\top M \preceq M$.
 
 For one basis, eigenvalue by eigenvalue, `srevd` $\le$ `rsvd` $\le$ `nystrom` $\le$ those of $M$.
-All that is left out is replaced by one number, the tail.
+One number, the tail, stands for all other eigenvalues.
 
 Sources: Puiu 2022 (arXiv:2206.15397); Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), §4 and
 §5; for `nystrom`, Tropp, Yurtsever, Udell and Cevher 2017 (arXiv:1706.05736).
@@ -36,13 +36,22 @@ Tail = Callable[[Float[Tensor, "r"], Float[Tensor, ""], int], Float[Tensor, ""]]
 
 @dataclass(frozen=True)
 class Sketch:
-    """How much of a factor is looked at.
+    """The sizes of a randomised decomposition, and the seed of its random start.
+
+    Use larger numbers of iterations for spectra that decay slowly. Not with a rank near the width:
+    a factor with `rank + oversampling` rows or fewer is decomposed in full.
+
+    Cost: with `q = rank + oversampling`, `d**2 * q * (iterations + 2) + d * q**2` operations for a
+    factor of size `d`.
 
     Attributes:
-        rank: Eigenpairs that are kept.
-        oversampling: Further columns of the basis, for the sake of those that are kept.
-        iterations: Products with the factor between the first one and the decomposition.
-        seed: Of the random start: the same factor and seed give the same result on a device.
+        rank: The number of eigenpairs that are kept.
+        oversampling: The number of further columns of the basis, which make the kept pairs more
+            accurate.
+        iterations: The number of products with the factor between the first one and the
+            decomposition.
+        seed: The seed of the random start, which is the same for every layer and every call: the
+            same factor and seed give the same result on a device.
     """
 
     rank: int = 64
@@ -57,8 +66,8 @@ class Sketch:
 def range_basis(M: Float[Tensor, "d d"], sketch: Sketch) -> Float[Tensor, "d q"]:
     """An orthonormal basis that holds most of the range of a PSD matrix.
 
-    Every product is followed by a QR decomposition: powers of `M` without it lose all directions
-    that are smaller than the largest by more than the precision.
+    Every product is followed by a QR decomposition. Without it, powers of `M` lose all directions
+    whose eigenvalues are below the precision times the largest one.
     """
     generator = torch.Generator(M.device).manual_seed(sketch.seed)
     q = min(sketch.rank + sketch.oversampling, len(M))
@@ -70,19 +79,40 @@ def range_basis(M: Float[Tensor, "d d"], sketch: Sketch) -> Float[Tensor, "d q"]
 
 
 def rsvd(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
-    """Singular values and right singular vectors of `Q.T @ M`."""
+    """RS-KFAC's eigenpairs of a factor: singular values and right singular vectors of `Q.T @ M`.
+
+    Use it as the default. Not where every operation counts: `srevd` decomposes a smaller matrix.
+
+    Law: the matrix with these eigenpairs is below `M`.
+    Cost: `O(d**2 * q + d * q**2)` operations.
+    """
     _, s, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
     return s, Vh.mT
 
 
 def srevd(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
-    """Ritz pairs: eigenpairs of `Q.T @ M @ Q`, mapped back by `Q`."""
+    """SRE-KFAC's eigenpairs of a factor: those of `Q.T @ M @ Q`, mapped back by `Q` (Ritz pairs).
+
+    Use it where the decomposition dominates the cost. Not without iterations: its eigenvalues are
+    the least accurate of the three.
+
+    Law: each eigenvalue is at most that of `M`; the matrix with these eigenpairs need not be below
+    `M`.
+    Cost: `O(d**2 * q + q**3)` operations.
+    """
     d, W = psd_eigh(Q.mT @ M @ Q)
     return d.flip(0), (Q @ W).flip(1)
 
 
 def nystrom(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
-    """Eigenpairs of the largest matrix below `M` with the range of `M @ Q`."""
+    """Nyström's eigenpairs of a factor: of the largest matrix below `M` in the range of `M @ Q`.
+
+    Use it for the most accurate eigenvalues from one basis. Not to reproduce the paper, which does
+    not have it.
+
+    Law: the matrix with these eigenpairs is below `M`.
+    Cost: `O(d**2 * q + d * q**2)` operations.
+    """
     Y = M @ Q
     t, W = psd_eigh(Q.mT @ Y)
     inverse_root = torch.where(t > 0, t.rsqrt(), 0.0)  # a pseudo-inverse: M may be singular
@@ -95,7 +125,7 @@ def leading(
 ) -> Eigenpairs:
     """The leading eigenpairs of a PSD matrix, at most `sketch.rank` of them.
 
-    Where the basis would have as many columns as rows, of the exact decomposition.
+    A matrix with `rank + oversampling` rows or fewer is decomposed in full.
     """
     if len(M) <= sketch.rank + sketch.oversampling:
         d, U = (t.flip(-1) for t in psd_eigh(M))
@@ -104,21 +134,39 @@ def leading(
     return d[: sketch.rank], U[:, : sketch.rank]
 
 
-# ---- one number for the rest --------------------------------------------------------------------
+# ---- the tail: one number for all other eigenvalues ---------------------------------------------
 
 
 def trace_matched(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
-    """The mean of the `size - r` eigenvalues that are left out: the trace is exact."""
+    """The tail that keeps the trace: the mean of the `size - r` eigenvalues that are left out.
+
+    Use it as the default. Not to reproduce the paper's code, which has one of the other two.
+
+    Law: the trace of the factor is exact. Cost: none beside the trace.
+    """
     return (trace - d.sum()).clamp(min=0) / max(size - len(d), 1)
 
 
 def smallest_kept(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
-    """The spectrum continued as it ended: more than is left out, so that steps are shorter."""
+    """The tail that continues the spectrum: the smallest eigenvalue that was kept.
+
+    Use it for cautious steps. Not in `Brand`, where the excess adds up from batch to batch.
+
+    Law: with exact eigenpairs, it is at least every eigenvalue that was left out, so that the
+    inverse is too small and steps are shorter. Cost: none.
+    """
     return d[-1]
 
 
 def zero_tail(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
-    """Zero: less than is left out, so that steps are longer."""
+    """The tail without curvature: zero.
+
+    Use it to reproduce the RS-KFAC of its author's code. Not with a small damping, by which steps
+    in all other directions are then divided.
+
+    Law: at most every eigenvalue that was left out, so that the inverse is too large and steps are
+    longer. Cost: none.
+    """
     return torch.zeros_like(trace)
 
 
@@ -128,7 +176,21 @@ def zero_tail(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Flo
 def randomized(
     rank: int = 64, *, oversampling: int = 10, iterations: int = 2, seed: int = 0
 ) -> Callable[[LayerIO], "Randomized"]:
-    """RS-KFAC: KFAC whose factors are known by `rank` eigenpairs and a tail.
+    """RS-KFAC: KFAC with `rank` eigenpairs of each factor and a tail.
+
+    Use it for layers much wider than `rank`, with factors that were averaged over many batches. Not
+    for narrow layers, whose factors it decomposes in full, and not where inversions are so seldom
+    that their cost does not matter.
+
+    Law: `kfac` where the rank reaches the size of both factors.
+    Cost: that of `kfac` for each batch; for each inversion that of `Sketch` for both factors.
+    Memory `d_in**2 + d_out**2` for the factors, and `rank * (d_in + d_out)` for the inverse.
+
+    Args:
+        rank: The number of eigenpairs of each factor.
+        oversampling: As in `Sketch`.
+        iterations: As in `Sketch`.
+        seed: As in `Sketch`.
 
     Raises:
         ValueError: If the rank is below 1, or one of the others below 0.
@@ -147,11 +209,11 @@ def randomized(
 
 @dataclass(frozen=True, eq=False)
 class Randomized:
-    """KFAC's factors, known by their leading eigenpairs: the matrix `low_rank()`.
+    """The matrix of RS-KFAC: KFAC's factors, and `low_rank()` by their leading eigenpairs.
 
-    It is the factors that are averaged over batches. Products, inverse and dense twin are those of
-    `low_rank()`, and each costs a decomposition: keep an inverse and use it many times. Where the
-    rank reaches both sizes, the matrix is `B ⊗ A`.
+    Averages over batches are averages of the factors. Product, inverse and dense matrix are those
+    of `low_rank()`, and each costs a decomposition: compute an inverse once and use it many times.
+    Law: `B ⊗ A` where the rank reaches both sizes.
     """
 
     A: Float[Tensor, "d_in d_in"]
@@ -177,12 +239,12 @@ class Randomized:
         return self.low_rank().inverse(damping)
 
     def mixed(self, new: "Randomized", weight: float) -> "Randomized":
-        """Averages of both factors, in which the new ones have the weight."""
+        """Averages of both factors, in which the new ones have the share `weight`."""
         A, B = torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight)
         return Randomized(A, B, self.sketch)
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """The dense twin of `low_rank()`."""
+        """The matrix `low_rank()`, dense."""
         return self.low_rank().dense()
 
     def trace(self) -> Float[Tensor, ""]:

@@ -1,9 +1,10 @@
 r"""SKFAC: KFAC by the rows of a batch, without a square matrix of a factor's size.
 
 KFAC's factors are sums of outer products, $A$ of the $N S$ scaled inputs and $B$ of the $V N S$
-vectors. Held by these columns, they are multiplied and inverted at a cost that is linear in the
-sizes of the layer (`kronecker_columns`). To keep the columns few, a convolution averages over its
-positions, or leaves out most of them. What a few batches remember has few columns, too (`Window`).
+vectors. Stored as these columns, they are multiplied and inverted at a cost that is linear in the
+sizes of the layer (`kronecker_columns`). To have few columns, a convolution averages over its
+positions, or leaves out most of them. The average over a few batches has few columns, too
+(`Window`).
 
 Source: Tang et al. 2021 (CVPR), who invert the damped factors of one batch. The exact inverse of
 the damped product, the window, and one step for the batch's own gradient are additions.
@@ -25,10 +26,15 @@ from kfac_scratch.matrices.low_rank import FourBlocks
 
 
 def skfac(io: LayerIO) -> KroneckerColumns:
-    """KFAC's factors by their columns: `skfac(io).dense() == kfac(io).dense()`.
+    """SKFAC: KFAC's factors, stored as the columns whose outer products they sum.
 
-    The paper's inverse is `roots.factored_woodbury_inverse`. Of a convolution, pass `io.reduced()`,
-    `mean_over_positions(io)` or `subsampled(io, stride)`.
+    Use it for wide layers and small batches, with the paper's inverse `factored_woodbury_inverse`.
+    Not for averages over many batches: use `Window` for a few. Not for convolutions as they are:
+    pass `io.reduced()`, `mean_over_positions(io)` or `subsampled(io, stride)`.
+
+    Law: `skfac(io).dense() == kfac(io).dense()`.
+    Cost: memory `d_in * min(N * S, d_in) + d_out * min(V * N * S, d_out)`. A factor with more
+    columns than rows costs a QR decomposition; otherwise the inputs are scaled, and that is all.
     """
     N, S, _ = io.a.shape
     a = io.a.flatten(0, 1) / (N * S) ** 0.5
@@ -36,19 +42,25 @@ def skfac(io: LayerIO) -> KroneckerColumns:
 
 
 def mean_over_positions(io: LayerIO) -> LayerIO:
-    """Mean of the inputs and mean of the vectors: how the paper's code reduces positions.
+    """The layer with the mean of its inputs and the mean of its vectors over positions.
 
-    The vectors are those of `io.reduced()` divided by `S`, the curvature is divided by `S` squared.
+    Use it to reproduce the paper's code. Not with a damping that was chosen for `io.reduced()`: the
+    vectors are those of `io.reduced()` divided by `S`, so the curvature is divided by `S` squared.
+
+    Cost: memory `N * (d_in + V * d_out)`.
     """
     reduced = io.reduced()
     return LayerIO(reduced.a, reduced.g / io.a.shape[1])
 
 
 def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
-    """Keep every `stride`-th position of the flat axis `S`, from `start` on.
+    """The layer at every `stride`-th position of the flat axis `S`, from `start` on.
 
-    The flat axis of an image runs along its rows, so that a stride which divides the width keeps
-    whole columns. For another pattern, name the positions in `at_positions`.
+    Use it to shorten convolutions for `skfac`. Not with a stride that divides the width of an
+    image: the flat axis runs along its rows, so that whole columns are kept. For other patterns,
+    `at_positions` takes any list.
+
+    Law: as `at_positions`. Cost: memory of the rows that are kept.
 
     Raises:
         ValueError: If no position is left, or the stride is not positive.
@@ -60,10 +72,11 @@ def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
 
 
 def at_positions(io: LayerIO, positions: Int[Tensor, "T"]) -> LayerIO:
-    """Let some positions stand for all: vectors grow by the root of how many each stands for.
+    """The layer at some positions, with vectors scaled so that these count for all.
 
-    `A` is a mean and needs no such scale. Law: the factors of the parts of an equal partition
-    average to those of all positions.
+    Vectors are multiplied by the root of `S` over the number of positions that are kept. `A` is a
+    mean and needs no scale. Law: the factors of the parts of an equal partition average to those of
+    all positions.
     """
     grow = (io.a.shape[1] / len(positions)) ** 0.5
     return LayerIO(io.a[:, positions], grow * io.g[:, :, positions])
@@ -74,8 +87,14 @@ def push_through(
 ) -> Float[Tensor, "d_out d_in"]:
     r"""The step for the gradient `sum_{v,n} c[v, n] G[v, n]` of the batch itself.
 
-    Equals `woodbury_inverse(skfac(io), damping_A, damping_B) @ gradient`, without a division by the
-    dampings: $(U U^\top + \gamma I)^{-1} U = U (U^\top U + \gamma I)^{-1}$ on both sides.
+    It equals `inverse_of_damped_columns(skfac(io), damping_A, damping_B) @ gradient`, without a
+    division by the dampings: $(U U^\top + \gamma I)^{-1} U = U (U^\top U + \gamma I)^{-1}$ on both
+    sides. Use it for the gradient of the same batch and labels only.
+
+    Cost: with `K = V * N * S` columns, `O((d_in + d_out) * K**2 + K**3)` operations, memory `K**2`.
+
+    Raises:
+        ValueError: If a damping is not positive, or is lost in round-off.
     """
     N, S, _ = io.a.shape
     a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)  # [NS, d_in], [VNS, d_out]
@@ -90,7 +109,7 @@ def push_through(
 
 @dataclass(frozen=True, eq=False)
 class RecentBatches:
-    """`B ⊗ A`, both factors a weighted mean over the last batches, held by their columns.
+    """`B ⊗ A`, both factors a weighted mean over the last batches, stored as their columns.
 
     Attributes:
         UA: Columns of every batch, the oldest first; padded with zeros, which add nothing.
@@ -123,11 +142,21 @@ class RecentBatches:
 
 @dataclass(frozen=True)
 class Window:
-    """Average both factors over the last batches, and forget what is older.
+    """An estimator: both of KFAC's factors averaged over the last batches, as columns.
 
-    Law: as long as nothing was forgotten, this is `Averaged(kfac)`, the moving average of both
-    factors, which are never formed. Afterwards, it is the average with the same decay of what is
-    left. The small systems grow with the number of batches.
+    Use it for SKFAC in training with `Window(batches)`. Not for long averages: with `T` batches the
+    systems are `T` times as large, and `MovingAverage(kfac)` soon costs less.
+
+    Law: as long as no batch was dropped, it is `MovingAverage(kfac)`, whose factors are never
+    formed. Afterwards, it is the average of the remaining batches with the same relative weights.
+    Cost: memory `T` times that of one batch's columns.
+
+    Attributes:
+        batches: The number `T` of batches that are kept.
+        approximation: From a batch to its columns.
+
+    Raises:
+        ValueError: From `update`, if fewer than 1 batch is kept.
     """
 
     batches: int
@@ -138,7 +167,11 @@ class Window:
         check_function("approximation", self.approximation, "approximation=skfac")
 
     def update(self, state: Any, io: LayerIO, weight: float) -> RecentBatches:
-        """Append the columns of a batch, and drop those of the oldest beyond the window."""
+        """The columns with those of a new batch, and without the oldest beyond the window.
+
+        `weight` is the share of the new batch; the shares of the old ones are multiplied by
+        `1 - weight`.
+        """
         new = self.approximation(io)
         share = new.UA.new_tensor([weight])
         if state is None:

@@ -1,9 +1,7 @@
 r"""TEKFAC: the best eigenvalues in TKFAC's eigenbasis.
 
-What EKFAC does for KFAC: the eigenvectors $U = Q_B \otimes Q_A$ of TKFAC with the second moments
-of the gradients along them, $s = \operatorname{diag}(U^\top F U)$, are nearest to the exact block
-among all matrices that are diagonal in this basis. So they are at least as near as TKFAC, and the
-trace is exact again.
+TEKFAC is to TKFAC what EKFAC is to KFAC. Its eigenvectors $U = Q_B \otimes Q_A$ are TKFAC's, its
+eigenvalues the second moments of the gradients along them, $s = \operatorname{diag}(U^\top F U)$.
 
 Source: Gao et al. 2020, who correct TKFAC as George et al. 2018 (arXiv:1806.03884) correct KFAC.
 """
@@ -15,5 +13,14 @@ from kfac_scratch.matrices.kronecker import KroneckerEigen
 
 
 def tekfac(io: LayerIO) -> KroneckerEigen:
-    """Rescale TKFAC's eigenbasis by the gradients' second moments in it."""
+    """TEKFAC: TKFAC's eigenvectors with the second moments of the gradients as eigenvalues.
+
+    Use it where `ekfac` is used. Not as a bound on EKFAC's error: either may be the nearer one.
+    Not with `MovingAverage`; in training, pass `AmortisedEKFAC(factors=MovingAverage(tkfac))`.
+
+    Law: nearest to the exact block among all matrices with TKFAC's eigenvectors, and so at least as
+    near as TKFAC; the trace is exact.
+    Cost: that of `tkfac`, two eigendecompositions and `second_moments`; memory
+    `d_in**2 + d_out**2 + d_in * d_out`.
+    """
     return rescaled(tkfac(io).eigen(), io)

@@ -1,4 +1,4 @@
-r"""TKFAC: weight each side by the size of the other, and the trace is exact.
+r"""TKFAC: a Kronecker product with the exact block's trace.
 
 Sum the exact block $F$ over the outputs, or over the inputs. These are its two partial traces,
 
@@ -32,8 +32,9 @@ from kfac_scratch.matrices.rearranged import gradients_in_parts
 class PartialTraces:
     """`B ⊗ A / tr A`, the product with the partial traces `A` and `B` of a block.
 
-    Kept apart from their trace because sums and means of blocks have the sums and means of `A` and
-    `B`: `MovingAverage(tkfac)` is TKFAC of the averaged block. Law: `tr A == tr B`.
+    `A` and `B` are not divided by their trace, because the partial traces of a mean of blocks are
+    the means of theirs: `MovingAverage(tkfac)` is TKFAC of the averaged block. Law: `tr A == tr B`.
+    Cost: as a `Kronecker`.
     """
 
     A: Float[Tensor, "d_in d_in"]
@@ -54,7 +55,7 @@ class PartialTraces:
         return self.kronecker().inverse(damping)
 
     def mixed(self, new: "PartialTraces", weight: float) -> "PartialTraces":
-        """The matrix of the averaged block, in which the new one has the weight."""
+        """The matrix of the averaged block, in which the new one has the share `weight`."""
         return PartialTraces(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))
 
     def eigen(self) -> KroneckerEigen:
@@ -75,10 +76,17 @@ class PartialTraces:
 
 
 def tkfac(io: LayerIO) -> PartialTraces:
-    """The Kronecker product with the partial traces, and so the trace, of the exact block.
+    """TKFAC: the Kronecker product with the partial traces, and so the trace, of the exact block.
 
-    Law: exact wherever KFAC is (by a theorem about products), and if all `a` and all `g` are
-    multiples of one vector each.
+    Use it where the sizes of `a` and `g` vary together, which KFAC ignores: it weights each side by
+    the size of the other. Not as a bound: it is usually nearer to the block than KFAC, but need not
+    be.
+
+    Law: exact if `a a^T` or `sum_v g g^T` is the same for all samples and there is one position, as
+    KFAC is; and if all `a` and all `g` are multiples of one vector each.
+    Cost: with one position, that of `kfac`; with several,
+    `V * N * d_in * d_out * (S + d_in + d_out)` operations, by parts of the gradients with `2**22`
+    entries. Memory `d_in**2 + d_out**2`.
     """
     if io.a.shape[1] == 1:
         return _weighted_factors(io)

@@ -7,6 +7,8 @@ is computed, and modes and flags stay as they were.
 
 Memory: `N * S * d_in + V * N * S * d_out` numbers for each layer, besides the graph of one forward
 pass. `stream` yields the vectors in chunks, so that `V` is bounded.
+
+Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -30,12 +32,17 @@ from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.layers import Call, Layer, averaged_rows, input_rows, output_rows
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import stored_as_columns
 from kfac_scratch.losses import BackpropagatedVectors, type2
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """How the positions of a layer become the `S` rows of its `LayerIO`."""
+    """A pair of rules that make the `S` rows of a `LayerIO` from a layer's positions.
+
+    There are two: `EXPAND`, in which every position is a row, and `REDUCE`, which averages inputs
+    and sums vectors over positions to one row.
+    """
 
     inputs: Callable[[LayerGroup, list[Call]], Float[Tensor, "groups N S d_in"]]
     outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
@@ -54,12 +61,22 @@ def layer_ios(
 ) -> dict[str, LayerIO]:
     """The `LayerIO` of every block of a model on one batch, by name (see `layer_groups`).
 
+    Use it for one batch. Not for a whole data set, which `over_loader` takes batch by batch, and
+    not if all vectors together do not fit into memory: `stream` yields them in parts.
+
+    Cost: one forward pass and `V` reverse passes; memory `N * S * d_in + V * N * S * d_out` for
+    each layer.
+
+    It has many parameters, because it is the one door to a model: what to send back, how rows are
+    made, which layers, and how much memory.
+
     Args:
         model: Any module; axis 0 of its output is the batch.
         loss: The loss module; `fisher` says for which losses it works.
         X: The model's input. Axis 0 of what every layer gets must be the batch.
         y: Targets for the loss.
-        fisher: Which vectors to send backward, see `losses`.
+        fisher: The vectors that are sent backward, see `losses`. The default `type2` is exact; the
+            default of the optimizer `KFAC` is one Monte Carlo vector.
         flavour: `EXPAND` (default): every position is a row. `REDUCE`: positions are averaged, and
             the result equals `io.reduced()` but no convolution's patches are ever formed.
         layers: Names of the layers to cover. Default: all supported ones; trainable parameters
@@ -70,7 +87,7 @@ def layer_ios(
 
     Raises:
         ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
-            model on another device than its data, batch statistics in training mode, a layer
+            model on another device than its input, batch statistics in training mode, a layer
             that never ran, and more: each names the layer and the way out.
         NotImplementedError: For layers and losses that are not covered.
     """
@@ -94,7 +111,17 @@ def stream(
     layers: Collection[str] | None = None,
     chunk: int | None = None,
 ) -> Iterator[dict[str, LayerIO]]:
-    """Yield `layer_ios` in parts of at most `chunk` vectors; `a` is the same in all of them."""
+    """The parts of `layer_ios`, of at most `chunk` vectors each; `a` is the same in all of them.
+
+    Use it where an approximation is a sum over vectors, as KFAC's `B` is. Not where one needs all
+    vectors of a sample together.
+
+    Cost: as `layer_ios`, with `chunk` for `V` in the memory of a part. The vectors at the model's
+    output are made all at once. If `chunk` is not given, a part has 1 vector on a CPU and 32
+    elsewhere, as in `layer_ios`, which describes the arguments.
+
+    It has many parameters, because it has those of `layer_ios`.
+    """
     flavour = EXPAND if flavour is None else flavour
     check_capture(model, loss, fisher, flavour, chunk)
     groups = layer_groups(model, checked_names("layers", layers))
@@ -141,7 +168,7 @@ def check_capture(
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Suspend autocast: factors, and what they are made of, keep the parameters' precision."""
+    """Suspend autocast, so that rows, vectors and factors keep the precision of the parameters."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -151,7 +178,7 @@ def _upcast(f: Tensor) -> Tensor:
 
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     """Concatenate along V; rows that are stored as columns (of convolutions) stay so."""
-    return torch.cat([g.mT for g in gs]).mT if gs[0].mT.is_contiguous() else torch.cat(gs)
+    return torch.cat([g.mT for g in gs]).mT if stored_as_columns(gs[0]) else torch.cat(gs)
 
 
 def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:

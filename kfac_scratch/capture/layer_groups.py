@@ -1,4 +1,4 @@
-"""Blocks: which trainable parameters of a model make up one matrix `W`.
+"""Blocks: the sets of trainable parameters of a model that make up one matrix `W` each.
 
 A block is a layer, or all layers that share a weight, or one group of a grouped convolution. Its
 `W` is `[weight | bias]`; layers that share a weight but not their biases give one column for each
@@ -49,7 +49,7 @@ class LayerGroup:
         return (*([] if self.weight is None else [self.weight]), *self.biases)
 
     def bias_inputs(self, layer: Layer) -> list[float]:
-        """What one layer feeds into the bias columns: 1 for its own bias, 0 for the others'."""
+        """The inputs of the bias columns for one layer: 1 for its own bias, 0 for the others."""
         return [float(bias is layer._parameters.get("bias")) for bias in self.biases.values()]
 
     def matrices(self, values: Mapping[str, Tensor]) -> list[Num[Tensor, "d_out d_in"]]:
@@ -62,7 +62,7 @@ class LayerGroup:
         return list(torch.cat(columns, dim=-1))
 
     def parameters(self, Ws: list[Num[Tensor, "d_out d_in"]]) -> dict[str, Tensor]:
-        """Undo `matrices`: from the `W` of every group to values of the parameters."""
+        """The values of the parameters, given the `W` of every group: the inverse of `matrices`."""
         W = torch.stack(Ws)
         values = {}
         for name in reversed(self.biases):

@@ -7,7 +7,7 @@ r"""A layer as rows: how each kind of layer applies one matrix, `z[n, s] = W a[n
 | `Embedding` | one-hot rows | `weight.T` |
 
 A grouped convolution is `groups` such layers side by side, each with its own `W`; groups are a
-leading axis of everything here. Biases are columns of `W`, see `blocks`.
+leading axis of all tensors here. Biases are columns of `W`, see `layer_groups`.
 
 Sources: Grosse and Martens 2016 (arXiv:1602.01407), §3 for convolutions; Eschenhagen et al. 2023
 (arXiv:2311.00636), §3; for averages of patches without patches, Dangel 2023 (arXiv:2307.02275).
@@ -90,7 +90,7 @@ def weight_matrix(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out d_i
 
 
 def weight_tensor(layer: Layer, W: Num[Tensor, "groups d_out d_in"]) -> Tensor:
-    """Undo `weight_matrix`."""
+    """The tensor, shaped like the layer's weight, whose `weight_matrix` is `W`."""
     if isinstance(layer, Convolution):
         return W.reshape(layer.weight.shape)
     return W[0].T if isinstance(layer, Embedding) else W[0]
@@ -128,7 +128,11 @@ def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
 def _written_patches(
     layer: Convolution, x: Float[Tensor, "N C *space"], ends: Sequence[float]
 ) -> Float[Tensor, "groups N S d_in"]:
-    """Rows in one copy: stored as columns, because neighbouring positions are so in `x`, too."""
+    """The patches of a convolution as rows, copied once.
+
+    They are stored as columns (`linalg.stored_as_columns`): neighbouring positions are next to each
+    other in `x`, too, so that the copy reads and writes memory in order.
+    """
     x = _patches(layer, x)  # [groups, N, C_group, *kernel, *positions]
     d = prod(x.shape[2 : 3 + len(layer.kernel_size)])
     S = prod(x.shape[3 + len(layer.kernel_size) :])

@@ -23,7 +23,7 @@ Output = TypeVar("Output")
 def check_model(
     model: Module, X: Tensor, groups: list[LayerGroup], layers: Collection[str] | None
 ) -> None:
-    """Before the forward pass: is there something to capture, and has each datum a gradient?"""
+    """The checks before the forward pass: of layers, modes, devices and uncovered parameters."""
     if not groups:
         kinds = ", ".join(kind.__name__ for kind in LAYERS)
         raise ValueError(f"The model has no trainable layer of a supported kind ({kinds}).")
@@ -31,7 +31,7 @@ def check_model(
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"Layer {name!r} ({type(module).__name__}) uses the statistics of the batch, so no "
-                "datum has a gradient of its own: call model.eval() first."
+                "sample has a gradient of its own: call model.eval() first."
             )
     if isinstance(X, Tensor):
         if len(X) == 0:
@@ -48,14 +48,14 @@ def check_model(
 
 
 def check_output(f: Output) -> Output:
-    """A model must return one tensor."""
+    """The model's output, which must be one tensor."""
     if not isinstance(f, Tensor) or f.ndim == 0:
         raise ValueError("The model must return one tensor with the batch on axis 0.")
     return f
 
 
 def check_calls(f: Tensor, groups: list[LayerGroup], calls: dict[str, list[Call]]) -> None:
-    """After the forward pass: did every layer run, on axis 0, and nothing beside the layers?"""
+    """The checks after the forward pass: every layer ran on axis 0, no weight outside of one."""
     uses = _uses_of_leaves(f)
     for group in groups:
         name = group.name
@@ -82,13 +82,13 @@ def _check_call(name: str, call: Call, N: int) -> None:
     if x.ndim < 1 or len(x) != N or (dims > 2 and x.ndim != dims) or z.ndim < 2:
         raise ValueError(
             f"{kind} got an input of shape {tuple(x.shape)} while the model's output is for {N} "
-            "data: axis 0 of a layer's input must be the batch; other shared axes come after it."
+            "samples: axis 0 of a layer's input must be the batch; other shared axes come after it."
         )
     _check_subclass(kind, call)
 
 
 def _check_uses(group: LayerGroup, calls: list[Call], uses: Counter[int]) -> None:
-    """A weight that also works outside of its layers has gradients that no hook sees."""
+    """Refuse a weight that is also used outside of its layers, where no hook records it."""
     if any(type(layer) not in LAYERS for layer in group.layers):
         return  # a subclass may use its weight in several steps
     count = uses[id(group.layers[0].weight)]
@@ -101,7 +101,7 @@ def _check_uses(group: LayerGroup, calls: list[Call], uses: Counter[int]) -> Non
 
 
 def _uses_of_leaves(f: Tensor) -> Counter[int]:
-    """How often every leaf (by its id) is used in the graph of a tensor."""
+    """The number of uses of every leaf (by its id) in the graph of a tensor."""
     uses: Counter[int] = Counter()
     todo, seen = [f.grad_fn], {f.grad_fn}
     while todo:
@@ -120,12 +120,12 @@ def _where_not_finite(calls: dict[str, list[Call]]) -> str:
             for what, t in (("input", call.x), ("output", call.z)):
                 if not t.isfinite().all():
                     n = int((~t.isfinite()).flatten(1).any(1).nonzero()[0])
-                    return f"The {what} of layer {name!r} is not finite, first for datum {n}."
+                    return f"The {what} of layer {name!r} is not finite, first for sample {n}."
     return "The model's output has non-finite entries although its layers have none."
 
 
 def _check_subclass(kind: str, call: Call) -> None:
-    """A subclass with a forward of its own must still compute what its parent computes."""
+    """Refuse a subclass whose forward pass differs from that of the supported layer."""
     layer = call.layer
     if type(layer) in LAYERS:
         return

@@ -1,8 +1,5 @@
 """Block-diagonal matrices: many small blocks of one size, handled as a batch.
 
-Memory is `K * d**2` for `K` blocks of size `d`, and everything is one batched operation, which is
-what GPUs are built for.
-
 Source: the matrices of Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124).
 """
 
@@ -19,7 +16,14 @@ from kfac_scratch.matrices.matrix import check_damping
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal:
-    """`K` blocks along the diagonal; the rows of `V`, lined up, are cut into `K` pieces."""
+    """`K` blocks of size `d` along the diagonal; each acts on one of `K` pieces of `vec(V)`.
+
+    Use it for blocks of neurons or filters. Not for wide layers with a block for each neuron: the
+    memory is `d_out` times that of one input factor.
+
+    Cost: memory `K * d**2`, a product `K * d**2` operations, an inverse `K * d**3`, each as one
+    batched operation.
+    """
 
     blocks: Float[Tensor, "K d d"]
 
@@ -29,7 +33,11 @@ class BlockDiagonal:
         return (self.blocks @ pieces).reshape(V.shape)
 
     def inverse(self, damping: float) -> "BlockDiagonal":
-        """The inverse of `M + damping * I`: one Cholesky factorisation for each block."""
+        """The inverse of `M + damping * I`: one Cholesky factorisation for each block.
+
+        Raises:
+            ValueError: If the damping is negative, or a damped block not positive definite.
+        """
         check_damping(damping)
         L, failed = torch.linalg.cholesky_ex(self.blocks + damping * eye_like(self.blocks[0]))
         if failed.any():
@@ -37,7 +45,7 @@ class BlockDiagonal:
         return BlockDiagonal(torch.cholesky_inverse(L))
 
     def mixed(self, new: "BlockDiagonal", weight: float) -> "BlockDiagonal":
-        """The average with another matrix, which has the weight."""
+        """The average `(1 - weight) * M + weight * new`."""
         return BlockDiagonal(torch.lerp(self.blocks, new.blocks, weight))
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -55,7 +63,12 @@ class BlockDiagonal:
 
 @dataclass(frozen=True, eq=False)
 class FiltersAndBias:
-    """`filters` on the first columns of `V`, `bias` on the others, which it scales."""
+    """Two matrices side by side: `filters` acts on the first columns of `V`, `bias` on the others.
+
+    Use it for convolutions with a bias (`mini_block_filters`). Not for layers without filters.
+
+    Cost: that of its two parts.
+    """
 
     filters: BlockDiagonal
     bias: Diagonal
@@ -70,7 +83,7 @@ class FiltersAndBias:
         return FiltersAndBias(self.filters.inverse(damping), self.bias.inverse(damping))
 
     def mixed(self, new: "FiltersAndBias", weight: float) -> "FiltersAndBias":
-        """The average with another matrix, which has the weight."""
+        """The average `(1 - weight) * M + weight * new`."""
         return FiltersAndBias(
             self.filters.mixed(new.filters, weight), self.bias.mixed(new.bias, weight)
         )

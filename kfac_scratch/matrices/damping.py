@@ -1,8 +1,9 @@
-r"""Damping: how much to trust the quadratic model, and where to put the distrust.
+r"""Damping: the multiple of the identity that is added to curvature before it is inverted.
 
-`M.inverse(damping)` is the exact inverse of $B \otimes A + \lambda I$. Two things remain: the
-cheaper damping of both factors, and how to choose $\lambda$. Damping is never stored in a factor:
-whatever is done here leaves the matrix as it is.
+The damping $\lambda$ limits how far a step goes in directions of small curvature, where the
+quadratic model is not to be trusted. `M.inverse(damping)` is the exact inverse of
+$B \otimes A + \lambda I$. This module has the cheaper damping of both factors, and rules that
+choose $\lambda$. No function here changes a matrix: damping is never stored in a factor.
 
 Sources: Martens and Grosse 2015 (arXiv:1503.05671), §6.3 (factored Tikhonov) and §6.5
 (Levenberg-Marquardt).
@@ -31,12 +32,16 @@ class HasDiagonal(Protocol):
 def factored_inverse(K: Kronecker, damping: float) -> Kronecker:
     r"""The inverse of `(B + sqrt(damping) / pi * I) ⊗ (A + sqrt(damping) * pi * I)`.
 
-    Two Cholesky factorisations instead of two eigendecompositions. What is inverted exceeds
-    `B ⊗ A + damping * I` by a positive semi-definite matrix, whose trace `balance` minimises, so
-    that steps are shorter than exact damping's.
+    Use it in training with fixed damping: it takes two Cholesky factorisations, where the exact
+    inverse takes two eigendecompositions. Not where the damping changes between inversions, which
+    an eigendecomposition allows at no cost, and not as the exact inverse.
+
+    Law: the inverted matrix exceeds `B ⊗ A + damping * I` by a positive semi-definite one, so that
+    steps are shorter than with exact damping. `balance` minimises the trace of the difference.
+    Cost: `O(d_in**3 + d_out**3)` operations, memory `d_in**2 + d_out**2`.
 
     Raises:
-        ValueError: If a damped factor is not positive definite.
+        ValueError: If the damping is not positive, or a damped factor is not positive definite.
     """
     if not damping > 0:
         raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
@@ -47,8 +52,8 @@ def factored_inverse(K: Kronecker, damping: float) -> Kronecker:
 def balance(K: Kronecker) -> Float[Tensor, ""]:
     r"""The root of the ratio of mean eigenvalues, `pi = sqrt((tr A / d_in) / (tr B / d_out))`.
 
-    Invariant: rescaling `A` by `c` and `B` by `1 / c` changes neither `K` nor the damped inverse.
-    One if a factor is zero.
+    Law: rescaling `A` by `c` and `B` by `1 / c` changes neither `K` nor its `factored_inverse`.
+    The result is 1 if a factor is zero.
     """
     mean_A, mean_B = K.A.diagonal().mean(), K.B.diagonal().mean()
     ratio = mean_A / mean_B
@@ -57,14 +62,21 @@ def balance(K: Kronecker) -> Float[Tensor, ""]:
 
 
 def relative_damping(M: HasDiagonal, fraction: float) -> float:
-    """A layer's own damping: a fraction of its mean eigenvalue, for every scale of the loss."""
+    """A layer's own damping: a fraction of its mean eigenvalue.
+
+    Use it where one damping must suit layers or losses of different scales. Not where all layers
+    are to have the same trust region.
+
+    Cost: linear in the number of weights, and one synchronisation with the device.
+    """
     return fraction * float(M.diagonal().mean())
 
 
 def reduction_ratio(before: float, after: float, predicted: float) -> float | None:
-    """The loss's change on one batch over the change that the quadratic model predicted.
+    """The change of the loss on one batch over the change that the quadratic model predicted.
 
-    None where the model predicts no change beyond round-off: then a ratio says nothing.
+    The result is None if the predicted change is at most 1e-12 of the loss. This threshold is the
+    round-off of float64; in float32, ratios of predictions below 1e-7 of the loss are noise.
     """
     if abs(predicted) <= 1e-12 * abs(before):
         return None
@@ -74,13 +86,22 @@ def reduction_ratio(before: float, after: float, predicted: float) -> float | No
 def levenberg_marquardt(
     damping: float, ratio: float | None, factor: float = 0.9**5, minimum: float = 1e-8
 ) -> float:
-    """Shrink the damping where the model can be trusted, raise it where it cannot.
+    """The next damping: smaller if the last step succeeded as predicted, larger if it did not.
+
+    Use it as `adapt_damping=` of an optimizer. Not with a single noisy batch for each step unless
+    the ratio is of that batch before and after the step.
+
+    Cost: none. The ratio costs one evaluation of the loss and of the quadratic model.
 
     Args:
         damping: The damping so far.
-        ratio: The `reduction_ratio` of the last step; not finite if the loss was not.
-        factor: What to multiply the damping by above 3/4; below 1/4, it is divided by it.
-        minimum: The smallest damping.
+        ratio: The `reduction_ratio` of the last step; not finite if the loss was not; None leaves
+            the damping as it is.
+        factor: A ratio above 3/4 multiplies the damping by it, one below 1/4 divides by it. The
+            default is the paper's for an adaptation every five steps; the PINN optimizers adapt
+            in every step, and take 1/2.
+        minimum: The smallest damping. The default suits losses of order 1 in float32; the PINN
+            optimizers, whose losses become tiny in float64, take 1e-14.
     """
     if ratio is None:
         return damping

@@ -1,7 +1,4 @@
-"""A matrix without structure, held as what it is.
-
-When: the exact block of a small layer, and the reference in tests. When not: a layer with more
-than a few thousand weights. Memory is `D**2` numbers, an inverse costs `D**3` operations.
+"""A matrix without structure.
 
 Source: Golub and Van Loan, Matrix Computations, §4.2 (Cholesky factorisation).
 """
@@ -18,7 +15,13 @@ from kfac_scratch.matrices.matrix import check_damping, reciprocal
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A matrix without structure. `M` is `[D, D]` with `D = d_out * d_in`."""
+    """A matrix without structure: `M` is `[D, D]` with `D = d_out * d_in`.
+
+    Use it for the exact block of a small layer, and as the reference in tests. Not for layers with
+    more than a few thousand weights.
+
+    Cost: memory `D**2`, a product `D**2` operations, an inverse `D**3`.
+    """
 
     M: Float[Tensor, "D D"]
 
@@ -27,7 +30,11 @@ class Dense:
         return (V.flatten(-2) @ self.M.mT).reshape(V.shape)
 
     def inverse(self, damping: float) -> "Dense":
-        """The inverse of `M + damping * I`."""
+        """The inverse of `M + damping * I`, by a Cholesky factorisation.
+
+        Raises:
+            ValueError: If the damping is negative, or `M + damping * I` not positive definite.
+        """
         check_damping(damping)
         L, failed = torch.linalg.cholesky_ex(self.M + damping * eye_like(self.M))
         if failed.any():
@@ -39,7 +46,7 @@ class Dense:
         return self.M
 
     def mixed(self, new: "Dense", weight: float) -> "Dense":
-        """The average with another matrix, which has the weight."""
+        """The average `(1 - weight) * M + weight * new`."""
         return Dense(torch.lerp(self.M, new.M, weight))
 
     def trace(self) -> Float[Tensor, ""]:

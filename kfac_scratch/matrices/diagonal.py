@@ -1,8 +1,7 @@
 """A diagonal matrix: one number for each weight.
 
-When: a first comparison, or parameters that have nothing better (biases beside filters). Memory,
-product and inverse cost `D`. When not: wherever the correlation of weights matters, which a
-diagonal cannot express.
+Source: Becker and LeCun 1988 (Improving the convergence of back-propagation learning with second
+order methods), who precondition by the diagonal of curvature.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,13 @@ from kfac_scratch.matrices.matrix import reciprocal
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """A diagonal matrix. `scale` holds the diagonal in the shape of `V`."""
+    """A diagonal matrix: `scale` holds the diagonal in the shape of `V`.
+
+    Use it for a first comparison, and for parameters that have nothing better (biases beside
+    filters). Not where the correlation of weights matters, which a diagonal cannot express.
+
+    Cost: memory, product and inverse are linear in the number of weights.
+    """
 
     scale: Float[Tensor, "d_out d_in"]
 
@@ -25,7 +30,11 @@ class Diagonal:
         return self.scale * V
 
     def inverse(self, damping: float) -> "Diagonal":
-        """The inverse of `M + damping * I`."""
+        """The inverse of `M + damping * I`.
+
+        Raises:
+            ValueError: If the damping is negative, or 0 for a singular matrix.
+        """
         return Diagonal(reciprocal(self.scale, damping))
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -33,7 +42,7 @@ class Diagonal:
         return self.scale.flatten().diag()
 
     def mixed(self, new: "Diagonal", weight: float) -> "Diagonal":
-        """The average with another matrix, which has the weight."""
+        """The average `(1 - weight) * M + weight * new`."""
         return Diagonal(torch.lerp(self.scale, new.scale, weight))
 
     def trace(self) -> Float[Tensor, ""]:

@@ -6,9 +6,6 @@ B \otimes A + \delta I
 = (Q_B \otimes Q_A) (\Lambda_B \otimes \Lambda_A + \delta I) (Q_B \otimes Q_A)^\top .
 $$
 
-Memory is `d_in**2 + d_out**2` numbers, a product costs `d_in d_out (d_in + d_out)` operations, an
-inverse two eigendecompositions, `d_in**3 + d_out**3`.
-
 Sources: Van Loan and Pitsianis 1993; Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6.
 """
 
@@ -24,7 +21,15 @@ from kfac_scratch.matrices.matrix import reciprocal
 
 @dataclass(frozen=True, eq=False)
 class KroneckerEigen:
-    """`(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` with orthogonal `QA` and `QB`."""
+    """`(QB ⊗ QA) diag(vec(scale)) (QB ⊗ QA)^T` with orthogonal `QA` and `QB`.
+
+    Use it for eigenvalues that are not products (EKFAC), and where one matrix is inverted with many
+    dampings. Not for averages over batches, each of which has another basis: `AmortisedEKFAC`
+    averages within one.
+
+    Cost: memory `d_in**2 + d_out**2 + d_in * d_out`, a product `2 * d_in * d_out * (d_in + d_out)`
+    operations, an inverse `d_in * d_out`.
+    """
 
     QA: Float[Tensor, "d_in d_in"]
     QB: Float[Tensor, "d_out d_out"]
@@ -35,7 +40,11 @@ class KroneckerEigen:
         return scale_in_basis(self.QA, self.QB, self.scale, V)
 
     def inverse(self, damping: float) -> "KroneckerEigen":
-        """The inverse of `M + damping * I`, exact and in the same basis."""
+        """The inverse of `M + damping * I`, exact and in the same basis.
+
+        Raises:
+            ValueError: If the damping is negative, or 0 for a singular matrix.
+        """
         return KroneckerEigen(self.QA, self.QB, reciprocal(self.scale, damping))
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -44,14 +53,18 @@ class KroneckerEigen:
         return Q * self.scale.flatten() @ Q.T
 
     def mixed(self, new: "KroneckerEigen", weight: float) -> "KroneckerEigen":
-        """The average in the new basis; bases themselves are never averaged."""
+        """The average in the basis of `new`, which has the share `weight`.
+
+        Bases are never averaged: the old matrix is `carried_over` first, which changes it.
+        """
         scale = self.carried_over(new).scale
         return KroneckerEigen(new.QA, new.QB, torch.lerp(scale, new.scale, weight))
 
     def carried_over(self, basis: "KroneckerEigen") -> "KroneckerEigen":
         """The matrix nearest to this one among those with the eigenvectors of `basis`.
 
-        Its eigenvalues are this matrix's curvatures along the new basis vectors.
+        Its eigenvalues are the quadratic forms of this matrix with the new basis vectors. Law: the
+        trace stays the same.
         """
         RA, RB = self.QA.T @ basis.QA, self.QB.T @ basis.QB
         return KroneckerEigen(basis.QA, basis.QB, RB.square().T @ self.scale @ RA.square())
@@ -83,7 +96,14 @@ class KroneckerEigen:
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """`B ⊗ A` with symmetric positive semi-definite factors."""
+    """`B ⊗ A` with symmetric positive semi-definite factors.
+
+    Use it for every approximation with one factor for inputs and one for outputs. Not for factors
+    of more than some thousand rows, whose decompositions take too long: see `LowRankKronecker`.
+
+    Cost: memory `d_in**2 + d_out**2`, a product `d_in * d_out * (d_in + d_out)` operations, an
+    exact inverse two eigendecompositions, `O(d_in**3 + d_out**3)`.
+    """
 
     A: Float[Tensor, "d_in d_in"]
     B: Float[Tensor, "d_out d_out"]
@@ -93,7 +113,10 @@ class Kronecker:
         return self.B @ V @ self.A
 
     def mixed(self, new: "Kronecker", weight: float) -> "Kronecker":
-        """Averages of both factors, with a weight for the new ones: not the average product."""
+        """The product of both factors' averages, in which the new ones have the share `weight`.
+
+        It is not the average of the products.
+        """
         return Kronecker(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))
 
     def eigen(self) -> KroneckerEigen:
@@ -102,7 +125,12 @@ class Kronecker:
         return KroneckerEigen(QA, QB, torch.outer(b, a))
 
     def inverse(self, damping: float) -> KroneckerEigen:
-        """The inverse of `B ⊗ A + damping * I`, exact, in the eigenbasis of both factors."""
+        """The inverse of `B ⊗ A + damping * I`, exact, in the eigenbasis of both factors.
+
+        Raises:
+            ValueError: If the damping is negative, or 0 for a singular matrix; if a factor is not
+                finite, or has a negative eigenvalue.
+        """
         return self.eigen().inverse(damping)
 
     def dense(self) -> Float[Tensor, "D D"]:

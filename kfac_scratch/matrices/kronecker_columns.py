@@ -1,8 +1,8 @@
-r"""Kronecker products of few columns: both factors by a root, and Woodbury's identity.
+r"""Kronecker products of factors with few columns, inverted by Woodbury's identity.
 
 A factor that is a sum of outer products of $K$ columns, $A = U_A U_A^\top$, has rank $K$ at most.
-Where $K$ is smaller than the factor, nothing needs the factor itself: products go through the
-columns, and the inverse needs a $K \times K$ matrix,
+Where $K$ is smaller than the factor, the factor is never formed: products go through the columns,
+and the inverse needs a $K \times K$ matrix,
 
 $$
 (U U^\top + \gamma I)^{-1}
@@ -26,7 +26,15 @@ from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 
 @dataclass(frozen=True, eq=False)
 class KroneckerColumns:
-    """`B ⊗ A` with `A = UA @ UA.T` and `B = UB @ UB.T`, held by these columns."""
+    """`B ⊗ A` with `A = UA @ UA.T` and `B = UB @ UB.T`, stored as these columns.
+
+    Use it for factors with fewer columns than rows: one batch of a wide layer. Not for averages
+    over many batches: columns add up, and there is no method `mixed` (see `Window`).
+
+    Cost: memory `d_in * KA + d_out * KB`; a product
+    `d_in * d_out * (KA + KB) + KA * KB * (d_in + d_out)` operations; an exact inverse two thin
+    decompositions, `O(d_in * KA**2 + d_out * KB**2)`.
+    """
 
     UA: Float[Tensor, "d_in KA"]
     UB: Float[Tensor, "d_out KB"]
@@ -41,7 +49,12 @@ class KroneckerColumns:
         return LowRankKronecker(*_eigenpairs(self.UA), zero, *_eigenpairs(self.UB), zero)
 
     def inverse(self, damping: float) -> FourBlocks:
-        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_woodbury_inverse`."""
+        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_woodbury_inverse`.
+
+        Raises:
+            ValueError: If the damping is negative, or 0 for a singular matrix; if columns are not
+                finite.
+        """
         return self.low_rank().inverse(damping)
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -58,20 +71,23 @@ class KroneckerColumns:
 
 
 def reduced_columns(U: Float[Tensor, "d K"]) -> Float[Tensor, "d k"]:
-    """At most `d` columns with the same `U @ U.T`: the triangle of a QR decomposition."""
+    """At most `d` columns with the same `U @ U.T`: if there are more, by a QR decomposition."""
     return U if len(U) >= U.shape[1] else torch.linalg.qr(U.mT, mode="r").R.mT
 
 
 @dataclass(frozen=True, eq=False)
 class FactoredWoodburyInverse:
-    """`scale * (I - WB.T @ WB) ⊗ (I - WA.T @ WA)`."""
+    """`scale * (I - WB.T @ WB) ⊗ (I - WA.T @ WA)`: the inverse of two damped factors.
+
+    Cost: memory `d_in * KA + d_out * KB`, a product `2 * d_in * d_out * (KA + KB)` operations.
+    """
 
     WA: Float[Tensor, "KA d_in"]
     WB: Float[Tensor, "KB d_out"]
     scale: float
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """One side after the other: `O(d_in d_out (KA + KB))`."""
+        """The product with one side after the other."""
         V = V - self.WB.mT @ (self.WB @ V)
         return self.scale * (V - (V @ self.WA.mT) @ self.WA)
 
@@ -80,6 +96,8 @@ def inverse_of_damped_columns(
     M: KroneckerColumns, damping_A: float, damping_B: float
 ) -> FactoredWoodburyInverse:
     """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by Woodbury's identity.
+
+    Cost: `KA**2 * d_in + KB**2 * d_out` operations twice, and `(KA**3 + KB**3) / 3`.
 
     Raises:
         ValueError: If a damping is not positive, or is lost in round-off.
@@ -90,7 +108,13 @@ def inverse_of_damped_columns(
 
 
 def factored_woodbury_inverse(M: KroneckerColumns, damping: float) -> FactoredWoodburyInverse:
-    """`damping.factored_inverse` of a matrix that is held by its columns.
+    """`factored_inverse` of a matrix that is stored as its columns: SKFAC's inverse.
+
+    Use it where factors have fewer columns than rows. Not with a damping that is small beside
+    `eps` times the largest inner product of columns, which is refused.
+
+    Law: equal to `factored_inverse(Kronecker(A, B), damping)`, with the same `balance`.
+    Cost: that of `inverse_of_damped_columns`.
 
     Raises:
         ValueError: As `inverse_of_damped_columns`.
@@ -121,7 +145,7 @@ def gram_root(U: Float[Tensor, "d K"], damping: float) -> Float[Tensor, "K K"]:
 
 
 def _eigenpairs(U: Float[Tensor, "d K"]) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
-    """Eigenvectors and eigenvalues of `U @ U.T`; what cannot be told from zero is zero."""
+    """Eigenvectors and eigenvalues of `U @ U.T`; eigenvalues within round-off are zero."""
     if not U.isfinite().all():
         raise ValueError(f"Columns {tuple(U.shape)} to be decomposed have non-finite entries.")
     Q, s, _ = torch.linalg.svd(U, full_matrices=False)

@@ -21,7 +21,14 @@ from kfac_scratch.matrices.matrix import LinearMap, Matrix, check_damping
 
 @dataclass(frozen=True, eq=False)
 class KroneckerSum:
-    """`B1 ⊗ A1 + B2 ⊗ A2`: positive semi-definite as a sum, though the second need not be."""
+    """`B1 ⊗ A1 + B2 ⊗ A2`: positive semi-definite as a sum, though the second need not be.
+
+    Use it where one product misses too much of a block, with `guarded_inverse`. Not with
+    `inverse(damping)` in training, which solves by conjugate gradients at every product, and not
+    with `MovingAverage`: sums have no average of the same form (see `Recompressed`).
+
+    Cost: memory and product twice a `Kronecker`'s.
+    """
 
     first: Kronecker
     second: Kronecker
@@ -33,10 +40,15 @@ class KroneckerSum:
     def inverse(self, damping: float) -> LinearMap:
         """The inverse of the sum plus `damping * I`.
 
-        Without damping, by simultaneous diagonalisation of both pairs, which needs a positive
-        definite first term. A third term `damping * I` shares no basis with two general ones:
-        then the inverse runs conjugate gradients at every product, preconditioned by the damped
-        first term. To stay direct, damp the factors of the first term and pass 0.
+        Without damping, both pairs of factors are diagonalised at once, which needs a positive
+        definite first term. A third term `damping * I` shares no basis with two general ones.
+        With damping, the inverse therefore runs conjugate gradients at every product,
+        preconditioned by the damped first term. `guarded_inverse` damps the factors of the first
+        term instead, and needs no iteration.
+
+        Raises:
+            ValueError: If the damping is negative. Without damping, if the first term or the sum is
+                not positive definite; with damping, the product raises if the sum is not.
         """
         check_damping(damping)
         if damping > 0:
@@ -65,7 +77,11 @@ class KroneckerSum:
 
 @dataclass(frozen=True, eq=False)
 class Congruence:
-    """`(KB ⊗ KA) diag(vec(scale)) (KB ⊗ KA)^T` with invertible, not orthogonal, `KA` and `KB`."""
+    """`(KB ⊗ KA) diag(vec(scale)) (KB ⊗ KA)^T` with invertible, not orthogonal, `KA` and `KB`.
+
+    Cost: memory `d_in**2 + d_out**2 + d_in * d_out`, a product `2 * d_in * d_out * (d_in + d_out)`
+    operations.
+    """
 
     KA: Float[Tensor, "d_in d_in"]
     KB: Float[Tensor, "d_out d_out"]
@@ -78,7 +94,15 @@ class Congruence:
 
 @dataclass(frozen=True, eq=False)
 class ConjugateGradientInverse:
-    """`(M + damping * I)^{-1}` by preconditioned conjugate gradients at every product."""
+    """`(M + damping * I)^{-1}` by preconditioned conjugate gradients at every product.
+
+    Use it in tests, and for a few products. Not in training: each product takes as many products
+    with `M` as full accuracy needs, at most `2 * d_out * d_in`, after which it stops without a
+    warning.
+
+    Raises:
+        ValueError: From the product, if `M + damping * I` is not positive definite.
+    """
 
     M: Matrix
     damping: float

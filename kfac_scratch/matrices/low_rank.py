@@ -1,4 +1,4 @@
-r"""Kronecker products of low-rank factors: a few eigenpairs, and one number for all the rest.
+r"""Kronecker products of factors with few eigenpairs, and one eigenvalue for all other directions.
 
 A factor that was estimated from few rows, or whose spectrum decays, is known by a few eigenpairs
 $(u_i, d_i)$. Every direction orthogonal to all $u_i$ gets the same eigenvalue $c \ge 0$,
@@ -9,8 +9,7 @@ $$
 
 and likewise $B$. The eigenvalues of $B \otimes A$ then come in four blocks, by whether a side lies
 in the span of the known eigenvectors or not: $d^B_i d^A_j$, $d^B_i c_A$, $c_B d^A_j$ and
-$c_B c_A$. A product with the matrix, or with its damped inverse, costs
-$\mathcal{O}(d_\text{in} d_\text{out} (r_A + r_B))$ and needs no square matrix of the factors' size.
+$c_B c_A$. No square matrix of the factors' size is formed.
 
 Source: low-rank damped inverses of a factor, Puiu 2022 (arXiv:2206.15397). Damping the product
 instead of its factors needs all four blocks.
@@ -30,13 +29,19 @@ from kfac_scratch.matrices.matrix import check_damping
 class LowRankKronecker:
     """`B ⊗ A` with `A = UA diag(dA) UA^T + cA (I - UA UA^T)`, and `B` likewise.
 
+    Use it for wide layers whose factors have a decaying spectrum. Not where the rank comes near the
+    size of a factor: a `Kronecker` then costs less.
+
+    Cost: memory `d_in * rA + d_out * rB`, a product `2 * d_in * d_out * (rA + rB)` operations, an
+    exact inverse `rA * rB`.
+
     Attributes:
         UA: Orthonormal columns: the known eigenvectors of `A`. There may be none, or `d_in`.
         dA: Their eigenvalues.
-        cA: The eigenvalue of everything orthogonal to them; no such thing if there are `d_in`.
+        cA: The eigenvalue of every direction orthogonal to them. It is unused if there are `d_in`.
         UB: The known eigenvectors of `B`.
         dB: Their eigenvalues.
-        cB: The eigenvalue of everything orthogonal to them.
+        cB: The eigenvalue of every direction orthogonal to them.
     """
 
     UA: Float[Tensor, "d_in rA"]
@@ -85,7 +90,14 @@ class LowRankKronecker:
 
 @dataclass(frozen=True, eq=False)
 class FourBlocks:
-    """A symmetric matrix that is diagonal in `UB ⊗ UA`, whatever completes the two to bases.
+    """A symmetric matrix with four kinds of eigenvectors, given by two sets of columns.
+
+    The columns of `UA` and `UB` are orthonormal. Complete each to an orthonormal basis in any way:
+    the matrix is diagonal in the products of the basis vectors, and does not depend on the choice.
+    It is what `LowRankKronecker.inverse` returns.
+
+    Cost: memory `d_in * rA + d_out * rB + rA * rB`, a product
+    `2 * d_in * d_out * (rA + rB) + 2 * d_in * rA * rB` operations.
 
     Attributes:
         UA: Orthonormal columns.
@@ -104,7 +116,7 @@ class FourBlocks:
     rest: Float[Tensor, ""]
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Scale everything like the rest, then correct what lies in either span, or in both."""
+        """The product: all of `V` times `rest`, and corrections in each span and in both."""
         X = self.UB.mT @ V  # [rB, d_in]
         both = self.both - self.left.unsqueeze(1) - self.right + self.rest
         inside = (self.left - self.rest).unsqueeze(1) * X + (both * (X @ self.UA)) @ self.UA.mT
@@ -112,7 +124,11 @@ class FourBlocks:
         return self.rest * V + self.UB @ inside + outside
 
     def inverse(self, damping: float) -> "FourBlocks":
-        """The inverse of `M + damping * I`, exact and in the same basis."""
+        """The inverse of `M + damping * I`, exact and with the same eigenvectors.
+
+        Raises:
+            ValueError: If the damping is negative, or 0 for a singular matrix.
+        """
         check_damping(damping)
         beyond_A, beyond_B = (U.shape[1] < U.shape[0] for U in (self.UA, self.UB))
         blocks = (
@@ -124,7 +140,7 @@ class FourBlocks:
         if any(exists and (block + damping <= 0).any() for block, exists in blocks):
             raise ValueError("A singular matrix has no inverse: pass a positive damping.")
         return FourBlocks(
-            *(self.UA, self.UB),  # an eigenvalue of nothing is never divided by
+            *(self.UA, self.UB),  # an eigenvalue without eigenvectors is never divided by
             *(1 / (b + damping) if exists else torch.zeros_like(b) for b, exists in blocks),
         )
 

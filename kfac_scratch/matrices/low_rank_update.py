@@ -26,7 +26,10 @@ def brand_update(
 ) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k"]]:
     """Eigenvectors and eigenvalues, descending, of `U diag(d) U^T + X X^T`: `r + K` at most.
 
-    A batch that adds nothing to the span of `U` adds no eigenpairs.
+    Columns of `X` in the span of `U` add no eigenpairs. Use it for `r + K` below `d`; not above,
+    where the eigendecomposition of the whole matrix costs less.
+
+    Cost: `O(d * (r + K)**2 + (r + K)**3)` operations, memory `d * (r + K)`.
     """
     C, Q, R = split_by_span(U, X)
     H = torch.cat([C, R])
@@ -39,9 +42,9 @@ def split_by_span(
 ) -> tuple[Float[Tensor, "r K"], Float[Tensor, "d k"], Float[Tensor, "k K"]]:
     """`X = U C + Q R` with `Q` orthonormal, and orthogonal to `U`.
 
-    Where `X` lies in the span of `U`, up to round-off, what is left of it is round-off that is
-    *not* orthogonal to `U`. So the projection is done twice, directions below the precision are
-    dropped, and the basis of the others is projected once more.
+    If `X` lies in the span of `U` up to round-off, `X - U U^T X` is round-off, and *not* orthogonal
+    to `U`. So the projection is done twice, directions below the precision (`10 * eps` times the
+    norm of `X`) are dropped, and the basis of the others is projected once more.
     """
     C = U.mT @ X
     rest = X - U @ C
@@ -57,5 +60,5 @@ def split_by_span(
 
 
 def reorthonormalized(U: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
-    """A step of Newton and Schulz to the nearest orthonormal basis, lest round-off adds up."""
+    """One step of Newton and Schulz to the nearest orthonormal basis, against round-off."""
     return 1.5 * U - 0.5 * U @ (U.mT @ U)

@@ -1,4 +1,4 @@
-r"""What a curvature matrix is: something that acts on matrices `V` of shape `[d_out, d_in]`.
+r"""Curvature matrices: they act on matrices `V` of shape `[d_out, d_in]`.
 
 A matrix of this package stands for a symmetric positive semi-definite one on `vec(V)`. Its laws,
 for every `V` (leading batch axes are allowed) and every damping $\delta$ for which the inverse
@@ -8,8 +8,12 @@ exists:
 - `M.inverse(delta) @ (M @ V + delta * V) == V`: damping is added when the inverse is taken and
   is never stored in the matrix.
 
-`M.mixed(new, weight)` is the average of two matrices of a kind, where that has a meaning. Rows of
-`V` are stored one after the other, so that `vec` stacks rows; see `linalg`.
+The unit of a matrix is that of the loss: a loss that is multiplied by `c` multiplies the matrix by
+`c`, and a damping that shall mean the same must be multiplied, too.
+
+`M.mixed(new, weight)` is the average of two matrices of a kind, where that has a meaning:
+`weight` is the share of the new one, and the old one has `1 - weight`. Rows of `V` are stored one
+after the other, so that `vec` stacks rows; see `linalg`.
 
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §4.2 and §6.
 """
@@ -22,10 +26,10 @@ from torch import Tensor
 
 @runtime_checkable
 class LinearMap(Protocol):
-    """Something that acts on gradients."""
+    """A linear map on gradients."""
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """Apply the map to `vec(V)`, written as a matrix again."""
+        """The product of the map with `vec(V)`, as a matrix of the shape of `V`."""
         ...
 
 
@@ -43,7 +47,14 @@ class Matrix(LinearMap, Protocol):
 
 
 def exact_inverse(M: Matrix, damping: float) -> LinearMap:
-    """The inverse of `M + damping * I`, to be passed where damping is chosen."""
+    """The inverse of `M + damping * I`: the method `M.inverse` as a function.
+
+    Use it as `invert=` of an optimizer, for every matrix of this package. Not for Kronecker
+    products in training if Cholesky factorisations are to replace eigendecompositions:
+    `factored_inverse` does that, with another damping.
+
+    Cost: that of the matrix's own method.
+    """
     return M.inverse(damping)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: matrices and their inverses as nested dictionaries of tensors and numbers.
 
-What is saved holds no code and no class names, so that `torch.load(..., weights_only=True)` reads
-it. What the tensors mean is told by an example of the same structure when they are read.
+A checkpoint holds no code and no class names, so that `torch.load(..., weights_only=True)` reads
+it. To read it, an example of the same structure is needed, which says what the tensors mean.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def tensors(value: Any) -> dict[str, Any]:
 
 
 def restored(like: Any, saved: Mapping[str, Any]) -> Any:
-    """Undo `tensors`, given any value of the same structure.
+    """The value that `tensors` wrote, given any value `like` of the same structure.
 
     Raises:
         ValueError: If the structures differ.
@@ -45,6 +45,6 @@ def _restored(like: Any, saved: Any) -> Any:
 
 
 def example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:
-    """A layer with this matrix on one datum of ones, from which examples are made."""
+    """A layer with weights of this shape on one sample of ones, to make examples of matrices."""
     a, g = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
     return LayerIO(a[None, None], g[None, None, None])

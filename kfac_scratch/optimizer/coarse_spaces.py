@@ -1,4 +1,4 @@
-r"""Coarse spaces: the few directions in which two-level KFAC solves the whole network's system.
+r"""Coarse spaces: few directions, in which two-level KFAC solves the whole network's system.
 
 A coarse space is a function of the fine level (one map for each block, usually the damped inverse)
 and of the gradient. Every direction lies in one block, so that a space is one stack of matrices
@@ -24,21 +24,35 @@ CoarseSpace = Callable[[BlockMaps, BlockValues], Space]
 
 
 def nicolaides_space(maps: BlockMaps, r: BlockValues) -> Space:
-    """One direction for each block, all ones: the paper's choice."""
+    """One direction for each block, all ones: the paper's choice.
+
+    Use it as the reference. Not for the largest effect: the direction knows nothing of the network.
+
+    Cost: memory of the weights.
+    """
     return {name: torch.ones_like(v).unsqueeze(0) for name, v in r.items()}
 
 
 def residual_space(maps: BlockMaps, r: BlockValues) -> Space:
-    """One direction for each block, its own fine step.
+    """One direction for each block: the fine level's step in this block.
 
-    Law: the two-level step then consists of the fine steps, each with the best length in view of
-    all others.
+    Use it to correct the lengths of the layers' steps relative to each other. Not to find new
+    directions: the span has none.
+
+    Law: with `adef2`, the step consists of the layers' fine steps, with lengths that minimise the
+    quadratic model together.
+    Cost: one product with each fine map.
     """
     return {name: (maps[name] @ v).unsqueeze(0) for name, v in r.items()}
 
 
 def spectral_space(maps: BlockMaps, r: BlockValues) -> Space:
-    """One direction for each block, the one that its inverse stretches most.
+    """One direction for each block: the top eigenvector of the fine map.
+
+    For inverses it is the direction of least curvature. Use it to see whether the flattest
+    direction of each layer is coupled to other layers. Not with maps without eigenvectors.
+
+    Cost: for a `Kronecker`, two eigendecompositions at every call; for a `KroneckerEigen`, none.
 
     Raises:
         TypeError: If a map is not a Kronecker product, perhaps by its eigenvectors.
@@ -47,7 +61,13 @@ def spectral_space(maps: BlockMaps, r: BlockValues) -> Space:
 
 
 def krylov_space(space: CoarseSpace) -> CoarseSpace:
-    """Every direction of a space, and what the fine level makes of it."""
+    """The directions of a space, and the products of the fine maps with them.
+
+    Use it to enrich `nicolaides_space` or `residual_space`. Not repeatedly: the number of
+    directions doubles each time.
+
+    Cost: one product with a fine map for each direction.
+    """
 
     def enriched(maps: BlockMaps, r: BlockValues) -> Space:
         return {name: torch.cat([z, maps[name] @ z]) for name, z in space(maps, r).items()}

@@ -1,7 +1,7 @@
 """KFAC as a `torch.optim.Optimizer`.
 
-The loop is PyTorch's with one more line. `observe` looks at the batch, every so many steps, and
-moves each layer's curvature matrix; `step` applies the damped inverses to the gradients:
+The loop is PyTorch's with one more line. Every `factor_every` steps, `observe` updates each layer's
+curvature matrix with the batch; `step` applies the damped inverses to the gradients:
 
     optimizer = KFAC(model, loss, lr=1e-3, controls=[graft()])
     for X, y in data:
@@ -10,9 +10,9 @@ moves each layer's curvature matrix; `step` applies the damped inverses to the g
         optimizer.observe(X, y)
         optimizer.step()
 
-Which approximation, which Fisher, how a matrix is inverted and how a step is controlled are
-functions that the user passes. Whatever is refused raises before a parameter or a matrix has
-changed, so that a loop may catch the error and go on with the next batch.
+The approximation, the Fisher, the inverse and the controls of a step are functions that the user
+passes. Whatever is refused raises before a parameter or a matrix has changed, so that a loop may
+catch the error and go on with the next batch.
 
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §§5 to 8.
 """
@@ -47,7 +47,17 @@ NUMBERS = ("lr", "momentum", "weight_decay", "damping")
 
 
 class KFAC(Optimizer):
-    """Precondition every layer's gradient by a damped inverse of its curvature.
+    """KFAC as an optimizer: every layer's gradient times the damped inverse of its curvature.
+
+    Use it with a control, `graft()` or `kl_clip(limit)`: a learning rate alone seldom bounds the
+    length of its steps. Not for models with layers that are only functions, and not across several
+    processes.
+
+    Cost: every step a product with each inverse; every `factor_every` steps one more forward and
+    reverse pass and the approximation; every `inverse_every` steps the inversions. Memory: the
+    matrices, their inverses, and one copy of the parameters for the momentum.
+
+    It has many parameters, because every part of the method is a choice.
 
     Every parameter moves by `-lr * P + momentum * previous` and shrinks by `lr * weight_decay`
     (decoupled), where `P` is the preconditioned gradient after all controls.
@@ -60,14 +70,15 @@ class KFAC(Optimizer):
         lr: Learning rate.
         momentum: Factor of the previous change.
         weight_decay: Decoupled weight decay.
-        damping: The number that `invert` gets. It scales with the loss.
+        damping: The number that `invert` gets, in the units of the loss: one that is multiplied by
+            `c` needs `c` times the damping.
         approximation: From a batch's `LayerIO` to a matrix, or an `Estimator`.
-        fisher: Which vectors to send backward. Default: Monte Carlo with one sample, drawn with
-            `generator`.
+        fisher: The vectors that are sent backward. Default: Monte Carlo with one label for each
+            sample, drawn with `generator`. (`layer_ios` has the exact `type2`, for single batches.)
         flavour: `EXPAND` or `REDUCE`.
         invert: From a matrix and a damping to its inverse, for example `factored_inverse`.
         controls: Functions of `step_control`, applied in this order.
-        decay: Weight of the old matrix when a batch is averaged in, with bias correction.
+        decay: Share of the old matrix when a batch is averaged in, with bias correction.
         factor_every: Steps between two updates of the matrices.
         inverse_every: Steps between two inversions.
         rest: From the parameters without a block (of norms, say) to the optimizer for them. Its
@@ -148,7 +159,10 @@ class KFAC(Optimizer):
             check_count(name, getattr(self, name))
 
     def _first_order(self, rest: Callable[[list[Parameter]], Optimizer] | None) -> Optimizer | None:
-        """Hand the parameters without a block over; what is left is preconditioned."""
+        """The optimizer that `rest` makes for the parameters without a block, if there are any.
+
+        Groups keep the parameters with a block, which are preconditioned.
+        """
         ours = {name for block in self._blocks for name in block.parameter_names}
         others = {name: p for name, p in self._trained.items() if name not in ours}
         if others and rest is None:
@@ -179,7 +193,7 @@ class KFAC(Optimizer):
         return optimizer
 
     def _share(self, rest: Optimizer) -> None:
-        """Let the first-order rule work on our groups and our state: there is one of each."""
+        """Give the optimizer of the rest our groups and our state, so that there is one of each."""
         rest.param_groups = [group for group in self.param_groups if "rest" in group]
         rest.state = self.state
 
@@ -193,17 +207,21 @@ class KFAC(Optimizer):
     # ---- curvature -------------------------------------------------------------------------
 
     def observe(self, X: Tensor, y: Tensor) -> None:
-        """Take note of the batch of the coming step, and update the curvature if that is due.
+        """Store the batch of the coming step, and update the curvature if that is due.
 
         Raises:
-            ValueError: For all that `layer_ios` refuses; so NotImplementedError.
+            ValueError: As `layer_ios`.
+            NotImplementedError: As `layer_ios`.
         """
         self._batch = Batch(self.model, self.loss, X, y)
         if self.steps % self.factor_every == 0:
             self.update_curvature(X, y)
 
     def update_curvature(self, X: Tensor, y: Tensor) -> None:
-        """Average a batch's curvature in, due or not: several times before the first step, say."""
+        """Average a batch's curvature in, whether it is due or not.
+
+        Use it to start from the average of several batches.
+        """
         ios = layer_ios(
             *(self.model, self.loss, X, y, self.fisher),
             flavour=self.flavour,
@@ -264,7 +282,7 @@ class KFAC(Optimizer):
             )
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Of all parameters that have one, the first-order rule's included."""
+        """The gradients of all parameters that have one, including those of `rest`."""
         return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
 
     def _preconditioner(self) -> Preconditioner:
@@ -291,14 +309,14 @@ class KFAC(Optimizer):
         )
 
     def _move(self, step: Step) -> dict[str, float]:
-        """Take the step; every so often, let its success adapt the damping."""
+        """Take the step; every `adapt_every` steps, adapt the damping to its success."""
         adapts = self.adapt_damping is not None and (self.steps + 1) % self.adapt_every == 0
         before = before_step(self._batch, self._gradients()) if adapts else None
         lr, decay = self._by_name("lr"), self._by_name("weight_decay")
         for name, change in step.change().items():
             p = self._names[name]
             p.mul_(1 - lr[name] * decay[name]).add_(change)
-            self.state[p]["previous"] = change
+            self.state[p] |= {**step.memory.get(name, {}), "previous": change}
         if self._rest is not None:
             self._rest.step()
         if before is None or self.adapt_damping is None:

@@ -45,7 +45,7 @@ def trainable(
 
 
 def covered(groups: Sequence[LayerGroup], names: Collection[str]) -> list[LayerGroup]:
-    """The blocks all of whose parameters are named; those with none are left alone.
+    """The blocks all of whose parameters are named. Blocks without a named one are left out.
 
     Raises:
         ValueError: If only a part of a block's parameters is named.

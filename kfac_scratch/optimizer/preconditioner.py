@@ -1,7 +1,9 @@
 """From matrices to a step: apply every block's inverse to the gradient of the whole network.
 
 A preconditioner is a function from gradients to a step, both by parameter name. It is block
-diagonal: what happens between blocks is not seen.
+diagonal: curvature between blocks has no effect.
+
+Source: Martens and Grosse 2015 (arXiv:1503.05671), §4.2.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,16 +26,19 @@ def preconditioner(
     layers: Collection[str] | None = None,
     rest: Callable[[Tensor], Tensor] | None = None,
 ) -> Preconditioner:
-    """Apply one linear map to each block of a model.
+    """A function that applies one linear map to each block of a model.
 
-    With inverses `{name: M.inverse(damping)}` and gradients, the result is the (unscaled) natural
-    gradient step; with the matrices themselves it is the curvature's product with a direction.
+    Use it with inverses `{name: M.inverse(damping)}`: gradients become the (unscaled) natural
+    gradient step. With the matrices themselves, it is the curvature's product with a direction. Not
+    for curvature between blocks: `two_level`.
+
+    Cost: one product with each map.
 
     Args:
         model: The module that the maps belong to.
         maps: One map for every block, by its name (as `layer_ios` names them).
         layers: The layers that were covered, if not all.
-        rest: What to do with values of parameters that no block covers, for example
+        rest: The map for the values of parameters that no block covers, for example
             `lambda v: v`. Default: such a parameter is an error.
 
     Raises:
@@ -98,7 +103,12 @@ def inverses(
     damping: Mapping[str, float],
     invert: Callable[[Any, float], LinearMap] = exact_inverse,
 ) -> dict[str, LinearMap]:
-    """Invert the matrix of every block with a damping that may differ between blocks.
+    """The inverse of every block's matrix, with a damping that may differ between blocks.
+
+    Use it as the optimizer does, where dampings belong to parameter groups. Not for one damping:
+    `{name: M.inverse(damping) for name, M in matrices.items()}`.
+
+    Cost: that of `invert` for each matrix.
 
     Args:
         groups: The layers' groups, as `layer_groups` gives them.

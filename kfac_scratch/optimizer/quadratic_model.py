@@ -1,11 +1,11 @@
-r"""The exact quadratic model on a batch: how far to go, and whether it held.
+r"""The exact quadratic model on a batch: it chooses a step's length, and its prediction is judged.
 
 $$
 \mathcal{M}(\delta) = \nabla^\top \delta + \tfrac12 \delta^\top C \delta
 $$
 
-with the exact GGN $C$ of the batch. KFAC's matrices choose directions; their lengths may be chosen
-by this model, which sees all layers at once and costs one forward derivative for a direction.
+with the exact GGN $C$ of the batch. KFAC's matrices choose directions; this model can choose their
+lengths. It has the curvature between layers, and costs one forward derivative for each direction.
 
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §6.5 (damping) and §7 (learning rate, momentum).
 """
@@ -23,13 +23,20 @@ from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, do
 
 
 def quadratic_model() -> Control:
-    r"""Take the learning rate and momentum that minimise the exact quadratic model on the batch.
+    r"""A control: the learning rate and momentum that minimise the exact quadratic model.
+
+    Use it with batches large enough that the model holds beyond them. Not with small batches, which
+    it overfits, and not with a learning rate schedule, which it replaces.
 
     $\mathcal{M}(\delta) = \tfrac12 \delta^\top (C + \lambda I) \delta + \nabla^\top \delta$ over
     $\delta = -\eta P + \mu \delta_0$, with the exact GGN $C$ by two forward derivatives. On a fixed
     quadratic with a fixed preconditioner, this is the method of conjugate gradients.
 
+    Cost: two forward derivatives of the network, and memory for the outputs' derivatives.
     Source: Martens and Grosse 2015 (arXiv:1503.05671), §7.
+
+    Raises:
+        ValueError: If the batch is not known.
     """
 
     def control(step: Step) -> Step:
@@ -64,7 +71,7 @@ class Before(NamedTuple):
 
 
 def before_step(batch: Batch | None, gradients: Values) -> Before:
-    """What `ratio_after_step` needs to know from before the step.
+    """The loss, gradient and parameters before the step, for `ratio_after_step`.
 
     Raises:
         ValueError: If the batch is not known.
@@ -78,7 +85,8 @@ def before_step(batch: Batch | None, gradients: Values) -> Before:
 def ratio_after_step(before: Before) -> float | None:
     """The change of the loss over the change that the model without damping predicted.
 
-    All trainable parameters count, whoever moved them. See `damping.reduction_ratio`.
+    All trainable parameters count, also those that `rest` moved. See `damping.reduction_ratio`.
+    Cost: one forward derivative and one forward pass.
     """
     model, loss, X, y = before.batch
     change = parameter_vector(model) - before.theta

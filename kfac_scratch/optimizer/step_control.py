@@ -1,8 +1,8 @@
 r"""Step control: small functions that change a step before it is taken, and compose.
 
 A step moves the parameters by $-\eta P + \mu \delta_0$, with the preconditioned gradient $P$ and
-the previous change $\delta_0$. A natural gradient has the right direction under a model that holds
-nearby. How far "nearby" reaches, each function here decides in its own way:
+the previous change $\delta_0$. A natural gradient minimises a quadratic model, which holds near the
+parameters only. Each function here limits or chooses the length of the step in another way:
 
 - `kl_clip` and `norm_constraint` shorten a step that is too long by the curvature or by its norm;
 - `graft` takes the length of every layer's step from Adam;
@@ -41,6 +41,8 @@ class Batch(NamedTuple):
 class Step:
     """A step that is not yet taken: `-lr * direction + momentum * previous`, all by parameter name.
 
+    It has many parameters, because a control may need anything that the optimizer knows.
+
     Attributes:
         gradient: Gradients of the loss.
         direction: Preconditioned gradients.
@@ -50,10 +52,12 @@ class Step:
         momentum: Factors of the previous change.
         damping: Damping of the block that a parameter is in.
         layers: Names of the parameters of each layer.
-        inverses: What gave the directions, by block name.
-        memory: Tensors that a control keeps from step to step, which it writes itself.
+        inverses: The maps that gave the directions, by block name.
+        memory: Tensors that controls keep from step to step, by parameter name and a key. A
+            control changes none of them. It returns a step with new ones, and the optimizer stores
+            those of the step that is taken: a step that is given up leaves no trace.
         batch: The mini-batch, if it is known.
-        notes: What controls report, for a history.
+        notes: Numbers that controls report, for a history.
     """
 
     gradient: Values
@@ -64,7 +68,7 @@ class Step:
     momentum: Mapping[str, float]
     damping: Mapping[str, float]
     layers: tuple[tuple[str, ...], ...]
-    memory: Mapping[str, dict[str, Tensor]]
+    memory: Mapping[str, Mapping[str, Tensor]]
     inverses: Mapping[str, LinearMap] = field(default_factory=dict)
     batch: Batch | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -75,7 +79,7 @@ class Step:
         return replace(self, direction=direction, notes={**self.notes, **notes})
 
     def change(self) -> dict[str, Tensor]:
-        """What the parameters move by."""
+        """The change of the parameters."""
         return {
             name: self.momentum[name] * self.previous[name] - self.lr[name] * P
             for name, P in self.direction.items()
@@ -86,12 +90,20 @@ Control = Callable[[Step], Step]
 
 
 def kl_clip(limit: float) -> Control:
-    r"""Shorten the step so that its squared length in the curvature's metric is at most `limit`.
+    r"""A control: shorten the step so that its squared length in the curvature is at most `limit`.
+
+    Use it to keep the predictions near the old ones, with the exact damped inverse. Not behind
+    `graft`, which changes the length of every layer: the limit then has no such meaning.
 
     $\nu = \min(1, \sqrt{\kappa / \sum_l \eta_l^2 \langle P_l, G_l \rangle})$. If $P$ is the damped
     inverse applied to $G$, the sum is $\delta^\top (F + \lambda I) \delta$, and half of it bounds
     the KL divergence between the model's predictions before and after the step, to second order.
-    Behind `graft`, which changes the length of every layer, the limit has no such meaning.
+
+    Units: `limit` has those of the loss. Cost: one inner product over all parameters, and a
+    synchronisation with the device.
+
+    Raises:
+        ValueError: If the limit is not positive; from the control, if the direction ascends.
     """
     _check_limit(limit)
 
@@ -109,7 +121,16 @@ def kl_clip(limit: float) -> Control:
 
 
 def norm_constraint(limit: float) -> Control:
-    """Shorten the step so that its Euclidean norm at the base learning rate is at most `limit`."""
+    """A control: shorten the step to a Euclidean norm of at most `limit` at the base learning rate.
+
+    Use it against single long steps, also behind `graft`. Not as a trust region of the predictions:
+    `kl_clip`.
+
+    Units: those of the parameters. Cost: as `kl_clip`.
+
+    Raises:
+        ValueError: If the limit is not positive.
+    """
     _check_limit(limit)
 
     def control(step: Step) -> Step:
@@ -120,27 +141,35 @@ def norm_constraint(limit: float) -> Control:
 
 
 def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Control:
-    """Keep the direction of every layer, but give it the norm that Adam's step would have.
+    """A control: the direction of every layer, with the norm that Adam's step would have.
 
-    The learning rate then means what it means for Adam. Its two moments are kept per parameter.
+    Use it to reuse learning rates that were found for Adam. Not before `kl_clip`, and not where the
+    length of the natural gradient step is the point, which it discards.
+
+    Cost: Adam's operations, and its two moments for every parameter, as part of the optimizer's
+    state. Source: Agarwal et al. 2020 (arXiv:2002.11803).
+
+    Raises:
+        ValueError: If `eps` is not positive.
     """
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}: gradients may be zero.")
 
     def control(step: Step) -> Step:
-        adam = {name: _adam(step.memory[name], g, betas, eps) for name, g in step.gradient.items()}
+        moments = {n: _moments(step.memory[n], g, betas) for n, g in step.gradient.items()}
+        adam = {name: _adam(m, betas, eps) for name, m in moments.items()}
         scales: dict[str, Tensor | float] = {}
         for names in step.layers:
-            wanted, found = (_norm([v[n] for n in names]) for v in (adam, step.direction))
-            scale = torch.where(found > 0, wanted / found, torch.zeros_like(found))
+            wanted, length = (_norm([v[n] for n in names]) for v in (adam, step.direction))
+            scale = torch.where(length > 0, wanted / length, torch.zeros_like(length))
             scales |= dict.fromkeys(names, scale)
-        return step.scaled(scales)
+        return replace(step.scaled(scales), memory=moments)
 
     return control
 
 
 def squared_length(step: Step) -> float:
-    """The sum of `base_lr**2 * <P, G>`: the squared length in the metric that gave `P`."""
+    """The sum of `base_lr**2 * <P, G>`: the squared length in the curvature that gave `P`."""
     direction = {name: step.base_lr[name] ** 2 * P for name, P in step.direction.items()}
     return dot(direction, step.gradient)
 
@@ -159,17 +188,26 @@ def dot(x: Values, y: Values) -> float:
     return float(torch.stack([(x[name] * y[name]).sum() for name in x]).sum())
 
 
-def _adam(memory: dict[str, Tensor], g: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
-    """Adam's step for one parameter at learning rate 1; the moments in `memory` move along."""
-    if "exp_avg" not in memory:
-        memory |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
-        memory["step"] = torch.zeros((), dtype=torch.float32)
-    memory["step"] += 1
-    m = memory["exp_avg"].lerp_(g, 1 - betas[0])
-    v = memory["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    count = float(memory["step"])
+def _moments(
+    memory: Mapping[str, Tensor], g: Tensor, betas: tuple[float, float]
+) -> dict[str, Tensor]:
+    """The memory of one parameter after one more gradient: Adam's moments and their count."""
+    m = memory.get("exp_avg", torch.zeros_like(g))
+    v = memory.get("exp_avg_sq", torch.zeros_like(g))
+    return {
+        **memory,
+        "exp_avg": m.lerp(g, 1 - betas[0]),
+        "exp_avg_sq": (v * betas[1]).addcmul_(g, g, value=1 - betas[1]),
+        "step": memory.get("step", torch.zeros((), dtype=torch.float32)) + 1,
+    }
+
+
+def _adam(moments: Mapping[str, Tensor], betas: tuple[float, float], eps: float) -> Tensor:
+    """Adam's step for one parameter at learning rate 1."""
+    count = float(moments["step"])
     m_scale, v_scale = 1 - betas[0] ** count, 1 - betas[1] ** count
-    return m / m_scale / (v.sqrt().div_(v_scale**0.5).add_(eps))
+    root = moments["exp_avg_sq"].sqrt().div_(v_scale**0.5).add_(eps)
+    return moments["exp_avg"] / m_scale / root
 
 
 def _check_limit(limit: float) -> None:

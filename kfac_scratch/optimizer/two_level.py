@@ -1,6 +1,6 @@
-r"""Two-level KFAC: what the blocks leave out, put back in a small space.
+r"""Two-level KFAC: curvature between layers, in a small space.
 
-A block-diagonal preconditioner $M^{-1}$ sees no curvature between layers. A second, coarse level
+A block-diagonal preconditioner $M^{-1}$ has no curvature between layers. A second, coarse level
 solves the whole network's system exactly in the span of a few directions $Z$,
 
 $$
@@ -55,10 +55,16 @@ def gradient_products(
 
 
 def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMap:
-    """The product with `F + damping * I`, cross-blocks included, of all blocks on one batch.
+    """The product with `F + damping * I` of all blocks on one batch, cross-blocks included.
 
-    Exact for a model's GGN or Fisher, because the vectors of all layers are the same ones, seen at
-    different depths. Needs `layer_ios` with `EXPAND`.
+    Law: exact for a model's GGN or Fisher, because the vectors of all layers are the same ones,
+    sent back to different depths. Use it with `LayerIO`s of `EXPAND`, not of `REDUCE`.
+
+    Cost: `2 * N * S * d_out * (d_in + V)` operations for each layer.
+
+    Args:
+        ios: All blocks on one batch.
+        damping: The multiple of the identity that is added. The default is the curvature itself.
     """
     check_damping(damping)
 
@@ -78,8 +84,10 @@ def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMa
 def coarse_matrix(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Float[Tensor, "m m"]:
     r"""The exact Galerkin matrix $E = Z^\top (F + \delta I) Z$.
 
-    $F$ is a sum of outer products of gradients, so that $Z^\top F Z$ is one of their products with
-    the directions. Damping enters as $\delta Z^\top Z$.
+    $F$ is a sum of outer products of gradients, so that $Z^\top F Z$ is a sum of outer products of
+    their inner products with the directions. Damping enters as $\delta Z^\top Z$.
+
+    Cost: one inner product of every direction with every gradient of its layer.
     """
     phi, lengths = [], []
     for name, io in ios.items():
@@ -93,8 +101,10 @@ def coarse_matrix(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Float
 def coarse_inverse(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> BlockMap:
     r"""The map $Q = Z E^{-1} Z^\top$.
 
-    Depends on the span of the directions only; directions that are zero, or depend on others, do
-    no harm.
+    Law: it depends on the span of the directions only. Directions that are zero, or depend on
+    others, are dropped by a pseudo-inverse, without a warning.
+
+    Cost: that of `coarse_matrix`, and an eigendecomposition of size `m`.
     """
     E = coarse_matrix(ios, Z, damping)
     size = E.diagonal().sqrt()
@@ -115,12 +125,24 @@ def coarse_inverse(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Bloc
 
 
 def additive(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
-    """The paper's form: the sum of both steps. Counts twice what both levels see."""
+    """The paper's form: the sum of both steps.
+
+    Use it in training: with a symmetric positive definite fine level it is so, too, and its steps
+    descend. Not as a better solution of the system: curvature that both levels have counts twice.
+
+    Cost: one fine step, no product with the curvature.
+    """
     return lambda r: _sum(fine(r), Q(r))
 
 
 def adef1(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
-    """Coarse step first, then the fine one on what is left. Not symmetric."""
+    """The coarse step first, then the fine step on its residual.
+
+    Use it where the gradient lies near the coarse space, which it solves exactly. Not with controls
+    that need a symmetric map: it is none.
+
+    Cost: one fine step and one product with the curvature.
+    """
 
     def step(r: BlockValues) -> dict[str, Tensor]:
         x = Q(r)
@@ -130,10 +152,14 @@ def adef1(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
 
 
 def adef2(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
-    r"""Fine step first, then the coarse one on what is left.
+    r"""The fine step first, then the coarse step on its residual.
+
+    Use it to solve the system of one batch better than the fine level. Not in training without a
+    check: its guarantee is about another norm, and a step may ascend.
 
     Law: the error to $F_\delta^{-1} r$ in the norm of $F_\delta$ is at most that of the fine step,
     for every fine level, every coarse space and every `r`.
+    Cost: one fine step and one product with the curvature.
     """
 
     def step(r: BlockValues) -> dict[str, Tensor]:
@@ -144,7 +170,13 @@ def adef2(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
 
 
 def bnn(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
-    """Coarse, fine, coarse: the symmetric form (balancing Neumann-Neumann)."""
+    """Coarse, fine, coarse: the symmetric form (balancing Neumann-Neumann).
+
+    Use it where a symmetric positive definite map is needed, for conjugate gradients. Not for the
+    least cost.
+
+    Cost: one fine step and two products with the curvature.
+    """
     return adef2(adef1(fine, F, Q), F, Q)
 
 
@@ -161,20 +193,25 @@ def two_level(
     combine: Combination = adef2,
     rest: Callable[[Tensor], Tensor] | None = None,
 ) -> Preconditioner:
-    """What `preconditioner(model, maps)` is for one level: gradients to a step, by parameter name.
+    """Two-level KFAC as a preconditioner: gradients to a step, by parameter name.
 
-    Beyond KFAC's work a step costs one product with the curvature, as many with the directions as
-    there are, and an `m` by `m` system.
+    Use it for one batch's system with curvature between layers. Not for averages over batches: the
+    cross-blocks are those of `ios`.
+
+    Cost: beyond `preconditioner(model, maps)`, the products with the curvature that `combine`
+    takes, `coarse_matrix`, and an `m` by `m` system at every step.
+
+    It has many parameters, because it has two levels and a rule to combine them.
 
     Args:
         model: The module that the blocks belong to.
         ios: All its blocks on one batch, from `layer_ios`, which define `F`.
         maps: The fine level, usually damped inverses, for the same blocks.
         damping: The damping of `F`.
-        space: Where the coarse level looks, for example `nicolaides_space` or
-            `krylov_space(residual_space)`.
-        combine: How to use both levels, `adef2`, `additive`, `adef1` or `bnn`.
-        rest: What to do with values of parameters that no block covers, as in `preconditioner`.
+        space: The coarse space, for example `nicolaides_space` or `krylov_space(residual_space)`.
+        combine: The use of both levels: `adef2`, `additive`, `adef1` or `bnn`. The default has the
+            guarantee for one system; `coarse_correction`, for training, has `additive`.
+        rest: The map for values of parameters that no block covers, as in `preconditioner`.
 
     Raises:
         ValueError: If blocks, `ios` and maps do not go together, or a value has no block and
@@ -214,16 +251,22 @@ def coarse_correction(
     space: CoarseSpace = nicolaides_space,
     combine: Combination = additive,
 ) -> Control:
-    """Two levels as a step control: corrects the preconditioned gradient of an optimizer's step.
+    """Two-level KFAC as a control: it corrects the preconditioned gradient of an optimizer's step.
 
-    Put it first, before what changes the length of the step. Every step sends the vectors of
-    `fisher` back once more: the cross-blocks are those of the batch itself.
+    Use it as the first control, before those that change the length of the step. Not with groups
+    that differ in damping: a coarse level has one.
+
+    Cost: in every step one more capture of the batch with the vectors of `fisher`, which gives the
+    cross-blocks, and the coarse level as in `two_level`.
 
     Args:
         fisher: The vectors, see `losses`.
-        space: Where the coarse level looks.
+        space: The coarse space.
         combine: `additive` or `adef2`, which use the fine level once. A step of `adef2` may ascend,
             since its guarantee is about another norm: in training, `additive` is the safer one.
+
+    Raises:
+        ValueError: From the control, if the batch is not known or dampings differ.
     """
     check_function("fisher", fisher, "fisher=type2")
     check_levels(space, combine)

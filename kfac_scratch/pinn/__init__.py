@@ -1,1 +1,1 @@
-"""PINNs: differential equations as data, and KFAC for them."""
+"""PINNs: differential equations as losses, and KFAC for them."""

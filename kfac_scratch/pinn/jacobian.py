@@ -1,6 +1,6 @@
-r"""The Gauss-Newton matrix of a PINN, in every form in which it is used.
+r"""The Gauss-Newton matrix of a PINN: its products, its blocks, the whole matrix and the kernel.
 
-All residuals together are a vector $\rho$ with one entry for each residual of each datum. With its
+All residuals together are a vector $\rho$ with one entry for each residual of each point. With its
 Jacobian $J$, whose rows are the gradients $\operatorname{vec}(\sum_s g_{ns} a_{ns}^\top)$ of all
 layers side by side,
 
@@ -26,7 +26,7 @@ from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.pinn.terms import Linearization
 
-Direction = Mapping[str, Tensor]  # a matrix [d_out, d_in] for each block; one that lacks is zero
+Direction = Mapping[str, Tensor]  # a matrix [d_out, d_in] for each block; a missing one is zero
 
 
 def block_weights(model: Module) -> dict[str, Tensor]:
@@ -64,17 +64,17 @@ def flat(terms: Iterable[Sequence[Linearization]]) -> list[Linearization]:
 
 
 def residuals(parts: Sequence[Linearization]) -> Float[Tensor, "K"]:
-    """All residuals as one vector: datum by datum within each part."""
+    """All residuals as one vector: part by part, and within a part residual by residual."""
     return torch.cat([part.residuals.flatten() for part in parts])
 
 
 def times(parts: Sequence[Linearization], v: Direction) -> Float[Tensor, "K"]:
-    """`J v`."""
+    """The product `J v`. Cost: `N * S * d_out * d_in` operations for each layer, and no graph."""
     return torch.cat([_times(part, v).flatten() for part in parts])
 
 
 def _times(part: Linearization, v: Direction) -> Float[Tensor, "M N"]:
-    """Of `g^T V a`, the product with the longer of `g` and `a` comes first."""
+    """`g^T V a` for every residual, beginning with the product with the longer of `g` and `a`."""
     total = torch.zeros_like(part.residuals)
     for name in v.keys() & part.ios.keys():
         (a, g), V = (part.ios[name].a, part.ios[name].g), v[name]
@@ -84,7 +84,10 @@ def _times(part: Linearization, v: Direction) -> Float[Tensor, "M N"]:
 
 
 def transposed_times(parts: Sequence[Linearization], y: Float[Tensor, "K"]) -> dict[str, Tensor]:
-    """`J^T y`; with all residuals for `y`, this is the gradient of the loss."""
+    """The product `J^T y`; with all residuals for `y`, it is the gradient of the loss.
+
+    Cost: as `times`.
+    """
     result: dict[str, Tensor] = {}
     for part, of_part in zip(parts, y.split([p.residuals.numel() for p in parts]), strict=True):
         scale = of_part.view_as(part.residuals)[..., None, None]
@@ -102,14 +105,21 @@ def _weighted_sum(scale: Float[Tensor, "V N 1 1"], io: LayerIO) -> Float[Tensor,
 
 
 def layer_jacobian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "K D"]:
-    """The columns of `J` that belong to one block."""
+    """The columns of `J` that belong to one block. Memory: `K * D`."""
     return torch.cat([part.ios[name].gradients().flatten(2).flatten(0, 1) for part in parts])
 
 
 def gramian(parts: Sequence[Linearization]) -> Float[Tensor, "D D"]:
-    """`J^T J` of all blocks, `D x D`, one part of the data at a time."""
+    """The Gramian `J^T J` of all blocks, one part at a time.
+
+    Cost: `K * D**2` operations, halved by symmetry; memory `D**2`, and `D` times the residuals of
+    one part.
+
+    Raises:
+        ValueError: If there are no parts.
+    """
     if not parts:
-        raise ValueError("There are no data.")
+        raise ValueError("There are no points: the Gramian needs at least one linearised part.")
     size = sum(io.a.shape[-1] * io.g.shape[-1] for io in parts[0].ios.values())
     total = parts[0].residuals.new_zeros(size, size)
     for part in parts:
@@ -123,7 +133,11 @@ def layer_gramian(parts: Sequence[Linearization], name: str) -> Float[Tensor, "D
 
 
 def kernel_matrix(parts: Sequence[Linearization]) -> Float[Tensor, "K K"]:
-    """`J J^T`, one block after the other, so that of `J` only one block's columns exist."""
+    """The kernel `J J^T`, block by block.
+
+    Cost: `K**2 * D` operations, halved by symmetry; memory `K**2`, and `K` times the weights of the
+    largest block.
+    """
     size = sum(part.residuals.numel() for part in parts)
     total = parts[0].residuals.new_zeros(size, size)
     for name in parts[0].ios:
@@ -132,7 +146,7 @@ def kernel_matrix(parts: Sequence[Linearization]) -> Float[Tensor, "K K"]:
 
 
 def _add_outer(total: Float[Tensor, "K K"], X: Float[Tensor, "K D"], size: int = 128) -> None:
-    """Add `X X^T` up to the diagonal, some rows at a time: half the work."""
+    """Add the lower triangle of `X X^T`, `size` rows at a time: half the work."""
     for start in range(0, len(X), size):
         end = start + size
         total[start:end, :end].addmm_(X[start:end], X[:end].T)
@@ -144,10 +158,11 @@ def _mirrored(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
 
 
 def joined(ios: Sequence[LayerIO]) -> LayerIO:
-    """The data of several terms as one batch of a layer.
+    """The points of several terms as one batch of a layer.
 
-    Terms with fewer coefficients or residuals are filled up with zeros, which add nothing to the
-    gradients and so nothing to the block: law, `joined(ios).block()` is the sum of the blocks.
+    Terms with fewer coefficients or residuals are padded with zeros, which change no gradient.
+    Law: `joined(ios).block()` is the sum of the blocks. Memory: that of all points, each with the
+    largest numbers of coefficients and residuals.
     """
     V, S = max(len(io.g) for io in ios), max(io.a.shape[1] for io in ios)
     a = [torch.nn.functional.pad(io.a, (0, 0, 0, S - io.a.shape[1])) for io in ios]

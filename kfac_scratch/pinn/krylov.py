@@ -16,7 +16,7 @@ $$
 
 and then the best combination of it with the last $m$ steps. Products with $J$ are cheap beside a
 pass through the graph, so a step with $k = 20$ takes about three times as long as one of KFAC*.
-With $k \to \infty$ it is the step of Gauss-Newton, and KFAC only says how soon it is reached.
+With $k \to \infty$ it is the step of Gauss-Newton; KFAC determines how fast it is approached.
 
 Source: Martens 2010 (Deep learning via Hessian-free optimization) for conjugate gradients;
 Martens and Grosse 2015 (arXiv:1503.05671), §7, for the combination.
@@ -52,16 +52,32 @@ from kfac_scratch.pinn.terms import Linearization, Term, linearize
 
 @dataclass(frozen=True)
 class KFACKrylov:
-    """The best step among `iterations` new directions and `memory` last steps.
+    """KFAC* over a Krylov space: the best step among `iterations` new directions and `memory` old.
+
+    Use it where `KFACStar` makes too little progress for each linearisation. Not for networks or
+    batches so small that `GaussNewton` solves the system directly.
+
+    Cost: for each step one linearisation, `iterations` products with `J`, `J^T` and the
+    preconditioner, and some forward passes of the line search. Memory: `linearize`'s, and `memory`
+    copies of the weights.
+
+    It has many parameters, because it has two systems, each with a damping, and remembers steps.
 
     Attributes:
-        iterations: Of conjugate gradients, `k`.
-        memory: How many steps are remembered, `m`.
-        damping: Of the model, at the first step. It follows the model's success.
-        minimum: The smallest damping of the model.
-        floor: The smallest damping of the preconditioner, which has that of the model otherwise.
+        iterations: The number `k` of conjugate gradient iterations.
+        memory: The number `m` of last steps that are kept.
+        damping: The damping of the model at the first step, in the units of the loss. Each step
+            adapts it to the model's success, so that its start matters less than the constant
+            damping of `PinnKFAC`.
+        minimum: The lower bound of the damping of the model.
+        floor: The lower bound of the damping of the preconditioner. Above it, the preconditioner
+            has the damping of the model. A preconditioner that is inverted by Cholesky
+            factorisations needs more damping than the model does.
         preconditioner: The preconditioner.
-        chunk: How many data are linearised at once.
+        chunk: How many points are linearised at once. Default: all.
+
+    Raises:
+        ValueError: If there is not at least one iteration, or `memory` is negative.
     """
 
     iterations: int = 20
@@ -76,14 +92,14 @@ class KFACKrylov:
         check_instance("preconditioner", self.preconditioner, PinnPreconditioner, "TermWise()")
         if self.iterations < 1 or self.memory < 0:
             raise ValueError(
-                "At least one iteration and no fewer than 0 steps to remember are needed, got "
+                "KFACKrylov needs iterations of at least 1 and memory of at least 0, got "
                 f"iterations={self.iterations}, memory={self.memory}."
             )
 
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
-        """Move the weights, and return the next state; its `previous` stacks the last steps."""
+        """Move the weights, and return the next state, whose `previous` stacks the last steps."""
         W, count = block_weights(model), state.count + 1 if state else 1
         damping = state.damping if state else self.damping
         lin = linearize(model, terms, self.chunk)
@@ -111,9 +127,9 @@ def krylov_direction(
     """The minimum of the damped model over the Krylov space, by conjugate gradients.
 
     Args:
-        parts: The linearised data.
+        parts: The linearised points.
         P: The inverse of the preconditioner of every layer.
-        damping: Of the model.
+        damping: The damping of the model.
         iterations: The dimension of the space.
     """
     gradient = transposed_times(parts, residuals(parts))
@@ -131,12 +147,12 @@ def krylov_direction(
 
 
 def stacked(steps: Sequence[Direction]) -> dict[str, Tensor]:
-    """Directions as one, with an axis in front for their number."""
+    """Several directions as one, stacked along a new first axis."""
     return {name: torch.stack([d[name] for d in steps]) for name in (steps[0] if steps else ())}
 
 
 def unstacked(steps: Direction) -> list[dict[str, Tensor]]:
-    """Undo `stacked`."""
+    """The directions that `stacked` joined."""
     number = len(next(iter(steps.values()))) if steps else 0
     return [{name: V[i] for name, V in steps.items()} for i in range(number)]
 

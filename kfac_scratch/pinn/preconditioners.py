@@ -46,12 +46,12 @@ LinearizedTerms = Sequence[Sequence[Linearization]]
 TermFactors = tuple[Kronecker, ...]  # of one layer: one for each kind of term
 TermInverse = Callable[
     [TermFactors, TermFactors, Sequence[LayerIO]], LinearMap
-]  # damped, undamped, data
+]  # damped, undamped, the layer on all points
 
 
 @runtime_checkable
 class PinnPreconditioner(Protocol):
-    """How a step is measured: from linearised terms to an inverse for each layer."""
+    """A rule that makes a preconditioner from linearised terms: one inverse for each layer."""
 
     def update(
         self, state: Any, terms: LinearizedTerms, damping: float, count: int
@@ -59,16 +59,17 @@ class PinnPreconditioner(Protocol):
         """The next state, and the inverses.
 
         Args:
-            state: What the preconditioner remembers; None before the first step.
+            state: The state after the last step; None before the first one.
             terms: The linearised terms.
-            damping: What is added.
+            damping: The multiple of the identity that is added: to each factor (`TermWise`), or to
+                the matrix (`Joined`).
             count: The number of this step, from 1.
         """
         ...
 
 
 def by_layer(terms: LinearizedTerms) -> dict[str, list[list[LayerIO]]]:
-    """For each layer its data, grouped by the number of coefficients."""
+    """For each layer its `LayerIO`s, grouped by the number of coefficients."""
     result: dict[str, list[list[LayerIO]]] = {}
     for name in terms[0][0].ios:
         groups: dict[int, list[LayerIO]] = {}
@@ -80,7 +81,7 @@ def by_layer(terms: LinearizedTerms) -> dict[str, list[list[LayerIO]]]:
 
 
 def kfac_of_parts(ios: Sequence[LayerIO]) -> Kronecker:
-    """`kfac` of all parts as one batch, none of which is copied."""
+    """`kfac` of all parts as one batch, without copies of them."""
     rows = sum(io.a.shape[0] * io.a.shape[1] for io in ios)
     A = torch.stack([gram(io.a) for io in ios]).sum(0) / rows
     return Kronecker(A, torch.stack([gram(io.g.flatten(0, 1)) for io in ios]).sum(0))
@@ -93,18 +94,36 @@ def damped_factors(K: Kronecker, share: float, damping: float) -> Kronecker:
 
 
 def kfac_inverse(damped: TermFactors, factors: TermFactors, ios: Sequence[LayerIO]) -> LinearMap:
-    """The inverse of the sum of damped products, in closed form for up to two of them."""
+    """The inverse of a sum of damped Kronecker products: KFAC for PINNs.
+
+    Use it as the default of `TermWise`. Not for three or more kinds of terms in training: the
+    inverse then runs conjugate gradients at every product.
+
+    Cost: for up to two products, a Cholesky factorisation and an eigendecomposition of each factor,
+    `O(d_in**3 + d_out**3)`.
+
+    Raises:
+        ValueError: If a damped factor is not positive definite.
+    """
     if len(damped) <= 2:
         return congruence(damped)
     return SumInverse(damped, congruence(damped[:2]))
 
 
 def ekfac_inverse(damped: TermFactors, factors: TermFactors, ios: Sequence[LayerIO]) -> LinearMap:
-    """The same with the diagonal corrected in the basis in which the sum is diagonal.
+    """The inverse of `kfac_inverse`'s sum with a corrected diagonal: EKFAC for PINNs.
 
-    That basis is not orthogonal. The exact block is not diagonal in it, but its diagonal is cheap:
-    second moments of gradients. They replace the diagonal of the undamped products; what the
-    damping added stays.
+    In the basis in which the sum is diagonal, and which is not orthogonal, the diagonal of the
+    undamped products is replaced by the diagonal of the exact block, the second moments of the
+    gradients. The part that the damping added stays.
+
+    Use it where KFAC's directions limit the progress. Not with three or more kinds of terms.
+
+    Cost: that of `kfac_inverse`, and `second_moments` of all points.
+
+    Raises:
+        ValueError: If a damped factor is not positive definite.
+        NotImplementedError: If there are more than two kinds of terms.
     """
     if len(damped) > 2:
         raise NotImplementedError(
@@ -125,8 +144,8 @@ def diagonal_in(basis: Congruence, K: Kronecker) -> Float[Tensor, "d_out d_in"]:
 def congruence(products: TermFactors) -> Congruence:
     """The inverse of one Kronecker product, or of a sum of two.
 
-    Each pair of factors is diagonalised together with its sum, so that all numbers lie between 0
-    and 1, and one of the two may be singular.
+    Each factor of the first product is diagonalised together with the sum of both, so that all
+    eigenvalues lie between 0 and 1, and one of the two factors may be singular.
     """
     if len(products) == 1:
         eigen = products[0].inverse(0.0)
@@ -139,13 +158,16 @@ def congruence(products: TermFactors) -> Congruence:
 
 @dataclass(frozen=True, eq=False)
 class SumInverse:
-    """The inverse of a sum of many Kronecker products, by conjugate gradients at every product."""
+    """The inverse of a sum of many Kronecker products, by conjugate gradients at every product.
+
+    Cost: a product with each of them for each iteration, to full accuracy.
+    """
 
     products: TermFactors
     preconditioner: LinearMap
 
     def __matmul__(self, V: Float[Tensor, "d_out d_in"]) -> Tensor:
-        """Solve for `V`."""
+        """The solution of the system for `V`."""
         return conjugate_gradient(
             lambda X: torch.stack([K @ X for K in self.products]).sum(0),
             V,
@@ -162,11 +184,18 @@ def _mixed(old: TermFactors, new: TermFactors, weight: float) -> TermFactors:
 
 @dataclass(frozen=True)
 class TermWise:
-    """A sum of one Kronecker product for each kind of term: the paper's KFAC.
+    """The paper's KFAC: a sum of one Kronecker product for each kind of term.
+
+    Terms with equally many coefficients are of one kind. Use it for one or two kinds of terms: an
+    equation and a boundary condition. Not for three or more: use `Joined`.
+
+    Cost: that of `kfac` for all points, and of `inverse`; memory `d_in**2 + d_out**2` for each kind
+    and layer.
 
     Attributes:
-        decay: Of the average over steps, `beta`; and of the initial damping.
-        inverse: From damped factors, the undamped ones and the layer's data to the inverse:
+        decay: The share of the old factors in an average, the paper's `beta`. The identity that is
+            added to the factors decays with it, too.
+        inverse: From damped factors, the undamped ones and the layer's `LayerIO`s to the inverse:
             `kfac_inverse` or `ekfac_inverse`.
     """
 
@@ -179,7 +208,7 @@ class TermWise:
     def update(
         self, state: Any, terms: LinearizedTerms, damping: float, count: int
     ) -> tuple[dict[str, TermFactors], dict[str, LinearMap]]:
-        """Average the factors, add the damping to each, invert the sum."""
+        """The averaged factors, and the inverse of their damped sum for each layer."""
         weight, left = weight_of_newest(self.decay, count), self.decay**count
         averages, inverses = {}, {}
         for name, groups in by_layer(terms).items():
@@ -195,9 +224,15 @@ class TermWise:
 class Joined:
     """One matrix for all terms as one batch, by any approximation of the package.
 
+    Use it for three or more kinds of terms, and for approximations other than KFAC. Not where terms
+    differ much in their number of coefficients: all are padded to the largest.
+
+    Cost: that of `joined`, of the approximation, and of its exact inverse.
+
     Attributes:
         approximation: A function of a `LayerIO`, or an `Estimator`.
-        decay: Of the average over steps, and of the initial damping.
+        decay: The share of the old matrix in an average. The damping that is added at the first
+            steps decays with it, too.
     """
 
     approximation: Approximation | Estimator
@@ -209,7 +244,7 @@ class Joined:
     def update(
         self, state: Any, terms: LinearizedTerms, damping: float, count: int
     ) -> tuple[dict[str, Any], dict[str, LinearMap]]:
-        """Follow the stream of batches, and invert with a damping that decays to `damping`."""
+        """The averaged matrices, and their inverses with a damping that decays to `damping`."""
         follow, weight = estimator(self.approximation), weight_of_newest(self.decay, count)
         matrices = {}
         for name, groups in by_layer(terms).items():

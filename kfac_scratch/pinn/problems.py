@@ -37,15 +37,18 @@ Bounds = Sequence[tuple[float, float]]
 class Problem:
     """A differential equation on a box, with its solution.
 
+    It has many parameters, because all of them define the equation.
+
     Attributes:
         box: Bounds of each coordinate.
         solution: From points `[N, d]` to values `[N, outputs]`.
         equation: The residual in the interior.
         condition: The residual on the boundary.
-        faces: On which faces the condition holds: a coordinate, and 0 for its lower end, 1 for its
-            upper one. Each gets the same share of points, by `shares` if given.
+        faces: The faces on which the condition holds: a coordinate, and 0 for its lower end, 1 for
+            its upper one. Points are drawn uniformly from this list, so that a face that is listed
+            twice gets twice as many.
         space: The coordinates of the Laplacian. Default: all.
-        outputs: How many unknown functions there are.
+        outputs: The number of unknown functions.
     """
 
     box: Bounds
@@ -57,7 +60,7 @@ class Problem:
     outputs: int = 1
 
     def terms(self, interior: int, boundary: int, generator: Generator) -> list[Term]:
-        """Fresh points: the equation in the interior and the condition on the boundary."""
+        """The terms at fresh points: the equation inside, the condition on the boundary."""
         d = len(self.box)
         inside, outside = self.points(interior, generator), self.points(boundary, generator)
         face = torch.randint(
@@ -73,7 +76,7 @@ class Problem:
         ]
 
     def points(self, N: int, generator: Generator) -> Float[Tensor, "N d"]:
-        """Uniform in the box."""
+        """Points with a uniform distribution in the box."""
         low, high = torch.tensor(self.box, device=generator.device, dtype=torch.float64).T
         X = torch.rand(
             N, len(self.box), generator=generator, device=generator.device, dtype=torch.float64
@@ -81,13 +84,13 @@ class Problem:
         return (low + (high - low) * X).to(torch.get_default_dtype())
 
     def error(self, model: Module, X: Float[Tensor, "N d"]) -> float:
-        """Root mean square of the difference to the solution, over points and outputs."""
+        """The root mean square of the difference to the solution, over points and outputs."""
         with torch.no_grad():
             return float((model(X) - self.solution(X)).square().mean().sqrt())
 
 
 def mlp(*sizes: int) -> Sequential:
-    """Linear layers with tanh between them."""
+    """A multilayer perceptron: linear layers of these sizes with tanh between them."""
     layers: list[Module] = []
     for d_in, d_out in pairwise(sizes):
         layers += [Linear(d_in, d_out), Tanh()]
@@ -95,7 +98,7 @@ def mlp(*sizes: int) -> Sequential:
 
 
 def dirichlet(solution: Callable[[Tensor], Tensor]) -> Callable[[Field, Tensor], Tensor]:
-    """The residual of `u = solution`, for boundaries, initial values and data."""
+    """The residual of `u = solution`, for boundaries, initial values and measurements."""
     return lambda u, x: u.value - solution(x)
 
 
@@ -111,7 +114,7 @@ def _sines(x: Tensor, frequency: float = 1.0) -> Float[Tensor, "N 1"]:
 
 
 def poisson(d: int) -> Problem:
-    """A product of sines, zero on the boundary of the unit cube."""
+    """Poisson's equation for a product of sines, zero on the boundary of the unit cube."""
 
     def equation(u: Field, x: Tensor) -> Tensor:
         return u.lap + d * pi**2 * _sines(x)
@@ -120,7 +123,7 @@ def poisson(d: int) -> Problem:
 
 
 def poisson_cosines(d: int) -> Problem:
-    """A sum of cosines on the unit cube."""
+    """Poisson's equation for a sum of cosines on the unit cube."""
 
     def solution(x: Tensor) -> Tensor:
         return (pi * x).cos().sum(1, keepdim=True)
@@ -132,7 +135,10 @@ def poisson_cosines(d: int) -> Problem:
 
 
 def helmholtz(d: int, wave: float = 4.0, frequency: float = 2.0) -> Problem:
-    """`lap u + wave^2 u = f`: indefinite, if the wave number exceeds the box's first frequency."""
+    """Helmholtz' equation `lap u + wave^2 u = f` on the unit cube.
+
+    The operator is indefinite if the wave number exceeds the lowest frequency of the cube.
+    """
 
     def solution(x: Tensor) -> Tensor:
         return _sines(x, frequency)
@@ -145,7 +151,7 @@ def helmholtz(d: int, wave: float = 4.0, frequency: float = 2.0) -> Problem:
 
 
 def heat(d: int) -> Problem:
-    """Coordinate 0 is the time, the others are space; conductivity 1/4."""
+    """The heat equation with conductivity 1/4; coordinate 0 is the time, the others are space."""
 
     def solution(x: Tensor) -> Tensor:
         return (-d * pi**2 / 4 * x[:, :1]).exp() * _sines(x[:, 1:])
@@ -159,7 +165,9 @@ def heat(d: int) -> Problem:
 
 
 def log_fokker_planck(d: int) -> Problem:
-    """The logarithm `q` of a Gaussian density whose variance grows from 1 to 2.
+    """The Fokker-Planck equation for the logarithm `q` of a Gaussian density.
+
+    Its variance grows from 1 towards 2.
 
     `d_t q = d / 2 + x . grad q / 2 + |grad q|^2 + lap q`: not linear in `q`.
     """
@@ -181,7 +189,7 @@ def log_fokker_planck(d: int) -> Problem:
 
 
 def burgers(viscosity: float = 0.1) -> Problem:
-    """A front that travels with speed 1/2 and keeps its shape: `(1 - tanh((x - t/2) / 4v)) / 2`."""
+    """Burgers' equation for a front `(1 - tanh((x - t/2) / 4v)) / 2`, which keeps its shape."""
 
     def solution(x: Tensor) -> Tensor:
         return (1 - ((x[:, 1:] - x[:, :1] / 2) / (4 * viscosity)).tanh()) / 2
@@ -194,7 +202,7 @@ def burgers(viscosity: float = 0.1) -> Problem:
 
 
 def kovasznay(reynolds: float = 20.0) -> Problem:
-    """A stationary flow behind a grid: velocities `u` and `v`, pressure `p`.
+    """The Navier-Stokes equations for Kovasznay's flow: velocities `u` and `v`, pressure `p`.
 
     Momentum in both directions and the conservation of mass: three residuals for each point.
     """

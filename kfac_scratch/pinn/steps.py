@@ -1,12 +1,17 @@
-r"""Optimizers for PINNs: how to get from linearised residuals to the next weights.
+r"""Optimizers for PINNs: from linearised residuals to the next weights.
 
-`PinnKFAC` follows a preconditioned gradient with momentum and a line search. `KFACStar` asks the
-exact Gauss-Newton model for the best combination of the preconditioned gradient $\Delta$ and the
-last step $\delta$: two unknowns, whose equations need $J \Delta$ and $J \delta$ only.
+`PinnKFAC` follows a preconditioned gradient with momentum and a line search. `KFACStar` takes the
+combination of the preconditioned gradient $\Delta$ and the last step $\delta$ that minimises the
+exact Gauss-Newton model: two unknowns, whose equations need $J \Delta$ and $J \delta$ only.
 `GaussNewton` and `Spring` use the exact matrix, as a whole, per layer, or as a kernel.
 
-A step is a function from a state to a state; that it moves the model's weights is its effect.
-A state is a plain value, which `torch.save` writes; a run resumes from it bit by bit.
+A step is a function from a state to a state; its one effect is to move the model's weights. A state
+is a plain value, which `torch.save` writes; a run resumes from it bit by bit.
+
+Every damping has the units of the loss. The defaults differ because the systems do: the constant
+1e-10 of `PinnKFAC` and `KFACStar` only keeps factors invertible, since a line search or the exact
+model chooses the length; 1e-8 in `Spring` does so for the kernel; `GaussNewton` and `KFACKrylov`
+adapt theirs, and start higher.
 
 Sources: Martens and Grosse 2015 (arXiv:1503.05671), §7; Dangel, Müller and Zeinhofer 2024
 (arXiv:2405.15603), §3.3; Müller and Zeinhofer 2023 (arXiv:2302.13163); Goldshlager, Abrahamsen and
@@ -49,15 +54,20 @@ from kfac_scratch.pinn.terms import Term, linearize, pinn_loss
 
 @dataclass(frozen=True, eq=False)
 class PinnState:
-    """What an optimizer remembers between two steps.
+    """The state of an optimizer between two steps.
+
+    It has many parameters, because one kind of state serves all optimizers here.
 
     Attributes:
-        count: Steps so far.
-        loss: Of the last batch, after the step.
-        previous: The last step, or with momentum the direction that is accumulated.
-        damping: As adapted so far.
-        length: What the last line search multiplied its direction by; 1 if that was 0.
-        preconditioner: What the preconditioner remembers.
+        count: The number of steps so far.
+        loss: The loss of the last batch, after the step.
+        previous: The last step; of `PinnKFAC` and `Spring`, the last direction with momentum.
+        damping: The damping of the next step.
+        length: The factor that the last line search gave its direction; 1 if that was 0.
+        preconditioner: The state of the preconditioner.
+        solved_with: The damping with which the last step's system was solved, None if there was no
+            such system. It is larger than the one that was asked for if that was too small for a
+            Cholesky factorisation (`solvers.Solved`).
     """
 
     count: int
@@ -66,11 +76,25 @@ class PinnState:
     damping: float
     length: float = 1.0
     preconditioner: Any = None
+    solved_with: float | None = None
 
 
 @dataclass(frozen=True)
 class PinnKFAC:
-    """Momentum on preconditioned gradients, and a line search along the result."""
+    """KFAC for PINNs: momentum on preconditioned gradients, and a line search along the result.
+
+    Use it as the baseline of its paper. Not as the first choice: `KFACStar` finds momentum and
+    length from the model, for little more.
+
+    Cost: for each step one linearisation, the preconditioner, and some forward passes of the line
+    search.
+
+    Attributes:
+        damping: The damping of the preconditioner, constant, in the units of the loss.
+        momentum: The factor of the previous direction.
+        preconditioner: From linearised terms to inverses. Default: `TermWise()`.
+        chunk: How many points are linearised at once. Default: all.
+    """
 
     damping: float = 1e-10
     momentum: float = 0.9
@@ -83,7 +107,7 @@ class PinnKFAC:
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
-        """Move the weights, and return the next state."""
+        """Move the weights, and return the next state; `state` is None before the first step."""
         W, count = block_weights(model), state.count + 1 if state else 1
         direction, rho, _, preconditioner = _preconditioned(self, model, terms, state)
         if state:
@@ -96,14 +120,20 @@ class PinnKFAC:
 
 @dataclass(frozen=True)
 class KFACStar:
-    """The best combination of directions in the exact Gauss-Newton model, safeguarded.
+    """KFAC*: the step that minimises the exact Gauss-Newton model over a few directions.
+
+    Its length is halved until the loss falls. Use it as the first choice for PINNs of a size for
+    which `GaussNewton` is too expensive. Not for a single linear layer, where the exact step costs
+    no more.
+
+    Cost: that of `PinnKFAC`, and one product with `J` for each direction.
 
     Attributes:
-        damping: Of the factors, and of the quadratic model.
+        damping: The damping of the preconditioner and of the model, constant.
         candidates: From the preconditioned gradient and the last step to the directions that are
-            combined: `two_directions`, or `per_layer`.
-        preconditioner: How gradients are preconditioned.
-        chunk: How many data are linearised at once.
+            combined: `two_directions`, or `two_directions_per_layer`.
+        preconditioner: From linearised terms to inverses. Default: `TermWise()`.
+        chunk: How many points are linearised at once. Default: all.
     """
 
     damping: float = 1e-10
@@ -118,7 +148,7 @@ class KFACStar:
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
-        """Move the weights, and return the next state."""
+        """Move the weights, and return the next state; `state` is None before the first step."""
         W, count = block_weights(model), state.count + 1 if state else 1
         newest, rho, parts, preconditioner = _preconditioned(self, model, terms, state)
         directions = self.candidates(newest, state.previous if state else None)
@@ -132,18 +162,27 @@ class KFACStar:
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """Levenberg-Marquardt: the exact matrix, with a damping that follows the model's success.
+    """Levenberg-Marquardt: the exact matrix, with a damping that is adapted in every step.
 
-    A step that does not lower the loss is not taken, but tried again with more damping; the
-    linearisation is still valid then.
+    A step that does not lower the loss is not taken. It is computed again with more damping, from
+    the same linearisation.
+
+    Use it for networks with a few thousand weights, or batches with a few thousand residuals. Not
+    for larger ones, or noisy batches, on which a small damping overfits.
+
+    Cost: for each step one linearisation and the solver's matrix, and for each damping that is
+    tried one factorisation and one forward pass.
 
     Attributes:
-        damping: At the first step.
-        solver: `dense_solver`, `kernel_solver` (the same step), or `layerwise`.
-        factor: What a success multiplies the damping by; a failure divides.
-        minimum: The smallest damping.
-        tries: How many dampings one step may try.
-        chunk: How many data are linearised at once.
+        damping: The damping of the first step, in the units of the loss.
+        solver: `dense_solver`, `kernel_solver` (the same step), or `layerwise_solver` (another).
+        factor: A success multiplies the damping by it, a failure divides. 1/2 rather than
+            `levenberg_marquardt`'s default, because every step adapts.
+        minimum: The smallest damping. A system that has no factorisation with it is solved with
+            more, which `PinnState.solved_with` tells.
+        tries: The largest number of dampings that one step tries. If none lowers the loss, the
+            weights stay as they are.
+        chunk: How many points are linearised at once. Default: all.
     """
 
     damping: float = 1e-3
@@ -159,13 +198,14 @@ class GaussNewton:
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
-        """Move the weights, and return the next state."""
+        """Move the weights, and return the next state; `state` is None before the first step."""
         W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
         rho, damping = residuals(parts), state.damping if state else self.damping
         before, solve = half_square(rho), self.solver(parts, rho)
         after, step = before, {name: torch.zeros_like(V) for name, V in W.items()}
+        used: float | None = None
         for _ in range(self.tries):
-            proposed = solve(damping)
+            proposed, used = solve(damping)
             found = loss_along(model, terms, W, proposed, self.chunk)(1.0)
             predicted = half_square(rho + times(parts, proposed)) - before
             ratio = reduction_ratio(before, found, predicted) if predicted else None
@@ -175,15 +215,30 @@ class GaussNewton:
             if found < before or ratio is None:
                 break
         assign(model, moved(W, step))
-        return PinnState(state.count + 1 if state else 1, after, step, damping)
+        count = state.count + 1 if state else 1
+        return PinnState(count, after, step, damping, solved_with=used)
 
 
 @dataclass(frozen=True)
 class Spring:
-    """The exact matrix with constant damping, momentum and a line search.
+    """SPRING and ENGD: the exact matrix with constant damping, momentum and a line search.
 
-    The direction minimises `|J p + rho|^2 + damping |p - momentum * previous|^2`. With a kernel,
-    this is SPRING; without momentum, ENGD, in each of its forms.
+    The direction minimises `|J p + rho|^2 + damping |p - momentum * previous|^2`. With the kernel
+    and momentum, it is SPRING; without momentum, ENGD with any of the solvers.
+
+    Use it for batches with a few thousand residuals, in networks of any size. Not where the
+    damping must change during training: `GaussNewton` adapts it.
+
+    Cost: for each step one linearisation, the solver's matrix and one factorisation, and some
+    forward passes of the line search.
+
+    Attributes:
+        damping: The damping, constant, in the units of the loss. `PinnState.solved_with` tells if a
+            system needed more.
+        momentum: The factor of the previous direction. The default 0 is ENGD; SPRING takes a value
+            near 1. (The default of `PinnKFAC` and `KFAC` is 0.9.)
+        solver: `kernel_solver`, `dense_solver` (the same step), or `layerwise_solver` (another).
+        chunk: How many points are linearised at once. Default: all.
     """
 
     damping: float = 1e-8
@@ -197,17 +252,18 @@ class Spring:
     def step(
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
-        """Move the weights, and return the next state."""
+        """Move the weights, and return the next state; `state` is None before the first step."""
         W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
         rho = residuals(parts)
         kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
-        change = self.solver(parts, rho + times(parts, kept) if kept else rho)(self.damping)
+        solve = self.solver(parts, rho + times(parts, kept) if kept else rho)
+        change, used = solve(self.damping)
         direction = moved(change, kept)
         at = loss_along(model, terms, W, direction, self.chunk)
         length, after = line_search(at, half_square(rho), state.length if state else 1.0)
         assign(model, moved(W, direction, length))
         count = state.count + 1 if state else 1
-        return PinnState(count, after, direction, self.damping, length or 1.0)
+        return PinnState(count, after, direction, self.damping, length or 1.0, solved_with=used)
 
 
 def half_square(rho: Tensor) -> float:
@@ -235,7 +291,11 @@ def loss_along(
     direction: Direction,
     chunk: int | None,
 ) -> Callable[[float], float]:
-    """The loss as a function of the length of a step. It leaves the model wherever it was asked."""
+    """The loss as a function of the length of a step from the weights `W`.
+
+    Every call writes `W + length * direction` into the model and leaves it there. The caller
+    assigns the weights that are to stay.
+    """
 
     def at(length: float) -> float:
         assign(model, moved(W, direction, length))

@@ -1,16 +1,16 @@
-r"""PINNs: a differential equation as data, and the `LayerIO`s of its residual.
+r"""PINNs: a differential equation as a loss, and the `LayerIO`s of its residuals.
 
-A `Term` of the loss says at which points, with which derivatives and by which function residuals
-arise. All terms together give
+A `Term` of the loss has points, an expansion, and a function that makes residuals of the network's
+derivatives at the points. All terms together give
 
 $$
 L = \sum_t \frac{w_t}{2 N_t} \sum_n \lVert r_t(x_n) \rVert^2 = \tfrac12 \lVert \rho \rVert^2 ,
 \qquad \rho_{tn} = \sqrt{w_t / N_t} \; r_t(x_n) .
 $$
 
-One Taylor pass forward and one reverse pass give all that any optimizer here needs: the residuals
-$\rho$, and for every layer the rows $a$ that enter it and the vectors $g = \partial \rho /
-\partial z$ that come back. All coefficients meet the same weights, so this pair is a `LayerIO`, its
+One Taylor pass forward and one reverse pass give the residuals $\rho$, and for every layer the
+rows $a$ that enter it and the vectors $g = \partial \rho / \partial z$ that come back. No
+optimizer here needs more. All coefficients meet the same weights, so this pair is a `LayerIO`, its
 block is the exact Gauss-Newton block, and *every* approximation of this package applies.
 
 Source: Dangel, Müller and Zeinhofer 2024 (arXiv:2405.15603), §3.
@@ -44,27 +44,27 @@ class Field:
 
     @property
     def value(self) -> Float[Tensor, "N outputs"]:
-        """`u` itself."""
+        """The value of `u`."""
         return self.parts[0]
 
     @property
     def d(self) -> list[Tensor]:
-        """First derivatives: `u.d[0]` is that along the first direction."""
+        """The first derivatives: `u.d[0]` is the one along the first direction."""
         names = self.expansion.names
         return [self._named(a) for a in names if isinstance(a, tuple) and len(a) == 1]
 
     @property
     def sums(self) -> list[Tensor]:
-        """The sums of derivatives, in their order."""
+        """The sums of derivatives, in the order of the expansion."""
         return [self._named(name) for name in self.expansion.names if isinstance(name, int)]
 
     @property
     def lap(self) -> Float[Tensor, "N outputs"]:
-        """The first sum: the Laplacian, if that is what travels."""
+        """The first sum, which is the Laplacian with the expansion `laplacian(d)`."""
         return self._named(0)
 
     def partial(self, *alpha: int) -> Float[Tensor, "N outputs"]:
-        """A derivative along directions, by their numbers."""
+        """The derivative along directions, given by their numbers in any order."""
         return self._named(tuple(sorted(alpha)))
 
     def _named(self, name: Multiset | int) -> Tensor:
@@ -81,11 +81,11 @@ class Term:
     """One part of the loss: `weight / (2 N) sum_n |residual(u, x_n)|^2`.
 
     Attributes:
-        residual: From the field and the points to residuals `[N]` or `[N, M]`, linear or not.
-            Those of datum `n` depend on the field at point `n` only.
+        residual: From the field and the points to residuals `[N]` or `[N, M]`, linear or not. The
+            residuals at point `n` depend on the field at point `n` only.
         X: The points.
-        expansion: Which derivatives the field has.
-        weight: Of this term in the loss.
+        expansion: The derivatives that the field has.
+        weight: The weight of this term in the loss.
     """
 
     residual: Callable[[Field, Tensor], Tensor]
@@ -101,7 +101,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Linearization:
-    """Scaled residuals of some data and, layer by layer, their derivatives.
+    """Scaled residuals at some points and, layer by layer, their derivatives.
 
     Law: `io.gradients()[m, n]` is the derivative of `residuals[m, n]` with respect to the layer's
     `W`. The loss is half the squared norm of all residuals.
@@ -112,7 +112,18 @@ class Linearization:
 
 
 def pinn_loss(model: Module, terms: Sequence[Term], chunk: int | None = None) -> Float[Tensor, ""]:
-    """The sum of all terms, by one forward pass; autograd can differentiate it."""
+    """The PINN's loss: the sum of all terms, by one forward pass; autograd can differentiate it.
+
+    Use it for first-order optimizers and to evaluate. Not for curvature: `linearize` gives the
+    residuals with their derivatives.
+
+    Cost: about `S` ordinary forward passes for a term with `S` coefficients.
+
+    Args:
+        model: As in `linearize`.
+        terms: The terms of the loss.
+        chunk: How many points go through the network at once. Default: all.
+    """
     check_terms(terms)
     squares = []
     for part, scale in (pair for term in terms for pair in _parts(term, chunk)):
@@ -126,16 +137,22 @@ def linearize(
 ) -> list[list[Linearization]]:
     """For each term its residuals and their derivatives, by one forward and one reverse pass.
 
+    Use it for every second-order method here. Not for the loss alone: `pinn_loss`.
+
+    Cost: with `M` residuals at each point and `S` coefficients, about `S` forward and `M * S`
+    reverse passes of the network; memory `N * S * (d_in + M * d_out)` for each layer.
+
     Args:
-        model: A network that does to its input only what `taylor_coefficients` has rules for.
+        model: A network built of functions for which `taylor_coefficients` has rules.
         terms: The terms of the loss.
-        chunk: How many data go through the network at once; each such part of a term is a
-            `Linearization` of its own. Bounds memory, and what fits the cache is faster.
+        chunk: How many points go through the network at once; each such part of a term is a
+            `Linearization` of its own. This bounds the graph's memory, and parts that fit into the
+            cache are faster. Default: all.
 
     Raises:
         ValueError: If a residual has a wrong shape, is not finite or ignores a derivative that was
             declared for it; if a layer never runs; if a trainable parameter is in no layer.
-        NotImplementedError: If the network does what has no rule.
+        NotImplementedError: If the network calls a function that has no rule.
     """
     check_terms(terms)
     groups = layer_groups(model)
@@ -164,7 +181,7 @@ def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: floa
     c, calls = _forward(model, groups, part)
     r, slopes = _operator(part, c.detach())
     outputs = [z for group in groups for _, z in calls[group.name]]
-    sent = [  # one reverse pass for each residual that a datum has
+    sent = [  # one reverse pass for each residual at a point
         torch.autograd.grad(
             c, outputs, scale * slope, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -221,10 +238,12 @@ def _residuals(part: Term, coefficients: list[Tensor]) -> Float[Tensor, "N M"]:
 
 
 def _parts(term: Term, chunk: int | None) -> Iterator[tuple[Term, float]]:
-    """A term in parts of at most `chunk` data, each with the scale of its residuals."""
+    """A term in parts of at most `chunk` points, each with the scale of its residuals."""
     N = len(term.X)
     if N == 0 or (chunk is not None and chunk < 1):
-        raise ValueError(f"A term needs data and a chunk at least 1, got N={N}, chunk={chunk}.")
+        raise ValueError(
+            f"A term needs at least 1 point and chunk at least 1, got N={N}, chunk={chunk}."
+        )
     for start in range(0, N, chunk or N):
         rows = slice(start, start + (chunk or N))
         part = replace(term, X=term.X[rows], expansion=term.expansion.part(rows))
@@ -254,7 +273,7 @@ def _record(
     inputs: tuple[Jet],
     output: Jet,
 ) -> None:
-    """The bias is a column that is 1 for the value and 0 for every derivative."""
+    """Record a call; the bias is a column that is 1 for the value and 0 for every derivative."""
     c = inputs[0].c.detach()
     columns = [] if group.weight is None else [c]
     bias = c.new_zeros(*c.shape[:2], len(group.biases))

@@ -1,8 +1,9 @@
 r"""Derivatives of elementwise functions, of any order.
 
-What Taylor mode needs of $\sigma$ at $z$ are the numbers $\sigma(z), \sigma'(z), \dots,
-\sigma^{(K)}(z)$. A function here returns them as a list of $K + 1$ tensors. Most are polynomials:
-where $t = \sigma(z)$ solves $t' = q(t)$ with a polynomial $q$, every derivative is one,
+Taylor mode needs the numbers $\sigma(z), \sigma'(z), \dots, \sigma^{(K)}(z)$ of a function
+$\sigma$ at $z$. A function here returns them as a list of $K + 1$ tensors; its cost is some
+elementwise operations for each. If $t = \sigma(z)$ solves $t' = q(t)$ with a polynomial $q$, every
+derivative is a polynomial in $t$,
 
 $$
 \sigma^{(k)} = p_k(t), \qquad p_0(t) = t, \qquad p_{k+1} = p_k' \, q .
@@ -22,10 +23,10 @@ Derivatives = Callable[[Tensor, int], list[Tensor]]
 
 
 def evaluate(sigma: Derivatives, z: Tensor, K: int) -> list[Tensor]:
-    """The function's value and `K` derivatives at `z`.
+    """The value and `K` derivatives of a function at `z`.
 
     Raises:
-        ValueError: If it does not have as many.
+        ValueError: If `sigma` returns fewer than `K` derivatives.
     """
     outer = sigma(z, K)
     if len(outer) <= K:
@@ -38,54 +39,62 @@ def evaluate(sigma: Derivatives, z: Tensor, K: int) -> list[Tensor]:
 
 
 def tanh(z: Tensor, K: int) -> list[Tensor]:
-    """`t' = 1 - t^2`."""
+    """The hyperbolic tangent, by `t' = 1 - t^2`."""
     return _solution_of((1, 0, -1), z.tanh(), K)
 
 
 def sigmoid(z: Tensor, K: int) -> list[Tensor]:
-    """`s' = s - s^2`."""
+    """The logistic sigmoid, by `s' = s - s^2`."""
     return _solution_of((0, 1, -1), z.sigmoid(), K)
 
 
 def exp(z: Tensor, K: int) -> list[Tensor]:
-    """All derivatives are the function itself."""
+    """The exponential: every derivative is the function itself."""
     return [z.exp()] * (K + 1)
 
 
 def sin(z: Tensor, K: int) -> list[Tensor]:
-    """Sine, cosine, and the negatives of both, over and over."""
+    """The sine, whose derivatives repeat after four."""
     s, c = z.sin(), z.cos()
     return [(s, c, -s, -c)[k % 4] for k in range(K + 1)]
 
 
 def cos(z: Tensor, K: int) -> list[Tensor]:
-    """The derivatives of the sine from the first on."""
+    """The cosine: the first derivative of the sine."""
     return sin(z, K + 1)[1:]
 
 
 def softplus(z: Tensor, K: int, beta: float = 1.0, threshold: float = 20.0) -> list[Tensor]:
-    """`log(1 + exp(beta z)) / beta`: its first derivative is the sigmoid of `beta z`."""
+    """The softplus `log(1 + exp(beta z)) / beta`; its first derivative is `sigmoid(beta z)`.
+
+    The value is linear above `beta z > threshold`, as PyTorch's; the derivatives are those of the
+    formula everywhere.
+    """
     value = torch.nn.functional.softplus(z, beta, threshold)
     return [value, *(beta**k * s for k, s in enumerate(sigmoid(beta * z, K - 1)))]
 
 
 def silu(z: Tensor, K: int) -> list[Tensor]:
-    """`z sigmoid(z)`."""
+    """The SiLU, `z sigmoid(z)`."""
     return _times_z(z, sigmoid(z, K))
 
 
 def gelu(z: Tensor, K: int) -> list[Tensor]:
-    r"""`z Phi(z)` with the Gaussian distribution function: the exact GELU, not its tanh fit."""
+    r"""The exact GELU `z Phi(z)`, with the Gaussian distribution function; not its tanh fit."""
     return _times_z(z, [(1 + (z / 2**0.5).erf()) / 2, *_gaussian(z, K - 1)])
 
 
 def relu(z: Tensor, K: int) -> list[Tensor]:
-    """Right away from the kink, where all higher derivatives vanish."""
+    """The ReLU. Its derivatives from the second on are zero, which ignores the kink at 0.
+
+    Use it in products and compositions that are smooth enough, such as `relu(z)**3`. Not as the
+    activation of a PINN with second derivatives: its Laplacian is zero almost everywhere.
+    """
     return [z.relu(), (z > 0).to(z.dtype), *([torch.zeros_like(z)] * (K - 1))][: K + 1]
 
 
 def power(z: Tensor, K: int, exponent: float | int) -> list[Tensor]:
-    """`z^p`; for a whole `p >= 0`, derivatives beyond the p-th vanish."""
+    """The power `z^p`; for a whole `p >= 0`, derivatives beyond the p-th are zero."""
     factors = [prod(exponent - i for i in range(k)) for k in range(K + 1)]
     return [c * z ** (exponent - k) if c else torch.zeros_like(z) for k, c in enumerate(factors)]
 
@@ -99,7 +108,7 @@ def _gaussian(z: Tensor, K: int) -> list[Tensor]:
 
 
 def _times_z(z: Tensor, f: list[Tensor]) -> list[Tensor]:
-    """Leibniz's rule for `z f(z)`: the k-th derivative is `z f^(k) + k f^(k-1)`."""
+    """The product `z f(z)` by Leibniz's rule: its k-th derivative is `z f^(k) + k f^(k-1)`."""
     return [z * f[0], *(z * f[k] + k * f[k - 1] for k in range(1, len(f)))]
 
 

@@ -16,9 +16,10 @@ Multiset = tuple[int, ...]
 
 @lru_cache
 def partitions(alpha: Multiset) -> Counter[tuple[Multiset, ...]]:
-    """Every way to put the members into non-empty blocks, and how often it occurs.
+    """The partitions of a multiset into non-empty blocks, each with its number: the chain rule.
 
-    The chain rule: `(0, 0)` gives one block `((0, 0),)` once and `((0,), (0,))` once.
+    `(0, 0)` has one block `((0, 0),)` once and `((0,), (0,))` once. The numbers add up to the Bell
+    number of the order: 2, 5, 15, ..., 115975 for order 10.
     """
     if not alpha:
         return Counter({(): 1})
@@ -32,7 +33,7 @@ def partitions(alpha: Multiset) -> Counter[tuple[Multiset, ...]]:
 
 
 def splits(alpha: Multiset) -> Counter[tuple[Multiset, Multiset]]:
-    """Every way to divide the members among two factors, and how often: the product rule."""
+    """The ways to divide a multiset among two factors, each with its number: the product rule."""
     found: Counter[tuple[Multiset, Multiset]] = Counter({((), ()): 1})
     for i in alpha:
         grown: Counter[tuple[Multiset, Multiset]] = Counter()
@@ -44,7 +45,7 @@ def splits(alpha: Multiset) -> Counter[tuple[Multiset, Multiset]]:
 
 
 def submultisets(alpha: Multiset) -> set[Multiset]:
-    """All proper ones: what the derivative of a function of `h` needs beside its own."""
+    """All proper submultisets: the derivatives of `h` that the chain rule multiplies."""
     return {left for left, right in splits(alpha) if right}
 
 

@@ -1,10 +1,10 @@
-r"""Taylor mode: push a function's derivatives through a network, in one forward pass.
+r"""Taylor mode: the derivatives of a network by its input, in one forward pass.
 
-A `Jet` stands for a batch of vectors that depend on the network's input, `[N, h]`, known by their
-value and some derivatives: the coefficients `c[n, s]` that an `Expansion` names. What a module does
-to a tensor, PyTorch does here to a jet, because `Jet` overloads PyTorch's functions. So *any*
-forward pass that is built of them has a Taylor mode: residual connections, Fourier features, a
-factor that enforces boundary conditions.
+A `Jet` stands for a batch of vectors `[N, h]` that depend on the network's input. It holds their
+value and some derivatives: the coefficients `c[n, s]` that an `Expansion` names. `Jet` overloads
+PyTorch's functions, so that a module can be called with a jet in place of a tensor. So *any*
+forward pass that is built of the functions in `RULES` has a Taylor mode: residual connections,
+Fourier features, a factor that enforces boundary conditions.
 
 $$
 \begin{aligned}
@@ -38,31 +38,37 @@ from kfac_scratch.taylor.expansions import Expansion, laplacian
 
 @dataclass(frozen=True, eq=False)
 class Jet:
-    """A batch of vectors `[N, h]` with their derivatives, to be used like the tensor of values."""
+    """A batch of vectors `[N, h]` with their derivatives, to be used like the tensor of values.
+
+    Use it through `taylor_coefficients`, which makes the first jet. Not with in-place operations or
+    indices of the first axis, which have no rule.
+
+    Cost: `S` times the memory of the values, and `S` times the work of a linear layer.
+    """
 
     c: Float[Tensor, "N S h"]
     expansion: Expansion
 
     @property
     def shape(self) -> torch.Size:
-        """That of the values."""
+        """The shape of the values, `[N, h]`."""
         return self.c[:, 0].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the coefficients."""
+        """The coefficients' dtype."""
         return self.c.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of the coefficients."""
+        """The coefficients' device."""
         return self.c.device
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """PyTorch's hook: what its functions do to a jet."""
+        """The rule for one of PyTorch's functions, applied."""
         rule = RULES.get(func.__name__)
         if rule is None:
             raise NotImplementedError(
@@ -106,21 +112,25 @@ class Jet:
         raise IndexError("A jet is indexed by a slice of its last axis only: x[:, 0:1].")
 
     def sum(self, dim: int, keepdim: bool = False) -> Jet:
-        """Over the last axis, which must be kept."""
+        """The sum over the last axis, which must be kept."""
         return _sum(self, dim, keepdim)
 
     __radd__, __rmul__ = __add__, __mul__
 
 
 def elementwise(derivatives: Derivatives, x: Jet) -> Jet:
-    """Apply a function to every entry of a jet."""
+    """The jet of an elementwise function of a jet, given the function's derivatives."""
     return replace(x, c=x.expansion.compose(derivatives, x.c))
 
 
 class Elementwise(Module):
-    """An activation by its derivatives: `derivatives(z, K)` lists value and `K` derivatives.
+    """An activation given by its derivatives: `derivatives(z, K)` lists value and `K` derivatives.
 
-    `K` is the order of the expansion, and one more in a reverse pass through `SecondOrder`.
+    Use it for activations without a rule. Not for those in `activations`, whose PyTorch modules
+    have a rule already.
+
+    Cost: that of `derivatives(z, K)` at every call. `K` is the order of the expansion, and one more
+    in a reverse pass.
     """
 
     def __init__(self, derivatives: Derivatives) -> None:
@@ -128,7 +138,7 @@ class Elementwise(Module):
         self.derivatives = derivatives
 
     def forward(self, x: Any) -> Any:
-        """Of a tensor the value, of a jet all coefficients."""
+        """The value at a tensor, all coefficients of a jet."""
         return elementwise(self.derivatives, x) if isinstance(x, Jet) else self.derivatives(x, 0)[0]
 
 
@@ -137,11 +147,15 @@ def taylor_coefficients(
 ) -> Tensor:
     """The coefficients `[N, S, outputs]` of a network's output at `X`, in one forward pass.
 
-    Law: coefficient `s` is the derivative that `expansion.names[s]` says.
+    Use it for derivatives by the input that a residual needs. Not for functions without a rule
+    (see `RULES`): nested autodiff takes any.
+
+    Law: coefficient `s` is the derivative `expansion.names[s]`; autograd can differentiate it.
+    Cost: about `S` ordinary forward passes, and `S` times their memory.
 
     Raises:
-        NotImplementedError: If the network does something to a jet that has no rule.
-        ValueError: If data and expansion do not fit, or the network's output is not `[N, outputs]`.
+        NotImplementedError: If the network calls a function that has no rule.
+        ValueError: If points and expansion do not fit, or the output is not `[N, outputs]`.
     """
     if X.ndim != 2:
         raise ValueError(f"Taylor mode needs inputs of shape [N, d], got {tuple(X.shape)}.")
@@ -154,7 +168,13 @@ def taylor_coefficients(
 def forward_laplacian(
     model: Callable[[Any], Any], X: Float[Tensor, "N d"]
 ) -> tuple[Float[Tensor, "N k"], Float[Tensor, "N d k"], Float[Tensor, "N k"]]:
-    """A network's value, gradient and Laplacian with respect to its input."""
+    """A network's value, gradient and Laplacian with respect to its input.
+
+    Use it for the Laplacian by itself. Not in a loss of several terms: `linearize` and `pinn_loss`
+    take expansions.
+
+    Cost: about `d + 2` ordinary forward passes, and `d + 2` times their memory.
+    """
     c = taylor_coefficients(model, X, laplacian(X.shape[1]))
     return c[:, 0], c[:, 1:-1], c[:, -1]
 

@@ -1,8 +1,8 @@
 r"""Partial derivatives of any order, and sums of such, by Faà di Bruno's formula.
 
-Which derivatives of `h` make up one of `sigma(h)` is combinatorics, done once; then all products
-with equally many factors are one gather, one product and one small matrix. Coefficients that are
-only needed as a sum travel as a sum, which costs one coefficient of the highest order.
+The derivatives of `h` that one of `sigma(h)` consists of are counted once. Then all products with
+equally many factors are one gather, one product and one small matrix. Derivatives that are only
+needed as a sum are one coefficient.
 
 Sources: see `expansions`; Hardy 2006 (arXiv:math/0601149) for multisets.
 """
@@ -25,12 +25,22 @@ TermTable = dict[tuple[int, tuple[int, ...]], float]  # {(row, coefficients mult
 
 @dataclass(frozen=True, eq=False)
 class Partials:
-    """Partial derivatives of any order along `R` directions, and sums of such.
+    """Partial derivatives of any order up to 10 along `R` directions, and sums of such.
+
+    Use it for orders above two, and for single second derivatives. Not for a Laplacian or another
+    sum of second derivatives: `SecondOrder` has a reverse pass of its own.
+
+    Cost: one coefficient for the value, one for each derivative and each of lower order that it is
+    computed from, one for each sum.
 
     Attributes:
         directions: `[R, d]`.
-        partials: The derivatives that are wanted, as multisets of directions: `(0, 0, 1)`.
-        sums: Weighted sums of derivatives. What these need travels with them.
+        partials: The derivatives, as multisets of directions: `(0, 0, 1)`.
+        sums: Weighted sums of derivatives. The derivatives of lower order that they are computed
+            from are added by themselves (`kept`).
+
+    Raises:
+        ValueError: If a derivative is empty, has an unknown direction, or is of an order above 10.
     """
 
     directions: Float[Tensor, "R d"]
@@ -50,7 +60,7 @@ class Partials:
 
     @cached_property
     def kept(self) -> list[Multiset]:
-        """Every derivative that travels by itself, lower orders first, the value before all."""
+        """The derivatives that are coefficients of their own: the value, then by their order."""
         found: set[Multiset] = {()}
         for alpha in self.partials:
             found |= {tuple(sorted(alpha)), *submultisets(alpha)}
@@ -65,12 +75,12 @@ class Partials:
 
     @property
     def names(self) -> list[Multiset | int]:
-        """The derivatives that travel by themselves, then the sums."""
+        """The derivatives that are coefficients of their own, then the sums."""
         return [*self.kept, *range(len(self.sums))]
 
     @property
     def tops(self) -> list[int]:
-        """The sums, and what is part of no other derivative."""
+        """The sums, and the derivatives that no other one is computed from."""
         all_of_them = [*self.kept, *(alpha for total in self.sums for alpha in total)]
         parts = {beta for alpha in all_of_them for beta in submultisets(alpha)}
         return [s for s, name in enumerate(self.names) if name not in parts]
@@ -106,7 +116,7 @@ class Partials:
         return M @ (f[:, left] * g[:, right])
 
     def part(self, rows: slice) -> "Partials":
-        """The same for all data."""
+        """The same expansion: directions do not differ between points."""
         return self
 
     @cached_property
@@ -147,7 +157,7 @@ class Partials:
 
 
 def _matrix(terms: TermTable, like: Coefficients) -> tuple[list[Tensor], Float[Tensor, "S T"]]:
-    """Which coefficients each product has, and the matrix that adds products up."""
+    """The coefficients that each product multiplies, and the matrix that adds products up."""
     products = sorted({key for _, key in terms})
     position = {key: t for t, key in enumerate(products)}
     M = torch.zeros(like.shape[1], len(products), dtype=like.dtype)
@@ -161,11 +171,21 @@ def _matrix(terms: TermTable, like: Coefficients) -> tuple[list[Tensor], Float[T
 
 
 def univariate_jets(directions: Float[Tensor, "R d"], order: int) -> Partials:
-    """All derivatives up to an order along each direction by itself."""
+    """All derivatives up to an order along each direction by itself.
+
+    Use it for equations without mixed derivatives. Not for sums of second ones: `SecondOrder`.
+
+    Cost: `1 + R * order` coefficients.
+    """
     return Partials(directions, [(r,) * order for r in range(len(directions))])
 
 
 def biharmonic(d: int) -> Partials:
-    """The Laplacian of the Laplacian, with what it needs."""
+    """The Laplacian of the Laplacian, and the derivatives of lower order that it is computed from.
+
+    Use it for plates and streamfunctions. Not for the Laplacian alone: `laplacian`.
+
+    Cost: 11 coefficients for `d = 2`, 20 for `d = 3`; the number grows with `d**2`.
+    """
     pairs = Counter(tuple(sorted((i, i, j, j))) for i in range(d) for j in range(d))
     return Partials(torch.eye(d), sums=[{alpha: float(n) for alpha, n in pairs.items()}])

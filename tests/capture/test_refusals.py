@@ -96,12 +96,12 @@ def test_an_empty_batch_is_refused():
 def test_non_finite_numbers_are_traced_to_layer_and_datum(bad, device):
     model, loss, X, y = simple(device)
     X[3, 1] = bad
-    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for datum 3"):
+    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for sample 3"):
         layer_ios(model, loss, X, y)
     model, loss, X, y = simple(device)
     with torch.no_grad():
         model[2].weight[0, 0] = bad
-    with pytest.raises(ValueError, match="output of layer '2' is not finite, first for datum 0"):
+    with pytest.raises(ValueError, match="output of layer '2' is not finite, first for sample 0"):
         layer_ios(model, loss, X, y)
 
 

@@ -1,5 +1,6 @@
 """The rearranged block and its singular pairs, against the dense one."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -140,6 +141,26 @@ def test_signs_do_not_depend_on_the_start(device):
     K, flipped = power_svd(R, eye), power_svd(R, -eye)
     check_equal(flipped.A, K.A)
     check_equal(flipped.B, K.B)
+
+
+def test_iterations_that_do_not_suffice_are_announced(device):
+    """Two singular values, 1 and 0.9999: a thousand iterations leave a mixture of both pairs."""
+    basis = torch.eye(3, device=device)[:2]
+    R = Rearranged(
+        LayerIO(
+            basis.unsqueeze(1),
+            (basis * torch.tensor([[1.0], [0.9999**0.5]]).to(basis)).reshape(1, 2, 1, 3),
+        )
+    )
+    check_equal(symmetric_singular_values(R.io.block(), 3)[:2], torch.tensor([1.0, 0.9999]))
+    with pytest.warns(
+        UserWarning, match="stopped after 1000 iterations with a residual above 1e-06"
+    ):
+        power_svd(R, R.identity())
+    with warnings.catch_warnings():  # who gives a number has chosen it
+        warnings.simplefilter("error")
+        power_svd(R, R.identity(), iterations=3)
+        power_svd(R, R.identity(), tolerance=1e-3)
 
 
 @SHARED

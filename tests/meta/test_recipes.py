@@ -1,8 +1,8 @@
 """CONTRIBUTING.md is followed to the letter: every recipe, in a copy of the repository.
 
-A recipe is a section of the page. A block with a file's name is that file, whole. A block of changes
-puts its `+` lines behind the lines before them. The commands must pass, and the files that have
-changed afterwards are as many as the recipe says.
+A recipe is a section of the page. A block with a file's name is that file, whole. A block of
+changes puts its `+` lines behind the lines before them. The commands must pass, and the files that
+have changed afterwards are as many as the recipe says.
 """
 
 import os
@@ -19,7 +19,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
 BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
-LEFT_OUT = (".git", "site", ".cache", ".venv", "*.egg-info", "__pycache__", ".*_cache", "build", "dist")
+LEFT_OUT = (
+    ".git",
+    "site",
+    ".cache",
+    ".venv",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    "build",
+    "dist",
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,9 @@ def run(commands, folder):
         text=True,
         check=False,
     )
-    assert finished.returncode == 0, f"{commands}\n{finished.stdout[-3000:]}{finished.stderr[-3000:]}"
+    assert finished.returncode == 0, (
+        f"{commands}\n{finished.stdout[-3000:]}{finished.stderr[-3000:]}"
+    )
 
 
 @pytest.mark.slow

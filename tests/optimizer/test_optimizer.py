@@ -246,6 +246,32 @@ def test_factored_damping(device):
 # ---- as a PyTorch optimizer -------------------------------------------------------------------
 
 
+def test_a_control_that_fails_leaves_the_memory_of_those_before_it(device):
+    """Moments are stored with the step that is taken, so that a loop may go on."""
+    model, loss, (X, y) = classifier(device), CrossEntropyLoss(), data(device)
+    fails = iter([False, True, False])
+
+    def refuse(step):
+        if next(fails):
+            raise ValueError("not this one")
+        return step
+
+    optimizer = KFAC(model, loss, controls=[graft(), refuse], lr=0.1)
+    take(optimizer, X, y)
+    kept = {p: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
+    before = values(model)
+    with pytest.raises(ValueError, match="not this one"):
+        take(optimizer, X, y)
+    for p, state in optimizer.state.items():
+        assert state.keys() == kept[p].keys()
+        for key, tensor in state.items():
+            check_equal(tensor, kept[p][key])
+    for name, p in model.named_parameters():
+        check_equal(p.detach(), before[name])
+    take(optimizer, X, y)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
 def test_closure_and_scheduler(device):
     model, loss = classifier(device), CrossEntropyLoss()
     X, y = data(device)
@@ -554,7 +580,7 @@ def test_a_batch_with_nan_is_refused_and_nothing_changes(device):
     X, y = data(device)
     X[3, 2] = float("nan")
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for datum 3"):
+    with pytest.raises(ValueError, match="input of layer '0' is not finite, first for sample 3"):
         optimizer.observe(X, y)
     gradients(model, loss, X, y)
     with pytest.raises(

@@ -149,10 +149,26 @@ def test_graft_takes_adams_norm_and_keeps_the_direction(device):
             p.grad = gradient[name]
         adam.step()
         step = control(replace(example(device, gradient, direction), memory=memory))
+        memory = step.memory  # as the optimizer does with the step that it takes
         for name in NAMES:
             found = step.direction[name]
             check_equal(found.norm(), (parameters[name] - before[name]).norm())
             check_equal(found / found.norm(), direction[name] / direction[name].norm())
+
+
+def test_a_step_that_is_not_taken_leaves_nothing_in_the_memory(device):
+    """`Step` is frozen, and its memory too: a control returns a new one."""
+    first = graft()(example(device))
+    kept = {n: {key: t.clone() for key, t in own.items()} for n, own in first.memory.items()}
+    retried = [graft()(replace(first, gradient=values(device))) for _ in range(2)]
+    for name in NAMES:
+        assert float(first.memory[name]["step"]) == 1
+        for key, tensor in kept[name].items():
+            check_equal(first.memory[name][key], tensor)
+        assert float(retried[1].memory[name]["step"]) == 2
+    untouched = example(device)
+    graft()(untouched)
+    assert all(own == {} for own in untouched.memory.values())
 
 
 def test_graft_is_per_layer_and_not_per_parameter(device):

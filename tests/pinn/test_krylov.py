@@ -93,7 +93,7 @@ def test_as_many_iterations_as_weights_are_gauss_newton(device):
     parts = flat(linearize(model, terms))
     W, damping = block_weights(model), 0.3
     P = {n: Kronecker(*(torch.eye(d).to(V) for d in (V.shape[1], len(V)))) for n, V in W.items()}
-    expected = as_vector(dense_solver(parts, residuals(parts))(damping))
+    expected = as_vector(dense_solver(parts, residuals(parts))(damping).step)
     found = as_vector(krylov_direction(parts, P, damping, 2 * len(expected)))
     assert (found - expected).norm() <= 1e-9 * expected.norm()
     check_differs(as_vector(krylov_direction(parts, P, damping, 2)), expected)
@@ -183,7 +183,7 @@ def test_stacked_and_back():
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, -1)])
 def test_too_few_directions(numbers):
-    with pytest.raises(ValueError, match="At least one iteration"):
+    with pytest.raises(ValueError, match="iterations of at least 1"):
         KFACKrylov(*numbers)
 
 

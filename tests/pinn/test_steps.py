@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -96,14 +97,15 @@ def test_solvers_solve_the_damped_system(solver, device):
     )
     for damping in (1e-2, 1.0):
         M = J.T @ J + damping * torch.eye(J.shape[1], device=device)
-        found = as_vector(solver(parts, rho)(damping))
-        check_equal(found, -torch.linalg.solve(M, J.T @ rho))
+        found, used = solver(parts, rho)(damping)
+        check_equal(as_vector(found), -torch.linalg.solve(M, J.T @ rho))
+        assert used == damping
 
 
 def test_layerwise_solves_each_block(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))
-    found = layerwise_solver(parts, residuals(parts))(0.1)
+    found = layerwise_solver(parts, residuals(parts))(0.1).step
     for name, V in found.items():
         J = layer_jacobian(parts, name)
         M = J.T @ J + 0.1 * torch.eye(J.shape[1], device=device)
@@ -111,16 +113,35 @@ def test_layerwise_solves_each_block(device):
     one = torch.nn.Sequential(torch.nn.Linear(2, 1)).to(device)
     parts = flat(linearize(one, terms[1:]))
     rho = residuals(parts)
-    check_equal(layerwise_solver(parts, rho)(0.1)["0"], dense_solver(parts, rho)(0.1)["0"])
+    one_block, whole = (solver(parts, rho)(0.1) for solver in (layerwise_solver, dense_solver))
+    check_equal(one_block.step["0"], whole.step["0"])
 
 
 def test_a_singular_system_gets_the_damping_it_needs(device):
     one = torch.nn.Sequential(torch.nn.Linear(2, 1)).to(device)
     X = torch.zeros(3, 2, device=device)
     parts = flat(linearize(one, [Term(lambda u, x: u.value - 1, X, value_only(2))]))
-    step = dense_solver(parts, residuals(parts))(0.0)["0"]
-    assert step.isfinite().all()
-    check_equal(step[:, 2], 1 - one[0].bias)
+    eps, rho = torch.finfo(X.dtype).eps, residuals(parts)
+    for solver in (dense_solver, layerwise_solver):
+        solved = solver(parts, rho)(0.0)
+        step = solved.step["0"]
+        assert step.isfinite().all()
+        check_equal(step[:, 2], 1 - one[0].bias)
+        assert solved.damping == pytest.approx(eps / 3, rel=1e-6)  # J^T J is diag(0, 0, 1)
+    assert kernel_solver(parts, rho)(0.0).damping >= eps / 3
+
+
+@pytest.mark.parametrize("optimizer", [GaussNewton(0.0, minimum=0.0, tries=1), Spring(0.0)])
+def test_a_state_tells_the_damping_that_its_system_needed(optimizer, device):
+    one = torch.nn.Sequential(torch.nn.Linear(2, 1)).to(device)
+    X = torch.zeros(3, 2, device=device)
+    state = optimizer.step(one, [Term(lambda u, x: u.value - 1, X, value_only(2))])
+    assert state.damping == 0.0
+    assert state.solved_with > 0
+    enough = replace(optimizer, damping=0.5)
+    state = enough.step(one, [Term(lambda u, x: u.value - 2, X, value_only(2))])
+    assert state.solved_with == 0.5
+    assert PinnKFAC().step(*setting(device)).solved_with is None  # there is no such system
 
 
 @pytest.mark.parametrize("candidates", [two_directions, two_directions_per_layer])

@@ -589,7 +589,7 @@ def test_networks_that_no_step_could_train():
 
 
 def test_empty_terms_and_chunks():
-    refused(poisson, "needs data", X=torch.randn(0, 2))
+    refused(poisson, "needs at least 1 point", X=torch.randn(0, 2))
     with pytest.raises(ValueError, match="chunk at least 1"):
         linearize(mlp(2, 3, 1), [Term(poisson, torch.randn(3, 2), laplacian(2))], chunk=0)
 

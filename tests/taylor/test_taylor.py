@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import softplus
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch.taylor import activations
 from kfac_scratch.taylor.expansions import (
@@ -228,6 +229,54 @@ def test_second_order_equals_the_general_formula(name, device):
     c = taylor_coefficients(model, X, laplacian(3, [0, 2]))
     e = taylor_coefficients(model, X, Partials(torch.eye(3), [(1,)], [{(0, 0): 1.0, (2, 2): 1.0}]))
     close(c, e)
+
+
+class EntriesWritten(TorchDispatchMode):
+    """Counts the entries that elementwise operations write."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mul.Tensor, torch.ops.aten.addcmul.default):
+            self.count += result.numel()
+        return result
+
+
+def entries_written(expansion, x, top):
+    with EntriesWritten() as form:
+        expansion.form(x, x)
+    with EntriesWritten() as gradient:
+        expansion.gradient_of_form(x, top)
+    return form.count, gradient.count
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize("used", [torch.float32, torch.float64])
+def test_one_weight_for_all_directions_stays_one_in_every_dtype(given, used, device):
+    """The Laplacian's path is chosen by a shape, which conversions and copies keep."""
+    N, R, h = 5, 4, 3
+    x = torch.randn(N, R, h, device=device, dtype=used)
+    top = torch.randn(N, 1, h, device=device, dtype=used)
+    one = SecondOrder(torch.eye(R), torch.ones(1, 1, dtype=given))
+    each = SecondOrder(torch.eye(R), torch.ones(1, R, dtype=given))
+    assert laplacian(R).C.shape == (1, 1)
+    close(one.form(x, x), each.form(x, x), 1e-6)
+    close(one.gradient_of_form(x, top), each.gradient_of_form(x, top), 1e-6)
+    fast, slow = entries_written(one, x, top), entries_written(each, x, top)
+    assert fast[0] == N * R * h + N * h  # a sum of products, and one weight
+    assert slow[0] == fast[0] + N * R * h - N * h
+    assert fast[1] < slow[1]
+
+
+def test_several_sums_with_one_weight_each(device):
+    model, X = net().to(device), torch.randn(4, 3, device=device)
+    c = taylor_coefficients(model, X, SecondOrder(torch.eye(3), torch.tensor([[2.0], [-1.0]])))
+    lap = taylor_coefficients(model, X, laplacian(3))[:, -1]
+    close(c[:, -2], 2 * lap)
+    close(c[:, -1], -lap)
 
 
 def test_weights_per_batch_and_per_datum(device):
@@ -475,13 +524,13 @@ def test_weighted_needs_square_weights(shape):
         second_order_sum(torch.ones(shape))
 
 
-def test_data_must_fit(device):
+def test_points_must_fit(device):
     X = torch.randn(4, 2, device=device)
-    with pytest.raises(ValueError, match="do not fit data"):
+    with pytest.raises(ValueError, match="do not fit points"):
         taylor_coefficients(net(), X, laplacian(3))
-    with pytest.raises(ValueError, match="do not fit data"):
+    with pytest.raises(ValueError, match="do not fit points"):
         taylor_coefficients(net(), X, directional(torch.ones(5, 1, 2)))
-    with pytest.raises(ValueError, match=r"4 data need C of shape \[M, 4, R, R\]"):
+    with pytest.raises(ValueError, match=r"4 points need C of shape \[M, 4, R, R\]"):
         taylor_coefficients(net(), X, second_order_sum(torch.ones(3, 2, 2)))
     with pytest.raises((ValueError, TypeError)):
         taylor_coefficients(net(), X[0], laplacian(2))
