@@ -18,7 +18,7 @@ DEVICES += [] if MISSING else [second_device.NAME]
 
 
 def pytest_report_header():
-    return f"devices: {', '.join(DEVICES)} {MISSING and f'({MISSING})'}"
+    return f"devices: {', '.join(DEVICES)}" + (f" ({MISSING})" if MISSING else "")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

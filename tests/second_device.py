@@ -22,7 +22,6 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _DisableTorchDispatch, _ExcludeDispatchKeyGuard
 
 NAME = "elsewhere"
 aten = torch.ops.aten
@@ -87,7 +86,7 @@ class Elsewhere(Tensor):
         if not _there(kwargs.get("device") or NAME):
             return out
         if torch.Tag.inplace_view in func.tags:  # as squeeze_: what the tensor says of its size
-            with _DisableTorchDispatch():
+            with torch._C._DisableTorchDispatch():
                 func(*args, **kwargs)
         own = {id(_here(x)): x for x in given if isinstance(x, Tensor)}
 
@@ -239,6 +238,7 @@ def register():
     return ops, fallback  # as long as these live
 
 
+@cache
 def why_missing():
     """Register the device; in words, why that fails, or nothing."""
     try:
@@ -264,22 +264,36 @@ def _lowered(op, *args, **kwargs):
     def lower(x):
         return x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
 
-    with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.AutocastPrivateUse1)):
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    with torch._C._ExcludeDispatchKeyGuard(autocast):
         return op(*_each(lower, args), **{name: lower(x) for name, x in kwargs.items()})
 
 
 @contextmanager
 def in_use():
     """While a test runs there: generators know the device, and tied weights arrive tied."""
-    swap, real = torch.__future__.get_swap_module_params_on_conversion(), torch.Generator
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    real = torch.Generator
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "_apply", _swapping(torch.nn.Module._apply))
         for name, module in list(sys.modules.items()):
             ours = name == "torch" or name.startswith("kfac_scratch")
             if ours and vars(module).get("Generator") is real:
                 patch.setattr(module, "Generator", Generator)
+        yield
+    _tell()
+
+
+def _swapping(apply):
+    """`Module._apply` under which a parameter that leaves the CPU stays the same object."""
+    future = torch.__future__
+
+    def applied(module, *args, **kwargs):
+        before = future.get_swap_module_params_on_conversion()
+        leaves = any(not isinstance(p, Elsewhere) for p in module.parameters(recurse=False))
+        future.set_swap_module_params_on_conversion(leaves)
         try:
-            yield
+            return apply(module, *args, **kwargs)
         finally:
-            torch.__future__.set_swap_module_params_on_conversion(swap)
-            _tell()
+            future.set_swap_module_params_on_conversion(before)
+
+    return applied

@@ -10,9 +10,9 @@ from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, Sequential, Tanh
 import kfac_scratch.losses
 from kfac_scratch import EXPAND, REDUCE, empirical, kfac, layer_ios, monte_carlo, type2
 from tests import second_device
-from tests.conftest import MISSING
 from tests.second_device import NAME, Elsewhere
 
+MISSING = second_device.why_missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 REFUSED = "same device"
 
