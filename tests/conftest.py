@@ -1,26 +1,44 @@
 """Every test runs with the annotated shapes checked, on every device there is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+from tests import second_device
 
 install_import_hook("kfac_scratch", "beartype.beartype")
 
 torch.backends.cudnn.allow_tf32 = False  # float32 tests mean float32
 torch.set_num_threads(1)  # faster than many for matrices of this size
+MISSING = second_device.why_missing()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES += [] if MISSING else [second_device.NAME]
 
 
+def pytest_report_header():
+    return f"devices: {', '.join(DEVICES)}" + (f" ({MISSING})" if MISSING else "")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """The quick tier is what is neither slow nor long."""
+    """On the second device, tests are slow but for those marked `everywhere`. What is neither
+    slow nor long is the quick tier.
+    """
     for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        there = parameters.get("device") == second_device.NAME
+        if there and not item.get_closest_marker("everywhere"):
+            item.add_marker("slow")
         if not (item.get_closest_marker("slow") or item.get_closest_marker("long")):
             item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    return torch.device(request.param)
+    with second_device.in_use() if request.param == second_device.NAME else nullcontext():
+        yield torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -172,6 +172,7 @@ def test_monte_carlo_averages_to_type2(name, device):
     assert (standard_error < 0.1 * exact.abs())[shown].all()  # half of it would be noticed
 
 
+@pytest.mark.everywhere
 def test_monte_carlo_is_reproducible_by_its_generator(device):
     loss, f, y = example("ce-grid", "mean", device)
 

@@ -93,6 +93,7 @@ def test_not_exact_on_nonlinear_nets(case, device):
     check_differs(ekfac(io).dense(), io.block())
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
 @pytest.mark.parametrize("case", [NONLINEAR[0], CONV_PER_LOCATION[10]], ids=str)
 def test_obeys_the_laws_of_matrices(case, view, device):

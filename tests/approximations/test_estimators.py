@@ -33,6 +33,7 @@ def weighted_mean(tensors, decay):
     return sum(w * t for w, t in zip(weights, tensors, strict=True)) / sum(weights)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 1.0])
 def test_is_the_bias_corrected_average(decay, device):
     ios = list(stream(device))

@@ -243,6 +243,7 @@ def test_of_the_empirical_fisher_is_not_that_of_the_fisher(case, device):
 # ---- as a matrix ------------------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("approximation", [expand, reduce, foof])
 @pytest.mark.parametrize("case", [EXPAND_SETTING[0], CONV_PER_LOCATION[10]], ids=str)
 def test_obeys_the_laws_of_matrices(case, approximation, device):

@@ -237,8 +237,8 @@ def test_the_identity_may_be_orthogonal_to_the_second_pair(device):
     second, third = 3.0, 4 - 3**0.5
     check_equal(expected, torch.tensor([4 + 3**0.5, second, third, *3 * [0.0]]))
     rest = R.minus(power_svd(R, eye, 1e-13))
-    assert power_svd(rest, eye).A.norm() ** 2 == pytest.approx(third)
-    assert power_svd(rest, R.generic()).A.norm() ** 2 == pytest.approx(second)
+    assert float(power_svd(rest, eye).A.norm() ** 2) == pytest.approx(third)
+    assert float(power_svd(rest, R.generic()).A.norm() ** 2) == pytest.approx(second)
 
 
 def test_antisymmetric_pairs_are_left_aside(device):

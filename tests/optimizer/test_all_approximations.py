@@ -100,6 +100,7 @@ def test_descends(name, flavour, device):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("name", VARIANTS)
 def test_checkpoint_restores_matrices_and_inverses(name, device):
     optimizer, _ = trained(VARIANTS[name], device, 4)

@@ -24,6 +24,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("name", MATRICES)
 def test_round_trip_through_a_file_without_pickled_code(name, device):
     make = MATRICES[name]
@@ -40,6 +41,7 @@ def test_round_trip_through_a_file_without_pickled_code(name, device):
         check_equal(back.inverse(damping) @ V, M.inverse(damping) @ V)
 
 
+@pytest.mark.everywhere
 def test_inverses_too(device):
     M = MATRICES["sum"](random_io(device))  # its inverse holds the matrix and a number
     inverse = M.inverse(0.3)

@@ -78,6 +78,7 @@ def newton(matrix, model, damping):
     return -torch.linalg.solve(matrix + damping * eye, gradient)
 
 
+@pytest.mark.everywhere
 def test_linear_regression_takes_the_damped_newton_step(device):
     torch.manual_seed(0)
     model, loss = Sequential(Linear(6, 4)).to(device), MSELoss()
@@ -317,6 +318,7 @@ def token_data(device="cpu", seed=1):
     return torch.randint(5, (7, 4), device=device), torch.randint(3, (7,), device=device)
 
 
+@pytest.mark.everywhere
 def test_rest_is_moved_by_the_users_rule(device):
     """Norms, and an embedding that is left out, take the steps that their own optimizer takes."""
     model, loss, (X, y) = with_norm(device), CrossEntropyLoss(), token_data(device)
@@ -404,6 +406,7 @@ def test_frozen_parameters_stay(device):
     assert change(model, before)["0.bias"].abs().max() == 0
 
 
+@pytest.mark.everywhere
 def test_tied_weights_move_together(device):
     torch.manual_seed(0)
     first, second = Linear(6, 6), Linear(6, 6)
@@ -554,6 +557,7 @@ def test_a_refused_checkpoint_changes_nothing():
     assert snapshot(other) == before
 
 
+@pytest.mark.everywhere
 def test_loading_onto_a_device_moves_the_matrices(device):
     model, loss = classifier(), CrossEntropyLoss()
     optimizer = KFAC(model, loss)
@@ -591,6 +595,7 @@ def test_a_batch_with_nan_is_refused_and_nothing_changes(device):
     take(optimizer, *data(device))  # and on it goes
 
 
+@pytest.mark.everywhere
 def test_float16_overflow_is_seen_and_a_scaler_skips_it(device):
     model, loss = classifier(device).float(), CrossEntropyLoss()
     optimizer = KFAC(model, loss, lr=0.1)
@@ -741,6 +746,7 @@ def test_autocast_keeps_factors_and_steps_in_float32(fisher, dtype, device):
         assert float(loss(model(X), y)) < 0.5 * first
 
 
+@pytest.mark.everywhere
 def test_autocast_factors_are_near_those_in_full_precision(device):
     model, loss = classifier(device).float(), CrossEntropyLoss()
     X, y = data(device, N=64)

@@ -22,6 +22,7 @@ def gradients(model, loss, X, y):
     return dict(zip(wanted, found, strict=True))
 
 
+@pytest.mark.everywhere
 def test_step_solves_the_block_diagonal_system(device):
     """With exact blocks, the step is the dense block-diagonal natural-gradient step."""
     model, loss, X, y = problem(device)
@@ -51,6 +52,7 @@ def test_step_undoes_the_damped_product(device):
         check_equal(back[name], grads[name])
 
 
+@pytest.mark.everywhere
 def test_embedding_in_its_own_layout(device):
     model = Sequential(Embedding(5, 3), Linear(3, 2)).to(device)
     X, y = torch.randint(5, (7,), device=device), torch.randn(7, 2, device=device)

@@ -48,6 +48,7 @@ def step_on(batch, direction, previous, damping=0.0):
     )
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("loss", [MSELoss(), CrossEntropyLoss()])
 def test_gram_is_the_ggn_between_directions(loss, device):
     model, _, X, y = batch_on(device)

@@ -137,6 +137,7 @@ def test_limits_must_be_positive(control, limit):
 # ---- grafting ---------------------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 def test_graft_takes_adams_norm_and_keeps_the_direction(device):
     """Against PyTorch's Adam, over several steps, layer by layer."""
     parameters = {n: torch.zeros(s, device=device) for n, s in SHAPES.items()}

@@ -87,6 +87,7 @@ def test_gramian_and_kernel_are_products_of_the_jacobian(device):
     check_equal(gramian(few), J.T @ J)  # 161 weights
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("solver", [dense_solver, kernel_solver])
 def test_solvers_solve_the_damped_system(solver, device):
     model, terms = setting(device)
@@ -273,6 +274,7 @@ def test_states_are_values(name, device):
     assert torch.equal(kept, as_vector(state.previous))
 
 
+@pytest.mark.everywhere
 def test_exact_preconditioner_solves_a_linear_problem_in_one_step(device):
     """O8: one linear layer, an orthogonal design and boundary points on which KFAC is exact."""
     torch.manual_seed(0)
@@ -342,6 +344,7 @@ def test_star_is_conjugate_gradients_on_a_quadratic(device):
         assert (found - x).abs().max() <= 1e-8 * x.abs().max()
 
 
+@pytest.mark.everywhere
 def test_per_layer_is_never_worse_in_the_model(device):
     model, terms = setting(device)
     parts = flat(linearize(model, terms))

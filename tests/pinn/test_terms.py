@@ -479,6 +479,7 @@ class Tied(nn.Module):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))))
 
 
+@pytest.mark.everywhere
 def test_tied_frozen_and_unbiased_layers(device):
     model, X = Tied().to(device), torch.randn(5, 2, device=device)
     terms = [Term(poisson, X, laplacian(2))]
@@ -493,6 +494,7 @@ def test_tied_frozen_and_unbiased_layers(device):
     check_equal(gradient["c"], c)
 
 
+@pytest.mark.everywhere
 def test_higher_order_and_named_derivatives(device):
     model, X = mlp(2, 5, 1).to(device), torch.randn(5, 2, device=device)
     terms = [
