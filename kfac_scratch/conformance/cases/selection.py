@@ -6,8 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES
-
-Task = tuple[str, str]
+from kfac_scratch.conformance.vocabulary import Task
 
 
 def tasks(pattern: str = "", tags: Sequence[str] = ()) -> list[Task]:

@@ -1,8 +1,10 @@
 """Differential operators: Taylor coefficients as positions."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Task
 
-REDUCE, EXPAND = ("operator-reduce-2d-mean", "reduce"), ("operator-expand-2d-mean", "expand")
+REDUCE: Task = ("operator-reduce-2d-mean", "reduce")
+EXPAND: Task = ("operator-expand-2d-mean", "expand")
 
 MUTANTS = [
     Mutant(
@@ -31,8 +33,8 @@ MUTANTS = [
     ),
     Mutant(
         "the value's slope alone",
-        "slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]",
-        "slopes = [torch.stack([of_m[0], *[zero] * (len(leaves) - 1)], dim=1) for of_m in of_residuals]",
+        "torch.stack([zero if g is None else g for g in of_m], dim=1)",
+        "torch.stack([of_m[0], *[zero] * (len(leaves) - 1)], dim=1)",
         REDUCE,
     ),
     Mutant(
