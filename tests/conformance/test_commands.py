@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kfac_scratch.conformance.__main__ import main
+from kfac_scratch.conformance.cases.digests import Staleness
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.questions import case_digest
 from kfac_scratch.conformance.cases.theorems import THEOREMS
@@ -158,9 +159,10 @@ def test_a_tie_that_nobody_lists_is_told_and_can_be_written(command, monkeypatch
 
 
 def test_by_default_ties_are_of_cases_that_the_vectors_lack(command, monkeypatch):
-    assert command("ties")[1].startswith("0 cases looked at")
-    monkeypatch.setattr(authors, "unexported", lambda: [CASES["bias-bce-mean"]])
-    assert command("ties")[1].startswith("1 cases looked at")
+    state = Staleness(added=("bias-bce-mean",), changed=("bias-mse-sum",))
+    monkeypatch.setattr(authors, "stale_vectors", lambda: state)
+    assert [case.id for case in authors.unexported()] == ["bias-bce-mean", "bias-mse-sum"]
+    assert command("ties")[1].startswith("2 cases looked at")
 
 
 # ---- malformed files -----------------------------------------------------------------------------

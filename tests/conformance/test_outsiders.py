@@ -24,7 +24,7 @@ FILES = {
 }
 RESULTS = "kfac_scratch/conformance/audit/results/toy.json"
 CASE = "toy-linear-mse-mean"
-QUICK = ["test_audit.py", "test_names.py", "test_digests.py", "test_drivers.py"]
+QUICK = ["test_audit.py", "test_stale.py", "test_names.py", "test_digests.py"]
 
 
 def python(repository, *args):
