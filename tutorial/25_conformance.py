@@ -784,6 +784,14 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # python -m kfac_scratch.conformance report results.json
 # ```
 #
+# `show` says what a case asks and why it is exact. `skeleton` writes an adapter, a family of cases or
+# a finding that runs as it stands, to be changed from there.
+#
+# ```sh
+# python -m kfac_scratch.conformance show "conv2d-circular*"
+# python -m kfac_scratch.conformance skeleton adapter toy --folder mypackage
+# ```
+#
 # **In another environment.** If your package needs another PyTorch or clashes with something, give
 # the interpreter of its environment. That needs PyTorch and jaxtyping; `kfac_scratch` is put on
 # its path and need not be installed.
