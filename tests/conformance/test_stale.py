@@ -90,6 +90,15 @@ def test_a_proof_of_other_verdicts_is_stale(monkeypatch):
     assert old.words == "stale: it proves other verdicts"
 
 
+def test_explanations_of_other_verdicts_are_stale():
+    run = STORED["singd"]
+    failing = [r for r in run.results if not r.passes]
+    twins = [r for r in failing if sum(r.case == other.case for other in failing) > 1]
+    fewer = replace(run, results=[r for r in run.results if r is not twins[0]])
+    (old,) = stale.stale_explanations({"singd": fewer})
+    assert old.words == "stale: it explains other verdicts"
+
+
 def test_what_was_never_made_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(explain, "EXPLAINED", tmp_path)
     monkeypatch.setattr(stale, "proven", list)

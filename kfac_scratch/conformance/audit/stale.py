@@ -16,10 +16,12 @@ from kfac_scratch.conformance.audit.prove import asked_cases, finding, finding_n
 from kfac_scratch.conformance.cases.digests import Staleness, staleness
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.questions import digests
+from kfac_scratch.conformance.json_files import entry
 from kfac_scratch.conformance.judging.report import Report
 from kfac_scratch.conformance.vectors import files
 from kfac_scratch.conformance.vectors.export import exported
 
+NOTHING = "there is none yet"
 COMMAND = "python -m kfac_scratch.conformance"
 AUDIT = "kfac_scratch/conformance/audit"
 SHIPPED_VECTORS = "kfac_scratch/conformance/vectors/kfac-vectors-1"
@@ -56,9 +58,11 @@ def stale_run(run: Report, today: Mapping[str, str] | None = None) -> Staleness:
     return staleness(run.cases, today)
 
 
-def stale_results(stored: Mapping[str, Report]) -> list[Stale]:
-    """Result files that are older than the cases."""
-    today = digests(CASES)
+def stale_results(
+    stored: Mapping[str, Report], today: Mapping[str, str] | None = None
+) -> list[Stale]:
+    """Result files that are older than the cases, whose digests can be given."""
+    today = digests(CASES) if today is None else today
     found = {stem: stale_run(run, today) for stem, run in stored.items()}
     return [
         Stale(f"results/{stem}.json", str(state), _run_again(stem, stored[stem]))
@@ -78,15 +82,18 @@ def missing_results(stored: Mapping[str, Report]) -> list[Stale]:
     ]
 
 
-def stale_explanations(stored: Mapping[str, Report]) -> list[Stale]:
+def stale_explanations(
+    stored: Mapping[str, Report], today: Mapping[str, str] | None = None
+) -> list[Stale]:
     """Explanations that are missing, or older than the cases of the failures that they explain."""
-    today, found = digests(CASES), []
+    today, found = digests(CASES) if today is None else today, []
     for stem, run in stored.items():
         failing = [r for r in run.results if not r.passes and r.case in today]
         value, path = stored_explanations(stem), f"explained/{stem}.json"
         state = staleness(value.get("cases", {}), {r.case: today[r.case] for r in failing})
-        words = str(state) if value else "there is none yet"
-        if failing and (state or {*map(failure_key, failing)} != {*value["explained"]}):
+        others = {*map(failure_key, failing)} != {*value.get("explained", {})}
+        if failing and (state or others):
+            words = str(state or "stale: it explains other verdicts") if value else NOTHING
             found.append(Stale(path, words, f"{COMMAND} explain {AUDIT}/results/{stem}.json"))
     return found
 
@@ -97,27 +104,30 @@ def stale_proofs() -> list[Stale]:
     for name in finding_names():
         command, path = f"{COMMAND} prove --store {name}", f"proofs/{name}.json"
         if name not in proven():
-            found.append(Stale(path, "there is none yet", command))
+            found.append(Stale(path, NOTHING, command))
             continue
         stored, module = stored_proofs(name), finding(name)
         state = staleness(stored.get("cases", {}), digests(asked_cases(module)))
-        proven_tasks = {(proof["case"], proof["flavour"]) for proof in stored["proofs"]}
+        proofs = entry(stored, "proofs", list, path)
+        proven_tasks = {(proof["case"], proof["flavour"]) for proof in proofs}
         if state or proven_tasks != {(str(case), flavour) for case, flavour in module.CASES}:
             found.append(Stale(path, str(state or "stale: it proves other verdicts"), command))
     return found
 
 
-def stale_vectors() -> Staleness:
+def stale_vectors(today: Mapping[str, str] | None = None) -> Staleness:
     """How today's cases differ from the vectors that are shipped."""
+    today = digests(CASES) if today is None else today
     shipped = {name: reference.digest for name, reference in files.read().items()}
-    return staleness(shipped, digests({case.id: case for case in exported()}))
+    return staleness(shipped, {case.id: today[case.id] for case in exported()})
 
 
 def all_stale() -> list[Stale]:
     """Everything stored that is older than the cases, with the command that makes it again."""
-    stored, vectors = runs(), stale_vectors()
-    found = [*missing_results(stored), *stale_results(stored), *stale_explanations(stored)]
-    found += stale_proofs()
+    stored, today = runs(), digests(CASES)
+    found = [*missing_results(stored), *stale_results(stored, today)]
+    found += [*stale_explanations(stored, today), *stale_proofs()]
+    vectors = stale_vectors(today)
     if vectors:
         again = f"{COMMAND} ties --write && {COMMAND} export {SHIPPED_VECTORS}"
         found.append(Stale("vectors/kfac-vectors-1", str(vectors), again))

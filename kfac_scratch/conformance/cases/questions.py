@@ -20,8 +20,13 @@ def given(case: Case) -> dict[str, Tensor]:
     return {name: (x + 0).contiguous() for name, x in tensors.items()}  # + 0 turns -0.0 into 0.0
 
 
-def question(case: Case) -> dict[str, Any]:
-    """What a case asks, as JSON: everything that a verdict depends on, except for numbers."""
+def question(case: Case, N: int) -> dict[str, Any]:
+    """What a case asks, as JSON: everything that a verdict depends on, except for numbers.
+
+    Args:
+        case: The case.
+        N: How many data its numbers have.
+    """
     loss = {"kind": case.loss.kind, "reduction": case.loss.reduction, "weight": case.loss.weight}
     return {
         "id": case.id,
@@ -31,7 +36,7 @@ def question(case: Case) -> dict[str, Any]:
         "flavours": dict(case.flavours),
         "layers": case.judged,
         "part": case.part,
-        "batches": case.batches or (case.build().X.shape[0],),
+        "batches": case.batches or (N,),
         "damping": case.damping and {"form": case.damping[0], "value": case.damping[1]},
         "operator": case.operator,
         "dtype": case.dtype,
@@ -51,7 +56,8 @@ def operation(i: int, op: Op) -> dict[str, Any]:
 
 def case_digest(case: Case) -> str:
     """What a case asks and its numbers, as one short word."""
-    return content_digest(question(case), given(case))
+    numbers = given(case)
+    return content_digest(question(case, len(numbers["X"])), numbers)
 
 
 def digests(cases: Mapping[str, Case]) -> dict[str, str]:

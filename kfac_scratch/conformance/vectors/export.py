@@ -175,7 +175,7 @@ def manifest_entry(case: Case) -> dict[str, Any]:
     """A case as JSON: what it asks, and where what is right stands."""
     data = case.build()
     sizes = truth.sizes(case, data)
-    asked = question(case)
+    asked = question(case, len(data.X))
     return {
         "id": case.id,
         "file": f"{case.id}.safetensors",
