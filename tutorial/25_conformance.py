@@ -56,6 +56,7 @@ from kfac_scratch.conformance.judging import harness, judge, report, scalars, tr
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.selftest.museum import PIECES
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
+from kfac_scratch.conformance.vocabulary import PASSING
 from kfac_scratch.matrices.kronecker import Kronecker as KroneckerMatrix
 from kfac_scratch.show import code, matrices
 
@@ -201,15 +202,15 @@ code(judge.fit)
 # With equal sizes it could be many things:
 
 # %% tags=["beside", "remove-input"]
-code(scalars.names, scalars.candidates)
+code(scalars.formulas, scalars.candidates)
 
 # %%
 coprime = {"N": 7, "S": 5, "C": 11, "d_in": 13, "d_out": 3}
 equal = dict.fromkeys(coprime, 7)
 print(scalars.in_words(1 / 49, coprime))
 print(scalars.in_words(1 / 49, equal))
-assert scalars.names(1 / 49, coprime) == ["1/N²"]
-assert len(scalars.names(1 / 49, equal)) > 1
+assert scalars.formulas(1 / 49, coprime) == ["1/N²"]
+assert len(scalars.formulas(1 / 49, equal)) > 1
 
 
 def distinct(sizes: Mapping[str, int]) -> float:
@@ -225,7 +226,7 @@ print(f"formulas with a value of their own: {distinct(coprime):.0%} and {distinc
 assert distinct(coprime) == 1 > 0.1 > distinct(equal)
 
 # %% [markdown]
-# ### Eight verdicts
+# ### Verdicts
 #
 # | Verdict | Meaning | Passes |
 # | --- | --- | --- |
@@ -246,8 +247,8 @@ assert distinct(coprime) == 1 > 0.1 > distinct(equal)
 # is not.
 
 # %%
-print(judge.PASSING)
-assert judge.PASSING == ("exact", "definition", "scaled", "not-supported")
+print(PASSING)
+assert PASSING == ("exact", "definition", "scaled", "not-supported")
 
 # %% [markdown]
 # ## A first KFAC
@@ -701,7 +702,7 @@ def made(results: list[Result], expected: Mapping[tuple[str, str], str] | None =
     """A report on some results."""
     families = {name: family(case) for name, case in CASES.items()}
     about = {"name": "first try", "version": "0.1"}
-    return report.Report(about, results, families, expected or {}, report.about())
+    return report.Report(about, results, families, expected or {}, report.environment())
 
 
 full = everything(Adapter(Counted, "first", 0.5))
@@ -748,7 +749,7 @@ assert counts["exact"] + counts["scaled"] + counts["definition"] > 80
 # Every case is passed or refused with a reason. The list of refusals is worth as much as the rest:
 # it is the documentation of what the code does not do, and it was written by running it.
 
-# %% tags=["hide-input"] alt="A heat map with a row for each of eleven rounds and a column for each of seven groups of cases. In the first three rows nothing passes. Then groups turn to fully passing one after the other from left to right, with one setback, and in the last row everything passes." caption="The share of cases that pass, by round and group of cases. The step back in the row of the divisor is two mistakes that had cancelled."
+# %% tags=["hide-input"] alt="A heat map with a row for each round and a column for each group of cases. In the first three rows nothing passes. Then groups turn to fully passing one after the other from left to right, with one setback, and in the last row everything passes." caption="The share of cases that pass, by round and group of cases. The step back in the row of the divisor is two mistakes that had cancelled."
 shares = [
     [sum(found[i].passes for i in group) / len(group) for group in PANEL.values()]
     for found in rounds.values()
@@ -781,6 +782,14 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # python -m kfac_scratch.conformance run --adapter mypackage.oracle:Adapter \
 #     -k "deep-linear*" --tag mse --json results.json --junit results.xml
 # python -m kfac_scratch.conformance report results.json
+# ```
+#
+# `show` says what a case asks and why it is exact. `skeleton` writes an adapter, a family of cases or
+# a finding that runs as it stands, to be changed from there.
+#
+# ```sh
+# python -m kfac_scratch.conformance show "conv2d-circular*"
+# python -m kfac_scratch.conformance skeleton adapter toy --folder mypackage
 # ```
 #
 # **In another environment.** If your package needs another PyTorch or clashes with something, give

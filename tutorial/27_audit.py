@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 from kfac_scratch.conformance.audit import explain, page, proofs
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.audit.prove import finding, names
+from kfac_scratch.conformance.audit.prove import finding, finding_names
 from kfac_scratch.conformance.audit.prove import prove as prove_finding
 from kfac_scratch.conformance.cases.families import FAMILIES
 from kfac_scratch.show import code
@@ -43,6 +43,14 @@ runs = explain.runs()
 for run in runs.values():
     made, about = run.capabilities, run.about
     print(f"{made['name']:14} {made['version']:8} {about['date']}, torch {about['torch']}")
+
+# %% [markdown]
+# Cases are added, and results stay where they are until somebody runs the library again. Every result file
+# keeps a digest of the cases that there were, so that this page can say what is older than the cases, and by
+# which of them:
+
+# %% tags=["remove-input"]
+page.notices()
 
 # %% [markdown]
 # ## What passes
@@ -111,7 +119,7 @@ assert share_of("dense") > 0.95 > 0.8 > max(share_of("sharing"), share_of("convo
 # are written down. These are: the judge applies the documented number, and finds the rest exact.
 
 # %% tags=["remove-input"]
-page.conventions(others)
+page.documented_scales(others)
 
 # %% [markdown]
 # ## How a mismatch is proven
@@ -132,16 +140,18 @@ code(prove_finding)
 
 # %%
 count = 0
-for name in names():
-    stored = proofs.stored(name)
+for name in proofs.proven():
+    stored = proofs.stored_proofs(name)
     assert stored["proofs"], name
     assert all(proof["holds"] for proof in stored["proofs"]), name
     count += len(stored["proofs"])
-libraries = Counter(finding(name).LIBRARY for name in names())
-print(f"{len(names())} findings in {len(libraries)} libraries, {count} proofs, all of which hold:")
+libraries = Counter(finding(name).LIBRARY for name in proofs.proven())
+print(
+    f"{len(proofs.proven())} findings in {len(libraries)} libraries, {count} proofs, all of which hold:"
+)
 for library, n in libraries.items():
     print(f"  {library:14} {n}")
-assert len(names()) >= 10
+assert len(proofs.proven()) >= 10
 
 # %% [markdown]
 # In the other direction: every verdict that does not pass is asked again within the patch of each finding,
@@ -174,7 +184,7 @@ page.all_cards(others)
 # same slip was found independently in several libraries:
 
 # %%
-padding = [name for name in names() if "padding_mode" in name]
+padding = [name for name in finding_names() if "padding_mode" in name]
 print(", ".join(finding(name).LIBRARY for name in padding))
 assert len(padding) >= 3
 

@@ -11,6 +11,16 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from kfac_scratch.conformance.vocabulary import (
+    BiasPlace,
+    DampingForm,
+    Fisher,
+    Flavour,
+    LossKind,
+    PartName,
+    Precision,
+)
+
 
 class NotSupported(Exception):  # noqa: N818
     """Raised by an adapter for what the implementation does not offer. Say what, in a sentence."""
@@ -35,13 +45,13 @@ class Capabilities:
 
     name: str
     version: str
-    fishers: frozenset[str] = frozenset({"type2"})
-    flavours: frozenset[str] = frozenset({"expand"})
+    fishers: frozenset[Fisher] = frozenset({"type2"})
+    flavours: frozenset[Flavour] = frozenset({"expand"})
     ops: frozenset[str] = frozenset()
-    losses: frozenset[str] = frozenset({"mse", "cross-entropy"})
-    dtypes: frozenset[str] = frozenset({"float64", "float32"})
+    losses: frozenset[LossKind] = frozenset({"mse", "cross-entropy"})
+    dtypes: frozenset[Precision] = frozenset({"float64", "float32"})
     batches: bool = True
-    damping: frozenset[str] = frozenset()
+    damping: frozenset[DampingForm] = frozenset()
     operators: bool = False
 
 
@@ -70,11 +80,11 @@ class Request:
     loss: nn.Module
     batches: list[tuple[Tensor, Tensor]]
     layers: tuple[str, ...]
-    flavour: str = "expand"
-    fisher: str = "type2"
+    flavour: Flavour = "expand"
+    fisher: Fisher = "type2"
     samples: int = 1
     seed: int = 0
-    damping: tuple[str, float] | None = None
+    damping: tuple[DampingForm, float] | None = None
     gradient: Mapping[str, Tensor] = field(default_factory=dict)
     coefficients: Tensor | None = None
 
@@ -133,7 +143,7 @@ class LayerBlock:
     joint: Part | None = None
     weight: Part | None = None
     bias: Part | None = None
-    bias_at: str = "last"
+    bias_at: BiasPlace = "last"
     axes: str = ""
 
 
@@ -153,7 +163,7 @@ class Adapter(Protocol):
         """
         ...
 
-    def scale(self, request: Request, layer: str, part: str) -> float | None:
+    def scale(self, request: Request, layer: str, part: PartName) -> float | None:
         """By what the raw block exceeds the canonical one, as the documentation says.
 
         The canonical block is that of the loss exactly as PyTorch computes it, and for the

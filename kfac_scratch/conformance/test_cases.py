@@ -8,6 +8,7 @@ import pytest
 
 from kfac_scratch.conformance.cases.selection import expected_failures, tasks
 from kfac_scratch.conformance.judging.isolation import Isolated, Place
+from kfac_scratch.conformance.vocabulary import Flavour
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,7 +42,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Isolated]:
     isolated.stop()
 
 
-def test_case(implementation: Isolated, case: str, flavour: str) -> None:
+def test_case(implementation: Isolated, case: str, flavour: Flavour) -> None:
     """An implementation is exact where a theorem says so, else what the definition says."""
     result = implementation.verdict(case, flavour)
     if result.verdict == "not-supported":

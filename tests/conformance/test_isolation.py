@@ -1,6 +1,5 @@
 """Adapters in processes of their own: a crash or a hang is a verdict, and the run goes on."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from kfac_scratch.conformance.__main__ import main
+from kfac_scratch.conformance.cases.families import CASES
+from kfac_scratch.conformance.cases.questions import digests
 from kfac_scratch.conformance.cases.selection import expected_failures, tasks
 from kfac_scratch.conformance.judging import report
 from kfac_scratch.conformance.judging.isolation import AdapterFailed, Isolated, Place
@@ -81,7 +82,7 @@ def test_the_command_line_prints_a_table_and_writes_files(tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert "undocumented-scale" in printed
     assert "FAILS deep-linear-mse-mean-nobias [expand]" in printed
-    stored = report.from_json((tmp_path / "r.json").read_text())
+    stored = report.read_report(tmp_path / "r.json")
     assert {r.verdict for r in stored.results} == {"undocumented-scale", "error"}
     assert stored.about["torch"]
     suite = ElementTree.fromstring((tmp_path / "r.xml").read_text())
@@ -89,6 +90,8 @@ def test_the_command_line_prints_a_table_and_writes_files(tmp_path, monkeypatch,
     assert suite.get("failures") == "3"
     assert command(monkeypatch, "report", str(tmp_path / "r.json")) == 0
     assert capsys.readouterr().out == printed
+    assert stored.about["adapter"] == "faulty:Scaled"
+    assert stored.cases == digests(CASES)
 
 
 @pytest.mark.slow
@@ -144,8 +147,8 @@ def test_cases_are_chosen_by_name_and_tag():
 
 
 def test_a_result_file_of_another_format_is_refused():
-    with pytest.raises(ValueError, match="Expected the format 'kfac-conformance-results/1'"):
-        report.from_json(json.dumps({"format": "other"}))
+    with pytest.raises(ValueError, match="r: expected the format 'kfac-conformance-results/1'"):
+        report.from_object({"format": "other"}, "r")
 
 
 def test_a_result_passes_or_not():

@@ -28,8 +28,13 @@ from kfac_scratch.conformance.protocol import (
     NotSupported,
     Request,
 )
+from kfac_scratch.conformance.vocabulary import Fisher
 
-FISHERS = {"type2": "fisher_exact", "mc": "fisher_mc", "empirical": "fisher_emp"}
+FISHERS: dict[Fisher, str] = {
+    "type2": "fisher_exact",
+    "mc": "fisher_mc",
+    "empirical": "fisher_emp",
+}
 
 
 class Adapter:

@@ -30,8 +30,9 @@ from kfac_scratch.conformance.protocol import (
     Request,
     VectorAnswer,
 )
+from kfac_scratch.conformance.vocabulary import Fisher
 
-FISHERS = {"type2": "type-2", "mc": "mc", "empirical": "empirical"}
+FISHERS: dict[Fisher, str] = {"type2": "type-2", "mc": "mc", "empirical": "empirical"}
 
 
 class Adapter:

@@ -29,8 +29,13 @@ from kfac_scratch.conformance.protocol import (
     VectorAnswer,
 )
 from kfac_scratch.conformance.vectors.consumers import kfac_jax_port as port
+from kfac_scratch.conformance.vocabulary import LossKind
 
-LOSSES = {nn.MSELoss: "mse", nn.CrossEntropyLoss: "cross-entropy", nn.BCEWithLogitsLoss: "bce"}
+LOSSES: dict[type[nn.Module], LossKind] = {
+    nn.MSELoss: "mse",
+    nn.CrossEntropyLoss: "cross-entropy",
+    nn.BCEWithLogitsLoss: "bce",
+}
 
 
 class Adapter:
@@ -41,7 +46,7 @@ class Adapter:
         return Capabilities(
             "kfac-jax",
             version("kfac-jax"),
-            fishers=frozenset(port.MODES),
+            fishers=frozenset({"type2", "mc", "empirical"}),
             flavours=frozenset({"expand"}),
             losses=frozenset(LOSSES.values()),
             dtypes=frozenset({"float64"}),

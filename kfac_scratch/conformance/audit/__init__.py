@@ -1,7 +1,9 @@
 r"""The audit of other people's implementations: what the oracle says of them, and why.
 
-- `results/<library>.json`: what `python -m kfac_scratch.conformance run` wrote, with versions and
-  date. Never edited by hand.
+- `results/<library>.json`: what `python -m kfac_scratch.conformance run` wrote, with versions,
+  date, the adapter, and a digest of every case that there was. Never edited by hand.
+- `explained/<library>.json`, `proofs/<finding>.json`: what `explain` and `prove --store` wrote,
+  with the digests of the cases that were asked.
 - `findings/<library>_<slug>.py`: one real mismatch each, traced to its cause. A finding is a module
   with a docstring that an upstream maintainer can act on (what is expected, what is got, a minimal
   reproduction that needs nothing of this package), and:
@@ -20,6 +22,10 @@ r"""The audit of other people's implementations: what the oracle says of them, a
 A case is an identifier, or a `Case` of the finding's own where the catalogue has none.
 `prove` runs the adapter on `CASES` without and within `patch()`: a finding is proven if the verdict
 does not pass without, and passes within. A convention that is documented is no finding.
+`python -m kfac_scratch.conformance skeleton finding NAME` writes one that runs as it stands.
+
+What is older than the cases is shown as stale, on the page and by `stale`, with the command that
+makes it again: whoever adds a case need not run everybody's library.
 
 To do it again for a library, in an environment that has it (versions are in its result file) beside
 torch, jaxtyping, tqdm and safetensors, from the root of the repository:

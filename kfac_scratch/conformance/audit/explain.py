@@ -5,67 +5,89 @@ that fails again, once within the patch of each finding, and within all of them 
 patch mends is unexplained, and the audit says so.
 """
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kfac_scratch.conformance.audit.prove import adapter, finding, names
+from kfac_scratch.conformance.audit.prove import adapter, finding, finding_names
 from kfac_scratch.conformance.cases.families import CASES
+from kfac_scratch.conformance.cases.questions import case_digest
+from kfac_scratch.conformance.json_files import entry, read_object, write_object
 from kfac_scratch.conformance.judging.harness import verdict
 from kfac_scratch.conformance.judging.judge import Result
-from kfac_scratch.conformance.judging.report import Report, about, from_json
+from kfac_scratch.conformance.judging.report import Report, environment, read_report
 
-FOLDER = Path(__file__).parent
-RESULTS, EXPLAINED = FOLDER / "results", FOLDER / "explained"
+RESULTS = Path(__file__).parent / "results"
+EXPLAINED = Path(__file__).parent / "explained"
+Reasons = dict[str, list[str]]  # findings by `case flavour`
 
 
 def runs() -> dict[str, Report]:
     """The stored results of every implementation, by file."""
-    files = sorted(RESULTS.glob("*.json"))
-    return {file.stem: from_json(file.read_text(encoding="utf-8")) for file in files}
+    return {file.stem: read_report(file) for file in sorted(RESULTS.glob("*.json"))}
 
 
 def about_library(library: str) -> dict[str, ModuleType]:
     """The findings about a library."""
-    found = {name: finding(name) for name in names()}
+    found = {name: finding(name) for name in finding_names()}
     return {name: module for name, module in found.items() if library == module.LIBRARY}
 
 
-def explain(run: Report) -> dict[str, list[str]]:
+def explain(run: Report) -> Reasons:
     """For every failure of a run, `case flavour`, the findings whose patch mends it.
 
     Several names that begin with `+` mend it only together.
     """
     found = about_library(str(run.capabilities["name"]))
     failures = [r for r in run.results if not r.passes]
-    reasons: dict[str, list[str]] = {_key(r): [] for r in failures}
+    reasons: Reasons = {failure_key(r): [] for r in failures}
     for name, module in found.items():
         for r in _mended(failures, {name: module}):
-            reasons[_key(r)].append(name)
-    left = [r for r in failures if not reasons[_key(r)]]
+            reasons[failure_key(r)].append(name)
+    left = [r for r in failures if not reasons[failure_key(r)]]
     for r in _mended(left, found):
-        reasons[_key(r)] = [f"+{name}" for name in found]
+        reasons[failure_key(r)] = [f"+{name}" for name in found]
     return reasons
 
 
-def store(results: Path) -> dict[str, list[str]]:
-    """Explain a result file, and write what was found beside it."""
-    run = from_json(results.read_text(encoding="utf-8"))
+def store_explanations(results: Path) -> Reasons:
+    """Explain a result file, and write what was found beside it, with versions and digests."""
+    run = read_report(results)
     reasons = explain(run)
-    value = {"about": about(), "implementation": run.capabilities["name"], "explained": reasons}
-    EXPLAINED.mkdir(exist_ok=True)
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    (EXPLAINED / results.name).write_text(text + "\n", encoding="utf-8")
+    asked = dict.fromkeys(key.split()[0] for key in reasons)
+    value = {
+        "about": environment(),
+        "implementation": run.capabilities["name"],
+        "version": run.capabilities["version"],
+        "cases": {case: case_digest(CASES[case]) for case in asked},
+        "explained": reasons,
+    }
+    write_object(EXPLAINED / results.name, value)
     return reasons
 
 
-def stored(stem: str) -> dict[str, list[str]]:
-    """What was found for the result file of a name."""
-    value: dict[str, Any] = json.loads((EXPLAINED / f"{stem}.json").read_text(encoding="utf-8"))
-    explained: dict[str, list[str]] = value["explained"]
-    return explained
+def stored_explanations(stem: str) -> dict[str, Any]:
+    """What was written about the result file of a name; empty if nothing was.
+
+    Raises:
+        ValueError: If the file is malformed.
+    """
+    path = EXPLAINED / f"{stem}.json"
+    return read_object(path) if path.exists() else {}
+
+
+def reasons_of(stem: str, run: Report) -> Reasons:
+    """For every failure of a stored run the findings that explain it; none if nobody has looked."""
+    stored = stored_explanations(stem)
+    explained = entry(stored, "explained", dict, f"{stem}.json") if stored else {}
+    keys = [failure_key(r) for r in run.results if not r.passes]
+    return {key: explained.get(key, []) for key in keys}
+
+
+def failure_key(r: Result) -> str:
+    """A verdict's name in files: `case flavour`."""
+    return f"{r.case} {r.flavour}"
 
 
 def _mended(failures: list[Result], patches: dict[str, ModuleType]) -> list[Result]:
@@ -80,7 +102,3 @@ def _mended(failures: list[Result], patches: dict[str, ModuleType]) -> list[Resu
             if again.passes and again.verdict != "not-supported":
                 passing.append(r)
     return passing
-
-
-def _key(r: Result) -> str:
-    return f"{r.case} {r.flavour}"

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kfac_scratch.conformance.audit import explain
-from kfac_scratch.conformance.audit.prove import finding, names
+from kfac_scratch.conformance.audit.prove import finding, finding_names
+from kfac_scratch.conformance.audit.stale import all_stale, stale_results
 from kfac_scratch.conformance.cases.families import FAMILIES
 from kfac_scratch.conformance.judging.judge import Result
-from kfac_scratch.conformance.judging.report import ORDER, Report
+from kfac_scratch.conformance.judging.report import Report
+from kfac_scratch.conformance.vocabulary import VERDICTS
 from kfac_scratch.show import Markdown
 
 
@@ -21,7 +23,9 @@ def judged(run: Report, family: str = "") -> list[Result]:
     ]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> Markdown:
+def markdown_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1
+) -> Markdown:
     """A Markdown table: columns of text, then columns of numbers, which stand to the right."""
     numbers = len(head) - text_columns
     lines = [head, ["---"] * text_columns + ["---:"] * numbers, *rows]
@@ -29,25 +33,35 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int 
 
 
 def overview(runs: Mapping[str, Report]) -> Markdown:
-    """How many verdicts pass, of how many that were judged, by family."""
-    rows = []
-    for run in runs.values():
+    """How many verdicts pass, of how many that were judged, by family; what is stale is marked."""
+    old, rows = {stale.what for stale in stale_results(runs)}, []
+    for stem, run in runs.items():
         cells = [_share(judged(run, family)) for family in (*FAMILIES, "")]
-        rows.append([f"{run.capabilities['name']} {run.capabilities['version']}", *cells])
-    return table(["implementation", *FAMILIES, "all"], rows)
+        mark = " (stale)" if f"results/{stem}.json" in old else ""
+        rows.append([f"{run.capabilities['name']} {run.capabilities['version']}{mark}", *cells])
+    return markdown_table(["implementation", *FAMILIES, "all"], rows)
+
+
+def notices() -> Markdown:
+    """What is stored and older than the cases: by which cases, and how it is made again."""
+    found = all_stale()
+    if not found:
+        return Markdown("Nothing on this page is older than the cases.")
+    lines = [f"- `{stale.what}`: {stale.words}. Again: `{stale.command}`" for stale in found]
+    return Markdown("\n".join(["Older than the cases:", "", *lines]))
 
 
 def verdicts(runs: Mapping[str, Report]) -> Markdown:
     """How often each verdict occurs."""
     counts = {stem: Counter(r.verdict for r in run.results) for stem, run in runs.items()}
     rows = [
-        [str(run.capabilities["name"]), *(str(counts[stem][v] or "") for v in ORDER)]
+        [str(run.capabilities["name"]), *(str(counts[stem][v] or "") for v in VERDICTS)]
         for stem, run in runs.items()
     ]
-    return table(["implementation", *ORDER], rows)
+    return markdown_table(["implementation", *VERDICTS], rows)
 
 
-def conventions(runs: Mapping[str, Report]) -> Markdown:
+def documented_scales(runs: Mapping[str, Report]) -> Markdown:
     """Scales that are documented and real: conventions, not mistakes."""
     rows = []
     for run in runs.values():
@@ -55,19 +69,18 @@ def conventions(runs: Mapping[str, Report]) -> Markdown:
         words = "; ".join(words for words, _ in scaled.most_common(3))
         if scaled:
             rows.append([str(run.capabilities["name"]), words, str(scaled.total())])
-    return table(["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2)
+    return markdown_table(
+        ["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2
+    )
 
 
 def failures(runs: Mapping[str, Report]) -> dict[str, dict[str, list[str]]]:
     """For each implementation its failures, and which findings explain each."""
-    return {
-        stem: explain.stored(stem) if any(not r.passes for r in run.results) else {}
-        for stem, run in runs.items()
-    }
+    return {stem: explain.reasons_of(stem, run) for stem, run in runs.items()}
 
 
 def unexplained(runs: Mapping[str, Report]) -> list[tuple[str, str]]:
-    """Failures that no patch mends: the implementation and the case."""
+    """Failures that no patch mends, or that nobody has looked into: implementation and case."""
     return [
         (stem, key)
         for stem, reasons in failures(runs).items()
@@ -96,7 +109,7 @@ def all_cards(runs: Mapping[str, Report]) -> Markdown:
     """All findings, by library."""
     reasons = [found for stem in failures(runs).values() for found in stem.values()]
     explains = Counter(name.removeprefix("+") for found in reasons for name in found)
-    return Markdown("\n\n".join(card(name, explains[name]) for name in names()))
+    return Markdown("\n\n".join(card(name, explains[name]) for name in finding_names()))
 
 
 def _scale(words: str) -> str:

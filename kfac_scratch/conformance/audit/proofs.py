@@ -4,25 +4,27 @@ A proof needs the library that it is about, in an environment of its own, so tha
 tests read what was stored. A stored proof that does not hold is an error of the audit.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kfac_scratch.conformance.audit.prove import Proof, finding
-from kfac_scratch.conformance.judging.report import about
+from kfac_scratch.conformance.audit.prove import Proof, asked_cases, finding, finding_names
+from kfac_scratch.conformance.cases.questions import digests
+from kfac_scratch.conformance.json_files import read_object, write_object
+from kfac_scratch.conformance.judging.report import environment
 
-FOLDER = Path(__file__).parent / "proofs"
+PROOFS = Path(__file__).parent / "proofs"
 
 
-def store(name: str, proofs: Iterable[Proof]) -> None:
-    """Write a finding's proofs, with versions and date."""
+def store_proofs(name: str, proofs: Iterable[Proof]) -> None:
+    """Write a finding's proofs, with versions, date and the digests of its cases."""
     found = finding(name)
     value = {
         "finding": name,
         "library": found.LIBRARY,
         "version": found.VERSION,
-        "about": about(),
+        "about": environment(),
+        "cases": digests(asked_cases(found)),
         "proofs": [
             {
                 "case": proof.before.case,
@@ -35,16 +37,18 @@ def store(name: str, proofs: Iterable[Proof]) -> None:
             for proof in proofs
         ],
     }
-    FOLDER.mkdir(exist_ok=True)
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    write_object(PROOFS / f"{name}.json", value)
 
 
-def stored(name: str) -> dict[str, Any]:
+def stored_proofs(name: str) -> dict[str, Any]:
     """Read a finding's proofs.
 
     Raises:
-        FileNotFoundError: If it was never proven.
+        ValueError: If it was never proven, or the file is malformed.
     """
-    value: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return value
+    return read_object(PROOFS / f"{name}.json")
+
+
+def proven() -> list[str]:
+    """The findings that have stored proofs; the others are shown as not proven yet."""
+    return [name for name in finding_names() if (PROOFS / f"{name}.json").exists()]

@@ -40,14 +40,20 @@ def adapter(path: str) -> Adapter:
     return made
 
 
-def names() -> list[str]:
-    """All findings."""
+def finding_names() -> list[str]:
+    """All findings: every module of the folder `findings` is one."""
     return sorted(module.name for module in iter_modules(findings.__path__))
 
 
 def finding(name: str) -> ModuleType:
     """A finding's module; it imports what it is about only in `patch`."""
     return importlib.import_module(f"{findings.__name__}.{name}")
+
+
+def asked_cases(module: ModuleType) -> dict[str, Case]:
+    """The cases of a finding by identifier: of the catalogue, or the finding's own."""
+    cases = [case if isinstance(case, Case) else CASES[case] for case, _ in module.CASES]
+    return {case.id: case for case in cases}
 
 
 def prove(name: str) -> list[Proof]:

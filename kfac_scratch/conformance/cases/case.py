@@ -13,8 +13,20 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from kfac_scratch.conformance.cases.expectations import DEFINITION, EXACT, TOLERANCES
+from kfac_scratch.conformance.cases.expectations import TOLERANCES
 from kfac_scratch.conformance.cases.ops import Op, Parameters, forward, layer_ops, parameter_shapes
+from kfac_scratch.conformance.vocabulary import (
+    DEFINITION,
+    EXACT,
+    DampingForm,
+    Expectation,
+    Fisher,
+    Flavour,
+    JudgedEntries,
+    LossKind,
+    Precision,
+    Reduction,
+)
 
 __all__ = ["DEFINITION", "EXACT", "TOLERANCES", "Case", "Data", "Loss"]
 
@@ -29,8 +41,8 @@ class Loss:
         weight: Class weights of cross-entropy, or `pos_weight` of `bce`; empty for none.
     """
 
-    kind: str
-    reduction: str = "mean"
+    kind: LossKind
+    reduction: Reduction = "mean"
     weight: tuple[float, ...] = ()
 
     def module(self, like: Tensor) -> nn.Module:
@@ -102,14 +114,14 @@ class Case:
     ops: tuple[Op, ...]
     loss: Loss
     shape: tuple[int, ...]
-    flavours: Mapping[str, str]
-    fisher: str = "type2"
+    flavours: Mapping[Flavour, Expectation]
+    fisher: Fisher = "type2"
     layers: tuple[str, ...] = ()
-    part: str = "block"
+    part: JudgedEntries = "block"
     batches: tuple[int, ...] = ()
-    damping: tuple[str, float] | None = None
+    damping: tuple[DampingForm, float] | None = None
     operator: bool = False
-    dtype: str = "float64"
+    dtype: Precision = "float64"
     data: "Callable[[Case], Data]" = field(default=lambda case: spread(case))
     tags: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
@@ -122,7 +134,7 @@ class Case:
         """Names of the layers that are judged."""
         return self.layers or tuple(layer_ops(self.ops))
 
-    def needs_factors(self, flavour: str) -> bool:
+    def needs_factors(self, flavour: Flavour) -> bool:
         """Whether the expectation is made of Kronecker factors."""
         return self.flavours[flavour] != EXACT or bool(self.damping and self.damping[0] != "exact")
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-EXACT, DEFINITION = "equals-ggn", "definition"
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
+from kfac_scratch.conformance.vocabulary import Expectation, Flavour, Precision
+
+TOLERANCES: dict[Precision, float] = {"float64": 1e-10, "float32": 1e-4}
 
 
 @runtime_checkable
@@ -17,12 +18,12 @@ class Judged(Protocol):
         ...
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Precision:
         """`float64` or `float32`."""
         ...
 
     @property
-    def flavours(self) -> Mapping[str, str]:
+    def flavours(self) -> Mapping[Flavour, Expectation]:
         """What each flavour must be: `EXACT` or `DEFINITION`."""
         ...
 

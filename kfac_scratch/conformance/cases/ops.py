@@ -19,7 +19,7 @@ Value = int | float | str | bool | tuple[int, ...]
 Geometry = dict[str, Value]
 Parameters = Mapping[str, Tensor]
 CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-POOLS: dict[int, Callable[..., nn.Module]] = {
+POOLING_MODULES: dict[int, Callable[..., nn.Module]] = {
     1: nn.AdaptiveAvgPool1d,
     2: nn.AdaptiveAvgPool2d,
     3: nn.AdaptiveAvgPool3d,
@@ -310,7 +310,7 @@ def _module(op: Op) -> nn.Module:
         case "flatten":
             return nn.Flatten()
         case "mean-space":
-            return nn.Sequential(POOLS[op["dims"]](1), nn.Flatten())
+            return nn.Sequential(POOLING_MODULES[op["dims"]](1), nn.Flatten())
     return Apply(op)
 
 

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES
-
-Task = tuple[str, str]
+from kfac_scratch.conformance.json_files import entry
+from kfac_scratch.conformance.vocabulary import Task
 
 
 def tasks(pattern: str = "", tags: Sequence[str] = ()) -> list[Task]:
@@ -45,21 +45,40 @@ def expected_failures(path: Path | None) -> dict[Task, str]:
     Raises:
         ValueError: Naming the entry and what is wrong with it.
     """
-    if path is None:
-        return {}
     found: dict[Task, str] = {}
-    for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("expected", []):
-        missing = {"case", "reason", "link"} - entry.keys()
-        if missing:
-            raise ValueError(f"{path}: the entry {entry} lacks {sorted(missing)}.")
+    for table in _entries(path) if path else []:
         matching = [
             (case.id, flavour)
             for case in CASES.values()
             for flavour in case.flavours
-            if fnmatchcase(case.id, entry["case"])
-            and fnmatchcase(flavour, entry.get("flavour", "*"))
+            if fnmatchcase(case.id, table["case"])
+            and fnmatchcase(flavour, table.get("flavour", "*"))
         ]
         if not matching:
-            raise ValueError(f"{path}: no case matches {entry['case']!r}.")
-        found |= dict.fromkeys(matching, f"{entry['reason']} ({entry['link']})")
+            raise ValueError(f"{path}: no case matches {table['case']!r}.")
+        found |= dict.fromkeys(matching, f"{table['reason']} ({table['link']})")
     return found
+
+
+def _entries(path: Path) -> list[dict[str, str]]:
+    """The tables `[[expected]]` of a file.
+
+    Raises:
+        ValueError: Naming the file, and the entry that lacks something.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if content and "expected" not in content:
+        raise ValueError(f"{path}: there is no `[[expected]]`, but {', '.join(content)}.")
+    entries = content.get("expected", [])
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise ValueError(f"{path}: `expected` is no list of tables `[[expected]]`.")
+    for table in entries:
+        missing = {"case", "reason", "link"} - table.keys()
+        if missing:
+            raise ValueError(f"{path}: the entry {table} lacks {sorted(missing)}.")
+        for key in table:
+            entry(table, key, str, path)
+    return entries

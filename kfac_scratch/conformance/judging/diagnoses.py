@@ -4,7 +4,7 @@ Each hypothesis is another computation by the truth: with other data, another lo
 If the implementation's numbers equal it up to one scale, the judge says so.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,14 +13,13 @@ from torch import Tensor
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case, Data
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
+from kfac_scratch.conformance.judging.pieces import LayerParts, Pieces
+from kfac_scratch.conformance.vocabulary import FLAVOURS, Fisher, Flavour
 
-Pieces = Mapping[tuple[str, str], Tensor]
-Hypothesis = tuple[str, Case, Data, str]  # in words; and with what the truth is computed
+Hypothesis = tuple[str, Case, Data, Flavour]  # in words; and with what the truth is computed
 
 
-def diagnosis(
-    case: Case, data: Data, flavour: str, got: Pieces, parts: Mapping[str, Sequence[str]]
-) -> str:
+def diagnosis(case: Case, data: Data, flavour: Flavour, got: Pieces, parts: LayerParts) -> str:
     """Which hypothesis the numbers fit, in words; empty if none does."""
     for words, other, changed, kind in hypotheses(case, data, flavour):
         try:
@@ -32,13 +31,14 @@ def diagnosis(
     return ""
 
 
-def hypotheses(case: Case, data: Data, flavour: str) -> Iterator[Hypothesis]:
+def hypotheses(case: Case, data: Data, flavour: Flavour) -> Iterator[Hypothesis]:
     """Other computations, the likely ones first."""
-    for other in ("expand", "reduce"):
+    for other in FLAVOURS[:2]:
         changed = replace(case, flavours={**case.flavours, other: DEFINITION})
         yield f"the definition of KFAC-{other}", changed, data, other
     yield "the exact block", replace(case, flavours={flavour: EXACT}), data, flavour
-    for fisher in ("empirical", "type2"):
+    others: tuple[Fisher, ...] = ("empirical", "type2")
+    for fisher in others:
         if fisher != case.fisher and flavour != "ekfac":
             changed = replace(case, fisher=fisher, flavours={flavour: DEFINITION})
             yield f"the {fisher} Fisher", changed, data, flavour

@@ -17,14 +17,15 @@ from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.diagnoses import diagnosis
 from kfac_scratch.conformance.judging.judge import Result, judge
 from kfac_scratch.conformance.judging.layout import Malformed, canonical
+from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
 from kfac_scratch.conformance.protocol import (
     Adapter,
     Capabilities,
     NotSupported,
     Request,
 )
+from kfac_scratch.conformance.vocabulary import Flavour, PartName
 
-Pieces = dict[tuple[str, str], Tensor]
 SAMPLES, REPETITIONS = 3, 40  # labels per datum, and independent draws, for `mc`
 STANDARD_ERRORS = 6.0
 
@@ -36,7 +37,7 @@ def run(adapter: Adapter, cases: Sequence[Case], device: str = "cpu") -> Iterato
             yield verdict(adapter, case, flavour, device)
 
 
-def verdict(adapter: Adapter, case: Case, flavour: str, device: str = "cpu") -> Result:
+def verdict(adapter: Adapter, case: Case, flavour: Flavour, device: str = "cpu") -> Result:
     """A verdict on one flavour of a case; never raises."""
     start = time.perf_counter()
     try:
@@ -50,7 +51,7 @@ def verdict(adapter: Adapter, case: Case, flavour: str, device: str = "cpu") -> 
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def missing(offered: Capabilities, case: Case, flavour: str) -> str:
+def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
     """What a case needs and an implementation does not offer, in words; empty if nothing."""
     kinds = {op.kind for op in case.ops if op.is_layer}
     reasons = {
@@ -67,7 +68,7 @@ def missing(offered: Capabilities, case: Case, flavour: str) -> str:
     return ", ".join(reason for reason, holds in reasons.items() if not holds)
 
 
-def request(case: Case, data: Data, flavour: str, seed: int = 0) -> Request:
+def request(case: Case, data: Data, flavour: Flavour, seed: int = 0) -> Request:
     """What an adapter is asked; a fresh module every time."""
     gradient = truth.gradients(case, data) if case.damping else {}
     return Request(
@@ -86,7 +87,7 @@ def request(case: Case, data: Data, flavour: str, seed: int = 0) -> Request:
     )
 
 
-def answer(adapter: Adapter, case: Case, asked: Request) -> Pieces:
+def answer(adapter: Adapter, case: Case, asked: Request) -> dict[PieceKey, Tensor]:
     """An adapter's numbers in canonical layout."""
     returned = adapter.blocks(asked)
     if not isinstance(returned, Mapping):
@@ -94,7 +95,7 @@ def answer(adapter: Adapter, case: Case, asked: Request) -> Pieces:
     return pieces(case, returned)
 
 
-def pieces(case: Case, returned: Mapping[str, Any]) -> Pieces:
+def pieces(case: Case, returned: Mapping[str, Any]) -> dict[PieceKey, Tensor]:
     """Raw blocks in canonical layout, by layer and part, as far as a case judges them."""
     ops, found = layer_ops(case.ops), {}
     for name in case.judged:
@@ -106,7 +107,7 @@ def pieces(case: Case, returned: Mapping[str, Any]) -> Pieces:
     return found
 
 
-def _judged(case: Case, op: Op, part: str, M: Tensor) -> Tensor:
+def _judged(case: Case, op: Op, part: PartName, M: Tensor) -> Tensor:
     """Of an implementation's part, the entries that a case judges."""
     if case.part == "block" or part == "bias":
         return M
@@ -114,15 +115,13 @@ def _judged(case: Case, op: Op, part: str, M: Tensor) -> Tensor:
     return M[:, index][:, :, index]
 
 
-def parts_of(got: Pieces) -> dict[str, list[str]]:
+def parts_of(got: Pieces) -> dict[str, tuple[PartName, ...]]:
     """Which parts each layer came in."""
-    found: dict[str, list[str]] = {}
-    for name, part in got:
-        found.setdefault(name, []).append(part)
-    return found
+    names = dict.fromkeys(name for name, _ in got)
+    return {name: tuple(part for layer, part in got if layer == name) for name in names}
 
 
-def _verdict(adapter: Adapter, case: Case, flavour: str, device: str) -> Result:
+def _verdict(adapter: Adapter, case: Case, flavour: Flavour, device: str) -> Result:
     lacking = missing(adapter.capabilities(), case, flavour)
     if lacking:
         raise NotSupported(lacking)
@@ -137,7 +136,7 @@ def _verdict(adapter: Adapter, case: Case, flavour: str, device: str) -> Result:
     return compared(adapter, case, data, flavour, got)
 
 
-def compared(adapter: Adapter, case: Case, data: Data, flavour: str, got: Pieces) -> Result:
+def compared(adapter: Adapter, case: Case, data: Data, flavour: Flavour, got: Pieces) -> Result:
     """Have an implementation's numbers judged, with a diagnosis if they are wrong."""
     asked = request(case, data, flavour)
     right = truth.expected(case, data, flavour, parts_of(got))
@@ -148,7 +147,7 @@ def compared(adapter: Adapter, case: Case, data: Data, flavour: str, got: Pieces
     return replace(result, words=result.words + diagnosis(case, data, flavour, got, parts_of(got)))
 
 
-def _in_expectation(adapter: Adapter, case: Case, data: Data, flavour: str) -> Result:
+def _in_expectation(adapter: Adapter, case: Case, data: Data, flavour: Flavour) -> Result:
     """Judge a random estimator by the mean of independent draws, entry by entry.
 
     The mean must lie within a stated number of standard errors. What an implementation documents as

@@ -17,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.vocabulary import Flavour, Task
 
 PACKAGE = Path(__file__).resolve().parents[3]
 START = 120.0  # seconds that an adapter may take to be imported
@@ -127,17 +128,17 @@ class Isolated:
         self.process = self.process or start(self.place)
         return self.process
 
-    def run(self, tasks: Sequence[tuple[str, str]]) -> Iterator[Result]:
+    def run(self, tasks: Sequence[Task]) -> Iterator[Result]:
         """A verdict for each pair of case and flavour."""
         for case, flavour in tasks:
             yield self.verdict(case, flavour)
         self.stop()
 
-    def verdict(self, case: str, flavour: str) -> Result:
+    def verdict(self, case: str, flavour: Flavour) -> Result:
         """A verdict, whatever the adapter does."""
         process = self.running()
         try:
-            return Result(**process.ask(f"{case} {flavour}", self.place.timeout))
+            return Result(**process.ask(json.dumps([case, flavour]), self.place.timeout))
         except Empty:
             words = f"no answer within {self.place.timeout:g} s."
         except EOFError:

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.cases.expectations import EXACT, Judged
+from kfac_scratch.conformance.cases.expectations import Judged
+from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
 from kfac_scratch.conformance.judging.scalars import in_words
-
-PASSING = ("exact", "definition", "scaled", "not-supported")
-Pieces = Mapping[tuple[str, str], Tensor]  # by layer and part
+from kfac_scratch.conformance.vocabulary import EXACT, PASSING, Flavour, Verdict
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Result:
     """
 
     case: str
-    flavour: str
-    verdict: str
+    flavour: Flavour
+    verdict: Verdict
     words: str = ""
     error: float | None = None
     residual: float | None = None
@@ -71,10 +70,10 @@ class Fit:
 
 def judge(
     case: Judged,
-    flavour: str,
+    flavour: Flavour,
     got: Pieces,
     expected: Pieces,
-    documented: Mapping[tuple[str, str], float | None],
+    documented: Mapping[PieceKey, float | None],
     sizes: Mapping[str, Mapping[str, int]],
 ) -> Result:
     """Compare canonical pieces of an implementation with the truth's.
@@ -126,12 +125,12 @@ def fit(got: Tensor, expected: Tensor) -> Fit:
 
 def _verdict(
     case: Judged,
-    flavour: str,
-    fits: Mapping[tuple[str, str], Fit],
+    flavour: Flavour,
+    fits: Mapping[PieceKey, Fit],
     stated: bool,
-    documented: Mapping[tuple[str, str], float | None],
+    documented: Mapping[PieceKey, float | None],
     sizes: Mapping[str, Mapping[str, int]],
-) -> tuple[str, str]:
+) -> tuple[Verdict, str]:
     if all(f.error <= case.tolerance for f in fits.values()):
         if any(d is not None and abs(d - 1) > 1e-12 for d in documented.values()):
             return "scaled", _documented(documented, sizes)
@@ -147,7 +146,7 @@ def _verdict(
     return "undocumented-scale", f"every block: {claim} {next(iter(words.values()))}."
 
 
-def _wrong(bad: Mapping[tuple[str, str], Fit]) -> str:
+def _wrong(bad: Mapping[PieceKey, Fit]) -> str:
     """The worst piece, and the names of all that no scale mends."""
     key = max(bad, key=lambda key: bad[key].residual)
     worst, pieces = bad[key], ", ".join(map(" ".join, bad))
@@ -158,7 +157,7 @@ def _wrong(bad: Mapping[tuple[str, str], Fit]) -> str:
 
 
 def _documented(
-    documented: Mapping[tuple[str, str], float | None], sizes: Mapping[str, Mapping[str, int]]
+    documented: Mapping[PieceKey, float | None], sizes: Mapping[str, Mapping[str, int]]
 ) -> str:
     words = {key: in_words(d or 1.0, sizes[key[0]]) for key, d in documented.items()}
     if len(set(words.values())) == 1:
@@ -166,5 +165,5 @@ def _documented(
     return _each("documented", words)
 
 
-def _each(lead: str, words: Mapping[tuple[str, str], str]) -> str:
+def _each(lead: str, words: Mapping[PieceKey, str]) -> str:
     return f"{lead} " + "; ".join(f"{' '.join(key)}: {text}" for key, text in words.items()) + "."

@@ -19,13 +19,14 @@ from kfac_scratch.conformance.protocol import (
     LayerBlock,
     VectorAnswer,
 )
+from kfac_scratch.conformance.vocabulary import PART_NAMES, PartName
 
 
 class Malformed(Exception):  # noqa: N818
     """What an adapter returned cannot be a block of its layer; says why."""
 
 
-def canonical(name: str, block: Any, op: Op) -> dict[str, Tensor]:
+def canonical(name: str, block: Any, op: Op) -> dict[PartName, Tensor]:
     """A layer's blocks by part: `joint`, or `weight` and `bias`.
 
     Raises:
@@ -33,7 +34,7 @@ def canonical(name: str, block: Any, op: Op) -> dict[str, Tensor]:
     """
     if not isinstance(block, LayerBlock):
         raise Malformed(f"{name}: expected a LayerBlock, got {type(block).__name__}.")
-    found = {p: v for p in ("joint", "weight", "bias") if (v := getattr(block, p)) is not None}
+    found = {p: v for p in PART_NAMES if (v := getattr(block, p)) is not None}
     wanted = [{"joint"}, {"weight", "bias"}] if op["bias"] else [{"joint"}, {"weight"}]
     if set(found) not in wanted:
         raise Malformed(
@@ -42,8 +43,8 @@ def canonical(name: str, block: Any, op: Op) -> dict[str, Tensor]:
             + "."
         )
     d_out, d_in = op.matrix_shape()
-    columns = {"joint": d_in, "weight": d_in - bool(op["bias"]), "bias": 1}
-    result = {}
+    columns: dict[PartName, int] = {"joint": d_in, "weight": d_in - bool(op["bias"]), "bias": 1}
+    result: dict[PartName, Tensor] = {}
     for part, value in found.items():
         numbering = places(op, part, block.bias_at, block.axes)
         shape = (d_out, columns[part])
@@ -51,7 +52,7 @@ def canonical(name: str, block: Any, op: Op) -> dict[str, Tensor]:
     return result
 
 
-def places(op: Op, part: str, bias_at: str, axes: str) -> Int[Tensor, "d_out d_in"]:
+def places(op: Op, part: PartName, bias_at: str, axes: str) -> Int[Tensor, "d_out d_in"]:
     """Where every entry of a group's matrix stands in the adapter's numbering."""
     d_out, d_in = op.matrix_shape()
     if part == "bias":

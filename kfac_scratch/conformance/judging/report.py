@@ -4,7 +4,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,11 @@ from xml.etree import ElementTree
 
 import torch
 
+from kfac_scratch.conformance.json_files import entry, read_object
 from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.vocabulary import FLAVOURS, VERDICTS, Task
 
-FORMAT = "kfac-conformance-results/1"
-ORDER = (
-    "exact",
-    "definition",
-    "scaled",
-    "undocumented-scale",
-    "inconsistent-scale",
-    "wrong",
-    "error",
-    "not-supported",
-)
+RESULTS_FORMAT = "kfac-conformance-results/1"
 
 
 @dataclass(frozen=True)
@@ -36,21 +28,23 @@ class Report:
         results: Verdicts.
         families: The family of each case.
         expected: Reasons for failures that the implementer expects, by case and flavour.
-        about: Date and versions.
+        about: Date, versions, and how to repeat the run.
+        cases: The digest of every case that there was, by identifier; empty if nobody noted them.
     """
 
     capabilities: Mapping[str, Any]
     results: Sequence[Result]
     families: Mapping[str, str]
-    expected: Mapping[tuple[str, str], str]
+    expected: Mapping[Task, str]
     about: Mapping[str, str]
+    cases: Mapping[str, str] = field(default_factory=dict)
 
     def surprises(self) -> list[Result]:
         """Failures that nobody expected, and passes where a failure was expected."""
         return [r for r in self.results if r.passes == ((r.case, r.flavour) in self.expected)]
 
 
-def about() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """When and with what a run is made."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -70,7 +64,7 @@ def counts(report: Report) -> dict[str, Counter[str]]:
 
 def table(report: Report) -> str:
     """One line per family, then one per failure."""
-    used = [v for v in ORDER if any(r.verdict == v for r in report.results)]
+    used = [v for v in VERDICTS if any(r.verdict == v for r in report.results)]
     total = Counter(r.verdict for r in report.results)
     rows = [["", *used]]
     rows += [[f, *(str(n[v] or "") for v in used)] for f, n in counts(report).items()]
@@ -95,11 +89,12 @@ def details(report: Report) -> list[str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The whole report, for files and for `from_json`."""
+    """The whole report, for files and for `read_report`."""
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "about": dict(report.about),
         "implementation": dict(report.capabilities),
+        "cases": dict(report.cases),
         "results": [
             _rounded(r) | {"family": report.families[r.case]} | _reason(report, r)
             for r in report.results
@@ -115,22 +110,59 @@ def text(report: Report) -> str:
     return json.dumps(head, indent=1)[:-2] + ',\n "results": [\n' + lines + "\n]\n}\n"
 
 
-def from_json(source: str) -> Report:
-    """Read what `as_json` wrote.
+def read_report(path: Path) -> Report:
+    """Read what `write` wrote.
 
     Raises:
-        ValueError: If it is of another format.
+        ValueError: Naming the file and what is wrong with it.
     """
-    value = json.loads(source)
-    if value.get("format") != FORMAT:
-        raise ValueError(f"Expected the format {FORMAT!r}, got {value.get('format')!r}.")
-    rows = value["results"]
-    results = [
-        Result(**{k: v for k, v in r.items() if k not in ("family", "reason")}) for r in rows
-    ]
+    return from_object(read_object(path), path)
+
+
+def from_object(value: Mapping[str, Any], where: object) -> Report:
+    """A report from what `as_json` made.
+
+    Args:
+        value: The object.
+        where: The file that it was read from, for errors.
+
+    Raises:
+        ValueError: Naming the file and what is wrong with it.
+    """
+    if value.get("format") != RESULTS_FORMAT:
+        raise ValueError(
+            f"{where}: expected the format {RESULTS_FORMAT!r}, got {value.get('format')!r}."
+        )
+    capabilities = entry(value, "implementation", dict, where)
+    for key in ("name", "version"):
+        entry(capabilities, key, str, f"{where}, implementation")
+    rows = entry(value, "results", list, where)
+    results = [_result(row, f"{where}, result {i}") for i, row in enumerate(rows)]
     families = {r["case"]: r["family"] for r in rows}
     expected = {(r["case"], r["flavour"]): r["reason"] for r in rows if "reason" in r}
-    return Report(value["implementation"], results, families, expected, value["about"])
+    about, cases = entry(value, "about", dict, where), {}
+    if "cases" in value:  # files from before there were digests have none
+        cases = entry(value, "cases", dict, where)
+    return Report(capabilities, results, families, expected, about, cases)
+
+
+def _result(row: Any, where: str) -> Result:
+    """One verdict.
+
+    Raises:
+        ValueError: If a field is missing, unknown, or has a value that there is not.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, got a {type(row).__name__}.")
+    for key in ("case", "flavour", "verdict", "family"):
+        entry(row, key, str, where)
+    for key, known in (("verdict", VERDICTS), ("flavour", FLAVOURS)):
+        if row[key] not in known:
+            raise ValueError(f"{where}: {key} {row[key]!r} is none of {', '.join(known)}.")
+    try:
+        return Result(**{k: v for k, v in row.items() if k not in ("family", "reason")})
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}.") from error
 
 
 def junit(report: Report) -> str:

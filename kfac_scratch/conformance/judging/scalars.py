@@ -23,7 +23,7 @@ CONSTANTS = [Fraction(p) for p in (1, 2, Fraction(1, 2), 4, Fraction(1, 4))]
 SUPERSCRIPTS = {"2": "²", "1/2": "^(1/2)"}
 
 
-def names(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) -> list[str]:
+def formulas(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) -> list[str]:
     """The simplest formulas for a scale, such as `S`, `2/N²` or `N·C/2`; empty if none is simple.
 
     More than one if a case cannot tell them apart: a 2, and a size that is 2.
@@ -65,7 +65,7 @@ def in_words(scale: float, sizes: Mapping[str, int], tolerance: float = 1e-8) ->
     """What a scale says: its formula, its value, and what the letters mean."""
     if abs(scale - 1) <= tolerance:
         return "1"
-    found = names(scale, sizes, tolerance)
+    found = formulas(scale, sizes, tolerance)
     if not found:
         return f"{scale:.6g}, which no simple product of the case's sizes gives"
     used = [x for x in MEANING if x in sizes and any(_mentions(f, x) for f in found)]

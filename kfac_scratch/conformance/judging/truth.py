@@ -17,7 +17,7 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (ar
 George et al. 2018 (arXiv:1806.03884).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,14 @@ from torch.func import grad, hessian, jacrev, vmap
 
 from kfac_scratch.conformance.cases.case import EXACT, Case, Data
 from kfac_scratch.conformance.cases.ops import Op, apply, calls, forward, layer_ops
+from kfac_scratch.conformance.judging.pieces import LayerParts, PieceKey
+from kfac_scratch.conformance.vocabulary import Flavour, PartName
 
 Blocks = dict[str, Float[Tensor, "groups D D"]]
-Pieces = dict[tuple[str, str], Tensor]  # by layer and part: joint, or weight and bias
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class KroneckerFactors:
     """A layer's Kronecker factors, one pair per group."""
 
     A: Float[Tensor, "groups d_in d_in"]
@@ -46,8 +47,8 @@ class Factors:
 
 
 def expected(
-    case: Case, data: Data, flavour: str, parts: Mapping[str, Sequence[str]] | None = None
-) -> Pieces:
+    case: Case, data: Data, flavour: Flavour, parts: LayerParts | None = None
+) -> dict[PieceKey, Tensor]:
     """What is right, by layer and part: blocks, or damped inverses times the gradient.
 
     Args:
@@ -63,13 +64,13 @@ def expected(
         for part in (parts or {}).get(name, ("joint",)):
             columns = columns_of(case, ops[name], part)
             if columns:
-                found[name, part] = Layer(
+                found[name, part] = Columns(
                     case, flavour, ops[name], columns, F[name], K.get(name)
                 ).right(data)
     return found
 
 
-def columns_of(case: Case, op: Op, part: str) -> list[int]:
+def columns_of(case: Case, op: Op, part: PartName) -> list[int]:
     """Which columns of `[W | b]` a part has, of those that a case judges."""
     inputs = list(range(op.matrix_shape()[1]))
     weight, bias = (inputs[:-1], inputs[-1:]) if op["bias"] else (inputs, [])
@@ -85,15 +86,15 @@ def entries(op: Op, columns: Sequence[int]) -> Int[Tensor, "entries"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Columns:
     """Some columns of a layer: what is right for the block that they have by themselves."""
 
     case: Case
-    flavour: str
+    flavour: Flavour
     op: Op
     columns: list[int]
     F: Float[Tensor, "groups D D"]
-    K: "Factors | None"
+    K: "KroneckerFactors | None"
 
     def right(self, data: Data) -> Tensor:
         """The block `[groups, D, D]`, or the damped inverse times the gradient `[groups, D]`."""
@@ -116,10 +117,10 @@ class Layer:
             return _rescaled(self.factors(), self.exact())
         return self.factors().dense()
 
-    def factors(self) -> "Factors":
+    def factors(self) -> "KroneckerFactors":
         """KFAC's factors for these columns."""
         assert self.K is not None
-        return Factors(self.K.A[:, self.columns][:, :, self.columns], self.K.B)
+        return KroneckerFactors(self.K.A[:, self.columns][:, :, self.columns], self.K.B)
 
     def exact(self) -> Float[Tensor, "groups D D"]:
         """The exact block of these columns."""
@@ -183,21 +184,21 @@ def matrix(op: Op, values: dict[str, Tensor], batch: int = 0) -> Float[Tensor, "
 # ---- the definition of KFAC ----------------------------------------------------------------------
 
 
-def factors(case: Case, data: Data, flavour: str) -> dict[str, Factors]:
+def factors(case: Case, data: Data, flavour: Flavour) -> dict[str, KroneckerFactors]:
     """Every layer's Kronecker factors, of KFAC-expand or KFAC-reduce."""
     found = {}
     H = output_curvature(case, output(case, data), data.y)
     for name in layer_ops(case.ops):
-        a, J = rows(case, data, name), derivatives(case, data, name)
+        a, J = layer_inputs(case, data, name), derivatives(case, data, name)
         if flavour == "reduce":
             a, J = a.mean(2, keepdim=True), J.sum(3, keepdim=True)
         A = torch.einsum("gnsi,gnsj->gij", a, a) / (a.shape[1] * a.shape[2])
         B = torch.einsum("fgnso,fh,hgnsp->gop", J, H, J)
-        found[name] = Factors(A, B)
+        found[name] = KroneckerFactors(A, B)
     return found
 
 
-def rows(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S d_in"]:
+def layer_inputs(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S d_in"]:
     """What a layer's matrix multiplies, as a derivative: `d z[n, s, first output] / d W[first]`."""
     record: list[tuple[Tensor, Tensor]] = []
     forward(case.ops, data.parameters, data.X, record=record)
@@ -232,10 +233,10 @@ def _positions(op: Op, z: Tensor) -> Float[Tensor, "groups N S d_out"]:
     return z.permute(2, 0, 1, 3)
 
 
-def _rescaled(factors: Factors, F: Float[Tensor, "groups D D"]) -> Tensor:
+def _rescaled(factors: KroneckerFactors, F: Float[Tensor, "groups D D"]) -> Tensor:
     """EKFAC: the diagonal of the exact block in KFAC's eigenbasis, and nothing else."""
     QA, QB = torch.linalg.eigh(factors.A)[1], torch.linalg.eigh(factors.B)[1]
-    U = Factors(QA, QB).dense()
+    U = KroneckerFactors(QA, QB).dense()
     scale = torch.einsum("gde,gdf,gfe->ge", U, F, U)
     return U * scale.unsqueeze(-2) @ U.mT
 
@@ -250,13 +251,13 @@ def gradients(case: Case, data: Data) -> dict[str, Tensor]:
     return grad(lambda theta: loss(output(case, data, theta), data.y))(theta)
 
 
-def factored_damping(factors: Factors, damping: float) -> Float[Tensor, "groups D D"]:
+def factored_damping(factors: KroneckerFactors, damping: float) -> Float[Tensor, "groups D D"]:
     """`(B + sqrt(damping) / pi) ⊗ (A + sqrt(damping) pi)` (Martens and Grosse 2015, §6.3)."""
     mean_A = factors.A.diagonal(dim1=1, dim2=2).mean(1)
     mean_B = factors.B.diagonal(dim1=1, dim2=2).mean(1)
     pi = (mean_A / mean_B).sqrt()[:, None, None]
     eye_A, eye_B = (torch.eye(M.shape[-1]).to(M) for M in (factors.A, factors.B))
-    return Factors(
+    return KroneckerFactors(
         factors.A + damping**0.5 * pi * eye_A, factors.B + damping**0.5 / pi * eye_B
     ).dense()
 
@@ -268,7 +269,7 @@ def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
     C = f.shape[1] if channels_first else f.shape[-1]
     for name, op in layer_ops(case.ops).items():
         d_out, d_in = op.matrix_shape()
-        S = data.X.shape[1] + 2 if case.operator else rows(case, data, name).shape[2]
+        S = data.X.shape[1] + 2 if case.operator else layer_inputs(case, data, name).shape[2]
         found[name] = {
             "N": len(data.X),
             "S": S,

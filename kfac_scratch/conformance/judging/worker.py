@@ -1,7 +1,7 @@
 """A process for an adapter: `python -m (this module) pkg.mod:Adapter cpu`.
 
-The parent (`isolation`) writes a line `case flavour` and gets back a line of JSON, the verdict.
-What an adapter prints goes to the error stream, so that it cannot be taken for an answer.
+The parent (`isolation`) writes a line of JSON, `[case, flavour]`, and gets back a line of JSON, the
+verdict. What an adapter prints goes to the error stream, so that it cannot be taken for an answer.
 """
 
 import json
@@ -28,7 +28,7 @@ def answers() -> Callable[[object], None]:
     return send
 
 
-def described(implementation: Adapter) -> dict[str, object]:
+def capabilities_as_json(implementation: Adapter) -> dict[str, object]:
     """An adapter's capabilities as JSON."""
     capabilities = implementation.capabilities()
     if not isinstance(capabilities, Capabilities):
@@ -39,16 +39,16 @@ def described(implementation: Adapter) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def serve() -> None:
     """Answer until the parent closes the pipe."""
     path, device = sys.argv[1:3]
     send = answers()
     implementation = adapter(path)
-    send(described(implementation))
+    send(capabilities_as_json(implementation))
     for line in sys.stdin:
-        case, flavour = line.split()
+        case, flavour = json.loads(line)
         send(verdict(implementation, CASES[case], flavour, device).as_json())
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -16,6 +16,7 @@ from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.protocol import Adapter
 from kfac_scratch.conformance.selftest.museum import PIECES, Piece
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
+from kfac_scratch.conformance.vocabulary import Task
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Exhibit:
         return f"conformance.museum, {self.piece.slug}"
 
     @property
-    def case(self) -> tuple[str, str]:
+    def case(self) -> Task:
         """The case that rejects it, and the flavour."""
         return self.piece.case
 
@@ -59,7 +60,7 @@ class Wrong(Protocol):
         ...
 
     @property
-    def case(self) -> tuple[str, str]:
+    def case(self) -> Task:
         """The case that rejects it, and the flavour."""
         ...
 
@@ -101,7 +102,7 @@ def run_mutants(mutants: Sequence[Wrong] | None = None) -> Iterator[Rejection]:
             yield Rejection(mutant, rejected(adapter, mutant.case))
 
 
-def rejected(adapter: Adapter, first: tuple[str, str]) -> Result | None:
+def rejected(adapter: Adapter, first: Task) -> Result | None:
     """The first verdict that an implementation does not pass."""
     others = [(name, flavour) for name, case in CASES.items() for flavour in case.flavours]
     for name, flavour in [first, *others]:

@@ -1,6 +1,6 @@
 """What the tensors and fields of `kfac-vectors/1` mean: copied into every manifest."""
 
-FORMAT = "kfac-vectors/1"
+VECTORS_FORMAT = "kfac-vectors/1"
 CONVENTIONS = {
     "op": (
         "Operations run in order. `inputs` are places in this list, -1 is X. Two operations of one "

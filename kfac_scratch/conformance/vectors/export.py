@@ -17,11 +17,14 @@ from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import EXACT, Case, Data
 from kfac_scratch.conformance.cases.families import CASES, family
-from kfac_scratch.conformance.cases.ops import Op, calls
+from kfac_scratch.conformance.cases.ops import calls
+from kfac_scratch.conformance.cases.questions import given, question
 from kfac_scratch.conformance.cases.theorems import THEOREMS
+from kfac_scratch.conformance.json_files import read_object
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.vectors import grid
-from kfac_scratch.conformance.vectors.conventions import CONVENTIONS, FORMAT
+from kfac_scratch.conformance.vectors.conventions import CONVENTIONS, VECTORS_FORMAT
+from kfac_scratch.conformance.vocabulary import Flavour
 
 TIES = Path(__file__).with_name("ties.json")
 Ties = Mapping[str, Mapping[str, Mapping[str, int]]]  # by case, tensor and index
@@ -43,7 +46,7 @@ def computed(case: Case) -> Tensors:
         found["loss_hessian"] = own_hessians(truth.output_curvature(case, f, data.y), len(f))
     if case.damping:
         found |= {f"gradient/{name}": g for name, g in truth.gradients(case, data).items()}
-    return found | cotangents(case, data) | expectations(case, data)
+    return found | cotangents(case, data) | expected_tensors(case, data)
 
 
 def export(
@@ -55,23 +58,13 @@ def export(
     directory.mkdir(parents=True, exist_ok=True)
     ties, entries = known_ties(), []
     for case in exported() if cases is None else cases:
-        content = save(given(case) | rounded(case, compute(case), ties), {"format": FORMAT})
+        content = save(given(case) | rounded(case, compute(case), ties), {"format": VECTORS_FORMAT})
         (directory / f"{case.id}.safetensors").write_bytes(content)
-        entries.append(described(case) | {"sha256": sha256(content).hexdigest()})
+        entries.append(manifest_entry(case) | {"sha256": sha256(content).hexdigest()})
     (directory / "manifest.json").write_text(manifest(entries), encoding="utf-8")
 
 
 # ---- numbers -------------------------------------------------------------------------------------
-
-
-def given(case: Case) -> Tensors:
-    """What a port starts from, exact in any precision."""
-    data = case.build()
-    found = {f"parameters/{name}": p for name, p in data.parameters.items()}
-    found |= {"X": data.X, "y": data.y}
-    if data.coefficients is not None:
-        found["coefficients"] = data.coefficients
-    return {name: (x + 0).contiguous() for name, x in found.items()}  # + 0 turns -0.0 into 0.0
 
 
 def rounded(case: Case, tensors: Tensors, ties: Ties) -> Tensors:
@@ -98,7 +91,7 @@ def bits(name: str) -> int:
 
 def known_ties() -> Ties:
     """Numbers between two grid points, as they were resolved once and for all."""
-    return json.loads(TIES.read_text(encoding="utf-8"))
+    return read_object(TIES)
 
 
 def new_ties(cases: Sequence[Case]) -> Ties:
@@ -139,11 +132,11 @@ def cotangents(case: Case, data: Data) -> Tensors:
     return found
 
 
-def expectations(case: Case, data: Data) -> Tensors:
+def expected_tensors(case: Case, data: Data) -> Tensors:
     """What is right, and the factors that it is made of."""
     found: Tensors = {}
     for flavour in case.flavours:
-        place = stored(case, flavour)
+        place = place_of(case, flavour)
         if place.startswith("expected/"):
             blocks = truth.expected(case, data, flavour)
             found |= {f"{place}/{name}": M for (name, _), M in blocks.items()}
@@ -152,7 +145,7 @@ def expectations(case: Case, data: Data) -> Tensors:
     return found
 
 
-def kronecker(case: Case, data: Data, flavour: str) -> Tensors:
+def kronecker(case: Case, data: Data, flavour: Flavour) -> Tensors:
     """The factors of judged layers."""
     found = truth.factors(case, data, flavour)
     pairs = {f"factors/{flavour}/{name}": found[name] for name in case.judged}
@@ -162,7 +155,7 @@ def kronecker(case: Case, data: Data, flavour: str) -> Tensors:
 # ---- the manifest --------------------------------------------------------------------------------
 
 
-def stored(case: Case, flavour: str) -> str:
+def place_of(case: Case, flavour: Flavour) -> str:
     """Where in a file a flavour's expectation is."""
     if case.flavours[flavour] == EXACT:
         return "expected/ggn"
@@ -172,49 +165,34 @@ def stored(case: Case, flavour: str) -> str:
 
 def manifest(entries: Sequence[Mapping[str, Any]]) -> str:
     """All that is not a tensor, one case per line."""
-    head = {"format": FORMAT, "conventions": CONVENTIONS, "theorems": THEOREMS}
+    head = {"format": VECTORS_FORMAT, "conventions": CONVENTIONS, "theorems": THEOREMS}
     text = json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
     return f'{text},\n "cases": [\n{lines}\n ]\n}}\n'
 
 
-def described(case: Case) -> dict[str, Any]:
-    """A case as JSON."""
+def manifest_entry(case: Case) -> dict[str, Any]:
+    """A case as JSON: what it asks, and where what is right stands."""
     data = case.build()
-    f = truth.output(case, data)
-    loss = {"kind": case.loss.kind, "reduction": case.loss.reduction, "weight": case.loss.weight}
-    damping = case.damping and {"form": case.damping[0], "value": case.damping[1]}
+    sizes = truth.sizes(case, data)
+    asked = question(case, len(data.X))
     return {
         "id": case.id,
         "file": f"{case.id}.safetensors",
         "family": family(case),
         "theorem": case.theorem,
-        "ops": [operation(i, op) for i, op in enumerate(case.ops)],
-        "loss": loss,
+        "ops": asked["ops"],
+        "loss": asked["loss"],
         "fisher": case.fisher,
         "flavours": {
-            name: {"expectation": value, "stored": stored(case, name)}
+            name: {"expectation": value, "stored": place_of(case, name)}
             for name, value in case.flavours.items()
         },
-        "layers": case.judged,
-        "part": case.part,
-        "batches": case.batches or (len(data.X),),
-        "damping": damping,
-        "operator": case.operator,
+        **{key: asked[key] for key in ("layers", "part", "batches", "damping", "operator")},
         "dtype": case.dtype,
         "tolerance": case.tolerance,
-        "loss_hessian": hessian_number(case, f),
-        "sizes": {k: v for k, v in truth.sizes(case, data).items() if k in case.judged},
+        "loss_hessian": hessian_number(case, truth.output(case, data)),
+        "sizes": {name: letters for name, letters in sizes.items() if name in case.judged},
         "tags": case.tags,
         "flags": case.flags,
-    }
-
-
-def operation(i: int, op: Op) -> dict[str, Any]:
-    """One operation as JSON, with its inputs spelled out."""
-    return {
-        "kind": op.kind,
-        "name": op.name,
-        "inputs": op.inputs or (i - 1,),
-        "settings": dict(op.settings),
     }

@@ -5,9 +5,8 @@ A port reads `manifest.json` and a safetensors file per case, computes, and writ
 knows nothing but the two folders.
 """
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
 from hashlib import sha256
@@ -19,12 +18,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from kfac_scratch.conformance.cases.digests import content_digest
+from kfac_scratch.conformance.json_files import entry, read_object
 from kfac_scratch.conformance.judging.judge import Result, judge
+from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
 from kfac_scratch.conformance.protocol import NotSupported
-from kfac_scratch.conformance.vectors.conventions import FORMAT
+from kfac_scratch.conformance.vectors.conventions import VECTORS_FORMAT
+from kfac_scratch.conformance.vocabulary import Expectation, Flavour, PartName, Precision
 
 SHIPPED = Path(__file__).with_name("kfac-vectors-1")
-Pieces = dict[tuple[str, str], Tensor]
+ASKED = (  # fields of an entry that a verdict depends on: those of `questions.question`
+    "id",
+    "ops",
+    "loss",
+    "fisher",
+    "layers",
+    "part",
+    "batches",
+    "damping",
+    "operator",
+    "dtype",
+    "tolerance",
+)
+GIVEN = ("parameters/", "X", "y", "coefficients")  # how the names of given tensors begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +61,10 @@ class Reference:
         return str(self.entry["id"])
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Precision:
         """Of all floats, the results' included."""
-        return str(self.entry["dtype"])
+        dtype: Precision = self.entry["dtype"]
+        return dtype
 
     @property
     def tolerance(self) -> float:
@@ -55,17 +72,24 @@ class Reference:
         return float(self.entry["tolerance"])
 
     @cached_property
-    def flavours(self) -> dict[str, str]:
+    def flavours(self) -> dict[Flavour, Expectation]:
         """What each flavour must be."""
         return {name: value["expectation"] for name, value in self.entry["flavours"].items()}
 
-    def expected(self, flavour: str) -> Pieces:
+    @cached_property
+    def digest(self) -> str:
+        """What it asks and its numbers: the digest of the case that it was written from."""
+        question = {key: self.entry[key] for key in ASKED} | {"flavours": self.flavours}
+        numbers = {name: x for name, x in self.tensors.items() if name.startswith(GIVEN)}
+        return content_digest(question, numbers)
+
+    def expected(self, flavour: Flavour) -> dict[PieceKey, Tensor]:
         """The blocks, or damped inverses times the gradient, of all judged layers."""
         place = self.entry["flavours"][flavour]["stored"]
         return {(name, self._part): self._stored(place, name) for name in self.entry["layers"]}
 
     @property
-    def _part(self) -> str:
+    def _part(self) -> PartName:
         return "bias" if self.entry["part"] == "bias" else "joint"
 
     def _stored(self, place: str, layer: str) -> Tensor:
@@ -82,26 +106,40 @@ def read(directory: Path = SHIPPED) -> dict[str, Reference]:
     Raises:
         ValueError: Naming the file that is missing, damaged, or of another format.
     """
-    manifest = _json(directory / "manifest.json")
-    if manifest.get("format") != FORMAT:
+    path = directory / "manifest.json"
+    manifest = read_object(path)
+    if manifest.get("format") != VECTORS_FORMAT:
         raise ValueError(
-            f"{directory / 'manifest.json'}: the format is {manifest.get('format')!r}, "
-            f"expected {FORMAT!r}."
+            f"{path}: the format is {manifest.get('format')!r}, expected {VECTORS_FORMAT!r}."
         )
-    return {
-        entry["id"]: Reference(entry, _tensors(directory / entry["file"], entry["sha256"]))
-        for entry in manifest["cases"]
-    }
+    cases = entry(manifest, "cases", list, path)
+    return {case["id"]: _reference(directory, case) for case in map(_checked_by(path), cases)}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got a {type(content).__name__}.")
-    return content
+def _checked_by(path: Path) -> Callable[[Any], dict[str, Any]]:
+    """A function that refuses an entry of a manifest that is no case.
+
+    Raises:
+        ValueError: Naming the manifest and what the entry lacks.
+    """
+
+    def checked(case: Any) -> dict[str, Any]:
+        if not isinstance(case, dict):
+            raise ValueError(f"{path}: a case is a {type(case).__name__}, expected an object.")
+        where = f"{path}, case {case.get('id')!r}"
+        for key in ("id", "file", "sha256", "dtype", "family"):
+            entry(case, key, str, where)
+        for key, kind in (("layers", list), ("sizes", dict), ("flavours", dict)):
+            entry(case, key, kind, where)
+        if not case["flavours"]:
+            raise ValueError(f"{where}: it asks for no flavour.")
+        return case
+
+    return checked
+
+
+def _reference(directory: Path, case: Mapping[str, Any]) -> Reference:
+    return Reference(case, _tensors(directory / case["file"], case["sha256"]))
 
 
 def _tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
@@ -122,7 +160,7 @@ def _tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class About:
+class Claims:
     """What a port says of itself, in `about.json`.
 
     Attributes:
@@ -151,7 +189,7 @@ class About:
         return next(fitting, 1.0)
 
 
-def about(results: Path) -> About:
+def claims_of(results: Path) -> Claims:
     """What a port says of itself; nothing if there is no `about.json`.
 
     Raises:
@@ -159,11 +197,21 @@ def about(results: Path) -> About:
     """
     path = results / "about.json"
     if not path.exists():
-        return About()
-    try:
-        return About(**_json(path))
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}.") from error
+        return Claims()
+    content = read_object(path)
+    unknown = sorted(content.keys() - {f.name for f in fields(Claims)})
+    if unknown:
+        raise ValueError(f"{path}: unknown fields {', '.join(unknown)}.")
+    for key in content:
+        entry(content, key, type(getattr(Claims(), key)), path)
+    wrong = [p for p, s in content.get("scales", {}).items() if not _is_scale(s)]
+    if wrong:
+        raise ValueError(f"{path}: the scales of {', '.join(wrong)} are no numbers, nor null.")
+    return Claims(**content)
+
+
+def _is_scale(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def judge_results(results: Path, vectors: Path = SHIPPED) -> list[Result]:
@@ -178,15 +226,17 @@ def judge_results(results: Path, vectors: Path = SHIPPED) -> list[Result]:
 
 def judge_all(results: Path, references: Iterable[Reference]) -> list[Result]:
     """The same for cases that were read already."""
-    claims = about(results)
+    claims = claims_of(results)
     return [
-        verdict(results, claims, reference, flavour)
+        verdict_on_results(results, claims, reference, flavour)
         for reference in references
         for flavour in reference.flavours
     ]
 
 
-def verdict(results: Path, claims: About, reference: Reference, flavour: str) -> Result:
+def verdict_on_results(
+    results: Path, claims: Claims, reference: Reference, flavour: Flavour
+) -> Result:
     """A verdict on one flavour of a case, whatever the port wrote."""
     case, right = reference.id, reference.expected(flavour)
     try:
@@ -199,7 +249,9 @@ def verdict(results: Path, claims: About, reference: Reference, flavour: str) ->
     return judge(reference, flavour, got, right, documented, reference.entry["sizes"])
 
 
-def answered(results: Path, claims: About, case: str, flavour: str, right: Pieces) -> Pieces:
+def answered(
+    results: Path, claims: Claims, case: str, flavour: Flavour, right: Pieces
+) -> dict[PieceKey, Tensor]:
     """A port's numbers for one flavour of a case.
 
     Raises:

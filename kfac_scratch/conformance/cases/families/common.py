@@ -18,15 +18,19 @@ from kfac_scratch.conformance.cases.case import (
     targets,
 )
 from kfac_scratch.conformance.cases.ops import Op, forward, linear
+from kfac_scratch.conformance.vocabulary import Expectation, Flavour, LossKind, Reduction
 
-ALL_EXACT = {"expand": EXACT, "reduce": EXACT, "ekfac": EXACT}
-BOTH_EXACT = {"expand": EXACT, "reduce": EXACT}
-ALL_DEFINITION = {"expand": DEFINITION, "reduce": DEFINITION, "ekfac": DEFINITION}
-REDUCTIONS = ("mean", "sum")
+Expected = dict[Flavour, Expectation]
+ALL_EXACT: Expected = {"expand": EXACT, "reduce": EXACT, "ekfac": EXACT}
+BOTH_EXACT: Expected = {"expand": EXACT, "reduce": EXACT}
+ALL_DEFINITION: Expected = {"expand": DEFINITION, "reduce": DEFINITION, "ekfac": DEFINITION}
+BOTH_DEFINITION: Expected = {"expand": DEFINITION, "reduce": DEFINITION}
+LOSSES: tuple[LossKind, ...] = ("mse", "cross-entropy", "bce")
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 BIASES = {"bias": True, "nobias": False}
 
 
-def grid() -> Iterator[tuple[str, str, bool]]:
+def reductions_and_biases() -> Iterator[tuple[str, Reduction, bool]]:
     """Reductions and biases: the end of an identifier, and both."""
     for reduction, (word, bias) in product(REDUCTIONS, BIASES.items()):
         yield f"{reduction}-{word}", reduction, bias
@@ -65,6 +69,6 @@ def constant_output(case: Case) -> Data:
     return Data(theta, X, y.expand(len(X), *y.shape[1:]).contiguous())
 
 
-def loss(kind: str, reduction: str = "mean", *weight: float) -> Loss:
+def loss(kind: LossKind, reduction: Reduction = "mean", *weight: float) -> Loss:
     """A loss."""
     return Loss(kind, reduction, weight)

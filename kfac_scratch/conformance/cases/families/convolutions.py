@@ -3,7 +3,13 @@
 from itertools import product
 
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case
-from kfac_scratch.conformance.cases.families.common import REDUCTIONS, in_single_precision, loss
+from kfac_scratch.conformance.cases.families.common import (
+    BOTH_DEFINITION,
+    LOSSES,
+    REDUCTIONS,
+    in_single_precision,
+    loss,
+)
 from kfac_scratch.conformance.cases.ops import (
     Geometry,
     Op,
@@ -15,7 +21,7 @@ from kfac_scratch.conformance.cases.ops import (
     tanh,
 )
 
-BOTH = {"expand": DEFINITION, "reduce": DEFINITION}
+PLACE = 3  # in reports and vectors
 SPACE = {1: (10,), 2: (3, 10), 3: (3, 2, 6)}
 KERNEL = {1: (3,), 2: (2, 3), 3: (2, 1, 3)}
 GEOMETRY: dict[str, Geometry] = {
@@ -49,7 +55,7 @@ PER_LOCATION = [
     for dims, (name, geometry), reduction in product(SPACE, GEOMETRY.items(), REDUCTIONS)
     if (dims == 2 or name in ("plain", "stride")) and (reduction == "mean" or name == "plain")
 ]
-POOLED = [
+POOLED_CONVOLUTIONS = [
     Case(
         f"conv2d-{name}-pooled-mse",
         "last-convolution",
@@ -86,7 +92,7 @@ GROUPED = [
 ]
 INVARIANT = [
     Case(
-        f"{name}-{end}",
+        f"{name}-{reduction}",
         "invariant-convolutions",
         (*layers, mean_space(dims), linear("head", 3, 2)),
         loss("mse", reduction),
@@ -112,7 +118,7 @@ INVARIANT = [
             (5,),
         ),
     )
-    for end, reduction in (("mean", "mean"), ("sum", "sum"))
+    for reduction in REDUCTIONS
 ]
 ZERO_PADDED = Case(
     "zero-padded-convolutions-pooled",
@@ -125,7 +131,7 @@ ZERO_PADDED = Case(
     ),
     loss("mse"),
     (7, 2, 5),
-    BOTH,
+    BOTH_DEFINITION,
     tags=("conv", "pool", "mse"),
 )
 NETWORKS = [
@@ -141,7 +147,7 @@ NETWORKS = [
         ),
         loss(kind),
         (7, 2, 4, 3),
-        BOTH,
+        BOTH_DEFINITION,
         tags=("conv", "cnn", kind),
         flags=("in-place activation", "geometry"),
     )
@@ -149,7 +155,7 @@ NETWORKS = [
         ("flat", (flatten(), linear("head", 8, 5))),
         ("pooled", (mean_space(2), linear("head", 2, 5))),
     )
-    for kind in ("mse", "cross-entropy")
+    for kind in LOSSES[:2]
 ]
 ONE_POSITION = [
     Case(
@@ -162,7 +168,7 @@ ONE_POSITION = [
         tags=("conv", kind),
         flags=("order of a patch's entries",),
     )
-    for kind in ("mse", "cross-entropy")
+    for kind in LOSSES[:2]
 ]
 NO_BIAS = Case(
     "conv2d-nobias-per-location-mse",
@@ -173,5 +179,17 @@ NO_BIAS = Case(
     {"expand": EXACT},
     tags=("conv", "mse"),
 )
-CASES = [*PER_LOCATION, *POOLED, *GROUPED, *INVARIANT, ZERO_PADDED, *NETWORKS, *ONE_POSITION]
-CASES += [NO_BIAS, in_single_precision(PER_LOCATION[0]), in_single_precision(POOLED[1])]
+CASES = [
+    *PER_LOCATION,
+    *POOLED_CONVOLUTIONS,
+    *GROUPED,
+    *INVARIANT,
+    ZERO_PADDED,
+    *NETWORKS,
+    *ONE_POSITION,
+]
+CASES += [
+    NO_BIAS,
+    in_single_precision(PER_LOCATION[0]),
+    in_single_precision(POOLED_CONVOLUTIONS[1]),
+]

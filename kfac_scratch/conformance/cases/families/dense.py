@@ -7,16 +7,17 @@ from kfac_scratch.conformance.cases.families.common import (
     ALL_DEFINITION,
     ALL_EXACT,
     BOTH_EXACT,
+    LOSSES,
     REDUCTIONS,
     chain,
     constant_output,
-    grid,
     in_single_precision,
     loss,
+    reductions_and_biases,
 )
 from kfac_scratch.conformance.cases.ops import relu, sigmoid, tanh
 
-LOSSES = ("mse", "cross-entropy", "bce")
+PLACE = 1  # in reports and vectors
 ACTIVATIONS = {"tanh": tanh(), "relu": relu(), "relu-inplace": relu(inplace=True)}
 
 DEEP_LINEAR = [
@@ -30,7 +31,7 @@ DEEP_LINEAR = [
         tags=("linear", "mse"),
         flags=("scale of the loss", "bias column", "output entries of a mean"),
     )
-    for end, reduction, bias in grid()
+    for end, reduction, bias in reductions_and_biases()
 ]
 DEEPER = [
     Case(
@@ -71,7 +72,7 @@ CONSTANT_HESSIAN = [
         flags=("scale of the loss", "cross terms between data", "softmax axis"),
     )
     for kind in LOSSES
-    for end, reduction, bias in grid()
+    for end, reduction, bias in reductions_and_biases()
     if bias or reduction == "mean"
 ]
 LAST_LAYER = [
@@ -124,7 +125,7 @@ LINEAR_CE = [
         ALL_DEFINITION,
         tags=("linear", "cross-entropy"),
     )
-    for end, reduction, bias in grid()
+    for end, reduction, bias in reductions_and_biases()
     if bias or reduction == "sum"
 ]
 

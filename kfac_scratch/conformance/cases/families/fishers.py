@@ -1,11 +1,18 @@
 """Monte Carlo and empirical Fishers."""
 
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case, spread
-from kfac_scratch.conformance.cases.families.common import REDUCTIONS, chain, constant_output, loss
+from kfac_scratch.conformance.cases.families.common import (
+    LOSSES,
+    REDUCTIONS,
+    Expected,
+    chain,
+    constant_output,
+    loss,
+)
 from kfac_scratch.conformance.cases.ops import classes_first, mean_positions, tanh
 
-LOSSES = ("mse", "cross-entropy", "bce")
-EXPAND = {"expand": DEFINITION}
+PLACE = 5  # in reports and vectors
+EXPAND_DEFINITION: Expected = {"expand": DEFINITION}
 
 SAMPLED = [
     Case(
@@ -14,7 +21,7 @@ SAMPLED = [
         chain(4, 3, 2, between=tanh()),
         loss(kind, reduction),
         (7, 4),
-        EXPAND,
+        EXPAND_DEFINITION,
         fisher="mc",
         tags=("mc", kind),
         flags=("1/sqrt(M)", "uniform labels", "empirical Fisher instead"),
@@ -28,7 +35,7 @@ SAMPLED_TOKENS = Case(
     (*chain(4, 3, 2, between=tanh()), classes_first()),
     loss("cross-entropy"),
     (7, 5, 4),
-    EXPAND,
+    EXPAND_DEFINITION,
     fisher="mc",
     tags=("mc", "cross-entropy", "sequence"),
 )
@@ -70,7 +77,7 @@ EMPIRICAL_BATCHES = Case(
     chain(4, 3, 5, between=tanh()),
     loss("cross-entropy"),
     (7, 4),
-    EXPAND,
+    EXPAND_DEFINITION,
     fisher="empirical",
     batches=(2, 5),
     tags=("empirical", "batches", "cross-entropy"),

@@ -1,10 +1,17 @@
 """Damped inverses applied to the loss's gradient."""
 
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case
-from kfac_scratch.conformance.cases.families.common import chain, constant_output, loss
+from kfac_scratch.conformance.cases.families.common import REDUCTIONS, chain, constant_output, loss
 from kfac_scratch.conformance.cases.ops import conv, mean_space, sigmoid, tanh
+from kfac_scratch.conformance.vocabulary import DampingForm
 
-DAMPINGS = (("exact", 0.25), ("exact", 1e-3), ("factored", 0.25), ("factored", 1e-2))
+PLACE = 6  # in reports and vectors
+DAMPINGS: tuple[tuple[DampingForm, float], ...] = (
+    ("exact", 0.25),
+    ("exact", 1e-3),
+    ("factored", 0.25),
+    ("factored", 1e-2),
+)
 
 MLP = [
     Case(
@@ -32,7 +39,7 @@ EXACT_BLOCKS = [
         tags=("inverse", "exact", "mse"),
         flags=("scale of the loss",),
     )
-    for reduction in ("mean", "sum")
+    for reduction in REDUCTIONS
 ]
 CONSTANT = Case(
     "inverse-exact-constant-hessian",
@@ -45,7 +52,7 @@ CONSTANT = Case(
     damping=("exact", 0.25),
     tags=("inverse", "exact", "cross-entropy"),
 )
-POOLED = Case(
+INVERSE_POOLED = Case(
     "inverse-exact-conv-pooled",
     "last-convolution",
     (conv("conv", 2, 3, (2, 3)), mean_space(2)),
@@ -55,4 +62,4 @@ POOLED = Case(
     damping=("exact", 0.25),
     tags=("inverse", "exact", "conv", "mse"),
 )
-CASES = [*MLP, *EXACT_BLOCKS, CONSTANT, POOLED]
+CASES = [*MLP, *EXACT_BLOCKS, CONSTANT, INVERSE_POOLED]

@@ -8,6 +8,7 @@ from torch import Tensor
 from kfac_scratch.conformance.cases.case import EXACT, Case, Data, generator, numbers, parameters
 from kfac_scratch.conformance.cases.families.common import REDUCTIONS, chain, loss
 
+PLACE = 7  # in reports and vectors
 HADAMARD = torch.tensor(
     [[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64
 )
@@ -36,7 +37,7 @@ def signs(case: Case) -> Tensor:
     return HADAMARD[:, : case.shape[1] + 2].repeat(case.shape[0], 1)
 
 
-REDUCE = [
+OPERATOR_REDUCE = [
     Case(
         f"operator-reduce-{d}d-{reduction}",
         "operator-reduce",
@@ -52,7 +53,7 @@ REDUCE = [
     for d in (1, 2)
     for reduction in REDUCTIONS
 ]
-EXPAND = [
+OPERATOR_EXPAND = [
     Case(
         f"operator-expand-{d}d-{reduction}",
         "operator-expand",
@@ -68,4 +69,4 @@ EXPAND = [
     for d in (1, 2)
     for reduction in REDUCTIONS
 ]
-CASES = [*REDUCE, *EXPAND]
+CASES = [*OPERATOR_REDUCE, *OPERATOR_EXPAND]

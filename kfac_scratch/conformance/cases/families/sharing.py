@@ -4,11 +4,14 @@ from itertools import product
 
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case, Data, spread
 from kfac_scratch.conformance.cases.families.common import (
+    BOTH_DEFINITION,
+    LOSSES,
     REDUCTIONS,
+    Expected,
     chain,
-    grid,
     in_single_precision,
     loss,
+    reductions_and_biases,
 )
 from kfac_scratch.conformance.cases.ops import (
     Op,
@@ -23,8 +26,9 @@ from kfac_scratch.conformance.cases.ops import (
     tanh,
 )
 
-EXPAND_EXACT, REDUCE_EXACT = {"expand": EXACT}, {"reduce": EXACT, "expand": DEFINITION}
-BOTH = {"expand": DEFINITION, "reduce": DEFINITION}
+PLACE = 2  # in reports and vectors
+EXPAND_EXACT: Expected = {"expand": EXACT}
+REDUCE_EXACT: Expected = {"reduce": EXACT, "expand": DEFINITION}
 POOLS = {"mean": mean_positions(), "sum": sum_positions()}
 
 POSITIONS = [
@@ -38,7 +42,7 @@ POSITIONS = [
         tags=("sequence", "mse"),
         flags=("number of positions", "output entries of a mean"),
     )
-    for end, reduction, bias in grid()
+    for end, reduction, bias in reductions_and_biases()
 ]
 ND_TARGETS = [
     Case(
@@ -65,7 +69,7 @@ POOLED = [
         tags=("sequence", "pool", "mse"),
         flags=("number of positions", "order of mean and product"),
     )
-    for pool, (end, reduction, bias) in product(POOLS, grid())
+    for pool, (end, reduction, bias) in product(POOLS, reductions_and_biases())
 ]
 AFTER = [
     Case(
@@ -91,7 +95,7 @@ POOLED_BIAS = [
         part="bias",
         tags=("sequence", "pool", kind),
     )
-    for kind in ("mse", "cross-entropy", "bce")
+    for kind in LOSSES
 ]
 
 
@@ -129,11 +133,11 @@ MASKED = [
         (*chain(4, 3), tanh(), linear("fc2", 3, 5), mask(1, 1, 0), POOLS[pool]),
         loss(kind),
         (7, 3, 4),
-        BOTH,
+        BOTH_DEFINITION,
         tags=("sequence", "mask", kind),
         flags=("padded positions",),
     )
-    for pool, kind in product(POOLS, ("mse", "cross-entropy"))
+    for pool, kind in product(POOLS, LOSSES[:2])
 ]
 
 
@@ -177,7 +181,7 @@ ATTENTION = [
         transformer(mean_positions(), linear("head", 4, 3)),
         loss("cross-entropy"),
         (7, 2, 4),
-        BOTH,
+        BOTH_DEFINITION,
         layers=("query", "value", "out", "head"),  # a shift of all keys changes nothing: 0 there
         tags=("attention", "pool", "cross-entropy"),
     ),
@@ -218,11 +222,11 @@ REUSED = [
             (linear("fc", 3, 3), tanh(), linear("fc", 3, 3), tanh(), linear("head", 3, 5)),
             loss(kind),
             (7, 3),
-            BOTH,
+            BOTH_DEFINITION,
             tags=("reused", kind),
             flags=("last call only", "sum of calls"),
         )
-        for kind in ("mse", "cross-entropy")
+        for kind in LOSSES[:2]
     ],
 ]
 ND_LOSS = [
@@ -232,11 +236,11 @@ ND_LOSS = [
         (*chain(4, 3), tanh(), flatten(), linear("head", 15, 2)),
         loss(kind),
         (7, 5, 4),
-        BOTH,
+        BOTH_DEFINITION,
         tags=("sequence", kind),
         flags=("positions that are told apart later",),
     )
-    for kind in ("mse", "cross-entropy")
+    for kind in LOSSES[:2]
 ]
 
 CASES = [*POSITIONS, *ND_TARGETS, *POOLED, *AFTER, *POOLED_BIAS, *TOKENS, *MASKED, *ATTENTION]

@@ -4,6 +4,7 @@ from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case, spread
 from kfac_scratch.conformance.cases.families.common import (
     ALL_DEFINITION,
     ALL_EXACT,
+    LOSSES,
     REDUCTIONS,
     chain,
     constant_output,
@@ -12,6 +13,7 @@ from kfac_scratch.conformance.cases.families.common import (
 )
 from kfac_scratch.conformance.cases.ops import classes_first, conv, flatten, linear, tanh
 
+PLACE = 4  # in reports and vectors
 CLASSES, POSITIVE = (1.0, 0.25, 3.0), (0.5, 2.0, 5.0)
 
 CLASS_WEIGHTS = [
@@ -33,7 +35,7 @@ CLASS_WEIGHTS = [
     )
     for reduction in REDUCTIONS
 ]
-TOKENS = Case(
+WEIGHTED_TOKENS = Case(
     "class-weights-tokens",
     "definition",
     (*chain(4, 2, 3, between=tanh()), classes_first()),
@@ -75,7 +77,7 @@ BATCHES = [
         flags=("number of mini-batches", "equal weights for unequal batches"),
     )
     for word, sizes in (("equal", (3, 3)), ("unequal", (2, 5)))
-    for kind in ("mse", "cross-entropy")
+    for kind in LOSSES[:2]
     for reduction in REDUCTIONS
 ]
 CONV_BATCHES = Case(
@@ -111,5 +113,5 @@ WEIGHTED_BATCHES = Case(
     tags=("batches", "cross-entropy", "class-weights"),
     flags=("class weights", "equal weights for unequal batches"),
 )
-CASES = [*CLASS_WEIGHTS, TOKENS, *POS_WEIGHT, *BATCHES, CONV_BATCHES, EKFAC_BATCHES]
+CASES = [*CLASS_WEIGHTS, WEIGHTED_TOKENS, *POS_WEIGHT, *BATCHES, CONV_BATCHES, EKFAC_BATCHES]
 CASES += [WEIGHTED_BATCHES, in_single_precision(BATCHES[2])]

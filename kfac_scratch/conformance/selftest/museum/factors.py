@@ -9,6 +9,8 @@ from kfac_scratch.conformance.protocol import DenseAnswer, KroneckerAnswer, Laye
 from kfac_scratch.conformance.selftest.museum.naive import Batch, Mix
 from kfac_scratch.conformance.selftest.museum.piece import Piece
 
+PLACE = 3  # of the room
+
 
 def input_factor(a: Tensor, positions: int) -> Tensor:
     """Wrong: a sum over positions for a mean."""

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from kfac_scratch.conformance.selftest.museum.piece import Piece
 
+PLACE = 4  # of the room
+
 
 def divided(V: Tensor, eigenvalues: Tensor, damping: float) -> Tensor:
     """Wrong: damping added in place."""

@@ -10,6 +10,8 @@ from kfac_scratch.conformance.selftest.museum import naive
 from kfac_scratch.conformance.selftest.museum.naive import Call
 from kfac_scratch.conformance.selftest.museum.piece import Piece
 
+PLACE = 2  # of the room
+
 
 def run(model: nn.Module, X: Tensor) -> Tensor:
     """Wrong: a layer whose hook never fires."""

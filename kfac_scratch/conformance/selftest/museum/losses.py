@@ -8,6 +8,8 @@ from torch import Generator, Tensor, nn
 from kfac_scratch.conformance.selftest.museum import vectors
 from kfac_scratch.conformance.selftest.museum.piece import Piece
 
+PLACE = 1  # of the room
+
 
 def data_gradients(loss: nn.Module, f: Tensor, y: Tensor) -> Tensor:
     """Wrong: gradients of the mean loss for those of a datum."""

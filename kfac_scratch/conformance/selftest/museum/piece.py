@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kfac_scratch.conformance.selftest.museum.adapter import KFAC, Adapter
+from kfac_scratch.conformance.vocabulary import Task
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Piece:
     part: str
     wrong: Callable[..., Any]
     why: str
-    case: tuple[str, str]
+    case: Task
     thread: str = ""
     note: str = ""
 

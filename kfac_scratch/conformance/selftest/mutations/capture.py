@@ -1,9 +1,10 @@
 """What hooks see: calls, copies, settings, names."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Flavour
 
 
-def capture(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+def capture(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
     """A mutant of `capture`."""
     return Mutant(name, before, after, (case, flavour))
 

@@ -1,12 +1,13 @@
 """What is averaged: factors, mini-batches, second moments, and the linear algebra below."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Flavour
 
 FACTORS = "return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))"
 SUMS = "return Kronecker(state.A / state.rows, state.B / divisor)"
 
 
-def kfac(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+def kfac(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
     """A mutant of `kfac`."""
     return Mutant(name, before, after, (case, flavour))
 

@@ -1,6 +1,7 @@
 """Damped inverses."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Flavour
 
 INVERSE = "return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)"
 EXACT, FACTORED = "inverse-exact-0.25-mlp", "inverse-factored-0.25-mlp"
@@ -11,7 +12,7 @@ def damping(name: str, before: str, after: str) -> Mutant:
     return Mutant(name, before, after, (FACTORED, "expand"))
 
 
-def matrices(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+def matrices(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
     """A mutant of `matrices`."""
     return Mutant(name, before, after, (case, flavour))
 

@@ -1,9 +1,10 @@
 """What a layer's matrix multiplies: geometry, groups, biases."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Flavour
 
 
-def layers(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+def layers(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
     """A mutant of `layers`."""
     return Mutant(name, before, after, (case, flavour))
 

@@ -1,11 +1,12 @@
 """What the loss says: Hessians, likelihoods, divisors."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Flavour
 
 CE, MSE, BCE = "mlp-cross-entropy-sum", "mlp-mse-sum", "mlp-bce-sum"
 
 
-def losses(name: str, before: str, after: str, case: str, flavour: str = "expand") -> Mutant:
+def losses(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
     """A mutant of `losses`."""
     return Mutant(name, before, after, (case, flavour))
 

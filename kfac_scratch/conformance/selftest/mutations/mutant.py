@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from kfac_scratch.conformance.protocol import Adapter
+from kfac_scratch.conformance.vocabulary import Task
 
 PACKAGE = "kfac_scratch"
 FOLDER = Path(__file__).parents[3]
@@ -43,7 +44,7 @@ class Mutant:
     name: str
     before: str
     after: str
-    case: tuple[str, str]
+    case: Task
 
     @cached_property
     def module(self) -> str:

@@ -1,8 +1,10 @@
 """Differential operators: Taylor coefficients as positions."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
+from kfac_scratch.conformance.vocabulary import Task
 
-REDUCE, EXPAND = ("operator-reduce-2d-mean", "reduce"), ("operator-expand-2d-mean", "expand")
+REDUCE: Task = ("operator-reduce-2d-mean", "reduce")
+EXPAND: Task = ("operator-expand-2d-mean", "expand")
 
 MUTANTS = [
     Mutant(
