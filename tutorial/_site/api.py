@@ -83,13 +83,15 @@ def _folder(module: Module) -> str:
     command = module.path.with_name("__main__.py")
     if command.exists():
         text += f"## Command line\n\n{ast.get_docstring(ast.parse(command.read_text()))}\n\n"
-    if module.name and folders()[module.name]:
-        text += f"## Modules\n\n{_modules(folders()[module.name], '')}\n\n"
+    below = [files()[name] for name in folders() if name.rpartition(".")[0] == module.name]
+    if module.name and (listed := [*folders()[module.name], *below]):
+        text += f"## Modules\n\n{_modules(listed, '')}\n\n"
     elif module.name:
         entries = sorted(module.path.parent.glob("[!_]*.py"))
         text += f"## Entries\n\n{_modules(map(Module, entries), None)}\n\n"
     if module.exported:
-        text += f"## What `from {module.full_name} import` offers\n\n{_names(module)}\n"
+        names = f'<div class="names" markdown="1">\n\n{_names(module)}\n\n</div>'
+        text += f"## Public names\n\nWhat `from {module.full_name} import` offers.\n\n{names}\n"
     return text
 
 
@@ -98,7 +100,7 @@ def _names(module: Module) -> str:
     by_module: dict[str, list[str]] = {}
     for name in module.exported:
         by_module.setdefault(origin(module.name, name), []).append(name)
-    rows = ["| Name | | Defined in |", "| --- | --- | --- |"]
+    rows = ["| Name | What it is | Defined in |", "| --- | --- | --- |"]
     for place in [place for place in files() if place in by_module]:
         source = files()[place]
         for name in by_module[place]:
@@ -111,7 +113,7 @@ def _names(module: Module) -> str:
 
 def _modules(listed: Iterable[Module], folder: str | None) -> str:
     """A table of modules. `folder` is what links are prefixed with; None if there are no pages."""
-    rows = ["| Module | |", "| --- | --- |"]
+    rows = ["| Module | What it is |", "| --- | --- |"]
     for module in listed:
         label = f"`{module.name}`"
         if folder is not None:
