@@ -3,7 +3,7 @@
 Everything that is public stands here: `from kfac_scratch import kfac, layer_ios`. The modules below
 say where a thing is defined; none of them passes on another's functions. What belongs to one topic
 under short names is used with its module: `from kfac_scratch import curvature`, then
-`curvature.ggn(...)`; likewise `linalg`, `show`, `taylor.activations` and `pinn.problems`.
+`curvature.ggn(...)`; likewise `checks`, `linalg`, `show`, `taylor.activations` and `pinn.problems`.
 """
 
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered

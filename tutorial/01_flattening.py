@@ -33,12 +33,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from kfac_scratch.checks import set_up
 from kfac_scratch.linalg import kron_matvec, psd_eigh, unvec, vec
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 
 d = 1024
 dense_bytes, factor_bytes = 4 * (d * d) ** 2, 4 * 2 * d * d

@@ -37,18 +37,12 @@ from kfac_scratch.capture import hooks as capture
 from kfac_scratch.capture.hooks import layer_ios, stream
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix
+from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
-    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
+set_up()  # seed 0, float64, the GPU where there is one
 
 
 EXACT = 1e-10  # what we call equal in float64
@@ -88,7 +82,7 @@ by_hand = torch.zeros(d_out, d_in)
 for o in range(d_out):
     for i in range(d_in):
         by_hand[o, i] = g[o] * a[i]
-assert error(by_hand, gradient) <= EXACT
+assert_exact(by_hand, gradient)
 print("rank of the gradient:", torch.linalg.matrix_rank(gradient).item())
 assert torch.linalg.matrix_rank(gradient) == 1
 
@@ -135,8 +129,8 @@ ell = (z1 * z3).sum() + z2.exp().sum() + (z2 * z3).prod()
 gs = torch.autograd.grad(ell, (z1, z2, z3), retain_graph=True)
 (gradient,) = torch.autograd.grad(ell, W)
 terms = [torch.outer(g, a) for g, a in zip(gs, (xs[0], a2.detach(), xs[2]), strict=True)]
-assert error(sum(terms), gradient) <= EXACT
-assert error(terms[-1], gradient) > 0.01  # one position alone is not the gradient
+assert_exact(sum(terms), gradient)
+assert largest_error(terms[-1], gradient) > 0.01  # one position alone is not the gradient
 
 # %% tags=["hide-input"] alt="Four heat maps of 3 by 4 matrices: three outer products, in each of which all rows are multiples of one row, and their sum, which has no such pattern." caption="Every position adds one outer product. Each term has rank one, the sum need not."
 terms = {rf"$g_{s} a_{s}^\top$": t for s, t in enumerate(terms, start=1)}
@@ -284,7 +278,7 @@ for name, io in capture_by_hand(model, loss, X, y).items():
 def check(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
     exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))
     assert ios.keys() == exact.keys()
-    return {name: error(io.block(), exact[name]) for name, io in ios.items()}
+    return {name: largest_error(io.block(), exact[name]) for name, io in ios.items()}
 
 
 errors = check(capture_by_hand(model, loss, X, y), model, loss, X, y)
@@ -294,7 +288,7 @@ assert max(errors.values()) <= EXACT
 reductions = (loss, nn.CrossEntropyLoss(reduction="sum"))
 mean, total = (capture_by_hand(model, reduction, X, y)["0"] for reduction in reductions)
 assert torch.equal(total.a, mean.a)  # N times the loss, the same inputs
-assert error(total.g, N**0.5 * mean.g) <= EXACT
+assert_exact(total.g, N**0.5 * mean.g)
 
 # %% [markdown]
 # ## Why the hook returns a copy
@@ -325,8 +319,8 @@ assert without_copy["0"] > 0.1
 correct = capture_by_hand(in_place, loss, X, y)["0"].g
 wrong = without["0"].g
 active = (in_place[0](X) > 0).unsqueeze(1)
-assert error(wrong * active.to(wrong), correct) <= EXACT
-assert error(wrong, correct) > 0.1
+assert_exact(wrong * active.to(wrong), correct)
+assert largest_error(wrong, correct) > 0.1
 print(f"share of active units: {active.double().mean().item():.2f}")
 
 # %% [markdown]
@@ -419,11 +413,11 @@ full = torch.einsum("vnd,vne->de", G, G)
 
 order = torch.cat([W.flatten() for W in curvature.block_index(model).values()])
 exact = curvature.ggn(model, loss, X, y)[order][:, order]  # bias columns in place
-print(f"relative error of the full GGN: {error(full, exact):.0e}")
-assert error(full, exact) <= EXACT
+print(f"relative error of the full GGN: {largest_error(full, exact):.0e}")
+assert_exact(full, exact)
 
 block_diagonal = torch.block_diag(*[io.block() for io in ios.values()])
-assert error(block_diagonal, exact) > 0.1  # the coupling is not small
+assert largest_error(block_diagonal, exact) > 0.1  # the coupling is not small
 
 # %% tags=["hide-input"] alt="Two 24 by 24 heat maps divided into four blocks. In the full GGN all four blocks are filled; in the second picture only the two diagonal blocks are." caption="Left the full GGN of a network with two layers, from the concatenated gradients. Right what block-diagonal methods keep."
 pair = {"full GGN": full, "layer blocks": block_diagonal}
@@ -468,8 +462,8 @@ conv = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), b
 image = torch.randn(2, 5, 4)
 rows = patches_by_hand(conv, image)
 z = rows @ conv.weight.flatten(1).T  # [S, d_out]
-assert error(z.T, conv(image).flatten(1)) <= EXACT
-assert error(rows, input_rows(conv, image[None])[0, 0]) <= EXACT
+assert_exact(z.T, conv(image).flatten(1))
+assert_exact(rows, input_rows(conv, image[None])[0, 0])
 
 # %% tags=["hide-input"] alt="A 5 by 5 image with the numbers from -12 to 12, and the four 3 by 3 patches that a kernel with stride 2 sees in it: top left, top right, bottom left, bottom right. The centre of the image, 0, is a corner of all four." caption="An image and its four patches for a 3 × 3 kernel with stride 2. They overlap in the middle row and column of the image."
 conv = nn.Conv2d(1, 1, 3, stride=2, bias=False)
@@ -510,7 +504,7 @@ for layer, x in kinds:
     a = input_rows(layer, x)  # [groups, N, S, d_in]
     z = output_rows(layer, layer(x).unsqueeze(0)).squeeze(1)  # [groups, N, S, d_out]
     W = weight_matrix(layer, layer.weight).unsqueeze(1)  # [groups, 1, d_out, d_in]
-    assert error(a @ W.mT, z) <= EXACT
+    assert_exact(a @ W.mT, z)
     print(f"{type(layer).__name__:>9}: a {tuple(a.shape)}, z {tuple(z.shape)}")
 
 # %% [markdown]
@@ -522,7 +516,7 @@ circular, x = kinds[3]
 zeros = copy.deepcopy(circular)
 zeros.padding_mode = "zeros"
 assert input_rows(zeros, x).shape == input_rows(circular, x).shape
-assert error(input_rows(zeros, x), input_rows(circular, x)) > 0.1
+assert largest_error(input_rows(zeros, x), input_rows(circular, x)) > 0.1
 
 # %% [markdown]
 # ## Blocks: which parameters belong to one $W$
@@ -681,7 +675,7 @@ for chunk in chunks:
         count, largest = count + 1, max(largest, held(ios))
     passes.append(count)
     numbers.append(largest)
-    assert error(in_parts, B) <= EXACT
+    assert_exact(in_parts, B)
     assert largest == chunk * N_large * (80 + C)
     assert count * chunk == C
 print("numbers in g at once:", dict(zip(chunks, numbers, strict=True)))
@@ -711,13 +705,13 @@ exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))["0"]
 generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
 io = layer_ios(model, loss, X, y)["0"]
-print(f"type-2, {len(io.g):>5} vectors: error {error(io.block(), exact):.0e}")
-assert error(io.block(), exact) <= EXACT
+print(f"type-2, {len(io.g):>5} vectors: error {largest_error(io.block(), exact):.0e}")
+assert_exact(io.block(), exact)
 errors = []
 for samples in (1, 10, 100, 1000):
     fisher = monte_carlo(samples, generator)
     io = layer_ios(model, loss, X, y, fisher)["0"]
-    errors.append(error(io.block(), exact))
+    errors.append(largest_error(io.block(), exact))
     print(f"sampled, {len(io.g):>4} vectors: error {errors[-1]:.2f}")
 assert min(errors) > EXACT
 assert errors[-1] < errors[0] / 3  # about 1 / sqrt(1000) on average
@@ -746,7 +740,7 @@ ratio_sum = (B_right.trace() / (of_mean.T @ of_mean).trace()).item()
 print(f"N = {N}: averaged, too small by {ratio_average:.0f}; summed, too small by {ratio_sum:.0f}")
 assert abs(ratio_average - N**2) <= 1e-9
 assert abs(ratio_sum - N) <= 1e-9
-assert error(divisor(loss, model(X), y) ** 0.5 * of_mean, right) <= EXACT
+assert_exact(divisor(loss, model(X), y) ** 0.5 * of_mean, right)
 
 # %% [markdown]
 # **A hook that never runs.** `nn.MultiheadAttention` has a submodule `out_proj`, an ordinary
@@ -799,7 +793,7 @@ model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 io = layer_ios(model, loss, X, y)["0"]
 no_bias = LayerIO(torch.cat([io.a[..., :-1], torch.zeros_like(io.a[..., -1:])], -1), io.g)
 block, broken = (x.block().reshape(6, 5, 6, 5) for x in (io, no_bias))
-assert error(broken[:, :-1, :, :-1], block[:, :-1, :, :-1]) <= EXACT
+assert_exact(broken[:, :-1, :, :-1], block[:, :-1, :, :-1])
 assert broken[:, -1].abs().max() == 0
 assert block[:, -1].abs().max() > 0
 
@@ -849,7 +843,7 @@ mixing = with_norm(track_running_stats=False)  # always uses the statistics of t
 X = torch.randn(N, 4)
 X2 = X.clone()
 X2[1] += 1.0  # another datum changes
-assert error(mixing(X2)[0], mixing(X)[0]) > 1e-3  # and so does datum 0's output
+assert largest_error(mixing(X2)[0], mixing(X)[0]) > 1e-3  # and so does datum 0's output
 
 wrong = check(capture_by_hand(mixing, loss, X, y), mixing, loss, X, y)
 print(f"before the normalisation: error {wrong['0']:.2f}; after it: {wrong['3']:.0e}\n")
@@ -966,24 +960,24 @@ assert rank < len(io.block())
 loss(model(X), y).backward()  # 4.2
 gradients = layer_ios(model, loss, X, y, empirical)["0"].gradients()
 from_io = gradients.sum((0, 1)) / N**0.5
-assert error(from_io, torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)) <= EXACT
+assert_exact(from_io, torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1))
 
 X = torch.randn(N, 4)
 io = layer_ios(tied, loss, X, y)["0"]  # S = 2
 gg = io.g @ io.g.mT  # [V, N, S, S]
-assert error((gg * (io.a @ io.a.mT)).sum(), io.block().trace()) <= EXACT  # 4.3
+assert_exact((gg * (io.a @ io.a.mT)).sum(), io.block().trace())  # 4.3
 assert torch.linalg.matrix_rank(io.gradients()).max() <= 2  # 4.1
 
 calls = [LayerIO(io.a[:, s : s + 1], io.g[:, :, s : s + 1]) for s in range(2)]  # 4.4
-assert error(sum(call.block() for call in calls), io.block()) > 0.1
+assert largest_error(sum(call.block() for call in calls), io.block()) > 0.1
 crossed = torch.einsum("vnd,vne->de", *(call.gradients().flatten(2) for call in calls))
-assert error(sum(call.block() for call in calls) + crossed + crossed.T, io.block()) <= EXACT
+assert_exact(sum(call.block() for call in calls) + crossed + crossed.T, io.block())
 
 same_g = LayerIO(io.a, io.g[:, :, :1].expand_as(io.g))  # 4.5
 same_a = LayerIO(io.a[:, :1].expand_as(io.a), io.g)
 for x in (same_g, same_a):
-    assert error(x.reduced().gradients(), x.gradients()) <= EXACT
-assert error(io.reduced().gradients(), io.gradients()) > 0.01
+    assert_exact(x.reduced().gradients(), x.gradients())
+assert largest_error(io.reduced().gradients(), io.gradients()) > 0.01
 print("all hold")
 
 # %% [markdown]

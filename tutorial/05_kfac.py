@@ -36,6 +36,7 @@ from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups
+from kfac_scratch.checks import assert_exact, largest_error, relative_error, set_up
 from kfac_scratch.curvature import block_index, diagonal_blocks, empirical_fisher, ggn
 from kfac_scratch.data_loader import kfac_over
 from kfac_scratch.layer_io import LayerIO
@@ -44,28 +45,23 @@ from kfac_scratch.losses import empirical, monte_carlo
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 
 # %% [markdown]
-# We measure two things. `assert_exact` is for theorems: no entry may deviate by more than
-# $10^{-10}$ of the largest one. `relative_error` is for approximations: the norm of the
-# difference over the norm of the exact matrix, where the norm
-# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$ is that of Frobenius, here and throughout.
+# We measure two things, here and in all chapters that follow. `assert_exact` is for theorems: no entry
+# may deviate by more than $10^{-10}$ of the largest one. `relative_error` is for approximations: the norm of
+# the difference over the norm of the exact matrix, where the norm
+# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$ is that of Frobenius. Both refuse to compare with
+# zeros, which would prove nothing.
+
+# %% tags=["remove-input"]
+code(assert_exact, largest_error, relative_error)
+
+# %% [markdown]
+# Networks for experiments:
 
 
 # %%
-def assert_exact(approximation: Tensor, exact: Tensor) -> None:
-    largest = exact.abs().max()
-    assert largest > 0  # two zero matrices would prove nothing
-    assert (approximation - exact).abs().max() <= 1e-10 * largest
-
-
-def relative_error(approximation: Tensor, exact: Tensor) -> float:
-    return ((approximation - exact).norm() / exact.norm()).item()
-
-
 def mlp(*sizes: int, activation: type[Module] | None = Tanh, bias: bool = True) -> Sequential:
     """Linear layers with an activation between them, or with nothing between them."""
     layers: list[Module] = []

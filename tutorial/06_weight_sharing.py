@@ -48,24 +48,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import REDUCE, layer_ios
 from kfac_scratch.capture.layers import _averaged_patches, averaged_rows, input_rows
+from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import type2, type2_classwise
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def assert_exact(approximation: Tensor, exact: Tensor) -> None:
-    largest = exact.abs().max()
-    assert largest > 0  # two zero matrices would prove nothing
-    assert (approximation - exact).abs().max() <= 1e-10 * largest
-
-
-def relative_error(approximation: Tensor, exact: Tensor) -> float:
-    return ((approximation - exact).norm() / exact.norm()).item()
+set_up()  # seed 0, float64, the GPU where there is one
 
 
 # %% [markdown]

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from kfac_scratch import curvature
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.linalg import (
     conjugate_gradient,
     psd_eigh,
@@ -50,17 +51,10 @@ from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices, source
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 
 eigvalsh, inv, kron = torch.linalg.eigvalsh, torch.linalg.inv, torch.kron
 EXACT = 1e-10  # what we call equal in float64
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
-    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
 
 
 def spd(size: int, floor: float = 0.1) -> Tensor:
@@ -108,7 +102,7 @@ def obeys_laws(M: Matrix, shape: tuple[int, int], damping: float = 0.1) -> bool:
     dense, V = M.dense(), torch.randn(7, *shape)  # seven at a time
     product = vec(V) @ dense.T
     undone = M.inverse(damping) @ (M @ V + damping * V)
-    return error(vec(M @ V), product) <= EXACT and error(undone, V) <= EXACT
+    return largest_error(vec(M @ V), product) <= EXACT and largest_error(undone, V) <= EXACT
 
 
 d_out, d_in = 3, 5
@@ -136,8 +130,8 @@ print(f"entries of the factors: {A.numel() + B.numel()}, of the matrix: {M.dense
 
 # %%
 dense = kron(B, A)
-assert error(M.diagonal(), dense.diagonal()) <= EXACT
-assert error(M.trace(), dense.trace()) <= EXACT
+assert_exact(M.diagonal(), dense.diagonal())
+assert_exact(M.trace(), dense.trace())
 
 # %% [markdown]
 # ## Eigenvalues, eigenvectors, and every function of them
@@ -179,11 +173,11 @@ products = []
 for b in beta:
     for a in alpha:
         products.append(b * a)
-assert error(torch.stack(products).sort().values, eigvalsh(dense)) <= EXACT
-assert error(M.eigenvalues(), eigvalsh(dense)) <= EXACT
+assert_exact(torch.stack(products).sort().values, eigvalsh(dense))
+assert_exact(M.eigenvalues(), eigvalsh(dense))
 
 V, Lambda = torch.randn(d_out, d_in), torch.outer(beta, alpha)
-assert error(QB @ (Lambda * (QB.T @ V @ QA)) @ QA.T, M @ V) <= EXACT
+assert_exact(QB @ (Lambda * (QB.T @ V @ QA)) @ QA.T, M @ V)
 
 # %% [markdown]
 # ### In the package
@@ -204,10 +198,10 @@ code(
 
 # %%
 eigen = M.eigen()
-assert error(eigen.dense(), dense) <= EXACT
-assert error(eigen.diagonal(), dense.diagonal()) <= EXACT
-assert error(M.inverse(0.1).dense(), inv(dense + 0.1 * torch.eye(len(dense)))) <= EXACT
-assert error(M.sqrt().dense() @ M.sqrt().dense(), dense) <= EXACT
+assert_exact(eigen.dense(), dense)
+assert_exact(eigen.diagonal(), dense.diagonal())
+assert_exact(M.inverse(0.1).dense(), inv(dense + 0.1 * torch.eye(len(dense))))
+assert_exact(M.sqrt().dense() @ M.sqrt().dense(), dense)
 
 arbitrary = KroneckerEigen(QA, QB, torch.rand(d_out, d_in))  # scales of full rank
 assert obeys_laws(arbitrary, (d_out, d_in))
@@ -237,12 +231,14 @@ assert obeys_laws(arbitrary, (d_out, d_in))
 
 # %%
 by_factors = d_in * B.logdet() + d_out * A.logdet()
-assert error(by_factors, dense.logdet()) <= EXACT
-assert error(M.logdet(), dense.logdet()) <= EXACT
-assert error(d_out * B.logdet() + d_in * A.logdet(), dense.logdet()) > 0.01  # exponents swapped
+assert_exact(by_factors, dense.logdet())
+assert_exact(M.logdet(), dense.logdet())
+assert (
+    largest_error(d_out * B.logdet() + d_in * A.logdet(), dense.logdet()) > 0.01
+)  # exponents swapped
 
 damped = dense + 0.1 * torch.eye(len(dense))
-assert error(M.logdet(0.1), damped.logdet()) <= EXACT
+assert_exact(M.logdet(0.1), damped.logdet())
 
 # %% [markdown]
 # Why logarithms? The determinant of even a small layer does not fit into a float64, its logarithm
@@ -252,7 +248,7 @@ assert error(M.logdet(0.1), damped.logdet()) <= EXACT
 large = Kronecker(spd(90) / 10, spd(70) / 10)
 print(f"determinant: {large.eigenvalues().prod().item()}, logarithm: {large.logdet().item():.1f}")
 assert large.eigenvalues().prod() == 0
-assert error(large.logdet(), 90 * large.B.logdet() + 70 * large.A.logdet()) <= EXACT
+assert_exact(large.logdet(), 90 * large.B.logdet() + 70 * large.A.logdet())
 
 # %% [markdown]
 # ## The inverse with damping
@@ -344,8 +340,8 @@ delta = 0.1
 factored = Kronecker(A + delta**0.5 * torch.eye(d_in), B + delta**0.5 * torch.eye(d_out))
 exact = M.inverse(delta).dense()
 approximate = factored.inverse(0.0).dense()
-print(f"relative difference: {error(approximate, exact):.2f}")
-assert error(approximate, exact) > 0.1
+print(f"relative difference: {largest_error(approximate, exact):.2f}")
+assert largest_error(approximate, exact) > 0.1
 assert eigvalsh(exact - approximate).min() > -EXACT  # the difference is positive semi-definite
 
 # %% [markdown]
@@ -377,11 +373,11 @@ assert eigvalsh(exact - approximate).min() > -EXACT  # the difference is positiv
 # %%
 unit = torch.eye(d_out * d_in).reshape(-1, d_out, d_in)
 R = vec(M.inverse_sqrt(delta) @ unit).T  # columns: images of unit vectors
-assert error(R @ R.T, inv(damped)) <= EXACT
+assert_exact(R @ R.T, inv(damped))
 
 E = torch.randn(d_out, d_in)  # without damping: the matrix normal
 roots = Kronecker(inv(Dense(A).sqrt().M), inv(Dense(B).sqrt().M))
-assert error(M.inverse_sqrt(0.0) @ E, roots.B @ E @ roots.A) <= EXACT
+assert_exact(M.inverse_sqrt(0.0) @ E, roots.B @ E @ roots.A)
 
 # %% [markdown]
 # One statistical test is left, that noise is really fed in as in [(7.8)]. For a unit vector $u$,
@@ -420,8 +416,8 @@ zoo = {
 }
 for name, matrix in zoo.items():
     assert obeys_laws(matrix, (d_out, d_in)), name
-    assert error(matrix.trace(), matrix.dense().trace()) <= EXACT
-    assert error(matrix.diagonal(), matrix.dense().diagonal()) <= EXACT
+    assert_exact(matrix.trace(), matrix.dense().trace())
+    assert_exact(matrix.diagonal(), matrix.dense().diagonal())
     print(f"{name:>14}: inverse is a {type(matrix.inverse(0.1)).__name__}")
 
 # %% [markdown]
@@ -478,16 +474,16 @@ code(simultaneous_eigh)
 # %%
 p, KA = simultaneous_eigh(M.A, second.A)
 q, KB = simultaneous_eigh(M.B, second.B)
-assert error(KA.T @ M.A @ KA, torch.eye(d_in)) <= EXACT
-assert error(KA.T @ second.A @ KA, p.diag()) <= EXACT
+assert_exact(KA.T @ M.A @ KA, torch.eye(d_in))
+assert_exact(KA.T @ second.A @ KA, p.diag())
 
 total = KroneckerSum(M, second)
 by_hand = kron(KB, KA) @ (1 / (1 + torch.outer(q, p))).flatten().diag() @ kron(KB, KA).T
-assert error(by_hand, inv(total.dense())) <= EXACT
+assert_exact(by_hand, inv(total.dense()))
 
 direct = total.inverse(0.0)
 assert isinstance(direct, Congruence)
-assert error(direct @ (total @ V), V) <= EXACT
+assert_exact(direct @ (total @ V), V)
 
 # %% [markdown]
 # ### Why damping spoils it
@@ -542,7 +538,7 @@ assert with_first < plain
 iterative = both.inverse(delta)
 assert isinstance(iterative, ConjugateGradientInverse)
 undamped_twin = both.dense() + delta * torch.eye(120)
-assert error(vec(iterative @ b), torch.linalg.solve(undamped_twin, vec(b))) <= EXACT
+assert_exact(vec(iterative @ b), torch.linalg.solve(undamped_twin, vec(b)))
 
 # %% [markdown]
 # ### A second term that is not positive
@@ -604,7 +600,7 @@ assert (
 )
 
 mild = scaled(0.9 * critical)
-assert error(mild.inverse(0.0) @ (mild @ V), V) <= EXACT
+assert_exact(mild.inverse(0.0) @ (mild @ V), V)
 refused(lambda: scaled(1.1 * critical).inverse(0.0))
 refused(lambda: scaled(10 * critical).inverse(0.01) @ V)  # found while iterating
 refused(lambda: correction.inverse(0.1))  # not a curvature by itself
@@ -651,8 +647,8 @@ flat = torch.cat([gradients[name].flatten() for name in names])
 expected = torch.linalg.solve(twin + delta * torch.eye(D), flat)
 
 actual = torch.cat([step[name].flatten() for name in names])
-print(f"{D} parameters, difference of the two steps: {error(actual, expected):.0e}")
-assert error(actual, expected) <= EXACT
+print(f"{D} parameters, difference of the two steps: {largest_error(actual, expected):.0e}")
+assert_exact(actual, expected)
 
 # %% tags=["hide-input"] alt="Heat map of the 139 by 139 dense twin in the order of the model's parameters. It has entries in the diagonal blocks of the two layers and nothing between the layers. In the second layer rows and columns of the bias are filled; in the first the bias has entries only with itself." caption="The dense twin of the whole network, in the order of `model.named_parameters()`: weight, bias, weight, bias."
 matrices({"one Kronecker product per layer": twin}, scale=float(twin.abs().max()) / 5)
@@ -781,7 +777,7 @@ for dtype in (torch.float32, torch.float64):
     }
     for way, xs in steps.items():
         pairs = zip(xs, reference, strict=True)
-        measured[way, dtype] = [error(x.double().flatten(), vec(r)) for x, r in pairs]
+        measured[way, dtype] = [largest_error(x.double().flatten(), vec(r)) for x, r in pairs]
     eps, moved = torch.finfo(dtype).eps, beta_[:, None] + alpha_
     predicted["factors", dtype] = [eps * (moved / (truth.scale + d)).max().item() for d in dampings]
     predicted["dense", dtype] = [eps / (1e-9 + d) for d in dampings]
@@ -845,7 +841,7 @@ class Growing:
 
 V, correct = torch.randn(d_out, d_in), M.inverse(0.1)
 growing = Growing(M.eigen(), 0.1)
-errors = [error(growing @ V, correct @ V) for _ in range(5)]
+errors = [largest_error(growing @ V, correct @ V) for _ in range(5)]
 print("error of product 1, 2, ...:", [f"{e:.2f}" for e in errors])
 assert errors[0] <= EXACT
 assert all(later > earlier for earlier, later in zip(errors, errors[1:], strict=False))
@@ -866,9 +862,9 @@ exchanged = Kronecker(sq_B, sq_A)
 e = square.eigen()
 transposed = KroneckerEigen(e.QA.T, e.QB.T, e.scale)
 for wrong in (exchanged, transposed):
-    assert error(wrong.eigenvalues(), square.eigenvalues()) <= EXACT
-    assert error(wrong.logdet(0.1), square.logdet(0.1)) <= EXACT
-    assert error(wrong.inverse(0.1) @ V, square.inverse(0.1) @ V) > 0.1
+    assert_exact(wrong.eigenvalues(), square.eigenvalues())
+    assert_exact(wrong.logdet(0.1), square.logdet(0.1))
+    assert largest_error(wrong.inverse(0.1) @ V, square.inverse(0.1) @ V) > 0.1
 
 # %% [markdown]
 # **Averages of the wrong thing.** Curvature is averaged over batches, workers or time. What may
@@ -890,7 +886,7 @@ assert eigvalsh(of_inverses - of_average).min() > 0
 by_factor = Kronecker(
     torch.stack([K.A for K in pieces]).mean(0), torch.stack([K.B for K in pieces]).mean(0)
 )
-assert error(by_factor.dense(), average) > 0.01
+assert largest_error(by_factor.dense(), average) > 0.01
 
 # %% [markdown]
 # **MovingAverage eigenvectors.** An implementation decomposes at every step and smooths what it
@@ -901,10 +897,10 @@ assert error(by_factor.dense(), average) > 0.01
 # %%
 signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
 QA_again = QA * signs  # just as good: A = Q diag(alpha) Q^T still
-assert error(QA_again * alpha @ QA_again.T, A) <= EXACT
+assert_exact(QA_again * alpha @ QA_again.T, A)
 averaged = (QA + QA_again) / 2
-assert error(averaged.T @ averaged, torch.eye(d_in)) > 0.1
-assert error(averaged * alpha @ averaged.T, A) > 0.1
+assert largest_error(averaged.T @ averaged, torch.eye(d_in)) > 0.1
+assert largest_error(averaged * alpha @ averaged.T, A) > 0.1
 
 # %% [markdown]
 # **No damping.** The factor $A$ is a mean of $N S$ outer products, so it is singular if $N S \lt
@@ -915,7 +911,7 @@ assert error(averaged * alpha @ averaged.T, A) > 0.1
 counts = torch.tensor([2.0, 0.0, 1.0, 0.0, 3.0])  # one-hot inputs: A is diagonal
 unseen = Kronecker((counts / counts.sum()).diag(), B)
 refused(lambda: unseen.inverse(0.0))
-assert error(unseen.inverse(1e-3) @ (unseen @ E + 1e-3 * E), E) <= EXACT
+assert_exact(unseen.inverse(1e-3) @ (unseen @ E + 1e-3 * E), E)
 
 # %% [markdown]
 # More often round-off turns the zero into a tiny number of random size and sign. Its inverse is an
@@ -929,7 +925,7 @@ print("eigenvalues that should be zero:", [f"{v:.0e}" for v in smallest.tolist()
 assert smallest.abs().max() < 1e-13
 starved = Kronecker(few.T @ few / 3, B)
 refused(lambda: starved.inverse(0.0))
-assert error(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E) <= EXACT
+assert_exact(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E)
 
 # %% [markdown]
 # ## Exercises
@@ -1008,28 +1004,28 @@ assert error(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E) <= EXACT
 
 # %% tags=["hide-input"]
 effective = (Lambda / (Lambda + 0.1)).sum()  # 7.1
-assert error(effective, (dense @ inv(damped)).trace()) <= EXACT
+assert_exact(effective, (dense @ inv(damped)).trace())
 assert abs((Lambda / (Lambda + 1e-13)).sum() - d_out * d_in) < 1e-8
 assert (Lambda / (Lambda + 1e13)).sum() < 1e-8
 
 inner = (M.B * second.B).sum() * (M.A * second.A).sum()  # 7.2
 squares = [K.B.square().sum() * K.A.square().sum() for K in (M, second)]
-assert error(inner, (M.dense() * second.dense()).sum()) <= EXACT
+assert_exact(inner, (M.dense() * second.dense()).sum())
 distance = (squares[0] - 2 * inner + squares[1]).sqrt()
-assert error(distance, torch.dist(M.dense(), second.dense())) <= EXACT
+assert_exact(distance, torch.dist(M.dense(), second.dense()))
 
 damped_in_metric = dense + 0.1 * kron(torch.eye(d_out), A)  # 7.3
-assert error(kron(B + 0.1 * torch.eye(d_out), A), damped_in_metric) <= EXACT
+assert_exact(kron(B + 0.1 * torch.eye(d_out), A), damped_in_metric)
 assert torch.linalg.matrix_rank(rearranged(damped_in_metric)) == 1
 
 identity = Kronecker(0.1 * torch.eye(d_in), torch.eye(d_out))  # 7.4
 as_sum = KroneckerSum(identity, M).inverse(0.0)
 assert isinstance(as_sum, Congruence)
-assert error(as_sum @ E, M.inverse(0.1) @ E) <= EXACT
+assert_exact(as_sum @ E, M.inverse(0.1) @ E)
 
 R = kron(inv(torch.linalg.cholesky(B)).T, inv(torch.linalg.cholesky(A)).T)  # 7.5
-assert error(R @ R.T, inv(dense)) <= EXACT
-assert error(R @ vec(E), vec(M.inverse_sqrt(0.0) @ E)) > 0.01
+assert_exact(R @ R.T, inv(dense))
+assert largest_error(R @ vec(E), vec(M.inverse_sqrt(0.0) @ E)) > 0.01
 print("all hold")
 
 # %% [markdown]

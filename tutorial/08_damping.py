@@ -37,6 +37,7 @@ from torch.testing import assert_close
 
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, ggn, parameter_vector
 from kfac_scratch.linalg import eye_like, psd_eigh
 from kfac_scratch.matrices.damping import (
@@ -51,16 +52,9 @@ from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 
 kron, inv = torch.kron, torch.linalg.inv
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to ten digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 # %% [markdown]

@@ -57,6 +57,7 @@ from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac
 from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, flatten_values, ggn, ggn_gram, parameter_vector
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import eye_like
@@ -77,14 +78,7 @@ from kfac_scratch.optimizer.step_control import (
 )
 from kfac_scratch.show import code
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to ten digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+set_up()  # seed 0, float64, the GPU where there is one
 
 
 # %% [markdown]

@@ -40,24 +40,14 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import PartialTraces, _weighted_factors, tkfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.damping import balance
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to ten digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
-
-
-def relative_error(M: Tensor, F: Tensor) -> float:
-    return ((M - F).norm() / F.norm()).item()
+set_up()  # seed 0, float64, the GPU where there is one
 
 
 def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:

@@ -51,6 +51,7 @@ from kfac_scratch.approximations.randomized import (
     zero_tail,
 )
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, psd_eigh
 from kfac_scratch.losses import monte_carlo
@@ -58,19 +59,8 @@ from kfac_scratch.matrices.low_rank import FourBlocks, inverse_of_damped_factors
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_default_device(device)
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to ten digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
-
-
-def relative_error(M: Tensor, F: Tensor) -> float:
-    return ((M - F).norm() / F.norm()).item()
+set_up()  # seed 0, float64, the GPU where there is one
+device = torch.get_default_device()
 
 
 # %% [markdown]

@@ -47,6 +47,7 @@ from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.losses import empirical, monte_carlo
@@ -56,18 +57,7 @@ from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to eight digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-8 * expected.abs().max()
-
-
-def relative_error(X: Tensor, right: Tensor) -> float:
-    return ((X - right).norm() / right.norm()).item()
+set_up()  # seed 0, float64, the GPU where there is one
 
 
 def random_io(N: int, S: int = 1, V: int = 1) -> LayerIO:

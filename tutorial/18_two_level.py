@@ -35,6 +35,7 @@ from torch.nn.functional import avg_pool2d
 
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import monte_carlo, type2
@@ -62,14 +63,7 @@ from kfac_scratch.optimizer.two_level import (
 )
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to ten digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+set_up()  # seed 0, float64, the GPU where there is one
 
 
 # %% [markdown]

@@ -60,6 +60,7 @@ from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import set_up
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import conjugate_gradient, eye_like
@@ -70,9 +71,7 @@ from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, joint_curvature
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 
 # %% [markdown]
 # ## What is compared

@@ -28,6 +28,7 @@
 # %%
 import time
 from collections.abc import Callable
+from functools import partial
 from math import factorial
 
 import matplotlib.pyplot as plt
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfac_scratch import checks
 from kfac_scratch.show import code
 from kfac_scratch.taylor import activations
 from kfac_scratch.taylor import jets as taylor
@@ -43,16 +45,8 @@ from kfac_scratch.taylor.faa_di_bruno import partitions
 from kfac_scratch.taylor.jets import Elementwise, forward_laplacian
 from kfac_scratch.taylor.partials import Partials, biharmonic, univariate_jets
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to twelve digits of the largest entry."""
-    largest = expected.abs().max()
-    assert largest > 0  # two zeros would prove nothing
-    assert (actual - expected).abs().max() <= 1e-12 * largest
+checks.set_up()  # seed 0, float64, the GPU where there is one
+assert_exact = partial(checks.assert_exact, tolerance=1e-12)  # two digits more than elsewhere
 
 
 # %% [markdown]

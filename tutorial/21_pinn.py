@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import kfac_scratch
 from kfac_scratch.approximations.ekfac import ekfac
 from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -68,20 +69,8 @@ from kfac_scratch.pinn.terms import Term, linearize
 from kfac_scratch.show import code, matrices
 from kfac_scratch.taylor.expansions import laplacian, value_only
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 generator = torch.Generator(torch.get_default_device()).manual_seed(0)
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    largest = expected.abs().max()
-    assert largest > 0  # two zeros would prove nothing
-    assert (actual - expected).abs().max() <= 1e-10 * largest
-
-
-def relative_error(M: Tensor, F: Tensor) -> float:
-    return ((M - F).norm() / F.norm()).item()
 
 
 # %% [markdown]

@@ -40,6 +40,7 @@ from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.conformance import (
     Capabilities,
     KroneckerAnswer,
@@ -60,15 +61,8 @@ from kfac_scratch.conformance.vocabulary import PASSING
 from kfac_scratch.matrices.kronecker import Kronecker as KroneckerMatrix
 from kfac_scratch.show import code, matrices
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
-torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+set_up()  # seed 0, float64, the GPU where there is one
 device = torch.get_default_device().type
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to ten digits of the largest entry."""
-    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 # %% [markdown]

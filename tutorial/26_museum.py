@@ -37,6 +37,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
+from kfac_scratch.checks import set_up
 from kfac_scratch.conformance.cases.families import CASES, family
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.harness import answer, parts_of, request, verdict
@@ -49,8 +50,7 @@ from kfac_scratch.conformance.selftest.mutations import MUTANTS
 from kfac_scratch.conformance.vocabulary import PASSING
 from kfac_scratch.show import code
 
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)  # and on the CPU: everything here is tiny
+set_up(device="cpu")  # seed 0, float64; everything here is tiny
 
 museum = {piece.slug: piece for piece in PIECES}
 print(f"{len(museum)} pieces, {sum(bool(piece.thread) for piece in PIECES)} with a public thread")

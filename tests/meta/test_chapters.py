@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ nbformat = pytest.importorskip("nbformat")
 
 TUTORIAL = Path(__file__).resolve().parents[2] / "tutorial"
 CHAPTERS = sorted(TUTORIAL.glob("[0-9]*.py"))
-PARTS = ("I: Curvature", "II: KFAC", "III: Better and faster", "IV: PINNs")
-PARTS += ("V: Curvature in use", "VI: Scale and trust")
+NUMERALS = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
 DRAWS = re.compile(r"\b(plt\.(subplots|figure|plot)|matrices)\(")
 
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -74,10 +74,29 @@ def test_states_number_title_part_and_question(path):
     assert first.cell_type == "markdown"
     title, opening = first.source.split("\n\n")[:2]
     assert title.startswith(f"# {int(path.name[:2])}. ")
-    stated = re.match(r"\*\*Part (.+?)\.\*\* ", opening)
-    assert stated
-    assert stated[1] in PARTS
+    assert re.match(r"\*\*Part [IVX]+: .+?\.\*\* ", opening)
     assert opening.endswith("?")
+
+
+def parts_in_order(openings):
+    """Whether numerals of parts only rise, so that each stands together under one name."""
+    stated = [re.match(r"\*\*Part (\w+): (.+?)\.\*\* ", opening).groups() for opening in openings]
+    numerals = [NUMERALS.index(numeral) for (numeral, _), _ in groupby(stated)]
+    return all(before < after for before, after in pairwise(numerals))
+
+
+def test_chapters_of_a_part_stand_together_and_agree_on_its_name():
+    assert parts_in_order(cells(path)[0].source.split("\n\n")[1] for path in CHAPTERS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["I: A", "II: B", "I: A"], ["I: A", "I: a", "II: B"], ["II: B", "I: A"]],
+    ids=["apart", "two names", "falling"],
+)
+def test_parts_out_of_order_would_be_found(wrong):
+    assert not parts_in_order(f"**Part {part}.** Why?" for part in wrong)
+    assert parts_in_order(["**Part I: A.** Why?", "**Part I: A.** Why?", "**Part III: B.** Why?"])
 
 
 @each_chapter

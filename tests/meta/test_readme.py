@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import package
 import torch
 
 from kfac_scratch import REDUCE, kfac, layer_ios
@@ -47,3 +48,21 @@ def test_every_linked_file_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (README.parent / link).exists()] == []
+
+
+def test_the_table_of_modules_is_up_to_date():
+    text = README.read_text(encoding="utf-8")
+    assert text == package.with_table(text), "run: python tutorial/_site/package.py"
+
+
+def test_a_missing_module_would_be_found():
+    stale = README.read_text(encoding="utf-8").replace(", `mini_block`", "")
+    assert package.with_table(stale) != stale
+
+
+def test_the_table_is_short_and_names_every_file_and_folder_of_the_package():
+    rows = package.table().splitlines()[2:]
+    top = {path.stem for path in (README.parent / "kfac_scratch").iterdir() if path.suffix == ".py"}
+    top |= {path.parent.name for path in (README.parent / "kfac_scratch").glob("*/__init__.py")}
+    assert {row.split("`")[1].rstrip("/") for row in rows} == top - {"__init__"}
+    assert len(rows) <= 24

@@ -1,13 +1,16 @@
 """The built pages (links, text alternatives, no network) and the faults that stop a build."""
 
+import html
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
+import package
 import pytest
 
+import kfac_scratch
 from tests.meta.built_site import ROOT, built_site, missing, mkdocs_build, pages
 
 pytestmark = pytest.mark.slow
@@ -125,13 +128,62 @@ def test_a_chapter_is_in_navigation_and_reading_map(site, stem):
         assert f'href="{stem}.html"' in (site / page).read_text(encoding="utf-8")
 
 
-def test_every_module_is_in_the_api(site):
-    for path in (ROOT / "kfac_scratch").rglob("*.py"):
-        name = ".".join(path.relative_to(ROOT / "kfac_scratch").with_suffix("").parts)
-        catalogue = {"consumers", "findings", "mutations"} & {*path.parts}
-        if not path.stem.startswith(("_", "test_")) and not catalogue:
-            assert f"kfac_scratch.{name}" in Page(site / "api" / f"{name}.html").ids
-            assert f'href="api/{name}.html"' in (site / "api.html").read_text(encoding="utf-8")
+USED = re.compile(r"^from kfac_scratch\.([\w.]+) import", re.MULTILINE)  # of modules, directly
+
+
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_a_chapter_and_its_row_of_the_reading_map_lead_to_all_modules_that_it_uses(site, stem):
+    script = (ROOT / "tutorial" / f"{stem}.py").read_text(encoding="utf-8")
+    used = {name for name in USED.findall(script) if name in package.files()}
+    page = (site / f"{stem}.html").read_text(encoding="utf-8")
+    rows = (site / "reading_map.html").read_text(encoding="utf-8").split("<tr>")
+    (row,) = [row for row in rows if f'<td><a href="{stem}.html"' in row]
+    for name in used - {"checks", "show"} - {"conformance"}:  # whose names come from `protocol`
+        assert f'<a href="api/{name}.html"><code>{name}</code></a>' in page, name
+        assert f'<a href="api/{name}.html"><code>{name}</code></a>' in row, name
+    for place in re.findall(r"<code>(tests/[^<]*)</code>", row):
+        assert (ROOT / place).exists()
+    assert "Tests: " in row
+
+
+def test_every_module_and_folder_is_in_the_api(site):
+    overview = (site / "api.html").read_text(encoding="utf-8")
+    for name, module in package.files().items():
+        page = Page(site / "api" / f"{name or 'kfac_scratch'}.html")
+        assert module.full_name in page.ids
+        assert f'href="api/{page.path.name}"' in overview
+
+
+def test_every_public_name_leads_to_its_definition(site):
+    links = {*Page(site / "api" / "kfac_scratch.html").links}
+    for name in kfac_scratch.__all__:
+        source = package.files()[package.origin("", name)]
+        anchor = f"#{source.full_name}.{name}" if name in source.defined else ""
+        assert f"{source.name}.html{anchor}" in links
+
+
+def test_signatures_are_wrapped(site):
+    """By a formatter, without which each of them is one line."""
+    long = []
+    for path in (site / "api").glob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(
+            r'<div class="[^"]*doc-signature[^"]*">(.*?)</div>', text, re.DOTALL
+        ):
+            lines = html.unescape(re.sub(r"<[^>]*>", "", block)).splitlines()
+            long += [(path.name, line) for line in lines if len(line) > 100]
+    assert long == []
+
+
+def test_pages_lead_only_to_addresses_that_somebody_wrote(parsed):
+    """No page leads to a repository or a site that a template made up."""
+    texts = [ROOT / "mkdocs.yml", *(ROOT / "tutorial").rglob("*.*"), *package.PACKAGE.rglob("*.*")]
+    kinds = {".md", ".py", ".json", ".yml"}
+    written = "".join(path.read_text(encoding="utf-8") for path in texts if path.suffix in kinds)
+    outside = lambda page: {a for a in page.links if urlsplit(a).netloc}  # noqa: E731
+    unknown = lambda page: {a for a in outside(page) if urlsplit(a).netloc not in written}  # noqa: E731
+    assert named(parsed, unknown) == {}
+    assert any(map(outside, parsed))
 
 
 def test_nothing_of_the_workshop_is_published(site):
@@ -192,6 +244,49 @@ def small_site(tmp_path):
 def build(folder, chapter):
     (folder / "tutorial" / "01_probe.py").write_text(chapter)
     return mkdocs_build(folder, folder / "site")
+
+
+def test_progress_is_reported_once_for_what_is_executed(small_site):
+    first, again = build(small_site, HEADER), build(small_site, HEADER)
+    assert "Executing 1 of 1 chapters" in first.stderr
+    assert re.search(r"Executed 01_probe\.py in \d+ s", first.stderr)
+    assert "Execut" not in again.stderr
+
+
+def test_addresses_appear_once_they_are_stated(small_site):
+    (small_site / "tutorial" / "reading_map.md").write_text("# Map\n\n<!-- chapters -->\n")
+    (small_site / "tests").mkdir()
+    (small_site / "tests" / "test_linalg.py").touch()
+    uses = "from kfac_scratch.linalg import vec\nimport matplotlib"
+    chapter = HEADER.replace("import matplotlib", uses)
+    names = ("reading_map.html", "01_probe.html", "other.html")
+    pages = [small_site / "site" / name for name in names]
+    links = ["/blob/trunk/tests/test_linalg.py", "/edit/trunk/tutorial/01_probe.py"]
+    links += ["/edit/trunk/tutorial/other.md"]
+
+    assert build(small_site, chapter).returncode == 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "/trunk/" not in text
+        assert "md-source" not in text
+        assert 'rel="edit"' not in text
+    assert "Tests: <code>tests/test_linalg.py</code>" in pages[0].read_text(encoding="utf-8")
+
+    config = small_site / "mkdocs.yml"
+    stated = {"repo_url": "https://code.example.org/us/it", "edit_uri": "edit/trunk/tutorial/"}
+    for key, value in stated.items():
+        config.write_text(re.sub(rf"# {key}: .*", f"{key}: {value}", config.read_text()))
+    assert build(small_site, chapter).returncode == 0
+    for page, link in zip(pages, links, strict=True):
+        assert f'href="https://code.example.org/us/it{link}"' in page.read_text(encoding="utf-8")
+
+
+def test_a_folder_without_a_group_stops_the_build(small_site):
+    (small_site / "kfac_scratch" / "stray").mkdir()
+    (small_site / "kfac_scratch" / "stray" / "__init__.py").write_text('"""Stray."""\n')
+    built = build(small_site, HEADER)
+    assert built.returncode != 0
+    assert "kfac_scratch/stray stands in no group" in built.stderr
 
 
 def test_the_small_site_builds(small_site):

@@ -1,4 +1,6 @@
-"""MkDocs hook: every tutorial/NN_*.py becomes a page, listed from the files themselves.
+"""MkDocs hook: every tutorial/NN_*.py and every file of the package becomes a page.
+
+Navigation and lists are made from the files themselves: see package.py and api.py.
 
 A chapter is executed once and rewritten as ordinary Markdown (see notebook.py), so that math,
 link checking, cross-references and search work in chapters as on any page. The first two
@@ -11,26 +13,28 @@ import logging
 import os
 import posixpath
 import re
+import time
 import xml.etree.ElementTree as etree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from graphlib import TopologicalSorter
 from pathlib import Path
 
+import api
 import jupytext
+import package
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, InclusionLevel
-from notebook import ChapterError, clean, render, run
+from notebook import ChapterError, clean, render, run, stored
+from package import PACKAGE, ROOT
 
 log = logging.getLogger("mkdocs.hooks.chapters")
 
-ROOT = Path(__file__).resolve().parents[2]
-TUTORIAL, PACKAGE = ROOT / "tutorial", ROOT / "kfac_scratch"
+TUTORIAL = ROOT / "tutorial"
 CACHE = ROOT / ".cache" / "chapters"
-CATALOGUES = {"consumers", "findings", "mutations"}  # entries, shown by other pages
+EVERYWHERE = {"checks", "show"}  # tools of all chapters, which say nothing about one of them
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
 
@@ -60,7 +64,7 @@ class Chapter:
         if not found or int(found[1]) != int(self.path.name[:2]):
             raise PluginError(
                 f"{self.path.name} must start with '# {int(self.path.name[:2])}. Title' and a "
-                "paragraph '**Part I: Name.** Its question?'; see AUTHORING.md."
+                "paragraph '**Part I: Name.** Its question?'; see writing_a_chapter.md."
             )
         return found
 
@@ -81,32 +85,25 @@ class Chapter:
 
     @property
     def modules(self) -> list[str]:
-        """The module of the same stem, or else those that the chapter imports."""
-        stem = self.path.stem[3:]
-        found = re.findall(
-            r"^from kfac_scratch\.([\w.]+) import", self.path.read_text(), re.MULTILINE
-        )
-        if own := [name for name in modules() if name.split(".")[-1] == stem]:
-            return [_short(own[0])]
-        known = {_short(name) for name in modules()} - {"show"}
-        return [name for name in dict.fromkeys(found) if name in known]
+        """Modules and folders of the package that the chapter imports from, in reading order."""
+        used = {*package.used(ast.parse(self.path.read_text(encoding="utf-8")))}
+        order = [*dict.fromkeys(m.name for m in package.modules()), *package.folders()]
+        return [name for name in order if name in used - EVERYWHERE - {""}]
+
+    @property
+    def tests(self) -> list[str]:
+        """Where these are tested: a folder, where several of its files do."""
+        places = dict.fromkeys(filter(None, map(package.tests, self.modules)))
+        folders = [posixpath.dirname(place.rstrip("/")) for place in places]
+        several = {f"{f}/" for f in folders if f != "tests" and folders.count(f) > 1}
+        several |= {place for place in places if place.endswith("/")}
+        shown = [next((f for f in several if place.startswith(f)), place) for place in places]
+        return list(dict.fromkeys(shown))
 
 
 def chapters() -> list[Chapter]:
     """All chapters in reading order."""
     return [Chapter(path) for path in sorted(TUTORIAL.glob(NAV))]
-
-
-def modules() -> list[str]:
-    """All modules of the package, every one after those that it imports."""
-    names = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        if not file.stem.startswith(("_", "test_")) and not CATALOGUES & {*file.parts}:
-            nodes = ast.walk(ast.parse(file.read_text()))
-            names[name] = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
-    order = TopologicalSorter({name: sorted(names[name] & names.keys()) for name in names})
-    return list(order.static_order())
 
 
 # ------------------------------------------------------------------ lists made from the files
@@ -117,45 +114,47 @@ def _reading_map(config) -> str:
         if chapter.part != part:
             part = chapter.part
             rows.append(f"| **Part {part}** | | |")
-        links = []
-        for name in chapter.modules:
-            tests = f"tests/test_{name.split('.')[-1]}.py"
-            link = f"[`{name}`](api/{name}.md)"
-            if (ROOT / tests).exists():
-                link += f" ([tests]({config.repo_url}/blob/main/{tests}))"
-            links.append(link)
         question = " ".join(chapter.opening[5].split())
         title = f"{chapter.opening[1]}. {chapter.opening[2]}"
-        rows.append(f"| [{title}]({chapter.uri}) | {question} | {', '.join(links)} |")
+        rows.append(f"| [{title}]({chapter.uri}) | {question} | {_code(chapter, config, '<br>')} |")
     return "\n".join(rows)
 
 
-def _api(config) -> str:
-    rows = ["| Module | |", "| --- | --- |"]
-    for name in modules():
-        text = (
-            ast.get_docstring(ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())) or ""
-        )
-        summary = text.partition("\n\n")[0].replace("\n", " ").replace("|", r"\|")
-        rows.append(f"| [`{_short(name)}`]({_api_uri(name)}) | {summary} |")
-    return "\n".join(rows)
+def _code(chapter: Chapter, config, between: str) -> str:
+    """Links to the modules that a chapter uses, and where these are tested."""
+    modules = ", ".join(f"[`{name}`]({api.uri(name)})" for name in chapter.modules)
+    tests = ", ".join(_in_repository(place, config) for place in chapter.tests)
+    return modules + (f"{between}Tests: {tests}" if tests else "")
 
 
-def _short(name: str) -> str:
-    return name.removeprefix(f"{PACKAGE.name}.")
+def _in_repository(place: str, config) -> str:
+    """A path of the repository, as a link if mkdocs.yml gives an address."""
+    address = _address(config, place)
+    return f"[`{place}`]({address})" if address else f"`{place}`"
 
 
-def _api_uri(name: str) -> str:
-    return f"api/{_short(name)}.md"
+def _address(config, place: str, view: str = "blob") -> str | None:
+    """Where a file of the repository is shown ("blob") or edited, if mkdocs.yml says where it is."""
+    if not config.repo_url:
+        return None
+    branch = (config.edit_uri or "edit/main/").split("/")[1]
+    return f"{config.repo_url.rstrip('/')}/{view}/{branch}/{place}"
 
 
-LISTS = {"<!-- chapters -->": _reading_map, "<!-- modules -->": _api}
+LISTS = {
+    "<!-- chapters -->": _reading_map,
+    "<!-- modules -->": lambda config: api.overview(config.extra["api"]),
+}
 
 
-def _buttons(stem: str) -> str:
+def _head(chapter: Chapter, config) -> str:
+    """Downloads of a chapter, and the code that it is about."""
+    stem = chapter.path.stem
     files = {"notebook-outline: Notebook": f"{stem}.ipynb", "language-python: Script": f"{stem}.py"}
     links = [f'[:material-{label}]({file}){{ download="{file}" }}' for label, file in files.items()]
-    return f'<div class="downloads" data-search-exclude markdown="1">\n{" ".join(links)}\n</div>'
+    code = f"Code: {_code(chapter, config, '. ')}\n{{ .uses }}" if chapter.modules else ""
+    text = f"{' '.join(links)}\n\n{code}"
+    return f'<div class="downloads" data-search-exclude markdown="1">\n{text}\n</div>'
 
 
 # ------------------------------------------------------------------ numbers and references
@@ -196,11 +195,15 @@ class _EquationExtension(Extension):
 def on_config(config):
     """Put every chapter into the navigation, under its part, and every module."""
     config.markdown_extensions.append(_EquationExtension())
+    package.forget()
     parts: dict[str, list[dict[str, str]]] = {}
     for chapter in chapters():
         parts.setdefault(chapter.part, []).append(chapter.nav)
     lists = {NAV: [{part: pages} for part, pages in parts.items()]}
-    lists[NAV_API] = [{_short(name): _api_uri(name)} for name in modules()]
+    try:
+        lists[NAV_API] = api.nav(config.extra["api"])
+    except api.GroupError as error:
+        raise PluginError(str(error)) from None
     config.nav = list(_expanded(config.nav, lists))
     return config
 
@@ -215,28 +218,35 @@ def _expanded(nav, lists):
 
 
 def _execute(chapter: Chapter):
+    path, start = chapter.path, time.monotonic()
+    cached = stored(path, PACKAGE, CACHE).exists()
     try:
-        return render(run(chapter.path, PACKAGE, CACHE), chapter.path.stem)
+        result = render(run(path, PACKAGE, CACHE), path.stem)
     except ChapterError as error:
         raise PluginError(str(error)) from None
+    if not cached:
+        log.info("Executed %s in %.0f s", path.name, time.monotonic() - start)
+    return result
 
 
 def on_files(files, config):
     """Execute the chapters and add their pages, figures and notebooks."""
     _targets.clear()
+    missing = sum(not stored(chapter.path, PACKAGE, CACHE).exists() for chapter in chapters())
+    if missing:
+        log.info("Executing %d of %d chapters: a few minutes if all", missing, len(chapters()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rendered = list(pool.map(_execute, chapters()))
     for chapter, (text, extra) in zip(chapters(), rendered, strict=True):
         stem = chapter.path.stem
         title, _, rest = text.lstrip().partition("\n")
-        extra |= {chapter.uri: f"{title}\n\n{_buttons(stem)}\n{rest}".encode()}
+        extra |= {chapter.uri: f"{title}\n\n{_head(chapter, config)}\n{rest}".encode()}
         extra |= {f"{stem}.ipynb": clean(chapter.path)}
         for uri, content in extra.items():
             included = InclusionLevel.INCLUDED  # although *.ipynb in the folder are ignored
             files.append(File.generated(config, uri, content=content, inclusion=included))
-    for name in modules():
-        page = f"# {_short(name)}\n\n::: {name}\n"
-        files.append(File.generated(config, _api_uri(name), content=page))
+    for uri, page in api.pages().items():
+        files.append(File.generated(config, uri, content=page))
     for file in files.documentation_pages():
         _collect(file.src_uri, file.content_string)
     return files
@@ -276,5 +286,5 @@ def on_page_context(context, page, config, nav):
     """Let the edit link of a chapter lead to its script."""
     source = TUTORIAL / f"{page.file.name}.py"
     if source.exists():
-        page.edit_url = f"{config.repo_url}/edit/main/tutorial/{source.name}"
+        page.edit_url = _address(config, f"tutorial/{source.name}", "edit")
     return context

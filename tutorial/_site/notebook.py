@@ -104,11 +104,16 @@ def digest(path: Path, package: Path) -> str:
     return h.hexdigest()[:16]
 
 
+def stored(path: Path, package: Path, cache: Path) -> Path:
+    """Where the executed chapter is kept, which exists if nothing has changed since."""
+    return cache / f"{path.stem}.{digest(path, package)}.ipynb"
+
+
 def run(path: Path, package: Path, cache: Path) -> NotebookNode:
     """Execute a chapter, or load the result from the cache."""
-    stored = cache / f"{path.stem}.{digest(path, package)}.ipynb"
-    if stored.exists():
-        return nbformat.read(stored, as_version=4)
+    kept = stored(path, package, cache)
+    if kept.exists():
+        return nbformat.read(kept, as_version=4)
     nb = jupytext.read(path)
     nb.cells.insert(0, nbformat.v4.new_code_cell(SETUP))
     where = {"metadata": {"path": str(path.parent)}}
@@ -131,7 +136,7 @@ def run(path: Path, package: Path, cache: Path) -> NotebookNode:
     cache.mkdir(parents=True, exist_ok=True)
     for old in cache.glob(f"{path.stem}.*.ipynb"):
         old.unlink()
-    nbformat.write(nb, stored)
+    nbformat.write(nb, kept)
     return nb
 
 
