@@ -31,8 +31,8 @@ MUTANTS = [
     ),
     Mutant(
         "the value's slope alone",
-        "slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]",
-        "slopes = [torch.stack([of_m[0], *[zero] * (len(leaves) - 1)], dim=1) for of_m in of_residuals]",
+        "torch.stack([zero if g is None else g for g in of_m], dim=1)",
+        "torch.stack([of_m[0], *[zero] * (len(leaves) - 1)], dim=1)",
         REDUCE,
     ),
     Mutant(
