@@ -154,21 +154,21 @@ FISHERS = {
 }
 
 
-def captured(device, fisher=type2, setting=EXPAND):
+def captured(device, fisher=type2, flavour=EXPAND):
     """Factors of every block of a network, on the CPU."""
     torch.manual_seed(0)
     model = Sequential(Conv2d(2, 3, 3), Tanh(), Flatten(), Linear(27, 3)).to(device)
     X, y = torch.randn(5, 2, 5, 5).to(device), torch.tensor([0, 1, 2, 0, 1]).to(device)
-    ios = layer_ios(model, CrossEntropyLoss(), X, y, fisher, setting=setting)
+    ios = layer_ios(model, CrossEntropyLoss(), X, y, fisher, flavour=flavour)
     matrices = {name: kfac(io) for name, io in ios.items()}
     assert all(M.A.device.type == torch.device(device).type for M in matrices.values())
     return [t.cpu() for M in matrices.values() for t in (M.A, M.B)]
 
 
-@pytest.mark.parametrize("setting", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("fisher", FISHERS)
-def test_factors_are_the_cpu_s(fisher, setting):
-    here, far = (captured(device, FISHERS[fisher](device), setting) for device in ("cpu", NAME))
+def test_factors_are_the_cpu_s(fisher, flavour):
+    here, far = (captured(device, FISHERS[fisher](device), flavour) for device in ("cpu", NAME))
     for a, b in zip(here, far, strict=True):
         assert (a - b).abs().max() <= 1e-12 * a.abs().max()
 
