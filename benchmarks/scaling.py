@@ -28,7 +28,7 @@ from kfac_scratch.approximations.brand import TruncatedFactor, product_of_rows, 
 from kfac_scratch.approximations.randomized import Sketch, leading, rsvd, srevd, trace_matched
 from kfac_scratch.linalg import eye_like, psd_eigh
 from kfac_scratch.matrices.kronecker import KroneckerEigen
-from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, inverse_of_damped_columns
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 
 N, RANK, BATCHES, DECAY, POWER = 128, 64, 40, 0.95, 1.5
@@ -96,7 +96,7 @@ def row_parts(d: int, generator: torch.Generator) -> dict[tuple[str, str], Calla
     U, w, c = state
     brand = LowRankKronecker(U, w, c, U, w, c)
     one = X.new_ones(1, 1)
-    woodbury = inverse_of_damped_columns(KroneckerColumns(X.T, X.T), 0.1, 0.1)
+    woodbury = KroneckerColumns(X.T, X.T).inverse_of_damped_factors(0.1, 0.1)
 
     def rows_by_woodbury() -> tuple[Tensor, Tensor]:
         WA, WB = woodbury.WA, woodbury.WB
@@ -105,9 +105,7 @@ def row_parts(d: int, generator: torch.Generator) -> dict[tuple[str, str], Calla
     return {
         ("B-KFAC", "update"): lambda: updated_factor(state, X3.T, 0.05, RANK, trace_matched),
         ("B-KFAC", "apply"): lambda: product_of_rows(brand, X2, X3),
-        ("SKFAC", "update"): lambda: inverse_of_damped_columns(
-            KroneckerColumns(X.T, one), 0.1, 0.1
-        ),
+        ("SKFAC", "update"): lambda: KroneckerColumns(X.T, one).inverse_of_damped_factors(0.1, 0.1),
         ("SKFAC", "apply"): rows_by_woodbury,
     }
 

@@ -60,7 +60,7 @@ from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt,
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
-from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, factored_woodbury_inverse
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
@@ -161,7 +161,6 @@ __all__ = [
     "empirical",
     "exact_inverse",
     "factored_inverse",
-    "factored_woodbury_inverse",
     "foof",
     "forward_laplacian",
     "graft",

@@ -53,11 +53,9 @@ from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.kronecker_columns import (
     FactoredWoodburyInverse,
     KroneckerColumns,
-    factored_woodbury_inverse,
-    inverse_of_damped_columns,
     reduced_columns,
 )
-from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
@@ -194,14 +192,14 @@ for fisher in (monte_carlo(1, generator), type2):
 # squared entries of the columns.
 
 # %% tags=["remove-input"]
-code(inverse_of_damped_columns, FactoredWoodburyInverse, factored_woodbury_inverse)
+code(KroneckerColumns.inverse_of_damped_factors, FactoredWoodburyInverse, factored_inverse)
 
 # %%
 for io in ios.values():
     M, G = skfac(io), io.gradients().sum((0, 1))
-    assert_exact(factored_woodbury_inverse(M, 0.1) @ G, factored_inverse(kfac(io), 0.1) @ G)
+    assert_exact(factored_inverse(M, 0.1) @ G, factored_inverse(kfac(io), 0.1) @ G)
     explicit = Kronecker(*(inverse_by_hand(U, gamma) for U in (M.UA, M.UB)))
-    assert_exact(inverse_of_damped_columns(M, gamma, gamma) @ G, explicit @ G)
+    assert_exact(M.inverse_of_damped_factors(gamma, gamma) @ G, explicit @ G)
 
 # %% [markdown]
 # This is the paper's first form, the explicit inverse, against the applied one. They agree in all
@@ -233,7 +231,7 @@ def kfac_step(io: LayerIO, G: Tensor) -> Tensor:
 
 
 def skfac_step(io: LayerIO, G: Tensor) -> Tensor:
-    return factored_woodbury_inverse(skfac(io), 0.1) @ G
+    return factored_inverse(skfac(io), 0.1) @ G
 
 
 widths = [32, 64, 128, 256, 512]
@@ -310,7 +308,7 @@ for fisher in (empirical, type2):
         G = torch.cat([gradient[f"{name}.weight"], gradient[f"{name}.bias"].unsqueeze(1)], dim=1)
         assert_exact(torch.einsum("vn,vnoi->oi", c, io.gradients()), G)
         assert_exact(
-            push_through(io, c, 0.1, 0.2), inverse_of_damped_columns(skfac(io), 0.1, 0.2) @ G
+            push_through(io, c, 0.1, 0.2), skfac(io).inverse_of_damped_factors(0.1, 0.2) @ G
         )
 
 drawn = monte_carlo(1, generator)(loss, f, y).squeeze(0)
@@ -334,12 +332,12 @@ forms = {"Woodbury": [], "eigenpairs": [], "only G is rounded": [], "pushed thro
 gammas = torch.logspace(-7, 0, 15).tolist()
 for gamma in gammas:
     right = push_through(io, c, gamma, gamma)
-    assert relative_error(inverse_of_damped_columns(skfac(io), gamma, gamma) @ G, right) < 0.01
+    assert relative_error(skfac(io).inverse_of_damped_factors(gamma, gamma) @ G, right) < 0.01
     M = skfac(single)
     steps = (
-        inverse_of_damped_columns(M, gamma, gamma) @ G.float(),
-        inverse_of_damped_factors(M.low_rank(), gamma, gamma) @ G.float(),
-        inverse_of_damped_columns(skfac(io), gamma, gamma) @ G.float().double(),
+        M.inverse_of_damped_factors(gamma, gamma) @ G.float(),
+        M.low_rank().inverse_of_damped_factors(gamma, gamma) @ G.float(),
+        skfac(io).inverse_of_damped_factors(gamma, gamma) @ G.float().double(),
         push_through(single, c.float(), gamma, gamma),
     )
     for row, step in zip(forms.values(), steps, strict=True):
@@ -419,7 +417,7 @@ code(KroneckerColumns.inverse, KroneckerColumns.low_rank, FourBlocks.__matmul__)
 for io in ios.values():
     M, G = skfac(io), io.gradients().sum((0, 1))
     for delta in (1e-3, 1e-1):
-        exact, factored = M.inverse(delta) @ G, factored_woodbury_inverse(M, delta) @ G
+        exact, factored = M.inverse(delta) @ G, factored_inverse(M, delta) @ G
         assert_exact(exact, kfac(io).inverse(delta) @ G)
         assert not torch.allclose(factored, exact, rtol=0.05)
         assert factored.norm() < exact.norm()
@@ -535,8 +533,7 @@ for name, io in batches.items():
         f"{name}: {share:.3f} of the gradient's length is orthogonal to the columns on both sides"
     )
     lengths[name] = [
-        (inverse_of_damped_columns(M, f * trace_A, f * trace_B) @ G).norm().item()
-        for f in fractions
+        (M.inverse_of_damped_factors(f * trace_A, f * trace_B) @ G).norm().item() for f in fractions
     ]
     assert share < 1e-10 if name == "own batch" else 1e-3 < share < 0.9
 
@@ -592,11 +589,11 @@ for t, io in enumerate(stream, start=1):
         MovingAverage(kfac).update(average, io, weight),
     )
 G = sum(io.gradients().sum((0, 1)) for io in stream)
-assert_exact(window.roots().UA @ window.roots().UA.T, average.A)
+assert_exact(window.columns().UA @ window.columns().UA.T, average.A)
 assert_exact(window.inverse(0.1) @ G, average.inverse(0.1) @ G)
-assert_exact(factored_woodbury_inverse(window.roots(), 0.1) @ G, factored_inverse(average, 0.1) @ G)
+assert_exact(factored_inverse(window.columns(), 0.1) @ G, factored_inverse(average, 0.1) @ G)
 
-delta = 0.01 * (window.roots().trace() / G.numel()).item()
+delta = 0.01 * (window.columns().trace() / G.numel()).item()
 averaged_inverse = sum(kfac(io).inverse(delta) @ G for io in stream) / 6
 print(
     f"average of inverses, error: {relative_error(averaged_inverse, average.inverse(delta) @ G):.2f}"
@@ -630,8 +627,8 @@ assert relative_error(wrong.UB @ wrong.UB.T, right.B) > 0.3
 # %%
 estimators = {
     "KFAC, moving average": (MovingAverage(kfac), factored_inverse),
-    "SKFAC, newest batch": (Latest(skfac), factored_woodbury_inverse),
-    "SKFAC, window of 6": (Window(6), lambda M, d: factored_woodbury_inverse(M.roots(), d)),
+    "SKFAC, newest batch": (Latest(skfac), factored_inverse),
+    "SKFAC, window of 6": (Window(6), lambda M, d: factored_inverse(M.columns(), d)),
 }
 
 
@@ -661,10 +658,7 @@ best = {name: min(row) for name, row in results.items()}
 assert results["SKFAC, newest batch"][0] > 5 * max(best.values())
 assert max(best.values()) < 0.5 < 1 < loss(network()(images), labels).item()
 
-same = [
-    run(Latest(f), g, 0.1)[1]
-    for f, g in ((kfac, factored_inverse), (skfac, factored_woodbury_inverse))
-]
+same = [run(Latest(f), g, 0.1)[1] for f, g in ((kfac, factored_inverse), (skfac, factored_inverse))]
 for W, V in zip(*(model.parameters() for model in same), strict=True):
     assert_exact(V, W)  # one batch each: the same network after 40 steps
 
@@ -698,15 +692,15 @@ io = ios["2"]
 M, G = skfac(io), io.gradients().sum((0, 1))
 moved = KroneckerColumns(M.UA / 10, M.UB * 10)
 root = 0.1**0.5
-without_pi = [inverse_of_damped_columns(m, root, root) @ G for m in (M, moved)]
+without_pi = [m.inverse_of_damped_factors(root, root) @ G for m in (M, moved)]
 print(f"without pi, change of the step: {relative_error(without_pi[1], without_pi[0]):.2f}")
 assert relative_error(without_pi[1], without_pi[0]) > 0.1
-assert_exact(factored_woodbury_inverse(moved, 0.1) @ G, factored_woodbury_inverse(M, 0.1) @ G)
+assert_exact(factored_inverse(moved, 0.1) @ G, factored_inverse(M, 0.1) @ G)
 
 weights_only = skfac(LayerIO(io.a[..., :-1], io.g))
 with_bias, without = (
-    factored_woodbury_inverse(M, 0.01) @ G,
-    factored_woodbury_inverse(weights_only, 0.01) @ G[:, :-1],
+    factored_inverse(M, 0.01) @ G,
+    factored_inverse(weights_only, 0.01) @ G[:, :-1],
 )
 print(
     f"without the bias, change of the weights' step: {relative_error(without, with_bias[:, :-1]):.2f}"
@@ -725,7 +719,7 @@ assert relative_error(without, with_bias[:, :-1]) > 1e-3
 # %%
 four_times = torch.full((3, 4), 1000.0).float()  # four data, all the same
 try:
-    inverse_of_damped_columns(KroneckerColumns(four_times, four_times), 1e-6, 1e-6)
+    KroneckerColumns(four_times, four_times).inverse_of_damped_factors(1e-6, 1e-6)
     raise AssertionError
 except ValueError as refused:
     print(fill(str(refused), 90))
@@ -798,7 +792,7 @@ for t in range(1, 6):
     io = LayerIO(torch.randn(3, 1, 12), torch.randn(1, 3, 1, 12))
     average = MovingAverage(kfac).update(average, io, weight_of_newest(0.9, t))
     assert torch.linalg.matrix_rank(average.A) == min(3 * t, 12)
-held = sum(Window(4).update(None, io, 1.0).roots().UA.numel() * 2 for _ in range(4))
+held = sum(Window(4).update(None, io, 1.0).columns().UA.numel() * 2 for _ in range(4))
 assert held == 2 * 12**2
 print("all hold")
 

@@ -55,7 +55,7 @@ from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, psd_eigh
 from kfac_scratch.losses import monte_carlo
-from kfac_scratch.matrices.low_rank import FourBlocks, inverse_of_damped_factors
+from kfac_scratch.matrices.low_rank import FourBlocks
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
@@ -590,7 +590,7 @@ assert wrong > 0.1 > 0.001 > right
 
 # %%
 L = randomized(90)(io).low_rank()
-both = inverse_of_damped_factors(L, 0.1 * float(L.dA[0]), 0.1 * float(L.dB[0]))
+both = L.inverse_of_damped_factors(0.1 * float(L.dA[0]), 0.1 * float(L.dB[0]))
 K = kfac(io)
 A, B = K.A + 0.1 * L.dA[0] * eye_like(K.A), K.B + 0.1 * L.dB[0] * eye_like(K.B)
 assert_exact(both @ G, torch.linalg.inv(B) @ G @ torch.linalg.inv(A))

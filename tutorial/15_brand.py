@@ -58,7 +58,7 @@ from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.losses import monte_carlo
-from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update, reorthonormalized, split_by_span
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
@@ -342,7 +342,7 @@ code(product_of_rows)
 
 # %%
 M = follow(Brand(rank=8), ios)
-inverse = inverse_of_damped_factors(M, 0.1, 0.2)
+inverse = M.inverse_of_damped_factors(0.1, 0.2)
 g, a = torch.randn(5, 70), torch.randn(5, 90)
 h, b = product_of_rows(inverse, g, a)
 assert_exact(h.T @ b, inverse @ (g.T @ a))

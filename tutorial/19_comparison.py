@@ -66,7 +66,6 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.dense import Dense
-from kfac_scratch.matrices.kronecker_columns import factored_woodbury_inverse
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, joint_curvature
@@ -129,7 +128,7 @@ METHODS: dict[str, tuple[Callable[[LayerIO], Matrix], Callable[[Matrix, float], 
 # %%
 io, V = LayerIO(torch.randn(9, 1, 12), torch.randn(1, 9, 1, 11)), torch.randn(11, 12)
 pairs = {
-    "SKFAC": (factored_woodbury_inverse(skfac(io), 0.1), factored_inverse(kfac(io), 0.1)),
+    "SKFAC": (factored_inverse(skfac(io), 0.1), factored_inverse(kfac(io), 0.1)),
     "mini-block by rows": (mini_block_rows(io).inverse(0.1), mini_block(io).inverse(0.1)),
     "B-KFAC, one batch": (Brand(rank=9).update(None, io, 1.0).inverse(0.1), kfac(io).inverse(0.1)),
 }

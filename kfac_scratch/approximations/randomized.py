@@ -238,6 +238,14 @@ class Randomized:
         """The inverse of `low_rank() + damping * I`, exact."""
         return self.low_rank().inverse(damping)
 
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.low_rank().mean_eigenvalues()
+
+    def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> LowRankKronecker:
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`."""
+        return self.low_rank().inverse_of_damped_factors(damping_A, damping_B)
+
     def mixed(self, new: "Randomized", weight: float) -> "Randomized":
         """Averages of both factors, in which the new ones have the share `weight`."""
         A, B = torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight)

@@ -21,14 +21,19 @@ from torch.nn.functional import pad
 
 from kfac_scratch.border import check_count, check_function
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices.kronecker_columns import KroneckerColumns, gram_root, reduced_columns
+from kfac_scratch.matrices.kronecker_columns import (
+    FactoredWoodburyInverse,
+    KroneckerColumns,
+    gram_root,
+    reduced_columns,
+)
 from kfac_scratch.matrices.low_rank import FourBlocks
 
 
 def skfac(io: LayerIO) -> KroneckerColumns:
     """SKFAC: KFAC's factors, stored as the columns whose outer products they sum.
 
-    Use it for wide layers and small batches, with the paper's inverse `factored_woodbury_inverse`.
+    Use it for wide layers and small batches, with the paper's inverse `factored_inverse`.
     Not for averages over many batches: use `Window` for a few. Not for convolutions as they are:
     pass `io.reduced()`, `mean_over_positions(io)` or `subsampled(io, stride)`.
 
@@ -87,7 +92,7 @@ def push_through(
 ) -> Float[Tensor, "d_out d_in"]:
     r"""The step for the gradient `sum_{v,n} c[v, n] G[v, n]` of the batch itself.
 
-    It equals `inverse_of_damped_columns(skfac(io), damping_A, damping_B) @ gradient`, without a
+    It equals `inverse_of_damped_factors(skfac(io), damping_A, damping_B) @ gradient`, without a
     division by the dampings: $(U U^\top + \gamma I)^{-1} U = U (U^\top U + \gamma I)^{-1}$ on both
     sides. Use it for the gradient of the same batch and labels only.
 
@@ -121,7 +126,7 @@ class RecentBatches:
     UB: Float[Tensor, "T d_out KB"]
     shares: Float[Tensor, "T"]
 
-    def roots(self) -> KroneckerColumns:
+    def columns(self) -> KroneckerColumns:
         """All columns side by side, scaled by the root of their batch's share."""
         root = (self.shares / self.shares.sum()).sqrt().reshape(-1, 1, 1)
         UA, UB = ((root * U).movedim(0, 1).flatten(1) for U in (self.UA, self.UB))
@@ -129,15 +134,25 @@ class RecentBatches:
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """`B V A`."""
-        return self.roots() @ V
+        return self.columns() @ V
 
     def inverse(self, damping: float) -> FourBlocks:
         """The inverse of `B ⊗ A + damping * I`, exact."""
-        return self.roots().inverse(damping)
+        return self.columns().inverse(damping)
+
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.columns().mean_eigenvalues()
+
+    def inverse_of_damped_factors(
+        self, damping_A: float, damping_B: float
+    ) -> FactoredWoodburyInverse:
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`."""
+        return self.columns().inverse_of_damped_factors(damping_A, damping_B)
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
-        return self.roots().dense()
+        return self.columns().dense()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ class PartialTraces:
         """The inverse of `M + damping * I`, exact, in the eigenbasis of both factors."""
         return self.kronecker().inverse(damping)
 
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.kronecker().mean_eigenvalues()
+
+    def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> Kronecker:
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`."""
+        return self.kronecker().inverse_of_damped_factors(damping_A, damping_B)
+
     def mixed(self, new: "PartialTraces", weight: float) -> "PartialTraces":
         """The matrix of the averaged block, in which the new one has the share `weight`."""
         return PartialTraces(torch.lerp(self.A, new.A, weight), torch.lerp(self.B, new.B, weight))

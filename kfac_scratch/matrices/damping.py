@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.matrices.dense import Dense
-from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.matrix import LinearMap
 
 
 @runtime_checkable
@@ -29,33 +28,53 @@ class HasDiagonal(Protocol):
         ...
 
 
-def factored_inverse(K: Kronecker, damping: float) -> Kronecker:
+@runtime_checkable
+class HasFactors(Protocol):
+    """A Kronecker product `B ⊗ A` whose factors can be damped one by one."""
+
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        ...
+
+    def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> LinearMap:
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`."""
+        ...
+
+
+def factored_inverse(M: HasFactors, damping: float) -> LinearMap:
     r"""The inverse of `(B + sqrt(damping) / pi * I) ⊗ (A + sqrt(damping) * pi * I)`.
 
-    Use it in training with fixed damping: it takes two Cholesky factorisations, where the exact
-    inverse takes two eigendecompositions. Not where the damping changes between inversions, which
-    an eigendecomposition allows at no cost, and not as the exact inverse.
+    Use it in training with fixed damping. For `Kronecker` it takes two Cholesky factorisations,
+    where the exact inverse takes two eigendecompositions. For `KroneckerColumns` it is SKFAC's
+    inverse, by Woodbury's identity. Not where the damping changes between inversions, which an
+    eigendecomposition allows at no cost, and not as the exact inverse.
 
     Law: the inverted matrix exceeds `B ⊗ A + damping * I` by a positive semi-definite one, so that
     steps are shorter than with exact damping. `balance` minimises the trace of the difference.
-    Cost: `O(d_in**3 + d_out**3)` operations, memory `d_in**2 + d_out**2`.
+    Cost: that of the matrix's method `inverse_of_damped_factors`; for `Kronecker`,
+    `O(d_in**3 + d_out**3)` operations and memory `d_in**2 + d_out**2`.
 
     Raises:
+        TypeError: If the matrix is no Kronecker product.
         ValueError: If the damping is not positive, or a damped factor is not positive definite.
     """
+    if not isinstance(M, HasFactors):
+        raise TypeError(
+            f"A {type(M).__name__} has no two factors to be damped: use its exact inverse(damping)."
+        )
     if not damping > 0:
         raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
-    pi, root = float(balance(K)), damping**0.5
-    return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)
+    pi, root = float(balance(M)), damping**0.5
+    return M.inverse_of_damped_factors(root * pi, root / pi)
 
 
-def balance(K: Kronecker) -> Float[Tensor, ""]:
+def balance(M: HasFactors) -> Float[Tensor, ""]:
     r"""The root of the ratio of mean eigenvalues, `pi = sqrt((tr A / d_in) / (tr B / d_out))`.
 
-    Law: rescaling `A` by `c` and `B` by `1 / c` changes neither `K` nor its `factored_inverse`.
+    Law: rescaling `A` by `c` and `B` by `1 / c` changes neither `M` nor its `factored_inverse`.
     The result is 1 if a factor is zero.
     """
-    mean_A, mean_B = K.A.diagonal().mean(), K.B.diagonal().mean()
+    mean_A, mean_B = M.mean_eigenvalues()
     ratio = mean_A / mean_B
     usable = (ratio > 0) & ratio.isfinite()
     return torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.linalg import kron, psd_eigh, scale_in_basis
+from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.matrix import reciprocal
 
 
@@ -132,6 +133,18 @@ class Kronecker:
                 finite, or has a negative eigenvalue.
         """
         return self.eigen().inverse(damping)
+
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.A.diagonal().mean(), self.B.diagonal().mean()
+
+    def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> "Kronecker":
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by two Cholesky factors.
+
+        Raises:
+            ValueError: If a damped factor is not positive definite.
+        """
+        return Kronecker(Dense(self.A).inverse(damping_A).M, Dense(self.B).inverse(damping_B).M)
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""

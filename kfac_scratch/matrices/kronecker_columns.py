@@ -19,8 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.linalg import eye_like, kron
-from kfac_scratch.matrices.damping import balance
-from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 
 
@@ -49,13 +47,33 @@ class KroneckerColumns:
         return LowRankKronecker(*_eigenpairs(self.UA), zero, *_eigenpairs(self.UB), zero)
 
     def inverse(self, damping: float) -> FourBlocks:
-        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_woodbury_inverse`.
+        """The inverse of `B ⊗ A + damping * I`, exact. See also `factored_inverse`.
 
         Raises:
             ValueError: If the damping is negative, or 0 for a singular matrix; if columns are not
                 finite.
         """
         return self.low_rank().inverse(damping)
+
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.UA.square().sum() / len(self.UA), self.UB.square().sum() / len(self.UB)
+
+    def inverse_of_damped_factors(
+        self, damping_A: float, damping_B: float
+    ) -> "FactoredWoodburyInverse":
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by Woodbury's identity.
+
+        Not with a damping that is small beside `eps` times the largest inner product of columns.
+
+        Cost: `KA**2 * d_in + KB**2 * d_out` operations twice, and `(KA**3 + KB**3) / 3`.
+
+        Raises:
+            ValueError: If a damping is not positive, or is lost in round-off.
+        """
+        WA = torch.linalg.solve_triangular(gram_root(self.UA, damping_A), self.UA.mT, upper=False)
+        WB = torch.linalg.solve_triangular(gram_root(self.UB, damping_B), self.UB.mT, upper=False)
+        return FactoredWoodburyInverse(WA, WB, 1 / (damping_A * damping_B))
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""
@@ -90,40 +108,6 @@ class FactoredWoodburyInverse:
         """The product with one side after the other."""
         V = V - self.WB.mT @ (self.WB @ V)
         return self.scale * (V - (V @ self.WA.mT) @ self.WA)
-
-
-def inverse_of_damped_columns(
-    M: KroneckerColumns, damping_A: float, damping_B: float
-) -> FactoredWoodburyInverse:
-    """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by Woodbury's identity.
-
-    Cost: `KA**2 * d_in + KB**2 * d_out` operations twice, and `(KA**3 + KB**3) / 3`.
-
-    Raises:
-        ValueError: If a damping is not positive, or is lost in round-off.
-    """
-    WA = torch.linalg.solve_triangular(gram_root(M.UA, damping_A), M.UA.mT, upper=False)
-    WB = torch.linalg.solve_triangular(gram_root(M.UB, damping_B), M.UB.mT, upper=False)
-    return FactoredWoodburyInverse(WA, WB, 1 / (damping_A * damping_B))
-
-
-def factored_woodbury_inverse(M: KroneckerColumns, damping: float) -> FactoredWoodburyInverse:
-    """`factored_inverse` of a matrix that is stored as its columns: SKFAC's inverse.
-
-    Use it where factors have fewer columns than rows. Not with a damping that is small beside
-    `eps` times the largest inner product of columns, which is refused.
-
-    Law: equal to `factored_inverse(Kronecker(A, B), damping)`, with the same `balance`.
-    Cost: that of `inverse_of_damped_columns`.
-
-    Raises:
-        ValueError: As `inverse_of_damped_columns`.
-    """
-    if not damping > 0:
-        raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
-    mean_A, mean_B = (U.square().sum().reshape(1, 1) / len(U) for U in (M.UA, M.UB))
-    pi, root = float(balance(Kronecker(mean_A, mean_B))), damping**0.5
-    return inverse_of_damped_columns(M, root * pi, root / pi)
 
 
 def gram_root(U: Float[Tensor, "d K"], damping: float) -> Float[Tensor, "K K"]:

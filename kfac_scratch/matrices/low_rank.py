@@ -67,6 +67,27 @@ class LowRankKronecker:
         """The inverse of `B ⊗ A + damping * I`, exact."""
         return self.eigen().inverse(damping)
 
+    def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        mean_A = _diagonal(self.UA, self.dA, self.cA).mean()
+        return mean_A, _diagonal(self.UB, self.dB, self.cB).mean()
+
+    def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> "LowRankKronecker":
+        """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`: low-rank factors again.
+
+        Raises:
+            ValueError: If a damping is not positive.
+        """
+        if not (damping_A > 0 and damping_B > 0):
+            raise ValueError(
+                "Damping both factors needs two positive dampings, got "
+                f"{damping_A} and {damping_B}."
+            )
+        return LowRankKronecker(
+            *(self.UA, 1 / (self.dA + damping_A), 1 / (self.cA + damping_A)),
+            *(self.UB, 1 / (self.dB + damping_B), 1 / (self.cB + damping_B)),
+        )
+
     def factors(self) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, "d_out d_out"]]:
         """`A` and `B` as dense matrices, for tests and pictures."""
         return _dense(self.UA, self.dA, self.cA), _dense(self.UB, self.dB, self.cB)
@@ -149,24 +170,6 @@ class FourBlocks:
         shape = (self.UB.shape[0], self.UA.shape[0])
         eye = torch.eye(shape[0] * shape[1], dtype=self.UA.dtype, device=self.UA.device)
         return (self @ eye.unflatten(1, shape)).flatten(1)
-
-
-def inverse_of_damped_factors(
-    M: LowRankKronecker, damping_A: float, damping_B: float
-) -> LowRankKronecker:
-    """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`: low-rank factors again.
-
-    Raises:
-        ValueError: If a damping is not positive.
-    """
-    if not (damping_A > 0 and damping_B > 0):
-        raise ValueError(
-            f"Damping both factors needs two positive dampings, got {damping_A} and {damping_B}."
-        )
-    return LowRankKronecker(
-        *(M.UA, 1 / (M.dA + damping_A), 1 / (M.cA + damping_A)),
-        *(M.UB, 1 / (M.dB + damping_B), 1 / (M.cB + damping_B)),
-    )
 
 
 def _dense(

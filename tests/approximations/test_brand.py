@@ -26,7 +26,7 @@ from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import concatenate
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix, error
@@ -96,7 +96,7 @@ def test_full_rank_is_kfac(view, n, device):
     check_equal(M.dense(), K.dense())
     check_equal(M.inverse(0.1).dense(), K.inverse(0.1).dense())
     A, B = K.A + 0.1 * eye_like(K.A), K.B + 0.3 * eye_like(K.B)
-    damped = inverse_of_damped_factors(M, 0.1, 0.3)
+    damped = M.inverse_of_damped_factors(0.1, 0.3)
     check_equal(damped.dense(), Kronecker(torch.linalg.inv(A), torch.linalg.inv(B)).dense())
 
 
@@ -153,7 +153,7 @@ def test_one_batch_is_woodbury(device):
     X = (weight / 3) ** 0.5 * io.a.squeeze(1)  # [N, d_in]
     small = torch.linalg.inv(damping * torch.eye(3, device=device) + X @ X.T)
     woodbury = (torch.eye(31, device=device) - X.T @ small @ X) / damping
-    inverse = inverse_of_damped_factors(M, damping, 1.0)
+    inverse = M.inverse_of_damped_factors(damping, 1.0)
     check_equal(inverse.factors()[0], woodbury)
 
 
@@ -256,7 +256,7 @@ def test_a_gradient_in_factors_stays_in_factors(dtype, device):
     M = follow(Brand(rank=4), [random_io(device, dtype=dtype) for _ in range(5)])
     io = random_io(device, n=6, dtype=dtype)
     g, a = io.g.flatten(0, 2), io.a.flatten(0, 1)
-    inverse = inverse_of_damped_factors(M, 0.1, 0.3)
+    inverse = M.inverse_of_damped_factors(0.1, 0.3)
     for map_ in (M, inverse):
         h, b = product_of_rows(map_, g, a)
         check_equal(h.T @ b, map_ @ (g.T @ a))

@@ -21,7 +21,7 @@ from kfac_scratch.approximations.randomized import (
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix
@@ -256,7 +256,7 @@ def test_full_rank_is_kfac(S, device):
     M, K = randomized(31)(io), kfac(io)
     check_equal(M.dense(), K.dense())
     check_equal(M.inverse(0.1).dense(), K.inverse(0.1).dense())
-    damped = inverse_of_damped_factors(M.low_rank(), 0.1, 0.3)
+    damped = M.low_rank().inverse_of_damped_factors(0.1, 0.3)
     A, B = K.A + 0.1 * eye_like(K.A), K.B + 0.3 * eye_like(K.B)
     check_equal(damped.dense(), Kronecker(torch.linalg.inv(A), torch.linalg.inv(B)).dense())
     check_differs(randomized(11, oversampling=0)(io).dense(), K.dense())
@@ -303,7 +303,7 @@ def test_starting_at_the_identity_is_a_damping(device):
     zero, one = torch.zeros_like(d[0]), torch.ones(1, 1, device=device)
     L = LowRankKronecker(U, d, zero, one, one[0], zero)
     expected = torch.linalg.inv(started)
-    check_equal(inverse_of_damped_factors(L, shift + 0.01, 1.0).dense(), expected / 2)
+    check_equal(L.inverse_of_damped_factors(shift + 0.01, 1.0).dense(), expected / 2)
 
 
 @pytest.mark.parametrize("seed", range(5))

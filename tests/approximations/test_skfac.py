@@ -18,10 +18,6 @@ from kfac_scratch.losses import empirical, type2
 from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.kronecker_columns import (
-    factored_woodbury_inverse,
-    inverse_of_damped_columns,
-)
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, NONLINEAR, ONE_DATUM, SEVERAL_DATA
 from tests.laws import check_differs, check_equal, check_matrix
@@ -64,7 +60,7 @@ def test_stands_for_kfac(N, S, V, dtype, device):
     check_equal(M.dense(), K.dense())
     check_equal(M.inverse(1.0).dense(), K.inverse(1.0).dense())
     G = io.gradients()[0, 0]
-    check_equal(factored_woodbury_inverse(M, 0.1) @ G, factored_inverse(K, 0.1) @ G)
+    check_equal(factored_inverse(M, 0.1) @ G, factored_inverse(K, 0.1) @ G)
 
 
 def test_keeps_rows_of_all_vectors_and_positions_but_no_more_than_a_factor_has(device):
@@ -97,7 +93,7 @@ def test_a_zero_batch(device):
     io = LayerIO(torch.zeros(3, 1, D_IN, device=device), torch.zeros(1, 3, 1, D_OUT, device=device))
     V = torch.randn(D_OUT, D_IN, device=device)
     check_equal(skfac(io).inverse(0.1) @ V, 10 * V)
-    check_equal(factored_woodbury_inverse(skfac(io), 0.1) @ V, 10 * V)
+    check_equal(factored_inverse(skfac(io), 0.1) @ V, 10 * V)
 
 
 def test_duplicated_data_change_nothing(device):
@@ -108,8 +104,8 @@ def test_duplicated_data_change_nothing(device):
     for damping in (1e-6, 0.1):
         check_equal(skfac(twice).inverse(damping) @ V, skfac(io).inverse(damping) @ V)
     check_equal(
-        factored_woodbury_inverse(skfac(twice), 0.1) @ V,
-        factored_woodbury_inverse(skfac(io), 0.1) @ V,
+        factored_inverse(skfac(twice), 0.1) @ V,
+        factored_inverse(skfac(io), 0.1) @ V,
     )
 
 
@@ -118,7 +114,7 @@ def test_the_bias_is_a_column_like_any_other(device):
     io = next(iter(layer_ios(*NONLINEAR[0].build(device)).values()))
     without = LayerIO(io.a[..., :-1], io.g)
     G = io.gradients().sum((0, 1))
-    whole, part = (factored_woodbury_inverse(skfac(i), 0.1) for i in (io, without))
+    whole, part = (factored_inverse(skfac(i), 0.1) for i in (io, without))
     check_differs((whole @ G)[:, :-1], part @ G[:, :-1])
 
 
@@ -194,7 +190,7 @@ def test_a_stride_that_keeps_nothing_is_refused(stride, start, device):
 def test_explicit_applied_and_pushed_through_agree(N, S, V, device):
     io, c = random_io(device, N, S, V), torch.randn(V, N, device=device)
     G = torch.einsum("vn,vnoi->oi", c, io.gradients())
-    inverse = inverse_of_damped_columns(skfac(io), 0.2, 0.3)
+    inverse = skfac(io).inverse_of_damped_factors(0.2, 0.3)
     explicit = (on_basis(inverse, device) @ G.flatten()).unflatten(0, (D_OUT, D_IN))
     A, B = kfac(io).A, kfac(io).B
     dense = Kronecker(Dense(A).inverse(0.2).M, Dense(B).inverse(0.3).M)
@@ -216,7 +212,7 @@ def test_the_gradient_of_the_batch_is_a_sum_of_its_vectors(fisher, case, device)
     for layer, io in layer_ios(model, loss, X, y, fisher).items():
         gradient = torch.autograd.grad(loss(model(X), y), list(model[int(layer)].parameters()))
         G = torch.cat([gradient[0].flatten(1), gradient[1].unsqueeze(1)], 1)
-        step = inverse_of_damped_columns(skfac(io), 0.2, 0.3) @ G
+        step = skfac(io).inverse_of_damped_factors(0.2, 0.3) @ G
         check_equal(push_through(io, c, 0.2, 0.3), step)
 
 
@@ -225,16 +221,16 @@ def test_pushing_through_divides_by_no_damping(device):
     io = random_io(device)
     c, single = torch.ones(1, 3, device=device), LayerIO(io.a.float(), io.g.float())
     G = io.gradients().sum((0, 1))
-    right = inverse_of_damped_columns(skfac(io), 1e-4, 1e-4) @ G
+    right = skfac(io).inverse_of_damped_factors(1e-4, 1e-4) @ G
     pushed = push_through(single, c.float(), 1e-4, 1e-4).double()
-    divided = (inverse_of_damped_columns(skfac(single), 1e-4, 1e-4) @ G.float()).double()
+    divided = (skfac(single).inverse_of_damped_factors(1e-4, 1e-4) @ G.float()).double()
     assert (pushed - right).abs().max() < 1e-4 * right.abs().max()
     assert (divided - right).abs().max() > 1e-2 * right.abs().max()
 
 
 def test_what_another_batch_adds_is_divided_by_the_dampings(device):
     io = random_io(device)
-    inverse = inverse_of_damped_columns(skfac(io), 0.01, 0.02)
+    inverse = skfac(io).inverse_of_damped_factors(0.01, 0.02)
     M = skfac(io)
     x = torch.linalg.svd(M.UA.T).Vh[-1]  # orthogonal to all inputs, y to all vectors
     y = torch.linalg.svd(M.UB.T).Vh[-1]
@@ -269,7 +265,7 @@ def test_a_long_window_is_the_moving_average(sizes, decay, device):
     check_equal(M.dense(), K.dense())
     check_equal(M.inverse(0.1).dense(), K.inverse(0.1).dense())
     V = torch.randn(D_OUT, D_IN, device=device)
-    check_equal(factored_woodbury_inverse(M.roots(), 0.1) @ V, factored_inverse(K, 0.1) @ V)
+    check_equal(factored_inverse(M.columns(), 0.1) @ V, factored_inverse(K, 0.1) @ V)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -277,7 +273,7 @@ def test_a_short_window_is_the_average_of_what_is_left(window, device):
     ios = [random_io(device, N) for N in (3, 5, 2, 4, 4)]
     M = follow(Window(window), ios, decay=0.8)
     assert len(M.shares) == window
-    assert all(U.shape[1] <= len(U) for U in vars(M.roots()).values())
+    assert all(U.shape[1] <= len(U) for U in vars(M.columns()).values())
     weights = [0.8**age for age in range(window)]
     kept = [kfac(io) for io in reversed(ios[-window:])]
     A = sum(w * K.A for w, K in zip(weights, kept, strict=True)) / sum(weights)
@@ -332,8 +328,8 @@ def test_pi_is_that_of_the_factors(device):
     """The paper's code damps both factors by the same root, which depends on how they are split."""
     io = random_io(device)
     V, M, root = torch.randn(D_OUT, D_IN, device=device), skfac(io), 0.1**0.5
-    unbalanced = inverse_of_damped_columns(M, root, root)
-    check_differs(unbalanced @ V, factored_woodbury_inverse(M, 0.1) @ V)
+    unbalanced = M.inverse_of_damped_factors(root, root)
+    check_differs(unbalanced @ V, factored_inverse(M, 0.1) @ V)
     A, B = kfac(io).A, kfac(io).B
     expected = (
         torch.linalg.inv(B + root * eye_like(B)) @ V @ torch.linalg.inv(A + root * eye_like(A))

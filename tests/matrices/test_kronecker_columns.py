@@ -6,9 +6,7 @@ from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.kronecker_columns import (
     KroneckerColumns,
-    factored_woodbury_inverse,
     gram_root,
-    inverse_of_damped_columns,
     reduced_columns,
 )
 from tests.laws import check_differs, check_equal, check_matrix
@@ -56,7 +54,7 @@ def test_woodbury_is_the_dense_inverse_of_the_damped_factors(columns, dtype, dev
     expected = Kronecker(
         torch.linalg.inv(A + 0.3 * eye_like(A)), torch.linalg.inv(B + 0.7 * eye_like(B))
     )
-    inverse = inverse_of_damped_columns(M, 0.3, 0.7)
+    inverse = M.inverse_of_damped_factors(0.3, 0.7)
     V = torch.randn(3, D_OUT, D_IN, device=device, dtype=dtype)
     check_equal(on_basis(inverse, M), expected.dense())
     check_equal(inverse @ V, expected @ V)
@@ -66,28 +64,26 @@ def test_woodbury_is_the_dense_inverse_of_the_damped_factors(columns, dtype, dev
 @COLUMNS
 def test_factored_woodbury_is_the_factored_inverse(columns, device):
     M = example(device, columns)
-    check_equal(
-        on_basis(factored_woodbury_inverse(M, 0.1), M), factored_inverse(twin(M), 0.1).dense()
-    )
+    check_equal(on_basis(factored_inverse(M, 0.1), M), factored_inverse(twin(M), 0.1).dense())
 
 
 @pytest.mark.parametrize("columns", [(3, 2), (11, 6)])
 def test_factored_is_not_exact_damping(columns, device):
     M = example(device, columns)
-    check_differs(on_basis(factored_woodbury_inverse(M, 0.1), M), M.inverse(0.1).dense())
+    check_differs(on_basis(factored_inverse(M, 0.1), M), M.inverse(0.1).dense())
 
 
 def test_factored_woodbury_is_invariant_to_the_split_of_the_scale(device):
     M, V = example(device), torch.randn(D_OUT, D_IN, device=device)
     other = KroneckerColumns(3 * M.UA, M.UB / 3)
-    check_equal(factored_woodbury_inverse(other, 0.1) @ V, factored_woodbury_inverse(M, 0.1) @ V)
+    check_equal(factored_inverse(other, 0.1) @ V, factored_inverse(M, 0.1) @ V)
 
 
 @pytest.mark.parametrize("zero", ["UA", "UB"])
 def test_a_zero_factor_is_damped_all_the_same(zero, device):
     M, V = example(device), torch.randn(D_OUT, D_IN, device=device)
     M = KroneckerColumns(*(0 * U if name == zero else U for name, U in vars(M).items()))
-    check_equal(factored_woodbury_inverse(M, 0.1) @ V, factored_inverse(twin(M), 0.1) @ V)
+    check_equal(factored_inverse(M, 0.1) @ V, factored_inverse(twin(M), 0.1) @ V)
     check_equal(M.inverse(0.1) @ V, 10 * V)
 
 
@@ -112,7 +108,7 @@ def test_dependent_columns(device):
     V = torch.randn(D_OUT, D_IN, device=device)
     check_equal(double.inverse(1e-6) @ V, M.inverse(1e-6) @ V)
     check_equal(
-        inverse_of_damped_columns(double, 0.1, 0.2) @ V, inverse_of_damped_columns(M, 0.1, 0.2) @ V
+        double.inverse_of_damped_factors(0.1, 0.2) @ V, M.inverse_of_damped_factors(0.1, 0.2) @ V
     )
 
 
@@ -142,11 +138,11 @@ def test_a_singular_matrix_has_no_undamped_inverse(device):
 def test_damping_is_checked(damping, device):
     M = example(device)
     with pytest.raises(ValueError, match="positive damping"):
-        factored_woodbury_inverse(M, damping)
+        factored_inverse(M, damping)
     with pytest.raises(ValueError, match="positive damping"):
-        inverse_of_damped_columns(M, damping, 1.0)
+        M.inverse_of_damped_factors(damping, 1.0)
     with pytest.raises(ValueError, match="positive damping"):
-        inverse_of_damped_columns(M, 1.0, damping)
+        M.inverse_of_damped_factors(1.0, damping)
 
 
 def test_a_damping_lost_in_round_off_is_refused(device):
@@ -174,4 +170,4 @@ def test_no_square_matrix_is_needed(device):
     M, V = KroneckerColumns(UA, one), torch.ones(1, d, device=device)
     expected = torch.tensor([0.2, 0.1, 1.0], device=device)
     check_equal((M.inverse(1.0) @ V)[0, [3, 7, 8]], expected)
-    check_equal((inverse_of_damped_columns(M, 1.0, 1.0) @ V)[0, [3, 7, 8]], expected / 2)
+    check_equal((M.inverse_of_damped_factors(1.0, 1.0) @ V)[0, [3, 7, 8]], expected / 2)

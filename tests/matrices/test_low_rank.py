@@ -5,7 +5,7 @@ from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.low_rank import LowRankKronecker, inverse_of_damped_factors
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.laws import check_differs, check_equal, check_matrix
 
@@ -58,7 +58,7 @@ def test_factored_inverse_inverts_both_damped_factors(ranks, device):
     M, V = example(device, ranks), torch.randn(2, D_OUT, D_IN, device=device)
     A, B = M.factors()
     damped = Kronecker(A + 0.2 * eye_like(A), B + 0.7 * eye_like(B))
-    inverse = inverse_of_damped_factors(M, 0.2, 0.7)
+    inverse = M.inverse_of_damped_factors(0.2, 0.7)
     check_equal(inverse @ (damped @ V), V)
     check_equal(inverse.dense(), torch.linalg.inv(damped.dense()))
     check_differs(inverse.dense(), M.inverse(0.2 * 0.7).dense())
@@ -83,9 +83,9 @@ def test_damping_is_checked(damping, device):
     with pytest.raises(ValueError, match="at least 0"):
         example(device).inverse(damping)
     with pytest.raises(ValueError, match="two positive dampings"):
-        inverse_of_damped_factors(example(device), damping, 1.0)
+        example(device).inverse_of_damped_factors(damping, 1.0)
     with pytest.raises(ValueError, match="two positive dampings"):
-        inverse_of_damped_factors(example(device), 1.0, 0.0)
+        example(device).inverse_of_damped_factors(1.0, 0.0)
 
 
 def test_no_square_matrix_is_needed(device):

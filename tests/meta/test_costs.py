@@ -11,7 +11,7 @@ from kfac_scratch import (
     LayerIO,
     LowRankKronecker,
     cg_fac,
-    factored_woodbury_inverse,
+    factored_inverse,
     kfac,
     kpsvd,
     mini_block_rows,
@@ -130,7 +130,7 @@ STATED = {  # where, its formula as it stands there, for which S, how often, and
     ),
     "woodbury": (
         *(FactoredWoodburyInverse, "2 * d_in * d_out * (KA + KB)", BOTH, 1),
-        product(lambda io: factored_woodbury_inverse(skfac(io), 0.1)),
+        product(lambda io: factored_inverse(skfac(io), 0.1)),
     ),
     "kronecker": (Kronecker, "d_in * d_out * (d_in + d_out)", BOTH, 1, product(kfac)),
     "eigen": (

@@ -27,7 +27,6 @@ from kfac_scratch.approximations.randomized import Sketch, randomized, srevd
 from kfac_scratch.approximations.skfac import Window, skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.matrices.kronecker_columns import factored_woodbury_inverse
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
@@ -48,7 +47,7 @@ VARIANTS = {
     },
     "lanczos": {"approximation": Latest(lanczos), "invert": guarded_inverse},
     "kfac-corrected": {"approximation": Latest(kfac_corrected), "invert": guarded_inverse},
-    "skfac": {"approximation": Latest(skfac), "invert": factored_woodbury_inverse},
+    "skfac": {"approximation": Latest(skfac), "invert": factored_inverse},
     "skfac-window": {"approximation": Window(3)},
     "rs": {"approximation": randomized(3, oversampling=2)},
     "sre": {"approximation": randomized(3), "invert": lambda M, d: M.low_rank(srevd).inverse(d)},

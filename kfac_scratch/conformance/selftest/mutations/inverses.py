@@ -3,7 +3,7 @@
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
 from kfac_scratch.conformance.vocabulary import Flavour
 
-INVERSE = "return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)"
+INVERSE = "return M.inverse_of_damped_factors(root * pi, root / pi)"
 EXACT, FACTORED = "inverse-exact-0.25-mlp", "inverse-factored-0.25-mlp"
 
 
@@ -26,24 +26,21 @@ MUTANTS = [
     damping("pi upside down", "ratio = mean_A / mean_B", "ratio = mean_B / mean_A"),
     damping(
         "traces for means",
-        "mean_A, mean_B = K.A.diagonal().mean(), K.B.diagonal().mean()",
-        "mean_A, mean_B = K.A.trace(), K.B.trace()",
+        "return self.A.diagonal().mean(), self.B.diagonal().mean()",
+        "return self.A.trace(), self.B.trace()",
     ),
     damping("no pi", INVERSE, INVERSE.replace("root * pi", "root").replace("root / pi", "root")),
     damping(
         "the damping for its root",
-        "float(balance(K)), damping**0.5\n    return Kronecker(Dense",
-        "float(balance(K)), damping\n    return Kronecker(Dense",
+        "float(balance(M)), damping**0.5\n    return M.inverse",
+        "float(balance(M)), damping\n    return M.inverse",
     ),
     damping("pi on the same side twice", INVERSE, INVERSE.replace("root / pi", "root * pi")),
-    damping(
-        "one factor not damped", INVERSE, INVERSE.replace("inverse(root * pi)", "inverse(0.0)")
-    ),
+    damping("one factor not damped", INVERSE, INVERSE.replace("(root * pi", "(0.0")),
     damping(
         "damping stored in place",
         INVERSE,
-        "K.A.diagonal().add_(root * pi)\n    "
-        "return Kronecker(Dense(K.A).inverse(root * pi).M, Dense(K.B).inverse(root / pi).M)",
+        "M.A.diagonal().add_(root * pi)\n    " + INVERSE,
     ),
     matrices(
         "the damping twice",
