@@ -41,6 +41,7 @@ from torch.nn.functional import one_hot
 from kfac_scratch.border import check_count, check_instance
 
 BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
+LIKELIHOODS = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss)
 
 
 def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
@@ -229,7 +230,7 @@ def _as_output(loss: Module, f: Tensor, S: Float[Tensor, "V N P C"]) -> Float[Te
 
 
 def _check(loss: Module, f: Tensor, y: Tensor) -> None:
-    if type(loss) not in (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss):
+    if type(loss) not in LIKELIHOODS:
         raise NotImplementedError(
             f"No likelihood is known for {type(loss).__name__}. To use it, pass a function "
             "fisher(loss, f, y) that returns vectors of shape [V, *f.shape] whose outer products "

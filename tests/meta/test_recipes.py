@@ -1,8 +1,8 @@
 """CONTRIBUTING.md is followed to the letter: every recipe, in a copy of the repository.
 
-A recipe is a section of the page. A block with a file's name is that file, whole. A block of
-changes puts its `+` lines behind the lines before them. The commands must pass, and the files that
-have changed afterwards are as many as the recipe says.
+A recipe is a section of the page. A block with a file's name is that file, whole, or the changes
+to it. The commands must pass, and the files that have changed afterwards are as many as the recipe
+says.
 """
 
 import os
@@ -31,6 +31,8 @@ LEFT_OUT = (
     "dist",
 )
 
+MADE = {"site", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -58,23 +60,13 @@ RECIPES = list(recipes())
 
 
 def changed(text, changes):
-    """A text with the `+` lines of a block behind the lines that stand before them there."""
-    before: list[str] = []
-    added: list[str] = []
-
-    def applied(text):
-        context, new = ("".join(f"{line}\n" for line in lines) for lines in (before, added))
-        assert text.count(context) == 1, f"not once in the file:\n{context}"
-        return text.replace(context, context + new)
-
-    for line in [*changes.splitlines(), " "]:
-        if added and not line.startswith("+"):
-            text = applied(text)
-            before, added = [], []
-        if line.startswith("+"):
-            added.append(line[1:])
-        elif line.startswith(" ") and line != " ":
-            before.append(line[1:])
+    """A text after the changes of a block: hunks of a diff, with empty lines between them."""
+    for hunk in re.split(r"^$\n", changes, flags=re.MULTILINE):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(old) == 1, f"not once in the file:\n{old}"
+        text = text.replace(old, new)
     return text
 
 
@@ -82,7 +74,7 @@ def digests(folder):
     return {
         path.relative_to(folder): sha256(path.read_bytes()).digest()
         for path in folder.rglob("*")
-        if path.is_file() and not any(p == "__pycache__" or "_cache" in p for p in path.parts)
+        if path.is_file() and not MADE & {*path.relative_to(folder).parts}
     }
 
 
@@ -139,10 +131,9 @@ def test_there_is_a_recipe_for_what_people_add_and_each_ends_with_a_command():
         assert "pytest" in "".join(recipe.commands), recipe.title
 
 
-def test_changes_are_put_behind_the_lines_before_them():
+def test_changes_are_hunks_of_a_diff():
     assert changed("a\nb\nc\n", " b\n+x\n") == "a\nb\nx\nc\n"
-    assert changed("a\nb\nc\n", " a\n+x\n\n c\n+y\n+z\n") == "a\nx\nb\nc\ny\nz\n"
-    with pytest.raises(AssertionError, match="not once"):
-        changed("a\na\n", " a\n+x\n")
-    with pytest.raises(AssertionError, match="not once"):
-        changed("a\n", " b\n+x\n")
+    assert changed("a\nb\nc\n", " a\n+x\n\n-c\n+y\n+z\n") == "a\nx\nb\ny\nz\n"
+    for text, changes in (("a\na\n", " a\n+x\n"), ("a\n", " b\n+x\n")):
+        with pytest.raises(AssertionError, match="not once"):
+            changed(text, changes)
