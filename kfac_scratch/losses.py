@@ -34,6 +34,7 @@ from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
 from torch.nn.functional import one_hot
 
 BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
+"""A function of loss, outputs and targets that gives the vectors to send back, `[V, *f.shape]`."""
 
 
 def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
