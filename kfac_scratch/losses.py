@@ -41,6 +41,7 @@ from torch.nn.functional import one_hot
 from kfac_scratch.border import check_count, check_instance
 
 BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
+"""A function of loss, outputs and targets that gives the vectors to send back, `[V, *f.shape]`."""
 LIKELIHOODS = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss)
 
 

@@ -28,6 +28,7 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import Matrix
 
 Approximation = Callable[[LayerIO], Matrix]
+"""A paper as a function: from a layer on a batch to a matrix that approximates its block."""
 
 
 @runtime_checkable

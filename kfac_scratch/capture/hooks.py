@@ -216,7 +216,10 @@ def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "group
 
 
 EXPAND = Flavour(_expanded_inputs, _expanded_outputs)
+"""KFAC-expand: every position is a row, as if it were another sample."""
+
 REDUCE = Flavour(_averaged_inputs, _summed_outputs)
+"""KFAC-reduce: one row per sample, with mean inputs and summed vectors over positions."""
 
 
 def _forward(

@@ -17,6 +17,7 @@ from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 
 Preconditioner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""A function from the gradient of every parameter to a step for every parameter, by name."""
 
 
 def preconditioner(

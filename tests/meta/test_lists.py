@@ -132,9 +132,9 @@ def test_every_page_is_in_the_navigation_and_on_the_overview():
 def test_the_page_of_public_names_links_each_of_them():
     text = api.pages()[api.PUBLIC]
     for name in kfac_scratch.__all__:
-        assert re.search(
-            rf"^\| \[`{name}`\]\({re.escape(package.origin('', name))}\.md", text, re.MULTILINE
-        )
+        source = package.files()[package.origin("", name)]
+        assert name in source.defined, f"{source.full_name}.{name} has no docstring"
+        assert f"\n| [`{name}`]({source.name}.md#{source.full_name}.{name}) | " in text
 
 
 # ------------------------------------------------------------------ addresses and extras
