@@ -7,15 +7,15 @@ its own, and so does a generator. What CUDA allows, it allows: copies, CPU indic
 what is saved there is loaded there.
 
 What it does not show: another rounding than the CPU's, memory, asynchronous work, operations that
-CUDA lacks, one of its generators at work on a CPU tensor, and a gradient on the CPU until it meets
-a tensor that is elsewhere. What mixes within a backward pass is told by the next operation.
+CUDA lacks, one of its generators in a method of a CPU tensor, and a gradient on the CPU until it
+meets a tensor that is elsewhere. What mixes within a backward pass is told by the next operation.
 
 PyTorch's hook for devices written in Python is experimental: `why_missing` tells if it is there.
 """
 
 import sys
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
@@ -45,6 +45,7 @@ MAKERS = (  # what all others are made of, and what else sets the size of its re
     aten.randperm.default,
     aten.randperm.generator,
 )
+DRAWING = ("rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli")
 LOWERED = (  # by autocast
     aten.linear.default,
     aten.matmul.default,
@@ -275,12 +276,29 @@ def in_use():
     real = torch.Generator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "_apply", _swapping(torch.nn.Module._apply))
+        for name in DRAWING:
+            patch.setattr(torch, name, _watched(getattr(torch, name)))
         for name, module in list(sys.modules.items()):
             ours = name == "torch" or name.startswith("kfac_scratch")
             if ours and vars(module).get("Generator") is real:
                 patch.setattr(module, "Generator", Generator)
         yield
     _tell()
+
+
+def _watched(draw):
+    """A function that draws on the CPU with generators of the CPU only."""
+
+    @wraps(draw)
+    def watched(*args, generator=None, **kwargs):
+        out = draw(*args, generator=generator, **kwargs)
+        if generator is not None and _there(generator.device) and not _there(out.device):
+            raise RuntimeError(
+                f"{draw.__name__} expected a generator of the CPU, got a {NAME} one."
+            )
+        return out
+
+    return watched
 
 
 def _swapping(apply):
