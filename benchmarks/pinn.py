@@ -34,7 +34,7 @@ from kfac_scratch import ekfac, kfac
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.approximations.kpsvd import kpsvd
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.pinn.jacobian import assign, block_weights, flat, moved, residuals
+from kfac_scratch.pinn.gramian import assign, block_weights, flat, moved, residuals
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, TermWise, ekfac_inverse
 from kfac_scratch.pinn.problems import Problem, heat, mlp, poisson, poisson_cosines

@@ -49,6 +49,22 @@ class LayerIO:
         """
         return torch.einsum("vnso,nsi->vnoi", self.g, self.a)
 
+    def inner_products(self, V: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*batch V N"]:
+        """The inner products of `V` with every gradient, `sum_s g^T V a`.
+
+        Cost: `N S d_in d_out + V N S d_out` operations for each matrix `V`; no gradient is formed.
+        """
+        z = torch.einsum("nsi,...oi->...nso", self.a, V)
+        return torch.einsum("vnso,...nso->...vn", self.g, z)
+
+    def combination(self, c: Float[Tensor, "*batch V N"]) -> Float[Tensor, "*batch d_out d_in"]:
+        """The gradients' sum with given weights, `sum_{v,n} c[v, n] G[v, n]`.
+
+        The transpose of `inner_products`: after it, the product with the exact block.
+        """
+        g = torch.einsum("...vn,vnso->...nso", c, self.g)
+        return torch.einsum("...nso,nsi->...oi", g, self.a)
+
     def block(self) -> Float[Tensor, "D D"]:
         """The exact curvature block on `vec(W)`, which every paper approximates.
 

@@ -78,3 +78,12 @@ def test_batches_that_do_not_go_together_are_refused():
         concatenate(ios, [1.0, 1.0])
     with pytest.raises(ValueError, match="1 batches with 2 shares"):
         concatenate(ios[:1], [1.0, 1.0])
+
+
+def test_products_with_the_gradients_are_those_of_the_exact_block(device):
+    """`combination` after `inner_products` is the block, and neither forms a gradient."""
+    io = example(device)
+    X = torch.randn(2, D_OUT, D_IN, device=device)
+    products = io.inner_products(X)
+    check_equal(products, torch.einsum("vnoi,boi->bvn", io.gradients(), X))
+    check_equal(io.combination(products), (X.flatten(1) @ io.block()).reshape(X.shape))

@@ -37,11 +37,9 @@ from kfac_scratch.approximations.cg_fac import (
     TruncatedInverse,
     cg_fac,
     gradient_kernel,
-    gradient_products,
     kernel_inverse,
     same_batch_step,
     truncated_inverse,
-    weighted_gradients,
 )
 from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import kfac
@@ -103,7 +101,7 @@ for S in (1, 3):
     assert_exact(cg_fac(io) @ X, product_by_hand(io, X))
 
 # %% tags=["remove-input"]
-code(gradient_products, weighted_gradients, Gradients.__matmul__)
+code(LayerIO.inner_products, LayerIO.combination, Gradients.__matmul__)
 
 # %% [markdown]
 # ### What KFAC does differently
@@ -236,9 +234,7 @@ for M, row in zip((cg_fac(io), skfac(io)), errors.values(), strict=True):
     assert_exact(X, G * (G * G).sum() / ((M @ G + delta * G) * G).sum())
 assert errors["exact block"][6] < 1e-8 < 1e-5 < min(errors["exact block"][4], errors["KFAC"][6])
 
-own = weighted_gradients(
-    io, torch.randn(1, 6)
-)  # a combination of the same gradients: one step less
+own = io.combination(torch.randn(1, 6))  # a combination of the same gradients: one step less
 assert_exact(truncated_inverse(cg_fac(io), delta, 6, 0.0) @ own, cg_fac(io).inverse(delta) @ own)
 
 # %% tags=["hide-input"] alt="Plot of the error against the number of steps, logarithmic. For the exact block it drops to round-off at step seven. For KFAC it falls gradually and needs about three times as many steps." caption="Error of conjugate gradients for a batch of six data, five outputs and seven inputs. With the exact block it is over after seven steps."
@@ -304,7 +300,7 @@ for S in (1, 3):
     assert_exact(gradient_kernel(io), U.T @ U)
     dense, c = Dense(io.block()).inverse(0.1), torch.randn(2, 4)
     assert_exact(kernel_inverse(cg_fac(io), 0.1) @ X, dense @ X)
-    assert_exact(same_batch_step(io, c, 0.1), dense @ weighted_gradients(io, c))
+    assert_exact(same_batch_step(io, c, 0.1), dense @ io.combination(c))
 
 # %% [markdown]
 # ## What a step costs
@@ -682,8 +678,8 @@ for k in range(1, 4):
     y, new = y + step * p, r - step * Mp
     p = new + (new @ T @ new) / (r @ T @ r) * p
     r = new
-    found = truncated_inverse(cg_fac(io), 0.5, k, 0.0) @ weighted_gradients(io, c[None])
-    assert_exact(weighted_gradients(io, y[None]), found)
+    found = truncated_inverse(cg_fac(io), 0.5, k, 0.0) @ io.combination(c[None])
+    assert_exact(io.combination(y[None]), found)
 
 io, G = random_io(3), torch.randn(5, 7)  # 17.3
 M, dampings = cg_fac(io), (1e-6, 1e-4, 1e-2, 1.0)

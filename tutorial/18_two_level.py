@@ -37,6 +37,7 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, ggn
+from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import monte_carlo, type2
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
@@ -57,7 +58,6 @@ from kfac_scratch.optimizer.two_level import (
     coarse_correction,
     coarse_inverse,
     coarse_matrix,
-    gradient_products,
     joint_curvature,
     two_level,
 )
@@ -203,7 +203,7 @@ matrices({"layers 0, 2, 4, 6": pairs}, digits=2)
 # with $c_{vn}^{(l)}$ for each layer by itself, and the result is the block-diagonal product.
 
 # %% tags=["beside", "remove-input"]
-code(gradient_products, joint_curvature)
+code(LayerIO.inner_products, joint_curvature)
 
 # %%
 X = problem.split(torch.randn(len(problem.F)))
@@ -212,7 +212,7 @@ for name, io in problem.ios.items():
     for v in range(10):
         for n in range(0, 300, 50):  # a few data, for the loop's sake
             c[v, n] += io.g[v, n, 0] @ X[name] @ io.a[n, 0]
-in_one_go = sum(gradient_products(problem.ios, X).values())
+in_one_go = sum(io.inner_products(X[name]) for name, io in problem.ios.items())
 assert_exact(in_one_go[:, ::50], c[:, ::50])
 assert_exact(problem.joined(problem.product(X)), problem.F @ problem.joined(X))
 

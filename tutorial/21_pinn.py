@@ -41,9 +41,9 @@ from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.pinn import jacobian as pinn_gramian
+from kfac_scratch.pinn import gramian as pinn_gramian
 from kfac_scratch.pinn import terms as pinn
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     block_weights,
     flat,
     gramian,

@@ -56,7 +56,7 @@ class Gradients:
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """The sum of the gradients, each with its inner product with `V` as weight."""
-        return weighted_gradients(self.U, gradient_products(self.U, V))
+        return self.U.combination(self.U.inner_products(V))
 
     def inverse(self, damping: float) -> ConjugateGradientInverse:
         """The inverse of `F + damping * I`: conjugate gradients to full accuracy at every product.
@@ -83,22 +83,6 @@ class Gradients:
         a, g = self.U.a, self.U.g
         QA, QB = (torch.eye(t.shape[-1], dtype=t.dtype, device=t.device) for t in (a, g))
         return second_moments(self.U, QA, QB).flatten()
-
-
-def gradient_products(
-    io: LayerIO, V: Float[Tensor, "*batch d_out d_in"]
-) -> Float[Tensor, "*batch V N"]:
-    """The inner products of `V` with every gradient, `sum_s g^T V a`."""
-    z = torch.einsum("nsi,...oi->...nso", io.a, V)
-    return torch.einsum("vnso,...nso->...vn", io.g, z)
-
-
-def weighted_gradients(
-    io: LayerIO, c: Float[Tensor, "*batch V N"]
-) -> Float[Tensor, "*batch d_out d_in"]:
-    """The gradients' sum with given weights, `sum_{v,n} c[v, n] G[v, n]`."""
-    g = torch.einsum("...vn,vnso->...nso", c, io.g)
-    return torch.einsum("...nso,nsi->...oi", g, io.a)
 
 
 # ---- a few steps --------------------------------------------------------------------------------
@@ -170,9 +154,9 @@ class KernelInverse:
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
         """The product by Woodbury's identity."""
-        inner = gradient_products(self.U, V)
+        inner = self.U.inner_products(V)
         y = torch.cholesky_solve(inner.flatten(-2).unsqueeze(-1), self.L)
-        return (V - weighted_gradients(self.U, y.reshape(inner.shape))) / self.damping
+        return (V - self.U.combination(y.reshape(inner.shape))) / self.damping
 
 
 def gradient_kernel(io: LayerIO) -> Float[Tensor, "K K"]:
@@ -213,7 +197,7 @@ def same_batch_step(
     $(U U^\top + \delta I)^{-1} U c = U (U^\top U + \delta I)^{-1} c$ with the kernel $U^\top U$.
     """
     y = torch.cholesky_solve(c.reshape(-1, 1), _damped_kernel(io, damping))
-    return weighted_gradients(io, y.reshape(c.shape))
+    return io.combination(y.reshape(c.shape))
 
 
 def _damped_kernel(io: LayerIO, damping: float) -> Float[Tensor, "K K"]:

@@ -47,13 +47,6 @@ Combination = Callable[[BlockMap, BlockMap, BlockMap], BlockMap]
 # ---- the curvature of all layers ----------------------------------------------------------------
 
 
-def gradient_products(
-    ios: Mapping[str, LayerIO], X: BlockValues
-) -> dict[str, Float[Tensor, "V N"]]:
-    """Products of every vector's gradient with `X`, for each block: `sum_s g^T X a`."""
-    return {name: torch.einsum("vnso,nso->vn", io.g, io.a @ X[name].mT) for name, io in ios.items()}
-
-
 def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMap:
     """The product with `F + damping * I` of all blocks on one batch, cross-blocks included.
 
@@ -69,7 +62,8 @@ def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMa
     check_damping(damping)
 
     def product(X: BlockValues) -> dict[str, Tensor]:
-        total = torch.stack(list(gradient_products(ios, X).values())).sum(0)  # [V, N]
+        products = [io.inner_products(X[name]) for name, io in ios.items()]
+        total = torch.stack(products).sum(0)  # [V, N]
         return {
             name: torch.einsum("vn,vnso,nsi->oi", total, io.g, io.a) + damping * X[name]
             for name, io in ios.items()

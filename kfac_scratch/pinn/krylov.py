@@ -34,7 +34,7 @@ from kfac_scratch.border import check_instance
 from kfac_scratch.linalg import conjugate_gradient
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.matrices.matrix import LinearMap
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     Direction,
     assign,
     block_weights,

@@ -39,7 +39,7 @@ from kfac_scratch.linalg import conjugate_gradient, eye_like, gram, simultaneous
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.kronecker_sum import Congruence
 from kfac_scratch.matrices.matrix import LinearMap
-from kfac_scratch.pinn.jacobian import joined
+from kfac_scratch.pinn.gramian import joined
 from kfac_scratch.pinn.terms import Linearization
 
 LinearizedTerms = Sequence[Sequence[Linearization]]

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.linalg import eye_like
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     Direction,
     gramian,
     inner_product,

@@ -28,7 +28,7 @@ from torch.nn import Module
 
 from kfac_scratch.border import check_callable, check_instance
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     Direction,
     assign,
     block_weights,

@@ -8,11 +8,9 @@ from kfac_scratch.approximations.cg_fac import (
     TruncatedInverse,
     cg_fac,
     gradient_kernel,
-    gradient_products,
     kernel_inverse,
     same_batch_step,
     truncated_inverse,
-    weighted_gradients,
 )
 from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.approximations.kfac import kfac
@@ -75,8 +73,8 @@ def test_both_operators_are_the_dense_products(N, S, V, dtype, device):
 def test_products_and_sums_are_those_of_the_gradients(N, S, V, device):
     io, X = random_io(device, N, S, V), gradient(device, 2)
     c = torch.randn(3, V, N, device=device)
-    check_equal(gradient_products(io, X), torch.einsum("vnoi,boi->bvn", io.gradients(), X))
-    check_equal(weighted_gradients(io, c), torch.einsum("vnoi,bvn->boi", io.gradients(), c))
+    check_equal(io.inner_products(X), torch.einsum("vnoi,boi->bvn", io.gradients(), X))
+    check_equal(io.combination(c), torch.einsum("vnoi,bvn->boi", io.gradients(), c))
     G = io.gradients().flatten(0, 1).flatten(1)
     check_equal(gradient_kernel(io), G @ G.T)
 
@@ -149,9 +147,7 @@ def test_one_step_for_each_different_eigenvalue(N, S, V, device):
     K, right = V * N, exact_step(cg_fac(io), 1.0, X)
     check_equal(truncated_inverse(cg_fac(io), 1.0, K + 1, 0.0) @ X, right)
     check_differs(truncated_inverse(cg_fac(io), 1.0, K - 1, 0.0) @ X, right, by=1e-4)
-    G = weighted_gradients(
-        io, torch.randn(V, N, device=device)
-    )  # of the batch itself: one step less
+    G = io.combination(torch.randn(V, N, device=device))  # of the batch itself: one step less
     right = exact_step(cg_fac(io), 1.0, G)
     check_equal(truncated_inverse(cg_fac(io), 1.0, K, 0.0) @ G, right)
 
@@ -245,7 +241,7 @@ def test_stops_at_the_tolerance_of_the_norm_not_of_its_square(device):
 
 def test_a_batch_is_its_members_though_they_stop_at_different_times(device):
     io = random_io(device, N=6)
-    easy, hard = weighted_gradients(io, torch.eye(6, device=device)[:1]), gradient(device)
+    easy, hard = io.combination(torch.eye(6, device=device)[:1]), gradient(device)
     V = torch.stack([easy, hard, 0 * hard, 1e-9 * hard])
     inverse = truncated_inverse(cg_fac(io), 0.1, 30, tol=0.05)
     together = inverse @ V
@@ -376,7 +372,7 @@ def test_never_forms_a_block_or_a_gradient(device):
         torch.randn(16, 1, 100_000, device=device) / 300, torch.randn(1, 16, 1, 10).to(device)
     )
     c = torch.ones(1, 16, device=device)
-    G = weighted_gradients(io, c)
+    G = io.combination(c)
     assert (truncated_inverse(cg_fac(io), 1.0, 2) @ G).isfinite().all()
     step = same_batch_step(io, c, 1.0)
     check_equal(cg_fac(io) @ step + step, G)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from pkgutil import walk_packages
@@ -96,3 +97,18 @@ def test_a_module_is_a_module_however_it_is_imported(info):
     exec(f"import {info.name} as m", names)
     assert isinstance(names["m"], ModuleType)
     assert names["m"].__name__ == info.name
+
+
+HOUSE = re.compile(r"^\| (.+?) \| .+ \| .+ \|$", re.MULTILINE)
+
+
+def test_contributing_shows_every_room_on_its_floor():
+    """The table of the architecture page names every room, each below what imports it."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## The house")[2].partition("### Three walks")[0]
+    rows = [re.findall(r"`(\w+)/?`", row) for row in HOUSE.findall(table)]
+    floor = {name: i for i, row in enumerate(rows) for name in row}
+    edges = graph(room)
+    assert set(floor) == set(edges)
+    for name, others in edges.items():
+        assert all(floor[other] <= floor[name] for other in others), name

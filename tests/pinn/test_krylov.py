@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     block_weights,
     flat,
     inner_product,

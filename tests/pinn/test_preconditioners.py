@@ -6,7 +6,7 @@ from kfac_scratch.approximations.ekfac import second_moments
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.pinn.jacobian import joined
+from kfac_scratch.pinn.gramian import joined
 from kfac_scratch.pinn.preconditioners import (
     Joined,
     TermWise,

@@ -8,7 +8,7 @@ import torch
 from kfac_scratch import ekfac, kfac
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     assign,
     block_weights,
     flat,

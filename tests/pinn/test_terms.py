@@ -8,7 +8,7 @@ from torch import nn
 
 from kfac_scratch import ekfac, foof, kfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.pinn.jacobian import (
+from kfac_scratch.pinn.gramian import (
     assign,
     block_weights,
     flat,
