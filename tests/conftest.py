@@ -23,16 +23,20 @@ def pytest_report_header():
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """On the second device, tests are slow but for those marked `everywhere`. What is neither
-    slow nor long is the quick tier.
+    """Which tests are slow, long and quick, where they do not say so themselves.
+
+    On the second device tests are slow but for those marked `everywhere`. The oracle's own tests
+    are long. What is neither slow nor long is the quick tier.
     """
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         there = parameters.get("device") == second_device.NAME
         if there and not item.get_closest_marker("everywhere"):
             item.add_marker("slow")
+        if item.path.parent.name == "conformance":
+            item.add_marker("long")
         if not (item.get_closest_marker("slow") or item.get_closest_marker("long")):
-            item.add_marker(pytest.mark.quick)
+            item.add_marker("quick")
 
 
 @pytest.fixture(params=DEVICES)

@@ -48,12 +48,14 @@ def each_problem(test):
     return all_nets(losses(reductions(test)))
 
 
+@pytest.mark.long
 @each_problem
 def test_ggn_is_that_of_curvlinops(net, loss, reduction):
     args = problem(net, loss, reduction)
     assert distance(ggn(*args), reference.ggn(*args)) <= TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("net", without("layer_norm"), ids=str)  # wrong there, see below
 @losses
 @reductions
@@ -72,6 +74,7 @@ def test_hessian_holds_the_gradient_of_every_gradient_entry(net, loss):
     assert distance(hessian(model, loss, X, y), rows) <= TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*forward AD")
 def test_hessian_of_layer_norm_is_wrong_in_curvlinops():
     """PyTorch 2.13's `vmap` over two backward passes of a layer norm: not even symmetric.
@@ -93,6 +96,7 @@ def test_fisher_by_its_definition_is_the_ggn(net, loss, reduction):
 
 
 # curvlinops 3.0.1 fails inside PyTorch where a module is called twice
+@pytest.mark.long
 @pytest.mark.parametrize("net", [n for n in without("tied_calls") if not n.per_token], ids=str)
 @losses
 @reductions
@@ -101,6 +105,7 @@ def test_empirical_fisher_is_that_of_curvlinops(net, loss, reduction):
     assert distance(empirical_fisher(*args), reference.empirical_fisher(*args)) <= TOLERANCE
 
 
+@pytest.mark.long
 @each_problem
 def test_empirical_fisher_sums_over_data_and_curvlinops_over_every_position(net, loss, reduction):
     """The same for outputs [N, C]; with a loss per token ours has one gradient per sequence."""

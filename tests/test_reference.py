@@ -41,7 +41,7 @@ losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 ignore_uncovered = pytest.mark.filterwarnings("ignore:No block covers")
-pytestmark = ignore_uncovered
+pytestmark = [ignore_uncovered, pytest.mark.long]
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_both_ways_to_a_sum_agree(S, dtype, device):
 # ---- orders -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @SHARED
 def test_orders(S, device):
     for seed in range(100 if S == 1 else 20):

@@ -79,7 +79,6 @@ def test_the_module_computes_what_the_operations_say(case):
     assert {n for n, _ in model.named_parameters()} == set(data.parameters)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_the_exact_blocks_are_those_of_the_whole_networks_matrix(case):
     """The same matrix by `curvature`, which knows nothing of operations."""
@@ -120,7 +119,6 @@ def test_sizes_are_coprime_so_that_a_scale_names_its_cause(case):
         assert all(gcd(a, b) == 1 for a, b in combinations(values, 2)), (name, sizes)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("task", tasks(), ids="-".join)
 def test_this_package_passes(task, device):
     case, flavour = CASES[task[0]], task[1]

@@ -19,8 +19,6 @@ TESTS = Path(__file__).resolve().parents[1]
 OURS = "kfac_scratch.conformance.adapters.ours:Adapter"
 TASKS = [(f"deep-linear-mse-{end}", "expand") for end in ("mean-bias", "sum-bias", "mean-nobias")]
 
-pytestmark = pytest.mark.long  # a process for each test
-
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):

@@ -33,6 +33,7 @@ from kfac_scratch.optimizer.step_control import kl_clip
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction, two_level
 from tests.laws import check_equal
 
+pytestmark = pytest.mark.long
 VARIANTS = {
     "tkfac": {"approximation": tkfac},
     "tekfac": {"approximation": tekfac},

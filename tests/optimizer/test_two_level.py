@@ -270,6 +270,7 @@ def worse(p, combine, Z, trials=500):
     return int((errors[0] > errors[1] * (1 + 1e-12)).sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "space",
     [
@@ -293,6 +294,7 @@ def test_nor_with_a_space_that_depends_on_the_gradient(space, device):
         assert p.error(two, r) < p.error(one, r)
 
 
+@pytest.mark.long
 def test_adef2_is_never_worse_than_any_fine_level(device):
     """Even one that goes uphill."""
     p = mlp_problem(device)
@@ -314,6 +316,7 @@ def test_a_larger_space_is_never_worse(device):
         assert p.error(large, r) <= p.error(small, r)
 
 
+@pytest.mark.long
 def test_the_others_may_be_worse(device):
     """The additive form in most cases."""
     p = mlp_problem(device, damping=0.01)

@@ -211,6 +211,7 @@ def test_line_search_survives_what_is_not_a_number(bad):
 # ---- steps ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_loss_never_rises_and_falls(name, device):
     model, terms = setting(
@@ -227,6 +228,7 @@ def test_loss_never_rises_and_falls(name, device):
     assert state.loss < first
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["kfac", "ekfac-star", "kfac-star-joined", "gauss-newton", "spring"]
 )
@@ -241,6 +243,7 @@ def test_chunks_change_no_step(name, device):
     assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_resumes_bit_by_bit(name, device):
     optimizer, (model, terms) = OPTIMIZERS[name], setting(device)
