@@ -176,7 +176,7 @@ def test_a_wrong_kind_is_refused_with_the_way_out(call, wrong, message):
         call(**wrong)
 
 
-def test_what_is_right_passes():
+def test_arguments_of_the_right_kind_pass():
     class Mine:
         def __call__(self, io):
             return ks.kfac(io)
@@ -197,7 +197,7 @@ def test_functions_that_make_functions_are_known_by_their_annotation():
     assert not any(map(makes_a_function, (ks.kfac, ks.type2, len, lambda: lambda: 0, print)))
 
 
-def test_counts_and_names():
+def test_counts_and_names_are_checked():
     check_count("n", 3)
     check_count("n", 0, minimum=0)
     with pytest.raises(ValueError, match="n must be at least 2, got 1"):

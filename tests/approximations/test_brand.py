@@ -89,7 +89,7 @@ def test_without_truncation_the_factors_are_those_of_the_average(S, V, device):
 
 @pytest.mark.parametrize("n", [1, 20, 50])
 @pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
-def test_full_rank_is_kfac(view, n, device):
+def test_brand_of_full_rank_is_kfac(view, n, device):
     """A layer that is too small for the update is decomposed in full: nothing is lost."""
     ios = [view(random_io(device, n, 11, 7, V=2, S=3)) for _ in range(4)]
     M, K = follow(Brand(rank=11), ios), follow(MovingAverage(kfac), ios)
@@ -115,7 +115,7 @@ def test_small_layers_are_never_truncated(device):
 
 
 @pytest.mark.parametrize("case", DEEP_LINEAR, ids=str)
-def test_exact_where_kfac_is(case, device):
+def test_brand_of_full_rank_is_exact_where_kfac_is(case, device):
     problem = case.build(device)
     exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
@@ -369,7 +369,7 @@ def test_repaired_obeys_the_laws_of_matrices(repair, view, device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @REPAIRS
-def test_survives_a_checkpoint(repair, dtype, device):
+def test_brand_survives_a_checkpoint(repair, dtype, device):
     ios = [random_io(device, dtype=dtype) for _ in range(6)]
     estimator = Repaired(Brand(rank=4), repair, period=3)
     M = follow(estimator, ios[:4])
@@ -385,7 +385,7 @@ def test_survives_a_checkpoint(repair, dtype, device):
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 23), (31, 1)])
 @pytest.mark.parametrize("n", [1, 4])
-def test_small_sizes(n, sizes, device):
+def test_brand_on_layers_of_size_one(n, sizes, device):
     ios = [random_io(device, n, *sizes) for _ in range(3)]
     M = follow(Brand(rank=31), ios)
     check_equal(M.dense(), follow(MovingAverage(kfac), ios).dense())
@@ -413,7 +413,7 @@ def test_dead_units_and_zero_vectors(device):
     check_equal(M.inverse(0.5) @ V, 2 * V)
 
 
-def test_impossible_settings_are_refused():
+def test_impossible_settings_of_brand_are_refused():
     with pytest.raises(ValueError, match="rank must be at least 1"):
         Brand(rank=0)
     with pytest.raises(ValueError, match="period must be at least 1"):

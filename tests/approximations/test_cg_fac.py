@@ -168,7 +168,7 @@ def test_duplicated_data_are_one_eigenvalue(device):
     check_equal(cg_fac(twice).inverse(1.0) @ X, right)
 
 
-def test_a_zero_batch(device):
+def test_cg_fac_of_a_zero_batch_divides_by_the_damping(device):
     io, X = random_io(device), gradient(device)
     M = cg_fac(LayerIO(0 * io.a, io.g))
     for inverse in (M.inverse(0.1), kernel_inverse(M, 0.1), truncated_inverse(M, 0.1)):
@@ -326,7 +326,7 @@ def test_a_singular_matrix_has_no_undamped_inverse(device):
 
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan")])
-def test_damping_is_checked(damping, device):
+def test_dampings_that_have_no_inverse_are_refused(damping, device):
     M = cg_fac(random_io(device))
     for make in (M.inverse, lambda d: truncated_inverse(M, d)):
         with pytest.raises(ValueError, match="at least 0"):
@@ -360,7 +360,7 @@ def test_rows_are_never_averaged(device):
     check_equal(M.dense(), io.block())
 
 
-def test_survives_a_checkpoint(device):
+def test_cg_fac_survives_a_checkpoint(device):
     M, other = cg_fac(random_io(device)), cg_fac(random_io(device, N=5))
     check_equal(restored(other, tensors(M)).dense(), M.dense())
     assert isinstance(restored(other, tensors(M)), Gradients)

@@ -40,7 +40,7 @@ def test_moments_are_per_datum_not_per_position(device):
 
 
 @SHARED
-def test_error_identity(S, device):
+def test_ekfacs_squared_error_is_the_blocks_norm_minus_its_own(S, device):
     """The squared error is that of the block minus that of its diagonal in the basis."""
     io = random_io(device, S)
     M, F = ekfac(io), io.block()
@@ -49,7 +49,7 @@ def test_error_identity(S, device):
 
 @SHARED
 @pytest.mark.parametrize("seed", range(20))
-def test_never_farther_than_kfac(S, seed, device):
+def test_ekfac_is_never_farther_than_kfac(S, seed, device):
     torch.manual_seed(seed)
     io = random_io(device, S)
     F = io.block()
@@ -67,14 +67,14 @@ def test_no_other_diagonal_in_the_basis_is_nearer(S, device):
 
 
 @SHARED
-def test_trace_is_exact(S, device):
+def test_ekfacs_trace_is_exact(S, device):
     io = random_io(device, S)
     check_equal(ekfac(io).trace(), io.block().trace())
     check_differs(kfac(io).trace(), io.block().trace())
 
 
 @pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM + CONSTANT_HESSIAN, ids=str)
-def test_exact_where_kfac_is(case, device):
+def test_ekfac_is_exact_where_kfac_is(case, device):
     problem = case.build(device)
     exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():

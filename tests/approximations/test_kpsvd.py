@@ -90,7 +90,7 @@ def test_both_ways_to_a_sum_agree(S, dtype, device):
 
 @pytest.mark.long
 @SHARED
-def test_orders(S, device):
+def test_errors_of_kpsvd_and_kfac_are_ordered(S, device):
     for seed in range(100 if S == 1 else 20):
         io = common_size(seed, device)
         if S > 1 or seed % 3 == 0:
@@ -158,7 +158,7 @@ def test_equals_kfac_only_without_correlation(device):
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("case", DEEP_LINEAR[::2] + ONE_DATUM[::5] + CONSTANT_HESSIAN[::5], ids=str)
-def test_exact_where_kfac_is(case, method, device):
+def test_kpsvd_is_exact_where_kfac_is(case, method, device):
     problem = case.build(device)
     exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
@@ -289,7 +289,7 @@ def test_a_margin_of_one_leaves_a_second_term_that_is_negative_nowhere_or_none(d
 
 
 @pytest.mark.parametrize(("damping", "margin"), [(0.0, 0.1), (-1.0, 0.1), (0.1, 0.0), (0.1, 1.1)])
-def test_refused(damping, margin, device):
+def test_guarded_inverses_need_a_positive_damping_and_a_margin(damping, margin, device):
     M = deflation(random_io(device))
     with pytest.raises(ValueError, match=r"positive damping|margin must lie in \(0, 1\]"):
         guarded_inverse(M, damping, margin)

@@ -73,7 +73,7 @@ def test_positions_are_summed_before_the_product(device):
 
 
 @SHARED
-def test_exact_for_one_neuron(S, device):
+def test_mini_blocks_are_exact_for_one_neuron(S, device):
     io = random_io(device, S)
     io = LayerIO(io.a, io.g[..., :1])
     check_equal(mini_block(io).dense(), io.block())
@@ -111,7 +111,7 @@ def test_equals_kfac_if_inputs_tell_nothing_about_uncorrelated_vectors(device):
 
 
 @SHARED
-def test_not_exact_otherwise(S, device):
+def test_mini_blocks_of_several_neurons_are_not_exact(S, device):
     io = random_io(device, S)
     for approximation in APPROXIMATIONS:
         check_differs(approximation(io).dense(), io.block())
@@ -121,7 +121,7 @@ def test_not_exact_otherwise(S, device):
 
 
 @SHARED
-def test_error_identity_and_trace(S, device):
+def test_mini_blocks_squared_error_and_trace(S, device):
     io = random_io(device, S)
     F, M = io.block(), mini_block(io)
     check_equal(distance(M.dense(), io) ** 2, F.norm() ** 2 - M.blocks.norm() ** 2)
@@ -273,12 +273,12 @@ def test_filters_obey_the_laws_of_matrices(view, device):
 
 @SHARED
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-def test_float32(approximation, S, device):
+def test_mini_blocks_in_float32(approximation, S, device):
     check_matrix(approximation(random_io(device, S, dtype=torch.float32)), (3, 5))
 
 
 @SHARED
-def test_edges(S, device):
+def test_mini_blocks_on_the_smallest_layers(S, device):
     """One datum, one input, dead neurons, repeated data: right, and invertible with damping."""
     io = random_io(device, S)
     dead = LayerIO(io.a, io.g * torch.tensor([1.0, 0, 1], device=device))

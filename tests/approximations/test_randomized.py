@@ -95,7 +95,7 @@ def test_nystrom_is_a_schur_complement(device):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.5])
-def test_order_of_the_eigenvalues(rate, seed, device):
+def test_srevd_rsvd_and_nystrom_are_ordered(rate, seed, device):
     torch.manual_seed(seed)
     M, values = decaying(device, rate=rate)
     Q = range_basis(M, SMALL)
@@ -228,7 +228,7 @@ def test_there_is_no_tail_at_full_rank(tail, device):
     check_equal(M.low_rank(rsvd, tail).dense(), Kronecker(M.A, M.B).dense())
 
 
-def test_traces_are_kept(device):
+def test_a_trace_matched_tail_keeps_the_trace(device):
     M = randomized(7, oversampling=0, iterations=0)(random_io(device))
     for f in (rsvd, srevd, nystrom):
         check_equal(M.low_rank(f).trace(), Kronecker(M.A, M.B).trace())
@@ -251,7 +251,7 @@ def test_obeys_the_laws_of_matrices(case, view, rank, dtype, device):
 
 
 @pytest.mark.parametrize("S", [1, 4])
-def test_full_rank_is_kfac(S, device):
+def test_rs_kfac_of_full_rank_is_kfac(S, device):
     io = random_io(device, S=S)
     M, K = randomized(31)(io), kfac(io)
     check_equal(M.dense(), K.dense())
@@ -263,7 +263,7 @@ def test_full_rank_is_kfac(S, device):
 
 
 @pytest.mark.parametrize("case", DEEP_LINEAR, ids=str)
-def test_exact_where_kfac_is(case, device):
+def test_rs_kfac_of_full_rank_is_exact_where_kfac_is(case, device):
     problem = case.build(device)
     exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
@@ -323,7 +323,7 @@ def test_decay_of_the_spectrum_of_an_average(seed, device):
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 23), (31, 1)])
-def test_small_sizes(n, sizes, device):
+def test_rs_kfac_on_layers_of_size_one(n, sizes, device):
     io = random_io(device, n, *sizes)
     check_equal(randomized(4, oversampling=0)(io).dense(), kfac(io).dense())
 
@@ -335,7 +335,7 @@ def test_zero_vectors_leave_only_the_damping(device):
     check_equal(M.inverse(0.5) @ V, 2 * V)
 
 
-def test_survives_a_checkpoint(device):
+def test_rs_kfac_survives_a_checkpoint(device):
     M, other = (randomized(k, oversampling=0)(random_io(device)) for k in (7, 5))
     saved = tensors(M)
     assert saved["sketch"] == {"rank": 7, "oversampling": 0, "iterations": 2, "seed": 0}
@@ -343,7 +343,7 @@ def test_survives_a_checkpoint(device):
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"oversampling": -1}, {"iterations": -1}])
-def test_impossible_settings_are_refused(wrong):
+def test_impossible_settings_of_rs_kfac_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be at least [01], got"):
         randomized(**wrong)
 

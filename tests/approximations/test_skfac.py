@@ -52,7 +52,7 @@ def test_obeys_the_laws_of_matrices(case, view, device):
 @pytest.mark.parametrize("V", [1, 3])
 @pytest.mark.parametrize("S", [1, 4])
 @pytest.mark.parametrize("N", [1, 3, 20])
-def test_stands_for_kfac(N, S, V, dtype, device):
+def test_skfac_is_kfac_by_columns(N, S, V, dtype, device):
     """With fewer rows than the factors have and with more."""
     io = random_io(device, N, S, V, dtype)
     M, K = skfac(io), kfac(io)
@@ -71,7 +71,7 @@ def test_keeps_rows_of_all_vectors_and_positions_but_no_more_than_a_factor_has(d
 
 
 @pytest.mark.parametrize("case", ONE_DATUM[:6], ids=str)
-def test_exact_for_one_datum(case, device):
+def test_skfac_is_exact_for_one_sample(case, device):
     for io in layer_ios(*case.build(device)).values():
         check_equal(skfac(io).dense(), io.block())
 
@@ -88,7 +88,7 @@ def test_not_exact_on_nonlinear_nets(case, device):
     check_differs(skfac(io).dense(), io.block())
 
 
-def test_a_zero_batch(device):
+def test_skfac_of_a_zero_batch_divides_by_the_damping(device):
     """No curvature at all: both inverses divide by the damping."""
     io = LayerIO(torch.zeros(3, 1, D_IN, device=device), torch.zeros(1, 3, 1, D_OUT, device=device))
     V = torch.randn(D_OUT, D_IN, device=device)
@@ -132,7 +132,7 @@ def test_one_position_leaves_nothing_to_choose(device):
         check_equal(skfac(other).dense(), skfac(io).dense())
 
 
-def test_stride_one_is_expand(device):
+def test_a_stride_of_one_keeps_all_positions(device):
     io = random_io(device, S=4, V=2)
     check_equal(skfac(subsampled(io, 1)).dense(), kfac(io).dense())
 

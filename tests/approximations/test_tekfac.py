@@ -33,7 +33,7 @@ def test_the_diagonal_of_the_block_in_the_basis_of_tkfac(S, dtype, device):
 
 
 @SHARED
-def test_error_identity_and_trace(S, device):
+def test_tekfacs_squared_error_and_trace(S, device):
     io = random_io(device, S)
     M, F = tekfac(io), io.block()
     check_equal((F - M.dense()).square().sum(), F.square().sum() - M.scale.square().sum())
@@ -41,7 +41,7 @@ def test_error_identity_and_trace(S, device):
 
 
 @SHARED
-def test_never_farther_than_tkfac(S, device):
+def test_tekfac_is_never_farther_than_tkfac(S, device):
     for seed in range(200):
         torch.manual_seed(seed)
         io = common_size(seed, device) if S == 1 and seed % 2 else random_io(device, S)
@@ -73,7 +73,7 @@ def test_farther_than_ekfac_if_the_weights_hide_the_basis(device):
 
 
 @pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM + CONSTANT_HESSIAN, ids=str)
-def test_exact_where_kfac_is(case, device):
+def test_tekfac_is_exact_where_kfac_is(case, device):
     problem = case.build(device)
     exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():
@@ -83,7 +83,7 @@ def test_exact_where_kfac_is(case, device):
 @pytest.mark.parametrize(
     "make", [product_measure, same_inputs_up_to_sign, lambda device: opposite_sizes(device)[0]]
 )
-def test_exact_where_tkfac_is(make, device):
+def test_tekfac_is_exact_where_tkfac_is(make, device):
     io = make(device)
     check_equal(tekfac(io).dense(), io.block())
 

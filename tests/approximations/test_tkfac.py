@@ -88,7 +88,7 @@ def test_half_a_step_towards_the_nearest_product_from_the_identity(device):
 
 
 @pytest.mark.parametrize("case", DEEP_LINEAR + ONE_DATUM + CONSTANT_HESSIAN, ids=str)
-def test_exact_where_kfac_is(case, device):
+def test_tkfac_is_exact_where_kfac_is(case, device):
     problem = case.build(device)
     exact = diagonal_blocks(problem[0], ggn(*problem))
     for name, io in layer_ios(*problem).items():

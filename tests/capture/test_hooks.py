@@ -76,7 +76,7 @@ def check_same(io, expected, size=1.0):
 
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("net", COVERED, ids=str)
-def test_chunks_are_the_whole(net, flavour, device):
+def test_chunks_of_vectors_together_are_all_vectors(net, flavour, device):
     model, *data = problem(net, CrossEntropyLoss, device=device)
     whole = layer_ios(model, *data, flavour=flavour, chunk=1000)
     for chunk in (1, 2):
@@ -121,7 +121,7 @@ def test_autocast_gives_the_parameters_precision(device):
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("s", [(), (1,)])
 @pytest.mark.parametrize("d", [1, 3])
-def test_sizes_of_one(n, s, d, device):
+def test_capture_works_for_layers_of_size_one(n, s, d, device):
     model = Sequential(Linear(d, 1), Tanh(), Linear(1, d)).to(device)
     X = torch.randn(n, *s, d, device=device)
     data = MSELoss(), X, torch.randn_like(X)
@@ -162,7 +162,7 @@ def test_a_layer_that_the_output_ignores_has_no_curvature(device):
     assert ios["2"].g.any()
 
 
-def test_input_by_keyword(device):
+def test_a_layers_input_may_come_by_keyword(device):
     class Keyword(Sequential):
         def forward(self, x):
             return self[0](input=x)
@@ -172,7 +172,7 @@ def test_input_by_keyword(device):
     check_equal(layer_ios(model, *data)["0"].a[:, 0, :-1], data[1])
 
 
-def test_under_no_grad(device):
+def test_capture_works_under_no_grad(device):
     data = simple(device)
     expected = layer_ios(*data)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_under_no_grad(device):
             check_equal(io.g, expected[name].g)
 
 
-def test_activation_checkpointing(device):
+def test_capture_sees_checkpointed_segments(device):
     model, *data = simple(device)
 
     class Checkpointed(Module):
@@ -269,7 +269,7 @@ def state(model, X):
 @pytest.mark.parametrize("chunk", [1, 32])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("input_requires_grad", [True, False])
-def test_leaves_nothing_behind(where, chunk, training, input_requires_grad, device):
+def test_capture_leaves_nothing_behind(where, chunk, training, input_requires_grad, device):
     torch.manual_seed(0)
     probe = Probe()
     model = Sequential(Linear(D, 4), nn.Dropout(0.5), probe, ReLU(inplace=True), Linear(4, C))

@@ -61,7 +61,7 @@ def test_parameters_undoes_matrices(make, device):
     assert uncovered(model, layer_groups(model)) == []
 
 
-def test_names():
+def test_groups_are_named_after_their_first_layer():
     assert names(Linear(3, 2)) == [""]
     assert names(MODELS["conv-groups"]()) == ["0[0]", "0[1]"] + [f"1[{i}]" for i in range(6)]
     assert names(MODELS["tied"]()) == ["0"]

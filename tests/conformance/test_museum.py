@@ -55,7 +55,7 @@ def test_the_naive_one_offers_all_but_two_things():
 
 
 @each_piece
-def test_a_piece_is_rejected(piece):
+def test_a_piece_of_the_museum_is_rejected_by_the_oracle(piece):
     result = judged(piece.adapter(), piece)
     assert not result.passes
     assert result.words

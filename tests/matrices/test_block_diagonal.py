@@ -22,7 +22,7 @@ def test_obeys_the_laws_of_matrices(K, dtype, device):
 
 
 @pytest.mark.parametrize("biases", [0, 1, 2])
-def test_beside_obeys_them_too(biases, device):
+def test_filters_and_bias_obey_the_laws(biases, device):
     scale = torch.rand(3, biases, device=device)
     M = FiltersAndBias(BlockDiagonal(psd(6, 4, device)), Diagonal(scale))
     check_matrix(M, (3, 8 + biases))
@@ -30,7 +30,7 @@ def test_beside_obeys_them_too(biases, device):
     check_equal(M.diagonal(), M.dense().diagonal())
 
 
-def test_beside_acts_on_columns(device):
+def test_filters_and_bias_act_on_their_own_columns(device):
     filters, bias = BlockDiagonal(psd(6, 4, device)), Diagonal(torch.rand(3, 1, device=device))
     V = torch.randn(3, 9, device=device)
     expected = torch.cat([filters @ V[:, :8], bias @ V[:, 8:]], 1)

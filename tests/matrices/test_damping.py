@@ -119,7 +119,7 @@ def test_reduction_ratio_is_one_on_the_model_itself(device):
         (None, 1),
     ],
 )
-def test_thresholds(ratio, change):
+def test_levenberg_marquardt_changes_the_damping_at_its_thresholds(ratio, change):
     assert levenberg_marquardt(1.0, ratio, factor=0.5) == change
 
 

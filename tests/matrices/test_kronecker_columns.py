@@ -94,7 +94,7 @@ def test_few_columns_have_the_same_gram(K, device):
     check_equal(reduced_columns(U) @ reduced_columns(U).T, U @ U.T)
 
 
-def test_dependent_columns(device):
+def test_dependent_columns_have_an_exact_inverse(device):
     """Duplicates and zeros: fewer eigenvalues than columns, and no round-off among them."""
     M = example(device)
     double = KroneckerColumns(
@@ -135,7 +135,7 @@ def test_a_singular_matrix_has_no_undamped_inverse(device):
 
 
 @pytest.mark.parametrize("damping", [0.0, -0.1, float("nan")])
-def test_damping_is_checked(damping, device):
+def test_dampings_that_are_not_positive_are_refused(damping, device):
     M = example(device)
     with pytest.raises(ValueError, match="positive damping"):
         factored_inverse(M, damping)

@@ -79,7 +79,7 @@ def test_a_singular_matrix_has_no_undamped_inverse(ranks, device):
 
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan")])
-def test_damping_is_checked(damping, device):
+def test_dampings_without_an_inverse_are_refused(damping, device):
     with pytest.raises(ValueError, match="at least 0"):
         example(device).inverse(damping)
     with pytest.raises(ValueError, match="two positive dampings"):
@@ -109,7 +109,7 @@ def test_bases_are_never_averaged(device):
         average.update(example(device), io, 0.5)
 
 
-def test_survives_a_checkpoint(device):
+def test_a_low_rank_matrix_survives_a_checkpoint(device):
     M, other = example(device), example(device)
     check_equal(restored(other, tensors(M)).dense(), M.dense())
 

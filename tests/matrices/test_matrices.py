@@ -54,7 +54,7 @@ def to(M, *target):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES)
-def test_laws(make, dtype, device):
+def test_every_matrix_obeys_the_laws(make, dtype, device):
     M = to(make(), device, dtype)
     assert isinstance(M, Matrix)
     assert isinstance(M.inverse(0.1), LinearMap)
@@ -63,7 +63,7 @@ def test_laws(make, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES)
-def test_spectrum(make, dtype, device):
+def test_every_spectrum_is_that_of_the_dense_twin(make, dtype, device):
     M = to(make(), device, dtype)
     if isinstance(M, KroneckerSum):  # has no eigenvalues of its own
         check_equal(M.trace(), M.dense().trace())

@@ -80,7 +80,7 @@ def test_products_are_those_of_the_dense_matrix(V, S, dtype, device):
 
 
 @SHARED
-def test_further_terms(S, device):
+def test_further_products_are_added_to_the_rearranged_block(S, device):
     io = random_io(device, S)
     K, L = (Kronecker(symmetric(5, device), symmetric(3, device)) for _ in range(2))
     R = Rearranged(io, (K,)).minus(L)
@@ -258,7 +258,7 @@ def test_antisymmetric_pairs_are_left_aside(device):
     check_differs(first.dense(), io.block(), by=0.5)
 
 
-def test_zero_stays_zero(device):
+def test_the_top_pair_of_a_zero_block_is_zero(device):
     io = random_io(device)
     R = Rearranged(LayerIO(io.a, 0 * io.g))
     for K in (power_svd(R, R.identity()), *lanczos_svd(R, R.identity())):

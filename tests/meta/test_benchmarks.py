@@ -157,7 +157,7 @@ def test_a_final_run_is_reproducible():
 # ---- search -------------------------------------------------------------------------------------
 
 
-def test_axes():
+def test_axes_of_the_search_map_the_unit_interval():
     log, choice = SPACE["lr"], SPACE["mode"]
     assert (log(0.0), log(0.5), log(1.0)) == (1e-3, 1e-2, 1e-1)
     assert log.where(1e-2) == pytest.approx(0.5)

@@ -197,7 +197,7 @@ class Undocumented:
     pass
 
 
-def test_it_can_fail():
+def test_faults_of_docstrings_are_found():
     wrong = " ".join(faults(a_function))
     for what in ("By what", "datum", "looked at", "7 parameters", "'found'"):
         assert what in wrong

@@ -95,7 +95,7 @@ def trained(settings, device, steps, flavour=EXPAND):
 
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_descends(name, flavour, device):
+def test_training_descends_with_every_approximation(name, flavour, device):
     _, losses = trained(VARIANTS[name], device, 13, flavour)
     assert losses[-1] < 0.5 * losses[0]
 

@@ -42,7 +42,7 @@ def test_round_trip_through_a_file_without_pickled_code(name, device):
 
 
 @pytest.mark.everywhere
-def test_inverses_too(device):
+def test_inverses_are_restored_as_matrices_are(device):
     M = MATRICES["sum"](random_io(device))  # its inverse holds the matrix and a number
     inverse = M.inverse(0.3)
     like = MATRICES["sum"](example_io(torch.empty(3, 5, device=device))).inverse(1.0)

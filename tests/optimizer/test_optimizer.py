@@ -158,7 +158,7 @@ def test_weight_decay_is_decoupled(device):
     check_equal(changes[1], changes[0] - 0.3 * 0.1 * before["0.weight"])
 
 
-def test_periods(device):
+def test_matrices_and_inverses_are_renewed_at_their_periods(device):
     model, loss = classifier(device), CrossEntropyLoss()
     optimizer = KFAC(model, loss, factor_every=2, inverse_every=3, **PLAIN)
     seen = []
@@ -207,7 +207,7 @@ def test_the_curvature_may_be_warmed_up_before_the_first_step(device):
     check_equal(optimizer.matrices["0"].A, torch.stack(As).mean(0))
 
 
-def test_damping_per_layer(device):
+def test_a_groups_damping_is_that_of_its_layers(device):
     model, loss = classifier(device), CrossEntropyLoss()
     groups = [
         {"params": model[0].parameters(), "damping": 0.5},
@@ -236,7 +236,7 @@ def test_one_block_has_one_damping(device):
         take(optimizer, *data(device))
 
 
-def test_factored_damping(device):
+def test_factored_damping_is_that_of_the_function(device):
     model, loss = classifier(device), CrossEntropyLoss()
     optimizer = KFAC(model, loss, invert=factored_inverse, **PLAIN)
     take(optimizer, *data(device))
@@ -273,7 +273,7 @@ def test_a_control_that_fails_leaves_the_memory_of_those_before_it(device):
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
-def test_closure_and_scheduler(device):
+def test_closures_and_schedulers_work_as_in_torch(device):
     model, loss = classifier(device), CrossEntropyLoss()
     X, y = data(device)
     optimizer = KFAC(model, loss, controls=[graft()], lr=0.1)
@@ -442,7 +442,7 @@ def test_modes_and_flags_stay(device):
         {"controls": [graft()], "lr": 0.03, "invert": factored_inverse, "decay": 0.0},
     ],
 )
-def test_descends(settings, device):
+def test_kfac_descends(settings, device):
     model, loss = classifier(device), CrossEntropyLoss()
     X, y = data(device)
     optimizer = KFAC(model, loss, **settings)
@@ -454,7 +454,7 @@ def test_descends(settings, device):
         assert float(loss(model(X), y)) < 0.3 * first
 
 
-def test_record(device):
+def test_record_gets_the_numbers_of_every_step(device):
     model, loss, history = classifier(device), CrossEntropyLoss(), []
     optimizer = KFAC(
         model, loss, lr=0.3, controls=[kl_clip(1e-4)], record=history.append, fisher=type2,

@@ -141,7 +141,7 @@ def test_factors_between_layers_are_not_exact(device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("space", SPACES)
-def test_coarse_inverse(space, dtype, device):
+def test_the_coarse_inverse_is_z_e_inverse_z(space, dtype, device):
     p = mlp_problem(device, dtype=dtype)
     Z = p.space(space)
     Q, columns, v = coarse_inverse(p.ios, Z, p.damping), p.dense(Z), p.random()
@@ -230,7 +230,7 @@ def test_a_perfect_fine_level_is_left_alone(combine, device):
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
-def test_symmetric_or_not(combine, device):
+def test_additive_and_bnn_are_symmetric_and_adef_are_not(combine, device):
     p = mlp_problem(device)
     Z = p.space(nicolaides_space)
     P = matrix(p, combine, Z)
@@ -451,7 +451,7 @@ def test_a_zero_gradient_gives_no_step(device):
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
-def test_float32(combine, device):
+def test_two_levels_in_float32(combine, device):
     p, q = mlp_problem(device, dtype=torch.float32), mlp_problem(device)
     r = q.random()
     step = partial(p.step, r.float(), combine)

@@ -173,7 +173,7 @@ def _wavy(u, x):
     return (40 * u.value).sin() - 1
 
 
-def test_stacked_and_back():
+def test_stacked_steps_are_unstacked():
     steps = [{"a": torch.randn(2, 3), "b": torch.randn(1, 4)} for _ in range(3)]
     assert stacked(steps)["a"].shape == (3, 2, 3)
     for found, expected in zip(unstacked(stacked(steps)), steps, strict=True):
@@ -182,12 +182,12 @@ def test_stacked_and_back():
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, -1)])
-def test_too_few_directions(numbers):
+def test_krylov_needs_an_iteration(numbers):
     with pytest.raises(ValueError, match="iterations of at least 1"):
         KFACKrylov(*numbers)
 
 
-def test_float32(device):
+def test_kfac_krylov_in_float32(device):
     torch.set_default_dtype(torch.float32)
     model, terms = setting(device, 8)
     state = None

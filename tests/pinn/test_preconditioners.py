@@ -71,7 +71,7 @@ def test_one_of_two_terms_may_be_singular(device):
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6])
-def test_small_dampings(damping, device):
+def test_inverses_hold_for_small_dampings(damping, device):
     """The solution stays accurate as far as the condition of the sum allows."""
     terms = tuple(damped_factors(K, 1.0, damping) for K in products(2, device, rank=1))
     total, V = KroneckerSum(*terms), torch.randn(3, 5, device=device)

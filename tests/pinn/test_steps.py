@@ -429,7 +429,7 @@ def test_at_a_minimum_nothing_moves(device):
         assert inner_product(state.previous, state.previous) == 0
 
 
-def test_float32(device):
+def test_pinn_optimizers_in_float32(device):
     torch.set_default_dtype(torch.float32)
     model, terms = setting(device)
     state, first = None, pinn_loss(model, terms).item()

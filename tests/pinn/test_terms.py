@@ -133,7 +133,7 @@ def problem(request, device):
 # ---- identities for any network and any operator -------------------------------------------------
 
 
-def test_residuals_and_loss(problem):
+def test_half_the_squared_residuals_are_the_loss(problem):
     model, terms, r = problem
     parts = flat(linearize(model, terms))
     check_equal(residuals(parts), torch.cat([part.T.flatten() for part in r]))
@@ -214,7 +214,7 @@ def test_last_vector_factor_is_the_operators(device):
     check_equal(kfac(ios_of(model, poisson, X, laplacian(2))["2"]).B, torch.ones(1, 1).to(device))
 
 
-def test_loewner_bound(problem):
+def test_the_exact_block_is_at_most_n_s_squared_times_kfac(problem):
     """I2: the exact block is at most N S^2 times KFAC."""
     model, terms, _ = problem
     for (part,) in linearize(model, terms):
@@ -228,7 +228,7 @@ def test_loewner_bound(problem):
             assert (F @ null).abs().max() <= 1e-6 * F.abs().max() if null.numel() else True
 
 
-def test_duplicated_and_permuted_data(problem):
+def test_duplicated_and_permuted_points_change_no_block(problem):
     """I3."""
     model, terms, _ = problem
     order = torch.randperm(len(terms[0].X), device=terms[0].X.device)
@@ -242,7 +242,7 @@ def test_duplicated_and_permuted_data(problem):
             check_equal(kfac(io).B, kfac(b.ios[name]).B)
 
 
-def test_scaled_operators(device):
+def test_a_scaled_operator_scales_the_block(device):
     model, X = mlp(2, 5, 1).to(device), torch.randn(7, 2, device=device)
     one = ios_of(model, poisson, X, laplacian(2))
     three = ios_of(model, lambda u, x: 3 * poisson(u, x), X, laplacian(2))
@@ -274,7 +274,7 @@ def test_every_approximation_runs_on_a_pinn(approximation, view, problem):
         check_equal(M.trace(), io.block().trace())
 
 
-def test_float32(problem):
+def test_linearizing_in_float32(problem):
     model, terms, _ = problem
     exact = gramian(flat(linearize(model, terms)))
     single = [
@@ -312,7 +312,7 @@ def centred(N, d, device):
     return X - X.mean(0)
 
 
-def test_exact_in_one_dimension(device):
+def test_kfac_of_a_linear_net_is_exact_in_one_dimension(device):
     """O3: linear, no bias, u + u' + u'', centred points."""
     net = linear_net(1, 5, 4, 1, bias=False)
     X = centred(7, 1, device)
@@ -506,7 +506,7 @@ def test_higher_order_and_named_derivatives(device):
     check_equal(transposed_times(parts, residuals(parts))["0"][:, :2], expected)
 
 
-def test_weights_and_directions(device):
+def test_weights_move_along_directions(device):
     model = mlp(2, 3, 1).to(device)
     W = block_weights(model)
     check_equal(W["0"], torch.cat([model[0].weight, model[0].bias[:, None]], 1))
@@ -553,7 +553,7 @@ def test_a_residual_must_use_what_it_declares():
     refused(lambda u, x: u.sums[1], "ignores 0", two)
 
 
-def test_shapes_of_residuals():
+def test_residuals_of_wrong_shapes_are_refused():
     refused(lambda u, x: u.lap - x[:, 0], r"shape \(5, 5\), not \[5\] or \[5, M\]")
     refused(lambda u, x: u.lap.sum(), "shape")
     refused(lambda u, x: u.lap[1:], "shape")
@@ -564,7 +564,7 @@ def test_derivatives_that_do_not_travel():
     refused(lambda u, x: u.partial(0, 0), r"Derivative \(0, 0\) does not travel")
 
 
-def test_infinite_residuals():
+def test_residuals_that_are_not_finite_are_refused():
     refused(lambda u, x: u.lap / 0, "not finite")
 
 
@@ -590,13 +590,13 @@ def test_networks_that_no_step_could_train():
     refused(poisson, "layer_norm", model=normed, error=NotImplementedError)
 
 
-def test_empty_terms_and_chunks():
+def test_terms_without_points_are_refused():
     refused(poisson, "needs at least 1 point", X=torch.randn(0, 2))
     with pytest.raises(ValueError, match="chunk at least 1"):
         linearize(mlp(2, 3, 1), [Term(poisson, torch.randn(3, 2), laplacian(2))], chunk=0)
 
 
-def test_field_names():
+def test_a_field_knows_its_derivatives_by_name():
     u = Field(list(torch.randn(4, 3, 1)), laplacian(2))
     assert u.partial(1) is u.d[1] is u.parts[2]
     assert u.lap is u.sums[0] is u.parts[3]

@@ -167,7 +167,7 @@ def test_jets_equal_nested_autodiff_up_to_order_six(name, device):
         assert (c[:, s] - expected).abs().max() <= TOLERANCE * max(1, expected.abs().max()), alpha
 
 
-def test_mixed_partial_derivatives(device):
+def test_mixed_partials_are_those_of_autodiff(device):
     model, X = net().to(device), torch.randn(4, 3, device=device)
     V = torch.randn(3, 3, device=device)
     wanted = [(0, 1, 2, 2), (2, 1), (1, 1, 1, 0, 0)]
@@ -179,7 +179,7 @@ def test_mixed_partial_derivatives(device):
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])
-def test_biharmonic(d, device):
+def test_the_biharmonic_is_that_of_autodiff(d, device):
     model, X = net(d=d).to(device), torch.randn(4, d, device=device)
     eye = torch.eye(d, device=device)
     pairs = [(eye[i], eye[i], eye[j], eye[j]) for i in range(d) for j in range(d)]
@@ -214,7 +214,7 @@ def hessian(model, X):
     return torch.stack([torch.stack(row, 1) for row in rows], 1)  # [N, d, d, outputs]
 
 
-def test_forward_laplacian(device):
+def test_the_forward_laplacian_is_that_of_autodiff(device):
     model, X = net().to(device), torch.randn(4, 3, device=device)
     u, du, lap = forward_laplacian(model, X)
     close(u, model(X))
@@ -303,7 +303,7 @@ def test_weights_per_batch_and_per_datum(device):
     )
 
 
-def test_directions_per_datum(device):
+def test_directions_may_differ_between_points(device):
     model, X = net().to(device), torch.randn(4, 3, device=device)
     normals = torch.randn(4, 1, 3, device=device)
     c = taylor_coefficients(model, X, directional(normals))
@@ -319,7 +319,7 @@ def test_no_derivative_is_the_network(device):
 
 
 @pytest.mark.parametrize("N", [1, 3])
-def test_smallest_sizes(N, device):
+def test_jets_of_the_smallest_sizes(N, device):
     model, X = net(d=1, outputs=1).to(device), torch.randn(N, 1, device=device)
     one = torch.ones(1, device=device)
     close(taylor_coefficients(model, X, laplacian(1))[:, 2], derivative(model, X, [one, one]))
@@ -333,7 +333,7 @@ def test_dead_units_and_linear_nets_have_no_second_derivatives(device):
         assert (c[:, 1:-1] != 0).any()
 
 
-def test_float32(device):
+def test_jets_in_float32(device):
     model = net().to(device, torch.float32)
     X = torch.randn(4, 3, device=device, dtype=torch.float32)
     for expansion in (laplacian(3), biharmonic(3), second_order_sum(torch.eye(3))):
@@ -459,7 +459,7 @@ EVERYTHING = {"residual": Residual, "fourier": Fourier, "hard": Hard}
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_any_forward_pass(name, device):
+def test_jets_pass_through_any_forward_pass(name, device):
     model, X = EVERYTHING[name]().to(device), torch.randn(4, 3, device=device)
     for expansion in (
         laplacian(3),
