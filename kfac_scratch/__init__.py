@@ -84,7 +84,7 @@ from kfac_scratch.optimizer.two_level import (
 )
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, PinnPreconditioner, TermWise
-from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, Spring
+from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, PinnOptimizer, Spring
 from kfac_scratch.pinn.terms import Field, Linearization, Term, linearize, pinn_loss
 from kfac_scratch.taylor.expansions import (
     SecondOrder,
@@ -135,6 +135,7 @@ __all__ = [
     "MovingAverage",
     "Partials",
     "PinnKFAC",
+    "PinnOptimizer",
     "PinnPreconditioner",
     "Preconditioner",
     "Recompressed",

@@ -20,7 +20,7 @@ Lin 2024 (arXiv:2401.10190) for Spring; Guzmán-Cordero et al. 2025 (arXiv:2505.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -77,6 +77,21 @@ class PinnState:
     length: float = 1.0
     preconditioner: Any = None
     solved_with: float | None = None
+
+
+@runtime_checkable
+class PinnOptimizer(Protocol):
+    """An optimizer for PINNs: from a state to the next one, with the model's weights moved.
+
+    Use it as the type of what trains a PINN. Not for `torch.optim`, whose optimizers see gradients
+    only, where these see the residuals and their derivatives.
+    """
+
+    def step(
+        self, model: Module, terms: Sequence[Term], state: PinnState | None = None
+    ) -> PinnState:
+        """Move the weights, and return the next state; None starts a run."""
+        ...
 
 
 @dataclass(frozen=True)

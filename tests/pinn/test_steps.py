@@ -1,3 +1,4 @@
+import inspect
 import io
 from dataclasses import replace
 from math import inf, nan
@@ -34,7 +35,14 @@ from kfac_scratch.pinn.solvers import (
     two_directions,
     two_directions_per_layer,
 )
-from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, PinnState, Spring
+from kfac_scratch.pinn.steps import (
+    GaussNewton,
+    KFACStar,
+    PinnKFAC,
+    PinnOptimizer,
+    PinnState,
+    Spring,
+)
 from kfac_scratch.pinn.terms import Term, linearize, pinn_loss
 from kfac_scratch.taylor.expansions import laplacian, value_only
 from tests.laws import check_equal
@@ -437,3 +445,10 @@ def test_pinn_optimizers_in_float32(device):
         state = KFACStar(damping=1e-4).step(model, terms, state)
     assert state.loss < 0.7 * first
     assert all(V.dtype == torch.float32 for V in state.previous.values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_pinn_optimizer_obeys_one_protocol(name):
+    assert isinstance(OPTIMIZERS[name], PinnOptimizer)
+    step = inspect.signature(OPTIMIZERS[name].step)
+    assert list(step.parameters) == list(inspect.signature(PinnOptimizer.step).parameters)[1:]
