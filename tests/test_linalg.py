@@ -9,6 +9,7 @@ from kfac_scratch.linalg import (
     psd_eigh,
     simultaneous_eigh,
     stored_as_columns,
+    told_from_zero,
     unvec,
     vec,
 )
@@ -64,11 +65,46 @@ def test_psd_eigh_decomposes(device):
     check_equal(Q.T @ Q, eye_like(M))
 
 
-def test_psd_eigh_sets_round_off_to_zero_and_refuses_more(device):
-    M = torch.diag(torch.tensor([1.0, -1e-16], device=device))
-    assert (psd_eigh(M)[0] >= 0).all()
+@pytest.mark.parametrize("d", [2, 8, 256])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_psd_eigh_takes_round_off_for_zero_and_refuses_more_at_every_width(d, dtype, device):
+    """A bound that grows with the width would let a negative eigenvalue of 1e-3 pass."""
+    eps, s = torch.finfo(dtype).eps, torch.ones(d, device=device, dtype=dtype)
+    s[0] = -eps
+    assert (psd_eigh(torch.diag(s))[0] >= 0).all()
+    s[0] = -30 * eps
     with pytest.raises(ValueError, match="positive semi-definite"):
-        psd_eigh(torch.diag(torch.tensor([1.0, -1e-6], device=device)))
+        psd_eigh(torch.diag(s))
+
+
+def test_psd_eigh_changes_no_eigenvalue_that_is_positive(device):
+    s = torch.tensor([1e-14, 1e-9, 1.0], device=device, dtype=torch.float32)
+    check_equal(psd_eigh(torch.diag(s))[0], s)
+    assert (psd_eigh(torch.diag(s))[0] > 0).all()
+
+
+def test_psd_eigh_refuses_a_matrix_that_is_not_symmetric(device):
+    M = torch.eye(8, device=device)
+    M[0, 1] = 0.1
+    with pytest.raises(ValueError, match=r"not symmetric: entries differ by up to 0\.1"):
+        psd_eigh(M)
+
+
+def test_psd_eigh_of_a_small_part_of_a_large_matrix_knows_its_round_off(device):
+    part = 1e-6 * torch.eye(3, device=device, dtype=torch.float32)
+    part[0, 1] = 2e-8
+    part[2, 2] = -1e-8
+    with pytest.raises(ValueError, match="not symmetric"):
+        psd_eigh(part)
+    eigenvalues, _ = psd_eigh(part, torch.ones((), device=device, dtype=torch.float32))
+    assert eigenvalues[0] == 0
+
+
+def test_told_from_zero_keeps_what_rounding_cannot_make(device):
+    for dtype in (torch.float64, torch.float32):
+        eps = torch.finfo(dtype).eps
+        s = torch.tensor([0.0, 5 * eps, 20 * eps, 1.0], device=device, dtype=dtype)
+        assert (told_from_zero(s) > 0).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -77,19 +113,13 @@ def test_psd_eigh_refuses_non_finite_entries(bad):
         psd_eigh(torch.full((2, 2), bad))
 
 
-def test_psd_eigh_falls_back_to_double_precision(monkeypatch):
+def test_psd_eigh_decomposes_float32_in_double_precision(monkeypatch):
+    """Float32's own decomposition fails for some matrices, and rounds all of them."""
     original, seen = torch.linalg.eigh, []
-
-    def failing(M):
-        seen.append(M.dtype)
-        if M.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("no convergence")
-        return original(M)
-
-    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda M: seen.append(M.dtype) or original(M))
     M = psd(4, "cpu").float()
     s, Q = psd_eigh(M)
-    assert seen == [torch.float32, torch.float64]
+    assert seen == [torch.float64]
     assert s.dtype == Q.dtype == torch.float32
     check_equal(Q * s @ Q.T, M)
 

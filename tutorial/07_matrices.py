@@ -805,14 +805,25 @@ assert max(single["dense"][-1], single["factors"][-1]) < 1e-5  # damping restore
 # %% [markdown]
 # Rounding can even make the smallest eigenvalues negative, which no covariance has. With
 # $\lambda + \delta$ close to zero or below it, a step would explode or change its sign.
-# `psd_eigh` sets to zero what is within round-off of it, of either sign, and refuses matrices that
-# are negative beyond that, since those were not positive semi-definite in the first place.
+# `psd_eigh` sets negative eigenvalues within round-off to zero, and refuses matrices that are
+# negative beyond that, since those were not positive semi-definite in the first place. It changes no
+# positive eigenvalue: before damping, nobody can tell a small genuine one from round-off, and nobody
+# has to. A rule that sets eigenvalues below $d \cdot \mathrm{eps}$ of the largest to zero is common. In
+# float32 it removes genuine eigenvalues of a wide layer, here of inputs whose spectrum falls like that
+# of images, and the step along every direction that it removes is too long:
 
 # %%
 thin = torch.randn(30, 4, dtype=torch.float32)
-singular = thin @ thin.T  # rank 4, so 26 eigenvalues are exactly zero
+singular = thin @ thin.T  # rank 4, so 26 eigenvalues are zero
 raw, (kept, _) = eigvalsh(singular), psd_eigh(singular)
 print(f"smallest eigenvalue: {raw.min().item():.0e} computed, {kept.min().item():.0e} used")
+pixels = (torch.randn(1024, 512) / torch.arange(1, 513)).float()
+wide = pixels.T @ pixels / 1024
+(eigenvalues, _), exact = psd_eigh(wide), eigvalsh(wide.double())
+below = exact < 512 * torch.finfo(torch.float32).eps * exact.max()
+print(f"{below.sum().item()} of 512 eigenvalues lie below d eps times the largest")
+assert below.sum() > 100
+torch.testing.assert_close(eigenvalues.double(), exact, rtol=1e-6, atol=0)  # all of them genuine
 assert raw.min() < 0
 assert kept.min() == 0
 refused(lambda: psd_eigh(singular - 0.1 * torch.eye(30, dtype=torch.float32)))
@@ -915,8 +926,9 @@ assert_exact(unseen.inverse(1e-3) @ (unseen @ E + 1e-3 * E), E)
 
 # %% [markdown]
 # More often round-off turns the zero into a tiny number of random size and sign. Its inverse is an
-# enormous number with no correct digit. `psd_eigh` takes it for the zero that it is, so that the
-# package refuses here as well; code that inverts what it gets does not notice:
+# enormous number with no correct digit. Without damping, `told_from_zero` takes what rounding can
+# make, up to ten units of it, for the zero that it is, factor by factor. So the package refuses here
+# as well; code that inverts what it gets does not notice:
 
 # %%
 few = torch.randn(3, d_in)  # three data

@@ -263,7 +263,7 @@ def ritz(
     M: Float[Tensor, "d d"], d: Float[Tensor, "r"], U: Float[Tensor, "d r"], chosen: Tensor
 ) -> tuple[Float[Tensor, "r"], Float[Tensor, "d r"]]:
     """All eigenpairs, sorted, with Ritz pairs of `M` in the span of the chosen ones for these."""
-    mu, W = psd_eigh(U[:, chosen].mT @ M @ U[:, chosen])
+    mu, W = psd_eigh(U[:, chosen].mT @ M @ U[:, chosen], M.diagonal().amax())
     d = d.index_copy(0, chosen, mu)
     U = U.index_copy(1, chosen, U[:, chosen] @ W)
     d, order = d.sort(descending=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.border import check_count
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import psd_eigh
+from kfac_scratch.linalg import psd_eigh, told_from_zero
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 
 Eigenpairs = tuple[Float[Tensor, "r"], Float[Tensor, "d r"]]  # eigenvalues descending
@@ -100,7 +100,7 @@ def srevd(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
     `M`.
     Cost: `O(d**2 * q + q**3)` operations.
     """
-    d, W = psd_eigh(Q.mT @ M @ Q)
+    d, W = psd_eigh(Q.mT @ M @ Q, M.diagonal().amax())
     return d.flip(0), (Q @ W).flip(1)
 
 
@@ -114,7 +114,8 @@ def nystrom(M: Float[Tensor, "d d"], Q: Float[Tensor, "d q"]) -> Eigenpairs:
     Cost: `O(d**2 * q + d * q**2)` operations.
     """
     Y = M @ Q
-    t, W = psd_eigh(Q.mT @ Y)
+    t, W = psd_eigh(Q.mT @ Y, M.diagonal().amax())
+    t = told_from_zero(t)
     inverse_root = torch.where(t > 0, t.rsqrt(), 0.0)  # a pseudo-inverse: M may be singular
     _, s, Vh = torch.linalg.svd((Y @ W * inverse_root).mT, full_matrices=False)
     return s.square(), Vh.mT

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import eye_like, psd_eigh
+from kfac_scratch.linalg import eye_like, psd_eigh, told_from_zero
 from kfac_scratch.matrices.matrix import check_damping, reciprocal
 
 
@@ -63,7 +63,8 @@ class Dense:
 
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
         """`log det(M + damping * I)`."""
-        return (self.eigenvalues() + damping).log().sum()
+        s = self.eigenvalues()
+        return ((s if damping > 0 else told_from_zero(s)) + damping).log().sum()
 
     def sqrt(self) -> "Dense":
         """The symmetric root `R` with `R R = M`."""
@@ -73,4 +74,5 @@ class Dense:
     def inverse_sqrt(self, damping: float) -> "Dense":
         """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
         s, Q = psd_eigh(self.M)
+        s = s if damping > 0 else told_from_zero(s)
         return Dense(Q * reciprocal(s, damping).sqrt() @ Q.T)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import kron, psd_eigh, scale_in_basis
+from kfac_scratch.linalg import kron, psd_eigh, scale_in_basis, told_from_zero
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.matrix import reciprocal
 
@@ -125,6 +125,13 @@ class Kronecker:
         (a, QA), (b, QB) = psd_eigh(self.A), psd_eigh(self.B)
         return KroneckerEigen(QA, QB, torch.outer(b, a))
 
+    def _eigen(self, damping: float) -> KroneckerEigen:
+        """`eigen()`; without damping, with each factor's null space told from round-off."""
+        if damping > 0:
+            return self.eigen()
+        (a, QA), (b, QB) = psd_eigh(self.A), psd_eigh(self.B)
+        return KroneckerEigen(QA, QB, scale=torch.outer(told_from_zero(b), told_from_zero(a)))
+
     def inverse(self, damping: float) -> KroneckerEigen:
         """The inverse of `B ⊗ A + damping * I`, exact, in the eigenbasis of both factors.
 
@@ -132,7 +139,7 @@ class Kronecker:
             ValueError: If the damping is negative, or 0 for a singular matrix; if a factor is not
                 finite, or has a negative eigenvalue.
         """
-        return self.eigen().inverse(damping)
+        return self._eigen(damping).inverse(damping)
 
     def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Of `A` and of `B`."""
@@ -164,7 +171,7 @@ class Kronecker:
 
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
         """`log det(M + damping * I)`."""
-        return self.eigen().logdet(damping)
+        return self._eigen(damping).logdet(damping)
 
     def sqrt(self) -> KroneckerEigen:
         """The symmetric root `R` with `R R = M`."""
@@ -172,4 +179,4 @@ class Kronecker:
 
     def inverse_sqrt(self, damping: float) -> KroneckerEigen:
         """The symmetric root of `inverse(damping)`: `R @ noise` samples with that covariance."""
-        return self.eigen().inverse_sqrt(damping)
+        return self._eigen(damping).inverse_sqrt(damping)

@@ -133,5 +133,5 @@ def _eigenpairs(U: Float[Tensor, "d K"]) -> tuple[Float[Tensor, "d r"], Float[Te
     if not U.isfinite().all():
         raise ValueError(f"Columns {tuple(U.shape)} to be decomposed have non-finite entries.")
     Q, s, _ = torch.linalg.svd(U, full_matrices=False)
-    tolerance = max(U.shape) * torch.finfo(U.dtype).eps * s.amax()
+    tolerance = 10 * torch.finfo(U.dtype).eps * s.amax()
     return Q, s.where(s > tolerance, 0.0).square()
