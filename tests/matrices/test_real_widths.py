@@ -4,6 +4,7 @@ The truth is computed in float64 from the same stored matrix. `unit` is what rou
 matrix alone may do to a damped step: `eps` times the largest eigenvalue over the damping.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -19,14 +20,20 @@ each_width = pytest.mark.parametrize("d", WIDTHS)
 pytestmark = pytest.mark.long
 
 
-def problem(spectrum, d, fraction, device="cpu"):
+@cache
+def factors(spectrum, d):
+    """Two factors as a network in float32 stores them, with their exact decompositions."""
+    A = factor(spectrum, d, torch.float32, "cpu")
+    B = factor(relu, max(d // 4, 16), torch.float32, "cpu")
+    return (A, *torch.linalg.eigh(A.double())), (B, *torch.linalg.eigh(B.double()))
+
+
+def problem(spectrum, d, fraction):
     """A product of two factors, a damping relative to its top, a gradient, and the exact step."""
-    A = factor(spectrum, d, torch.float32, device)
-    B = factor(relu, max(d // 4, 16), torch.float32, device)
-    (a, QA), (b, QB) = (torch.linalg.eigh(M.double()) for M in (A, B))
+    (A, a, QA), (B, b, QB) = factors(spectrum, d)
     scale = torch.outer(b.clamp(min=0), a.clamp(min=0))
     damping = fraction * float(scale.max())
-    V = torch.randn(len(B), d, generator=torch.Generator().manual_seed(1)).to(A)
+    V = torch.randn(len(B), d, generator=torch.Generator().manual_seed(1)).float()
     step = QB @ (QB.T @ V.double() @ QA / (scale + damping)) @ QA.T
     return SimpleNamespace(K=Kronecker(A, B), damping=damping, V=V, step=step, unit=EPS / fraction)
 
