@@ -301,7 +301,7 @@ assert H_f[0, :, 1].abs().max() == 0
 # **Proof.** Apply [(2.5)] to the network $f^{\text{lin}}$. Its Jacobian is $J$ everywhere, and its
 # second derivatives are zero, so the second term is gone and the Hessian is
 # $J^\top \bigl(\nabla^2_f \ell\bigr) J$ with $\nabla^2_f \ell$ taken at $f^{\text{lin}}(\theta')$.
-# At $\theta' = \theta$ this is $f(\theta)$, and what stands there is the GGN. $\blacksquare$
+# At $\theta' = \theta$ this is $f(\theta)$, and the Hessian is the GGN. $\blacksquare$
 #
 # We check it with cross-entropy, whose $H_f$ depends on where it is taken. Only at $\theta$ do the
 # two agree:
@@ -350,7 +350,7 @@ assert abs(ratio - 4) < 0.3
 # Squared error and cross-entropy are convex in $f$. The loss as a function of $\theta$ is not, and
 # its Hessian usually has negative eigenvalues: directions in which the parabola falls forever, so that
 # the point where it is flat is no minimum. A second reason is that the GGN contains no second derivative of
-# the network, only $J$. The third is the one that this whole site lives on: a positive
+# the network, only $J$. The third reason is the one that KFAC is built on: a positive
 # semi-definite $H_f$ has a square root $S$ with $S S^\top = H_f$, and then
 #
 # $$

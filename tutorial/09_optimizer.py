@@ -18,7 +18,7 @@
 #
 # By now we can turn a batch into one matrix for each layer, damp it, invert it, and apply it to a
 # gradient. An optimizer repeats this, and repetition raises three questions that a single batch
-# does not. What is remembered from one batch to the next? How far does a step go? And how seldom
+# does not. What is remembered from one batch to the next? How far does a step go? And how often
 # may the expensive parts be done? The answers are short, but each has a version that looks the
 # same and is wrong. This chapter derives the right ones, shows the wrong ones fail, and ends with
 # measurements of what all of it is worth, including where it is worth nothing.
@@ -1185,7 +1185,7 @@ print(f"loss of a batch {losses[0]:.2f} -> {statistics.mean(losses[-10:]):.3f}")
 
 
 def growth(s: Tensor, start: int, end: int) -> float:
-    """By what factor the eigenvalue that changes most does so."""
+    """The factor of the eigenvalue that changes most."""
     return (s[end] / s[start]).log().abs().max().exp().item()
 
 
@@ -1516,7 +1516,7 @@ if results:
 plt.show()
 
 # %% [markdown]
-# Against the best first-order method of each task, *clearly less* shall mean that the quartiles do
+# Against the best first-order method of each task, *clearly less* means that the quartiles do
 # not overlap: three quarters of the runs needed less than three quarters of its runs.
 
 

@@ -66,7 +66,7 @@ def sum_of(loss: nn.Module) -> nn.Module:
 
 
 def total_divisor(request: Request) -> float:
-    """By what the loss over all mini-batches divides the sum of its terms."""
+    """The number by which the loss over all mini-batches divides the sum of its terms."""
     if request.loss.reduction == "sum":
         return 1.0
     y = torch.cat([y for _, y in request.batches])

@@ -164,7 +164,7 @@ class Adapter(Protocol):
         ...
 
     def scale(self, request: Request, layer: str, part: PartName) -> float | None:
-        """By what the raw block exceeds the canonical one, as the documentation says.
+        """The factor between the raw block and the canonical one, as the documentation says.
 
         The canonical block is that of the loss exactly as PyTorch computes it, and for the
         empirical Fisher `sum_n grad_n grad_n^T / D` with the gradients of the sum of the loss's

@@ -9,7 +9,7 @@ exists:
   is never stored in the matrix.
 
 The unit of a matrix is that of the loss: a loss that is multiplied by `c` multiplies the matrix by
-`c`, and a damping that shall mean the same must be multiplied, too.
+`c`. A damping with the same effect is then also `c` times as large.
 
 `M.mixed(new, weight)` is the average of two matrices of a kind, where that has a meaning:
 `weight` is the share of the new one, and the old one has `1 - weight`. Rows of `V` are stored one

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import kfac_scratch.conformance
+from tests.definitions import defined
 
 ROOM = Path(kfac_scratch.conformance.__file__).parent
 CATALOGUES = {"findings", "adapters", "consumers", "museum", "mutations"}  # entries, not namespaces
@@ -14,19 +15,6 @@ MODULES = {
     for path in sorted(ROOM.rglob("*.py"))
     if not CATALOGUES & {*path.relative_to(ROOM).parts}
 }
-
-
-def defined(tree):
-    """The public names that a module binds by itself, imports apart."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names = [node.name]
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-        else:
-            continue
-        yield from (name for name in names if not name.startswith("_"))
 
 
 def twice(modules):

@@ -42,7 +42,7 @@ RIDDLES = (
 )
 
 
-def defined(module):
+def functions_and_classes(module):
     """Public functions and classes that a module defines, by name."""
     found = vars(importlib.import_module(module))
     return {
@@ -61,7 +61,7 @@ def is_protocol(value):
 def public():
     """Every public function and class, and every public method that a class itself defines."""
     for module in MODULES:
-        for name, value in defined(module).items():
+        for name, value in functions_and_classes(module).items():
             yield f"{module}.{name}", value
             for key, member in vars(value).items() if inspect.isclass(value) else ():
                 function = getattr(member, "fget", None) or getattr(member, "func", member)

@@ -8,22 +8,11 @@ from pathlib import Path
 import pytest
 
 import kfac_scratch
+from tests.definitions import defined
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kfac_scratch"
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if "conformance" not in p.parts]
-
-
-def defined(path):
-    """Public names that a module defines at its top level: functions, classes, values."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names = [node.name]
-        elif isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        else:
-            names = []
-        yield from (name for name in names if not name.startswith("_"))
 
 
 def places():
@@ -31,7 +20,7 @@ def places():
     found = defaultdict(list)
     for path in FILES:
         if path.name != "__init__.py":
-            for name in defined(path):
+            for name in defined(ast.parse(path.read_text(encoding="utf-8"))):
                 found[name].append(path.relative_to(PACKAGE).as_posix())
     return found
 

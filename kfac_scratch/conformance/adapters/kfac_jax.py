@@ -101,7 +101,7 @@ def _problem(request: Request) -> port.Problem:
 
 
 def _divisor(request: Request) -> float:
-    """By what the loss divides the sum of its terms."""
+    """The number by which the loss divides the sum of its terms."""
     if request.loss.reduction == "sum":
         return 1.0
     return float(sum((y != port.IGNORED).sum() for _, y in request.batches))

@@ -58,7 +58,7 @@ class Loss:
         raise ValueError(f"Unknown loss {self.kind!r}: a newer version of kfac_scratch made it.")
 
     def divisor(self, f: Tensor, y: Tensor) -> float:
-        """By what the sum of the loss's terms is divided."""
+        """The number by which the loss divides the sum of its terms."""
         total = Loss(self.kind, "sum", self.weight).module(f)(f, y)
         return float(total / self.module(f)(f, y))
 

@@ -83,7 +83,7 @@ def judge(
         flavour: Of KFAC.
         got: The implementation's numbers, in canonical layout.
         expected: What is right, for the same pieces.
-        documented: By what the documentation says that pieces exceed the canonical ones.
+        documented: The factor by which, says the documentation, pieces exceed canonical ones.
         sizes: Every layer's sizes, by letter.
     """
     complaint = unusable(case, got, expected)

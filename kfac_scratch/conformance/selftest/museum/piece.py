@@ -16,7 +16,7 @@ class Piece:
         slug: Its name in the museum.
         title: The mistake in words.
         part: The field of `KFAC` that is replaced.
-        wrong: By what.
+        wrong: The mistaken function that replaces it.
         why: Why it looks right.
         case: The case that rejects it first, and the flavour.
         thread: Where it happened, `owner/repository #number`; empty if it was seen in more places

@@ -36,7 +36,7 @@ def data_gradients(loss: nn.Module, f: Tensor, y: Tensor) -> Tensor:
 
 
 def term_weights(loss: nn.Module, f: Tensor, y: Tensor) -> Tensor:
-    """By what the curvature of each term is multiplied, `[N, positions, 1 or C]`."""
+    """The factor of the curvature of each term, `[N, positions, 1 or C]`."""
     if isinstance(loss, nn.CrossEntropyLoss):
         weight = f.new_ones(f.shape[1]) if loss.weight is None else loss.weight
         kept = y != loss.ignore_index

@@ -183,7 +183,7 @@ def terms(loss, f, y):
 
 
 def divisor(loss, f, y):
-    """By what the sum is divided."""
+    """The number by which the sum is divided."""
     if loss["reduction"] == "sum":
         return 1.0
     if loss["kind"] != "cross-entropy":

@@ -35,7 +35,7 @@ class Problem:
         parameters: By name.
         batches: Pairs of input and target.
         loss: `mse`, `cross-entropy` or `bce`.
-        divisor: By what the loss divides the sum of its terms.
+        divisor: The number by which the loss divides the sum of its terms.
         fisher: `type2`, `mc` or `empirical`.
         samples: Labels per datum, for `mc`.
         seed: For `mc`.
