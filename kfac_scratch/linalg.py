@@ -91,6 +91,12 @@ def eye_like(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
 
 
+COMPUTED = (
+    "If it was computed in a lower precision and cast, decompose it in that precision: float32 is "
+    "decomposed in float64 anyway."
+)
+
+
 def psd_eigh(
     M: Float[Tensor, "d d"], size: Float[Tensor, ""] | None = None
 ) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
@@ -120,7 +126,7 @@ def psd_eigh(
     if (asymmetry := (M - M.mT).abs().amax()) > 100 * unit.eps * largest:
         raise ValueError(
             f"A {tuple(M.shape)} matrix to be decomposed is not symmetric: entries differ by up to "
-            f"{asymmetry:.3g} (largest diagonal entry: {largest:.3g})."
+            f"{asymmetry:.3g} (largest diagonal entry: {largest:.3g}). {COMPUTED}"
         )
     exact = M.double()
     eigenvalues, Q = torch.linalg.eigh((exact + exact.mT) / 2)
@@ -129,7 +135,7 @@ def psd_eigh(
     if (eigenvalues < -tolerance).any():
         raise ValueError(
             f"A matrix that should be positive semi-definite has the eigenvalue "
-            f"{eigenvalues.min():.3g} (largest: {eigenvalues.max():.3g})."
+            f"{eigenvalues.min():.3g} (largest: {eigenvalues.max():.3g}). {COMPUTED}"
         )
     return eigenvalues.where(eigenvalues > unit.tiny, 0.0).to(M.dtype), Q.to(M.dtype)
 

@@ -1315,6 +1315,8 @@ for name, options in variants.items():
 # Parameters in float32, the forward pass in `bfloat16`: put `observe` into the same context as the
 # forward pass. Factors and inverses stay in float32, since eight bits of mantissa do not survive an
 # inversion ([Chapter 7](07_matrices.py)). With `float16`, step through a `GradScaler` as usual.
+# This is the way to use half precision. Parameters that are in half precision themselves are the
+# exception: their factors are in float32, too, but the vectors have been rounded on their way.
 
 # %%
 model = network().float()

@@ -5,6 +5,10 @@ the loss's vectors from the model's output to all recorded outputs. Nothing else
 hooks are gone afterwards (also after an exception), no `.grad` is written, no parameter gradient
 is computed, and modes and flags stay as they were.
 
+Rows and vectors have the precision of the parameters, and float32 at least: sums over many rows
+and inverses need it. Under `torch.autocast`, whose parameters are in float32, nothing is lost by
+it. A model whose parameters are in half precision has rounded its own vectors.
+
 Memory: `N * S * d_in + V * N * S * d_out` numbers for each layer, besides the graph of one forward
 pass. `stream` yields the vectors in chunks, so that `V` is bounded.
 
@@ -29,7 +33,14 @@ from kfac_scratch.border import (
     checked_names,
 )
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
-from kfac_scratch.capture.layers import Call, Layer, averaged_rows, input_rows, output_rows
+from kfac_scratch.capture.layers import (
+    Call,
+    Layer,
+    averaged_rows,
+    input_rows,
+    output_rows,
+    row_dtype,
+)
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import stored_as_columns
@@ -168,12 +179,12 @@ def check_capture(
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Suspend autocast, so that rows, vectors and factors keep the precision of the parameters."""
+    """Suspend autocast, so that rows, vectors and factors keep their precision."""
     return torch.autocast(device.type, enabled=False)
 
 
 def _upcast(f: Tensor) -> Tensor:
-    return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+    return f.to(torch.promote_types(f.dtype, torch.float32))
 
 
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
@@ -185,7 +196,7 @@ def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "gro
     rows = []
     for call in calls:
         ends = group.bias_inputs(call.layer)
-        row = input_rows(call.layer, call.x, ends).to(call.layer.weight.dtype)
+        row = input_rows(call.layer, call.x, ends)
         rows.append(row if group.weight is not None else row[..., -len(ends) :])
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
@@ -199,7 +210,6 @@ def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "gro
     means, counts = [], []
     for call in calls:
         row, S = averaged_rows(call.layer, call.x)
-        row = row.to(call.layer.weight.dtype)
         ends = row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
         means.append(torch.cat([row, ends] if group.weight is not None else [ends], dim=-1))
         counts.append(S)
@@ -210,8 +220,10 @@ def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "gro
 
 
 def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
-    pairs = zip(calls, gs, strict=True)
-    sums = [output_rows(c.layer, g).sum(3, keepdim=True) for c, g in pairs]
+    sums = [
+        output_rows(c.layer, g).sum(3, keepdim=True, dtype=row_dtype(c.layer))
+        for c, g in zip(calls, gs, strict=True)
+    ]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 

@@ -39,17 +39,25 @@ class Call:
     z: Tensor
 
 
+def row_dtype(layer: Layer) -> torch.dtype:
+    """The precision of a layer's rows and vectors: that of its weight, float32 at least.
+
+    Sums over many rows lose most digits of half precision, and its inverses lose all of them.
+    """
+    return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
 def input_rows(
     layer: Layer, x: Tensor, ends: Sequence[float] = ()
 ) -> Float[Tensor, "groups N S d_in"]:
     """The rows that `W` multiplies, each with the numbers `ends` behind it for bias columns."""
     match layer:
         case Conv1d() | Conv2d() | Conv3d():
-            return _written_patches(layer, x, ends)
+            return _written_patches(layer, x.to(row_dtype(layer)), ends)
         case Embedding():
             rows = _written(_one_hot(layer, x), 1, ends)
         case _:
-            rows = _written(x, 1, ends)
+            rows = _written(x.to(row_dtype(layer)), 1, ends)
     return rows.reshape(1, len(x), -1, rows.shape[-1])
 
 
@@ -60,10 +68,10 @@ def averaged_rows(layer: Layer, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_
     kernel element, so its cost and memory do not grow with the size of the kernel times `S`.
     """
     if isinstance(layer, Convolution):
-        return _averaged_patches(layer, x)
+        return _averaged_patches(layer, x.to(row_dtype(layer)))
     if isinstance(layer, Embedding):
         tokens = x.reshape(len(x), -1)
-        ones = torch.ones_like(tokens, dtype=layer.weight.dtype)
+        ones = torch.ones_like(tokens, dtype=row_dtype(layer))
         if layer.padding_idx is not None:
             ones = ones * (tokens != layer.padding_idx)
         counts = ones.new_zeros(len(x), layer.num_embeddings).scatter_add_(1, tokens, ones)
@@ -119,7 +127,7 @@ def check_layer(name: str, layer: Layer) -> None:
 
 
 def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
-    rows = one_hot(tokens, layer.num_embeddings).to(layer.weight.dtype)
+    rows = one_hot(tokens, layer.num_embeddings).to(row_dtype(layer))
     if layer.padding_idx is not None:
         rows[tokens == layer.padding_idx] = 0
     return rows

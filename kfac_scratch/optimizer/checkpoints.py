@@ -45,6 +45,10 @@ def _restored(like: Any, saved: Any) -> Any:
 
 
 def example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:
-    """A layer with weights of this shape on one sample of ones, to make examples of matrices."""
+    """A layer with weights of this shape on one sample of ones, to make examples of matrices.
+
+    Its rows have float32 at least, as those of `layer_ios` have.
+    """
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
     a, g = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
     return LayerIO(a[None, None], g[None, None, None])

@@ -9,6 +9,7 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §4.2.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -70,6 +71,9 @@ def blockwise(
 ) -> Preconditioner:
     """A function of matrices by block name as a function of values by parameter name.
 
+    Law: a step has the precision of its value. The matrices have float32 at least, as curvature
+    has, so that a model in half precision is stepped by it.
+
     Args:
         groups: The layers' groups, as `layer_groups` gives them.
         step: From one `[d_out, d_in]` matrix for each block to as many.
@@ -81,6 +85,7 @@ def blockwise(
         result = {}
         for group in groups:
             result.update(group.parameters([moved[name] for name in group.names]))
+        result = {name: step.to(values[name].dtype) for name, step in result.items()}
         others = [name for name in values if name not in result]
         if others and rest is None:
             raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
@@ -90,9 +95,12 @@ def blockwise(
 
 
 def block_matrices(groups: list[LayerGroup], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values by parameter name as one `[d_out, d_in]` matrix for each block, by its name."""
+    """Values by parameter name as one `[d_out, d_in]` matrix for each block, by its name.
+
+    The matrices have float32 at least, as the rows of `layer_ios` have.
+    """
     return {
-        name: V
+        name: V.to(torch.promote_types(V.dtype, torch.float32))
         for group in groups
         for name, V in zip(group.names, group.matrices(values), strict=True)
     }
