@@ -9,9 +9,9 @@ under short names is used with its module: `from kfac_scratch import curvature`,
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
-from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, rescaled
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, ekfac_reduce, rescaled
 from kfac_scratch.approximations.estimators import Approximation, Estimator, Latest, MovingAverage
-from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.approximations.kfac import foof, kfac, kfac_reduce
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     deflation,
@@ -158,6 +158,7 @@ __all__ = [
     "directional",
     "divisor",
     "ekfac",
+    "ekfac_reduce",
     "ekpsvd",
     "empirical",
     "exact_inverse",
@@ -172,6 +173,7 @@ __all__ = [
     "kfac",
     "kfac_corrected",
     "kfac_over",
+    "kfac_reduce",
     "kl_clip",
     "kpsvd",
     "krylov_space",

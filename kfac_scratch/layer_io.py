@@ -28,10 +28,14 @@ class LayerIO:
         g: `V` vectors for each sample, sent back from the loss to `z`. Their outer products sum to
             the loss curvature with respect to `z`. All scale of the loss is in `g`, none in `a`: a
             loss that is multiplied by `c` multiplies `g` by `sqrt(c)`, and every curvature by `c`.
+        positions: How many positions every row stands for. It is 1, except in a layer that
+            `reduced()` or `flavour=REDUCE` made of several: its `a` and `g` give KFAC-reduce, but
+            the gradient of a sample is lost (see `check_not_reduced`).
     """
 
     a: Float[Tensor, "N S d_in"]
     g: Float[Tensor, "V N S d_out"]
+    positions: int = 1
 
     def reduced(self) -> "LayerIO":
         """The layer as if it were applied once: mean of the inputs, sum of the vectors.
@@ -40,7 +44,8 @@ class LayerIO:
         for rows that exist already; `layer_ios(..., flavour=REDUCE)` gives the same without forming
         the rows of a convolution.
         """
-        return LayerIO(self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True))
+        S = self.positions * self.a.shape[1]
+        return LayerIO(self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True), S)
 
     def gradients(self) -> Float[Tensor, "V N d_out d_in"]:
         """Every vector's gradient with respect to `W`: `G[v, n] = sum_s g[v, n, s] a[n, s]^T`.
@@ -81,6 +86,24 @@ class LayerIO:
         return block
 
 
+def check_not_reduced(io: LayerIO, approximation: str) -> None:
+    """Refuse a reduced layer where an approximation needs the gradients of samples.
+
+    The mean input times the sum of vectors is not the sum of their products over positions, so that
+    a reduced layer with several positions has the factors of KFAC-reduce and nothing else.
+
+    Raises:
+        ValueError: Naming the approximation, the positions, and the way out.
+    """
+    if io.positions > 1:
+        raise ValueError(
+            f"{approximation} needs the gradient of every sample, but each row stands for "
+            f"{io.positions} positions of it (flavour=REDUCE or io.reduced()): use flavour=EXPAND. "
+            "With it, approximation=ekfac_reduce has KFAC-reduce's eigenvectors; in training, "
+            "AmortisedEKFAC(factors=MovingAverage(kfac_reduce)) has."
+        )
+
+
 def concatenate(ios: Sequence[LayerIO], shares: Sequence[float]) -> LayerIO:
     """Join several batches of one layer along `N`, for a loss that is a weighted sum of theirs.
 
@@ -106,4 +129,6 @@ def concatenate(ios: Sequence[LayerIO], shares: Sequence[float]) -> LayerIO:
     V = max(len(io.g) for io in ios)
     g = [share**0.5 * io.g for io, share in zip(ios, shares, strict=True)]
     g = [torch.cat([x, x.new_zeros(V - len(x), *x.shape[1:])]) for x in g]
-    return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g, dim=1))
+    return LayerIO(
+        torch.cat([io.a for io in ios]), torch.cat(g, dim=1), max(io.positions for io in ios)
+    )

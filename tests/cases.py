@@ -26,6 +26,8 @@ from torch.nn import (
     Tanh,
 )
 
+from kfac_scratch import LayerIO
+
 REDUCTIONS = ("mean", "sum")
 
 
@@ -355,3 +357,8 @@ ZERO_PADDED_ABOVE = with_reductions(
         layers=("0",),
     )
 )
+
+
+def one_position(io: LayerIO) -> LayerIO:
+    """The first position of a layer alone."""
+    return LayerIO(io.a[:, :1], io.g[:, :, :1])

@@ -41,6 +41,7 @@ def test_reducing_twice_changes_nothing(device):
     once = example(device).reduced()
     check_equal(once.reduced().a, once.a)
     check_equal(once.reduced().g, once.g)
+    assert once.reduced().positions == once.positions == S
 
 
 def test_reduction_is_exact_if_all_positions_agree(device):

@@ -13,6 +13,7 @@ from kfac_scratch import (
     REDUCE,
     Kronecker,
     ekfac,
+    ekfac_reduce,
     empirical,
     foof,
     kfac,
@@ -22,7 +23,7 @@ from kfac_scratch import (
 )
 from kfac_scratch.curvature import block_index, diagonal_blocks
 from tests import reference
-from tests.nets import BY_NAME, LOSSES, REDUCTIONS, N, problem
+from tests.nets import BY_NAME, LOSSES, REDUCTIONS, N, problem, targets
 from tests.reference import distance
 
 TOLERANCE = 1e-10
@@ -276,3 +277,16 @@ def test_ekfac_is_that_of_curvlinops(net, loss, reduction, fisher):
     ios = layer_ios(*args, fisher)
     theirs = reference.ekfac(*args, "type-2" if fisher is type2 else "empirical")
     check_equal({n: ekfac(io).dense() for n, io in ios.items() if n in theirs}, theirs)
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv2d", "two_convolutions"])
+@losses
+@pytest.mark.parametrize("fisher", [type2, empirical])
+def test_ekfac_reduce_is_that_of_curvlinops(net, loss, fisher):
+    """With samples enough for factors of full rank: a null space has no one basis."""
+    model, loss, X, _ = problem(net, loss, "mean")
+    X = torch.randn(40, *X.shape[1:])
+    args = model, loss, X, targets(loss, model(X).detach())
+    name = "type-2" if fisher is type2 else "empirical"
+    ios, theirs = layer_ios(*args, fisher), reference.ekfac(*args, name, kfac_approx="reduce")
+    check_equal({n: ekfac_reduce(io).dense() for n, io in ios.items() if n in theirs}, theirs)

@@ -25,6 +25,7 @@
 
 # %%
 from collections.abc import Iterator
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,8 +33,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
-from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, rescaled, second_moments
-from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.ekfac import (
+    AmortisedEKFAC,
+    ekfac,
+    ekfac_reduce,
+    rescaled,
+    second_moments,
+)
+from kfac_scratch.approximations.kfac import kfac, kfac_reduce
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
@@ -206,6 +213,27 @@ print(f"error: {right:.3f} per datum, {wrong:.3f} per position")
 assert_exact(kfac(flat).dense(), kfac(io).dense())  # KFAC itself cannot tell them apart
 assert wrong > 1.05 * right
 assert abs(per_position.trace() - io.block().trace()) > 0.01 * io.block().trace()
+
+# %% [markdown]
+# **KFAC-reduce has eigenvectors, too.** They come from the mean input and the summed vector over
+# positions ([Chapter 6](06_weight_sharing.py)), and [Theorem 10.1] holds for any basis. The second
+# moments still need every datum's gradient, which is the sum of products $g_s a_s^\top$ and not the
+# product of $\sum_s g_s$ and the mean $a_s$. So EKFAC-reduce takes its basis from `io.reduced()` and its
+# moments from `io`. A reduced layer knows how many positions a row stands for, and EKFAC refuses it.
+
+# %%
+code(ekfac_reduce)
+K, E = kfac_reduce(io), ekfac_reduce(io)
+right, plain = (relative_error(M.dense(), io.block()) for M in (E, K))
+print(f"error: {right:.3f} of EKFAC-reduce, {plain:.3f} of KFAC-reduce")
+assert right < plain
+assert_exact(E.trace(), io.block().trace())
+try:
+    ekfac(io.reduced())
+except ValueError as error:
+    print(fill(str(error), 90))
+else:
+    raise AssertionError("the gradients of data are lost")
 
 # %% [markdown]
 # ## Where EKFAC is exact

@@ -9,7 +9,7 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectation
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import isclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -79,12 +79,12 @@ class Gathered(Generic[M_co]):
             return [io]
         if not new_batch:
             last = state[-1]
-            return [*state[:-1], LayerIO(last.a, torch.cat([last.g, io.g]))]
+            return [*state[:-1], replace(last, g=torch.cat([last.g, io.g]))]
         if io.a.shape[1] != state[-1].a.shape[1]:
             raise ValueError(
                 f"A layer met {state[-1].a.shape[1]} positions in one batch and {io.a.shape[1]} in "
-                "another, which cannot be joined: pass batches of one length, flavour=REDUCE, or "
-                "FactorSums(), which takes any."
+                "another, which cannot be joined: pass batches of one length, or FactorSums(), "
+                "which takes any. Approximations of KFAC's factors take flavour=REDUCE, too."
             )
         return [*state, io]
 

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.approximations.ekfac import second_moments
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker_sum import ConjugateGradientInverse
@@ -41,7 +41,12 @@ def cg_fac(io: LayerIO) -> "Gradients":
     Law: `cg_fac(io).dense() == io.block()`.
     Cost: memory of the batch, `N * S * (d_in + V * d_out)`; a product
     `2 * N * S * d_out * (d_in + V)` operations.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "CG-FAC")
     return Gradients(io)
 
 
@@ -164,7 +169,12 @@ def gradient_kernel(io: LayerIO) -> Float[Tensor, "K K"]:
 
     Cost: with `K = V * N` gradients, `K**2 * d_out + N**2 * d_in` operations for one position. With
     several, gradients are formed: `K**2 * D` operations, memory `K * D`.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "The kernel of gradients")
     V, _, S, _ = io.g.shape
     if S == 1:
         a, g = io.a.squeeze(1), io.g.squeeze(2).flatten(0, 1)
@@ -195,6 +205,9 @@ def same_batch_step(
 
     It needs no division by the damping:
     $(U U^\top + \delta I)^{-1} U c = U (U^\top U + \delta I)^{-1} c$ with the kernel $U^\top U$.
+
+    Raises:
+        ValueError: As `kernel_inverse` and `gradient_kernel`.
     """
     y = torch.cholesky_solve(c.reshape(-1, 1), _damped_kernel(io, damping))
     return io.combination(y.reshape(c.shape))

@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.approximations.estimators import Estimator, MovingAverage
-from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kfac import kfac, kfac_reduce
 from kfac_scratch.border import check_count, check_instance
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.matrices.kronecker import KroneckerEigen
 from kfac_scratch.matrices.matrix import Matrix
 
@@ -40,8 +40,30 @@ def ekfac(io: LayerIO) -> KroneckerEigen:
     near as KFAC; the trace is exact.
     Cost: that of `kfac`, two eigendecompositions, `O(d_in**3 + d_out**3)`, and `second_moments`;
     memory `d_in**2 + d_out**2 + d_in * d_out`.
+
+    Raises:
+        ValueError: As `second_moments`.
     """
     return rescaled(kfac(io).eigen(), io)
+
+
+def ekfac_reduce(io: LayerIO) -> KroneckerEigen:
+    """EKFAC-reduce: the eigenvectors of KFAC-reduce with the second moments of the gradients.
+
+    Use it with `flavour=EXPAND`, where KFAC-reduce is the better one of the two. Not where its
+    memory for all rows is too large. In training,
+    `AmortisedEKFAC(factors=MovingAverage(kfac_reduce))` is its moving average.
+
+    Law: nearest to the exact block among all matrices with KFAC-reduce's eigenvectors; the trace is
+    exact. If a factor has a null space (fewer samples than inputs), its eigenvectors there are any
+    basis of it, and their eigenvalues, which the gradients of samples have there, depend on it.
+    Cost: as `ekfac`.
+    Source: Eschenhagen et al. 2023 (arXiv:2311.00636) for the factors; curvlinops has it, too.
+
+    Raises:
+        ValueError: If `flavour=REDUCE` has already lost the gradients of samples.
+    """
+    return rescaled(kfac_reduce(io).eigen(), io)
 
 
 def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEigen:
@@ -59,7 +81,7 @@ def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEig
             averages over batches pass their own.
 
     Raises:
-        ValueError: If the decay is not in [0, 1].
+        ValueError: If the decay is not in [0, 1], or as `second_moments`.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in [0, 1], got {decay}.")
@@ -150,7 +172,12 @@ def second_moments(
 
     Cost: `N * S * (d_in**2 + V * d_out**2)` operations for the rotation. Then `N * d_in * d_out`
     with one position; `V * N * S * d_in * d_out`, and memory `N * d_in * d_out`, with several.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "EKFAC, or the second moments in any basis,")
     a, g = io.a @ QA, io.g @ QB
     if a.shape[1] == 1:  # the square of an outer product is the outer product of squares
         return g.square().sum((0, 2)).T @ a.squeeze(1).square()

@@ -35,6 +35,20 @@ def kfac(io: LayerIO) -> Kronecker:
     return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))
 
 
+def kfac_reduce(io: LayerIO) -> Kronecker:
+    """KFAC-reduce: KFAC of the mean input and the summed vector over positions.
+
+    Use it where one set of vectors serves both forms, and for the eigenvectors of `AmortisedEKFAC`.
+    Not for a convolution by itself: `kfac` with `flavour=REDUCE` gives the same without its rows.
+
+    Law: exact if all positions of a sample receive the same vector, or have the same input, and
+    KFAC is exact for the mean input and the summed vector.
+    Cost: that of `kfac` with one position.
+    Source: Eschenhagen et al. 2023 (arXiv:2311.00636), eq. 22.
+    """
+    return kfac(io.reduced())
+
+
 def foof(io: LayerIO) -> Kronecker:
     """FOOF: the input factor alone, `I ⊗ A`.
 

@@ -14,7 +14,7 @@ Source: Koroko et al. 2022 (arXiv:2201.10285): KPSVD, Deflation, Lanczos, KFAC-C
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ class Recompressed:
             return self.nearest(Rearranged(io))
         terms = (state.first, state.second) if isinstance(state, KroneckerSum) else (state,)
         old = tuple(Kronecker((1 - weight) * K.A, K.B) for K in terms)
-        return self.nearest(Rearranged(LayerIO(io.a, weight**0.5 * io.g), old))
+        return self.nearest(Rearranged(replace(io, g=weight**0.5 * io.g), old))
 
 
 def guarded(M: KroneckerSum, damping: float, margin: float = 0.1) -> KroneckerSum:

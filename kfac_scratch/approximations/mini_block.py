@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.linalg import eye_like, gram
 from kfac_scratch.matrices.block_diagonal import BlockDiagonal, FiltersAndBias
 from kfac_scratch.matrices.diagonal import Diagonal
@@ -40,7 +40,12 @@ def mini_block(io: LayerIO) -> BlockDiagonal:
     Cost: `N * d_out * d_in**2` operations with one position, `V * N * d_out * d_in * (S + d_in)`
     with several; memory `d_out * d_in**2 + N * d_out * d_in`. An inverse takes
     `O(d_out * d_in**3)`.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "The mini-block Fisher")
     return BlockDiagonal(_blocks(io, io.a.shape[-1]))
 
 
@@ -62,6 +67,7 @@ def mini_block_filters(size: int) -> Callable[[LayerIO], FiltersAndBias]:
     """
 
     def approximation(io: LayerIO) -> FiltersAndBias:
+        check_not_reduced(io, "The mini-block Fisher")
         d_out, d_in = io.g.shape[-1], io.a.shape[-1]
         if size < 1 or d_in < size or d_in % size > 1:
             raise ValueError(
@@ -87,7 +93,12 @@ def mini_block_shared(io: LayerIO) -> Kronecker:
     Law: no matrix of the form `I ⊗ A` is nearer to the exact block, and the trace is exact.
     Cost: `N * d_in**2` operations with one position, `V * N * d_out * d_in * (S + d_in)` with
     several, where memory holds `N * d_out * d_in` numbers; memory `d_in**2 + d_out**2`.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "The mini-block Fisher")
     d_out = io.g.shape[-1]
     if io.a.shape[1] == 1:
         A = gram(io.g.square().sum((0, 3)).sqrt().unsqueeze(-1) * io.a)
@@ -210,5 +221,10 @@ def mini_block_rows(io: LayerIO) -> BlocksByRows:
     Law: the same matrix as `mini_block`.
     Cost: memory of the batch, `N * S * (d_in + V * d_out)`, with `V = 1` for one position; a
     product `2 * N * S * d_out * (d_in + V)` operations; for the inverse see `BlocksByRows.inverse`.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "The mini-block Fisher")
     return BlocksByRows(_merged(io))

@@ -11,7 +11,7 @@ the damped product, the window, and one step for the batch's own gradient are ad
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kfac_scratch.border import check_count, check_function
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.matrices.kronecker_columns import (
     FactoredWoodburyInverse,
     KroneckerColumns,
@@ -55,7 +55,7 @@ def mean_over_positions(io: LayerIO) -> LayerIO:
     Cost: memory `N * (d_in + V * d_out)`.
     """
     reduced = io.reduced()
-    return LayerIO(reduced.a, reduced.g / io.a.shape[1])
+    return replace(reduced, g=reduced.g / io.a.shape[1])
 
 
 def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
@@ -81,10 +81,11 @@ def at_positions(io: LayerIO, positions: Int[Tensor, "T"]) -> LayerIO:
 
     Vectors are multiplied by the root of `S` over the number of positions that are kept. `A` is a
     mean and needs no scale. Law: the factors of the parts of an equal partition average to those of
-    all positions.
+    all positions. Not for approximations of the gradients of samples, which the gradients of some
+    positions are not.
     """
     grow = (io.a.shape[1] / len(positions)) ** 0.5
-    return LayerIO(io.a[:, positions], grow * io.g[:, :, positions])
+    return replace(io, a=io.a[:, positions], g=grow * io.g[:, :, positions])
 
 
 def push_through(
@@ -99,8 +100,10 @@ def push_through(
     Cost: with `K = V * N * S` columns, `O((d_in + d_out) * K**2 + K**3)` operations, memory `K**2`.
 
     Raises:
-        ValueError: If a damping is not positive, or is lost in round-off.
+        ValueError: If a damping is not positive, or is lost in round-off; if rows stand for several
+            positions (`flavour=REDUCE`): the gradient of a sample is not in them.
     """
+    check_not_reduced(io, "The step for a batch's own gradient")
     N, S, _ = io.a.shape
     a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)  # [NS, d_in], [VNS, d_out]
     between = torch.cholesky_inverse(gram_root(a.mT / (N * S) ** 0.5, damping_A))  # [NS, NS]

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.linalg import gram
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.rearranged import gradients_in_parts
@@ -95,7 +95,12 @@ def tkfac(io: LayerIO) -> PartialTraces:
     Cost: with one position, that of `kfac`; with several,
     `V * N * d_in * d_out * (S + d_in + d_out)` operations, by parts of the gradients with `2**22`
     entries. Memory `d_in**2 + d_out**2`.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
+    check_not_reduced(io, "TKFAC")
     if io.a.shape[1] == 1:
         return _weighted_factors(io)
     A = io.a.new_zeros(io.a.shape[-1], io.a.shape[-1])

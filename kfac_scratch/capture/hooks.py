@@ -17,7 +17,7 @@ Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,6 +39,7 @@ from kfac_scratch.capture.layers import (
     averaged_rows,
     input_rows,
     output_rows,
+    positions,
     row_dtype,
 )
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
@@ -52,11 +53,12 @@ class Flavour:
     """A pair of rules that make the `S` rows of a `LayerIO` from a layer's positions.
 
     There are two: `EXPAND`, in which every position is a row, and `REDUCE`, which averages inputs
-    and sums vectors over positions to one row.
+    and sums vectors over positions to one row. `positions` says how many a row stands for.
     """
 
     inputs: Callable[[LayerGroup, list[Call]], Float[Tensor, "groups N S d_in"]]
     outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
+    positions: Callable[[list[Call]], int]
 
 
 def layer_ios(
@@ -106,7 +108,7 @@ def layer_ios(
     if len(parts) == 1:
         return parts[0]
     return {
-        name: LayerIO(io.a, _joined([part[name].g for part in parts]))
+        name: replace(io, g=_joined([part[name].g for part in parts]))
         for name, io in parts[0].items()
     }
 
@@ -157,7 +159,8 @@ def stream(
         for group, a in zip(groups, used, strict=True):
             g = flavour.outputs(calls[group.name], [next(sent) for _ in calls[group.name]])
             for name, a_, g_ in zip(group.names, a, g, strict=True):
-                ios[name] = LayerIO(a_, g_.to(a_.dtype))
+                rows = flavour.positions(calls[group.name])
+                ios[name] = LayerIO(a_, g_.to(a_.dtype), rows)
         yield ios
 
 
@@ -227,11 +230,19 @@ def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "group
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-EXPAND = Flavour(_expanded_inputs, _expanded_outputs)
+def _all_positions(calls: list[Call]) -> int:
+    return sum(positions(call.layer, call.z) for call in calls)
+
+
+EXPAND = Flavour(_expanded_inputs, _expanded_outputs, lambda calls: 1)
 """KFAC-expand: every position is a row, as if it were another sample."""
 
-REDUCE = Flavour(_averaged_inputs, _summed_outputs)
-"""KFAC-reduce: one row per sample, with mean inputs and summed vectors over positions."""
+REDUCE = Flavour(_averaged_inputs, _summed_outputs, _all_positions)
+"""KFAC-reduce: one row per sample, with mean inputs and summed vectors over positions.
+
+Use it for `kfac` and what keeps its factors: `foof`, `skfac`, `randomized`, `Brand`. Approximations
+of the gradients of samples refuse it where a layer has several positions; see `ekfac_reduce`.
+"""
 
 
 def _forward(

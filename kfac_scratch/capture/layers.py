@@ -90,6 +90,11 @@ def output_rows(layer: Layer, g: Float[Tensor, "V N ..."]) -> Float[Tensor, "gro
     return g.reshape(1, V, N, -1, g.shape[-1])
 
 
+def positions(layer: Layer, z: Float[Tensor, "N ..."]) -> int:
+    """The number `S` of positions at which a layer was applied, from the shape of its output."""
+    return prod(z.shape[2:] if isinstance(layer, Convolution) else z.shape[1:-1])
+
+
 def weight_matrix(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out d_in"]:
     """A tensor shaped like the layer's weight as the matrices `W` of its groups."""
     if isinstance(layer, Convolution):

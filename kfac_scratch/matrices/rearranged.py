@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.kronecker import Kronecker
 
@@ -40,10 +40,17 @@ class Rearranged:
     Cost: memory is that of `io`. A product with `R` or its transpose costs
     `N * d_in**2 + V * N * d_out**2` operations with one position, as much as KFAC's factors, and
     `V * N * d_in * d_out * (S + d_in + d_out)` with several, where gradients are formed in parts.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
 
     io: LayerIO
     plus: tuple[Kronecker, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_not_reduced(self.io, "KPSVD")
 
     def to_outputs(self, X: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_out d_out"]:
         """`R vec(X)` as a matrix: the sum of `G X G^T` over all gradients, for symmetric `X`."""

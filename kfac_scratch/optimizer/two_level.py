@@ -34,7 +34,7 @@ from torch.nn import Module
 from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, layer_names
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.losses import BackpropagatedVectors
 from kfac_scratch.matrices.matrix import LinearMap, check_damping
 from kfac_scratch.optimizer.coarse_spaces import BlockValues, CoarseSpace, Space, nicolaides_space
@@ -58,8 +58,14 @@ def joint_curvature(ios: Mapping[str, LayerIO], damping: float = 0.0) -> BlockMa
     Args:
         ios: All blocks on one batch.
         damping: The multiple of the identity that is added. The default is the curvature itself.
+
+    Raises:
+        ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
+            is not in them.
     """
     check_damping(damping)
+    for name, io in ios.items():
+        check_not_reduced(io, f"The curvature between blocks (block {name!r})")
 
     def product(X: BlockValues) -> dict[str, Tensor]:
         products = [io.inner_products(X[name]) for name, io in ios.items()]
@@ -85,6 +91,7 @@ def coarse_matrix(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Float
     """
     phi, lengths = [], []
     for name, io in ios.items():
+        check_not_reduced(io, f"The coarse level (block {name!r})")
         z = torch.einsum("nsi,moi->mnso", io.a, Z[name])
         phi.append(torch.einsum("vnso,mnso->mvn", io.g, z).flatten(1))
         lengths.append(Z[name].flatten(1) @ Z[name].flatten(1).T)

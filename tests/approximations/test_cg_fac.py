@@ -20,7 +20,7 @@ from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import conjugate_gradient
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.optimizer.checkpoints import restored, tensors
-from tests.cases import CONV_PER_LOCATION, NONLINEAR
+from tests.cases import CONV_PER_LOCATION, NONLINEAR, one_position
 from tests.laws import check_differs, check_equal, check_matrix
 
 D_IN, D_OUT = 7, 5
@@ -79,7 +79,7 @@ def test_products_and_sums_are_those_of_the_gradients(N, S, V, device):
     check_equal(gradient_kernel(io), G @ G.T)
 
 
-@pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
+@pytest.mark.parametrize("view", [lambda io: io, one_position])
 @pytest.mark.parametrize("case", [NONLINEAR[0], CONV_PER_LOCATION[10]], ids=str)
 def test_obeys_the_laws_of_matrices(case, view, device):
     for io in layer_ios(*case.build(device)).values():

@@ -12,7 +12,7 @@ from kfac_scratch.approximations.mini_block import (
 )
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import concatenate
-from tests.cases import CONV_PER_LOCATION, NONLINEAR
+from tests.cases import CONV_PER_LOCATION, NONLINEAR, one_position
 from tests.laws import check_differs, check_equal, check_matrix
 
 
@@ -32,7 +32,7 @@ def distance(M, io):
 
 
 SHARED = pytest.mark.parametrize("S", [1, 4])
-VIEWS = pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
+VIEWS = pytest.mark.parametrize("view", [lambda io: io, one_position])
 APPROXIMATIONS = (mini_block, mini_block_rows, mini_block_shared)
 
 

@@ -7,7 +7,14 @@ from kfac_scratch.approximations.estimators import MovingAverage, weight_of_newe
 from kfac_scratch.approximations.tkfac import PartialTraces, tkfac
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.optimizer.checkpoints import restored, tensors
-from tests.cases import CONSTANT_HESSIAN, CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR, ONE_DATUM
+from tests.cases import (
+    CONSTANT_HESSIAN,
+    CONV_PER_LOCATION,
+    DEEP_LINEAR,
+    NONLINEAR,
+    ONE_DATUM,
+    one_position,
+)
 from tests.laws import check_differs, check_equal, check_matrix, check_spectrum
 
 SHARED = pytest.mark.parametrize("S", [1, 4])
@@ -224,7 +231,7 @@ def test_may_be_farther_than_kfac(device):
 # ---- as a matrix ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
+@pytest.mark.parametrize("view", [lambda io: io, one_position])
 @pytest.mark.parametrize("case", [NONLINEAR[0], CONV_PER_LOCATION[10]], ids=str)
 def test_obeys_the_laws_of_matrices(case, view, device):
     for io in layer_ios(*case.build(device)).values():

@@ -91,6 +91,7 @@ def test_reduce_setting_is_the_reduced_view(net, device):
     model, *data = problem(net, CrossEntropyLoss, device=device)
     ios = layer_ios(model, *data, flavour=REDUCE)
     for name, io in layer_ios(model, *data).items():
+        assert (io.positions, ios[name].positions) == (1, io.a.shape[1])
         check_same(ios[name], io.reduced(), size=io.g.abs().max())
 
 

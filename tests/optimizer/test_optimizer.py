@@ -21,9 +21,9 @@ from torch.nn import (
     Tanh,
 )
 
-from kfac_scratch import EXPAND, REDUCE, ekfac, empirical, foof, kfac, layer_ios, type2
+from kfac_scratch import EXPAND, REDUCE, ekfac, empirical, foof, kfac, kfac_reduce, layer_ios, type2
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
-from kfac_scratch.approximations.estimators import Latest
+from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.curvature import block_index, flatten_values, ggn, hessian
 from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative_damping
 from kfac_scratch.optimizer.optimizer import KFAC
@@ -504,7 +504,11 @@ for name in RESUMABLE:
 """
 RESUMABLE = {
     "kfac": {"controls": [graft(), kl_clip(0.01)]},
-    "amortised": {"approximation": AmortisedEKFAC(2), "controls": [graft()], "flavour": REDUCE},
+    "amortised": {
+        "approximation": AmortisedEKFAC(2, MovingAverage(kfac_reduce)),
+        "controls": [graft()],
+    },
+    "reduce": {"controls": [graft()], "flavour": REDUCE},
     "model": {"controls": [quadratic_model()], "adapt_damping": levenberg_marquardt},
     "factored": {"invert": factored_inverse, "lr": 0.1, "controls": [norm_constraint(0.3)]},
 }

@@ -58,7 +58,7 @@ MUTANTS = [
     ),
     capture(
         "expand for reduce",
-        "REDUCE = Flavour(_averaged_inputs, _summed_outputs)",
+        "REDUCE = Flavour(_averaged_inputs, _summed_outputs, _all_positions)",
         "REDUCE = EXPAND",
         "sum-pooled-mse-mean-bias",
         "reduce",
@@ -97,8 +97,8 @@ MUTANTS = [
     ),
     Mutant(
         "the mean of the vectors in the reduced view",
-        "self.g.sum(2, keepdim=True))",
-        "self.g.mean(2, keepdim=True))",
+        "self.g.sum(2, keepdim=True), S)",
+        "self.g.mean(2, keepdim=True), S)",
         ("operator-reduce-1d-sum", "reduce"),
     ),
     Mutant(
@@ -109,8 +109,8 @@ MUTANTS = [
     ),
     Mutant(
         "vectors of mini-batches joined in another order than their inputs",
-        "return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g, dim=1))",
-        "return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g[::-1], dim=1))",
+        "torch.cat([io.a for io in ios]), torch.cat(g, dim=1), max",
+        "torch.cat([io.a for io in ios]), torch.cat(g[::-1], dim=1), max",
         ("batches-unequal-ekfac", "ekfac"),
     ),
 ]
