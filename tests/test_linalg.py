@@ -57,6 +57,17 @@ def test_gram_sums_outer_products_of_rows(K, S, d, as_columns, device):
     check_equal(gram(rows), torch.einsum("ksi,ksj->ij", rows, rows))
 
 
+@pytest.mark.parametrize("as_columns", [True, False])
+@pytest.mark.parametrize(("K", "S", "d"), [(1, 100, 193), (3, 260, 255), (33, 12, 387)])
+def test_gram_by_quarters_is_the_symmetric_sum_of_outer_products(K, S, d, as_columns, device):
+    for dtype in (torch.float64, torch.float32):
+        rows = torch.randn(K, S, d, device=device, dtype=dtype)
+        flat = rows.reshape(-1, d)
+        M = gram(rows.mT.contiguous().mT if as_columns else rows)
+        check_equal(M, flat.T @ flat)
+        assert (M - M.mT).abs().max() <= 4 * torch.finfo(dtype).eps * M.abs().max()
+
+
 def test_psd_eigh_decomposes(device):
     M = psd(5, device, rank=3)
     s, Q = psd_eigh(M)

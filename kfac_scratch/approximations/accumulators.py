@@ -47,7 +47,10 @@ class Accumulator(Protocol[M_co]):
         ...
 
     def matrix(self, state: Any, divisor: float) -> M_co:
-        """The matrix of all samples, for a loss that is the sum of its terms over `divisor`."""
+        """The matrix of all samples, for a loss that is the sum of its terms over `divisor`.
+
+        It may use the state's memory, so that the state is not used again.
+        """
         ...
 
 
@@ -115,8 +118,8 @@ class FactorSums:
         return RunningFactors(gram(io.a).add_(state.A), B.add_(state.B), state.rows + rows)
 
     def matrix(self, state: "RunningFactors", divisor: float) -> Kronecker:
-        """`kfac` of all parts together."""
-        return Kronecker(state.A / state.rows, state.B / divisor)
+        """`kfac` of all parts together, in the memory of the sums."""
+        return Kronecker(state.A.div_(state.rows), state.B.div_(divisor))
 
 
 @dataclass(frozen=True, eq=False)

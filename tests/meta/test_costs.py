@@ -183,6 +183,18 @@ def test_second_moments_cost_the_rotation_and_the_squares(S, device):
     assert multiplications(moments(layer(S, device))) == expected
 
 
+@pytest.mark.parametrize("as_columns", [True, False])
+@pytest.mark.parametrize(
+    ("S", "d", "share"), [(1030, 1024, 36 / 64), (401, 400, 10 / 16), (200, 192, 1)]
+)
+def test_gram_of_wide_rows_takes_half_the_multiplications_of_a_plain_product(
+    S, d, share, as_columns, device
+):
+    rows = torch.ones(1, S, d, device=device)
+    rows = rows.mT.contiguous().mT if as_columns else rows
+    assert multiplications(lambda: gram(rows)) == share * S * d**2
+
+
 def test_another_formula_would_be_noticed(device):
     counted = multiplications(lambda: kfac(layer(4, device)))
     assert counted != eval("N * S * (V * d_in**2 + d_out**2)", {}, sizes("kfac", 4))

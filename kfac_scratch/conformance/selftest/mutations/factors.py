@@ -4,7 +4,7 @@ from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
 from kfac_scratch.conformance.vocabulary import Flavour
 
 FACTORS = "return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))"
-SUMS = "return Kronecker(state.A / state.rows, state.B / divisor)"
+SUMS = "return Kronecker(state.A.div_(state.rows), state.B.div_(divisor))"
 
 
 def kfac(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
@@ -84,7 +84,7 @@ MUTANTS = [
         "        if new_batch:\n            return Running",
         "batches-unequal-cross-entropy-mean",
     ),
-    kfac("factors exchanged in scale", SUMS, SUMS.replace(" / divisor", ""), "mlp-mse-mean"),
+    kfac("factors exchanged in scale", SUMS, SUMS.replace(".div_(divisor)", ""), "mlp-mse-mean"),
     ekfac(
         "squares before the sum over positions",
         "moments += LayerIO(a, part).gradients().square().sum((0, 1))",
@@ -123,20 +123,20 @@ MUTANTS = [
     ),
     Mutant(
         "the Gram matrix of columns stored as rows",
-        "return torch.stack([(r.mT @ r).sum(0) for r in rows.split(32)]).sum(0)",
-        "return torch.stack([(r.mT @ r).sum(0) for r in rows.split(3)])[0]",
+        "pairs = zip(x.split(32), y.split(32), strict=True)",
+        "pairs = [(x[:3], y[:3])]",
         ("conv2d-plain-per-location-mse-mean", "expand"),
     ),
     Mutant(
         "one datum missing in the Gram matrix",
-        "flat = rows.reshape(-1, d)\n",
-        "flat = rows.reshape(-1, d)[1:]\n",
+        "return _symmetric_product(rows.reshape(-1, d), _product)",
+        "return _symmetric_product(rows.reshape(-1, d)[1:], _product)",
         ("deep-linear-mse-sum-bias", "expand"),
     ),
     Mutant(
         "centred covariances",
-        "return flat.T @ flat\n",
-        "return (flat - flat.mean(0)).T @ (flat - flat.mean(0))\n",
+        "return x.mT @ y\n",
+        "return (x - x.mean(0)).mT @ (y - y.mean(0))\n",
         ("deep-linear-mse-sum-bias", "expand"),
     ),
 ]
