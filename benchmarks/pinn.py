@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.factors import _synchronize, about
+from benchmarks.measure import about, clock, peak_memory
 from kfac_scratch import ekfac, kfac
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.approximations.kpsvd import kpsvd
@@ -93,28 +93,6 @@ def arithmetic(run: Callable[[], None]) -> int:
     return counted.count
 
 
-def peak_memory(run: Callable[[], None], device: torch.device) -> float | None:
-    """Mebibytes above what was in use before, if the system can tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory would be used again, unseen
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        run()
-        return (_status("VmHWM") - before) / 2**10
-    except OSError:
-        return None
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(name)).split()[1])
-
-
 def laplacians(device: torch.device, rounds: int) -> list[dict]:
     rows = []
     for d in (2, 5, 10, 20, 50, 100):
@@ -155,16 +133,13 @@ def processor_times(
     runs: dict[str, Callable], rounds: int, device: torch.device
 ) -> dict[str, float]:
     """Median milliseconds over rounds: of the processor, or on a GPU of the clock."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 2):
         for name, run in runs.items():
-            _synchronize(device)
-            start = clock()
+            start = clock(device)
             run()
-            _synchronize(device)
             if i > 1:
-                times[name].append(1e3 * (clock() - start))
+                times[name].append(1e3 * (clock(device) - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -384,12 +359,11 @@ def run(
     test = problem.points(9000, torch.Generator(device).manual_seed(1000 + seed))
     used, count, curve, due = 0.0, 0, [(0.0, problem.error(model, test))], 0.25
     while used < seconds:
-        start = clock()
+        start = clock(device)
         if count % setup.keep == 0:
             terms = problem.terms(inside, border, generator)
         state = setup.method.step(model, terms, state)
-        _synchronize(device)
-        used, count = used + clock() - start, count + 1
+        used, count = used + clock(device) - start, count + 1
         if used >= due:
             curve.append((used, problem.error(model, test)))
             due *= 1.15

@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from benchmarks.factors import Block
+from benchmarks.nets import Block
 
 TRAINING = 1400  # of 1797 images
 LABELS, NEIGHBOURS = 200, 10  # of the graph network

@@ -11,9 +11,7 @@ where the methods take turns. A run that misses counts as infinite in every medi
 """
 
 import argparse
-import json
 import math
-import re
 import statistics
 import time
 import warnings
@@ -22,12 +20,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 
-from benchmarks.factors import about
 from benchmarks.loop import Run, train
+from benchmarks.measure import RESULTS, about, stored, write, written
 from benchmarks.methods import (
     FIRST_ORDER,
     METHODS,
@@ -39,11 +36,9 @@ from benchmarks.methods import (
     spread,
     sweep,
 )
-from benchmarks.step_time import step_times
 from benchmarks.tasks import TASKS, Task
 from benchmarks.variants import outcomes
 
-RESULTS = Path(__file__).parent / "results"
 SWEPT = 8  # learning rates of a first-order method's sweep
 KEPT = 4  # settings of the second round
 FINAL_SEEDS = tuple(range(100, 109))
@@ -139,24 +134,6 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
 # ---- command line -------------------------------------------------------------------------------
 
 
-def written(result: dict) -> str:
-    """JSON with every list of numbers on one line, and null for what is infinite."""
-    text = json.dumps(_finite(result), indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(of) for key, of in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def stored(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def run_search(task: Task, path: Path, names: Iterable[str], more: int = 0) -> None:
     for name in names:
         start = time.process_time()
@@ -185,7 +162,6 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="find settings, and store them")
     parser.add_argument("--more", type=int, default=0, help="continue a search by so many settings")
     parser.add_argument("--finals", action="store_true", help="run the stored settings")
-    parser.add_argument("--step-time", action="store_true", help="time steps of T1 and T4")
     parser.add_argument("--variants", action="store_true", help="every variant on T3 and T4")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -197,17 +173,11 @@ def main() -> None:
             run_search(TASKS[name](), results[name], args.method or METHODS, args.more)
         if args.finals:
             run_finals(TASKS[name](), results[name])
-    if args.step_time:
-        times = {name: step_times(TASKS[name](), rounds=9) for name in ("T1", "T4")}
-        _write(args.results / "training-step-time.json", times)
     if args.variants:
         found = {n: stored(results[n])["search"]["ekfac"]["winner"] for n in ("T3", "T4")}
         table = {name: outcomes(TASKS[name](), config) for name, config in found.items()}
-        _write(args.results / "training-variants.json", {"settings": found} | table)
-
-
-def _write(path: Path, result: dict) -> None:
-    path.write_text(written(about(torch.device("cpu")) | result))
+        result = about(torch.device("cpu")) | {"settings": found} | table
+        write(args.results / "training-variants.json", result)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""The pieces of `benchmarks.training` that could be wrong without anyone noticing."""
+"""The pieces of the benchmarks that could be wrong without anyone noticing."""
 
 import json
 import math
+from collections import Counter
+from functools import partial
 from random import Random
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import factors, step
+from benchmarks.contenders import FLAVOURS, Contender, contenders, disagreements, ours
+from benchmarks.limit import Limit, limit, parts
 from benchmarks.loop import batches, cosine, first_hit, train
+from benchmarks.measure import RESULTS, at_most, fastest, peak, stored, written
 from benchmarks.methods import (
     METHODS,
     Choice,
@@ -20,10 +27,10 @@ from benchmarks.methods import (
     spread,
     sweep,
 )
-from benchmarks.step_time import PERIODS as TIMED_PERIODS
-from benchmarks.step_time import STEPS
+from benchmarks.nets import TINY, problem_of
+from benchmarks.optimizers import DEFAULT, EVERY_5, EVERY_STEP, STEPS
 from benchmarks.tasks import TASKS, Task, autoencoder, squared_error
-from benchmarks.training import RESULTS, cost, median, rank, search, stored, summary, written
+from benchmarks.training import cost, median, rank, search, summary
 from benchmarks.variants import VARIANTS
 from kfac_scratch import EXPAND, KFAC, REDUCE, layer_ios, monte_carlo
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
@@ -232,8 +239,165 @@ def test_json_is_compact_and_has_no_infinity():
     assert '"a": [ 1.5, null ]' in text or '"a": [1.5, null]' in text
 
 
+# ---- time and memory ----------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def flops(run) -> int:
+    with FlopCounterMode(display=False) as counted:
+        run()
+    return counted.get_total_flops()
+
+
+@pytest.mark.parametrize("net", TINY)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("V", [1, 3])
+def test_the_limit_has_half_the_operations_of_the_plain_products_of_all_rows(net, flavour, V):
+    of = problem_of(TINY, net, CPU)
+    options = {"flavour": FLAVOURS[flavour], "layers": of.layers}
+    ios = layer_ios(of.model, of.loss, of.X, of.y, monte_carlo(V), **options)
+    rows = [t.flatten(0, -2) for io in ios.values() for t in (io.a, io.g)]
+    found = limit(of, V, FLAVOURS[flavour])
+    assert 2 * found.flops == sum(flops(lambda r=r: r.T @ r) for r in rows)
+    timed = parts(of, found)
+    assert 2 * found.flops == sum(
+        n * flops(timed[f"product {rows} x {d}"]) for (rows, d), n in found.products.items()
+    )
+
+
+def test_the_limit_sends_vectors_to_outputs_and_to_no_parameter():
+    of = problem_of(TINY, "mlp", CPU)
+    timed = parts(of, limit(of, 1, EXPAND))
+    first, *others = (of.model.get_submodule(name).weight.numel() for name in of.layers)
+    assert flops(timed["forward"]) == 2 * len(of.X) * (first + sum(others))
+    assert flops(timed["backward"]) == 2 * len(of.X) * sum(others)
+
+
+def test_the_limit_adds_up_its_parts():
+    found = Limit(3, Counter({(10, 4): 2, (5, 2): 1}))
+    timed = {"forward": 1.0, "backward": 10.0, "product 10 x 4": 200.0, "product 5 x 2": 4000.0}
+    split = found.seconds(timed)
+    assert split["seconds"] == 1 + 3 * 10 + (2 * 200 + 4000) / 2
+    assert split["flops"] == 2 * 160 + 20
+    assert split["flops per second"] == split["flops"] / split["products"]
+
+
+def test_type_2_needs_one_vector_less_than_classes():
+    of = problem_of(TINY, "mlp", CPU)
+    io = layer_ios(of.model, of.loss, of.X, of.y, layers=["4"], flavour=EXPAND)["4"]
+    assert torch.linalg.matrix_rank(io.g[:, 0, 0].double(), rtol=1e-5) == of.classes - 1
+    assert factors.vectors("type-2", of) == of.classes - 1
+    assert factors.vectors("MC-1", of) == factors.vectors("empirical", of) == 1
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "MC-1", "empirical"])
+def test_a_contender_with_another_scale_is_not_timed(fisher):
+    of = problem_of(TINY, "mlp", CPU)
+
+    def products(found, V):
+        return {n: scale * (M @ V[n]) for n, M in found.items()}
+
+    other = Contender(
+        lambda: ours(of, fisher, "expand"), products, lambda kind: ours(of, kind, "expand")
+    )
+    scale = 1.0
+    assert disagreements(of, fisher, {"right": other})["right"] < 0.5
+    scale = 2.0
+    with pytest.raises(AssertionError, match="wrong"):
+        disagreements(of, fisher, {"wrong": other})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("net", TINY)
+def test_peers_that_are_installed_have_our_factors(net):
+    of = problem_of(TINY, net, CPU)
+    for fisher, flavour in (("type-2", "expand"), ("empirical", "reduce")):
+        found, notes = contenders(of, fisher, flavour)
+        assert not set(found) & set(notes)
+        assert all(why.startswith(("not installed", "not covered")) for why in notes.values())
+        assert max(disagreements(of, fisher, found).values()) < 1e-5
+
+
+def test_the_fastest_of_all_rounds_counts_after_one_that_warms_up(monkeypatch):
+    now, lengths = [0.0], {"a": iter([1.0, 7.0, 5.0, 6.0]), "b": iter([9.0, 3.0, 8.0, 4.0])}
+    monkeypatch.setattr("benchmarks.measure.clock", lambda device: now[0])
+
+    def passes(name):
+        now[0] += next(lengths[name])
+
+    runs = {name: partial(passes, name) for name in lengths}
+    assert fastest(runs, 3, CPU) == {"a": 5.0, "b": 3.0}
+
+
+def mebibytes(count: int):
+    """For `peak`: a run that has so many numbers of a mebibyte at once."""
+    return (lambda: torch.ones(8)), (lambda: torch.ones(count, 2**20, dtype=torch.uint8))
+
+
+@pytest.mark.long
+def test_peak_memory_is_that_of_the_run_in_a_process_of_its_own():
+    assert peak(mebibytes, 40, device=CPU) == pytest.approx(40, abs=2)
+    assert "RuntimeError" in peak(mebibytes, 4000, device=CPU, most=1000)
+
+
+def test_bounds_hold_for_numbers_that_exist():
+    assert at_most("x", 1.0, 1.0)["within"]
+    assert not at_most("x", 1.01, 1.0)["within"]
+    assert not at_most("x", math.nan, 1.0)["within"]
+    assert not at_most("x", None, 1.0)["within"]
+
+
+def row_of_factors(**seconds) -> dict:
+    MiB = {"ours": 22.0, "curvlinops": 20.0, "backpack": 22.0}
+    return {"seconds": seconds, "limit": {"seconds": 1.0}, "MiB": MiB}
+
+
+def test_a_row_of_factors_is_held_against_the_limit_and_against_peers_that_leave_room():
+    row = factors.judged(row_of_factors(ours=1.2, curvlinops=1.5, backpack=1.3))
+    assert row["within"]
+    assert [b["what"] for b in row["bounds"] if b["what"].startswith("ours")] == [
+        *("ours / limit", "ours / curvlinops")
+    ]
+    assert not factors.judged(row_of_factors(ours=1.26))["within"]
+    assert not factors.judged(row_of_factors(ours=1.2, curvlinops=1.45))["within"]
+    more = row_of_factors(ours=1.0) | {"MiB": {"ours": 22.1, "curvlinops": 20.0}}
+    assert not factors.judged(more)["within"]
+    lost = row_of_factors(ours=1.0) | {"MiB": {"ours": "RuntimeError: no", "curvlinops": 20.0}}
+    assert not factors.judged(lost)["within"]
+
+
 def test_timed_steps_hold_whole_periods():
-    assert all(STEPS % period == 0 for periods in TIMED_PERIODS.values() for period in periods)
+    periods = (*DEFAULT, *EVERY_5, *EVERY_STEP)
+    assert all(STEPS % period == 0 for period in periods)
+
+
+COMMANDS = {
+    factors: ("mlp MC-1 reduce", ["mlp MC-1 reduce"]),
+    step: ("T4: (sgd|kfac f.*d)$", ["T4: sgd", "T4: kfac factored"]),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_a_command_stores_its_rows_with_everything_they_depend_on(command, tmp_path, capsys):
+    pattern, names = COMMANDS[command]
+    path = tmp_path / "new" / "result.json"
+    command.main(["--quick", "--rows", pattern, "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert [row["name"] for row in result["rows"]] == names
+    assert {"torch", "curvlinops-for-pytorch"} <= set(result["versions"])
+    assert result["threads"] == 1
+    for row in result["rows"]:
+        assert {"seconds", "limit", "ratio", "MiB", "bounds", "within"} <= set(row)
+        assert row["name"] in capsys.readouterr().out or row is not result["rows"][0]
+        again = json.loads(written(command.judged(row)))
+        assert again == row
+
+
+def test_a_pattern_without_a_row_says_which_there_are():
+    with pytest.raises(SystemExit, match=r"No row has 'typo'.*mlp type-2 expand"):
+        factors.main(["--quick", "--rows", "typo"])
 
 
 # ---- tasks --------------------------------------------------------------------------------------
