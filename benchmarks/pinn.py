@@ -352,7 +352,6 @@ def run(
 ) -> list[tuple[float, float]]:
     """Pairs of processor time, of the steps only, and error; fresh points now and then."""
     problem, sizes, inside, border = case
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.manual_seed(seed)
     model, state = mlp(*sizes).to(device), None
     generator = torch.Generator(device).manual_seed(seed)
