@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import eye_like
+from kfac_scratch.linalg import cholesky_factor, eye_like
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.matrix import check_damping
 
@@ -36,12 +36,14 @@ class BlockDiagonal:
         """The inverse of `M + damping * I`: one Cholesky factorisation for each block.
 
         Raises:
-            ValueError: If the damping is negative, or a damped block not positive definite.
+            ValueError: If the damping is negative, or a damped block not symmetric positive
+                definite.
         """
         check_damping(damping)
-        L, failed = torch.linalg.cholesky_ex(self.blocks + damping * eye_like(self.blocks[0]))
-        if failed.any():
-            raise ValueError(f"M + {damping:g} I is not positive definite: use a larger damping.")
+        L = cholesky_factor(
+            self.blocks + damping * eye_like(self.blocks[0]),
+            f"M + {damping:g} I is not positive definite: use a larger damping.",
+        )
         return BlockDiagonal(torch.cholesky_inverse(L))
 
     def mixed(self, new: "BlockDiagonal", weight: float) -> "BlockDiagonal":

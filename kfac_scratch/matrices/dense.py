@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import eye_like, psd_eigh, told_from_zero
+from kfac_scratch.linalg import cholesky_factor, eye_like, psd_eigh, told_from_zero
 from kfac_scratch.matrices.matrix import check_damping, reciprocal
 
 
@@ -33,12 +33,14 @@ class Dense:
         """The inverse of `M + damping * I`, by a Cholesky factorisation.
 
         Raises:
-            ValueError: If the damping is negative, or `M + damping * I` not positive definite.
+            ValueError: If the damping is negative, or `M + damping * I` not symmetric positive
+                definite.
         """
         check_damping(damping)
-        L, failed = torch.linalg.cholesky_ex(self.M + damping * eye_like(self.M))
-        if failed.any():
-            raise ValueError(f"M + {damping:g} I is not positive definite: use a larger damping.")
+        L = cholesky_factor(
+            self.M + damping * eye_like(self.M),
+            f"M + {damping:g} I is not positive definite: use a larger damping.",
+        )
         return Dense(torch.cholesky_inverse(L))
 
     def dense(self) -> Float[Tensor, "D D"]:

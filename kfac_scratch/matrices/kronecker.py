@@ -110,8 +110,8 @@ class Kronecker:
     B: Float[Tensor, "d_out d_out"]
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """`B V A`, the vec trick."""
-        return self.B @ V @ self.A
+        """`B V A^T`, the vec trick."""
+        return self.B @ V @ self.A.mT
 
     def mixed(self, new: "Kronecker", weight: float) -> "Kronecker":
         """The product of both factors' averages, in which the new ones have the share `weight`.

@@ -14,7 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.linalg import conjugate_gradient, scale_in_basis, simultaneous_eigh
+from kfac_scratch.linalg import (
+    conjugate_gradient,
+    scale_in_basis,
+    simultaneous_eigh,
+    symmetric,
+)
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, check_damping
 
@@ -41,26 +46,46 @@ class KroneckerSum:
         """The inverse of the sum plus `damping * I`.
 
         Without damping, both pairs of factors are diagonalised at once, which needs a positive
-        definite first term. A third term `damping * I` shares no basis with two general ones.
-        With damping, the inverse therefore runs conjugate gradients at every product,
-        preconditioned by the damped first term. `guarded_inverse` damps the factors of the first
-        term instead, and needs no iteration.
+        definite first term. A third term `damping * I` shares no basis with two general ones, and
+        two antisymmetric factors, whose product is symmetric, no real one with symmetric factors.
+        In these cases, the inverse runs conjugate gradients at every product, preconditioned by the
+        damped first term. `guarded_inverse` damps the factors of the first term instead, and needs
+        no iteration.
 
         Raises:
-            ValueError: If the damping is negative. Without damping, if the first term or the sum is
-                not positive definite; with damping, the product raises if the sum is not.
+            ValueError: If the damping is negative, or the second term is not symmetric. Without
+                damping, if the first term or the sum is not positive definite; where conjugate
+                gradients run, the product raises if the sum is not.
         """
         check_damping(damping)
-        if damping > 0:
+        if not self._symmetric_factors() or damping > 0:
             return ConjugateGradientInverse(self, damping, self.first.inverse(damping))
+        self.first.inverse(damping)  # refuses a null space
         (p, KA), (q, KB) = (
             simultaneous_eigh(self.first.A, self.second.A),
             simultaneous_eigh(self.first.B, self.second.B),
         )
-        scale = 1 + torch.outer(q, p)
-        if (scale <= 0).any():
+        ratios = torch.outer(q, p)
+        if (1 + ratios <= 10 * torch.finfo(p.dtype).eps * (1 + ratios.abs())).any():
             raise ValueError("The sum of two Kronecker products is not positive definite.")
-        return Congruence(KA, KB, 1 / scale)
+        return Congruence(KA, KB, 1 / (1 + ratios))
+
+    def _symmetric_factors(self) -> bool:
+        """Whether the second term's factors are symmetric; the alternative is antisymmetric.
+
+        Raises:
+            ValueError: If they are neither, so that their product is not symmetric.
+        """
+        K = self.second
+        found = [symmetric(K.A), symmetric(K.B), symmetric(K.A, -1.0), symmetric(K.B, -1.0)]
+        A, B, anti_A, anti_B = torch.stack(found).tolist()
+        if not ((A and B) or (anti_A and anti_B)):
+            raise ValueError(
+                "The second of two Kronecker products is not symmetric: its factors are neither "
+                "both symmetric nor both antisymmetric. Pass the nearest product of symmetric "
+                "matrices, as kpsvd and deflation find it."
+            )
+        return A and B
 
     def dense(self) -> Float[Tensor, "D D"]:
         """The whole matrix."""

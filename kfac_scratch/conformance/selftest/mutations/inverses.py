@@ -80,8 +80,8 @@ MUTANTS = [
     ),
     matrices(
         "factors exchanged in a product",
-        "return self.B @ V @ self.A\n",
-        "return (self.B @ V @ self.A).flip(-1)\n",
+        "return self.B @ V @ self.A.mT\n",
+        "return (self.B @ V @ self.A.mT).flip(-1)\n",
         FACTORED,
     ),
     matrices(
