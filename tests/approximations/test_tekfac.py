@@ -14,7 +14,14 @@ from tests.approximations.test_tkfac import (
     same_inputs_up_to_sign,
     with_data_of_no_weight,
 )
-from tests.cases import CONSTANT_HESSIAN, CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR, ONE_DATUM
+from tests.cases import (
+    CONSTANT_HESSIAN,
+    CONV_PER_LOCATION,
+    DEEP_LINEAR,
+    NONLINEAR,
+    ONE_DATUM,
+    one_position,
+)
 from tests.laws import check_differs, check_equal, check_matrix, check_spectrum
 
 SHARED = pytest.mark.parametrize("S", [1, 4])
@@ -94,7 +101,7 @@ def test_not_exact_on_nonlinear_nets(case, device):
     check_differs(tekfac(io).dense(), io.block())
 
 
-@pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced])
+@pytest.mark.parametrize("view", [lambda io: io, one_position])
 @pytest.mark.parametrize("case", [NONLINEAR[0], CONV_PER_LOCATION[10]], ids=str)
 def test_obeys_the_laws_of_matrices(case, view, device):
     for io in layer_ios(*case.build(device)).values():
