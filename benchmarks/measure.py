@@ -16,13 +16,14 @@ import math
 import multiprocessing
 import platform
 import re
+import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from resource import RLIMIT_AS, setrlimit
+from resource import RLIMIT_AS, RLIMIT_CPU, setrlimit
 from typing import Any
 
 import torch
@@ -89,7 +90,11 @@ def _status(name: str) -> float:
 
 
 def peak(
-    prepare: Callable[..., tuple[Run, Run]], *args: Any, device: torch.device, most: int = 4096
+    prepare: Callable[..., tuple[Run, Run]],
+    *args: Any,
+    device: torch.device,
+    most: int = 4096,
+    seconds: int = 300,
 ) -> float | str | None:
     """The peak memory of a run in its own process, in MiB, or the error that it ended with.
 
@@ -100,40 +105,52 @@ def peak(
         device: Where it runs.
         most: Mebibytes of address space that the process may add on a CPU; beyond, it ends with an
             error.
+        seconds: CPU time of the process; beyond, it is ended.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([prepare.__module__, "torch._dynamo"])  # PyTorch imports it late
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measured, args=(theirs, prepare, args, device, most))
+    limits = most, seconds
+    process = context.Process(target=_measured, args=(theirs, prepare, args, device, limits))
     process.start()
     theirs.close()
     try:
         return ours.recv()
     except EOFError:
-        return "The process ended without a result."
+        process.join()
+        too_long = process.exitcode == -signal.SIGXCPU
+        return f"more than {seconds} s" if too_long else f"ended with status {process.exitcode}"
     finally:
         process.join()
 
 
 def _measured(
-    pipe: Connection, prepare: Callable, args: tuple, device: torch.device, most: int
+    pipe: Connection,
+    prepare: Callable[..., tuple[Run, Run]],
+    args: tuple,
+    device: torch.device,
+    limits: tuple[int, int],
 ) -> None:
     torch.set_num_threads(1)
+    most, seconds = limits
     try:
         tiny, run = prepare(*args)
         tiny()
         gc.collect()
+        setrlimit(RLIMIT_CPU, (seconds, seconds + 1))
         if device.type == "cpu":
             with suppress(OSError):
-                limit = int(_status("VmSize") * 2**10) + most * 2**20
-                setrlimit(RLIMIT_AS, (limit, limit))
+                size = int(_status("VmSize") * 2**10) + most * 2**20
+                setrlimit(RLIMIT_AS, (size, size))
         pipe.send(peak_memory(run, device))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+    """Of its text, at most 80 characters."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if len(line) <= 80 else f"{line[:80]}…"
 
 
 # ---- bounds --------------------------------------------------------------------------------------

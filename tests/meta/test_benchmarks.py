@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import factors, step
+from benchmarks import factors, growth, step
 from benchmarks.contenders import FLAVOURS, Contender, contenders, disagreements, ours
 from benchmarks.limit import Limit, limit, parts
 from benchmarks.loop import batches, cosine, first_hit, train
@@ -372,8 +372,35 @@ def test_timed_steps_hold_whole_periods():
     assert all(STEPS % period == 0 for period in periods)
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.57, 1.0, 2.0, 3.0])
+def test_a_fitted_power_is_the_known_one_of_the_largest_values(exponent):
+    points = [(x, 3.0 * x**exponent) for x in (8, 16, 32, 64)]
+    assert growth.power(points) == pytest.approx(exponent, abs=1e-12)
+    assert growth.power([(2, 1e9), *points]) == pytest.approx(exponent, abs=1e-12)
+    with_overhead = [(x, y - 1.0) for x, y in points]
+    assert growth.power(with_overhead, offset=1.0) == pytest.approx(exponent, abs=1e-12)
+
+
+def test_a_size_that_cannot_be_computed_has_no_power_and_is_not_within():
+    row = {"name": "N", "values": [1, 2, 4], "seconds": [1.0, 2.0, 4.0]}
+    row |= {"limit": {"time": 1, "memory": 1}}
+    assert growth.judged(row | {"MiB": [7.0, 15.0, 31.0]})["within"]
+    lost = growth.judged(row | {"MiB": [7.0, 15.0, "RuntimeError: no memory"]})
+    assert lost["power of memory"] is None
+    assert not lost["within"]
+    assert not growth.judged(row | {"MiB": [7.0, 31.0, 127.0]})["within"]
+
+
+def test_the_default_chunk_is_held_against_the_best_of_the_others():
+    row = {"name": "chunks", "limit": {}, "seconds": {"default": 1.2, "1": 9.0, "8": 1.0}}
+    assert growth.judged(row)["default / best chunk"] == 1.2
+    assert growth.judged(row)["within"]
+    assert not growth.judged(row | {"seconds": {"default": 1.3, "1": 9.0, "8": 1.0}})["within"]
+
+
 COMMANDS = {
     factors: ("mlp MC-1 reduce", ["mlp MC-1 reduce"]),
+    growth: ("^layers|chunks", ["layers", "chunks"]),
     step: ("T4: (sgd|kfac f.*d)$", ["T4: sgd", "T4: kfac factored"]),
 }
 
@@ -389,7 +416,8 @@ def test_a_command_stores_its_rows_with_everything_they_depend_on(command, tmp_p
     assert {"torch", "curvlinops-for-pytorch"} <= set(result["versions"])
     assert result["threads"] == 1
     for row in result["rows"]:
-        assert {"seconds", "limit", "ratio", "MiB", "bounds", "within"} <= set(row)
+        assert {"seconds", "limit", "bounds", "within"} <= set(row)
+        assert row["name"] == "chunks" or "MiB" in row
         assert row["name"] in capsys.readouterr().out or row is not result["rows"][0]
         again = json.loads(written(command.judged(row)))
         assert again == row
