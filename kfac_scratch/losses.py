@@ -126,7 +126,8 @@ def empirical(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
     D = divisor(loss, f, y)
     with torch.enable_grad():
         leaf = f.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(leaf, y), leaf)
+        target = y.long() if y.dtype == torch.uint8 else y
+        (gradient,) = torch.autograd.grad(loss(leaf, target), leaf)
     return D**0.5 * gradient.unsqueeze(0)
 
 
@@ -136,22 +137,46 @@ def divisor(loss: Module, f: Tensor, y: Tensor) -> float:
     Batches of different sizes combine by it: the loss over all samples is the average of the batch
     losses weighted by `D`, or their sum for `reduction="sum"`.
 
+    Targets are checked where a number is read from the device in any case: on a CPU always, on a
+    GPU the labels of a mean cross-entropy. Elsewhere on a GPU a label that is no class is found by
+    PyTorch's indexing, and a negative weight makes the vectors NaN.
+
     Raises:
-        ValueError: If every target is ignored, or shapes do not fit the loss.
+        ValueError: If every target is ignored, a label is no class, the weights of the terms sum to
+            nothing positive, or shapes or kinds of the targets do not fit the loss.
         NotImplementedError: If the loss is not one of the three, or its reduction is unknown.
     """
     _check(loss, f, y)
+    if not isinstance(loss, CrossEntropyLoss):
+        return 1.0 if loss.reduction == "sum" else float(f.numel())
+    if y.is_floating_point():
+        return 1.0 if loss.reduction == "sum" else float(f.numel() / f.shape[1])
+    return _weight_of_labels(loss, f, y.long())
+
+
+def _weight_of_labels(loss: CrossEntropyLoss, f: Tensor, y: Tensor) -> float:
+    """The divisor for labels, after a check of them that costs no further synchronisation."""
+    if loss.reduction == "sum" and y.is_cuda:
+        return 1.0
+    kept, C = y != loss.ignore_index, f.shape[1]
+    wrong = kept & ((y < 0) | (y >= C))
+    weights = f.new_ones(C, dtype=torch.float64) if loss.weight is None else loss.weight.double()
+    D = (weights[y.where(kept & ~wrong, 0)] * kept).sum()
+    D, any_wrong = torch.stack([D, wrong.any().to(D)]).tolist()
+    if any_wrong:
+        raise ValueError(
+            f"CrossEntropyLoss got the label {int(y[wrong][0])}, but the outputs have {C} classes, "
+            f"0 to {C - 1}. To leave targets out, give them ignore_index={loss.ignore_index}, or "
+            "pass CrossEntropyLoss(ignore_index=...)."
+        )
     if loss.reduction == "sum":
         return 1.0
-    if not isinstance(loss, CrossEntropyLoss):
-        return float(f.numel())
-    if y.is_floating_point():
-        return float(f.numel() / f.shape[1])
-    kept = y[y != loss.ignore_index]
-    D = float(kept.numel() if loss.weight is None else loss.weight[kept].sum())
-    if D == 0:
-        raise ValueError(f"{loss} divides by zero: every target is ignored or has weight 0.")
-    return D
+    if not D > 0:
+        raise ValueError(
+            f"{loss} divides by zero, or by a negative sum of weights ({D:g}): every target is "
+            "ignored or has weight 0, or class weights are negative."
+        )
+    return float(D)
 
 
 def _class_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N P C"]:
@@ -189,7 +214,17 @@ def _score_samples(
 
 def _hessian_weights(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "N P #C"]:
     """The factor of each term's Hessian: the weight that its target has in the loss, over `D`."""
-    D = divisor(loss, f, y)
+    weights = _target_weights(loss, f, y, divisor(loss, f, y))
+    if not weights.is_cuda and not (weights >= 0).all():
+        raise ValueError(
+            f"{loss} gives a target the weight {float(weights.min()):.3g}, and a Hessian with a "
+            "negative or undefined weight has no square root: class weights, pos_weight, weights "
+            "and soft targets must not be negative or NaN in sum."
+        )
+    return weights
+
+
+def _target_weights(loss: Module, f: Tensor, y: Tensor, D: float) -> Float[Tensor, "N P #C"]:
     match loss:
         case CrossEntropyLoss(label_smoothing=smoothing, ignore_index=ignored):
             C = f.shape[1]
@@ -197,8 +232,11 @@ def _hessian_weights(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "N P #
             if y.is_floating_point():
                 soft = (1 - smoothing) * y.movedim(1, -1) + smoothing / C
                 return (soft * w).sum(-1).reshape(len(f), -1, 1).to(f.dtype) / D
-            kept = y != ignored
-            weight = (1 - smoothing) * w[y.where(kept, 0)] + smoothing * w.mean()
+            label = y.long()
+            kept = label != ignored
+            label = label.where(kept, 0)
+            label = label.where(label >= 0, C)  # no class: refused by indexing, as in the loss
+            weight = (1 - smoothing) * w[label] + smoothing * w.mean()
             return (weight * kept).reshape(len(f), -1, 1) / D
         case BCEWithLogitsLoss():
             positive = 1.0 if loss.pos_weight is None else loss.pos_weight
@@ -240,15 +278,60 @@ def _check(loss: Module, f: Tensor, y: Tensor) -> None:
     if loss.reduction not in ("mean", "sum"):
         raise NotImplementedError(f"{loss} has reduction={loss.reduction!r}: use 'mean' or 'sum'.")
     if isinstance(loss, CrossEntropyLoss):
-        labels = (len(f), *f.shape[2:])
-        if f.ndim < 2 or y.shape != (f.shape if y.is_floating_point() else labels):
-            raise ValueError(
-                f"CrossEntropyLoss got outputs {tuple(f.shape)} and targets {tuple(y.shape)}: it "
-                "needs outputs [N, C, ...] with the classes on axis 1 and targets [N, ...], or "
-                "class probabilities of the outputs' shape."
-            )
+        _check_cross_entropy(loss, f, y)
     elif y.shape != f.shape:
         raise ValueError(
             f"{type(loss).__name__} got outputs {tuple(f.shape)} and targets {tuple(y.shape)}, "
             "which would be broadcast: give both the same shape."
         )
+    elif isinstance(loss, BCEWithLogitsLoss):
+        _check_binary(loss, f, y)
+
+
+def _check_cross_entropy(loss: CrossEntropyLoss, f: Tensor, y: Tensor) -> None:
+    labels = (len(f), *f.shape[2:])
+    if f.ndim < 2 or y.shape != (f.shape if y.is_floating_point() else labels):
+        hint = " Class indices are integers: pass y.long()." if y.shape == labels else ""
+        raise ValueError(
+            f"CrossEntropyLoss got outputs {tuple(f.shape)} and targets {tuple(y.shape)} of "
+            f"{y.dtype}: it needs outputs [N, C, ...] with the classes on axis 1 and targets "
+            f"[N, ...], or class probabilities of the outputs' shape.{hint}"
+        )
+    if not y.is_floating_point() and y.dtype not in (torch.int64, torch.uint8):
+        raise ValueError(
+            f"CrossEntropyLoss got labels of {y.dtype}, which PyTorch takes as int64 or uint8 "
+            "only: pass y.long()."
+        )
+    if y.is_floating_point() and loss.ignore_index >= 0:
+        raise ValueError(
+            f"CrossEntropyLoss(ignore_index={loss.ignore_index}) has no meaning for class "
+            "probabilities, and PyTorch refuses it: give such targets the probabilities 0."
+        )
+    if loss.weight is not None and loss.weight.shape != f.shape[1:2]:
+        raise ValueError(
+            f"CrossEntropyLoss has class weights of shape {tuple(loss.weight.shape)} for outputs "
+            f"with {f.shape[1]} classes: one weight for each class is needed."
+        )
+    if not 0 <= loss.label_smoothing <= 1:
+        raise ValueError(
+            f"label_smoothing must lie in [0, 1], got {loss.label_smoothing}: PyTorch refuses it."
+        )
+
+
+def _check_binary(loss: BCEWithLogitsLoss, f: Tensor, y: Tensor) -> None:
+    if not y.is_floating_point():
+        raise ValueError(
+            f"BCEWithLogitsLoss got targets of {y.dtype}, which PyTorch refuses: pass y.float()."
+        )
+    for name in ("weight", "pos_weight"):
+        weight = getattr(loss, name)
+        if weight is not None and not _broadcasts_to(weight.shape, f.shape):
+            raise ValueError(
+                f"BCEWithLogitsLoss has a {name} of shape {tuple(weight.shape)}, which does not "
+                f"broadcast to that of the outputs, {tuple(f.shape)}."
+            )
+
+
+def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    tail = target[len(target) - len(shape) :]
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))

@@ -58,6 +58,32 @@ LOSSES = {
         (N, C, P1),
         lambda: soft(N, C, P1),
     ),
+    "ce-sums-not-one": (
+        lambda r: CrossEntropyLoss(WEIGHT, reduction=r, label_smoothing=0.2),
+        (N, C, P1),
+        lambda: 3 * torch.rand(N, C, P1),
+    ),
+    "ce-negative-entries": (
+        lambda r: CrossEntropyLoss(reduction=r),
+        (N, C),
+        lambda: torch.tensor([[-0.5, 1.0, 0.2]]).repeat(N, 1),
+    ),
+    "ce-negative-unused": (
+        lambda r: CrossEntropyLoss(torch.tensor([1.0, 2.0, -3.0]), reduction=r),
+        (N, C),
+        lambda: labels(N) % 2,
+    ),
+    "mse-whole-numbers": (lambda r: MSELoss(reduction=r), (N, C), lambda: labels(N, C)),
+    "bce-outside": (
+        lambda r: BCEWithLogitsLoss(torch.rand(C), reduction=r),
+        (N, C),
+        lambda: 3 * torch.randn(N, C),
+    ),
+    "bce-elementwise": (
+        lambda r: BCEWithLogitsLoss(3 * torch.rand(N, C), reduction=r),
+        (N, C),
+        lambda: torch.rand(N, C),
+    ),
     "bce": (lambda r: BCEWithLogitsLoss(reduction=r), (N, C), lambda: torch.rand(N, C)),
     "bce-grid": (
         lambda r: BCEWithLogitsLoss(reduction=r),
@@ -246,6 +272,74 @@ def test_targets_that_would_be_broadcast_are_refused(fisher, loss):
 def test_labels_of_another_shape_are_refused(fisher, shape):
     with pytest.raises(ValueError, match="classes on axis 1"):
         fisher(CrossEntropyLoss(), torch.randn(N, C), torch.zeros(shape, dtype=torch.long))
+
+
+@FISHERS
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_labels_as_bytes_are_labels(fisher, ignored, device):
+    """PyTorch takes them in some forms of cross-entropy only; an index of bytes is a mask."""
+    loss = CrossEntropyLoss(WEIGHT, ignore_index=ignored, label_smoothing=0.2).to(
+        device, torch.float64
+    )
+    f, y = torch.randn(N, C, P1, device=device), labels(N, P1).to(device)
+    draw = (
+        [fisher, fisher]
+        if fisher in (type2, type2_classwise, empirical)
+        else [monte_carlo(1, torch.Generator(device).manual_seed(0)) for _ in range(2)]
+    )
+    check_equal(draw[0](loss, f, y.to(torch.uint8)), draw[1](loss, f, y))
+    assert divisor(loss, f, y.to(torch.uint8)) == divisor(loss, f, y)
+
+
+WRONG_TARGETS = {
+    "the label -1": (CrossEntropyLoss(), [0, 2, -1, 1, 0]),
+    "the label -2": (CrossEntropyLoss(reduction="sum"), [0, 2, -2, 1, 0]),
+    "the label 3, but the outputs have 3 classes, 0 to 2": (CrossEntropyLoss(), [0, 3, 1, 1, 0]),
+    "the label -100": (CrossEntropyLoss(ignore_index=-1), [0, -100, -1, 1, 0]),
+    "labels of torch.int32.*y.long": (CrossEntropyLoss(), torch.tensor([0, 1, 1, 1, 0]).int()),
+    "labels of torch.bool.*y.long": (CrossEntropyLoss(), torch.tensor([0, 1, 1, 1, 0]).bool()),
+    "Class indices are integers: pass y.long": (CrossEntropyLoss(), torch.zeros(N)),
+    "no meaning for class probabilities": (CrossEntropyLoss(ignore_index=1), torch.rand(N, C)),
+    r"shape \(2,\).*one weight for each class": (CrossEntropyLoss(torch.ones(2)), [0, 1, 1, 1, 0]),
+    "label_smoothing must lie": (CrossEntropyLoss(label_smoothing=1.5), [0, 1, 1, 1, 0]),
+    "negative sum of weights": (CrossEntropyLoss(-WEIGHT), [0, 1, 2, 1, 0]),
+    "torch.int64, which PyTorch refuses": (BCEWithLogitsLoss(), torch.ones(N, C).long()),
+    r"pos_weight of shape \(2,\)": (BCEWithLogitsLoss(pos_weight=torch.ones(2)), torch.ones(N, C)),
+    r"weight of shape \(2, 5, 3\)": (BCEWithLogitsLoss(torch.ones(2, N, C)), torch.ones(N, C)),
+}
+
+
+@FISHERS
+@pytest.mark.parametrize("message", WRONG_TARGETS)
+def test_targets_that_pytorch_refuses_are_refused_in_words(fisher, message):
+    loss, y = WRONG_TARGETS[message]
+    y = torch.as_tensor(y)
+    f = torch.randn(N, C)
+    if "negative sum" not in message:
+        with pytest.raises((RuntimeError, IndexError)):
+            loss(f, y)
+    with pytest.raises(ValueError, match=message):
+        fisher(loss, f, y)
+
+
+NEGATIVE = {
+    "class": (CrossEntropyLoss(torch.tensor([4.0, 4, -1])), [0, 1, 2, 1, 0]),
+    "soft": (CrossEntropyLoss(), [[0.5, -1, 0.2]] * N),
+    "undefined": (CrossEntropyLoss(), [[0.5, float("nan"), 0.2]] * N),
+    "pos_weight": (BCEWithLogitsLoss(pos_weight=-torch.ones(C)), [[1.0, 0, 1]] * N),
+    "weight": (BCEWithLogitsLoss(torch.tensor([1.0, -1, 1])), [[1.0, 0, 1]] * N),
+}
+
+
+@pytest.mark.parametrize("fisher", [type2, type2_classwise, monte_carlo(1)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_a_negative_weight_of_a_target_has_no_root_and_is_refused(fisher, name, reduction):
+    """PyTorch computes such a loss; its Hessian is not positive semi-definite."""
+    loss, y = NEGATIVE[name]
+    loss.reduction = reduction
+    with pytest.raises(ValueError, match="no square root"):
+        fisher(loss, torch.randn(N, C), torch.as_tensor(y))
 
 
 @FISHERS

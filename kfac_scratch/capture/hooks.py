@@ -3,7 +3,8 @@
 Forward hooks record what enters each layer and what leaves it; one batched backward pass sends
 the loss's vectors from the model's output to all recorded outputs. Nothing else is touched:
 hooks are gone afterwards (also after an exception), no `.grad` is written, no parameter gradient
-is computed, and modes and flags stay as they were.
+is computed, and modes and flags stay as they were. Threads may capture one model at the same time:
+a hook records the calls of its own thread only.
 
 Rows and vectors have the precision of the parameters, and float32 at least: sums over many rows
 and inverses need it. Under `torch.autocast`, whose parameters are in float32, nothing is lost by
@@ -19,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import get_ident
 
 import torch
 from jaxtyping import Float
@@ -249,9 +251,10 @@ def _forward(
     model: Module, X: Tensor, groups: list[LayerGroup]
 ) -> tuple[Tensor, dict[str, list[Call]]]:
     calls: dict[str, list[Call]] = {group.name: [] for group in groups}
+    thread = get_ident()
     with ExitStack() as hooks:
         for group in groups:
-            record = partial(_record, calls[group.name])
+            record = partial(_record, thread, calls[group.name])
             for layer in group.layers:
                 handle = layer.register_forward_hook(record, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -260,12 +263,16 @@ def _forward(
 
 
 def _record(
+    thread: int,
     calls: list[Call],
     layer: Layer,
     args: tuple[Tensor, ...],
     kwargs: dict[str, Tensor],
     output: Tensor,
-) -> Tensor:
+) -> Tensor | None:
+    """Keep what entered and left a layer in the capturing thread; others are not ours."""
+    if get_ident() != thread:
+        return None
     x = args[0] if args else kwargs["input"]
     calls.append(Call(layer, x.detach(), x._version, output))
     return output.clone()  # the next layer may write into its input

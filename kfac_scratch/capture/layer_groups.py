@@ -82,7 +82,7 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
 
     Raises:
         ValueError: If a name is unknown, a layer has no trainable parameters, or two blocks share
-            a bias.
+            a bias or a name.
         NotImplementedError: If a named layer is of an unsupported kind, or layers share a weight
             in ways that no single `W` describes.
     """
@@ -95,6 +95,7 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
     groups = [group for group in groups if group.weight is not None or group.biases]
     if layers is not None and len(groups) < len(by_weight):
         raise ValueError(f"Among the layers {sorted(layers)} one has no trainable parameter.")
+    _check_names(groups)
     owners: dict[str, str] = {}
     for group in groups:
         for bias in group.biases:
@@ -116,6 +117,19 @@ def uncovered(model: Module, covered: list[LayerGroup]) -> list[str]:
     """Names of the trainable parameters that are in none of the blocks."""
     names = {name for b in covered for name in b.parameter_names}
     return [n for n, p in model.named_parameters() if p.requires_grad and n not in names]
+
+
+def _check_names(groups: list[LayerGroup]) -> None:
+    """Refuse two blocks of one name: the second would take the place of the first."""
+    seen: set[str] = set()
+    for name in (name for group in groups for name in group.names):
+        if name in seen:
+            grouped = name.rpartition("[")[0]
+            raise ValueError(
+                f"Two blocks have the name {name!r}: a module of that name, and a group of the "
+                f"convolution {grouped!r}. Rename the module, or leave one out with layers=[...]."
+            )
+        seen.add(name)
 
 
 def _supported(model: Module) -> dict[str, Layer]:

@@ -323,6 +323,38 @@ def test_two_threads_do_not_see_each_other(device):
     check_equal(found[0]["0"].g, found[1]["0"].g)
 
 
+class Meet(nn.Module):
+    """Wait for another thread at this point of the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.wait = lambda: None
+
+    def forward(self, x):
+        self.wait()
+        return x
+
+
+def test_two_threads_may_capture_one_model_at_the_same_time(device):
+    meet = Meet()
+    model = nn.Sequential(nn.Linear(4, 3), meet, nn.Tanh(), nn.Linear(3, 2)).to(device)
+    batches = [(torch.randn(5, 4, device=device), torch.randn(5, 2, device=device)) for _ in "ab"]
+    alone = [layer_ios(model, nn.MSELoss(), X, y) for X, y in batches]
+    meet.wait, found = threading.Barrier(2, timeout=20).wait, [{}, {}]
+
+    def run(i):
+        found[i] = layer_ios(model, nn.MSELoss(), *batches[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for ios, expected in zip(found, alone, strict=True):
+        for name in expected:
+            check_same(ios[name], expected[name])
+
+
 @pytest.mark.parametrize("fisher", [type2, empirical])
 def test_autocast_does_not_reach_what_capture_computes_itself(fisher, device):
     """The first layer's input is in float32, and its averaged patches stay so; so do vectors."""

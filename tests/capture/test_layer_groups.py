@@ -140,3 +140,16 @@ def test_a_bias_of_two_blocks_is_refused():
     model[1].bias = model[0].bias
     with pytest.raises(ValueError, match=r"share the bias '0\.bias'"):
         layer_groups(model)
+
+
+@pytest.mark.parametrize("first", ["c", "c[0]"])
+def test_two_blocks_of_one_name_are_refused(first):
+    """A module may be called as a group of a convolution is."""
+    modules = {"c": Conv1d(4, 6, 3, groups=2), "c[0]": Linear(3, 2)}
+    model = Module()
+    for name in sorted(modules, key=lambda name: name != first):
+        model.add_module(name, modules[name])
+    with pytest.raises(ValueError, match=r"Two blocks have the name 'c\[0\]'.*Rename the module"):
+        layer_groups(model)
+    assert names(model, layers=["c"]) == ["c[0]", "c[1]"]
+    assert names(model, layers=["c[0]"]) == ["c[0]"]

@@ -82,20 +82,20 @@ MUTANTS = [
     ),
     losses(
         "a mean over the batch only",
-        "return float(f.numel())\n    if y.",
-        "return float(len(f))\n    if y.",
+        "float(f.numel())\n    if y.",
+        "float(len(f))\n    if y.",
         "last-layer-mse-tanh-mean",
     ),
     losses(
         "a mean over everything, classes included",
-        "    D = float(kept.numel() if",
-        "    D = float(f.numel() if",
+        "    return float(D)\n",
+        "    return float(f.numel())\n",
         "mlp-cross-entropy-mean",
     ),
     losses(
         "ignored positions counted",
-        "kept = y[y != loss.ignore_index]",
-        "kept = y[y != loss.ignore_index - 1]",
+        "D = (weights[y.where(kept & ~wrong, 0)] * kept).sum()",
+        "D = weights[y.where(kept & ~wrong, 0)].sum()",
         "tokens-cross-entropy-ignored-mean",
     ),
     losses(
@@ -106,8 +106,8 @@ MUTANTS = [
     ),
     losses(
         "class weights left out of the divisor",
-        "kept.numel() if loss.weight is None else loss.weight[kept].sum()",
-        "kept.numel()",
+        "if loss.weight is None else loss.weight.double()",
+        "if True else loss.weight.double()",
         "class-weights-mlp-mean",
     ),
     losses(
