@@ -49,6 +49,8 @@ from kfac_scratch.data_loader import kfac_over, over_loader
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import (
     BackpropagatedVectors,
+    ScaledVectors,
+    Vectors,
     divisor,
     empirical,
     monte_carlo,
@@ -140,11 +142,13 @@ __all__ = [
     "Preconditioner",
     "Recompressed",
     "Repaired",
+    "ScaledVectors",
     "SecondOrder",
     "Sketch",
     "Spring",
     "Term",
     "TermWise",
+    "Vectors",
     "Window",
     "additive",
     "adef1",

@@ -14,10 +14,10 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
-from kfac_scratch.border import check_function, check_result
-from kfac_scratch.capture.hooks import EXPAND, Flavour, stream
+from kfac_scratch.border import check_function
+from kfac_scratch.capture.hooks import EXPAND, Flavour, check_vectors, stream
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.losses import BackpropagatedVectors, divisor, type2
+from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
 from kfac_scratch.matrices.kronecker import Kronecker
 
 
@@ -78,13 +78,13 @@ def over_loader(
     check_function("count_terms", count_terms, "count_terms=divisor")
     gather, D = accumulator(approximation), 0.0
 
-    def of_sum(loss: Module, f: Tensor, y: Tensor) -> Tensor:
+    def of_sum(loss: Module, f: Tensor, y: Tensor) -> ScaledVectors:
         nonlocal D
         here = count_terms(loss, f, y)
         D += here
         vectors = fisher(loss, f, y)
-        check_result("fisher", vectors, Tensor, f"vectors, a tensor of shape [V, *{[*f.shape]}]")
-        return here**0.5 * vectors
+        check_vectors(vectors, f)
+        return ScaledVectors(vectors, here**0.5)
 
     states: dict[str, Any] = {}
     for X, y in _batches(data, progress):

@@ -17,9 +17,11 @@ with respect to $f_n$. With $C$ classes (or output entries) at each of $P$ posit
 | `empirical` | 1 | another matrix, the empirical Fisher: gradients at the labels of the batch |
 | `type2_classwise` | $C$ | another one as soon as the network mixes positions |
 
-Everything after the loss costs in proportion to $V$: the backward passes, the memory of a
-`LayerIO`, and the work of an approximation. All vectors have the scale of the loss as it is: its
-reduction and weights are in them.
+For cross-entropy, `type2` has $(C - 1) P$ vectors. Everything after the loss costs in proportion to
+$V$: the backward passes, the memory of a `LayerIO`, and the work of an approximation. The vectors
+themselves are made when they are read: what a function returns has a length, a shape, and slices
+`vectors[i:j]` that are tensors. All vectors have the scale of the loss as it is: its reduction and
+weights are in them.
 
 The likelihoods are Gaussian with variance 1/2 (`MSELoss`, so that $\ell_n$ is the squared error),
 categorical (`CrossEntropyLoss`) and Bernoulli (`BCEWithLogitsLoss`). Class weights, `pos_weight`,
@@ -27,52 +29,162 @@ soft targets and label smoothing multiply the Hessian of a term by a number that
 target; `ignore_index` makes that number zero.
 
 Sources: Martens 2014 (arXiv:1412.1193), §§5, 8, 9; Kunstner et al. 2019 (arXiv:1905.12558);
-Dangel et al. 2025 (arXiv:2507.05127), chapter 3.
+Dangel et al. 2025 (arXiv:2507.05127), chapter 3; Tanabe and Sagae 1992, for the root of the
+softmax's Hessian.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Num
 from torch import Generator, Tensor
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from kfac_scratch.border import check_count, check_instance
 
-BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Float[Tensor, "V N ..."]]
-"""A function of loss, outputs and targets that gives the vectors to send back, `[V, *f.shape]`."""
 LIKELIHOODS = (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss)
 
 
-def type2(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
+@runtime_checkable
+class Vectors(Protocol):
+    """A stack of vectors `[V, *f.shape]` that is read in slices: a tensor, or one made on demand.
+
+    Use one that makes its slices where all vectors together do not fit into memory. Its slices must
+    agree with each other: `vectors[i:j]` is the same, whichever others were read before.
+
+    Cost: that of the slices that are read.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[V, *f.shape]`."""
+        ...
+
+    def __len__(self) -> int:
+        """The number `V` of vectors."""
+        ...
+
+    def __getitem__(self, part: slice, /) -> Float[Tensor, "V N ..."]:
+        """Some of the vectors, as a tensor."""
+        ...
+
+
+BackpropagatedVectors = Callable[[Module, Tensor, Tensor], Vectors]
+"""A function of loss, outputs and targets that gives the vectors to send back, `[V, *f.shape]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledVectors:
+    """Vectors times a number, multiplied when read.
+
+    Use it in a Fisher that rescales another one's vectors: a curvature that is `c` times as large
+    has vectors that are `sqrt(c)` times as long. Not for tensors, which are multiplied at once.
+
+    Cost: that of reading the vectors.
+    """
+
+    vectors: Vectors
+    factor: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[V, *f.shape]`."""
+        return self.vectors.shape
+
+    def __len__(self) -> int:
+        """The number of vectors."""
+        return len(self.vectors)
+
+    def __getitem__(self, part: slice) -> Float[Tensor, "V N ..."]:
+        """Some of the vectors, multiplied."""
+        return self.factor * self.vectors[part]
+
+
+def type2(loss: Module, f: Tensor, y: Tensor) -> "HessianRoot":
     """An exact square root of the loss Hessian: one vector per (class, position) of a sample.
 
     Use it for exact GGNs, and for losses with few classes. Not for many classes or positions:
-    `monte_carlo(1)` sends one vector where this sends `C * P`.
+    `monte_carlo(1)` sends one vector where this sends up to `C * P`.
 
-    Cost: memory `C * P * f.numel()`, all at once.
+    `type2(loss, f, y)[:]` is the tensor of all vectors.
+
+    Cost: memory `f.numel()` for each vector that is read.
 
     Raises:
         ValueError: As `divisor`.
         NotImplementedError: As `divisor`.
     """
-    S = _class_vectors(loss, f, y)  # [C, N, P, C]
-    P = S.shape[2]
-    if P > 1:
-        own = torch.eye(P, dtype=S.dtype, device=S.device)
-        S = torch.einsum("vnpc,pq->vpnqc", S, own).flatten(0, 1)  # [C * P, N, P, C]
-    return _as_output(loss, f, S)
+    return HessianRoot(loss, f.detach(), _hessian_weights(loss, f, y))
+
+
+@dataclass(frozen=True, eq=False)
+class HessianRoot:
+    r"""A square root of the loss Hessian of every sample, whose columns are made when read.
+
+    The Hessian of a position is a weight times $\operatorname{diag}(p) - p p^\top$ for
+    cross-entropy, which has rank $C - 1$. Its root is lower triangular: with
+    $q_c = \sum_{k \ge c} p_k$, column $c < C$ is
+
+    $$
+    s_c = \sqrt{\frac{p_c\, q_{c+1}}{q_c}}
+    \Bigl( e_c - \sum_{i > c} \frac{p_i}{q_{c+1}}\, e_i \Bigr) .
+    $$
+
+    All ratios are at most 1 and come from logarithms, so that a saturated softmax loses no digits.
+    The Hessians of the other losses are diagonal and have $C$ columns.
+
+    Use it through `type2`. Not for single numbers: it is read by slices only.
+
+    Cost: none until it is read; then `f.numel()` numbers for each vector.
+    Source: Tanabe and Sagae 1992 (An exact Cholesky decomposition and the generalized inverse of
+    the variance-covariance matrix of the multinomial distribution).
+
+    Attributes:
+        loss: The loss.
+        f: The model's outputs.
+        weight: The factor of every term's Hessian, with `P` positions of a sample.
+    """
+
+    loss: Module
+    f: Float[Tensor, "N ..."]
+    weight: Float[Tensor, "N P #C"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[V, *f.shape]`."""
+        P, C = self.weight.shape[1], _rows(self.loss, self.f).shape[-1]
+        columns = max(C - 1, 1) if isinstance(self.loss, CrossEntropyLoss) else C
+        return torch.Size((columns * P, *self.f.shape))
+
+    def __len__(self) -> int:
+        """The number of vectors: one for each column, at each position."""
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Float[Tensor, "V N ..."]:
+        """Some vectors: each is a column of the root at one position, and zero elsewhere."""
+        rows = _rows(self.loss, self.f)
+        N, P, C = rows.shape
+        v = torch.arange(len(self), device=rows.device)[part]
+        c, p = v // P, v % P
+        columns = self.weight[:, p].sqrt() * _root_columns(self.loss, rows[:, p], c)  # [N, v, C]
+        S = rows.new_zeros(len(v), N, P, C)
+        S[torch.arange(len(v), device=rows.device), :, p] = columns.transpose(0, 1)
+        return _as_output(self.loss, self.f, S)
 
 
 def type2_classwise(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
-    """One vector per class, sent to all positions of a sample at once: `type2` summed over them.
+    """One vector per class, sent to all positions of a sample at once: a root summed over them.
 
     Use it for losses per token or pixel, where `type2` has too many vectors. Not for exact blocks:
-    with several positions these gain cross terms that the loss Hessian lacks.
+    with several positions these gain cross terms that the loss Hessian lacks. These depend on the
+    root, which for cross-entropy has the columns `sqrt(p_c) (e_c - p)`, the scores of the classes.
 
-    Law: equal to `type2` for one position. With several, KFAC-expand has the same factors as with
-    `type2`, as long as no layer behind the one in question mixes positions.
+    Law: another root of the same Hessian as `type2` for one position. With several, KFAC-expand has
+    the same factors as with `type2`, as long as no layer behind the one in question mixes
+    positions.
     Cost: memory `C * f.numel()`.
 
     Raises:
@@ -88,7 +200,8 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Backpropaga
     Use it in training, where moving averages reduce the noise. Not for a single batch that decides
     something by itself: the relative error falls as one over the root of the number of labels.
 
-    Cost: memory `samples * f.numel()`.
+    Cost: memory `f.numel()` for each vector that is read, and the drawn labels: `samples` numbers
+    for each position of cross-entropy, and for each entry of `f` otherwise.
 
     Args:
         samples: How many labels to draw for each sample of the batch. Each vector carries
@@ -103,12 +216,48 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Backpropaga
     if generator is not None:
         check_instance("generator", generator, Generator, "torch.Generator().manual_seed(0)")
 
-    def vectors(loss: Module, f: Tensor, y: Tensor) -> Tensor:
-        scale = _hessian_weights(loss, f, y) / samples
-        noise = _score_samples(loss, _rows(loss, f), samples, generator)  # [samples, N, P, C]
-        return _as_output(loss, f, scale.sqrt() * noise)
+    def vectors(loss: Module, f: Tensor, y: Tensor) -> SampledScores:
+        weight = _hessian_weights(loss, f, y) / samples
+        drawn = _sampled(loss, _rows(loss, f), samples, generator)
+        return SampledScores(loss, f.detach(), weight, drawn)
 
     return vectors
+
+
+@dataclass(frozen=True, eq=False)
+class SampledScores:
+    """Gradients of the loss's terms at labels that were drawn, made when read.
+
+    Use it through `monte_carlo`. Not for single numbers: it is read by slices only.
+
+    Cost: memory for the labels; `f.numel()` numbers for each vector that is read.
+
+    Attributes:
+        loss: The loss.
+        f: The model's outputs.
+        weight: The factor of every term's outer product, with `P` positions of a sample.
+        drawn: The labels: classes for cross-entropy, otherwise one for each entry; for the squared
+            error, the scores `2 (f - y)` themselves.
+    """
+
+    loss: Module
+    f: Float[Tensor, "N ..."]
+    weight: Float[Tensor, "N P #C"]
+    drawn: Num[Tensor, "V N P ..."]
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[V, *f.shape]`."""
+        return torch.Size((len(self.drawn), *self.f.shape))
+
+    def __len__(self) -> int:
+        """The number of labels that were drawn for each sample."""
+        return len(self.drawn)
+
+    def __getitem__(self, part: slice) -> Float[Tensor, "V N ..."]:
+        """The scores at some of the labels."""
+        scores = _scores(self.loss, _rows(self.loss, self.f), self.drawn[part])
+        return _as_output(self.loss, self.f, self.weight.sqrt() * scores)
 
 
 def empirical(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "V N ..."]:
@@ -186,30 +335,66 @@ def _class_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N P C
         case CrossEntropyLoss():  # diag(p) - p p^T = sum_c p_c (p - e_c) (p - e_c)^T
             p = rows.softmax(-1)
             S = p.sqrt().diag_embed() - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2)
-        case BCEWithLogitsLoss():  # diag(p (1 - p))
-            S = (rows.sigmoid() * (-rows).sigmoid()).sqrt().diag_embed()
-        case _:  # 2 I
-            S = torch.full_like(rows, 2**0.5).diag_embed()
+        case _:
+            S = _diagonal_root(loss, rows).diag_embed()
     S = weight.sqrt().unsqueeze(-1) * S  # [N, P, C, column]
     return S.movedim(-1, 0)
 
 
-def _score_samples(
-    loss: Module, rows: Tensor, samples: int, generator: Generator | None
-) -> Float[Tensor, "samples N P C"]:
-    """Gradients of a term with respect to `f` at labels drawn from its likelihood."""
+def _root_columns(
+    loss: Module, rows: Float[Tensor, "N v C"], c: Int[Tensor, "v"]
+) -> Float[Tensor, "N v C"]:
+    """Columns `c[v]` of a root of a term's Hessian, for the `v`-th outputs of every sample."""
+    classes = torch.arange(rows.shape[-1], device=rows.device)
+    own = (classes == c.unsqueeze(1)).to(rows.dtype)  # e_c
+    if not isinstance(loss, CrossEntropyLoss):
+        return own * _diagonal_root(loss, rows)
+    logp = rows.log_softmax(-1)
+    logq = pad(logp.flip(-1).logcumsumexp(-1).flip(-1), (0, 1), value=-torch.inf)  # q_C = 0
+    index = c.unsqueeze(1).expand(len(rows), -1, 1)
+    here, rest = logq.gather(2, index), logq.gather(2, index + 1)
+    size = ((logp.gather(2, index) + rest - here) / 2).exp()
+    later = torch.where(classes > c.unsqueeze(1), logp - rest, -torch.inf).exp()  # p_i / q_{c+1}
+    return size * (own - later)
+
+
+def _diagonal_root(loss: Module, rows: Float[Tensor, "N P C"]) -> Float[Tensor, "N P C"]:
+    """The root of a term's Hessian, where that is diagonal."""
+    match loss:
+        case BCEWithLogitsLoss():  # p (1 - p)
+            return (rows.sigmoid() * (-rows).sigmoid()).sqrt()
+        case _:  # 2
+            return torch.full_like(rows, 2**0.5)
+
+
+def _sampled(
+    loss: Module, rows: Float[Tensor, "N P C"], samples: int, generator: Generator | None
+) -> Num[Tensor, "samples N P ..."]:
+    """Labels `y` that are drawn from a term's likelihood; for the squared error, `2 (f - y)`."""
     match loss:
         case CrossEntropyLoss():
-            p = rows.softmax(-1)
-            drawn = p.flatten(0, 1).multinomial(samples, replacement=True, generator=generator)
-            labels = one_hot(drawn.T, p.shape[-1]).reshape(samples, *p.shape)
-            return p - labels.to(p.dtype)
+            p = rows.softmax(-1).flatten(0, 1)
+            drawn = p.multinomial(samples, replacement=True, generator=generator)
+            return drawn.T.reshape(samples, *rows.shape[:2])
         case BCEWithLogitsLoss():
             p = rows.sigmoid().expand(samples, *rows.shape)
-            return p - torch.bernoulli(p, generator=generator)
-        case _:  # 2 (f - y) with y normal around f, variance 1/2
+            return torch.bernoulli(p, generator=generator)
+        case _:  # y is normal around f, with variance 1/2
             normal = rows.new_empty(samples, *rows.shape).normal_(generator=generator)
             return 2**0.5 * normal
+
+
+def _scores(
+    loss: Module, rows: Float[Tensor, "N P C"], drawn: Num[Tensor, "V N P ..."]
+) -> Float[Tensor, "V N P C"]:
+    """Gradients of a term with respect to `f` at labels that `_sampled` gave."""
+    match loss:
+        case CrossEntropyLoss():
+            return rows.softmax(-1) - one_hot(drawn, rows.shape[-1]).to(rows.dtype)
+        case BCEWithLogitsLoss():
+            return rows.sigmoid() - drawn
+        case _:
+            return drawn
 
 
 def _hessian_weights(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "N P #C"]:

@@ -4,7 +4,14 @@ from torch import nn
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, L1Loss, MSELoss
 
 from kfac_scratch.curvature import loss_hessian
-from kfac_scratch.losses import divisor, empirical, monte_carlo, type2, type2_classwise
+from kfac_scratch.losses import (
+    ScaledVectors,
+    divisor,
+    empirical,
+    monte_carlo,
+    type2,
+    type2_classwise,
+)
 from tests.laws import check_differs, check_equal
 
 N, C, P1, P2 = 5, 3, 2, 7
@@ -109,7 +116,7 @@ def example(name, reduction, device, dtype=torch.float64):
 
 def per_datum(vectors):
     """Sum of outer products for every datum: block diagonal over the whole batch."""
-    S = vectors.reshape(*vectors.shape[:2], -1)  # [V, N, out / N]
+    S = vectors[:].flatten(2) if len(vectors.shape) > 2 else vectors[:].unsqueeze(2)
     return torch.block_diag(*torch.einsum("vni,vnj->nij", S, S))
 
 
@@ -119,8 +126,48 @@ def per_datum(vectors):
 def test_type2_is_a_root_of_the_loss_hessian(name, reduction, dtype, device):
     loss, f, y = example(name, reduction, device, dtype)
     vectors = type2(loss, f, y)
-    assert vectors.shape[1:] == f.shape
+    assert vectors.shape == vectors[:].shape == (len(vectors), *f.shape)
     check_equal(per_datum(vectors), loss_hessian(loss, f, y))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_slices_of_vectors_are_those_of_all_of_them(name, device):
+    loss, f, y = example(name, "mean", device)
+    generator = torch.Generator(device).manual_seed(0)
+    for fisher in (type2, monte_carlo(7, generator)):
+        vectors = fisher(loss, f, y)
+        whole = vectors[:]
+        for part in (slice(0, 1), slice(1, 3), slice(2, 1000), slice(-1, None)):
+            assert torch.equal(vectors[part], whole[part])
+        assert torch.equal(ScaledVectors(vectors, 3.0)[1:], 3.0 * whole[1:])
+        assert ScaledVectors(vectors, 3.0).shape == whole.shape
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10])
+def test_type2_of_cross_entropy_has_a_vector_less_than_classes(classes, device):
+    """The softmax does not see a shift of all logits, so that its Hessian has rank `C - 1`."""
+    f, y = torch.randn(N, classes, P1, device=device), torch.zeros(N, P1, device=device).long()
+    vectors = type2(CrossEntropyLoss(), f, y)
+    assert len(vectors) == P1 * max(classes - 1, 1)
+    if classes == 1:
+        assert not vectors[:].any()
+    else:
+        check_equal(per_datum(vectors), loss_hessian(CrossEntropyLoss(), f, y))
+
+
+@pytest.mark.parametrize("size", [1, 30, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_type2_of_a_saturated_softmax_loses_no_digits(size, dtype, device):
+    """`1 - p` in the Hessian's diagonal is the sum of the other probabilities, however small."""
+    f = size * torch.randn(20, 10, device=device, dtype=dtype)
+    y = torch.zeros(20, dtype=torch.long, device=device)
+    p = f.double().softmax(1)
+    H = -torch.einsum("ni,nj->nij", p, p)
+    H.diagonal(dim1=1, dim2=2).zero_()
+    H = H - H.sum(2).diag_embed()
+    S = type2(CrossEntropyLoss(reduction="sum"), f, y)[:].double()
+    error = (torch.einsum("vni,vnj->nij", S, S) - H).abs().amax((1, 2)) / H.abs().amax((1, 2))
+    assert error.max() <= 20 * size * torch.finfo(dtype).eps  # that of the logits' differences
 
 
 @EVERY
@@ -167,7 +214,7 @@ def test_monte_carlo_draws_scores_at_possible_labels(name, reduction, device):
     """Every vector is, per position, one of the finitely many scaled scores."""
     samples = 4
     loss, f, y = example(name, reduction, device)
-    drawn = monte_carlo(samples, torch.Generator(device).manual_seed(1))(loss, f, y)
+    drawn = monte_carlo(samples, torch.Generator(device).manual_seed(1))(loss, f, y)[:]
     hessian = loss_hessian(loss, f, y).diagonal().reshape(f.shape)
     if name.startswith("bce"):
         p = f.sigmoid()
@@ -203,7 +250,7 @@ def test_monte_carlo_is_reproducible_by_its_generator(device):
     loss, f, y = example("ce-grid", "mean", device)
 
     def draw(seed):
-        return monte_carlo(3, torch.Generator(device).manual_seed(seed))(loss, f, y)
+        return monte_carlo(3, torch.Generator(device).manual_seed(seed))(loss, f, y)[:]
 
     check_equal(draw(0), draw(0))
     check_differs(draw(1), draw(0))
@@ -218,18 +265,20 @@ def test_monte_carlo_needs_a_sample():
 
 
 @pytest.mark.parametrize("name", ["mse", "ce", "bce"])
-def test_classwise_is_type2_for_one_position(name, device):
+def test_classwise_is_another_root_of_the_same_hessian_for_one_position(name, device):
     loss, f, y = example(name, "mean", device)
-    check_equal(type2_classwise(loss, f, y), type2(loss, f, y))
+    check_equal(per_datum(type2_classwise(loss, f, y)), per_datum(type2(loss, f, y)))
 
 
 @pytest.mark.parametrize("name", ["mse-grid", "ce-grid", "ce-ignored", "bce-grid"])
-def test_classwise_is_the_sum_of_type2_over_positions(name, device):
-    """It has cross terms between positions that the loss Hessian lacks."""
+def test_classwise_is_type2_at_each_position_with_cross_terms_between_them(name, device):
     loss, f, y = example(name, "mean", device)
-    few, all_ = type2_classwise(loss, f, y), type2(loss, f, y)
-    check_equal(few, all_.unflatten(0, (len(few), -1)).sum(1))
-    check_differs(per_datum(few), per_datum(all_))
+    few, all_ = per_datum(type2_classwise(loss, f, y)), per_datum(type2(loss, f, y))
+    positions = torch.arange(f[0].numel(), device=device).reshape(f[0].shape)
+    positions = positions % f[0, 0].numel() if name.startswith("ce") else positions // f.shape[-1]
+    own = positions.flatten() == positions.reshape(-1, 1)
+    check_equal(few * own.repeat(N, N), all_)
+    check_differs(few, all_)
 
 
 # ---- what is refused --------------------------------------------------------------------------

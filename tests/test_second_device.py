@@ -177,22 +177,22 @@ def test_factors_are_the_cpu_s(fisher, flavour):
 def per_position(device):
     """Type-2 vectors of outputs with several positions."""
     f = torch.ones(2, 3, 4, device=device)
-    return type2(CrossEntropyLoss(), f, torch.zeros(2, 4, dtype=torch.long, device=device))
+    return type2(CrossEntropyLoss(), f, torch.zeros(2, 4, dtype=torch.long, device=device))[:]
 
 
 def test_a_tensor_made_without_its_device_is_seen_there_only(monkeypatch):
-    """The mistake that this device is for: `torch.eye(P, dtype=S.dtype)`, and no `device=`."""
+    """The mistake that this device is for: `torch.arange(C)`, and no `device=`."""
     right = per_position("cpu")
     assert torch.equal(per_position(NAME).cpu(), right)
 
     class Forgetful:
-        """PyTorch for a module that forgets where its identity should be."""
+        """PyTorch for a module that forgets where its numbers should be."""
 
         def __getattr__(self, name):
             return getattr(torch, name)
 
-        def eye(self, *args, device=None, **kwargs):
-            return torch.eye(*args, **kwargs)
+        def arange(self, *args, device=None, **kwargs):
+            return torch.arange(*args, **kwargs)
 
     monkeypatch.setattr(kfac_scratch.losses, "torch", Forgetful())
     assert torch.equal(per_position("cpu"), right)  # on the CPU, nothing is wrong

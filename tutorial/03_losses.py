@@ -208,14 +208,14 @@ for kind, y in targets.items():
 # %%
 def curvature_of(vectors: Tensor) -> Tensor:
     """What vectors [V, N, ...] say about the outputs: one block for each datum."""
-    s = vectors.flatten(2)
+    s = vectors[:].flatten(2)
     return torch.block_diag(*torch.einsum("vni,vnj->nij", s, s))
 
 
 def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
     """The sum of outer products at the parameters, right side of (3.4)."""
     total = 0
-    for s_v in vectors.flatten(2):
+    for s_v in vectors[:].flatten(2):
         for s_vn, J_n in zip(s_v, J.reshape(*s_v.shape, -1), strict=True):
             gradient = J_n.T @ s_vn
             total = total + torch.outer(gradient, gradient)
@@ -242,13 +242,41 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 # = \operatorname{diag}(p) - p p^\top.
 # $$
 #
+# ### One vector less
+#
+# The Hessian [(3.3)] has rank $C - 1$, since the softmax does not see a shift of all logits. So a root
+# with one column less exists, and one can be written down. Take away a first column that makes the
+# first row of what remains zero. This is $s_1 = H e_1 / \sqrt{H_{11}}$, and with
+# $q_c = \sum_{k \ge c} p_k$, of which $q_1 = 1$,
+#
+# $$
+# s_1 = \frac{p_1 (e_1 - p)}{\sqrt{p_1 q_2}}
+# = \sqrt{p_1 q_2}\, \Bigl( e_1 - \sum_{i > 1} \frac{p_i}{q_2}\, e_i \Bigr),
+# \qquad
+# (H - s_1 s_1^\top)_{ij} = p_i \delta_{ij} - p_i p_j \Bigl( 1 + \frac{p_1}{q_2} \Bigr)
+# = q_2 \Bigl( \frac{p_i}{q_2} \delta_{ij} - \frac{p_i}{q_2} \frac{p_j}{q_2} \Bigr)
+# $$
+#
+# for $i, j > 1$. What remains is the Hessian of the softmax over the other classes, times their
+# probability. The same step takes away the next column, and so on; the last class has none. The
+# result is lower triangular, a Cholesky factor in closed form:
+#
+# $$
+# s_c = \sqrt{\frac{p_c\, q_{c+1}}{q_c}} \Bigl( e_c - \sum_{i > c} \frac{p_i}{q_{c+1}}\, e_i \Bigr),
+# \qquad c = 1, \dots, C - 1 .
+# $$
+#
+# It saves one backward pass in $C$: half of them for two classes. All ratios are at most one, and
+# come from the logits by logarithms, so that no digits are lost where the softmax is saturated.
+#
 # ### In the package
 #
-# `type2` is that, in one line per loss. The general shape $[N, C, P]$ with $P$ positions is for
-# losses with several labels per datum, to which we come below; here $P = 1$.
+# `type2` is that. The general shape $[N, C, P]$ with $P$ positions is for losses with several labels
+# per datum, to which we come below; here $P = 1$. What it returns makes its vectors when they are
+# read, so that those of a thousand classes are never all in memory; `[:]` reads all of them.
 
 # %% tags=["remove-input"]
-code(type2, losses._class_vectors)
+code(type2, losses.HessianRoot, losses._root_columns, losses._diagonal_root)
 
 # %%
 J = curvature.jacobian(model, X)
@@ -260,19 +288,19 @@ for kind, y in targets.items():
         assert_exact(sent_back(vectors, J), GGN)
     print(f"{kind.__name__:18} {len(vectors)} vectors of shape {tuple(vectors.shape[1:])}")
 
-# %% tags=["hide-input"] alt="Heat maps of the five by five matrices for one prediction: the Hessian, symmetric with positive diagonal and negative rest, and two different square roots, one full and one lower triangular with an empty last column." caption="A Hessian [(3.3)] for five classes and two of its square roots: that of [(3.5)] and a triangular one. Both give the same curvature."
+# %% tags=["hide-input"] alt="Heat maps of the five by five matrices for one prediction: the Hessian, symmetric with positive diagonal and negative rest, and two different square roots, one full and one lower triangular with four columns." caption="A Hessian [(3.3)] for five classes and two of its square roots: that of [(3.5)] and the triangular one of `type2`. Both give the same curvature."
 p = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05])
 q = p.sqrt()
 H_p, S_p = p.diag() - torch.outer(p, p), q.diag() - torch.outer(p, q)
-triangular = torch.linalg.qr(S_p.T).R.T
+total = CrossEntropyLoss(reduction="sum")
+triangular = type2(total, p.log()[None], torch.tensor([0]))[:].squeeze(1).T
 assert_close(S_p @ S_p.T, H_p)
 assert_close(triangular @ triangular.T, H_p)
 matrices({"Hessian": H_p, "$S$": S_p, "triangular root": triangular})
 
 # %% [markdown]
-# A square root is not unique: $S Q$ is another one for every orthogonal $Q$. Why prefer [(3.5)] to the
-# triangular one, which saves a vector? It needs no decomposition, and its columns mean something.
-# Picture the predictions for three classes as points of a triangle whose corners are certainty.
+# A square root is not unique: $S Q$ is another one for every orthogonal $Q$, and the curvature is the
+# same. The columns of [(3.5)] are one too many, but they mean something. Picture the predictions for three classes as points of a triangle whose corners are certainty.
 # Column $c$ is an arrow from the prediction towards corner $c$, shortened by $\sqrt{p_c}$.
 
 # %% tags=["hide-input"] alt="Two triangles whose corners are the three classes. Left: a prediction near the centre, with three arrows of similar length towards the corners. Right: a prediction near one corner, where all three arrows are short." caption="The columns of [(3.5)] for an undecided (left) and a confident prediction (right). The ellipse is that of the Hessian, the sum of the arrows' outer products."
@@ -422,13 +450,13 @@ for kind, y in targets.items():
 # %% [markdown]
 # We can now say what the arrows in the picture are. By [(3.2)], the gradient at label $c$ is $p - e_c$,
 # and the term that it contributes to the expectation [(3.6)] is $p_c\, (p - e_c)(p - e_c)^\top$. The
-# column $s_c = \sqrt{p_c}\, (e_c - p)$ of the type-2 root **is** the enumerated score of class $c$, up
-# to a sign that outer products do not see:
+# column $s_c = \sqrt{p_c}\, (e_c - p)$ of [(3.5)] **is** the enumerated score of class $c$, up to a sign
+# that outer products do not see. (`type2_classwise`, of which more below, has these columns.)
 
 # %%
 loss, y = CrossEntropyLoss(reduction="sum"), targets[CrossEntropyLoss]
 p = f.softmax(1)
-for c, column in enumerate(type2(loss, f, y)):
+for c, column in enumerate(type2_classwise(loss, f, y)):
     score = -torch.func.grad(loss)(f, torch.full_like(y, c))
     assert_close(column, p[:, c : c + 1].sqrt() * score)
 
@@ -509,11 +537,12 @@ for M in (1, 2, 3, 4):
 # %% [markdown]
 # ### In the package
 #
-# `monte_carlo(M)` returns a function of the same kind as `type2`. Gaussian scores need no labels:
-# $2 (f - \hat y)$ with $\hat y$ of variance $\tfrac12$ is normal with variance 2.
+# `monte_carlo(M)` returns a function of the same kind as `type2`. It draws all labels at once, and makes
+# the scores when they are read: a label of cross-entropy is one number, its score has $C$. Gaussian
+# scores need no labels: $2 (f - \hat y)$ with $\hat y$ of variance $\tfrac12$ is normal with variance 2.
 
 # %% tags=["remove-input"]
-code(monte_carlo, losses._score_samples)
+code(monte_carlo, losses.SampledScores, losses._sampled, losses._scores)
 
 # %% [markdown]
 # How should one test a random function? First test all that is not random about it. Undo the scale
@@ -527,7 +556,7 @@ code(monte_carlo, losses._score_samples)
 # %%
 loss, M = CrossEntropyLoss(), 20_000
 generator = torch.Generator(device=f.device).manual_seed(0)
-vectors = monte_carlo(M, generator)(loss, f, y)
+vectors = monte_carlo(M, generator)(loss, f, y)[:]
 D = divisor(loss, f, y)
 
 drawn = p - (M * D) ** 0.5 * vectors  # one-hot labels, if the scale is right
@@ -635,7 +664,7 @@ line, inputs = Linear(1, 1), torch.linspace(-1, 1, 20_000)[:, None]
 for variance in (0.5, 0.05):
     noise = variance**0.5 * torch.randn(len(inputs), 1)
     vectors = empirical(loss, line(inputs), line(inputs).detach() + noise)
-    ratio = vectors.square().sum() / type2(loss, line(inputs), inputs).square().sum()
+    ratio = vectors.square().sum() / type2(loss, line(inputs), inputs)[:].square().sum()
     # a mean of z² over 20,000 normal z: standard error sqrt(2 / 20,000)
     print(f"noise variance {variance}: E / Fisher = {ratio:.3f} (expected {2 * variance})")
     assert abs(ratio / (2 * variance) - 1) < 5 * (2 / 20_000) ** 0.5
@@ -757,10 +786,10 @@ plt.show()
 # A language model predicts a label at every position $s = 1, \dots, P$ of a sequence. PyTorch puts
 # the classes on axis 1, so $f$ has shape $[N, C, P]$. The labels are independent given the outputs,
 # hence the Hessian of one datum, of size $C P$, is block-diagonal with one block per position, and its exact
-# root has **$C P$ columns**: each is nonzero at a single position. This is what `type2` returns.
+# root has **$(C - 1) P$ columns**: each is nonzero at a single position. This is what `type2` returns.
 #
 # That is many backward passes. It is tempting to send, for each class, its columns for *all*
-# positions at once: $C$ passes instead of $C P$. Is it allowed? The outer product of a sum is not the
+# positions at once: $C$ passes instead of $(C - 1) P$. Is it allowed? The outer product of a sum is not the
 # sum of outer products; with $s_c = \sum_s s_{cs}$,
 #
 # $$
@@ -773,17 +802,18 @@ plt.show()
 #
 # ### In the package
 #
-# The shortcut has a name of its own, `type2_classwise`, and nothing uses it unless it is asked for.
+# The shortcut has a name of its own, `type2_classwise`, and nothing uses it unless it is asked for. Its
+# columns are those of [(3.5)]: the cross terms of another root would be others.
 
 # %% tags=["remove-input"]
-code(type2_classwise)
+code(type2_classwise, losses._class_vectors)
 
 # %%
 loss, P = CrossEntropyLoss(), 5
 H_f = curvature.loss_hessian(loss, tokens, token_labels)
 exact_root, shortcut = (fisher(loss, tokens, token_labels) for fisher in (type2, type2_classwise))
 print("type2:", tuple(exact_root.shape), "  type2_classwise:", tuple(shortcut.shape))
-assert len(exact_root) == C * P
+assert len(exact_root) == (C - 1) * P
 assert len(shortcut) == C
 assert_exact(curvature_of(exact_root), H_f)
 assert largest_error(curvature_of(shortcut), H_f) > 1e-2
@@ -979,8 +1009,8 @@ square, entropy, y = MSELoss(), CrossEntropyLoss(), targets[MSELoss]
 total = CrossEntropyLoss(reduction="sum")
 by_mean = torch.func.grad(entropy)(f, hard)[None]  # what .backward() of a mean loss leaves behind
 mistakes = {
-    "½ ‖f − y‖² in place of ‖f − y‖²": (type2(square, f, y) / 2**0.5, square, f, y),
-    "mean over N in place of N·C": (type2(square, f, y) * C**0.5, square, f, y),
+    "½ ‖f − y‖² in place of ‖f − y‖²": (type2(square, f, y)[:] / 2**0.5, square, f, y),
+    "mean over N in place of N·C": (type2(square, f, y)[:] * C**0.5, square, f, y),
     "softmax over the batch": (softmax_root(f, 0), total, f, hard),
     "softmax over positions": (softmax_root(tokens, 2), total, tokens, token_labels),
     "empirical in place of Fisher": (empirical(entropy, f, hard), entropy, f, hard),
@@ -1004,11 +1034,11 @@ assert (roots[0] - roots[1]).abs().max() < 1e-10 * f.abs().max()
 # single datum passes:
 
 # %%
-vectors = type2(entropy, f, hard)
+vectors = type2(entropy, f, hard)[:]
 summed = torch.einsum("vi,vj->ij", vectors.flatten(1), vectors.flatten(1))
 H_f = curvature.loss_hessian(entropy, f, hard)
 assert largest_error(summed, H_f) > 0.1
-alone = type2(entropy, f[:1], hard[:1]).flatten(1)
+alone = type2(entropy, f[:1], hard[:1])[:].flatten(1)
 assert_close(alone.T @ alone, curvature.loss_hessian(entropy, f[:1], hard[:1]))
 
 # %% [markdown]
@@ -1024,7 +1054,7 @@ def are_labels(vectors: Tensor, M: int) -> bool:
 
 
 for M in (1, 4):
-    right = monte_carlo(M, generator)(entropy, f, hard)
+    right = monte_carlo(M, generator)(entropy, f, hard)[:]
     wrong = right * M**0.5 / M
     print(f"M = {M}: right {are_labels(right, M)}, wrong {are_labels(wrong, M)}")
     assert are_labels(right, M)
@@ -1070,7 +1100,7 @@ assert (found - expected).abs() > 5 * sigma
 #
 # $S \sqrt p = \operatorname{diag}(\sqrt p) \sqrt p - p\, (\sqrt p^{\,\top} \sqrt p) = p - p = 0$. Take an
 # orthogonal $Q$ whose last column is $\sqrt p$, a unit vector. Then $S Q$ is a root as well, and its last
-# column is zero: leave it out. This saves one backward pass in $C$.
+# column is zero: leave it out. The triangular root of `type2` is one of these.
 #
 # </details>
 #
@@ -1119,6 +1149,8 @@ assert_close(S_p @ root, torch.zeros(5), atol=1e-14, rtol=0)
 Q = torch.linalg.qr(torch.cat([root[:, None], torch.randn(5, 4)], 1)).Q.flip(1)
 fewer = (S_p @ Q)[:, :-1]
 assert_close(fewer @ fewer.T, H_p)
+turned = torch.linalg.pinv(S_p) @ triangular
+assert_close(turned.T @ turned, torch.eye(4))
 
 y = targets[MSELoss]
 half = lambda f: 0.5 * (f - y).square().sum()  # noqa: E731

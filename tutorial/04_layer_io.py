@@ -250,7 +250,7 @@ def capture_by_hand(model, loss, X, y, pass_on=torch.clone) -> dict[str, LayerIO
         hook.remove()
 
     outputs = [calls[layer][1] for layer in linear.values()]
-    gs = torch.autograd.grad(f, outputs, type2(loss, f, y), is_grads_batched=True)
+    gs = torch.autograd.grad(f, outputs, type2(loss, f, y)[:], is_grads_batched=True)
 
     ios = {}
     for (name, layer), g in zip(linear.items(), gs, strict=True):
@@ -645,15 +645,15 @@ assert traces(model) == before
 # pass, and a column of ones.
 # For a convolution it is more, as an entry of the image stands in every patch that it is part of
 # ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided). The second part is $V$
-# times the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$
-# (times the positions, if there is a loss at each). With a thousand classes this soon does not
+# times the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$, or
+# $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With a thousand classes this soon does not
 # fit. But the block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO`
 # with at most `chunk` of them at a time, and one adds up. Fewer vectors at a time need less memory
 # and more backward passes. (What `stream` does without a `chunk` can be read in its source above:
 # one vector at a time on a CPU, more on a GPU.)
 
 # %%
-C, N_large = 60, 100
+C, N_large = 61, 100
 wide = nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, C))
 X, y = torch.randn(N_large, 50), torch.randint(C, (N_large,))
 
@@ -663,7 +663,7 @@ def held(ios: dict[str, LayerIO]) -> int:
 
 
 together = layer_ios(wide, loss, X, y)
-assert held(together) == C * N_large * (80 + C)  # (4.8), with S = 1
+assert held(together) == (C - 1) * N_large * (80 + C)  # (4.8), with S = 1
 B = torch.einsum("vnso,vnsp->op", together["0"].g, together["0"].g)
 
 chunks, numbers, passes = [1, 2, 5, 10, 20, 60], [], []
@@ -677,7 +677,7 @@ for chunk in chunks:
     numbers.append(largest)
     assert_exact(in_parts, B)
     assert largest == chunk * N_large * (80 + C)
-    assert count * chunk == C
+    assert count * chunk == C - 1
 print("numbers in g at once:", dict(zip(chunks, numbers, strict=True)))
 
 # %% tags=["hide-input"] alt="Log-log plot over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk, the backward passes fall in proportion to it, from 60 to 1." caption="Memory grows in proportion to the chunk, the number of backward passes falls in proportion to it."

@@ -593,8 +593,8 @@ assert relative_error(K, gradients.T @ gradients) > 0.1
 # %% [markdown]
 # ## Sampled vectors
 #
-# So far the vectors were *type-2*: an exact square root of the loss Hessian, one vector per class.
-# For a thousand classes these are a thousand backward passes. The Monte Carlo Fisher of
+# So far the vectors were *type-2*: an exact square root of the loss Hessian, one vector less than
+# classes. For a thousand classes these are 999 backward passes. The Monte Carlo Fisher of
 # [chapter 3](03_losses.py) draws labels from the model instead and sends back the gradients at
 # those. How does this go together with KFAC? Only $B$ is affected, and KFAC is linear in $B$, so
 # the expectation passes through:

@@ -1710,7 +1710,7 @@ def scaled_run(c: float, limit: float | None) -> Tensor:  # 9.2
     model = network()
     chosen = [graft(eps=1e-30)] if limit is None else [kl_clip(limit)]
     options = {"lr": 0.1, "damping": 1e-2 * c, "controls": chosen}
-    optimizer = KFAC(model, loss, fisher=lambda *batch: c**0.5 * type2(*batch), **options)
+    optimizer = KFAC(model, loss, fisher=lambda *batch: c**0.5 * type2(*batch)[:], **options)
     for X, y in data[:5]:
         optimizer.zero_grad()
         (c * loss(model(X), y)).backward()

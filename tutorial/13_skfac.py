@@ -47,7 +47,7 @@ from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
-from kfac_scratch.losses import empirical, monte_carlo, type2
+from kfac_scratch.losses import empirical, monte_carlo, type2, type2_classwise
 from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.kronecker_columns import (
@@ -173,7 +173,7 @@ for fisher in (monte_carlo(1, generator), type2):
         assert held <= full
 
 # %% [markdown]
-# Note the second half. Type-2 vectors come ten to a datum, one for each class, so that $B$ has 320
+# Note the second half. Type-2 vectors come nine to a datum, one less than classes, so that $B$ has 288
 # columns and `reduced_columns` cuts them down to $d_\text{out}$. **What counts is not $N$ but $V N S$.** SKFAC goes
 # with the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
 #
@@ -289,8 +289,8 @@ code(push_through)
 
 # %% [markdown]
 # With type-2 vectors it works as well, although the labels do not enter them: the columns for a
-# datum span all gradients that any label can have. For cross-entropy $c$ is zero except at the
-# datum's own class (Exercise 13.2). Here we let least squares find it. Only for Monte Carlo vectors is
+# datum span all gradients that any label can have. Here we let least squares find $c$. With the scores
+# of all classes, another root, it would be zero except at the datum's own class (Exercise 13.2). Only for Monte Carlo vectors is
 # the gradient of the data's labels not in their span.
 
 # %%
@@ -301,7 +301,7 @@ gradient = dict(
     zip(weights, torch.autograd.grad(loss(net(X), y), list(weights.values())), strict=True)
 )
 for fisher in (empirical, type2):
-    vectors = fisher(loss, f, y)  # [V, N, C]
+    vectors = fisher(loss, f, y)[:]  # [V, N, C]
     found = torch.linalg.pinv(vectors.permute(1, 2, 0)) @ head.unsqueeze(2)  # [N, V, 1]
     c = found.squeeze(2).T
     for name, io in layer_ios(net, loss, X, y, fisher).items():
@@ -311,7 +311,7 @@ for fisher in (empirical, type2):
             push_through(io, c, 0.1, 0.2), skfac(io).inverse_of_damped_factors(0.1, 0.2) @ G
         )
 
-drawn = monte_carlo(1, generator)(loss, f, y).squeeze(0)
+drawn = monte_carlo(1, generator)(loss, f, y)[0:1].squeeze(0)
 outside = head - (head * drawn).sum(1, keepdim=True) / drawn.square().sum(1, keepdim=True) * drawn
 print(
     f"share of the gradient that Monte Carlo vectors miss: {(outside.norm() / head.norm()).item():.2f}"
@@ -744,8 +744,8 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # </details>
 #
-# **Exercise 13.2.** For cross-entropy with the mean over $N$ labels, the type-2 vector of class $v$ is
-# $s_v = \sqrt{p_v / N}\, (e_v - p)$ at the output, with the predicted probabilities $p$. Which $c$ gives the
+# **Exercise 13.2.** For cross-entropy with the mean over $N$ labels, `type2_classwise` sends for class $v$
+# the score $s_v = \sqrt{p_v / N}\, (e_v - p)$ at the output, with the predicted probabilities $p$. Which $c$ gives the
 # gradient of a datum with label $y$? What goes wrong when the network is sure of another class?
 #
 # <details class="solution" markdown="1">
@@ -784,7 +784,7 @@ torch.testing.assert_close(middle, torch.eye(3), atol=1e-4, rtol=0)
 f = net(X).detach().requires_grad_()  # 13.2
 (head,) = torch.autograd.grad(loss(f, y), f)
 p = f.softmax(1)[torch.arange(32), y]
-own_class = type2(loss, f, y)[y, torch.arange(32)]
+own_class = type2_classwise(loss, f, y)[y, torch.arange(32)]
 assert_exact(own_class * (-1 / (32 * p).sqrt()).unsqueeze(1), head)
 
 average = None  # 13.3

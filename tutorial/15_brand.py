@@ -321,7 +321,7 @@ assert_exact(follow(Brand(rank=8), small).dense(), follow(MovingAverage(kfac), s
 # A batch has $N S$ rows of inputs and $V N S$ rows of vectors. **A convolution has too many positions** $S$ for this: if
 # $r + K$ exceeds $d$, an update is no cheaper than a full decomposition. The package then keeps the
 # factor in full, as above, and the result is KFAC's. The same happens with type-2
-# vectors of many classes, $V = C$; with Monte Carlo or empirical vectors, $V = 1$.
+# vectors of many classes, $V = C - 1$; with Monte Carlo or empirical vectors, $V = 1$.
 #
 # ## A gradient in factors
 #

@@ -47,7 +47,7 @@ from kfac_scratch.capture.layers import (
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import stored_as_columns
-from kfac_scratch.losses import BackpropagatedVectors, type2
+from kfac_scratch.losses import BackpropagatedVectors, Vectors, type2
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ def stream(
     vectors of a sample together.
 
     Cost: as `layer_ios`, with `chunk` for `V` in the memory of a part. The vectors at the model's
-    output are made all at once. If `chunk` is not given, a part has 1 vector on a CPU and 32
-    elsewhere, as in `layer_ios`, which describes the arguments.
+    output are read by the part, so that those of `type2` are never all there. If `chunk` is not
+    given, a part has 1 vector on a CPU and 32 elsewhere, as in `layer_ios`, which describes the
+    arguments.
 
     It has many parameters, because it has those of `layer_ios`.
     """
@@ -146,17 +147,13 @@ def stream(
     check_calls(f, groups, calls)
     with full_precision(f.device):
         vectors = fisher(loss, _upcast(f), y)
-        check_result("fisher", vectors, Tensor, f"vectors, a tensor of shape [V, *{[*f.shape]}]")
-        vectors = vectors.to(f.dtype)
+        check_vectors(vectors, f)
         used = [flavour.inputs(group, calls[group.name]) for group in groups]
-    if vectors.shape[1:] != f.shape:
-        raise ValueError(
-            f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}]."
-        )
     flat = [call.z for group in groups for call in calls[group.name]]
-    parts = vectors.split(chunk or (1 if vectors.device.type == "cpu" else 32))
-    for i, part in enumerate(parts):
-        sent = iter(_backward(f, flat, part, retain=i + 1 < len(parts)))
+    chunk = chunk or (1 if f.device.type == "cpu" else 32)
+    for i in range(0, len(vectors), chunk):
+        part = _read(vectors, slice(i, i + chunk), f)
+        sent = iter(_backward(f, flat, part, retain=i + chunk < len(vectors)))
         ios = {}
         for group, a in zip(groups, used, strict=True):
             g = flavour.outputs(calls[group.name], [next(sent) for _ in calls[group.name]])
@@ -181,6 +178,30 @@ def check_capture(
     check_instance("flavour", flavour, Flavour, "flavour=REDUCE (or EXPAND)")
     if chunk is not None:
         check_count("chunk", chunk)
+
+
+def check_vectors(vectors: object, f: Tensor) -> None:
+    """Refuse what a Fisher returned if it is no stack of vectors for the model's output.
+
+    Raises:
+        TypeError: If it has no length, shape or slices.
+        ValueError: If its shape is not that of the output behind the number of vectors, or it has
+            none.
+    """
+    check_result("fisher", vectors, Vectors, f"vectors, a tensor of shape [V, *{[*f.shape]}]")
+    assert isinstance(vectors, Vectors)
+    if len(vectors) == 0 or vectors.shape[1:] != f.shape:
+        raise ValueError(
+            f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}] "
+            "with at least one vector."
+        )
+
+
+def _read(vectors: Vectors, part: slice, f: Tensor) -> Float[Tensor, "V N ..."]:
+    with full_precision(f.device):
+        read = vectors[part]
+    check_result("fisher", read, Tensor, "vectors whose slices are tensors")
+    return read.to(f.dtype)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -206,7 +206,7 @@ def test_the_gradient_of_the_batch_is_a_sum_of_its_vectors(fisher, case, device)
     model, loss, X, y = case.build(device)
     f = model(X)
     (head,) = torch.autograd.grad(loss(f, y), f)
-    vectors = fisher(loss, f.detach(), y)  # [V, N, C]
+    vectors = fisher(loss, f.detach(), y)[:]  # [V, N, C]
     c = torch.linalg.lstsq(vectors.permute(1, 2, 0), head.unsqueeze(2)).solution.squeeze(2).T
     check_equal(torch.einsum("vn,vnc->nc", c, vectors), head)
     for layer, io in layer_ios(model, loss, X, y, fisher).items():

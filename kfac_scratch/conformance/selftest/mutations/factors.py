@@ -56,8 +56,8 @@ MUTANTS = [
     ),
     kfac(
         "mini-batches with equal weights",
-        "return here**0.5 * vectors",
-        "return 3.5**0.5 * vectors",
+        "return ScaledVectors(vectors, here**0.5)",
+        "return ScaledVectors(vectors, 3.5**0.5)",
         "batches-unequal-mse-mean",
     ),
     kfac(
@@ -74,8 +74,8 @@ MUTANTS = [
     ),
     kfac(
         "the number of terms for its root",
-        "return here**0.5 * vectors",
-        "return here * vectors",
+        "return ScaledVectors(vectors, here**0.5)",
+        "return ScaledVectors(vectors, here)",
         "mlp-cross-entropy-mean",
     ),
     kfac(

@@ -12,36 +12,43 @@ def losses(name: str, before: str, after: str, case: str, flavour: Flavour = "ex
 
 
 MUTANTS = [
-    losses("half the squared error", "2**0.5).diag_embed()", "1.0).diag_embed()", MSE),
-    losses("twice the squared error", "2**0.5).diag_embed()", "2.0).diag_embed()", MSE),
+    losses(
+        "half the squared error", "torch.full_like(rows, 2**0.5)", "torch.full_like(rows, 1.0)", MSE
+    ),
+    losses(
+        "twice the squared error",
+        "torch.full_like(rows, 2**0.5)",
+        "torch.full_like(rows, 2.0)",
+        MSE,
+    ),
     losses(
         "softmax over the batch",
-        "p = rows.softmax(-1)\n            S =",
-        "p = rows.softmax(0)\n            S =",
+        "logp = rows.log_softmax(-1)",
+        "logp = rows.log_softmax(0)",
         CE,
     ),
     losses(
         "the first datum's prediction for all",
-        "p = rows.softmax(-1)\n            S =",
-        "p = rows[:1].softmax(-1).expand_as(rows)\n            S =",
+        "logp = rows.log_softmax(-1)",
+        "logp = rows[:1].log_softmax(-1).expand_as(rows)",
         CE,
     ),
     losses(
         "the softmax's Hessian without its outer product",
-        "p.sqrt().diag_embed() - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2)",
-        "p.sqrt().diag_embed()",
+        "return size * (own - later)",
+        "return logp.gather(2, index).div(2).exp() * own",
         CE,
     ),
     losses(
         "the softmax's root transposed",
-        "p.unsqueeze(-1) * p.sqrt().unsqueeze(-2)",
-        "p.unsqueeze(-2) * p.sqrt().unsqueeze(-1)",
+        "classes > c.unsqueeze(1), logp - rest",
+        "classes < c.unsqueeze(1), logp - rest",
         CE,
     ),
     losses(
         "probabilities for their roots",
-        "S = p.sqrt().diag_embed() - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2)",
-        "S = p.diag_embed() - p.unsqueeze(-1) * p.unsqueeze(-2)",
+        "size = ((logp.gather(2, index) + rest - here) / 2).exp()",
+        "size = (logp.gather(2, index) + rest - here).exp()",
         CE,
     ),
     losses(
@@ -58,20 +65,20 @@ MUTANTS = [
     ),
     losses(
         "weights for their roots",
-        "S = weight.sqrt().unsqueeze(-1) * S",
-        "S = weight.unsqueeze(-1) * S",
+        "columns = self.weight[:, p].sqrt() *",
+        "columns = self.weight[:, p] *",
         "class-weights-mlp-sum",
     ),
     losses(
-        "one vector per class for all positions",
-        "    if P > 1:\n",
-        "    if False:\n",
+        "every vector at all positions",
+        "S[torch.arange(len(v), device=rows.device), :, p] = columns.transpose(0, 1)\n",
+        "S[:] = columns.transpose(0, 1).unsqueeze(2)\n",
         "attention-tokens-mse",
     ),
     losses(
-        "rows for columns of the root",
-        "return S.movedim(-1, 0)",
-        "return S.movedim(-2, 0)",
+        "the last class's column for the first's",
+        "c, p = v // P, v % P",
+        "c, p = v // P + 1, v % P",
         CE,
     ),
     losses(
@@ -136,14 +143,14 @@ MUTANTS = [
     ),
     losses(
         "the loss averaged over samples",
-        "scale = _hessian_weights(loss, f, y) / samples",
-        "scale = _hessian_weights(loss, f, y) / samples**2",
+        "weight = _hessian_weights(loss, f, y) / samples",
+        "weight = _hessian_weights(loss, f, y) / samples**2",
         "sampled-mse-mean",
     ),
     losses(
         "labels drawn uniformly",
-        "drawn = p.flatten(0, 1).multinomial(",
-        "drawn = torch.ones_like(p).flatten(0, 1).multinomial(",
+        "drawn = p.multinomial(",
+        "drawn = torch.ones_like(p).multinomial(",
         "sampled-cross-entropy-mean",
     ),
     losses(
@@ -160,8 +167,8 @@ MUTANTS = [
     ),
     losses(
         "the model's most likely labels",
-        "return p - torch.bernoulli(p, generator=generator)",
-        "return p - (p + 1e-9 * torch.rand(p.shape, generator=generator).to(p) > 0.5).to(p)",
+        "return torch.bernoulli(p, generator=generator)",
+        "return (p + 1e-9 * torch.rand(p.shape, generator=generator).to(p) > 0.5).to(p)",
         "sampled-bce-sum",
     ),
     losses(
@@ -178,8 +185,8 @@ MUTANTS = [
     ),
     losses(
         "the empirical Fisher taken for the Fisher",
-        "    S = _class_vectors(loss, f, y)  # [C, N, P, C]\n",
-        "    return empirical(loss, f, y)\n    S = _class_vectors(loss, f, y)  # [C, N, P, C]\n",
+        "    return HessianRoot(loss, ",
+        "    return empirical(loss, f, y)\n    return HessianRoot(loss, ",
         "one-datum-mse-tanh-mean",
     ),
 ]
