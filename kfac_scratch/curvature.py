@@ -27,6 +27,7 @@ Sources: Schraudolph 2002; Martens 2014 (arXiv:1412.1193), §§5, 8, 9; Kunstner
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -131,7 +132,7 @@ def ggn_product(model: Module, loss: Module, X: Tensor, y: Tensor) -> Product:
 def ggn_gram(
     model: Module,
     loss: Module,
-    X: Tensor,
+    X: Any,
     y: Tensor,
     directions: Float[Tensor, "K D"],
     theta: Float[Tensor, "D"] | None = None,
@@ -192,7 +193,7 @@ def _parameters(model: Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _network(model: Module, X: Tensor) -> Callable[[Tensor], Tensor]:
+def _network(model: Module, X: Any) -> Callable[[Tensor], Tensor]:
     """The network as a function of its flat parameter vector."""
     shapes = {name: p.shape for name, p in _parameters(model).items()}
     places = _places(model)

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -66,7 +67,7 @@ class Flavour:
 def layer_ios(
     model: Module,
     loss: Module,
-    X: Tensor,
+    X: Any,
     y: Tensor,
     fisher: BackpropagatedVectors = type2,
     *,
@@ -118,7 +119,7 @@ def layer_ios(
 def stream(
     model: Module,
     loss: Module,
-    X: Tensor,
+    X: Any,
     y: Tensor,
     fisher: BackpropagatedVectors = type2,
     *,
@@ -269,7 +270,7 @@ of the gradients of samples refuse it where a layer has several positions; see `
 
 
 def _forward(
-    model: Module, X: Tensor, groups: list[LayerGroup]
+    model: Module, X: Any, groups: list[LayerGroup]
 ) -> tuple[Tensor, dict[str, list[Call]]]:
     calls: dict[str, list[Call]] = {group.name: [] for group in groups}
     thread = get_ident()

@@ -7,7 +7,7 @@ these checks run before and after every forward pass; they read tensors and chan
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Output = TypeVar("Output")
 
 
 def check_model(
-    model: Module, X: Tensor, groups: list[LayerGroup], layers: Collection[str] | None
+    model: Module, X: Any, groups: list[LayerGroup], layers: Collection[str] | None
 ) -> None:
     """The checks before the forward pass: of layers, modes, devices and uncovered parameters."""
     if not groups:

@@ -17,7 +17,10 @@ catch the error and go on with the next batch.
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §§5 to 8.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -34,16 +37,41 @@ from kfac_scratch.approximations.estimators import (
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.border import check_count, check_instance, check_result, checked_names
 from kfac_scratch.capture.hooks import EXPAND, Flavour, check_capture, full_precision, layer_ios
-from kfac_scratch.capture.layer_groups import layer_groups, layer_names
 from kfac_scratch.losses import BackpropagatedVectors, monte_carlo, type2
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+from kfac_scratch.optimizer.arrangement import (
+    NUMBERS,
+    Arrangement,
+    Slopes,
+    arranged,
+    check_numbers,
+    coverable,
+    seen,
+    slopes,
+)
 from kfac_scratch.optimizer.checkpoints import example_io, restored, tensors
-from kfac_scratch.optimizer.parameter_groups import check_behaviour, covered, trainable
-from kfac_scratch.optimizer.preconditioner import Preconditioner, inverses, preconditioner
+from kfac_scratch.optimizer.finite import all_finite, first_not_finite
+from kfac_scratch.optimizer.observed import (
+    Draws,
+    LayerIOs,
+    Observed,
+    a_gradient,
+    in_modes,
+    together,
+    training_modes,
+)
+from kfac_scratch.optimizer.parameter_groups import check_behaviour, trainable
+from kfac_scratch.optimizer.preconditioner import blockwise
+from kfac_scratch.optimizer.progress import Progress
 from kfac_scratch.optimizer.quadratic_model import before_step, ratio_after_step
-from kfac_scratch.optimizer.step_control import Batch, Control, Step, dot, norm
-
-NUMBERS = ("lr", "momentum", "weight_decay", "damping")
+from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot, norm
+from kfac_scratch.optimizer.undo import (
+    default_generator,
+    kept_draws,
+    kept_groups,
+    kept_state,
+    kept_values,
+)
 
 
 class KFAC(Optimizer):
@@ -135,23 +163,53 @@ class KFAC(Optimizer):
         self.adapt_damping, self.adapt_every = adapt_damping, adapt_every
         self.generator, self.record = generator, record
         self._check_periods()
+        self._layers, self._progress, self._observed = layers, Progress(), Observed()
+        self._arrangement: Arrangement | None = None
+        self._rest: Optimizer | None = None
 
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
-        defaults = dict(zip(NUMBERS, (lr, momentum, weight_decay, damping), strict=True))
-        super().__init__(params, defaults)
-        self._trained = trainable(model, self.param_groups, NUMBERS)
-        self._blocks = covered(layer_groups(model, layers), self._trained)
-        self._layers = layer_names(model, self._blocks)
+        given = list(model.parameters()) if params is None else params
+        numbers = (lr, momentum, weight_decay, damping)
+        super().__init__(given, dict(zip(NUMBERS, numbers, strict=True)))
+        trainable(model, self.param_groups, NUMBERS)
         self._rest = self._first_order(rest)
+        if not self._arranged().blocks:
+            raise ValueError("No given parameter is in a block: there is nothing to precondition.")
 
-        self.matrices: dict[str, Matrix] = {}
-        self.inverses: dict[str, LinearMap] = {}
-        self.steps = self.updates = 0
-        self._precondition: Preconditioner | None = None
-        self._batch: Batch | None = None
+    # ---- what is known -----------------------------------------------------------------------
 
-    # ---- parameters ------------------------------------------------------------------------
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The curvature of every block, with the batches that were observed for the coming step."""
+        return self._expected().matrices
+
+    @property
+    def inverses(self) -> dict[str, LinearMap]:
+        """The inverse of every block that the last step used."""
+        return self._progress.inverses
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that were taken."""
+        return self._progress.steps
+
+    @property
+    def updates(self) -> int:
+        """The number of updates of the matrices."""
+        return self._expected().updates
+
+    def _expected(self) -> Progress:
+        """What is known if the coming step is taken."""
+        observed = self._observed
+        if observed.undone or not observed.ios:
+            return self._progress
+        if observed.expected is None:
+            arrangement = self._arranged()
+            known = self._progress.fitting(arrangement)
+            expected = self._averaged(observed.layers(), known, arrangement)
+            self._observed = observed = replace(observed, expected=expected)
+        return observed.expected or self._progress
+
+    # ---- parameters --------------------------------------------------------------------------
 
     def _check_periods(self) -> None:
         weight_of_newest(self.decay, 1)
@@ -159,17 +217,18 @@ class KFAC(Optimizer):
             check_count(name, getattr(self, name))
 
     def _first_order(self, rest: Callable[[list[Parameter]], Optimizer] | None) -> Optimizer | None:
-        """The optimizer that `rest` makes for the parameters without a block, if there are any.
+        """The optimizer that `rest` makes for the parameters that no block can cover, if any.
 
-        Groups keep the parameters with a block, which are preconditioned.
+        Groups keep the parameters that are preconditioned.
         """
-        ours = {name for block in self._blocks for name in block.parameter_names}
-        others = {name: p for name, p in self._trained.items() if name not in ours}
-        if others and rest is None:
-            raise ValueError(
-                f"No block covers the parameters {list(others)}: pass rest=lambda params: "
-                "torch.optim.AdamW(params, lr=1e-3), say, or do not give them to the optimizer."
-            )
+        ours = coverable(self.model, self._layers)
+        others = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if id(p) not in ours and any(p is q for g in self.param_groups for q in g["params"])
+        }
+        if not others or rest is None:
+            return None
         for group in self.param_groups:
             own = [key for key in NUMBERS if group[key] != self.defaults[key]]
             names = [name for name, p in others.items() if any(p is q for q in group["params"])]
@@ -178,15 +237,9 @@ class KFAC(Optimizer):
                     f"The parameters {names} are in a group with its own {own}, but have no block: "
                     "give them a group without, and set in rest=... what holds for them."
                 )
-        if not ours:
-            raise ValueError("No given parameter is in a block: there is nothing to precondition.")
-        self._names = {name: p for name, p in self._trained.items() if name in ours}
-        mine = {id(p) for p in self._names.values()}
         for group in self.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in mine]
+            group["params"] = [p for p in group["params"] if id(p) in ours]
         self.param_groups = [group for group in self.param_groups if group["params"]]
-        if not others or rest is None:
-            return None
         optimizer = rest(list(others.values()))
         self.param_groups += [group | {"rest": True} for group in optimizer.param_groups]
         self._share(optimizer)
@@ -200,146 +253,298 @@ class KFAC(Optimizer):
     def _groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if "rest" not in group]
 
-    def _by_name(self, key: str) -> dict[str, float]:
+    def _by_name(self, key: str, parameters: Mapping[str, Parameter]) -> dict[str, float]:
         values = {id(p): float(group[key]) for group in self._groups() for p in group["params"]}
-        return {name: values[id(p)] for name, p in self._names.items()}
+        return {name: values[id(p)] for name, p in parameters.items()}
 
-    # ---- curvature -------------------------------------------------------------------------
+    def _arranged(self) -> Arrangement:
+        """The parameters and blocks as model and groups are."""
+        if self._arrangement is None or self._arrangement.seen != seen(
+            self.model, self.param_groups
+        ):
+            self._arrangement = arranged(self.model, self.param_groups, self._layers)
+            if self._rest is not None:
+                self._share(self._rest)
+        return self._arrangement
 
-    def observe(self, X: Tensor, y: Tensor) -> None:
-        """Store the batch of the coming step, and update the curvature if that is due.
+    # ---- curvature ---------------------------------------------------------------------------
+
+    def observe(self, X: Any, y: Tensor) -> None:
+        """Show a batch of the coming step. The curvature learns from it if an update is due.
+
+        An update is due `factor_every` steps after the last one, at the first `observe` from then
+        on, and whenever a block has no matrix yet. Nothing is final before `step`.
+
+        Call it once for each of several micro-batches whose gradients are added up.
 
         Raises:
             ValueError: As `layer_ios`.
             NotImplementedError: As `layer_ios`.
         """
-        self._batch = Batch(self.model, self.loss, X, y)
-        if self.steps % self.factor_every == 0:
-            self.update_curvature(X, y)
+        arrangement, observed = self._arranged(), self._continued()
+        known = self._progress.fitting(arrangement)
+        due = observed.due if observed.batches else self._update_is_due(known, arrangement)
+        with ExitStack() as undo:
+            ios, draws = self._captured(X, y, arrangement, undo) if due else ({}, None)
+            first = bool(due and not observed.batches)
+            observed = replace(
+                observed,
+                due=due,
+                batches=(*observed.batches, Batch(self.model, self.loss, X, y)),
+                ios=(*observed.ios, ios) if due else (),
+                modes=training_modes(self.model),
+                draws=together(observed.draws, draws),
+                gradient=a_gradient(arrangement.trained),
+                expected=self._averaged(ios, known, arrangement) if first else None,
+            )
+            self._observed = observed
+            undo.pop_all()
 
-    def update_curvature(self, X: Tensor, y: Tensor) -> None:
-        """Average a batch's curvature in, whether it is due or not.
+    def update_curvature(self, X: Any, y: Tensor) -> None:
+        """Average a batch's curvature in at once, whether it is due or not.
 
         Use it to start from the average of several batches.
+
+        Raises:
+            ValueError: As `layer_ios`, and if a matrix would not be finite.
+            NotImplementedError: As `layer_ios`.
         """
+        arrangement = self._arranged()
+        known = self._progress.fitting(arrangement)
+        with ExitStack() as undo:
+            ios, _ = self._captured(X, y, arrangement, undo)
+            new = self._averaged(ios, known, arrangement)
+            _check_finite(_curvature(new, known))
+            self._progress, self._observed = new, replace(self._observed, expected=None)
+            undo.pop_all()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients. The next `observe` is for another step."""
+        self._observed = replace(self._observed, ended=True)
+        super().zero_grad(set_to_none)
+
+    def _update_is_due(self, known: Progress, arrangement: Arrangement) -> bool:
+        if not arrangement.blocks:
+            return False
+        new = any(name not in known.matrices for name in arrangement.shapes)
+        last = known.updated_at
+        return new or last is None or known.steps - last >= self.factor_every
+
+    def _continued(self) -> Observed:
+        """The batches of the step that the next batch belongs to."""
+        observed = self._observed
+        if not (observed.ended or observed.undone or observed.gradients_are_renewed):
+            return observed
+        if observed.draws is not None:
+            observed.draws.undo()
+        self._observed = Observed()
+        return self._observed
+
+    def _captured(
+        self, X: Any, y: Tensor, arrangement: Arrangement, undo: ExitStack
+    ) -> tuple[LayerIOs, Draws | None]:
+        """Every layer on one batch, and what the Fisher drew for it."""
+        generator = self._source()
+        undo.callback(kept_draws(generator))
+        before = None if generator is None else generator.get_state()
         ios = layer_ios(
             *(self.model, self.loss, X, y, self.fisher),
             flavour=self.flavour,
-            layers=self._layers,
+            layers=arrangement.layers,
         )
-        weight = weight_of_newest(self.decay, self.updates + 1)
-        with full_precision(X.device):
-            self.matrices = {
-                name: self.estimator.update(self.matrices.get(name), io, weight)
-                for name, io in ios.items()
-            }
-        self.updates += 1
+        if generator is None or before is None:
+            return ios, None
+        return ios, Draws(generator, before, generator.get_state())
 
-    # ---- step ------------------------------------------------------------------------------
+    def _source(self) -> Generator | None:
+        """The source of randomness that the default Fisher draws from."""
+        return self.generator or default_generator(self._device())
+
+    def _device(self) -> torch.device:
+        return next(p.device for p in self.model.parameters())
+
+    def _averaged(self, ios: LayerIOs, known: Progress, arrangement: Arrangement) -> Progress:
+        with torch.no_grad(), full_precision(self._device()):
+            try:
+                return known.averaged(self.estimator, ios, self.decay, arrangement.shapes)
+            except Exception as error:
+                _check_finite(_rows(ios), error)  # the cause, perhaps
+                raise
+
+    # ---- step --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters. A closure that computes loss and gradients is called first.
 
+        Whatever raises here, at whatever place, leaves parameters, states, groups, matrices,
+        inverses and the generator as they were before the first `observe` of the step. The next
+        `observe` begins another one.
+
         Returns:
             What the closure returned.
 
         Raises:
-            ValueError: If nothing was observed yet, a gradient is not finite, or a matrix has no
+            ValueError: If nothing was observed yet, a number is not finite, or a matrix has no
                 inverse.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_gradients()
-        if self._precondition is None or self.steps % self.inverse_every == 0:
-            damping = self._by_name("damping")
-            self.inverses = inverses(self._blocks, self.matrices, damping, self.invert)
-            self._precondition = self._preconditioner()
-        step = self._proposal(self._precondition)
+        with ExitStack() as undo:
+            undo.callback(self._give_up, self._progress)
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            undo.callback(kept_draws(self._source()))
+            undo.callback(kept_groups(self.param_groups))
+            self._take(undo, loss)
+            undo.pop_all()
+        return loss
+
+    def _take(self, undo: ExitStack, loss: Any) -> None:
+        """Propose a step, check it, take it, and judge it."""
+        arrangement, observed = self._arranged(), self._resumed()
+        check_numbers(self.param_groups)
+        known = self._expected().fitting(arrangement)
+        if arrangement.blocks and not known.matrices:
+            raise ValueError("There is no curvature yet: call observe(X, y) before step().")
+        given = slopes(arrangement)
+        if not given.all:
+            raise ValueError("No parameter has a gradient: call loss.backward() before step().")
+        suspects = {f"The gradient of {name!r}": g for name, g in given.all.items()}
+        suspects |= _curvature(known, self._progress)
+        adapts = self.adapt_damping is not None and (self.steps + 1) % self.adapt_every == 0
+        with in_modes(observed.modes):
+            try:
+                known = self._inverted(known, given)
+                step = self._controlled(self._proposal(given, known, observed))
+                before = before_step(observed.shared(), given.all) if adapts else None
+            except Exception as error:
+                _check_finite(suspects, error)  # the cause, perhaps
+                raise
+            change = step.change()
+            suspects |= _proposed(known, self._progress, step, change)
+            undo.callback(kept_state(self.state, self._rest_parameters()))
+            undo.callback(kept_values(arrangement.trained.values()))
+            if self._rest is not None:
+                self._rest.step()
+                suspects |= self._rest_values(arrangement)
+            if not all_finite(suspects.values()):
+                _check_finite(suspects)
+            self._move({name: given.parameters[name] for name in change}, change, step)
+            notes = {} if before is None else self._adapted(ratio_after_step(before))
+        if self.record is not None:
+            self.record(self._summary(given, step, change, known, loss) | notes)
+        if notes:
+            known = replace(known, inverses={}, dampings={})  # the next step inverts anew
+        updated = known.steps if observed.due else known.updated_at
+        self._progress = replace(known, steps=known.steps + 1, updated_at=updated)
+        self._observed = Observed()
+
+    def _give_up(self, before: Progress) -> None:
+        """Forget what the step has learnt, but not its batches: it may be taken again."""
+        self._progress, observed = before, self._observed
+        if observed.draws is not None:
+            observed.draws.undo()
+        gradient = a_gradient(dict(self.model.named_parameters()))
+        self._observed = replace(observed, undone=True, expected=None, gradient=gradient)
+
+    def _resumed(self) -> Observed:
+        """The batches of this step; those of one that raised, if the gradients are still theirs."""
+        observed = self._observed
+        if observed.undone:
+            self._observed = (
+                Observed()
+                if observed.ended or observed.gradients_are_renewed
+                else replace(observed, undone=False)
+            )
+            if observed.draws is not None and not self._observed.undone and self._observed.batches:
+                observed.draws.redo()
+        return self._observed
+
+    def _inverted(self, known: Progress, given: Slopes) -> Progress:
+        """With new inverses of all blocks if they are due, else of those that lack one."""
+        damping = self._by_name("damping", given.parameters)
+        due = known.steps % self.inverse_every == 0
+        lacking = [b for b in given.blocks if due or not known.has_inverse(b, damping)]
+        return known.inverted(lacking, damping, self.invert)
+
+    def _proposal(self, given: Slopes, known: Progress, observed: Observed) -> Step:
+        """The step before any control: for the parameters in blocks that have a gradient."""
+        for group in self._groups():
+            group.setdefault("initial_lr", group["lr"])  # as schedulers do
+        moved = {name: p for name, p in given.parameters.items() if name in given.all}
+        direction = _preconditioned(given, known.inverses, given.all)
+        return Step(
+            {name: given.all[name] for name in moved},
+            {name: direction[name] for name in moved},
+            {name: self._previous(p) for name, p in moved.items()},
+            lr=self._by_name("lr", moved),
+            base_lr=self._by_name("initial_lr", moved),
+            momentum=self._by_name("momentum", moved),
+            damping=self._by_name("damping", moved),
+            layers=tuple(tuple(n for n in b.parameter_names if n in moved) for b in given.blocks),
+            memory={name: self.state.get(p, {}) for name, p in moved.items()},
+            inverses={n: known.inverses[n] for block in given.blocks for n in block.names},
+            batches=observed.shared(),
+        )
+
+    def _previous(self, p: Parameter) -> Tensor:
+        state = self.state.get(p, {})
+        return state["previous"] if "previous" in state else torch.zeros_like(p)
+
+    def _controlled(self, step: Step) -> Step:
         for control in self.controls:
             step = control(step)
             check_result("controls", step, Step, "the Step that it was given, changed")
-        notes = self._move(step)
-        if self.record is not None:
-            self.record(self._summary(step, loss) | notes)
-        self.steps, self._batch = self.steps + 1, None
-        return loss
+        return step
 
-    def _check_gradients(self) -> None:
-        if not self.matrices:
-            raise ValueError("There is no curvature yet: call observe(X, y) before step().")
-        gradients = self._gradients()
-        if not gradients:
-            raise ValueError("No parameter has a gradient: call loss.backward() before step().")
-        if torch.stack([g.sum() for g in gradients.values()]).isfinite().all():
-            return  # one pass and one synchronisation; a sum may also overflow
-        for name in (name for name, g in gradients.items() if not g.isfinite().all()):
-            raise ValueError(
-                f"The gradient of {name!r} is not finite; nothing was changed. Skip the batch, or, "
-                "with float16, step through a torch.amp.GradScaler, which does so."
-            )
+    def _rest_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups if "rest" in group for p in group["params"]]
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """The gradients of all parameters that have one, including those of `rest`."""
-        return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
-
-    def _preconditioner(self) -> Preconditioner:
-        return preconditioner(self.model, self.inverses, layers=self._layers)
-
-    def _proposal(self, precondition: Preconditioner) -> Step:
-        gradient = {n: torch.zeros_like(p) for n, p in self._names.items()} | {
-            n: g for n, g in self._gradients().items() if n in self._names
+    def _rest_values(self, arrangement: Arrangement) -> dict[str, Any]:
+        """What the optimizer of the rest has made of its parameters."""
+        theirs = {id(p) for p in self._rest_parameters()}
+        return {
+            f"What rest=... makes of {name!r}": (p.detach(), self.state.get(p, {}))
+            for name, p in arrangement.trained.items()
+            if id(p) in theirs
         }
-        for group in self._groups():
-            group.setdefault("initial_lr", group["lr"])  # as schedulers do
-        return Step(
-            gradient,
-            precondition(gradient),
-            {n: self.state[p].get("previous", torch.zeros_like(p)) for n, p in self._names.items()},
-            lr=self._by_name("lr"),
-            base_lr=self._by_name("initial_lr"),
-            momentum=self._by_name("momentum"),
-            damping=self._by_name("damping"),
-            layers=tuple(block.parameter_names for block in self._blocks),
-            memory={name: self.state[p] for name, p in self._names.items()},
-            inverses=self.inverses,
-            batch=self._batch,
-        )
 
-    def _move(self, step: Step) -> dict[str, float]:
-        """Take the step; every `adapt_every` steps, adapt the damping to its success."""
-        adapts = self.adapt_damping is not None and (self.steps + 1) % self.adapt_every == 0
-        before = before_step(self._batch, self._gradients()) if adapts else None
-        lr, decay = self._by_name("lr"), self._by_name("weight_decay")
-        for name, change in step.change().items():
-            p = self._names[name]
-            p.mul_(1 - lr[name] * decay[name]).add_(change)
-            self.state[p] |= {**step.memory.get(name, {}), "previous": change}
-        if self._rest is not None:
-            self._rest.step()
-        if before is None or self.adapt_damping is None:
-            return {}
-        ratio = ratio_after_step(before)
+    def _move(self, parameters: Mapping[str, Parameter], change: Values, step: Step) -> None:
+        lr, decay = (self._by_name(key, parameters) for key in ("lr", "weight_decay"))
+        for name, p in parameters.items():
+            d = change[name]
+            p.mul_(1 - lr[name] * decay[name]).add_(d)
+            memory = step.memory.get(name, {})
+            self.state[p] = {**self.state.get(p, {}), **memory, "previous": d}
+
+    def _adapted(self, ratio: float | None) -> dict[str, float]:
+        """Adapt the damping of every group to the success of the step."""
+        adapt = self.adapt_damping or (lambda damping, _: damping)
         for group in self._groups():
-            group["damping"] = self.adapt_damping(group["damping"], ratio)
-        self.inverses, self._precondition = {}, None  # the next step inverts with it
+            damping = adapt(group["damping"], ratio)
+            if not (damping >= 0 and isfinite(damping)):
+                raise ValueError(
+                    f"adapt_damping made {damping} of the damping {group['damping']} and the "
+                    f"ratio {ratio}; nothing was changed. A damping is a number of at least 0."
+                )
+            group["damping"] = damping
         return {"ratio": float("nan") if ratio is None else ratio}
 
-    def _summary(self, step: Step, loss: Any) -> dict[str, float]:
-        group, change = self._groups()[0], step.change()
-        curve = preconditioner(self.model, self.matrices, layers=self._layers)
+    def _summary(
+        self, given: Slopes, step: Step, change: Values, known: Progress, loss: Any
+    ) -> dict[str, float]:
+        group, product = self._groups()[0], _preconditioned(given, known.matrices, change)
         numbers = {
-            "step": float(self.steps),
+            "step": float(known.steps),
             "lr": group["lr"],
             "damping": group["damping"],
             "step_norm": norm(change),
-            "kl": dot(change, curve(change)) / 2,
+            "kl": dot(change, product) / 2,
         }
         return numbers | ({} if loss is None else {"loss": float(loss)}) | dict(step.notes)
 
-    # ---- checkpoints -----------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, as tensors and plain numbers.
@@ -347,14 +552,21 @@ class KFAC(Optimizer):
         The random state of the default `fisher` is in it if `generator` was given; otherwise it is
         PyTorch's global one, which is the caller's to save.
         """
+        known = self._progress
         own: dict[str, Any] = {
-            "steps": self.steps,
-            "updates": self.updates,
-            "matrices": {name: tensors(M) for name, M in self.matrices.items()},
-            "inverses": {name: tensors(M) for name, M in self.inverses.items()},
+            "steps": known.steps,
+            "updates": known.updates,
+            "updated_at": known.updated_at,
+            "counts": known.counts,
+            "dampings": known.dampings,
+            "matrices": {name: tensors(M) for name, M in known.matrices.items()},
+            "inverses": {name: tensors(M) for name, M in known.inverses.items()},
         }
         if self.generator is not None:
             own["generator"] = self.generator.get_state()
+            draws = self._observed.draws
+            if draws is not None and torch.equal(draws.after, own["generator"]):
+                own["generator"] = draws.before  # what is observed is not in the checkpoint
         return super().state_dict() | {"kfac": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -363,7 +575,7 @@ class KFAC(Optimizer):
         parameters = dict(self.model.named_parameters())
         like = {
             name: self.estimator.update(None, example_io(W), 1.0)
-            for block in self._blocks
+            for block in self._arranged().blocks
             for name, W in zip(block.names, block.matrices(parameters), strict=True)
         }
         matrices = {n: restored(like[n], saved) for n, saved in own["matrices"].items()}
@@ -373,8 +585,79 @@ class KFAC(Optimizer):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         if self._rest is not None:
             self._share(self._rest)
-        self.matrices, self.inverses = matrices, inverses
-        self.steps, self.updates = own["steps"], own["updates"]
-        self._precondition = self._preconditioner() if self.inverses else None
+        shapes = self._arranged().shapes
+        self._progress = Progress(
+            own["steps"],
+            own["updates"],
+            own["updated_at"],
+            matrices,
+            own["counts"],
+            {name: shapes[name] for name in matrices},
+            inverses,
+            own["dampings"],
+        )
+        self._observed = Observed()
         if self.generator is not None:
             self.generator.set_state(own["generator"])
+
+
+def _preconditioned(
+    given: Slopes, maps: Mapping[str, LinearMap], values: Values
+) -> dict[str, Tensor]:
+    """One map applied to every block; a parameter without a value counts as zero."""
+    names = [name for block in given.blocks for name in block.parameter_names]
+    zero = {n: torch.zeros_like(given.parameters[n]) for n in names if n not in values}
+    full = {n: zero[n] if n in zero else values[n] for n in names}
+    apply = blockwise(given.blocks, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()})
+    return apply(full)
+
+
+def _rows(ios: LayerIOs) -> dict[str, Any]:
+    """What was captured, to be checked."""
+    inputs = {f"The input of block {name!r}": io.a for name, io in ios.items()}
+    return inputs | {f"A vector sent to block {name!r}": io.g for name, io in ios.items()}
+
+
+def _curvature(new: Progress, old: Progress) -> dict[str, Any]:
+    """The matrices that are new, to be checked."""
+    return {
+        f"The curvature of block {name!r}, with this batch,": M
+        for name, M in new.matrices.items()
+        if M is not old.matrices.get(name)
+    }
+
+
+def _proposed(new: Progress, old: Progress, step: Step, change: Values) -> dict[str, Any]:
+    """The inverses that are new, the change, and what controls will remember, to be checked."""
+    inverses = {
+        f"The inverse of block {name!r} with damping {new.dampings[name]:g}": M
+        for name, M in new.inverses.items()
+        if M is not old.inverses.get(name)
+    }
+    changes = {f"The proposed change of {name!r}": d for name, d in change.items()}
+    memory = {f"The memory of controls for {n!r}": kept for n, kept in step.memory.items()}
+    return inverses | changes | memory
+
+
+ADVICE = {
+    "The gradient": "Skip the batch, or, with float16, step through a torch.amp.GradScaler, which "
+    "does so.",
+    "The curvature": "An input or a vector of the layer is not finite, or too large to be squared: "
+    "skip the batch.",
+    "The inverse": "Use a larger damping.",
+    "The input": "Skip the batch.",
+    "A vector": "Skip the batch.",
+}
+
+
+def _check_finite(suspects: Mapping[str, Any], cause: Exception | None = None) -> None:
+    """Refuse the first value that is not finite.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    name = first_not_finite(suspects)
+    if name is not None:
+        advice = next((a for start, a in ADVICE.items() if name.startswith(start)), "")
+        advice = advice or "Skip the batch, or look for the cause in the controls."
+        raise ValueError(f"{name} is not finite; nothing was changed. {advice}") from cause

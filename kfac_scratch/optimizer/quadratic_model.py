@@ -10,16 +10,21 @@ lengths. It has the curvature between layers, and costs one forward derivative f
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §6.5 (damping) and §7 (learning rate, momentum).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module, RReLU
+from torch.nn.modules.dropout import _DropoutNd
 
 from kfac_scratch.curvature import flatten_values, ggn_gram, parameter_vector
 from kfac_scratch.matrices.damping import reduction_ratio
-from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot
+from kfac_scratch.optimizer.step_control import Batches, Control, Step, Values, dot
+from kfac_scratch.optimizer.undo import default_generator
 
 
 def quadratic_model() -> Control:
@@ -36,18 +41,22 @@ def quadratic_model() -> Control:
     Source: Martens and Grosse 2015 (arXiv:1503.05671), §7.
 
     Raises:
-        ValueError: If the batch is not known.
+        ValueError: If the batch is not known, or the model draws random numbers, as active Dropout
+            does.
     """
 
     def control(step: Step) -> Step:
-        if step.batch is None:
+        if not step.batches:
             raise ValueError(
                 "quadratic_model needs the batch: call observe(X, y) before every step."
             )
-        model, loss, X, y = step.batch
+        model = step.batches[0][1].model
         basis: list[Values] = [{name: -P for name, P in step.direction.items()}, step.previous]
         damped = [{name: step.damping[name] * v for name, v in d.items()} for d in basis]
-        C = ggn_gram(model, loss, X, y, torch.stack([flatten_values(model, d) for d in basis]))
+        rows = torch.stack([flatten_values(model, d) for d in basis])
+        with repeatable(model):
+            grams = [share * ggn_gram(*batch, rows) for share, batch in step.batches]
+        C = torch.stack(grams).sum(0)
         C = C.double().cpu() + torch.tensor([[dot(u, v) for v in damped] for u in basis]).double()
         slope = torch.tensor([dot(step.gradient, d) for d in basis]).double()
         lr, momentum = (-torch.linalg.pinv(C, hermitian=True) @ slope).tolist()
@@ -61,25 +70,49 @@ def quadratic_model() -> Control:
     return control
 
 
-class Before(NamedTuple):
-    """A batch's loss and gradient before a step, and the parameters that they are for."""
+@contextmanager
+def repeatable(model: Module) -> Iterator[None]:
+    """Refuse forward passes that draw random numbers: no two of them are of the same function.
 
-    batch: Batch
+    Raises:
+        ValueError: Naming the layers, if they are known.
+    """
+    generator = default_generator(next(p.device for p in model.parameters()))
+    before = None if generator is None else generator.get_state()
+    yield
+    if generator is None or before is None or torch.equal(generator.get_state(), before):
+        return
+    random = (_DropoutNd, RReLU)
+    names = [n for n, m in model.named_modules() if isinstance(m, random) and m.training]
+    raise ValueError(
+        f"The model draws random numbers in its forward pass (layers {names}, or a function), so "
+        "that the passes of one step are of different functions. quadratic_model and adapt_damping "
+        "compare them: call eval() on these layers, or use another control, such as graft()."
+    )
+
+
+class Before(NamedTuple):
+    """The loss and gradient before a step, and the parameters that they are for."""
+
+    batches: Batches
     loss: float
     theta: Float[Tensor, "D"]
     gradient: Float[Tensor, "D"]
 
 
-def before_step(batch: Batch | None, gradients: Values) -> Before:
+def before_step(batches: Batches, gradients: Values) -> Before:
     """The loss, gradient and parameters before the step, for `ratio_after_step`.
 
     Raises:
-        ValueError: If the batch is not known.
+        ValueError: If the batch is not known, or the model draws random numbers.
     """
-    if batch is None:
+    if not batches:
         raise ValueError("Adapting the damping needs the batch: call observe(X, y) in every step.")
-    gradient = flatten_values(batch.model, gradients)
-    return Before(batch, _loss(batch), parameter_vector(batch.model), gradient)
+    model = batches[0][1].model
+    gradient = flatten_values(model, gradients)
+    with repeatable(model):
+        loss = _loss(batches)
+    return Before(batches, loss, parameter_vector(model), gradient)
 
 
 def ratio_after_step(before: Before) -> float | None:
@@ -88,13 +121,15 @@ def ratio_after_step(before: Before) -> float | None:
     All trainable parameters count, also those that `rest` moved. See `damping.reduction_ratio`.
     Cost: one forward derivative and one forward pass.
     """
-    model, loss, X, y = before.batch
-    change = parameter_vector(model) - before.theta
-    C = ggn_gram(model, loss, X, y, change.unsqueeze(0), before.theta)
+    change = parameter_vector(before.batches[0][1].model) - before.theta
+    C = torch.stack(
+        [share * ggn_gram(*b, change.unsqueeze(0), before.theta) for share, b in before.batches]
+    ).sum(0)
     predicted = float(C.squeeze() / 2 + before.gradient @ change)
-    return reduction_ratio(before.loss, _loss(before.batch), predicted)
+    return reduction_ratio(before.loss, _loss(before.batches), predicted)
 
 
-def _loss(batch: Batch) -> float:
+def _loss(batches: Batches) -> float:
+    """The loss of all batches together."""
     with torch.no_grad():
-        return float(batch.loss(batch.model(batch.X), batch.y))
+        return float(sum(share * b.loss(b.model(b.X), b.y) for share, b in batches))

@@ -15,9 +15,9 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671), §6.4; Ba et al. 2017 (KL c
 et al. 2020 (arXiv:2002.11803), grafting; Kingma and Ba 2015 (arXiv:1412.6980).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,16 @@ Values = Mapping[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """The mini-batch that a step is for, and the function that it descends."""
+    """A mini-batch that a step is for, and the function that it descends."""
 
     model: Module
     loss: Module
-    X: Tensor
+    X: Any
     y: Tensor
+
+
+Batches = Sequence[tuple[float, Batch]]
+"""Batches, each with the share of its loss in the loss of all."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Step:
         memory: Tensors that controls keep from step to step, by parameter name and a key. A
             control changes none of them. It returns a step with new ones, and the optimizer stores
             those of the step that is taken: a step that is given up leaves no trace.
-        batch: The mini-batch, if it is known.
+        batches: The mini-batches, if they are known, each with the share of its loss in the loss
+            that the step descends: one with share 1, or several whose gradients were added up.
         notes: Numbers that controls report, for a history.
     """
 
@@ -70,7 +75,7 @@ class Step:
     layers: tuple[tuple[str, ...], ...]
     memory: Mapping[str, Mapping[str, Tensor]]
     inverses: Mapping[str, LinearMap] = field(default_factory=dict)
-    batch: Batch | None = None
+    batches: Batches = ()
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def scaled(self, scales: Mapping[str, Tensor | float], **notes: float) -> "Step":

@@ -34,12 +34,12 @@ from torch.nn import Module
 from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, layer_names
-from kfac_scratch.layer_io import LayerIO, check_not_reduced
+from kfac_scratch.layer_io import LayerIO, check_not_reduced, concatenate
 from kfac_scratch.losses import BackpropagatedVectors
 from kfac_scratch.matrices.matrix import LinearMap, check_damping
 from kfac_scratch.optimizer.coarse_spaces import BlockValues, CoarseSpace, Space, nicolaides_space
 from kfac_scratch.optimizer.preconditioner import Preconditioner, block_matrices, blockwise
-from kfac_scratch.optimizer.step_control import Control, Step
+from kfac_scratch.optimizer.step_control import Batches, Control, Step
 
 BlockMap = Callable[[BlockValues], dict[str, Tensor]]
 Combination = Callable[[BlockMap, BlockMap, BlockMap], BlockMap]
@@ -273,21 +273,32 @@ def coarse_correction(
     check_levels(space, combine)
 
     def control(step: Step) -> Step:
-        if step.batch is None:
+        if not step.batches:
             raise ValueError("A coarse level needs the batch: call observe(X, y) in every step.")
         damping, *others = set(step.damping.values())
         if others:
             raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
-        model, loss, X, y = step.batch
+        model = step.batches[0][1].model
         groups = [block for block in layer_groups(model) if set(block.names) <= set(step.inverses)]
-        with torch.enable_grad():
-            ios = layer_ios(model, loss, X, y, fisher, layers=layer_names(model, groups))
+        ios = _on_all(step.batches, fisher, layer_names(model, groups))
         r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
         Q = coarse_inverse(ios, space(step.inverses, r), damping)
         both = combine(lambda _: x, joint_curvature(ios, damping), Q)
         return replace(step, direction=blockwise(groups, lambda _: both(r))(step.gradient))
 
     return control
+
+
+def _on_all(
+    batches: Batches, fisher: BackpropagatedVectors, layers: list[str]
+) -> dict[str, LayerIO]:
+    """Every layer on all batches together."""
+    with torch.enable_grad():
+        parts = [layer_ios(*batch, fisher, layers=layers) for _, batch in batches]
+    if len(parts) == 1:
+        return parts[0]
+    shares = [share for share, _ in batches]
+    return {n: concatenate([ios[n] for ios in parts], shares) for n in parts[0]}
 
 
 def _sum(x: BlockValues, y: BlockValues) -> dict[str, Tensor]:

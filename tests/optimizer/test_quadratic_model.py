@@ -44,7 +44,7 @@ def step_on(batch, direction, previous, damping=0.0):
         damping=dict.fromkeys(names, damping),
         layers=(tuple(names),),
         memory={},
-        batch=batch,
+        batches=((1.0, batch),),
     )
 
 
@@ -154,7 +154,7 @@ def test_the_batch_must_be_known(device):
     with pytest.raises(ValueError, match="observe"):
         quadratic_model()(example(device))
     with pytest.raises(ValueError, match="observe"):
-        before_step(None, {})
+        before_step((), {})
 
 
 # ---- reduction ratio --------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def moved(model, scale, seed=1):
 
 def test_ratio_is_one_where_the_model_is_the_loss(device):
     batch = batch_on(device, nonlinear=False)
-    before = before_step(batch, gradients(batch))
+    before = before_step(((1.0, batch),), gradients(batch))
     moved(batch.model, 0.7)
     assert ratio_after_step(before) == pytest.approx(1, rel=1e-9)
 
@@ -178,7 +178,7 @@ def test_ratio_tends_to_one_for_short_steps_and_only_for_these(device):
     errors = []
     for scale in (1e-2, 1e-3, 1e-4):
         batch = batch_on(device)
-        before = before_step(batch, gradients(batch))
+        before = before_step(((1.0, batch),), gradients(batch))
         moved(batch.model, scale)
         errors.append(abs(ratio_after_step(before) - 1))
     assert errors[0] > 5 * errors[1] > 25 * errors[2] > 0
@@ -186,7 +186,7 @@ def test_ratio_tends_to_one_for_short_steps_and_only_for_these(device):
 
 def test_ratio_compares_on_the_same_batch(device):
     batch = batch_on(device)
-    before = before_step(batch, gradients(batch))
+    before = before_step(((1.0, batch),), gradients(batch))
     copied = copy.deepcopy(batch.model)
     gradient = gradients(batch)
     step = {n: -0.05 * g for n, g in gradient.items()}

@@ -1,0 +1,163 @@
+"""Which parameters an optimizer moves, and in which blocks, as model and groups are at a time.
+
+Parameters may be frozen, unfrozen, added and removed while training goes on. An arrangement is a
+value: when the model or the groups have changed, a new one takes its place.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, layer_names
+from kfac_scratch.capture.layers import LAYERS
+from kfac_scratch.optimizer.parameter_groups import covered, trainable
+
+NUMBERS = ("lr", "momentum", "weight_decay", "damping")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The parameters that a block's matrix is for, with the shape and the dtype of their `W`."""
+
+    parameters: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """The parameters that are moved, and their blocks.
+
+    Attributes:
+        trained: All given parameters that require gradients, by name.
+        blocks: The blocks that they make up.
+        layers: Names of the layers in these.
+        shapes: What each block's matrix is for, by the block's name.
+        seen: The model and the groups for which it holds, to be compared.
+        held: All parameters in `seen`, so that their ids stay theirs.
+    """
+
+    trained: dict[str, Parameter]
+    blocks: list[LayerGroup]
+    layers: list[str]
+    shapes: dict[str, BlockShape]
+    seen: tuple[Any, ...]
+    held: list[Parameter]
+
+    @property
+    def preconditioned(self) -> dict[str, Parameter]:
+        """The parameters in blocks, by name."""
+        names = {name for block in self.blocks for name in block.parameter_names}
+        return {name: p for name, p in self.trained.items() if name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """The gradients that a step is for.
+
+    Attributes:
+        all: By name, of all parameters that have one; the others stay as they are.
+        blocks: The blocks in which a parameter has one.
+        parameters: The parameters in blocks, by name, with or without a gradient.
+    """
+
+    all: dict[str, Tensor]
+    blocks: list[LayerGroup]
+    parameters: dict[str, Parameter]
+
+
+def slopes(arrangement: Arrangement) -> Slopes:
+    """The gradients as they are."""
+    found = {n: p.grad for n, p in arrangement.trained.items() if p.grad is not None}
+    blocks = [b for b in arrangement.blocks if any(n in found for n in b.parameter_names)]
+    return Slopes(found, blocks, arrangement.preconditioned)
+
+
+def arranged(
+    model: Module, groups: Sequence[dict[str, Any]], layers: Collection[str] | None
+) -> Arrangement:
+    """The arrangement for a model and groups as they are.
+
+    Args:
+        model: The module.
+        groups: As `torch.optim.Optimizer.param_groups`. Those with a key `rest` belong to the
+            optimizer of the rest.
+        layers: Names of the layers that may have blocks. Default: all supported ones.
+
+    Raises:
+        ValueError: If a parameter is not one of the model's, only a part of a block's parameters
+            is given, or a parameter has no block and no rule.
+    """
+    trained = trainable(model, groups, ())
+    blocks = covered(layer_groups(model, _with_parameters(model, layers)), trained)
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    found = Arrangement(
+        trained,
+        blocks,
+        layer_names(model, blocks),
+        {
+            name: BlockShape(block.parameter_names, tuple(W.shape), W.dtype)
+            for block in blocks
+            for name, W in zip(block.names, block.matrices(values), strict=True)
+        },
+        seen(model, groups),
+        [*model.parameters(), *(p for group in groups for p in group["params"])],
+    )
+    of_rest = {id(p) for group in groups if "rest" in group for p in group["params"]}
+    ours = found.preconditioned
+    lost = [n for n, p in trained.items() if n not in ours and id(p) not in of_rest]
+    if lost:
+        raise ValueError(
+            f"No block covers the parameters {lost}: pass rest=lambda params: "
+            "torch.optim.AdamW(params, lr=1e-3), say, or do not give them to the optimizer."
+        )
+    return found
+
+
+def seen(model: Module, groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """The ids and flags that an arrangement depends on, to be compared."""
+    return (
+        [(id(p), p.requires_grad, p.dtype) for p in model.parameters()],
+        [(id(p), "rest" in group) for group in groups for p in group["params"]],
+    )
+
+
+def coverable(model: Module, layers: Collection[str] | None) -> set[int]:
+    """The ids of all parameters that are in a block as soon as they are trainable."""
+    return {
+        id(p)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LAYERS) and (layers is None or name in layers)
+        if isinstance(layer._parameters.get("weight"), Parameter)
+        for p in (layer._parameters.get("weight"), layer._parameters.get("bias"))
+        if p is not None
+    }
+
+
+def check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse numbers out of range, before anything has changed.
+
+    Raises:
+        ValueError: Naming the number.
+    """
+    for group in groups:
+        for key in NUMBERS if "rest" not in group else ():
+            if not group[key] >= 0:
+                raise ValueError(f"{key} must be at least 0, got {group[key]}.")
+
+
+def _with_parameters(model: Module, layers: Collection[str] | None) -> Collection[str] | None:
+    """The layers that are not frozen as a whole."""
+    if layers is None:
+        return None
+    modules = dict(model.named_modules())
+    frozen = {
+        name
+        for name in layers
+        if name in modules and not any(p.requires_grad for p in modules[name].parameters(False))
+    }
+    return [name for name in layers if name not in frozen]

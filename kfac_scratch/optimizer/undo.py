@@ -1,0 +1,91 @@
+"""Undoing a step: functions that write back what was there before.
+
+Each function here keeps old values, and returns the function that restores them. An `ExitStack`
+calls these in reverse order if anything raises, an interrupt from the keyboard included:
+
+    with ExitStack() as undo:
+        undo.callback(kept_values(parameters))
+        ...  # change parameters, and whatever may raise
+        undo.pop_all()  # the step stands
+"""
+
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+Undo = Callable[[], None]
+
+
+def kept_values(parameters: Iterable[Tensor]) -> Undo:
+    """Restore the values of some parameters. Memory: one copy of them."""
+    kept = [(p, p.detach().clone()) for p in parameters]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for p, value in kept:
+                p.copy_(value)
+
+    return undo
+
+
+def kept_state(state: MutableMapping[Any, Any], written: Iterable[Any]) -> Undo:
+    """Restore the state of an optimizer.
+
+    Args:
+        state: From parameters to their states, each of which is replaced when it changes.
+        written: Parameters whose states are written in place, of which a copy is kept.
+    """
+    kept = dict(state) | {p: copied(state[p]) for p in written if p in state}
+
+    def undo() -> None:
+        state.clear()
+        state.update(kept)
+
+    return undo
+
+
+def kept_groups(groups: list[dict[str, Any]]) -> Undo:
+    """Restore the numbers in parameter groups, and which groups and parameters there are."""
+    kept = [(group, group | {"params": list(group["params"])}) for group in groups]
+
+    def undo() -> None:
+        groups[:] = [group for group, _ in kept]
+        for group, values in kept:
+            group.clear()
+            group.update(values)
+
+    return undo
+
+
+def kept_draws(generator: Generator | None) -> Undo:
+    """Restore the state of a source of randomness."""
+    state = None if generator is None else generator.get_state()
+
+    def undo() -> None:
+        if generator is not None and state is not None:
+            generator.set_state(state)
+
+    return undo
+
+
+def default_generator(device: torch.device) -> Generator | None:
+    """PyTorch's global source of randomness for a device, None for devices of other kinds."""
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return None
+
+
+def copied(value: Any) -> Any:
+    """A copy of a state that shares no tensor, dictionary or list with it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(part) for part in value)
+    return value
