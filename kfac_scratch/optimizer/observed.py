@@ -110,19 +110,23 @@ def shares(batches: Sequence[Batch]) -> list[float]:
 
 
 def _terms(batch: Batch) -> float:
-    """The number that the batch's loss divides by. It depends on the targets alone."""
-    y = batch.y
+    """The number that the batch's loss divides by."""
     try:
-        # an output of the right shape, which takes no memory
-        f = y if y.is_floating_point() else torch.zeros((), device=y.device).expand(
-            len(y), 2, *y.shape[1:]
-        )  # fmt: skip
-        return divisor(batch.loss, f, y)
+        return divisor(batch.loss, _outputs_like(batch.loss, batch.y), batch.y)
     except (NotImplementedError, AttributeError) as error:
         raise NotImplementedError(
             f"The share of each of several batches in {batch.loss} is not known, since "
             "losses.divisor does not know its number of terms: observe one batch in every step."
         ) from error
+
+
+def _outputs_like(loss: Module, y: Tensor) -> Tensor:
+    """Outputs of a shape that the targets fit: the number of terms depends on the targets alone."""
+    if y.is_floating_point():
+        return y
+    weight: Tensor | None = getattr(loss, "weight", None)
+    classes = max(2, int(y.max()) + 1) if weight is None else len(weight)
+    return torch.zeros((), device=y.device).expand(len(y), classes, *y.shape[1:])
 
 
 def training_modes(model: Module) -> dict[Module, bool]:
