@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from functools import partial
 from random import Random
@@ -29,6 +30,7 @@ from benchmarks.methods import (
 )
 from benchmarks.nets import TINY, problem_of
 from benchmarks.optimizers import DEFAULT, EVERY_5, EVERY_STEP, STEPS
+from benchmarks.sweeps import SWEEPS
 from benchmarks.tasks import TASKS, Task, autoencoder, squared_error
 from benchmarks.training import cost, median, rank, search, summary
 from benchmarks.variants import VARIANTS
@@ -499,3 +501,35 @@ def test_stored_variants_are_all_of_them():
     for name in ("T3", "T4"):
         assert set(result[name]) == set(VARIANTS)
         assert all(len(of["best"]) == 3 for of in result[name].values())
+
+
+SPEED = {
+    "factors": (factors, list(map(str, factors.ROWS))),
+    "step": (step, list(map(str, step.rows()))),
+    "growth": (growth, [*SWEEPS, "chunks"]),
+}
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_stored_speeds_hold_every_row_and_what_follows_from_their_numbers(name):
+    command, names = SPEED[name]
+    result = stored(RESULTS / f"{name}-cpu.json")
+    assert [row["name"] for row in result["rows"]] == names
+    assert all(json.loads(written(command.judged(row))) == row for row in result["rows"])
+    if name == "factors":
+        assert json.loads(written(factors.median(result["rows"]))) == result["median"]
+        assert set(result["rows"][0]["seconds"]) >= {"ours", "curvlinops", "backpack"}
+
+
+CHAPTER = RESULTS.parents[1] / "tutorial" / "28_speed.py"
+
+
+def test_the_chapter_on_speed_states_no_measured_figure_in_its_text():
+    lines = CHAPTER.read_text(encoding="utf-8").splitlines()
+    prose = "\n".join(line for line in lines if line.startswith("# "))
+    for part in (r"(?s)\$\$.*?\$\$", r"\$[^$\n]+\$", r"\(?28\.\d\)?", r"\(\S+\)", "alt=.*"):
+        prose = re.sub(part, "", prose)
+    assert "The limit in seconds" in prose
+    assert not re.findall(r"\d+\.\d+|\d+ ?(?:ms|s|MiB|%|x|GFLOP)\b|\d+ times", prose)
+    read = [line for line in lines if 'stored("' in line]
+    assert [name for line in read for name in SPEED if f'stored("{name}")' in line] == list(SPEED)
