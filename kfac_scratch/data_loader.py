@@ -6,16 +6,24 @@ There is one loop over batches for all approximations. It knows the model and th
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §3: factors are expectations over the data.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypedDict, Unpack
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
 from kfac_scratch.border import check_function
-from kfac_scratch.capture.hooks import EXPAND, Flavour, check_vectors, stream
+from kfac_scratch.capture.hooks import (
+    EXPAND,
+    Flavour,
+    ForwardPass,
+    check_vectors,
+    forward_pass,
+)
+from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -51,7 +59,8 @@ def over_loader(
 
     Law: equal, up to rounding, to the approximation of one batch with all samples, for batches of
     any sizes. Units: those of the loss over all samples, with the reduction of `loss`.
-    Cost: that of `layer_ios` for every batch, and of the accumulator.
+    Cost: that of `layer_ios` for every batch, and of the accumulator. Of a batch's rows, those of
+    one layer are held at a time.
 
     It has many parameters, because it passes those of `layer_ios` on.
 
@@ -88,14 +97,36 @@ def over_loader(
 
     states: dict[str, Any] = {}
     for X, y in _batches(data, progress):
-        parts = stream(model, loss, X, y, of_sum, flavour=flavour, layers=layers, chunk=chunk)
-        for i, ios in enumerate(parts):
-            for name, io in ios.items():
-                states[name] = gather.add(states.get(name), io, new_batch=i == 0)
+        run = forward_pass(model, loss, X, y, of_sum, flavour=flavour, layers=layers, chunk=chunk)
+        parts = run.sent_back()
+        for group, gs in next(parts):
+            states |= _with_inputs(gather, states, run, group, gs)
+        for part in parts:
+            for group, gs in part:
+                for name, g in zip(group.names, gs, strict=True):
+                    states[name] = gather.add_vectors(states[name], g)
     if not states:
         raise ValueError("The data loader yielded no batch.")
     D = D if getattr(loss, "reduction", None) == "mean" else 1.0
     return {name: gather.matrix(state, D) for name, state in states.items()}
+
+
+def _with_inputs(
+    gather: Accumulator[M],
+    states: Mapping[str, Any],
+    run: ForwardPass,
+    group: LayerGroup,
+    gs: Float[Tensor, "groups V N S d_out"],
+) -> dict[str, Any]:
+    """The states of one group of layers after the first vectors of a batch, and its rows.
+
+    Here the rows of a group are made, and only those of one are there at a time.
+    """
+    rows, positions = run.rows(group), run.positions(group)
+    return {
+        name: gather.add(states.get(name), LayerIO(a, g, positions))
+        for name, a, g in zip(group.names, rows, gs, strict=True)
+    }
 
 
 def _batches(
@@ -133,6 +164,7 @@ def kfac_over(
     It is `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the
     arguments. Use it for KFAC of a whole data set. Not for other approximations: `over_loader`.
 
-    Cost: memory `d_in**2 + d_out**2` for each layer, and one part of one batch.
+    Cost: memory `d_in**2 + d_out**2` for each layer, one part of one batch's vectors, and the rows
+    of one layer.
     """
     return over_loader(FactorSums(), model, loss, data, fisher, **options)

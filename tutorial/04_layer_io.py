@@ -337,18 +337,20 @@ code(capture._record)
 # %% [markdown]
 # The second piece sends vectors backward. Recorded outputs that the network's output does not
 # depend on get zeros, which is their derivative. A single vector goes without batching, because a
-# few operations cannot be batched: `chunk=1` is the way out for networks that contain one.
+# few operations cannot be batched. Without a `chunk`, the first vectors show whether this network
+# contains one.
 
 # %% tags=["remove-input"]
-code(capture._backward)
+code(capture._backward, capture._batched_if_possible)
 
 # %% [markdown]
 # The third is the whole procedure: find the layers, run forward with hooks, ask the loss for its
 # vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
-# refuse what would give a wrong block; we will meet some of them. `layer_ios` joins the parts.
+# refuse what would give a wrong block; we will meet some of them. The rows and vectors of one group of
+# layers can be had at a time, which is what a loop over a data set does. `layer_ios` joins the parts.
 
 # %% tags=["remove-input"]
-code(stream, layer_ios)
+code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
 
 # %% [markdown]
 # ## The theorem, checked
@@ -649,8 +651,11 @@ assert traces(model) == before
 # $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With a thousand classes this soon does not
 # fit. But the block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO`
 # with at most `chunk` of them at a time, and one adds up. Fewer vectors at a time need less memory
-# and more backward passes. (What `stream` does without a `chunk` can be read in its source above:
-# one vector at a time on a CPU, more on a GPU.)
+# and more backward passes. Without a `chunk`, there is a budget of bytes:
+
+# %% tags=["remove-input"]
+code(capture.default_chunk)
+
 
 # %%
 C, N_large = 61, 100

@@ -33,6 +33,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
+from kfac_scratch.approximations.accumulators import FactorSums
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups
@@ -774,7 +775,7 @@ assert_exact(foof(doubled).dense(), foof(io).dense())
 # undoes the division of every batch, adds up, and divides once:
 
 # %% tags=["remove-input"]
-code(kfac_over)
+code(kfac_over, FactorSums)
 
 # %%
 loss, X, y = CrossEntropyLoss(), images[:64], labels[:64]

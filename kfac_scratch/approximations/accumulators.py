@@ -25,6 +25,8 @@ from kfac_scratch.matrices.matrix import Matrix
 
 M = TypeVar("M", bound=Matrix)
 M_co = TypeVar("M_co", bound=Matrix, covariant=True)
+Batches = tuple[tuple[LayerIO, ...], ...]
+"""The parts of every batch of a layer, all parts of a batch with the same `a`."""
 
 
 @runtime_checkable
@@ -36,14 +38,17 @@ class Accumulator(Protocol[M_co]):
     Cost: see `FactorSums` and `Gathered`.
     """
 
-    def add(self, state: Any, io: LayerIO, new_batch: bool) -> Any:
-        """The state after one more part.
+    def add(self, state: Any, io: LayerIO) -> Any:
+        """The state after the first part of one more batch, with its inputs.
 
         Args:
-            state: The state so far; None before the first part.
+            state: The state so far; None before the first batch.
             io: The part. Its vectors belong to the sum of the loss's terms.
-            new_batch: False for further vectors of the last part's batch, with the same inputs.
         """
+        ...
+
+    def add_vectors(self, state: Any, g: Float[Tensor, "V N S d_out"]) -> Any:
+        """The state after further vectors of the last batch, whose inputs it has already."""
         ...
 
     def matrix(self, state: Any, divisor: float) -> M_co:
@@ -72,28 +77,32 @@ class Gathered(Generic[M_co]):
     def __post_init__(self) -> None:
         check_function("approximation", self.approximation, "approximation=ekfac or FactorSums()")
 
-    def add(self, state: list[LayerIO] | None, io: LayerIO, new_batch: bool) -> list[LayerIO]:
-        """The state with one more part.
+    def add(self, state: Batches | None, io: LayerIO) -> Batches:
+        """The batches with one more.
 
         Raises:
             ValueError: If a layer meets another number of positions than before.
         """
         if state is None:
-            return [io]
-        if not new_batch:
-            last = state[-1]
-            return [*state[:-1], replace(last, g=torch.cat([last.g, io.g]))]
-        if io.a.shape[1] != state[-1].a.shape[1]:
+            return ((io,),)
+        before, now = state[-1][0].a.shape[1], io.a.shape[1]
+        if before != now:
             raise ValueError(
-                f"A layer met {state[-1].a.shape[1]} positions in one batch and {io.a.shape[1]} in "
-                "another, which cannot be joined: pass batches of one length, or FactorSums(), "
-                "which takes any. Approximations of KFAC's factors take flavour=REDUCE, too."
+                f"A layer met {before} positions in one batch and {now} in another, which cannot "
+                "be joined: pass batches of one length, or FactorSums(), which takes any. "
+                "Approximations of KFAC's factors take flavour=REDUCE, too."
             )
-        return [*state, io]
+        return (*state, (io,))
 
-    def matrix(self, state: list[LayerIO], divisor: float) -> M_co:
-        """The approximation of all parts together."""
-        M = self.approximation(concatenate(state, [1 / divisor] * len(state)))
+    def add_vectors(self, state: Batches, g: Float[Tensor, "V N S d_out"]) -> Batches:
+        """The batches with more vectors of the last one."""
+        *others, last = state
+        return (*others, (*last, replace(last[0], g=g)))
+
+    def matrix(self, state: Batches, divisor: float) -> M_co:
+        """The approximation of all batches together, whose parts are joined here."""
+        ios = [replace(io, g=torch.cat([part.g for part in (io, *more)])) for io, *more in state]
+        M = self.approximation(concatenate(ios, [1 / divisor] * len(ios)))
         check_result("approximation", M, Matrix, "a Matrix")
         return M
 
@@ -108,14 +117,19 @@ class FactorSums:
     Cost: that of `kfac` for each part; memory `d_in**2 + d_out**2`.
     """
 
-    def add(self, state: "RunningFactors | None", io: LayerIO, new_batch: bool) -> "RunningFactors":
-        """The sums with a part's outer products; the inputs of a batch count once."""
-        B, rows = gram(io.g.flatten(0, 1)), io.a.shape[0] * io.a.shape[1]
+    def add(self, state: "RunningFactors | None", io: LayerIO) -> "RunningFactors":
+        """The sums with the outer products of a batch's inputs and of its first vectors."""
+        A, rows = gram(io.a), io.a.shape[0] * io.a.shape[1]
+        B = gram(io.g.flatten(0, 1))
         if state is None:
-            return RunningFactors(gram(io.a), B, rows)
-        if not new_batch:
-            return RunningFactors(state.A, B.add_(state.B), state.rows)
-        return RunningFactors(gram(io.a).add_(state.A), B.add_(state.B), state.rows + rows)
+            return RunningFactors(A, B, rows)
+        return RunningFactors(A.add_(state.A), B.add_(state.B), state.rows + rows)
+
+    def add_vectors(
+        self, state: "RunningFactors", g: Float[Tensor, "V N S d_out"]
+    ) -> "RunningFactors":
+        """The sums with the outer products of more vectors of the last batch."""
+        return replace(state, B=gram(g.flatten(0, 1)).add_(state.B))
 
     def matrix(self, state: "RunningFactors", divisor: float) -> Kronecker:
         """`kfac` of all parts together, in the memory of the sums."""

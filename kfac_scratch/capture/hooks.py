@@ -98,8 +98,8 @@ def layer_ios(
         layers: Names of the layers to cover. Default: all supported ones; trainable parameters
             that this leaves out are named in a warning.
         chunk: How many vectors are sent backward at once. With 1, by plain autodiff without
-            `torch.vmap`, which works for operations that cannot be batched. Default: 1 on a CPU,
-            whose cache holds one vector's pass but not several, 32 elsewhere.
+            `torch.vmap`, which works for operations that cannot be batched. Default: as many as
+            `default_chunk` allows, and 1 for a model with such an operation.
 
     Raises:
         ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
@@ -133,9 +133,91 @@ def stream(
     vectors of a sample together.
 
     Cost: as `layer_ios`, with `chunk` for `V` in the memory of a part. The vectors at the model's
-    output are read by the part, so that those of `type2` are never all there. If `chunk` is not
-    given, a part has 1 vector on a CPU and 32 elsewhere, as in `layer_ios`, which describes the
-    arguments.
+    output are read by the part, so that those of `type2` are never all there. `layer_ios` describes
+    the arguments.
+
+    It has many parameters, because it has those of `layer_ios`.
+    """
+    run = forward_pass(model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk)
+    rows = {group.name: run.rows(group) for group in run.groups}
+    for part in run.sent_back():
+        yield {
+            name: LayerIO(a, g, run.positions(group))
+            for group, gs in part
+            for name, a, g in zip(group.names, rows[group.name], gs, strict=True)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """A batch on its way through a model: the rows of every layer, and the vectors that go back.
+
+    Use it to hold the rows and vectors of one layer at a time, as `over_loader` does. Not for all
+    at once: `stream`.
+
+    Cost: the graph of one forward pass, and the inputs and outputs of the layers.
+
+    Attributes:
+        flavour: The rules that make rows.
+        groups: The layers.
+        calls: Their uses, by the group's name.
+        f: The model's output.
+        vectors: The vectors that are sent back from it.
+        chunk: How many at once; None for `default_chunk`.
+    """
+
+    flavour: Flavour
+    groups: list[LayerGroup]
+    calls: dict[str, list[Call]]
+    f: Tensor
+    vectors: Vectors
+    chunk: int | None
+
+    def rows(self, group: LayerGroup) -> Float[Tensor, "groups N S d_in"]:
+        """The rows that entered a group of layers."""
+        with full_precision(self.f.device):
+            return self.flavour.inputs(group, self.calls[group.name])
+
+    def positions(self, group: LayerGroup) -> int:
+        """How many positions every row stands for."""
+        return self.flavour.positions(self.calls[group.name])
+
+    def sent_back(
+        self,
+    ) -> Iterator[Iterator[tuple[LayerGroup, Float[Tensor, "groups V N S d_out"]]]]:
+        """The vectors at all layers, in parts; of every part, one group of layers at a time."""
+        outputs = [call.z for group in self.groups for call in self.calls[group.name]]
+        if self.chunk is None:
+            parts = _batched_if_possible(self.f, outputs, self.vectors)
+        else:
+            parts = _in_parts(self.f, outputs, self.vectors, self.chunk)
+        return (self._by_group(part) for part in parts)
+
+    def _by_group(
+        self, sent: list[Tensor]
+    ) -> Iterator[tuple[LayerGroup, Float[Tensor, "groups V N S d_out"]]]:
+        for group in self.groups:
+            calls = self.calls[group.name]
+            g = self.flavour.outputs(calls, [sent.pop(0) for _ in calls])
+            yield group, g.to(row_dtype(group.layers[0]))
+
+
+def forward_pass(
+    model: Module,
+    loss: Module,
+    X: Tensor,
+    y: Tensor,
+    fisher: BackpropagatedVectors = type2,
+    *,
+    flavour: "Flavour | None" = None,
+    layers: Collection[str] | None = None,
+    chunk: int | None = None,
+) -> ForwardPass:
+    """The first half of `layer_ios`, which describes the arguments: all that goes forward.
+
+    Use it to go through the layers one by one. Not for a `LayerIO` of each: `layer_ios`.
+
+    Cost: one forward pass.
 
     It has many parameters, because it has those of `layer_ios`.
     """
@@ -148,20 +230,8 @@ def stream(
     check_calls(f, groups, calls)
     with full_precision(f.device):
         vectors = fisher(loss, _upcast(f), y)
-        check_vectors(vectors, f)
-        used = [flavour.inputs(group, calls[group.name]) for group in groups]
-    flat = [call.z for group in groups for call in calls[group.name]]
-    chunk = chunk or (1 if f.device.type == "cpu" else 32)
-    for i in range(0, len(vectors), chunk):
-        part = _read(vectors, slice(i, i + chunk), f)
-        sent = iter(_backward(f, flat, part, retain=i + chunk < len(vectors)))
-        ios = {}
-        for group, a in zip(groups, used, strict=True):
-            g = flavour.outputs(calls[group.name], [next(sent) for _ in calls[group.name]])
-            for name, a_, g_ in zip(group.names, a, g, strict=True):
-                rows = flavour.positions(calls[group.name])
-                ios[name] = LayerIO(a_, g_.to(a_.dtype), rows)
-        yield ios
+    check_vectors(vectors, f)
+    return ForwardPass(flavour, groups, calls, f, vectors, chunk)
 
 
 def check_capture(
@@ -298,6 +368,50 @@ def _record(
     x = args[0] if args else kwargs["input"]
     calls.append(Call(layer, x.detach(), x._version, output))
     return output.clone()  # the next layer may write into its input
+
+
+def default_chunk(outputs: list[Tensor]) -> int:
+    """How many vectors are sent backward at once: as many as a budget of bytes allows, up to 512.
+
+    On a CPU the budget is 4 MiB: more vectors at once save calls, but only as long as their pass
+    stays in the cache. Elsewhere it is 256 MiB, and 32 vectors at least.
+
+    Args:
+        outputs: The layers' outputs, which a vector's pass makes once each.
+    """
+    size = sum(z.numel() * z.element_size() for z in outputs)
+    on_cpu = outputs[0].device.type == "cpu"
+    least, budget = (1, 4 * 2**20) if on_cpu else (32, 256 * 2**20)
+    return min(max(least, budget // max(size, 1)), 512)
+
+
+def _in_parts(
+    f: Tensor, outputs: list[Tensor], vectors: Vectors, chunk: int, start: int = 0
+) -> Iterator[list[Tensor]]:
+    """Vectors from number `start` on, sent to all recorded outputs, `chunk` at a time."""
+    for i in range(start, len(vectors), chunk):
+        part = _read(vectors, slice(i, i + chunk), f)
+        yield _backward(f, outputs, part, retain=i + chunk < len(vectors))
+
+
+def _batched_if_possible(
+    f: Tensor, outputs: list[Tensor], vectors: Vectors
+) -> Iterator[list[Tensor]]:
+    """All vectors in parts of `default_chunk`; one by one if an operation cannot be batched.
+
+    That is tried with the first part.
+    """
+    chunk = min(default_chunk(outputs), len(vectors))
+    if chunk == 1:
+        yield from _in_parts(f, outputs, vectors, 1)
+        return
+    try:
+        first = _backward(f, outputs, _read(vectors, slice(chunk), f), retain=True)
+    except RuntimeError:
+        yield from _in_parts(f, outputs, vectors, 1)
+        return
+    yield first
+    yield from _in_parts(f, outputs, vectors, chunk, start=chunk)
 
 
 def _backward(f: Tensor, outputs: list[Tensor], vectors: Tensor, retain: bool) -> list[Tensor]:

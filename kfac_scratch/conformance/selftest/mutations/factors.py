@@ -20,8 +20,8 @@ def ekfac(name: str, before: str, after: str, case: str) -> Mutant:
 MUTANTS = [
     kfac(
         "inputs divided by the data only",
-        "rows = gram(io.g.flatten(0, 1)), io.a.shape[0] * io.a.shape[1]",
-        "rows = gram(io.g.flatten(0, 1)), io.a.shape[0]",
+        "rows = gram(io.a), io.a.shape[0] * io.a.shape[1]",
+        "rows = gram(io.a), io.a.shape[0]",
         "positions-mse-mean-bias",
     ),
     kfac(
@@ -32,8 +32,8 @@ MUTANTS = [
     ),
     kfac(
         "the square of the sum over data",
-        "B, rows = gram(io.g.flatten(0, 1)), ",
-        "B, rows = gram(io.g.sum(1)), ",
+        "B = gram(io.g.flatten(0, 1))\n",
+        "B = gram(io.g.sum(1))\n",
         "mlp-cross-entropy-sum",
     ),
     kfac(
@@ -44,7 +44,7 @@ MUTANTS = [
     ),
     kfac(
         "inputs of the first mini-batch only",
-        "gram(io.a).add_(state.A)",
+        "A.add_(state.A)",
         "2 * state.A",
         "batches-unequal-mse-mean",
     ),
@@ -77,12 +77,6 @@ MUTANTS = [
         "return ScaledVectors(vectors, here**0.5)",
         "return ScaledVectors(vectors, here)",
         "mlp-cross-entropy-mean",
-    ),
-    kfac(
-        "inputs added for every vector",
-        "        if not new_batch:\n            return Running",
-        "        if new_batch:\n            return Running",
-        "batches-unequal-cross-entropy-mean",
     ),
     kfac("factors exchanged in scale", SUMS, SUMS.replace(".div_(divisor)", ""), "mlp-mse-mean"),
     ekfac(
