@@ -42,7 +42,7 @@ from kfac_scratch.curvature import block_index, diagonal_blocks, empirical_fishe
 from kfac_scratch.data_loader import kfac_over
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, unvec, vec
-from kfac_scratch.losses import empirical, monte_carlo
+from kfac_scratch.losses import empirical, monte_carlo, type2_classwise
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
@@ -620,13 +620,14 @@ assert relative_error(K, gradients.T @ gradients) > 0.1
 # \tag{5.12}
 # $$
 #
-# for $M$ samples. The second form uses that for cross-entropy the type-2 vector of class $c$ is
-# $g_{cn} = \sqrt{p_{cn}}\, h_{cn}$ up to its sign. So the error to expect is known in advance.
+# for $M$ samples. The second form has another root of the loss Hessian, whose column for class $c$ gives
+# $g_{cn} = \sqrt{p_{cn}}\, h_{cn}$ up to its sign: that of `type2_classwise`, which is as exact for a loss
+# with one label for each datum. So the error to expect is known in advance.
 
 # %%
 N, loss = 64, CrossEntropyLoss()
 X, y = images[:N], labels[:N]
-io = layer_ios(example, loss, X, y)["2"]
+io = layer_ios(example, loss, X, y, type2_classwise)["2"]
 F, K = io.block(), kfac(io)
 
 with torch.no_grad():

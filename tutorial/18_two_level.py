@@ -207,9 +207,10 @@ code(LayerIO.inner_products, joint_curvature)
 
 # %%
 X = problem.split(torch.randn(len(problem.F)))
-c = torch.zeros(10, 300)
+V = len(problem.ios["0"].g)
+c = torch.zeros(V, 300)
 for name, io in problem.ios.items():
-    for v in range(10):
+    for v in range(V):
         for n in range(0, 300, 50):  # a few data, for the loop's sake
             c[v, n] += io.g[v, n, 0] @ X[name] @ io.a[n, 0]
 in_one_go = sum(io.inner_products(X[name]) for name, io in problem.ios.items())
