@@ -25,7 +25,7 @@ from kfac_scratch.matrices.matrix import Matrix
 
 M = TypeVar("M", bound=Matrix)
 M_co = TypeVar("M_co", bound=Matrix, covariant=True)
-Batches = tuple[tuple[LayerIO, ...], ...]
+GatheredBatches = tuple[tuple[LayerIO, ...], ...]
 """The parts of every batch of a layer, all parts of a batch with the same `a`."""
 
 
@@ -77,7 +77,7 @@ class Gathered(Generic[M_co]):
     def __post_init__(self) -> None:
         check_function("approximation", self.approximation, "approximation=ekfac or FactorSums()")
 
-    def add(self, state: Batches | None, io: LayerIO) -> Batches:
+    def add(self, state: GatheredBatches | None, io: LayerIO) -> GatheredBatches:
         """The batches with one more.
 
         Raises:
@@ -94,12 +94,14 @@ class Gathered(Generic[M_co]):
             )
         return (*state, (io,))
 
-    def add_vectors(self, state: Batches, g: Float[Tensor, "V N S d_out"]) -> Batches:
+    def add_vectors(
+        self, state: GatheredBatches, g: Float[Tensor, "V N S d_out"]
+    ) -> GatheredBatches:
         """The batches with more vectors of the last one."""
         *others, last = state
         return (*others, (*last, replace(last[0], g=g)))
 
-    def matrix(self, state: Batches, divisor: float) -> M_co:
+    def matrix(self, state: GatheredBatches, divisor: float) -> M_co:
         """The approximation of all batches together, whose parts are joined here."""
         ios = [replace(io, g=torch.cat([part.g for part in (io, *more)])) for io, *more in state]
         M = self.approximation(concatenate(ios, [1 / divisor] * len(ios)))

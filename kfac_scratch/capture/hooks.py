@@ -179,7 +179,7 @@ class ForwardPass:
             return self.flavour.inputs(group, self.calls[group.name])
 
     def positions(self, group: LayerGroup) -> int:
-        """How many positions every row stands for."""
+        """The number of positions that every row stands for."""
         return self.flavour.positions(self.calls[group.name])
 
     def sent_back(
@@ -371,7 +371,7 @@ def _record(
 
 
 def default_chunk(outputs: list[Tensor]) -> int:
-    """How many vectors are sent backward at once: as many as a budget of bytes allows, up to 512.
+    """The number of vectors to send backward at once: what a budget of bytes allows, up to 512.
 
     On a CPU the budget is 4 MiB: more vectors at once save calls, but only as long as their pass
     stays in the cache. Elsewhere it is 256 MiB, and 32 vectors at least.
