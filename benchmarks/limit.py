@@ -2,8 +2,10 @@
 
 One forward pass; as many backward passes to the layers' outputs as the Fisher has needed vectors;
 and for every factor, a sum of `r r^T` over `R` rows of width `d`, half of the `2 R d^2` operations
-of a plain matrix product, because the result is symmetric, at the rate that the plain product of
-rows of this very shape is measured to have. All parts take turns with the contenders.
+of a plain matrix product, because the result is symmetric, at the rate that the plain products of
+rows of these very shapes are measured to have. All passes are one measurement and all products
+another, since the smallest time of a short piece, times its number, may be less than any long run
+takes. Both take turns with the contenders.
 
 Nothing else counts: no averages over positions, no patches of convolutions, no copies, no checks. A
 backward pass is taken one vector at a time. Where several at once are faster, which is so for small
@@ -37,12 +39,11 @@ class Limit:
 
     def seconds(self, parts: dict[str, float]) -> dict[str, float]:
         """The limit from the measured parts, and what it consists of."""
-        products = sum(n * parts[_name(shape)] for shape, n in self.products.items()) / 2
-        backward = self.vectors * parts["backward"]
-        total = parts["forward"] + backward + products
-        split = {"forward": parts["forward"], "backward": backward, "products": products}
+        products = parts["products"] / 2
+        split = {"forward": parts["forward"], "backward": parts["backward"], "products": products}
         counts = {"vectors": self.vectors, "flops": self.flops}
-        return {"seconds": total} | split | counts | {"flops per second": self.flops / products}
+        rate = {"flops per second": self.flops / products}
+        return {"seconds": sum(split.values())} | split | counts | rate
 
 
 def half_flops(shape: Shape) -> int:
@@ -63,7 +64,7 @@ def limit(problem: Problem, vectors: int, flavour: Flavour) -> Limit:
 
 
 def parts(problem: Problem, of: Limit) -> dict[str, Run]:
-    """What is timed: a forward pass, a backward pass, and a plain product of every shape."""
+    """What is timed: a forward pass, all backward passes, and all plain products."""
     outputs: list[torch.Tensor] = []
     modules = [problem.model.get_submodule(name) for name in problem.layers]
     handles = [m.register_forward_hook(lambda m, x, z: outputs.append(z)) for m in modules]
@@ -71,16 +72,18 @@ def parts(problem: Problem, of: Limit) -> dict[str, Run]:
     for handle in handles:
         handle.remove()
     v = torch.randn_like(f)
+    rows = {shape: torch.randn(shape, device=problem.X.device) for shape in of.products}
 
     def backward() -> None:
-        torch.autograd.grad(f, outputs, v, retain_graph=True)
+        for _ in range(of.vectors):
+            torch.autograd.grad(f, outputs, v, retain_graph=True)
 
-    runs: dict[str, Run] = {"forward": lambda: problem.model(problem.X), "backward": backward}
-    for shape in of.products:
-        rows = torch.randn(shape, device=problem.X.device)
-        runs[_name(shape)] = lambda rows=rows: rows.T @ rows
-    return runs
+    def products() -> None:
+        for shape in of.products.elements():
+            rows[shape].T @ rows[shape]
 
-
-def _name(shape: Shape) -> str:
-    return f"product {shape[0]} x {shape[1]}"
+    return {
+        "forward": lambda: problem.model(problem.X),
+        "backward": backward,
+        "products": products,
+    }

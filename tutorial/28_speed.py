@@ -183,7 +183,7 @@ for d, R in ((64, 256), (1024, 2048)):
 #
 # Operations are not seconds: a matrix product of few columns waits for memory. So `benchmarks.limit` measures the
 # three parts of (28.2) by themselves, in turns with what they are compared with, on the same data: a forward
-# pass; one backward pass to the outputs, times $V$; and for every shape of rows a plain product, of which half the
+# pass; $V$ backward passes to the outputs; and for all rows the plain products of these shapes, of which half the
 # time counts. The sum is the **limit**. For the exact Fisher of $C$ classes, $V = C - 1$ vectors are needed,
 # because the Hessian of cross-entropy has this rank.
 #
