@@ -9,6 +9,7 @@ $$
 Everything else in this package follows from this one choice.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import reduce
 
@@ -268,22 +269,25 @@ def conjugate_gradient(
         matvec: The product with `M`.
         b: Right-hand sides: matrices, each a vector of the system.
         precondition: The product with an approximate inverse of `M`.
-        max_iter: The number of steps after which all stop. Where the tolerance is not reached by
-            then, the last iterate is returned without a warning. Default: `2 * m * n`.
+        max_iter: The number of steps after which all stop: the last iterate is wanted then, whether
+            the tolerance is reached or not. Default: `2 * m * n`, with a warning if it is not.
         tol: The residual at which a system stops, as a fraction of its right-hand side. Default:
             `10 * eps`.
 
     Raises:
         ValueError: If a direction of negative curvature shows that `M` is not positive definite.
+
+    Warns:
+        UserWarning: If the default number of steps does not reach the tolerance.
     """
-    max_iter = 2 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
+    limit = 2 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
     tol = 10 * torch.finfo(b.dtype).eps if tol is None else tol
     size = b.abs().amax((-2, -1), keepdim=True)  # divided by it, no square underflows
     size = size.where(size > 0, 1.0)
     x, r = torch.zeros_like(b), b / size
     z, target = precondition(r), (tol**2 * _dot(r, r)).clamp_min(_nothing(b))
     p, rz = z, _dot(r, z)
-    for _ in range(max_iter):
+    for _ in range(limit):
         active = _dot(r, r) > target
         if not active.any():
             break
@@ -296,6 +300,14 @@ def conjugate_gradient(
         z = precondition(r)
         rz, old = _dot(r, z), rz
         p = z + rz / old.where(old > 0, 1.0) * p
+    else:
+        if max_iter is None and (_dot(r, r) > target).any():
+            left = float((_dot(r, r) / target).max().sqrt())
+            warnings.warn(
+                f"Conjugate gradients stopped after {limit} steps with a residual {left:.3g} times "
+                "the tolerance: use a larger damping, or an inverse by a factorisation.",
+                stacklevel=2,
+            )
     return size * x
 
 

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -167,3 +169,18 @@ def test_psd_eigh_of_numbers_at_the_end_of_the_range(device):
     M = 3e-316 * torch.ones(4, 4, device=device)
     eigenvalues, _ = psd_eigh(M - 1e-317 * torch.eye(4, device=device))
     assert (eigenvalues == 0).all()
+
+
+def test_conjugate_gradients_that_stop_at_their_own_limit_warn_and_at_a_given_one_do_not(device):
+    """A condition of 1e14: round-off takes the steps that the theorem promises."""
+    scales = torch.logspace(0, -14, 40, device=device)
+    b = torch.ones(1, 40, device=device)
+
+    def solve(**limit):
+        return conjugate_gradient(lambda x: scales * x, b, lambda r: r, **limit)
+
+    with pytest.warns(UserWarning, match="stopped after 80 steps with a residual"):
+        solve()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(max_iter=80)

@@ -91,13 +91,21 @@ def relative_damping(M: HasDiagonal, fraction: float) -> float:
     return fraction * float(M.diagonal().mean())
 
 
-def reduction_ratio(before: float, after: float, predicted: float) -> float | None:
+def reduction_ratio(
+    before: float, after: float, predicted: float, dtype: torch.dtype = torch.float64
+) -> float | None:
     """The change of the loss on one batch over the change that the quadratic model predicted.
 
-    The result is None if the predicted change is at most 1e-12 of the loss. This threshold is the
-    round-off of float64; in float32, ratios of predictions below 1e-7 of the loss are noise.
+    The result is None if the predicted change is at most `100 * eps` of the loss, of which the
+    change of the loss has only round-off.
+
+    Args:
+        before: The loss before the step.
+        after: The loss after it.
+        predicted: The change that the model predicted.
+        dtype: The precision in which the losses were computed.
     """
-    if abs(predicted) <= 1e-12 * abs(before):
+    if abs(predicted) <= 100 * torch.finfo(dtype).eps * abs(before):
         return None
     return (after - before) / predicted
 

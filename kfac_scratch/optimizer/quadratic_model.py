@@ -126,7 +126,7 @@ def ratio_after_step(before: Before) -> float | None:
         [share * ggn_gram(*b, change.unsqueeze(0), before.theta) for share, b in before.batches]
     ).sum(0)
     predicted = float(C.squeeze() / 2 + before.gradient @ change)
-    return reduction_ratio(before.loss, _loss(before.batches), predicted)
+    return reduction_ratio(before.loss, _loss(before.batches), predicted, before.theta.dtype)
 
 
 def _loss(batches: Batches) -> float:

@@ -23,6 +23,7 @@ direction per layer; Koroko et al. 2023 (arXiv:2303.18083) for other coarse spac
 forms are those of Tang, Nabben, Vuik and Erlangga 2009 (doi:10.1007/s10915-009-9272-6).
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -103,15 +104,26 @@ def coarse_inverse(ios: Mapping[str, LayerIO], Z: Space, damping: float) -> Bloc
     r"""The map $Q = Z E^{-1} Z^\top$.
 
     Law: it depends on the span of the directions only. Directions that are zero, or depend on
-    others, are dropped by a pseudo-inverse, without a warning.
+    others, add nothing to it; a pseudo-inverse leaves them out.
 
     Cost: that of `coarse_matrix`, and an eigendecomposition of size `m`.
+
+    Warns:
+        UserWarning: If directions are zero, or depend on others up to round-off.
     """
     E = coarse_matrix(ios, Z, damping)
     size = E.diagonal().sqrt()
     size = size.where(size > 0, 1.0)  # of a direction that is zero
     scale = torch.outer(size, size)
-    inverse = torch.linalg.pinv(E / scale, hermitian=True) / scale
+    s, U = torch.linalg.eigh(E / scale)
+    kept = s > len(s) * torch.finfo(s.dtype).eps * s[-1:]
+    if (rank := int(kept.sum())) < len(s):
+        warnings.warn(
+            f"{len(s) - rank} of {len(s)} coarse directions are zero or depend on the others: the "
+            f"coarse space has dimension {rank}.",
+            stacklevel=2,
+        )
+    inverse = (U * torch.where(kept, 1 / s.where(kept, 1.0), 0.0)) @ U.T / scale
     counts = [len(Z[name]) for name in ios]
 
     def apply(r: BlockValues) -> dict[str, Tensor]:

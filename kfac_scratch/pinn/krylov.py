@@ -115,7 +115,7 @@ class KFACKrylov:
         taken = {name: length * V for name, V in best.items()}
         assign(model, moved(W, taken))
         predicted = half_square(rho + times(parts, taken)) - before
-        ratio = reduction_ratio(before, after, predicted) if predicted else None
+        ratio = reduction_ratio(before, after, predicted, rho.dtype) if predicted else None
         damping = levenberg_marquardt(damping, ratio, 0.5, self.minimum)
         kept = stacked([taken, *last][: self.memory])
         return PinnState(count, after, kept, damping, length or 1.0, preconditioner)

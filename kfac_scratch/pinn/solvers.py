@@ -152,8 +152,7 @@ def best_combination(
     """Coefficients `c` that minimise `|J p + rho|^2 + damping |p|^2` for `p = sum_i c_i d_i`.
 
     Directions that depend on each other share their coefficient; a zero direction gets zero. For
-    this, eigenvalues of the scaled `q x q` system below 1e-12 times the largest count as zero. The
-    threshold is made for float64: in float32 it is below round-off.
+    this, eigenvalues of the scaled `q x q` system below `100 * eps` of the largest count as zero.
 
     Cost: one product with `J` for each direction, and an eigendecomposition of size `q`.
     """
@@ -164,7 +163,7 @@ def best_combination(
     M, h = J.T @ J + damping * lengths, J.T @ residuals(parts)
     scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
     s, Q = torch.linalg.eigh(scale[:, None] * M * scale)
-    kept = s > 1e-12 * s[-1]
+    kept = s > 100 * torch.finfo(s.dtype).eps * s[-1]
     inverse = torch.where(kept, 1 / s.where(kept, 1.0), 0.0)
     return -scale * (Q @ (inverse * (Q.T @ (scale * h))))
 

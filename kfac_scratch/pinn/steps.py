@@ -223,7 +223,7 @@ class GaussNewton:
             proposed, used = solve(damping)
             found = loss_along(model, terms, W, proposed, self.chunk)(1.0)
             predicted = half_square(rho + times(parts, proposed)) - before
-            ratio = reduction_ratio(before, found, predicted) if predicted else None
+            ratio = reduction_ratio(before, found, predicted, rho.dtype) if predicted else None
             damping = levenberg_marquardt(damping, ratio, self.factor, self.minimum)
             if found < before:
                 after, step = found, proposed

@@ -135,3 +135,10 @@ def test_at_convergence_damping_stays():
     ratio = reduction_ratio(1.0, 1.0 - 2e-16, -1e-14)
     assert ratio is None
     assert levenberg_marquardt(0.3, ratio) == 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ratio_of_round_off_is_none_in_the_precision_of_the_loss(dtype):
+    eps = torch.finfo(dtype).eps
+    assert reduction_ratio(1.0, 1.0 - 2 * eps, -50 * eps, dtype) is None
+    assert reduction_ratio(1.0, 1.0 - 400 * eps, -400 * eps, dtype) == pytest.approx(1)

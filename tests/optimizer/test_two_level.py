@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
 
-from kfac_scratch import Dense, ekfac, factored_inverse, kfac, layer_ios, preconditioner
+from kfac_scratch import Dense, LayerIO, ekfac, factored_inverse, kfac, layer_ios, preconditioner
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.optimizer.coarse_spaces import (
     krylov_space,
@@ -470,3 +470,14 @@ def test_arguments_stay_as_they_are(device):
     assert all(
         torch.equal(p.ios[n].a, a) and torch.equal(p.ios[n].g, b) for n, (a, b) in ios.items()
     )
+
+
+def test_dependent_and_zero_coarse_directions_are_named_and_change_nothing(device):
+    ios = {
+        "0": LayerIO(torch.randn(7, 1, 4, device=device), torch.randn(2, 7, 1, 3, device=device))
+    }
+    Z, r = torch.randn(2, 3, 4, device=device), {"0": torch.randn(3, 4, device=device)}
+    more = torch.cat([Z, Z.sum(0, keepdim=True), 0 * Z[:1]])
+    with pytest.warns(UserWarning, match="2 of 4 coarse directions.*has dimension 2"):
+        step = coarse_inverse(ios, {"0": more}, 0.1)(r)
+    check_equal(step["0"], coarse_inverse(ios, {"0": Z}, 0.1)(r)["0"])
