@@ -161,8 +161,9 @@ def stored(name, spectrum, d, S):
     M = EXAMPLES.get(name, FOUND[name])(io)
     M = M.low_rank() if isinstance(M, Randomized) else M
     V = torch.randn(D_OUT, d, generator=torch.Generator().manual_seed(3)).double()
-    for _ in range(30):
-        V = in_float64(M) @ (V / V.norm())
+    M64 = in_float64(M)
+    for _ in range(10):
+        V = M64 @ (V / V.norm())
     return M, float(V.norm()), io.gradients().sum((0, 1))
 
 
@@ -263,7 +264,7 @@ def test_the_damped_inverse_of_every_approximation_obeys_the_same_law_when_wide(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FEW_ROWS)
+@pytest.mark.parametrize("name", [name for name in FEW_ROWS if name != "Repaired"])  # keeps factors
 @pytest.mark.parametrize("inversion", GOES_WITH)
 @pytest.mark.parametrize("d", [2048, 4096])
 def test_what_keeps_rows_obeys_the_same_law_at_the_largest_widths(name, inversion, d):
