@@ -67,9 +67,16 @@ from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
-from kfac_scratch.optimizer.quadratic_model import quadratic_model, ratio_after_step
+from kfac_scratch.optimizer.quadratic_model import (
+    _minimised,
+    quadratic_model,
+    ratio_after_step,
+)
 from kfac_scratch.optimizer.step_control import (
     Step,
+    _grafted,
+    _kl_clipped,
+    _norm_constrained,
     dot,
     graft,
     kl_clip,
@@ -519,7 +526,7 @@ plt.show()
 # hand.
 
 # %% tags=["remove-input"]
-code(kl_clip, squared_length)
+code(kl_clip, _kl_clipped, squared_length)
 
 
 # %% [markdown]
@@ -711,7 +718,7 @@ plt.show()
 # scaled along.
 
 # %% tags=["remove-input"]
-code(norm_constraint, graft)
+code(norm_constraint, _norm_constrained, graft, _grafted)
 
 # %%
 grafted = graft()(unclipped)
@@ -828,7 +835,7 @@ assert abs(ratio - 1) > 0.05
 # neither is tuned.
 
 # %% tags=["remove-input"]
-code(quadratic_model)
+code(quadratic_model, _minimised)
 
 # %% [markdown]
 # ### It is the method of conjugate gradients

@@ -51,6 +51,7 @@ from kfac_scratch.optimizer.coarse_spaces import (
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.two_level import (
+    _corrected,
     additive,
     adef1,
     adef2,
@@ -626,7 +627,7 @@ assert step.keys() == one_level.keys()
 # So the default is the additive form.
 
 # %% tags=["remove-input"]
-code(coarse_correction)
+code(coarse_correction, _corrected)
 
 # %%
 settings = {"lr": 1.0, "momentum": 0.0, "damping": problem.delta, "fisher": type2}

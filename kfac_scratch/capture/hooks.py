@@ -205,7 +205,7 @@ class ForwardPass:
 def forward_pass(
     model: Module,
     loss: Module,
-    X: Tensor,
+    X: Any,
     y: Tensor,
     fisher: BackpropagatedVectors = type2,
     *,

@@ -126,6 +126,22 @@ def seen(model: Module, groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     )
 
 
+def check_known(model: Module, known: Sequence[Parameter]) -> None:
+    """Refuse trainable parameters that came to the model after its optimizer was built.
+
+    Raises:
+        ValueError: Naming them and the way out.
+    """
+    ids = {id(p) for p in known}
+    new = [n for n, p in model.named_parameters() if id(p) not in ids and p.requires_grad]
+    if new:
+        raise ValueError(
+            f"The parameters {new} came to the model after the optimizer was built, which does not "
+            "train them: call optimizer.add_param_group({'params': [...]}), freeze them, or build "
+            "a new optimizer."
+        )
+
+
 def coverable(model: Module, layers: Collection[str] | None) -> set[int]:
     """The ids of all parameters that are in a block as soon as they are trainable."""
     return {

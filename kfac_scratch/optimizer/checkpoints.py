@@ -26,6 +26,8 @@ def tensors(value: Any) -> dict[str, Any]:
 def restored(like: Any, saved: Mapping[str, Any]) -> Any:
     """The value that `tensors` wrote, given any value `like` of the same structure.
 
+    Numbers in half precision are cast to the precision of `like`.
+
     Raises:
         ValueError: If the structures differ.
     """
@@ -41,7 +43,11 @@ def restored(like: Any, saved: Mapping[str, Any]) -> Any:
 def _restored(like: Any, saved: Any) -> Any:
     if isinstance(saved, Mapping):
         return restored(like, saved)
-    return saved.to(like.device) if isinstance(saved, Tensor) else saved
+    if not isinstance(saved, Tensor):
+        return saved
+    if saved.dtype in (torch.float16, torch.bfloat16):
+        saved = saved.to(like.dtype)
+    return saved.to(like.device)
 
 
 def example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:

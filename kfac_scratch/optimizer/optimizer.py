@@ -11,8 +11,18 @@ curvature matrix with the batch; `step` applies the damped inverses to the gradi
         optimizer.step()
 
 The approximation, the Fisher, the inverse and the controls of a step are functions that the user
-passes. Whatever is refused raises before a parameter or a matrix has changed, so that a loop may
-catch the error and go on with the next batch.
+passes. A step that raises leaves no trace, so that a loop may catch the error and go on with the
+next batch.
+
+If the gradients of several micro-batches are added up, each is shown with its backward pass. With a
+mean loss, each gradient is multiplied by the share of its batch in all terms, as it must be for
+every optimizer; then a step is that of one large batch:
+
+    optimizer.zero_grad()
+    for X, y in micro_batches:
+        (len(X) / N * loss(model(X), y)).backward()
+        optimizer.observe(X, y)
+    optimizer.step()
 
 Source: Martens and Grosse 2015 (arXiv:1503.05671), §§5 to 8.
 """
@@ -44,12 +54,12 @@ from kfac_scratch.optimizer.arrangement import (
     Arrangement,
     Slopes,
     arranged,
+    check_known,
     check_numbers,
     coverable,
     seen,
     slopes,
 )
-from kfac_scratch.optimizer.checkpoints import example_io, restored, tensors
 from kfac_scratch.optimizer.finite import all_finite, first_not_finite
 from kfac_scratch.optimizer.observed import (
     Draws,
@@ -64,13 +74,30 @@ from kfac_scratch.optimizer.parameter_groups import check_behaviour, trainable
 from kfac_scratch.optimizer.preconditioner import blockwise
 from kfac_scratch.optimizer.progress import Progress
 from kfac_scratch.optimizer.quadratic_model import before_step, ratio_after_step
+from kfac_scratch.optimizer.state_dicts import (
+    FLAVOURS,
+    Makers,
+    check_generator,
+    check_states,
+    flavour_name,
+    read,
+    saved,
+)
 from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot, norm
+from kfac_scratch.optimizer.supported_models import check_trainable
 from kfac_scratch.optimizer.undo import (
     default_generator,
     kept_draws,
     kept_groups,
     kept_state,
     kept_values,
+)
+
+COPIED = (
+    *("model", "loss", "flavour", "estimator", "invert", "fisher", "controls", "decay", "record"),
+    *("factor_every", "inverse_every", "adapt_damping", "adapt_every", "generator"),
+    *("defaults", "state", "param_groups"),
+    *("_layers", "_draws_labels", "_given_all", "_known", "_rest", "_progress"),
 )
 
 
@@ -88,23 +115,36 @@ class KFAC(Optimizer):
     It has many parameters, because every part of the method is a choice.
 
     Every parameter moves by `-lr * P + momentum * previous` and shrinks by `lr * weight_decay`
-    (decoupled), where `P` is the preconditioned gradient after all controls.
+    (decoupled), where `P` is the preconditioned gradient after all controls. One without a gradient
+    stays as it is. Parameters may be frozen and unfrozen, and groups added and removed, at any
+    time; a block whose parameters have changed starts with a new matrix at the next `observe`.
+
+    `copy.deepcopy` copies the model with the optimizer, as of the last step. `pickle` does, too, if
+    all functions that were passed can be pickled, which lambdas cannot.
+
+    Active Dropout: the curvature is that of another draw of masks than the gradient, and averages
+    over draws. BatchNorm: call `eval()` on it before `observe`; all passes that a step makes are in
+    the modes in which the batch was observed.
 
     Args:
         model: The network.
         loss: The loss module that it is trained with, as for `layer_ios`.
         params: Parameters or groups of them, as for every optimizer, where a group may have its
-            own `lr`, `momentum`, `weight_decay` and `damping`. Default: all trainable ones.
+            own `lr`, `momentum`, `weight_decay` and `damping`. Default: all of the model's.
         lr: Learning rate.
         momentum: Factor of the previous change.
         weight_decay: Decoupled weight decay.
         damping: The number that `invert` gets, in the units of the loss: one that is multiplied by
-            `c` needs `c` times the damping.
+            `c` needs `c` times the damping. A change acts in the next step, which inverts anew.
         approximation: From a batch's `LayerIO` to a matrix, or an `Estimator`.
         fisher: The vectors that are sent backward. Default: Monte Carlo with one label for each
             sample, drawn with `generator`. (`layer_ios` has the exact `type2`, for single batches.)
         flavour: `EXPAND` or `REDUCE`.
-        invert: From a matrix and a damping to its inverse, for example `factored_inverse`.
+        invert: From a matrix and a damping to its inverse. For a Kronecker product, the default is
+            exact and applies an eigenbasis with four products of matrices in every step;
+            `factored_inverse` has two, and costs less to make. For layers as wide as the batch or
+            wider, these products take most of a step, and `factored_inverse` about halves it; for
+            narrower layers, both cost much the same.
         controls: Functions of `step_control`, applied in this order.
         decay: Share of the old matrix when a batch is averaged in, with bias correction.
         factor_every: Steps between two updates of the matrices.
@@ -115,7 +155,8 @@ class KFAC(Optimizer):
         adapt_damping: From a damping and a reduction ratio to the next damping, for example
             `levenberg_marquardt`.
         adapt_every: Steps between two adaptations; the step after one inverts anew.
-        generator: Source of randomness for the default `fisher`, saved with the state.
+        generator: Source of randomness for the default `fisher`, saved with the state, and set
+            back if a step raises.
         record: Called after every step with a dictionary of numbers: `step`, `lr`, `damping`,
             `step_norm`, `kl` (to second order, by the matrices), `loss` (if `step` got a closure),
             and what controls report. Reading them off a GPU costs time, not spent without it.
@@ -151,6 +192,7 @@ class KFAC(Optimizer):
         record: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         check_capture(model, loss, type2 if fisher is None else fisher, flavour, None)
+        check_trainable(model)
         check_behaviour(approximation, invert, controls, adapt_damping, record, rest)
         layers = checked_names("layers", layers)
         if generator is not None:
@@ -163,15 +205,19 @@ class KFAC(Optimizer):
         self.adapt_damping, self.adapt_every = adapt_damping, adapt_every
         self.generator, self.record = generator, record
         self._check_periods()
+        self._draws_labels, self._given_all = fisher is None, params is None
         self._layers, self._progress, self._observed = layers, Progress(), Observed()
         self._arrangement: Arrangement | None = None
         self._rest: Optimizer | None = None
+        self._make_rest = rest  # for parameters that are added; copies have none
+        self._known: list[Parameter] = []  # as long as this is empty, groups are only collected
 
         given = list(model.parameters()) if params is None else params
         numbers = (lr, momentum, weight_decay, damping)
         super().__init__(given, dict(zip(NUMBERS, numbers, strict=True)))
         trainable(model, self.param_groups, NUMBERS)
         self._rest = self._first_order(rest)
+        self._known = list(model.parameters())
         if not self._arranged().blocks:
             raise ValueError("No given parameter is in a block: there is nothing to precondition.")
 
@@ -259,13 +305,53 @@ class KFAC(Optimizer):
 
     def _arranged(self) -> Arrangement:
         """The parameters and blocks as model and groups are."""
-        if self._arrangement is None or self._arrangement.seen != seen(
-            self.model, self.param_groups
-        ):
+        now = seen(self.model, self.param_groups)
+        if self._arrangement is None or self._arrangement.seen != now:
+            if self._given_all:
+                check_known(self.model, self._known)
             self._arrangement = arranged(self.model, self.param_groups, self._layers)
             if self._rest is not None:
                 self._share(self._rest)
         return self._arrangement
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, as with every optimizer of PyTorch.
+
+        Those that no block can cover are added to the optimizer of the rest, with its numbers.
+
+        Raises:
+            ValueError: If a parameter is not one of the model's or is in a group already, a number
+                is out of range, or a parameter has no block and there is no `rest`.
+        """
+        if not self._known:  # the constructor
+            super().add_param_group(param_group)
+            return
+        with ExitStack() as undo:
+            undo.callback(self.__dict__.update, dict(self.__dict__))
+            undo.callback(kept_groups(self.param_groups))
+            super().add_param_group(param_group)
+            self._settle(self.param_groups[-1], undo)
+            self._known = list(self.model.parameters())
+            self._arranged()
+            undo.pop_all()
+
+    def _settle(self, group: dict[str, Any], undo: ExitStack) -> None:
+        """Give what no block can cover in a new group to the optimizer of the rest."""
+        trainable(self.model, [group], NUMBERS)
+        ours = coverable(self.model, self._layers)
+        others = [p for p in group["params"] if id(p) not in ours]
+        if not others or (self._rest is None and self._make_rest is None):
+            return
+        group["params"] = [p for p in group["params"] if id(p) in ours]
+        if self._rest is not None:
+            undo.callback(kept_groups(self._rest.param_groups))
+            self._rest.add_param_group({"params": others})
+        elif self._make_rest is not None:
+            self._rest = self._make_rest(others)
+        added = [g for g in self._rest.param_groups if "rest" not in g] if self._rest else []
+        for new in added:
+            new["rest"] = True
+        self.param_groups = [g for g in self.param_groups if g["params"]] + added
 
     # ---- curvature ---------------------------------------------------------------------------
 
@@ -281,6 +367,7 @@ class KFAC(Optimizer):
             ValueError: As `layer_ios`.
             NotImplementedError: As `layer_ios`.
         """
+        check_trainable(self.model)
         arrangement, observed = self._arranged(), self._continued()
         known = self._progress.fitting(arrangement)
         due = observed.due if observed.batches else self._update_is_due(known, arrangement)
@@ -544,61 +631,79 @@ class KFAC(Optimizer):
         }
         return numbers | ({} if loss is None else {"loss": float(loss)}) | dict(step.notes)
 
-    # ---- checkpoints -------------------------------------------------------------------------
+    # ---- checkpoints and copies --------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, as tensors and plain numbers.
+        """Everything that a bit-exact continuation needs, as tensors, plain numbers and names.
 
-        The random state of the default `fisher` is in it if `generator` was given; otherwise it is
+        It is the state after the last step: batches that were observed since are not in it. The
+        random state of the default `fisher` is in it if `generator` was given; otherwise it is
         PyTorch's global one, which is the caller's to save.
         """
-        known = self._progress
-        own: dict[str, Any] = {
-            "steps": known.steps,
-            "updates": known.updates,
-            "updated_at": known.updated_at,
-            "counts": known.counts,
-            "dampings": known.dampings,
-            "matrices": {name: tensors(M) for name, M in known.matrices.items()},
-            "inverses": {name: tensors(M) for name, M in known.inverses.items()},
-        }
+        own = saved(self._progress, self._makers(), self._parameter_names())
         if self.generator is not None:
-            own["generator"] = self.generator.get_state()
-            draws = self._observed.draws
-            if draws is not None and torch.equal(draws.after, own["generator"]):
-                own["generator"] = draws.before  # what is observed is not in the checkpoint
+            own["generator"] = self._settled_draws(self.generator)
         return super().state_dict() | {"kfac": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, with an optimizer that was built the same way."""
-        own = state_dict["kfac"]
-        parameters = dict(self.model.named_parameters())
-        like = {
-            name: self.estimator.update(None, example_io(W), 1.0)
-            for block in self._arranged().blocks
-            for name, W in zip(block.names, block.matrices(parameters), strict=True)
-        }
-        matrices = {n: restored(like[n], saved) for n, saved in own["matrices"].items()}
-        inverses = {
-            n: restored(self.invert(like[n], 1.0), saved) for n, saved in own["inverses"].items()
-        }
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        if self._rest is not None:
-            self._share(self._rest)
-        shapes = self._arranged().shapes
-        self._progress = Progress(
-            own["steps"],
-            own["updates"],
-            own["updated_at"],
-            matrices,
-            own["counts"],
-            {name: shapes[name] for name in matrices},
-            inverses,
-            own["dampings"],
+        """Continue where `state_dict` was taken, with an optimizer that was built the same way.
+
+        Everything is checked before anything is replaced.
+
+        Raises:
+            ValueError: If the checkpoint does not fit: it was written with another approximation,
+                inverse or flavour, for other blocks, shapes or dtypes, or has numbers that are not
+                finite. The message names the block, and what is in the file and in the optimizer.
+        """
+        own, arrangement = state_dict.get("kfac"), self._arranged()
+        known = read(
+            own, self._makers(), self._parameter_names(), arrangement.shapes, self._device()
         )
-        self._observed = Observed()
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        check_states(state_dict["state"], state_dict["param_groups"], self.param_groups, names)
+        check_numbers(state_dict["param_groups"])
+        check_generator(state_dict["kfac"], self.generator)
+        with ExitStack() as undo:
+            if self._rest is not None:
+                undo.callback(self._share, self._rest)
+            undo.callback(self.__dict__.update, dict(self.__dict__))
+            undo.callback(kept_draws(self.generator))
+            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+            self._progress, self._observed, self._arrangement = known, Observed(), None
+            if self.generator is not None:
+                self.generator.set_state(state_dict["kfac"]["generator"])
+            self._arranged()
+            undo.pop_all()
+
+    def _makers(self) -> Makers:
+        return Makers(self.estimator, self.invert, self.flavour)
+
+    def _parameter_names(self) -> list[list[str]]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self.param_groups]
+
+    def _settled_draws(self, generator: Generator) -> Tensor:
+        """The state of the generator without what was drawn for batches of the coming step."""
+        now, draws = generator.get_state(), self._observed.draws
+        return draws.before if draws is not None and torch.equal(draws.after, now) else now
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it as of the last step, for `copy` and `pickle`, which copy the model with it."""
+        kept = {key: value for key, value in self.__dict__.items() if key in COPIED}
         if self.generator is not None:
-            self.generator.set_state(own["generator"])
+            generator = Generator(self.generator.device)
+            generator.set_state(self._settled_draws(self.generator))
+            kept["generator"] = generator
+        kept["fisher"] = None if self._draws_labels else self.fisher
+        return kept | {"flavour": flavour_name(self.flavour) or self.flavour}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # not if PyTorch loads a checkpoint
+            self._observed, self._arrangement, self._make_rest = Observed(), None, None
+            self.flavour = FLAVOURS.get(state["flavour"], state["flavour"])
+            if self._draws_labels:
+                self.fisher = monte_carlo(1, self.generator)
 
 
 def _preconditioned(

@@ -37,7 +37,8 @@ def trainable(
         for p in group["params"]:
             if id(p) not in names:
                 raise ValueError(
-                    f"A parameter of shape {tuple(p.shape)} is not one of the model's."
+                    f"A parameter of shape {tuple(p.shape)} is not one of the model's. If a layer "
+                    "was replaced, build a new optimizer."
                 )
             if p.requires_grad:
                 found[names[id(p)]] = p

@@ -44,30 +44,28 @@ def quadratic_model() -> Control:
         ValueError: If the batch is not known, or the model draws random numbers, as active Dropout
             does.
     """
+    return _minimised
 
-    def control(step: Step) -> Step:
-        if not step.batches:
-            raise ValueError(
-                "quadratic_model needs the batch: call observe(X, y) before every step."
-            )
-        model = step.batches[0][1].model
-        basis: list[Values] = [{name: -P for name, P in step.direction.items()}, step.previous]
-        damped = [{name: step.damping[name] * v for name, v in d.items()} for d in basis]
-        rows = torch.stack([flatten_values(model, d) for d in basis])
-        with repeatable(model):
-            grams = [share * ggn_gram(*batch, rows) for share, batch in step.batches]
-        C = torch.stack(grams).sum(0)
-        C = C.double().cpu() + torch.tensor([[dot(u, v) for v in damped] for u in basis]).double()
-        slope = torch.tensor([dot(step.gradient, d) for d in basis]).double()
-        lr, momentum = (-torch.linalg.pinv(C, hermitian=True) @ slope).tolist()
-        return replace(
-            step,
-            lr=dict.fromkeys(step.lr, lr),
-            momentum=dict.fromkeys(step.momentum, momentum),
-            notes={**step.notes, "model_lr": lr, "model_momentum": momentum},
-        )
 
-    return control
+def _minimised(step: Step) -> Step:
+    if not step.batches:
+        raise ValueError("quadratic_model needs the batch: call observe(X, y) before every step.")
+    model = step.batches[0][1].model
+    basis: list[Values] = [{name: -P for name, P in step.direction.items()}, step.previous]
+    damped = [{name: step.damping[name] * v for name, v in d.items()} for d in basis]
+    rows = torch.stack([flatten_values(model, d) for d in basis])
+    with repeatable(model):
+        grams = [share * ggn_gram(*batch, rows) for share, batch in step.batches]
+    C = torch.stack(grams).sum(0)
+    C = C.double().cpu() + torch.tensor([[dot(u, v) for v in damped] for u in basis]).double()
+    slope = torch.tensor([dot(step.gradient, d) for d in basis]).double()
+    lr, momentum = (-torch.linalg.pinv(C, hermitian=True) @ slope).tolist()
+    return replace(
+        step,
+        lr=dict.fromkeys(step.lr, lr),
+        momentum=dict.fromkeys(step.momentum, momentum),
+        notes={**step.notes, "model_lr": lr, "model_momentum": momentum},
+    )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ et al. 2020 (arXiv:2002.11803), grafting; Kingma and Ba 2015 (arXiv:1412.6980).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,18 +112,18 @@ def kl_clip(limit: float) -> Control:
         ValueError: If the limit is not positive; from the control, if the direction ascends.
     """
     _check_limit(limit)
+    return partial(_kl_clipped, limit)
 
-    def control(step: Step) -> Step:
-        size = squared_length(step)
-        if size < 0:
-            raise ValueError(
-                f"kl_clip met a direction that ascends (its squared length is {size:.3g}): the "
-                "inverse that gave it is not positive definite. Use a larger damping."
-            )
-        nu = min(1.0, (limit / size) ** 0.5) if size > 0 else 1.0
-        return step.scaled(dict.fromkeys(step.direction, nu), nu=nu)
 
-    return control
+def _kl_clipped(limit: float, step: Step) -> Step:
+    size = squared_length(step)
+    if size < 0:
+        raise ValueError(
+            f"kl_clip met a direction that ascends (its squared length is {size:.3g}): the "
+            "inverse that gave it is not positive definite. Use a larger damping."
+        )
+    nu = min(1.0, (limit / size) ** 0.5) if size > 0 else 1.0
+    return step.scaled(dict.fromkeys(step.direction, nu), nu=nu)
 
 
 def norm_constraint(limit: float) -> Control:
@@ -137,12 +138,12 @@ def norm_constraint(limit: float) -> Control:
         ValueError: If the limit is not positive.
     """
     _check_limit(limit)
+    return partial(_norm_constrained, limit)
 
-    def control(step: Step) -> Step:
-        size = norm({name: step.base_lr[name] * P for name, P in step.direction.items()})
-        return step.scaled(dict.fromkeys(step.direction, min(1.0, limit / size if size else 1.0)))
 
-    return control
+def _norm_constrained(limit: float, step: Step) -> Step:
+    size = norm({name: step.base_lr[name] * P for name, P in step.direction.items()})
+    return step.scaled(dict.fromkeys(step.direction, min(1.0, limit / size if size else 1.0)))
 
 
 def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Control:
@@ -159,18 +160,18 @@ def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Contr
     """
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}: gradients may be zero.")
+    return partial(_grafted, betas, eps)
 
-    def control(step: Step) -> Step:
-        moments = {n: _moments(step.memory[n], g, betas) for n, g in step.gradient.items()}
-        adam = {name: _adam(m, betas, eps) for name, m in moments.items()}
-        scales: dict[str, Tensor | float] = {}
-        for names in step.layers:
-            wanted, length = (_norm([v[n] for n in names]) for v in (adam, step.direction))
-            scale = torch.where(length > 0, wanted / length, torch.zeros_like(length))
-            scales |= dict.fromkeys(names, scale)
-        return replace(step.scaled(scales), memory=moments)
 
-    return control
+def _grafted(betas: tuple[float, float], eps: float, step: Step) -> Step:
+    moments = {n: _moments(step.memory[n], g, betas) for n, g in step.gradient.items()}
+    adam = {name: _adam(m, betas, eps) for name, m in moments.items()}
+    scales: dict[str, Tensor | float] = {}
+    for names in step.layers:
+        wanted, length = (_norm([v[n] for n in names]) for v in (adam, step.direction))
+        scale = torch.where(length > 0, wanted / length, torch.zeros_like(length))
+        scales |= dict.fromkeys(names, scale)
+    return replace(step.scaled(scales), memory=moments)
 
 
 def squared_length(step: Step) -> float:

@@ -26,6 +26,7 @@ forms are those of Tang, Nabben, Vuik and Erlangga 2009 (doi:10.1007/s10915-009-
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -283,22 +284,24 @@ def coarse_correction(
     """
     check_function("fisher", fisher, "fisher=type2")
     check_levels(space, combine)
+    return partial(_corrected, fisher, space, combine)
 
-    def control(step: Step) -> Step:
-        if not step.batches:
-            raise ValueError("A coarse level needs the batch: call observe(X, y) in every step.")
-        damping, *others = set(step.damping.values())
-        if others:
-            raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
-        model = step.batches[0][1].model
-        groups = [block for block in layer_groups(model) if set(block.names) <= set(step.inverses)]
-        ios = _on_all(step.batches, fisher, layer_names(model, groups))
-        r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
-        Q = coarse_inverse(ios, space(step.inverses, r), damping)
-        both = combine(lambda _: x, joint_curvature(ios, damping), Q)
-        return replace(step, direction=blockwise(groups, lambda _: both(r))(step.gradient))
 
-    return control
+def _corrected(
+    fisher: BackpropagatedVectors, space: CoarseSpace, combine: Combination, step: Step
+) -> Step:
+    if not step.batches:
+        raise ValueError("A coarse level needs the batch: call observe(X, y) in every step.")
+    damping, *others = set(step.damping.values())
+    if others:
+        raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
+    model = step.batches[0][1].model
+    groups = [block for block in layer_groups(model) if set(block.names) <= set(step.inverses)]
+    ios = _on_all(step.batches, fisher, layer_names(model, groups))
+    r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
+    Q = coarse_inverse(ios, space(step.inverses, r), damping)
+    both = combine(lambda _: x, joint_curvature(ios, damping), Q)
+    return replace(step, direction=blockwise(groups, lambda _: both(r))(step.gradient))
 
 
 def _on_all(

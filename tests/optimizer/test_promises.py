@@ -93,7 +93,8 @@ def everything(optimizer):
     yield from tensors_in(optimizer.inverses)
     for p in optimizer.model.parameters():
         yield from tensors_in(optimizer.state.get(p, {}))
-    yield optimizer.generator.get_state()
+    if optimizer.generator is not None:
+        yield optimizer.generator.get_state()
 
 
 def values(model):
@@ -658,3 +659,170 @@ def test_the_exact_curvature_of_micro_batches(device):
     check_equal(optimizer.matrices["0"].A, expected.A)
     check_equal(optimizer.matrices["0"].B, expected.B)
     assert ggn(optimizer.model, optimizer.loss, X, y).trace() > 0
+
+
+# ---- groups (2.4) --------------------------------------------------------------------------------
+
+
+def test_an_added_group_is_trained():
+    model = network()
+    optimizer = KFAC(model, CrossEntropyLoss(), model[0].parameters(), rest=adamw, lr=0.05)
+    take(optimizer, *data(0))
+    before = values(model)
+    optimizer.add_param_group({"params": model[3].parameters(), "lr": 0.2, "damping": 0.3})
+    optimizer.add_param_group({"params": model[2].parameters()})  # has no block
+    take(optimizer, *data(1))
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    expected = optimizer.matrices["3"].inverse(0.3)
+    check_equal(optimizer.inverses["3"].dense(), expected.dense())
+
+
+def test_parameters_that_no_rule_covers_cannot_be_added():
+    model = network()
+    optimizer = KFAC(model, CrossEntropyLoss(), model[0].parameters())
+    take(optimizer, *data(0))
+    before = [list(g["params"]) for g in optimizer.param_groups]
+    wrong = {
+        r"No block covers the parameters \['2.weight', '2.bias'\].*rest=": model[2].parameters(),
+        "not one of the model's": [torch.nn.Parameter(torch.ones(3))],
+        "block '3' only a part was given": [model[3].weight],
+        "more than one parameter group": [model[0].weight],
+    }
+    for message, params in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": params})
+        with pytest.raises(ValueError, match="must be at least 0"):
+            optimizer.add_param_group({"params": model[3].parameters(), "lr": -1.0})
+        assert all(
+            g["params"][i] is p for g, ps in zip(optimizer.param_groups, before, strict=True)
+            for i, p in enumerate(ps)
+        )  # fmt: skip
+    take(optimizer, *data(1))
+
+
+@pytest.mark.parametrize("key", ["lr", "momentum", "weight_decay", "damping"])
+def test_a_negative_number_is_refused_when_it_is_used(key):
+    optimizer = build()
+    take(optimizer, *data(0))
+    was, optimizer.param_groups[0][key] = optimizer.param_groups[0][key], -1.0
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"{key} must be at least 0, got -1"):
+        take(optimizer, *data(1))
+    assert snapshot(optimizer) == before
+    optimizer.param_groups[0][key] = was
+    take(optimizer, *data(1))
+
+
+def test_parameters_of_a_removed_group_stay():
+    model = network()
+    groups = [{"params": model[i].parameters()} for i in (0, 2, 3)]
+    optimizer = build(model=model, params=groups)
+    take(optimizer, *data(0))
+    for index, names in ((1, ("3.weight", "3.bias")), (1, ("2.weight", "2.bias"))):
+        optimizer.param_groups.pop(index)
+        before = values(model)
+        take(optimizer, *data(1))
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) or not name.startswith(names)
+        assert all(torch.equal(model.get_parameter(n), before[n]) for n in names)
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match="block '0' only a part was given"):
+        take(optimizer, *data(2))
+
+
+def test_a_foreign_parameter_in_a_group_is_refused():
+    optimizer = build()
+    optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="not one of the model's"):
+        take(optimizer, *data(0))
+
+
+# ---- freezing (2.7), other models (2.15), other processes (2.2) ----------------------------------
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+@pytest.mark.parametrize("names", [("0.weight", "0.bias"), ("3.bias",), ("2.weight", "0.weight")])
+def test_what_is_frozen_stays_and_what_is_unfrozen_moves(names, approximation):
+    optimizer = build(approximation=APPROXIMATIONS[approximation], weight_decay=0.1)
+    model = optimizer.model
+    for frozen in (False, True, False):
+        for name in names:
+            model.get_parameter(name).requires_grad_(not frozen)
+        before = values(model)
+        for seed in range(2):
+            take(optimizer, *data(seed))
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == (frozen and name in names), name
+
+
+def test_what_was_frozen_at_first_is_trained_when_it_is_unfrozen():
+    model = network()
+    for p in model[3].parameters():
+        p.requires_grad_(False)
+    optimizer = build(model=model)
+    take(optimizer, *data(0))
+    assert set(optimizer.matrices) == {"0"}
+    for p in model[3].parameters():
+        p.requires_grad_(True)
+    before = values(model)
+    take(optimizer, *data(1))
+    assert set(optimizer.matrices) == {"0", "3"}
+    assert not torch.equal(model[3].weight, before["3.weight"])
+
+
+def test_an_unfrozen_parameter_without_a_rule_is_named():
+    model = network()
+    for p in model[2].parameters():
+        p.requires_grad_(False)
+    optimizer = build(model=model, rest=None)
+    take(optimizer, *data(0))
+    for p in model[2].parameters():
+        p.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"\['2.weight', '2.bias'\].*rest="):
+        take(optimizer, *data(1))
+
+
+def test_a_changed_model_is_refused_by_name():
+    optimizer = build()
+    take(optimizer, *data(0))
+    optimizer.model.append(Linear(3, 3))
+    with pytest.raises(ValueError, match=r"\['4.weight', '4.bias'\] came to the model after"):
+        take(optimizer, *data(1))
+    optimizer.add_param_group({"params": optimizer.model[4].parameters()})
+    take(optimizer, *data(1))
+    optimizer.model.float()
+    X, y = data(2)
+    with pytest.raises(ValueError, match=r"block '0' are torch.float32.*in torch.float64"):
+        take(optimizer, X.float(), y)
+    optimizer = build()
+    optimizer.model[3] = Linear(5, 3)
+    with pytest.raises(ValueError, match=r"\(3, 5\) is not one of the model's|came to the model"):
+        take(optimizer, *data(0))
+
+
+def test_a_compiled_model_is_refused_with_the_way_out():
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=r"The model is compiled.*compiled = torch.compile"):
+        build(model=compiled)
+    optimizer = build(model=model)
+    X, y = data(0)
+    optimizer.loss(compiled(X), y).backward()
+    optimizer.observe(X, y)
+    optimizer.step()
+
+
+def test_several_processes_are_refused(monkeypatch):
+    optimizer = build()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for act in (build, lambda: optimizer.observe(*data(0))):
+        with pytest.raises(ValueError, match="trains in one process, but there are 2"):
+            act()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    take(optimizer, *data(0))
+
+
+def test_a_model_for_several_devices_is_refused():
+    with pytest.raises(ValueError, match=r"model\.module"):
+        build(model=torch.nn.DataParallel(network()))
