@@ -61,11 +61,13 @@ from kfac_scratch.matrices.block_diagonal import BlockDiagonal
 from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative_damping
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker, DiagonalKroneckerEigen
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.kronecker_columns import KroneckerColumns
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+from kfac_scratch.one_hot import OneHot
 from kfac_scratch.optimizer.coarse_spaces import (
     krylov_space,
     nicolaides_space,
@@ -112,6 +114,8 @@ __all__ = [
     "Brand",
     "Dense",
     "Diagonal",
+    "DiagonalKronecker",
+    "DiagonalKroneckerEigen",
     "Elementwise",
     "Estimator",
     "FactorSums",
@@ -135,6 +139,7 @@ __all__ = [
     "LowRankKronecker",
     "Matrix",
     "MovingAverage",
+    "OneHot",
     "Partials",
     "PinnKFAC",
     "PinnOptimizer",

@@ -26,6 +26,7 @@ from kfac_scratch.capture.hooks import (
 from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
 
 
@@ -158,7 +159,7 @@ def kfac_over(
     data: Iterable[tuple[Tensor, Tensor]],
     fisher: BackpropagatedVectors = type2,
     **options: Unpack[LoaderOptions],
-) -> dict[str, Kronecker]:
+) -> dict[str, Kronecker | DiagonalKronecker]:
     """KFAC of every block over a whole data loader, in the memory of one batch and the factors.
 
     It is `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the

@@ -24,7 +24,9 @@ class LayerIO:
     """Inputs and back-propagated vectors of a layer `z[n, s] = W @ a[n, s]`.
 
     Attributes:
-        a: Inputs of `W`. A bias is a trailing column: its input is 1.
+        a: Inputs of `W`. A bias is a trailing column: its input is 1. Those of an embedding are
+            `OneHot`: `kfac` and `foof` take only the words' counts from it. Everything else forms
+            the rows, which takes `N * S * d_in` numbers, and may have results of size `d_in**2`.
         g: `V` vectors for each sample, sent back from the loss to `z`. Their outer products sum to
             the loss curvature with respect to `z`. All scale of the loss is in `g`, none in `a`: a
             loss that is multiplied by `c` multiplies `g` by `sqrt(c)`, and every curvature by `c`.

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
 from kfac_scratch.approximations.accumulators import FactorSums
-from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.approximations.kfac import foof, kfac, kfac_in_full
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.checks import assert_exact, largest_error, relative_error, set_up
@@ -156,10 +156,11 @@ print(f"F is {len(F)} × {len(F)}; B_n is {d_out} × {d_out} and A_n is {d_in} �
 # ### In the package
 #
 # Data, positions and vectors are rows of two tall matrices. `gram` sums $r r^\top$ over all rows
-# $r$ of one of them. (The divisor is data times positions.)
+# $r$ of one of them. (The divisor is data times positions.) `kfac` is this function, except for the
+# rows of an embedding, whose $A$ is diagonal ([Chapter 6](06_weight_sharing.py)).
 
 # %% tags=["beside", "remove-input"]
-code(kfac)
+code(kfac_in_full)
 
 # %%
 K = kfac(io)

@@ -45,13 +45,15 @@ from torch.nn import (
 from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kfac import kfac, kfac_in_full
 from kfac_scratch.capture.hooks import REDUCE, layer_ios
 from kfac_scratch.capture.layers import _averaged_patches, averaged_rows, input_rows
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import type2, type2_classwise
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
+from kfac_scratch.one_hot import OneHot
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -271,11 +273,11 @@ matrices(tables)
 # %% [markdown]
 # ### In the package
 #
-# Neither needs code of its own. `kfac` treats positions as data, which is expand; reduce is the
+# Neither needs code of its own. `kfac`, here in full, treats positions as data, which is expand; reduce is the
 # same function after averaging and summing.
 
 # %% tags=["beside", "remove-input"]
-code(kfac, LayerIO.reduced)
+code(kfac_in_full, LayerIO.reduced)
 
 # %%
 io = layer_ios(pooled, MSELoss(), X, per_datum)["0"]
@@ -805,7 +807,15 @@ for model, mixes in ((apart, False), (mixing, True)):
 # [Chapter 4](04_layer_io.py) has three more kinds of rows. A **grouped convolution** is one block
 # per group. **Tied weights** are positions: the rows of all calls are put behind each other along $S$.
 # An **embedding** multiplies one-hot rows, so $A$ of expand is a diagonal matrix that holds how
-# often each token occurs.
+# often each token occurs. With 50,000 words a matrix of that size does not fit into memory, and neither
+# do the rows. So capture keeps the words' numbers, as a tensor that forms its rows where an operation
+# needs them, and KFAC keeps the diagonal:
+
+# %% tags=["remove-input"]
+code(OneHot, DiagonalKronecker)
+
+# %% [markdown]
+# All three kinds, checked:
 
 # %%
 grouped = Sequential(Conv1d(4, 6, 3, groups=2), Tanh(), Mean(2))
@@ -828,7 +838,8 @@ words = torch.randint(6, (N, 5))
 model = Sequential(Embedding(6, 4), Tanh(), Mean(1))
 io = layer_ios(model, MSELoss(), words, y)["0"]
 assert_exact(io.block(), diagonal_blocks(model, ggn(model, MSELoss(), words, y))["0"])
-assert_exact(kfac(io).A, (words.flatten().bincount(minlength=6) / words.numel()).diag())
+assert_exact(kfac(io).a, words.flatten().bincount(minlength=6) / words.numel())
+assert_exact(kfac(io).dense(), kfac_in_full(io).dense())
 
 # %% [markdown]
 # ## What goes wrong in practice

@@ -20,8 +20,10 @@ from torch import Tensor
 from kfac_scratch.border import check_function, check_result
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import gram
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.one_hot import OneHot
 
 M = TypeVar("M", bound=Matrix)
 M_co = TypeVar("M_co", bound=Matrix, covariant=True)
@@ -116,12 +118,13 @@ class FactorSums:
     Use it for KFAC over a whole data set of any size. Not for other approximations, whose factors
     are no such sums.
 
-    Cost: that of `kfac` for each part; memory `d_in**2 + d_out**2`.
+    Cost: that of `kfac` for each part; memory `d_in**2 + d_out**2`, for an embedding `d_in`.
     """
 
     def add(self, state: "RunningFactors | None", io: LayerIO) -> "RunningFactors":
         """The sums with the outer products of a batch's inputs and of its first vectors."""
-        A, rows = gram(io.a), io.a.shape[0] * io.a.shape[1]
+        A = io.a.counts() if isinstance(io.a, OneHot) else gram(io.a)
+        rows = io.a.shape[0] * io.a.shape[1]
         B = gram(io.g.flatten(0, 1))
         if state is None:
             return RunningFactors(A, B, rows)
@@ -133,16 +136,21 @@ class FactorSums:
         """The sums with the outer products of more vectors of the last batch."""
         return replace(state, B=gram(g.flatten(0, 1)).add_(state.B))
 
-    def matrix(self, state: "RunningFactors", divisor: float) -> Kronecker:
+    def matrix(self, state: "RunningFactors", divisor: float) -> Kronecker | DiagonalKronecker:
         """`kfac` of all parts together, in the memory of the sums."""
+        if state.A.ndim == 1:
+            return DiagonalKronecker(state.A.div_(state.rows), state.B.div_(divisor))
         return Kronecker(state.A.div_(state.rows), state.B.div_(divisor))
 
 
 @dataclass(frozen=True, eq=False)
 class RunningFactors:
-    """Sums of `a a^T` and `g g^T` over all parts so far, and the number of rows `a`."""
+    """Sums of `a a^T` and `g g^T` over all parts so far, and the number of rows `a`.
 
-    A: Float[Tensor, "d_in d_in"]
+    Of one-hot rows, `A` is the diagonal of the sum, which has no other entries.
+    """
+
+    A: Float[Tensor, "d_in ..."]
     B: Float[Tensor, "d_out d_out"]
     rows: int
 

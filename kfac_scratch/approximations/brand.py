@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kfac import kfac_in_full
 from kfac_scratch.approximations.randomized import Randomized, Sketch, Tail, trace_matched
 from kfac_scratch.border import check_count, check_function, check_instance
 from kfac_scratch.layer_io import LayerIO
@@ -200,7 +200,7 @@ class Repaired:
         self, state: FactorsAndEigenpairs | None, io: LayerIO, weight: float
     ) -> FactorsAndEigenpairs:
         """The factors' average and the eigenpairs after one more batch, whose share is `weight`."""
-        new = kfac(io)
+        new = kfac_in_full(io)
         if state is None:
             now = FactorsAndEigenpairs(new, self.brand.update(None, io, weight), 1)
         else:

@@ -14,28 +14,48 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671), §3; with weight sharing, E
 factor only, Benzing 2022 (arXiv:2201.12250).
 """
 
+from dataclasses import replace
+
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, gram
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.one_hot import OneHot
 
 
-def kfac(io: LayerIO) -> Kronecker:
+def kfac(io: LayerIO) -> Kronecker | DiagonalKronecker:
     """KFAC: a layer's block as the product of an input factor `A` and a vector factor `B`.
 
     `A` is the mean of `a a^T` over samples and positions, `B` the sum of `g g^T` over all vectors.
 
-    Use it as the default. Not for layers with very many inputs (the vocabulary of an embedding),
-    and not where inputs and vectors vary together, which it drops: `ekfac` and `tkfac` keep some.
+    Use it as the default. Not for layers with very many inputs, and not where inputs and vectors
+    vary together, which it drops: `ekfac` and `tkfac` keep some.
 
     Law: exact if there is one position, and `a a^T` or `sum_v g g^T` is the same for all samples.
     Units: `A` has those of the inputs, `B` those of the loss.
-    Cost: `N * S * (d_in**2 + V * d_out**2)` operations, memory `d_in**2 + d_out**2`.
+    Cost: `N * S * (d_in**2 + V * d_out**2)` operations, memory `d_in**2 + d_out**2`. For an
+    embedding, whose rows are `OneHot`, `A` is diagonal and is kept so: `N * S` operations and
+    memory `d_in` in place of `d_in**2`.
+    """
+    if not isinstance(io.a, OneHot):
+        return kfac_in_full(io)
+    N, S, _ = io.a.shape
+    return DiagonalKronecker(io.a.counts().div_(N * S), gram(io.g.flatten(0, 1)))
+
+
+def kfac_in_full(io: LayerIO) -> Kronecker:
+    """`kfac` with both factors as full matrices, whatever the rows are.
+
+    Use it where a method needs the factors as matrices. Not for the vocabulary of an embedding.
+
+    Law: equal to `kfac`.
+    Cost: that of `kfac` for rows that are not one-hot. The rows of an embedding are formed.
     """
     N, S, _ = io.a.shape
     return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))
 
 
-def kfac_reduce(io: LayerIO) -> Kronecker:
+def kfac_reduce(io: LayerIO) -> Kronecker | DiagonalKronecker:
     """KFAC-reduce: KFAC of the mean input and the summed vector over positions.
 
     Use it where one set of vectors serves both forms, and for the eigenvectors of `AmortisedEKFAC`.
@@ -49,7 +69,7 @@ def kfac_reduce(io: LayerIO) -> Kronecker:
     return kfac(io.reduced())
 
 
-def foof(io: LayerIO) -> Kronecker:
+def foof(io: LayerIO) -> Kronecker | DiagonalKronecker:
     """FOOF: the input factor alone, `I ⊗ A`.
 
     Use it to see how much of KFAC's effect comes from the inputs, which is its paper's question.
@@ -60,4 +80,4 @@ def foof(io: LayerIO) -> Kronecker:
     Source: Benzing 2022 (arXiv:2201.12250), §5.
     """
     factors = kfac(io)
-    return Kronecker(factors.A, eye_like(factors.B))
+    return replace(factors, B=eye_like(factors.B))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.approximations.ekfac import rescaled
-from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kfac import kfac_in_full
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, simultaneous_eigh
 from kfac_scratch.matrices.damping import balance
@@ -83,7 +83,7 @@ def kfac_corrected(io: LayerIO, tolerance: float = 1e-6) -> KroneckerSum:
     Law: at least as near to the block as KFAC.
     Cost: `kfac`, and the second term as in `deflation`; memory `2 * (d_in**2 + d_out**2)`.
     """
-    first, R = kfac(io), Rearranged(io)
+    first, R = kfac_in_full(io), Rearranged(io)
     return KroneckerSum(first, power_svd(R.minus(first), R.generic(), tolerance))
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kfac import kfac_in_full
 from kfac_scratch.border import check_count
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh, told_from_zero
@@ -202,7 +202,7 @@ def randomized(
     sketch = Sketch(rank, oversampling, iterations, seed)
 
     def of(io: LayerIO) -> Randomized:
-        factors = kfac(io)
+        factors = kfac_in_full(io)
         return Randomized(factors.A, factors.B, sketch)
 
     return of

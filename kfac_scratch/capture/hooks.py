@@ -21,12 +21,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
 from kfac_scratch.border import (
     check_count,
@@ -41,6 +41,7 @@ from kfac_scratch.capture.layers import (
     Layer,
     averaged_rows,
     input_rows,
+    one_hot_rows,
     output_rows,
     positions,
     row_dtype,
@@ -49,6 +50,7 @@ from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import stored_as_columns
 from kfac_scratch.losses import BackpropagatedVectors, Vectors, type2
+from kfac_scratch.one_hot import OneHot
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Flavour:
     and sums vectors over positions to one row. `positions` says how many a row stands for.
     """
 
-    inputs: Callable[[LayerGroup, list[Call]], Float[Tensor, "groups N S d_in"]]
+    inputs: Callable[[LayerGroup, list[Call]], list[Float[Tensor, "N S d_in"]]]
     outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
     positions: Callable[[list[Call]], int]
 
@@ -173,8 +175,8 @@ class ForwardPass:
     vectors: Vectors
     chunk: int | None
 
-    def rows(self, group: LayerGroup) -> Float[Tensor, "groups N S d_in"]:
-        """The rows that entered a group of layers."""
+    def rows(self, group: LayerGroup) -> list[Float[Tensor, "N S d_in"]]:
+        """The rows that entered a group of layers, for each of its blocks."""
         with full_precision(self.f.device):
             return self.flavour.inputs(group, self.calls[group.name])
 
@@ -289,13 +291,21 @@ def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     return torch.cat([g.mT for g in gs]).mT if stored_as_columns(gs[0]) else torch.cat(gs)
 
 
-def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "groups N S d_in"]:
+def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N S d_in"]]:
+    if isinstance(group.layers[0], Embedding):
+        return [_joined_words(calls)]
     rows = []
     for call in calls:
         ends = group.bias_inputs(call.layer)
         row = input_rows(call.layer, call.x, ends)
         rows.append(row if group.weight is not None else row[..., -len(ends) :])
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+    return list(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
+
+
+def _joined_words(calls: list[Call]) -> OneHot:
+    """The one-hot rows of all calls of an embedding."""
+    rows = [one_hot_rows(cast(Embedding, call.layer), call.x) for call in calls]
+    return OneHot(torch.cat([r.columns for r in rows], 1), rows[0].shape[-1], rows[0].dtype)
 
 
 def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N S d_out"]:
@@ -303,7 +313,7 @@ def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "gro
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)
 
 
-def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "groups N 1 d_in"]:
+def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N 1 d_in"]]:
     means, counts = [], []
     for call in calls:
         row, S = averaged_rows(call.layer, call.x)
@@ -311,9 +321,9 @@ def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> Float[Tensor, "gro
         means.append(torch.cat([row, ends] if group.weight is not None else [ends], dim=-1))
         counts.append(S)
     if len(means) == 1:
-        return means[0]
+        return list(means[0])
     sums = [S * mean for S, mean in zip(counts, means, strict=True)]
-    return torch.stack(sums).sum(0) / sum(counts)
+    return list(torch.stack(sums).sum(0) / sum(counts))
 
 
 def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
@@ -329,10 +339,16 @@ def _all_positions(calls: list[Call]) -> int:
 
 
 EXPAND = Flavour(_expanded_inputs, _expanded_outputs, lambda calls: 1)
-"""KFAC-expand: every position is a row, as if it were another sample."""
+"""KFAC-expand: every position is a row, as if it were another sample.
+
+The rows of an embedding are `OneHot`: they are kept as the words' numbers.
+"""
 
 REDUCE = Flavour(_averaged_inputs, _summed_outputs, _all_positions)
 """KFAC-reduce: one row per sample, with mean inputs and summed vectors over positions.
+
+The rows of an embedding are counts of words, formed in full: memory `N * d_in`, and `d_in**2` for
+KFAC's `A`. For a large vocabulary, use EXPAND.
 
 Use it for `kfac` and what keeps its factors: `foof`, `skfac`, `randomized`, `Brand`. Approximations
 of the gradients of samples refuse it where a layer has several positions; see `ekfac_reduce`.

@@ -19,10 +19,12 @@ from math import prod
 from typing import get_args
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
+
+from kfac_scratch.one_hot import OneHot
 
 Convolution = Conv1d | Conv2d | Conv3d
 Layer = Linear | Convolution | Embedding
@@ -55,10 +57,18 @@ def input_rows(
         case Conv1d() | Conv2d() | Conv3d():
             return _written_patches(layer, x.to(row_dtype(layer)), ends)
         case Embedding():
-            rows = _written(_one_hot(layer, x), 1, ends)
+            rows = _written(one_hot_rows(layer, x).dense(), 1, ends)
         case _:
             rows = _written(x.to(row_dtype(layer)), 1, ends)
     return rows.reshape(1, len(x), -1, rows.shape[-1])
+
+
+def one_hot_rows(layer: Embedding, tokens: Int[Tensor, "N ..."]) -> OneHot:
+    """The rows of an embedding without forming them; that of the padding index is zero."""
+    columns = tokens.reshape(len(tokens), -1).long()
+    if layer.padding_idx is not None:
+        columns = columns.where(columns != layer.padding_idx, -1)
+    return OneHot(columns, layer.num_embeddings, row_dtype(layer))
 
 
 def averaged_rows(layer: Layer, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
@@ -129,13 +139,6 @@ def check_layer(name: str, layer: Layer) -> None:
                     f"its weight or gradient on the side: set {setting} to its default, or leave "
                     "the layer out with layers=[...]."
                 )
-
-
-def _one_hot(layer: Embedding, tokens: Tensor) -> Tensor:
-    rows = one_hot(tokens, layer.num_embeddings).to(row_dtype(layer))
-    if layer.padding_idx is not None:
-        rows[tokens == layer.padding_idx] = 0
-    return rows
 
 
 def _written_patches(

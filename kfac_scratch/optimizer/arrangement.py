@@ -21,11 +21,15 @@ NUMBERS = ("lr", "momentum", "weight_decay", "damping")
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The parameters that a block's matrix is for, with the shape and the dtype of their `W`."""
+    """The parameters that a block's matrix is for, with the shape and the dtype of their `W`.
+
+    `layer` is the kind of its layers: `Linear`, `Conv2d`, `Embedding`.
+    """
 
     parameters: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    layer: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,10 @@ def slopes(arrangement: Arrangement) -> Slopes:
     return Slopes(found, blocks, arrangement.preconditioned)
 
 
+def _kind(block: LayerGroup) -> str:
+    return next(kind.__name__ for kind in LAYERS if isinstance(block.layers[0], kind))
+
+
 def arranged(
     model: Module, groups: Sequence[dict[str, Any]], layers: Collection[str] | None
 ) -> Arrangement:
@@ -100,7 +108,7 @@ def arranged(
         blocks,
         layer_names(model, blocks),
         {
-            name: BlockShape(block.parameter_names, tuple(W.shape), W.dtype)
+            name: BlockShape(block.parameter_names, tuple(W.shape), W.dtype, _kind(block))
             for block in blocks
             for name, W in zip(block.names, block.matrices(values), strict=True)
         },

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.one_hot import OneHot
 
 
 def tensors(value: Any) -> dict[str, Any]:
@@ -58,3 +59,13 @@ def example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     a, g = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
     return LayerIO(a[None, None], g[None, None, None])
+
+
+def one_hot_example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:
+    """`example_io` with a one-hot row, as an embedding has with `EXPAND`.
+
+    Of such rows some matrices have another structure: `DiagonalKronecker`.
+    """
+    io = example_io(W)
+    word = torch.zeros(1, 1, dtype=torch.long, device=W.device)
+    return replace(io, a=OneHot(word, W.shape[1], io.a.dtype))

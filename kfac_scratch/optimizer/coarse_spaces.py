@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker, DiagonalKroneckerEigen
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.matrix import LinearMap
 
@@ -78,9 +79,11 @@ def krylov_space(space: CoarseSpace) -> CoarseSpace:
 def _top(name: str, M: LinearMap) -> Float[Tensor, "d_out d_in"]:
     if isinstance(M, Kronecker):
         M = M.eigen()
-    if not isinstance(M, KroneckerEigen):
+    if isinstance(M, DiagonalKronecker):
+        M = M.eigen_of_outputs()
+    if not isinstance(M, KroneckerEigen | DiagonalKroneckerEigen):
         raise TypeError(
             f"The inverse of block {name!r}, a {type(M).__name__}, has no eigenvectors."
         )
     o, i = divmod(int(M.scale.argmax()), M.scale.shape[1])
-    return torch.outer(M.QB[:, o], M.QA[:, i])
+    return M.eigenvector(o, i)

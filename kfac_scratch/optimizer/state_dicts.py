@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import Parameter
+from torch.nn import Embedding, Parameter
 
 from kfac_scratch.approximations.estimators import Estimator
 from kfac_scratch.capture.hooks import EXPAND, REDUCE, Flavour
+from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.optimizer.arrangement import BlockShape
-from kfac_scratch.optimizer.checkpoints import example_io, restored, tensors
+from kfac_scratch.optimizer.checkpoints import (
+    example_io,
+    one_hot_example_io,
+    restored,
+    tensors,
+)
 from kfac_scratch.optimizer.finite import first_not_finite, tensors_in
 from kfac_scratch.optimizer.progress import Progress
 
@@ -38,6 +44,12 @@ class Makers:
     estimator: Estimator
     invert: Callable[[Any, float], LinearMap]
     flavour: Flavour
+
+    def example(self, shape: BlockShape, device: torch.device) -> LayerIO:
+        """A layer with a block's kind of rows, of which the functions make examples of matrices."""
+        W = torch.zeros(shape.shape, dtype=shape.dtype, device=device)
+        one_hot = shape.layer == Embedding.__name__ and self.flavour is EXPAND
+        return one_hot_example_io(W) if one_hot else example_io(W)
 
     def names(self) -> dict[str, str]:
         """Their names, as a checkpoint has them."""
@@ -84,6 +96,7 @@ def saved(known: Progress, makers: Makers, parameters: Sequence[Sequence[str]]) 
                 "parameters": list(shape.parameters),
                 "shape": list(shape.shape),
                 "dtype": str(shape.dtype).removeprefix("torch."),
+                "layer": shape.layer,
                 "kind": type(known.matrices[name]).__name__,
                 "batches": known.counts[name],
             }
@@ -136,6 +149,7 @@ def read(
             tuple(map(rename, block["parameters"])),
             tuple(block["shape"]),
             getattr(torch, block["dtype"]),
+            block["layer"],
         )
         for name, block in file["blocks"].items()
     }
@@ -144,9 +158,7 @@ def read(
     matrices, inverses = {}, {}
     for key, name in ((key, rename(key)) for key in file["matrices"]):
         shape = shapes.get(name, blocks[name])
-        like: Any = makers.estimator.update(
-            None, example_io(torch.zeros(shape.shape, dtype=shape.dtype, device=device)), 1.0
-        )
+        like: Any = makers.estimator.update(None, makers.example(shape, device), 1.0)
         matrices[name] = _restored(f"matrix of block {name!r}", like, file["matrices"][key], shape)
         if key in file["inverses"]:
             like = makers.invert(like, 1.0)

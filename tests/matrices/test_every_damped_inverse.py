@@ -55,7 +55,9 @@ def public(package):
 
 
 def makes_a_matrix(thing):
-    return isclass(thing) and issubclass(thing, Matrix)
+    """Whether a type is that of a matrix, or of one of several."""
+    kinds = get_args(thing) or (thing,)
+    return all(isclass(kind) and issubclass(kind, Matrix) for kind in kinds)
 
 
 def is_approximation(thing):

@@ -51,7 +51,9 @@ class Adapter:
         }
 
 
-def matrices(request: Request) -> Mapping[str, ks.Kronecker | ks.KroneckerEigen]:
+def matrices(
+    request: Request,
+) -> Mapping[str, ks.Kronecker | ks.DiagonalKronecker | ks.KroneckerEigen]:
     """The matrix of every block."""
     if request.coefficients is not None:
         reduced = request.flavour == "reduce"
@@ -96,7 +98,7 @@ def _part(request: Request, name: str, groups: list[Any]) -> Part:
     """One matrix per group, with a leading axis of groups; or their inverses on the gradient."""
     if request.damping:
         return VectorAnswer(torch.cat([_solved(request, name, M, i) for i, M in enumerate(groups)]))
-    if isinstance(groups[0], ks.Kronecker):
+    if isinstance(groups[0], ks.Kronecker | ks.DiagonalKronecker):
         return KroneckerAnswer(
             torch.stack([M.A for M in groups]), torch.stack([M.B for M in groups])
         )

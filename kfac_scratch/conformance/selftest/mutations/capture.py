@@ -18,8 +18,8 @@ MUTANTS = [
     ),
     capture(
         "the last call's inputs only",
-        "return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)",
-        "return rows[-1].repeat(1, 1, len(rows), 1)",
+        "return list(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))",
+        "return list(rows[-1].repeat(1, 1, len(rows), 1))",
         "used-in-a-row-mse",
     ),
     capture(
@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     capture(
         "calls averaged without their numbers of positions",
-        "return torch.stack(sums).sum(0) / sum(counts)",
-        "return torch.stack(means).mean(0)",
+        "return list(torch.stack(sums).sum(0) / sum(counts))",
+        "return list(torch.stack(means).mean(0))",
         "used-at-two-lengths-mse",
         "reduce",
     ),

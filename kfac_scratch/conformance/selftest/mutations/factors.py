@@ -20,8 +20,8 @@ def ekfac(name: str, before: str, after: str, case: str) -> Mutant:
 MUTANTS = [
     kfac(
         "inputs divided by the data only",
-        "rows = gram(io.a), io.a.shape[0] * io.a.shape[1]",
-        "rows = gram(io.a), io.a.shape[0]",
+        "rows = io.a.shape[0] * io.a.shape[1]",
+        "rows = io.a.shape[0]",
         "positions-mse-mean-bias",
     ),
     kfac(
