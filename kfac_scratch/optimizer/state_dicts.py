@@ -155,6 +155,7 @@ def read(
     }
     for name, shape in blocks.items():
         _check_same(name, shape, shapes.get(name, shape))
+    _check_counters(file)
     matrices, inverses = {}, {}
     for key, name in ((key, rename(key)) for key in file["matrices"]):
         shape = shapes.get(name, blocks[name])
@@ -242,6 +243,20 @@ def _renaming(file: Sequence[Sequence[str]], here: Sequence[Sequence[str]]) -> C
         f"of {[len(names) for names in written]} and of {[len(names) for names in wanted]} "
         "parameters."
     )
+
+
+def _check_counters(file: Mapping[str, Any]) -> None:
+    counts = [file["steps"], file["updates"], *(b["batches"] for b in file["blocks"].values())]
+    last = file["steps"] if file["updated_at"] is None else file["updated_at"]
+    if not all(isinstance(count, int) and count >= 0 for count in (*counts, last)):
+        raise ValueError(f"The counters in the checkpoint are no whole numbers: {counts}.")
+    if set(file["dampings"]) != set(file["inverses"]) or set(file["blocks"]) != set(
+        file["matrices"]
+    ):
+        raise ValueError("Matrices, inverses and dampings in the checkpoint are of other blocks.")
+    for name, damping in file["dampings"].items():
+        if not (isinstance(damping, float | int) and damping >= 0):
+            raise ValueError(f"The damping of block {name!r} in the checkpoint is {damping!r}.")
 
 
 def _check_same(name: str, file: BlockShape, here: BlockShape) -> None:

@@ -15,7 +15,8 @@ Sources: Müller and Zeinhofer 2023 (arXiv:2302.13163) for the Gramian; Dangel, 
 2024 (arXiv:2405.15603), §3; Guzmán-Cordero et al. 2025 (arXiv:2505.12149) for the kernel.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,34 @@ def assign(model: Module, W: Direction) -> None:
         for block in layer_groups(model):
             for name, value in block.parameters([W[n] for n in block.names]).items():
                 model.get_parameter(name).copy_(value)
+
+
+@contextmanager
+def kept_on_error(model: Module) -> Iterator[dict[str, Tensor]]:
+    """The `W` of every block, copied, and written back if anything raises.
+
+    Memory: a copy of the weights.
+    """
+    W = block_weights(model)
+    try:
+        yield W
+    except BaseException:  # an interrupt from the keyboard, too
+        assign(model, W)
+        raise
+
+
+def check_direction(direction: Direction) -> None:
+    """Refuse a direction that is not finite, before any weight has moved.
+
+    Raises:
+        ValueError: Naming the block.
+    """
+    for name, V in direction.items():
+        if not bool(V.isfinite().all()):
+            raise ValueError(
+                f"The step of block {name!r} is not finite; the weights were not changed. Look for "
+                "points where the residual has no derivative, or use a larger damping."
+            )
 
 
 def moved(W: Direction, direction: Direction, step: float = 1.0) -> dict[str, Tensor]:

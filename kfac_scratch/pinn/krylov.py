@@ -37,8 +37,9 @@ from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.pinn.gramian import (
     Direction,
     assign,
-    block_weights,
+    check_direction,
     flat,
+    kept_on_error,
     moved,
     residuals,
     times,
@@ -100,25 +101,27 @@ class KFACKrylov:
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
         """Move the weights, and return the next state, whose `previous` stacks the last steps."""
-        W, count = block_weights(model), state.count + 1 if state else 1
-        damping = state.damping if state else self.damping
-        lin = linearize(model, terms, self.chunk)
-        parts = flat(lin)
-        remembered, rho = state.preconditioner if state else None, residuals(parts)
-        added = max(damping, self.floor)
-        preconditioner, P = self.preconditioner.update(remembered, lin, added, count)
-        last = unstacked(state.previous) if state else []
-        directions = [krylov_direction(parts, P, damping, self.iterations), *last]
-        best = linear_combination(directions, best_combination(parts, directions, damping))
-        at, before = loss_along(model, terms, W, best, self.chunk), half_square(rho)
-        length, after = line_search(at, before, state.length if state else 1.0)
-        taken = {name: length * V for name, V in best.items()}
-        assign(model, moved(W, taken))
-        predicted = half_square(rho + times(parts, taken)) - before
-        ratio = reduction_ratio(before, after, predicted, rho.dtype) if predicted else None
-        damping = levenberg_marquardt(damping, ratio, 0.5, self.minimum)
-        kept = stacked([taken, *last][: self.memory])
-        return PinnState(count, after, kept, damping, length or 1.0, preconditioner)
+        with kept_on_error(model) as W:
+            count = state.count + 1 if state else 1
+            damping = state.damping if state else self.damping
+            lin = linearize(model, terms, self.chunk)
+            parts = flat(lin)
+            remembered, rho = state.preconditioner if state else None, residuals(parts)
+            added = max(damping, self.floor)
+            preconditioner, P = self.preconditioner.update(remembered, lin, added, count)
+            last = unstacked(state.previous) if state else []
+            directions = [krylov_direction(parts, P, damping, self.iterations), *last]
+            best = linear_combination(directions, best_combination(parts, directions, damping))
+            check_direction(best)
+            at, before = loss_along(model, terms, W, best, self.chunk), half_square(rho)
+            length, after = line_search(at, before, state.length if state else 1.0)
+            taken = {name: length * V for name, V in best.items()}
+            assign(model, moved(W, taken))
+            predicted = half_square(rho + times(parts, taken)) - before
+            ratio = reduction_ratio(before, after, predicted, rho.dtype) if predicted else None
+            damping = levenberg_marquardt(damping, ratio, 0.5, self.minimum)
+            kept = stacked([taken, *last][: self.memory])
+            return PinnState(count, after, kept, damping, length or 1.0, preconditioner)
 
 
 def krylov_direction(

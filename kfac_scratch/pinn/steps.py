@@ -31,8 +31,9 @@ from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.pinn.gramian import (
     Direction,
     assign,
-    block_weights,
+    check_direction,
     flat,
+    kept_on_error,
     moved,
     residuals,
     times,
@@ -123,14 +124,16 @@ class PinnKFAC:
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
         """Move the weights, and return the next state; `state` is None before the first step."""
-        W, count = block_weights(model), state.count + 1 if state else 1
-        direction, rho, _, preconditioner = _preconditioned(self, model, terms, state)
-        if state:
-            direction = moved(direction, state.previous, self.momentum)
-        at, before = loss_along(model, terms, W, direction, self.chunk), half_square(rho)
-        length, after = line_search(at, before, state.length if state else 1.0)
-        assign(model, moved(W, direction, length))
-        return PinnState(count, after, direction, self.damping, length or 1.0, preconditioner)
+        with kept_on_error(model) as W:
+            count = state.count + 1 if state else 1
+            direction, rho, _, preconditioner = _preconditioned(self, model, terms, state)
+            if state:
+                direction = moved(direction, state.previous, self.momentum)
+            check_direction(direction)
+            at, before = loss_along(model, terms, W, direction, self.chunk), half_square(rho)
+            length, after = line_search(at, before, state.length if state else 1.0)
+            assign(model, moved(W, direction, length))
+            return PinnState(count, after, direction, self.damping, length or 1.0, preconditioner)
 
 
 @dataclass(frozen=True)
@@ -164,15 +167,17 @@ class KFACStar:
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
         """Move the weights, and return the next state; `state` is None before the first step."""
-        W, count = block_weights(model), state.count + 1 if state else 1
-        newest, rho, parts, preconditioner = _preconditioned(self, model, terms, state)
-        directions = self.candidates(newest, state.previous if state else None)
-        best = linear_combination(directions, best_combination(parts, directions, self.damping))
-        at = loss_along(model, terms, W, best, self.chunk)
-        length, after = backtracked(at, half_square(rho))
-        assign(model, moved(W, best, length))
-        step = {name: length * V for name, V in best.items()}
-        return PinnState(count, after, step, self.damping, length or 1.0, preconditioner)
+        with kept_on_error(model) as W:
+            count = state.count + 1 if state else 1
+            newest, rho, parts, preconditioner = _preconditioned(self, model, terms, state)
+            directions = self.candidates(newest, state.previous if state else None)
+            best = linear_combination(directions, best_combination(parts, directions, self.damping))
+            check_direction(best)
+            at = loss_along(model, terms, W, best, self.chunk)
+            length, after = backtracked(at, half_square(rho))
+            assign(model, moved(W, best, length))
+            step = {name: length * V for name, V in best.items()}
+            return PinnState(count, after, step, self.damping, length or 1.0, preconditioner)
 
 
 @dataclass(frozen=True)
@@ -214,24 +219,25 @@ class GaussNewton:
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
         """Move the weights, and return the next state; `state` is None before the first step."""
-        W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
-        rho, damping = residuals(parts), state.damping if state else self.damping
-        before, solve = half_square(rho), self.solver(parts, rho)
-        after, step = before, {name: torch.zeros_like(V) for name, V in W.items()}
-        used: float | None = None
-        for _ in range(self.tries):
-            proposed, used = solve(damping)
-            found = loss_along(model, terms, W, proposed, self.chunk)(1.0)
-            predicted = half_square(rho + times(parts, proposed)) - before
-            ratio = reduction_ratio(before, found, predicted, rho.dtype) if predicted else None
-            damping = levenberg_marquardt(damping, ratio, self.factor, self.minimum)
-            if found < before:
-                after, step = found, proposed
-            if found < before or ratio is None:
-                break
-        assign(model, moved(W, step))
-        count = state.count + 1 if state else 1
-        return PinnState(count, after, step, damping, solved_with=used)
+        with kept_on_error(model) as W:
+            parts = flat(linearize(model, terms, self.chunk))
+            rho, damping = residuals(parts), state.damping if state else self.damping
+            before, solve = half_square(rho), self.solver(parts, rho)
+            after, step = before, {name: torch.zeros_like(V) for name, V in W.items()}
+            used: float | None = None
+            for _ in range(self.tries):
+                proposed, used = solve(damping)
+                found = loss_along(model, terms, W, proposed, self.chunk)(1.0)
+                predicted = half_square(rho + times(parts, proposed)) - before
+                ratio = reduction_ratio(before, found, predicted, rho.dtype) if predicted else None
+                damping = levenberg_marquardt(damping, ratio, self.factor, self.minimum)
+                if found < before:
+                    after, step = found, proposed
+                if found < before or ratio is None:
+                    break
+            assign(model, moved(W, step))
+            count = state.count + 1 if state else 1
+            return PinnState(count, after, step, damping, solved_with=used)
 
 
 @dataclass(frozen=True)
@@ -268,17 +274,19 @@ class Spring:
         self, model: Module, terms: Sequence[Term], state: PinnState | None = None
     ) -> PinnState:
         """Move the weights, and return the next state; `state` is None before the first step."""
-        W, parts = block_weights(model), flat(linearize(model, terms, self.chunk))
-        rho = residuals(parts)
-        kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
-        solve = self.solver(parts, rho + times(parts, kept) if kept else rho)
-        change, used = solve(self.damping)
-        direction = moved(change, kept)
-        at = loss_along(model, terms, W, direction, self.chunk)
-        length, after = line_search(at, half_square(rho), state.length if state else 1.0)
-        assign(model, moved(W, direction, length))
-        count = state.count + 1 if state else 1
-        return PinnState(count, after, direction, self.damping, length or 1.0, solved_with=used)
+        with kept_on_error(model) as W:
+            parts = flat(linearize(model, terms, self.chunk))
+            rho = residuals(parts)
+            kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
+            solve = self.solver(parts, rho + times(parts, kept) if kept else rho)
+            change, used = solve(self.damping)
+            direction = moved(change, kept)
+            check_direction(direction)
+            at = loss_along(model, terms, W, direction, self.chunk)
+            length, after = line_search(at, half_square(rho), state.length if state else 1.0)
+            assign(model, moved(W, direction, length))
+            count = state.count + 1 if state else 1
+            return PinnState(count, after, direction, self.damping, length or 1.0, solved_with=used)
 
 
 def half_square(rho: Tensor) -> float:
@@ -310,6 +318,9 @@ def loss_along(
 
     Every call writes `W + length * direction` into the model and leaves it there. The caller
     assigns the weights that are to stay.
+
+    Raises:
+        ValueError: If the direction is not finite.
     """
 
     def at(length: float) -> float:

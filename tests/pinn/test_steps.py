@@ -25,6 +25,7 @@ from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, TermWise, damped_factors, ekfac_inverse
 from kfac_scratch.pinn.problems import kovasznay, mlp, poisson
 from kfac_scratch.pinn.solvers import (
+    Solved,
     backtracked,
     best_combination,
     dense_solver,
@@ -43,6 +44,7 @@ from kfac_scratch.pinn.steps import (
     PinnState,
     Spring,
 )
+from kfac_scratch.pinn.steps import _preconditioned as preconditioned
 from kfac_scratch.pinn.terms import Term, linearize, pinn_loss
 from kfac_scratch.taylor.expansions import laplacian, value_only
 from tests.laws import check_equal
@@ -452,3 +454,53 @@ def test_every_pinn_optimizer_obeys_one_protocol(name):
     assert isinstance(OPTIMIZERS[name], PinnOptimizer)
     step = inspect.signature(OPTIMIZERS[name].step)
     assert list(step.parameters) == list(inspect.signature(PinnOptimizer.step).parameters)[1:]
+
+
+# ---- a step that raises changes nothing ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_stay_if_a_step_is_interrupted(name, monkeypatch):
+    """After the line search has moved them, before the last assignment."""
+    model, terms = setting("cpu")
+    optimizer = OPTIMIZERS[name]
+    state = optimizer.step(model, terms)
+    before, calls = block_weights(model), []
+    real = pinn_loss
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr("kfac_scratch.pinn.steps.pinn_loss", interrupted)
+    for _ in range(20):  # some steps need one loss only
+        try:
+            optimizer.step(model, terms, state)
+        except KeyboardInterrupt:
+            break
+        assign(model, before)
+    assert len(calls) == 2
+    assert all(torch.equal(W, before[n]) for n, W in block_weights(model).items())
+
+
+@pytest.mark.parametrize("entry", [nan, inf])
+def test_a_direction_that_is_no_number_is_refused_and_changes_nothing(entry, monkeypatch):
+    """A length of zero would not save the weights: zero times it is no number either."""
+    model, terms = setting("cpu")
+    before = block_weights(model)
+
+    def broken(parts, rho):
+        step = {n: torch.full_like(W, entry) for n, W in before.items()}
+        return lambda damping: Solved(step, damping)
+
+    def without_number(*args):
+        newest, *others = preconditioned(*args)
+        return {n: entry * V for n, V in newest.items()}, *others
+
+    monkeypatch.setattr("kfac_scratch.pinn.steps._preconditioned", without_number)
+    for optimizer in (Spring(solver=broken), PinnKFAC()):
+        with pytest.raises(ValueError, match="not finite; the weights were not changed"):
+            optimizer.step(model, terms)
+        assert all(torch.equal(W, before[n]) for n, W in block_weights(model).items())
