@@ -352,7 +352,7 @@ def storms(actions, examples):
 
 
 @pytest.mark.parametrize("name", APPROXIMATIONS)
-@storms(actions=4, examples=1)
+@storms(actions=4, examples=2)
 def test_a_short_storm_leaves_no_trace(name, actions):
     weather(name, actions)
 
