@@ -11,6 +11,8 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """A transformer block built of linear layers."""
 
+    causal = False  # if True, no position sees those after it
+
     def __init__(self, width: int, heads: int = 4):
         super().__init__()
         self.heads = heads
@@ -23,7 +25,7 @@ class Block(nn.Module):
         q, k, v = (
             p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v)
         )
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(torch.relu(self.up(self.norm2(x))))
 

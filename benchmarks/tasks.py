@@ -1,14 +1,18 @@
-"""The tasks of `benchmarks.training`: small networks on scikit-learn's handwritten digits.
+"""The tasks of `benchmarks.training`: small networks on data that packages bring with them.
 
-1797 images of 8 x 8 pixels, split once into 1400 for training and 397 for validation. All models
-are built of linear layers and convolutions, and every layer's input has the batch on axis 0.
+T1 to T4 learn scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels, split once into 1400
+for training and 397 for validation. T5 learns to write the manual of Python's own help system,
+`pydoc_data.topics`, character by character; its text depends on the version of Python. All models
+are built of linear layers, convolutions and embeddings, and every layer's input has the batch on
+axis 0.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
+from pydoc_data.topics import topics
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,6 +22,7 @@ from benchmarks.nets import Block
 
 TRAINING = 1400  # of 1797 images
 LABELS, NEIGHBOURS = 200, 10  # of the graph network
+WINDOW = 64  # characters that the language model sees at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,27 @@ class GraphNetwork(nn.Module):
         return self.head(h.mean(1))
 
 
+class CausalBlock(Block):
+    """A transformer block in which a position sees itself and those before it."""
+
+    causal = True
+
+
+class CharacterTransformer(nn.Module):
+    """The next character after every prefix of a window; classes are on axis 1."""
+
+    def __init__(self, characters: int, width: int = 128, depth: int = 2):
+        super().__init__()
+        self.embed = nn.Embedding(characters, width)
+        self.position = nn.Parameter(0.02 * torch.randn(WINDOW, width))
+        self.blocks = nn.Sequential(*(CausalBlock(width) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
+
+    def forward(self, x):  # [N, WINDOW]
+        h = self.blocks(self.embed(x) + self.position)
+        return self.head(self.norm(h)).transpose(1, 2)
+
+
 def autoencoder() -> nn.Module:
     widths = (64, 100, 50, 10, 50, 100, 64)
     layers: list[nn.Module] = []
@@ -107,6 +133,19 @@ def accuracy(f: Tensor, y: Tensor) -> float:
 def squared_error(f: Tensor, y: Tensor) -> float:
     """Summed over pixels, averaged over images."""
     return float((f - y).square().sum(1).mean())
+
+
+def cross_entropy(f: Tensor, y: Tensor) -> float:
+    """In nats for each character."""
+    return float(nn.functional.cross_entropy(f, y))
+
+
+@cache
+def manual() -> tuple[Tensor, int]:
+    """The text of Python's help topics as numbers of characters, and how many characters it has."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    characters = {character: i for i, character in enumerate(sorted(set(text)))}
+    return torch.tensor([characters[character] for character in text]), len(characters)
 
 
 @cache
@@ -165,9 +204,22 @@ def convolutional_task() -> Task:
     return Task(convolutional, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options)
 
 
+def character_task() -> Task:
+    options = {"target": 2.0, "batch": 32, "budget": 600, "every": 10, "trials": 12, "seeds": 3}
+    text, characters = manual()
+    windows = text[: len(text) // (WINDOW + 1) * (WINDOW + 1)].unflatten(0, (-1, WINDOW + 1))
+    held_out = len(windows) // 10  # the end of the text
+    X, y = windows[:-held_out, :-1], windows[:-held_out, 1:]
+    test = windows[-held_out :: held_out // 64]
+    data = {"X": X, "y": y, "X_test": test[:, :-1], "y_test": test[:, 1:]}
+    model = partial(CharacterTransformer, characters)
+    return Task(model, nn.CrossEntropyLoss(), **data, metric=cross_entropy, sign=-1, **options)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "T1": transformer_task,
     "T2": graph_task,
     "T3": autoencoder_task,
     "T4": convolutional_task,
+    "T5": character_task,
 }

@@ -58,7 +58,12 @@ from kfac_scratch.losses import (
     type2_classwise,
 )
 from kfac_scratch.matrices.block_diagonal import BlockDiagonal
-from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative_damping
+from kfac_scratch.matrices.damping import (
+    default_inverse,
+    factored_inverse,
+    levenberg_marquardt,
+    relative_damping,
+)
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker, DiagonalKroneckerEigen
@@ -75,6 +80,7 @@ from kfac_scratch.optimizer.coarse_spaces import (
     spectral_space,
 )
 from kfac_scratch.optimizer.optimizer import KFAC
+from kfac_scratch.optimizer.periods import Growing
 from kfac_scratch.optimizer.preconditioner import Preconditioner, inverses, preconditioner
 from kfac_scratch.optimizer.quadratic_model import quadratic_model
 from kfac_scratch.optimizer.step_control import graft, kl_clip, norm_constraint
@@ -123,6 +129,7 @@ __all__ = [
     "Flavour",
     "Gathered",
     "GaussNewton",
+    "Growing",
     "Jet",
     "Joined",
     "KFACKrylov",
@@ -163,6 +170,7 @@ __all__ = [
     "cg_fac",
     "coarse_correction",
     "corrected",
+    "default_inverse",
     "deflation",
     "directional",
     "divisor",

@@ -42,6 +42,7 @@ from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import monte_carlo, type2
 from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.coarse_spaces import (
     krylov_space,
     nicolaides_space,
@@ -631,6 +632,7 @@ code(coarse_correction, _corrected)
 
 # %%
 settings = {"lr": 1.0, "momentum": 0.0, "damping": problem.delta, "fisher": type2}
+settings |= {"invert": exact_inverse}
 optimizer = KFAC(
     problem.model, loss, controls=[coarse_correction(type2, combine=adef2)], **settings
 )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.matrices.matrix import LinearMap
+from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 
 
 @runtime_checkable
@@ -66,6 +66,22 @@ def factored_inverse(M: HasFactors, damping: float) -> LinearMap:
         raise ValueError(f"Damping both factors needs a positive damping, got {damping}.")
     pi, root = float(balance(M)), damping**0.5
     return M.inverse_of_damped_factors(root * pi, root / pi)
+
+
+def default_inverse(M: Matrix, damping: float) -> LinearMap:
+    """The `factored_inverse` of a Kronecker product, and the exact inverse of every other matrix.
+
+    Use it where approximations are exchanged and each should get the inverse that it is usually
+    trained with. Not where two of them are compared: give both the same damping.
+
+    Law: with damping 0 both are the inverse of `M`. Cost: that of the inverse which is taken.
+
+    Raises:
+        ValueError: As the inverse that is taken.
+    """
+    if damping > 0 and isinstance(M, HasFactors):
+        return factored_inverse(M, damping)
+    return exact_inverse(M, damping)
 
 
 def balance(M: HasFactors) -> Float[Tensor, ""]:

@@ -3,7 +3,7 @@
 The loop is PyTorch's with one more line. Every `factor_every` steps, `observe` updates each layer's
 curvature matrix with the batch; `step` applies the damped inverses to the gradients:
 
-    optimizer = KFAC(model, loss, lr=1e-3, controls=[graft()])
+    optimizer = KFAC(model, loss)
     for X, y in data:
         optimizer.zero_grad()
         loss(model(X), y).backward()
@@ -48,7 +48,8 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.border import check_count, check_instance, check_result, checked_names
 from kfac_scratch.capture.hooks import EXPAND, Flavour, check_capture, full_precision, layer_ios
 from kfac_scratch.losses import BackpropagatedVectors, monte_carlo, type2
-from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+from kfac_scratch.matrices.damping import default_inverse
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.arrangement import (
     NUMBERS,
     Arrangement,
@@ -70,7 +71,8 @@ from kfac_scratch.optimizer.observed import (
     together,
     training_modes,
 )
-from kfac_scratch.optimizer.parameter_groups import check_behaviour, trainable
+from kfac_scratch.optimizer.parameter_groups import adamw, check_behaviour, trainable
+from kfac_scratch.optimizer.periods import EARLY_OFTEN, Period, check_period, is_due
 from kfac_scratch.optimizer.preconditioner import blockwise
 from kfac_scratch.optimizer.progress import Progress
 from kfac_scratch.optimizer.quadratic_model import before_step, ratio_after_step
@@ -83,7 +85,7 @@ from kfac_scratch.optimizer.state_dicts import (
     read,
     saved,
 )
-from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot, norm
+from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot, graft, norm
 from kfac_scratch.optimizer.supported_models import check_trainable
 from kfac_scratch.optimizer.undo import (
     default_generator,
@@ -104,9 +106,10 @@ COPIED = (
 class KFAC(Optimizer):
     """KFAC as an optimizer: every layer's gradient times the damped inverse of its curvature.
 
-    Use it with a control, `graft()` or `kl_clip(limit)`: a learning rate alone seldom bounds the
-    length of its steps. Not for models with layers that are only functions, and not across several
-    processes.
+    Use it as it is, `KFAC(model, loss)`: the defaults were chosen together on small networks
+    (`benchmarks.defaults` holds them against tuned settings), and the default control bounds the
+    length of every layer's step. A learning rate alone seldom bounds it. Not for models with layers
+    that are only functions, and not across several processes.
 
     Cost: every step a product with each inverse; every `factor_every` steps one more forward and
     reverse pass and the approximation; every `inverse_every` steps the inversions. Memory: the
@@ -140,17 +143,22 @@ class KFAC(Optimizer):
         fisher: The vectors that are sent backward. Default: Monte Carlo with one label for each
             sample, drawn with `generator`. (`layer_ios` has the exact `type2`, for single batches.)
         flavour: `EXPAND` or `REDUCE`.
-        invert: From a matrix and a damping to its inverse. For a Kronecker product, the default is
-            exact and applies an eigenbasis with four products of matrices in every step;
+        invert: From a matrix and a damping to its inverse. Default: `default_inverse`, which damps
+            the factors of a Kronecker product, and every other matrix exactly. For a product,
+            `exact_inverse` applies an eigenbasis with four products of matrices in every step;
             `factored_inverse` has two, and costs less to make. For layers as wide as the batch or
             wider, these products take most of a step, and `factored_inverse` about halves it; for
             narrower layers, both cost much the same.
-        controls: Functions of `step_control`, applied in this order.
+        controls: Functions of `step_control`, applied in this order. Default: Adam's length for
+            every layer's step, with shorter averages than Adam's own. Pass `[]` for steps of the
+            length that `lr` alone gives them.
         decay: Share of the old matrix when a batch is averaged in, with bias correction.
-        factor_every: Steps between two updates of the matrices.
-        inverse_every: Steps between two inversions.
+        factor_every: Steps between two updates of the matrices, or a function from the number of
+            steps so far to it. Default: 1 at first, 10 from step 180 on.
+        inverse_every: Steps between two inversions, in the same way.
         rest: From the parameters without a block (of norms, say) to the optimizer for them. Its
-            groups are appended to `param_groups`, so that schedules act on them, too.
+            groups are appended to `param_groups`, so that schedules act on them, too. None refuses
+            such parameters.
         layers: Names of the layers to precondition. Default: all supported ones.
         adapt_damping: From a damping and a reduction ratio to the next damping, for example
             `levenberg_marquardt`.
@@ -172,19 +180,19 @@ class KFAC(Optimizer):
         loss: Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 1e-3,
-        momentum: float = 0.9,
+        lr: float = 3.5e-2,
+        momentum: float = 0.3,
         weight_decay: float = 0.0,
-        damping: float = 1e-3,
+        damping: float = 1.5e-6,
         approximation: Approximation | Estimator = kfac,
         fisher: BackpropagatedVectors | None = None,
         flavour: Flavour = EXPAND,
-        invert: Callable[[Any, float], LinearMap] = exact_inverse,
-        controls: Sequence[Control] = (),
-        decay: float = 0.95,
-        factor_every: int = 10,
-        inverse_every: int = 10,
-        rest: Callable[[list[Parameter]], Optimizer] | None = None,
+        invert: Callable[[Any, float], LinearMap] = default_inverse,
+        controls: Sequence[Control] = (graft(betas=(0.9, 0.99)),),
+        decay: float = 0.8,
+        factor_every: Period = EARLY_OFTEN,
+        inverse_every: Period = EARLY_OFTEN,
+        rest: Callable[[list[Parameter]], Optimizer] | None = adamw,
         layers: Collection[str] | None = None,
         adapt_damping: Callable[[float, float | None], float] | None = None,
         adapt_every: int = 5,
@@ -259,8 +267,9 @@ class KFAC(Optimizer):
 
     def _check_periods(self) -> None:
         weight_of_newest(self.decay, 1)
-        for name in ("factor_every", "inverse_every", "adapt_every"):
-            check_count(name, getattr(self, name))
+        check_period("factor_every", self.factor_every)
+        check_period("inverse_every", self.inverse_every)
+        check_count("adapt_every", self.adapt_every)
 
     def _first_order(self, rest: Callable[[list[Parameter]], Optimizer] | None) -> Optimizer | None:
         """The optimizer that `rest` makes for the parameters that no block can cover, if any.
@@ -414,8 +423,7 @@ class KFAC(Optimizer):
         if not arrangement.blocks:
             return False
         new = any(name not in known.matrices for name in arrangement.shapes)
-        last = known.updated_at
-        return new or last is None or known.steps - last >= self.factor_every
+        return new or is_due("factor_every", self.factor_every, known.steps, known.updated_at)
 
     def _continued(self) -> Observed:
         """The batches of the step that the next batch belongs to."""
@@ -551,9 +559,10 @@ class KFAC(Optimizer):
     def _inverted(self, known: Progress, given: Slopes) -> Progress:
         """With new inverses of all blocks if they are due, else of those that lack one."""
         damping = self._by_name("damping", given.parameters)
-        due = known.steps % self.inverse_every == 0
+        due = is_due("inverse_every", self.inverse_every, known.steps, known.inverted_at)
         lacking = [b for b in given.blocks if due or not known.has_inverse(b, damping)]
-        return known.inverted(lacking, damping, self.invert)
+        inverted_at = known.steps if due else known.inverted_at
+        return replace(known.inverted(lacking, damping, self.invert), inverted_at=inverted_at)
 
     def _proposal(self, given: Slopes, known: Progress, observed: Observed) -> Step:
         """The step before any control: for the parameters in blocks that have a gradient."""

@@ -5,7 +5,7 @@ from inspect import isclass
 from typing import Any
 
 from torch.nn import Module, Parameter
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from kfac_scratch.approximations.estimators import Estimator
 from kfac_scratch.border import check_callable, check_function
@@ -13,6 +13,17 @@ from kfac_scratch.capture.layer_groups import LayerGroup
 
 EXAMPLE = "adapt_damping=levenberg_marquardt"
 REST = "rest=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)"
+
+
+def adamw(parameters: list[Parameter]) -> Optimizer:
+    """AdamW with learning rate 3e-3 and without weight decay.
+
+    Use it for the few parameters of norms and positions beside layers with curvature. Not where
+    these carry the network: choose its numbers then, `rest=lambda ps: torch.optim.AdamW(ps, ...)`.
+
+    Cost: two numbers for each parameter.
+    """
+    return AdamW(parameters, lr=3e-3, weight_decay=0.0)
 
 
 def trainable(

@@ -22,6 +22,7 @@ class Progress:
         steps: Steps so far.
         updates: Updates of the matrices so far.
         updated_at: The step of the last update that was due; None before the first.
+        inverted_at: The step of the last inversions that were due; None before the first.
         matrices: By block name.
         counts: The number of batches in each matrix.
         shapes: What each matrix is for.
@@ -32,6 +33,7 @@ class Progress:
     steps: int = 0
     updates: int = 0
     updated_at: int | None = None
+    inverted_at: int | None = None
     matrices: dict[str, Matrix] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, BlockShape] = field(default_factory=dict)

@@ -91,6 +91,7 @@ def saved(known: Progress, makers: Makers, parameters: Sequence[Sequence[str]]) 
         "steps": known.steps,
         "updates": known.updates,
         "updated_at": known.updated_at,
+        "inverted_at": known.inverted_at,
         "blocks": {
             name: {
                 "parameters": list(shape.parameters),
@@ -169,6 +170,7 @@ def read(
         file["steps"],
         file["updates"],
         file["updated_at"],
+        file["inverted_at"],
         matrices,
         {rename(name): block["batches"] for name, block in file["blocks"].items()},
         blocks,

@@ -4,6 +4,7 @@ import torch
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.damping import (
     balance,
+    default_inverse,
     factored_inverse,
     levenberg_marquardt,
     reduction_ratio,
@@ -142,3 +143,16 @@ def test_a_ratio_of_round_off_is_none_in_the_precision_of_the_loss(dtype):
     eps = torch.finfo(dtype).eps
     assert reduction_ratio(1.0, 1.0 - 2 * eps, -50 * eps, dtype) is None
     assert reduction_ratio(1.0, 1.0 - 400 * eps, -400 * eps, dtype) == pytest.approx(1)
+
+
+def test_default_inverse_damps_the_factors_of_a_product_and_other_matrices_exactly(device):
+    K, V = example(device), torch.randn(2, 3, 5, device=device)
+    dense = Dense(K.dense())
+    check_equal(default_inverse(K, DAMPING) @ V, factored_inverse(K, DAMPING) @ V)
+    check_differs(default_inverse(K, DAMPING) @ V, K.inverse(DAMPING) @ V)
+    check_equal(default_inverse(dense, DAMPING) @ V, K.inverse(DAMPING) @ V)
+
+
+def test_default_inverse_without_damping_is_the_exact_one(device):
+    K, V = example(device), torch.randn(2, 3, 5, device=device)
+    check_equal(default_inverse(K, 0.0) @ (K @ V), V)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from kfac_scratch.approximations.ekfac import AmortisedEKFAC
 from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.curvature import block_index, flatten_values, ggn, hessian
 from kfac_scratch.matrices.damping import factored_inverse, levenberg_marquardt, relative_damping
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.quadratic_model import quadratic_model
 from kfac_scratch.optimizer.step_control import graft, kl_clip, norm_constraint
@@ -69,7 +71,11 @@ def change(model, before):
 
 # ---- what a step is ---------------------------------------------------------------------------
 
-PLAIN = {"momentum": 0.0, "fisher": type2, "lr": 0.3, "damping": 0.2}
+EXACT: dict[str, Any] = {
+    **{"momentum": 0.9, "damping": 1e-3, "decay": 0.95, "factor_every": 10, "inverse_every": 10},
+    **{"invert": exact_inverse, "controls": []},
+}  # steps of the length that lr gives them, with exact damping
+PLAIN = EXACT | {"momentum": 0.0, "fisher": type2, "lr": 0.3, "damping": 0.2}
 
 
 def newton(matrix, model, damping):
@@ -160,7 +166,7 @@ def test_weight_decay_is_decoupled(device):
 
 def test_matrices_and_inverses_are_renewed_at_their_periods(device):
     model, loss = classifier(device), CrossEntropyLoss()
-    optimizer = KFAC(model, loss, factor_every=2, inverse_every=3, **PLAIN)
+    optimizer = KFAC(model, loss, **PLAIN | {"factor_every": 2, "inverse_every": 3})
     seen = []
     for seed in range(7):
         M, inverse = optimizer.matrices.get("0"), optimizer.inverses.get("0")
@@ -173,7 +179,7 @@ def test_matrices_and_inverses_are_renewed_at_their_periods(device):
 
 def test_stale_inverse_is_that_of_the_step_when_it_was_due(device):
     model, loss = classifier(device), CrossEntropyLoss()
-    optimizer = KFAC(model, loss, factor_every=1, inverse_every=3, **PLAIN)
+    optimizer = KFAC(model, loss, **PLAIN | {"factor_every": 1, "inverse_every": 3})
     for seed in range(4):
         take(optimizer, *data(device, seed=seed))
         if seed == 0:
@@ -186,7 +192,8 @@ def test_stale_inverse_is_that_of_the_step_when_it_was_due(device):
 def test_damping_is_never_stored_in_a_matrix(device):
     model, loss = classifier(device), CrossEntropyLoss()
     X, y = data(device)
-    optimizer = KFAC(model, loss, factor_every=100, inverse_every=1, **PLAIN | {"lr": 0.0})
+    periods = {"factor_every": 100, "inverse_every": 1}
+    optimizer = KFAC(model, loss, **PLAIN | periods | {"lr": 0.0})
     take(optimizer, X, y)
     before = optimizer.matrices["0"].dense().clone()
     for _ in range(5):
@@ -200,7 +207,7 @@ def test_damping_is_never_stored_in_a_matrix(device):
 
 def test_the_curvature_may_be_warmed_up_before_the_first_step(device):
     model, loss = classifier(device), CrossEntropyLoss()
-    optimizer = KFAC(model, loss, decay=1.0, **PLAIN)
+    optimizer = KFAC(model, loss, **PLAIN | {"decay": 1.0})
     for seed in range(3):
         optimizer.update_curvature(*data(device, seed=seed))
     As = [kfac(layer_ios(model, loss, *data(device, seed=s))["0"]).A for s in range(3)]
@@ -218,7 +225,8 @@ def test_a_groups_damping_is_that_of_its_layers(device):
     for name, damping in (("0", 0.5), ("2", 0.2)):
         expected = optimizer.matrices[name].inverse(damping)
         check_equal(optimizer.inverses[name].dense(), expected.dense())
-    optimizer = KFAC(model, loss, invert=lambda M, f: M.inverse(relative_damping(M, f)), **PLAIN)
+    invert = {"invert": lambda M, f: M.inverse(relative_damping(M, f))}
+    optimizer = KFAC(model, loss, **PLAIN | invert)
     take(optimizer, *data(device))
     M = optimizer.matrices["0"]
     mean = float(M.eigenvalues().mean())
@@ -231,14 +239,14 @@ def test_one_block_has_one_damping(device):
         {"params": [p], "damping": d}
         for p, d in zip(model[0].parameters(), (0.1, 0.3), strict=True)
     ]
-    optimizer = KFAC(model, CrossEntropyLoss(), groups)
+    optimizer = KFAC(model, CrossEntropyLoss(), groups, **EXACT)
     with pytest.raises(ValueError, match=r"block '0' are in groups with the dampings \[0.1, 0.3\]"):
         take(optimizer, *data(device))
 
 
 def test_factored_damping_is_that_of_the_function(device):
     model, loss = classifier(device), CrossEntropyLoss()
-    optimizer = KFAC(model, loss, invert=factored_inverse, **PLAIN)
+    optimizer = KFAC(model, loss, **PLAIN | {"invert": factored_inverse})
     take(optimizer, *data(device))
     expected = factored_inverse(optimizer.matrices["2"], 0.2)
     check_equal(optimizer.inverses["2"].dense(), expected.dense())
@@ -350,7 +358,7 @@ def test_schedules_act_on_the_rest_too(device):
 
 def test_parameters_without_a_block_need_a_rule(device):
     with pytest.raises(ValueError, match=r"\['2.weight', '2.bias'\].*rest="):
-        KFAC(with_norm(device), CrossEntropyLoss())
+        KFAC(with_norm(device), CrossEntropyLoss(), rest=None)
 
 
 def test_a_groups_own_numbers_are_not_lost_on_parameters_without_a_block(device):
@@ -381,7 +389,7 @@ def test_a_perfect_fit_is_no_error(device):
     model, loss = Sequential(Linear(6, 3)).to(device), MSELoss()
     X, _ = data(device)
     y = model(X).detach()
-    optimizer = KFAC(model, loss, adapt_damping=levenberg_marquardt, adapt_every=1)
+    optimizer = KFAC(model, loss, adapt_damping=levenberg_marquardt, adapt_every=1, **EXACT)
     before = values(model)
     take(optimizer, X, y)
     assert all((d == 0).all() for d in change(model, before).values())
@@ -445,7 +453,7 @@ def test_modes_and_flags_stay(device):
 def test_kfac_descends(settings, device):
     model, loss = classifier(device), CrossEntropyLoss()
     X, y = data(device)
-    optimizer = KFAC(model, loss, **settings)
+    optimizer = KFAC(model, loss, **EXACT | settings)
     with torch.no_grad():
         first = float(loss(model(X), y))
     for _ in range(30):
@@ -457,9 +465,8 @@ def test_kfac_descends(settings, device):
 def test_record_gets_the_numbers_of_every_step(device):
     model, loss, history = classifier(device), CrossEntropyLoss(), []
     optimizer = KFAC(
-        model, loss, lr=0.3, controls=[kl_clip(1e-4)], record=history.append, fisher=type2,
-        momentum=0.0,
-        adapt_damping=levenberg_marquardt, adapt_every=2,
+        model, loss, record=history.append, adapt_damping=levenberg_marquardt, adapt_every=2,
+        **PLAIN | {"controls": [kl_clip(1e-4)], "damping": 1e-3},
     )  # fmt: skip
     X, y = data(device)
     optimizer.observe(X, y)

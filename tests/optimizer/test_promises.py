@@ -36,6 +36,7 @@ from kfac_scratch import (
 )
 from kfac_scratch.curvature import flatten_values, ggn
 from kfac_scratch.matrices.damping import levenberg_marquardt
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.finite import tensors_in
 from kfac_scratch.optimizer.observed import shares
 from kfac_scratch.optimizer.step_control import Batch
@@ -67,6 +68,7 @@ def data(seed, device="cpu", N=11):
 
 def build(device="cpu", loss=None, model=None, **options):
     defaults = {"rest": adamw, "lr": 0.05, "controls": [graft()], "factor_every": 1}
+    defaults |= {"invert": exact_inverse, "damping": 1e-3, "inverse_every": 10}
     generator = torch.Generator(device).manual_seed(3)
     model = network(device) if model is None else model
     return KFAC(model, loss or CrossEntropyLoss(), generator=generator, **defaults | options)
@@ -666,7 +668,8 @@ def test_the_exact_curvature_of_micro_batches(device):
 
 def test_an_added_group_is_trained():
     model = network()
-    optimizer = KFAC(model, CrossEntropyLoss(), model[0].parameters(), rest=adamw, lr=0.05)
+    options = {"rest": adamw, "lr": 0.05, "invert": exact_inverse}
+    optimizer = KFAC(model, CrossEntropyLoss(), model[0].parameters(), **options)
     take(optimizer, *data(0))
     before = values(model)
     optimizer.add_param_group({"params": model[3].parameters(), "lr": 0.2, "damping": 0.3})
@@ -679,7 +682,7 @@ def test_an_added_group_is_trained():
 
 def test_parameters_that_no_rule_covers_cannot_be_added():
     model = network()
-    optimizer = KFAC(model, CrossEntropyLoss(), model[0].parameters())
+    optimizer = KFAC(model, CrossEntropyLoss(), model[0].parameters(), rest=None)
     take(optimizer, *data(0))
     before = [list(g["params"]) for g in optimizer.param_groups]
     wrong = {
