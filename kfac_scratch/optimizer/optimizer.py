@@ -61,7 +61,7 @@ from kfac_scratch.optimizer.arrangement import (
     seen,
     slopes,
 )
-from kfac_scratch.optimizer.finite import all_finite, first_not_finite
+from kfac_scratch.optimizer.finite import all_finite
 from kfac_scratch.optimizer.observed import (
     Draws,
     LayerIOs,
@@ -87,6 +87,12 @@ from kfac_scratch.optimizer.state_dicts import (
 )
 from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot, graft, norm
 from kfac_scratch.optimizer.supported_models import check_trainable
+from kfac_scratch.optimizer.suspects import (
+    check_finite,
+    suspect_matrices,
+    suspect_rows,
+    suspect_step,
+)
 from kfac_scratch.optimizer.undo import (
     default_generator,
     kept_draws,
@@ -410,7 +416,7 @@ class KFAC(Optimizer):
         with ExitStack() as undo:
             ios, _ = self._captured(X, y, arrangement, undo)
             new = self._averaged(ios, known, arrangement)
-            _check_finite(_curvature(new, known))
+            check_finite(suspect_matrices(new, known))
             self._progress, self._observed = new, replace(self._observed, expected=None)
             undo.pop_all()
 
@@ -463,7 +469,7 @@ class KFAC(Optimizer):
             try:
                 return known.averaged(self.estimator, ios, self.decay, arrangement.shapes)
             except Exception as error:
-                _check_finite(_rows(ios), error)  # the cause, perhaps
+                check_finite(suspect_rows(ios), error)  # the cause, perhaps
                 raise
 
     # ---- step --------------------------------------------------------------------------------
@@ -506,7 +512,7 @@ class KFAC(Optimizer):
         if not given.all:
             raise ValueError("No parameter has a gradient: call loss.backward() before step().")
         suspects = {f"The gradient of {name!r}": g for name, g in given.all.items()}
-        suspects |= _curvature(known, self._progress)
+        suspects |= suspect_matrices(known, self._progress)
         adapts = self.adapt_damping is not None and (self.steps + 1) % self.adapt_every == 0
         with in_modes(observed.modes):
             try:
@@ -514,17 +520,17 @@ class KFAC(Optimizer):
                 step = self._controlled(self._proposal(given, known, observed))
                 before = before_step(observed.shared(), given.all) if adapts else None
             except Exception as error:
-                _check_finite(suspects, error)  # the cause, perhaps
+                check_finite(suspects, error)  # the cause, perhaps
                 raise
             change = step.change()
-            suspects |= _proposed(known, self._progress, step, change)
+            suspects |= suspect_step(known, self._progress, step, change)
             undo.callback(kept_state(self.state, self._rest_parameters()))
             undo.callback(kept_values(arrangement.trained.values()))
             if self._rest is not None:
                 self._rest.step()
                 suspects |= self._rest_values(arrangement)
             if not all_finite(suspects.values()):
-                _check_finite(suspects)
+                check_finite(suspects)
             self._move({name: given.parameters[name] for name in change}, change, step)
             notes = {} if before is None else self._adapted(ratio_after_step(before))
         if self.record is not None:
@@ -724,54 +730,3 @@ def _preconditioned(
     full = {n: zero[n] if n in zero else values[n] for n in names}
     apply = blockwise(given.blocks, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()})
     return apply(full)
-
-
-def _rows(ios: LayerIOs) -> dict[str, Any]:
-    """What was captured, to be checked."""
-    inputs = {f"The input of block {name!r}": io.a for name, io in ios.items()}
-    return inputs | {f"A vector sent to block {name!r}": io.g for name, io in ios.items()}
-
-
-def _curvature(new: Progress, old: Progress) -> dict[str, Any]:
-    """The matrices that are new, to be checked."""
-    return {
-        f"The curvature of block {name!r}, with this batch,": M
-        for name, M in new.matrices.items()
-        if M is not old.matrices.get(name)
-    }
-
-
-def _proposed(new: Progress, old: Progress, step: Step, change: Values) -> dict[str, Any]:
-    """The inverses that are new, the change, and what controls will remember, to be checked."""
-    inverses = {
-        f"The inverse of block {name!r} with damping {new.dampings[name]:g}": M
-        for name, M in new.inverses.items()
-        if M is not old.inverses.get(name)
-    }
-    changes = {f"The proposed change of {name!r}": d for name, d in change.items()}
-    memory = {f"The memory of controls for {n!r}": kept for n, kept in step.memory.items()}
-    return inverses | changes | memory
-
-
-ADVICE = {
-    "The gradient": "Skip the batch, or, with float16, step through a torch.amp.GradScaler, which "
-    "does so.",
-    "The curvature": "An input or a vector of the layer is not finite, or too large to be squared: "
-    "skip the batch.",
-    "The inverse": "Use a larger damping.",
-    "The input": "Skip the batch.",
-    "A vector": "Skip the batch.",
-}
-
-
-def _check_finite(suspects: Mapping[str, Any], cause: Exception | None = None) -> None:
-    """Refuse the first value that is not finite.
-
-    Raises:
-        ValueError: Naming it.
-    """
-    name = first_not_finite(suspects)
-    if name is not None:
-        advice = next((a for start, a in ADVICE.items() if name.startswith(start)), "")
-        advice = advice or "Skip the batch, or look for the cause in the controls."
-        raise ValueError(f"{name} is not finite; nothing was changed. {advice}") from cause
