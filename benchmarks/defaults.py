@@ -63,7 +63,7 @@ def row_of(name: str, tuned: float, seeds: tuple[int, ...], steps: int | None = 
     return judged(name, tuned, runs)
 
 
-def summary(name: str, tuned: float, runs: list[dict[str, Any]]) -> dict:
+def judged(name: str, tuned: float, runs: list[dict[str, Any]]) -> dict:
     """What some runs say about the bounds."""
     middle = median([run["steps"] for run in runs])
     stable = all(run["largest_loss"] is not None and run["largest_loss"] <= 1 for run in runs)
