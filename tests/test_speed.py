@@ -11,9 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from kfac_scratch import LayerIO, cg_fac, kfac_over, monte_carlo, stream, type2
 from kfac_scratch.approximations.accumulators import Gathered
-from kfac_scratch.capture import hooks
-from kfac_scratch.capture.hooks import default_chunk
-from kfac_scratch.capture.layers import input_rows
+from kfac_scratch.capture.hooks import ForwardPass, default_chunk
 
 
 class Largest(TorchDispatchMode):
@@ -94,16 +92,16 @@ def test_many_sampled_vectors_go_back_in_few_passes_of_bounded_size():
 
 def test_rows_of_one_layer_at_a_time_are_held_over_a_loader(monkeypatch):
     """Of all other layers the rows are gone, or not there yet."""
-    held, most = weakref.WeakSet(), 0
+    held, most, rows = weakref.WeakSet(), 0, ForwardPass.rows
 
-    def watched(*args):
+    def watched(run, group):
         nonlocal most
-        made = input_rows(*args)
-        held.add(made)
+        made = rows(run, group)
+        held.update(made)
         most = max(most, len(held))
         return made
 
-    monkeypatch.setattr(hooks, "input_rows", watched)
+    monkeypatch.setattr(ForwardPass, "rows", watched)
     model = torch.nn.Sequential(*[Linear(4, 4) for _ in range(5)])
     X, y = torch.randn(7, 4), torch.randint(4, (7,))
     kfac_over(model, CrossEntropyLoss(), [(X, y)] * 2, chunk=2)

@@ -27,6 +27,7 @@ from kfac_scratch.approximations.randomized import Sketch, randomized, srevd
 from kfac_scratch.approximations.skfac import Window, skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
@@ -34,6 +35,8 @@ from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction,
 from tests.laws import check_equal
 
 pytestmark = pytest.mark.long
+PLAIN = {"lr": 0.03, "momentum": 0.9, "damping": 1e-3, "decay": 0.95, "controls": [graft()]}
+PLAIN |= {"invert": exact_inverse}
 VARIANTS = {
     "tkfac": {"approximation": tkfac},
     "tekfac": {"approximation": tekfac},
@@ -88,7 +91,7 @@ def trained(settings, device, steps, flavour=EXPAND, problem=problem):
     optimizer = KFAC(
         model,
         loss,
-        **{"lr": 0.03, "controls": [graft()], "flavour": flavour} | settings,
+        **PLAIN | {"flavour": flavour} | settings,
         factor_every=2,
         inverse_every=2,
         generator=torch.Generator(device).manual_seed(0),
