@@ -1,15 +1,15 @@
 """Is every number finite? One question to the device for all tensors of a step.
 
-Sums answer it: a sum is finite only if all its terms are. A sum of finite numbers may overflow, so
-that a sum which is not finite starts a search, entry by entry, which has the last word.
+A norm answers it: it is finite only if all entries are. Squares of finite numbers may overflow, so
+that a norm which is not finite starts a search, entry by entry, which has the last word.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from kfac_scratch.matrices.kronecker import Kronecker
 
@@ -18,17 +18,14 @@ Suspects = Mapping[str, Any]
 
 
 def all_finite(values: Iterable[Any]) -> bool:
-    """Whether all sums of some values are finite. One synchronisation for each device and dtype.
+    """Whether the norm of all entries is finite, by one synchronisation.
 
     Args:
         values: Tensors, matrices, inverses, and dictionaries or lists of these. Of a `Kronecker`
             the diagonals are enough: its factors are sums of outer products.
     """
-    sums: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for value in values:
-        for total in _sums(value):
-            sums.setdefault((total.device, total.dtype), []).append(total)
-    return all(bool(torch.stack(of_one).isfinite().all()) for of_one in sums.values())
+    parts = [part for value in values for part in _leaves(value, _diagonals)]
+    return bool(get_total_norm(parts).isfinite())
 
 
 def first_not_finite(suspects: Suspects) -> str | None:
@@ -47,11 +44,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return _leaves(value, lambda _: None)
 
 
-def _sums(value: Any) -> Iterator[Tensor]:
-    def diagonals(value: Any) -> tuple[Tensor, ...] | None:
-        return (value.A.diagonal(), value.B.diagonal()) if isinstance(value, Kronecker) else None
-
-    return (t.sum() for t in _leaves(value, diagonals))
+def _diagonals(value: Any) -> tuple[Tensor, ...] | None:
+    return (value.A.diagonal(), value.B.diagonal()) if isinstance(value, Kronecker) else None
 
 
 def _leaves(value: Any, known: Callable[[Any], tuple[Tensor, ...] | None]) -> Iterator[Tensor]:

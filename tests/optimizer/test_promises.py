@@ -4,6 +4,7 @@ import io as files
 from collections import UserDict
 from contextlib import suppress
 from functools import partial
+from traceback import extract_stack
 
 import pytest
 import torch
@@ -367,10 +368,17 @@ def test_a_step_asks_the_device_once(monkeypatch):
     for name in ("__bool__", "item", "__float__", "tolist", "__int__", "__index__"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda t, real=real: (questions.append(t), real(t))[1]
+            torch.Tensor, name, lambda t, real=real: (questions.append((t, stack())), real(t))[1]
         )
     optimizer.step()
-    assert len(questions) == 1
+    monkeypatch.undo()
+    asked = {id(t): where for t, where in questions}
+    assert len(asked) == 1, list(asked.values())
+
+
+def stack():
+    """Who asked: the functions above, innermost last."""
+    return [f"{frame.filename}:{frame.lineno}" for frame in extract_stack(limit=6)]
 
 
 # ---- gradient accumulation (2.3) -----------------------------------------------------------------
