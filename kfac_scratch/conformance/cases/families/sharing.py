@@ -228,24 +228,6 @@ REUSED = [
         )
         for kind in LOSSES[:2]
     ],
-    Case(
-        "used-at-two-lengths-mse",
-        "definition",
-        (
-            linear("fc", 3, 3),
-            tanh(),
-            mean_positions(),
-            linear("fc", 3, 3),
-            tanh(),
-            linear("head", 3, 2),
-        ),
-        loss("mse"),
-        (7, 4, 3),
-        BOTH_DEFINITION,
-        layers=("fc",),
-        tags=("reused", "sequence", "mse"),
-        flags=("calls averaged without their numbers of positions",),
-    ),
 ]
 ND_LOSS = [
     Case(

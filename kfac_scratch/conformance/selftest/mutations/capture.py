@@ -52,8 +52,8 @@ MUTANTS = [
     capture(
         "calls averaged without their numbers of positions",
         "return list(torch.stack(sums).sum(0) / sum(counts))",
-        "return list(torch.stack(means).mean(0))",
-        "used-at-two-lengths-mse",
+        "return list(torch.stack(sums).sum(0) / len(counts) ** 2)",
+        "used-in-a-row-mse",
         "reduce",
     ),
     capture(
