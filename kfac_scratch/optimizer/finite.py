@@ -4,7 +4,7 @@ A norm answers it: it is finite only if all entries are. Squares of finite numbe
 that a norm which is not finite starts a search, entry by entry, which has the last word.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -24,8 +24,7 @@ def all_finite(values: Iterable[Any]) -> bool:
         values: Tensors, matrices, inverses, and dictionaries or lists of these. Of a `Kronecker`
             the diagonals are enough: its factors are sums of outer products.
     """
-    parts = [part for value in values for part in _leaves(value, _diagonals)]
-    return bool(get_total_norm(parts).isfinite())
+    return bool(get_total_norm(tensors_in(list(values), (Kronecker,))).isfinite())
 
 
 def first_not_finite(suspects: Suspects) -> str | None:
@@ -39,27 +38,22 @@ def first_not_finite(suspects: Suspects) -> str | None:
     return None
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All floating-point tensors in a value: in fields of dataclasses, dictionaries and lists."""
-    return _leaves(value, lambda _: None)
+def tensors_in(value: Any, by_diagonals: tuple[type[Kronecker], ...] = ()) -> list[Tensor]:
+    """All floating-point tensors in a value: in fields of dataclasses, dictionaries and lists.
 
-
-def _diagonals(value: Any) -> tuple[Tensor, ...] | None:
-    return (value.A.diagonal(), value.B.diagonal()) if isinstance(value, Kronecker) else None
-
-
-def _leaves(value: Any, known: Callable[[Any], tuple[Tensor, ...] | None]) -> Iterator[Tensor]:
-    if (parts := known(value)) is not None:
-        yield from parts
-    elif isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif is_dataclass(value):
-        for f in fields(value):
-            yield from _leaves(getattr(value, f.name), known)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves(part, known)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part, known)
+    Of products of the kinds `by_diagonals`, the diagonals of both factors stand for them.
+    """
+    parts: list[Any] = [value]
+    tensors: list[Tensor] = []
+    for part in parts:  # which grows meanwhile: a step looks at too many values for a recursion
+        if isinstance(part, by_diagonals):
+            tensors += [part.A.diagonal(), part.B.diagonal()]
+        elif isinstance(part, Tensor):
+            tensors += [part] if part.is_floating_point() else []
+        elif is_dataclass(part):
+            parts += [getattr(part, f.name) for f in fields(part)]
+        elif isinstance(part, Mapping):
+            parts += part.values()
+        elif isinstance(part, list | tuple):
+            parts += part
+    return tensors

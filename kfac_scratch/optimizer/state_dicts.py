@@ -297,15 +297,15 @@ def _restored(what: str, like: Any, file: Any, shape: BlockShape) -> Any:
 
 def like_dtype(like: Any) -> torch.dtype:
     """The dtype of the numbers in a matrix."""
-    return next(tensors_in(like)).dtype
+    return tensors_in(like)[0].dtype
 
 
 def _device(like: Any) -> torch.device:
-    return next(tensors_in(like)).device
+    return tensors_in(like)[0].device
 
 
 def _file_tensors(file: Any) -> list[Tensor]:
-    return list(tensors_in(file))
+    return tensors_in(file)
 
 
 def _check_state(name: str, state: Any, p: Parameter, of_rest: bool) -> None:
