@@ -375,3 +375,21 @@ def test_autocast_does_not_reach_what_capture_computes_itself(fisher, device):
         half = layer_ios(model, nn.CrossEntropyLoss(), X, y, watched, flavour=REDUCE)["0"].a
     assert torch.equal(half, full)
     assert seen == [torch.float32]
+
+
+def test_reduced_inputs_of_a_layer_used_at_two_lengths_are_the_mean_over_all_positions(device):
+    class Twice(Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(3, 3)
+
+        def forward(self, x):  # on 5 positions, then on their mean
+            return self.layer(self.layer(x).tanh().mean(1))
+
+    torch.manual_seed(0)
+    model, loss = Twice().to(device), MSELoss()
+    X, y = torch.randn(4, 5, 3, device=device), torch.randn(4, 3, device=device)
+    reduced = layer_ios(model, loss, X, y, flavour=REDUCE)["layer"]
+    expected = layer_ios(model, loss, X, y)["layer"].reduced()
+    check_equal(reduced.a, expected.a)
+    check_equal(reduced.g, expected.g)
