@@ -16,16 +16,15 @@ beside the result. The seeds are not those on which the defaults were chosen.
 
 import argparse
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.loop import batches, first_hit, take_step
-from benchmarks.measure import about
+from benchmarks.measure import RESULTS, about, chosen, stored, write
 from benchmarks.tasks import TASKS, Task
-from benchmarks.training import RESULTS, median, search, stored, written
+from benchmarks.training import median, search
 from kfac_scratch import KFAC
 
 BOUND = 1.5  # times the tuned steps
@@ -97,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = stored(args.json) if args.json else {}
     searched = result.get("search", {})
-    names = [name for name in TASKS if re.search(args.rows, name)]
+    names = chosen(TASKS, args.rows)
     if args.search:
         searched |= {name: search(TASKS[name](), TUNED) for name in SEARCHED if name in names}
         names = []
@@ -113,7 +112,7 @@ def main() -> None:
             print("  ", run, flush=True)
     result |= about(torch.device("cpu")) | {"search": searched, "rows": list(rows.values())}
     if args.json:
-        args.json.write_text(written(result))
+        write(args.json, result)
 
 
 if __name__ == "__main__":

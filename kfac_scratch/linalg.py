@@ -119,6 +119,11 @@ def _product_of_columns(
     return reduce(torch.add, ((p.mT @ q).sum(0) for p, q in pairs))
 
 
+def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A tensor with the precision that curvature has: half precision becomes float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def eye_like(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The identity of a matrix's size, dtype and device."""
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)

@@ -48,7 +48,7 @@ from kfac_scratch.capture.layers import (
 )
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import stored_as_columns
+from kfac_scratch.linalg import at_least_float32, stored_as_columns
 from kfac_scratch.losses import BackpropagatedVectors, Vectors, type2
 from kfac_scratch.one_hot import OneHot
 
@@ -231,7 +231,7 @@ def forward_pass(
         f, calls = _forward(model, X, groups)
     check_calls(f, groups, calls)
     with full_precision(f.device):
-        vectors = fisher(loss, _upcast(f), y)
+        vectors = fisher(loss, at_least_float32(f), y)
     check_vectors(vectors, f)
     return ForwardPass(flavour, groups, calls, f, vectors, chunk)
 
@@ -280,10 +280,6 @@ def _read(vectors: Vectors, part: slice, f: Tensor) -> Float[Tensor, "V N ..."]:
 def full_precision(device: torch.device) -> torch.autocast:
     """Suspend autocast, so that rows, vectors and factors keep their precision."""
     return torch.autocast(device.type, enabled=False)
-
-
-def _upcast(f: Tensor) -> Tensor:
-    return f.to(torch.promote_types(f.dtype, torch.float32))
 
 
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:

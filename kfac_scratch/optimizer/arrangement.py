@@ -16,8 +16,6 @@ from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, layer_na
 from kfac_scratch.capture.layers import LAYERS
 from kfac_scratch.optimizer.parameter_groups import covered, trainable
 
-NUMBERS = ("lr", "momentum", "weight_decay", "damping")
-
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -160,18 +158,6 @@ def coverable(model: Module, layers: Collection[str] | None) -> set[int]:
         for p in (layer._parameters.get("weight"), layer._parameters.get("bias"))
         if p is not None
     }
-
-
-def check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse numbers out of range, before anything has changed.
-
-    Raises:
-        ValueError: Naming the number.
-    """
-    for group in groups:
-        for key in NUMBERS if "rest" not in group else ():
-            if not group[key] >= 0:
-                raise ValueError(f"{key} must be at least 0, got {group[key]}.")
 
 
 def _with_parameters(model: Module, layers: Collection[str] | None) -> Collection[str] | None:

@@ -13,7 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import at_least_float32
 from kfac_scratch.one_hot import OneHot
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def tensors(value: Any) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def _restored(like: Any, saved: Any) -> Any:
         return restored(like, saved)
     if not isinstance(saved, Tensor):
         return saved
-    if saved.dtype in (torch.float16, torch.bfloat16):
+    if saved.dtype in HALF:
         saved = saved.to(like.dtype)
     return saved.to(like.device)
 
@@ -56,7 +59,7 @@ def example_io(W: Float[Tensor, "d_out d_in"]) -> LayerIO:
 
     Its rows have float32 at least, as those of `layer_ios` have.
     """
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    W = at_least_float32(W)
     a, g = torch.ones_like(W[0]), torch.ones_like(W[:, 0])
     return LayerIO(a[None, None], g[None, None, None])
 

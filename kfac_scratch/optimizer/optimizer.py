@@ -51,12 +51,10 @@ from kfac_scratch.losses import BackpropagatedVectors, monte_carlo, type2
 from kfac_scratch.matrices.damping import default_inverse
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.arrangement import (
-    NUMBERS,
     Arrangement,
     Slopes,
     arranged,
     check_known,
-    check_numbers,
     coverable,
     seen,
     slopes,
@@ -71,7 +69,13 @@ from kfac_scratch.optimizer.observed import (
     together,
     training_modes,
 )
-from kfac_scratch.optimizer.parameter_groups import adamw, check_behaviour, trainable
+from kfac_scratch.optimizer.parameter_groups import (
+    NUMBERS,
+    adamw,
+    check_behaviour,
+    check_numbers,
+    trainable,
+)
 from kfac_scratch.optimizer.periods import EARLY_OFTEN, Period, check_period, is_due
 from kfac_scratch.optimizer.preconditioner import blockwise
 from kfac_scratch.optimizer.progress import Progress

@@ -1,6 +1,6 @@
 """What an optimizer was given: its parameters and blocks, and the functions that make it up."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import isclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from kfac_scratch.approximations.estimators import Estimator
 from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.layer_groups import LayerGroup
 
+NUMBERS = ("lr", "momentum", "weight_decay", "damping")
 EXAMPLE = "adapt_damping=levenberg_marquardt"
 REST = "rest=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)"
 
@@ -39,12 +40,10 @@ def trainable(
     Raises:
         ValueError: If a number is negative, or a parameter is not one of the model's.
     """
+    check_numbers(groups, numbers)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
     for group in groups:
-        for key in numbers:
-            if not group[key] >= 0:
-                raise ValueError(f"{key} must be at least 0, got {group[key]}.")
         for p in group["params"]:
             if id(p) not in names:
                 raise ValueError(
@@ -54,6 +53,18 @@ def trainable(
             if p.requires_grad:
                 found[names[id(p)]] = p
     return found
+
+
+def check_numbers(groups: Sequence[Mapping[str, Any]], numbers: Collection[str] = NUMBERS) -> None:
+    """Refuse numbers out of range, before anything has changed. Groups of `rest` have their own.
+
+    Raises:
+        ValueError: Naming the number.
+    """
+    for group in groups:
+        for key in numbers if "rest" not in group else ():
+            if not group[key] >= 0:
+                raise ValueError(f"{key} must be at least 0, got {group[key]}.")
 
 
 def covered(groups: Sequence[LayerGroup], names: Collection[str]) -> list[LayerGroup]:

@@ -9,12 +9,12 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §4.2.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.border import check_instance, check_result, checked_names
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
+from kfac_scratch.linalg import at_least_float32
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 
 Preconditioner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -100,7 +100,7 @@ def block_matrices(groups: list[LayerGroup], values: Mapping[str, Tensor]) -> di
     The matrices have float32 at least, as the rows of `layer_ios` have.
     """
     return {
-        name: V.to(torch.promote_types(V.dtype, torch.float32))
+        name: at_least_float32(V)
         for group in groups
         for name, V in zip(group.names, group.matrices(values), strict=True)
     }

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 from torch.nn import Embedding, Parameter
 
 from kfac_scratch.approximations.estimators import Estimator
@@ -20,6 +20,7 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.optimizer.arrangement import BlockShape
 from kfac_scratch.optimizer.checkpoints import (
+    HALF,
     example_io,
     one_hot_example_io,
     restored,
@@ -274,7 +275,7 @@ def _check_same(name: str, file: BlockShape, here: BlockShape) -> None:
 
 
 def _castable(file: torch.dtype, here: torch.dtype) -> bool:
-    return file == here or file in (torch.float16, torch.bfloat16)
+    return file == here or file in HALF
 
 
 def _restored(what: str, like: Any, file: Any, shape: BlockShape) -> Any:
@@ -282,7 +283,7 @@ def _restored(what: str, like: Any, file: Any, shape: BlockShape) -> Any:
     found = set()
     try:
         value = restored(like, file)
-        found = {t.dtype for t in _file_tensors(file)}
+        found = {t.dtype for t in tensors_in(file)}
         if all(_castable(dtype, like_dtype(like)) for dtype in found):
             V = torch.zeros(shape.shape, dtype=like_dtype(like), device=_device(like))
             if (value @ V).shape == shape.shape and first_not_finite({what: value}) is None:
@@ -302,10 +303,6 @@ def like_dtype(like: Any) -> torch.dtype:
 
 def _device(like: Any) -> torch.device:
     return tensors_in(like)[0].device
-
-
-def _file_tensors(file: Any) -> list[Tensor]:
-    return tensors_in(file)
 
 
 def _check_state(name: str, state: Any, p: Parameter, of_rest: bool) -> None:

@@ -594,6 +594,7 @@ def test_active_dropout_is_no_obstacle_to_curvature():
     optimizer = build(model=normalised(Dropout(0.3)), rest=None)
     for seed in range(3):
         take(optimizer, *data(seed))
+    assert optimizer.steps == optimizer.updates == 3
 
 
 @pytest.mark.parametrize("uses", COMPARED)

@@ -79,14 +79,14 @@ MUTANTS = [
     ),
     capture(
         "one vector alone",
-        "vectors = fisher(loss, _upcast(f), y)",
-        "vectors = fisher(loss, _upcast(f), y)[:1]",
+        "vectors = fisher(loss, at_least_float32(f), y)",
+        "vectors = fisher(loss, at_least_float32(f), y)[:1]",
         "mlp-bce-sum",
     ),
     capture(
         "vectors of a softmaxed output",
-        "vectors = fisher(loss, _upcast(f), y)",
-        "vectors = fisher(loss, _upcast(f).softmax(1), y)",
+        "vectors = fisher(loss, at_least_float32(f), y)",
+        "vectors = fisher(loss, at_least_float32(f).softmax(1), y)",
         "mlp-cross-entropy-sum",
     ),
     Mutant(
