@@ -80,6 +80,8 @@ class Elsewhere(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if any(_acts_itself(t) for t in types):
+            return NotImplemented  # rows of ones, say: they take their own turn, and then this one
         kwargs = kwargs or {}
         given = [*_leaves(args), *_leaves(kwargs.values())]
         _check(func, given, args[1] if func in INDEXED else ())
@@ -121,6 +123,12 @@ class Elsewhere(Tensor):
         """As PyTorch saves the tensors of a device that has no storage of its own."""
         rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
         return rebuild, (self.detach().cpu(), self.dtype, str(self.device), self.requires_grad)
+
+
+def _acts_itself(kind):
+    """Whether a kind of tensor, other than those of this device, has operations of its own."""
+    own = getattr(kind.__torch_dispatch__, "__func__", None)
+    return own not in (Elsewhere.__torch_dispatch__.__func__, None)
 
 
 class Generator(torch.Generator):

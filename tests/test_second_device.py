@@ -8,7 +8,7 @@ import torch
 from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, Sequential, Tanh
 
 import kfac_scratch.losses
-from kfac_scratch import EXPAND, REDUCE, empirical, kfac, layer_ios, monte_carlo, type2
+from kfac_scratch import EXPAND, REDUCE, OneHot, empirical, kfac, layer_ios, monte_carlo, type2
 from tests import second_device
 from tests.second_device import NAME, Elsewhere
 
@@ -144,6 +144,19 @@ def test_autocast_lowers_products_and_only_where_it_is_on():
         with torch.autocast(NAME, enabled=False):
             assert (x @ x).dtype == torch.float32
     assert (x @ x).dtype == torch.float32
+
+
+def test_rows_of_ones_take_their_own_turn():
+    """Another kind of tensor with operations of its own, before and behind one of this device."""
+    x = torch.randn(2, 3, 4)
+    ones = OneHot(torch.tensor([[0, 3, -1], [2, 2, 1]]), 4, x.dtype)
+    far = OneHot(ones.columns.to(NAME), 4, x.dtype)
+    assert torch.equal((far * x.to(NAME)).cpu(), ones * x)
+    assert torch.equal((x.to(NAME) * far).cpu(), x * ones)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        far * x
+    with pytest.raises(RuntimeError, match=REFUSED):
+        x.to(NAME) * ones
 
 
 # ---- what it is for ------------------------------------------------------------------------------
