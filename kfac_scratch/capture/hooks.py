@@ -370,13 +370,17 @@ def _record(
     thread: int,
     calls: list[Call],
     layer: Layer,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
+    args: tuple[Any, ...],
+    *rest: Any,
 ) -> Tensor | None:
-    """Keep what entered and left a layer in the capturing thread; others are not ours."""
+    """Keep what entered and left a layer in the capturing thread; others are not ours.
+
+    The rest is the keyword arguments and the output. Another thread that calls the model while the
+    hook is being registered or removed passes the output alone.
+    """
     if get_ident() != thread:
         return None
+    kwargs, output = rest
     x = args[0] if args else kwargs["input"]
     calls.append(Call(layer, x.detach(), x._version, output))
     return output.clone()  # the next layer may write into its input
