@@ -26,7 +26,8 @@ def set_up(seed: int = 0, *, dtype: torch.dtype = torch.float64, device: str | N
     """
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_default_device(None if device == "cpu" else device)  # "cpu" is None, but slower
 
 
 def assert_exact(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:

@@ -16,7 +16,7 @@ def restored():
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     yield
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
+    torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def off_by(share: float, dtype=torch.float64):

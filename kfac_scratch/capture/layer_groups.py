@@ -8,6 +8,7 @@ bias, and frozen parameters have no columns. Named after the first of its layers
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Num
@@ -33,17 +34,17 @@ class LayerGroup:
     weight: str | None
     biases: dict[str, Tensor]
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Number of matrices `W` side by side in the weight."""
         return int(getattr(self.layers[0], "groups", 1))
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Names of the blocks: one for each group."""
         return [self.name if self.groups == 1 else f"{self.name}[{i}]" for i in range(self.groups)]
 
-    @property
+    @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the trainable parameters."""
         return (*([] if self.weight is None else [self.weight]), *self.biases)

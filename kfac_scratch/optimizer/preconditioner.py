@@ -7,6 +7,7 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §4.2.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -80,18 +81,24 @@ def blockwise(
         rest: As in `preconditioner`.
     """
 
-    def apply(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        moved = step(block_matrices(groups, values))
-        result = {}
-        for group in groups:
-            result.update(group.parameters([moved[name] for name in group.names]))
-        result = {name: step.to(values[name].dtype) for name, step in result.items()}
-        others = [name for name in values if name not in result]
-        if others and rest is None:
-            raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
-        return result | {name: rest(values[name]) for name in others if rest is not None}
+    return partial(_stepped, groups, step, rest)
 
-    return apply
+
+def _stepped(
+    groups: list[LayerGroup],
+    step: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    rest: Callable[[Tensor], Tensor] | None,
+    values: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    moved = step(block_matrices(groups, values))
+    result = {}
+    for group in groups:
+        result.update(group.parameters([moved[name] for name in group.names]))
+    result = {name: value.to(values[name].dtype) for name, value in result.items()}
+    others = [name for name in values if name not in result]
+    if others and rest is None:
+        raise ValueError(f"No block covers {others}: pass rest=..., for example the identity.")
+    return result | {name: rest(values[name]) for name in others if rest is not None}
 
 
 def block_matrices(groups: list[LayerGroup], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

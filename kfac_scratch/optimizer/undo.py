@@ -9,7 +9,8 @@ calls these in reverse order if anything raises, an interrupt from the keyboard 
         undo.pop_all()  # the step stands
 """
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,7 @@ Undo = Callable[[], None]
 
 def kept_values(parameters: Iterable[Tensor]) -> Undo:
     """Restore the values of some parameters. Memory: one copy of them."""
-    kept = [(p, p.detach().clone()) for p in parameters]
-
-    def undo() -> None:
-        with torch.no_grad():
-            for p, value in kept:
-                p.copy_(value)
-
-    return undo
+    return partial(_set_values, [(p, p.detach().clone()) for p in parameters])
 
 
 def kept_state(state: MutableMapping[Any, Any], written: Iterable[Any]) -> Undo:
@@ -38,36 +32,41 @@ def kept_state(state: MutableMapping[Any, Any], written: Iterable[Any]) -> Undo:
         written: Parameters whose states are written in place, of which a copy is kept.
     """
     kept = dict(state) | {p: copied(state[p]) for p in written if p in state}
-
-    def undo() -> None:
-        state.clear()
-        state.update(kept)
-
-    return undo
+    return partial(_set_items, state, kept)
 
 
 def kept_groups(groups: list[dict[str, Any]]) -> Undo:
     """Restore the numbers in parameter groups, and which groups and parameters there are."""
     kept = [(group, group | {"params": list(group["params"])}) for group in groups]
-
-    def undo() -> None:
-        groups[:] = [group for group, _ in kept]
-        for group, values in kept:
-            group.clear()
-            group.update(values)
-
-    return undo
+    return partial(_set_groups, groups, kept)
 
 
 def kept_draws(generator: Generator | None) -> Undo:
     """Restore the state of a source of randomness."""
-    state = None if generator is None else generator.get_state()
+    return _nothing if generator is None else partial(generator.set_state, generator.get_state())
 
-    def undo() -> None:
-        if generator is not None and state is not None:
-            generator.set_state(state)
 
-    return undo
+def _nothing() -> None:
+    """Without a source, there is nothing to restore."""
+
+
+def _set_values(kept: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for p, value in kept:
+            p.copy_(value)
+
+
+def _set_items(items: MutableMapping[Any, Any], kept: Mapping[Any, Any]) -> None:
+    items.clear()
+    items.update(kept)
+
+
+def _set_groups(
+    groups: list[dict[str, Any]], kept: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    groups[:] = [group for group, _ in kept]
+    for group, values in kept:
+        _set_items(group, values)
 
 
 def default_generator(device: torch.device) -> Generator | None:

@@ -29,7 +29,7 @@ def defaults(monkeypatch):
     with matplotlib.rc_context({"backend": "agg"}):
         yield
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
+    torch.set_default_device(None if device.type == "cpu" else device)
     matplotlib.pyplot.close("all")
 
 
