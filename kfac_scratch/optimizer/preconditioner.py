@@ -80,7 +80,6 @@ def blockwise(
         step: From one `[d_out, d_in]` matrix for each block to as many.
         rest: As in `preconditioner`.
     """
-
     return partial(_stepped, groups, step, rest)
 
 

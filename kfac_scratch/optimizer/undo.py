@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 
 
 def kept_values(parameters: Iterable[Tensor]) -> Undo:

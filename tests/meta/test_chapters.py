@@ -18,6 +18,7 @@ CHAPTERS = sorted(TUTORIAL.glob("[0-9]*.py"))
 NUMERALS = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
 DRAWS = re.compile(r"\b(plt\.(subplots|figure|plot)|matrices)\(")
 
+SLOW = ("09", "18", "19", "21", "25", "26")  # 15 s and more, under the checker of types
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
@@ -49,7 +50,13 @@ def test_there_are_chapters():
 
 
 @pytest.mark.long
-@each_chapter
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.name.startswith(SLOW))
+        for path in CHAPTERS
+    ],
+)
 @pytest.mark.filterwarnings(
     "error",
     "ignore:FigureCanvasAgg is non-interactive",
