@@ -227,6 +227,18 @@ def told_from_zero(eigenvalues: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
     return eigenvalues.where(eigenvalues > tolerance, 0.0)
 
 
+def positive_part(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The positive semi-definite matrix nearest to a symmetric one: negative eigenvalues are zero.
+
+    Law: a matrix without negative eigenvalues is returned bit for bit.
+    Cost: an eigendecomposition in float64, `O(d**3)` operations.
+    Source: Higham 1988 (Computing a nearest symmetric positive semidefinite matrix).
+    """
+    eigenvalues, Q = torch.linalg.eigh(M.double())
+    positive = (Q * eigenvalues.clamp(min=0)) @ Q.mT
+    return positive.to(M.dtype).where(eigenvalues[0] < 0, M)
+
+
 def simultaneous_eigh(
     P: Float[Tensor, "d d"], M: Float[Tensor, "d d"]
 ) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
@@ -275,7 +287,8 @@ def conjugate_gradient(
         b: Right-hand sides: matrices, each a vector of the system.
         precondition: The product with an approximate inverse of `M`.
         max_iter: The number of steps after which all stop: the last iterate is wanted then, whether
-            the tolerance is reached or not. Default: `2 * m * n`, with a warning if it is not.
+            the tolerance is reached or not. Default: `10 * m * n`, with a warning if it is not.
+            In exact arithmetic `m * n` steps suffice; round-off takes several times as many.
         tol: The residual at which a system stops, as a fraction of its right-hand side. Default:
             `10 * eps`.
 
@@ -285,7 +298,7 @@ def conjugate_gradient(
     Warns:
         UserWarning: If the default number of steps does not reach the tolerance.
     """
-    limit = 2 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
+    limit = 10 * b.shape[-2] * b.shape[-1] if max_iter is None else max_iter
     tol = 10 * torch.finfo(b.dtype).eps if tol is None else tol
     size = b.abs().amax((-2, -1), keepdim=True)  # divided by it, no square underflows
     size = size.where(size > 0, 1.0)

@@ -35,13 +35,35 @@ def tokens(d, N, g):
     return one_hot(drawn, d).double()
 
 
+def counts(d, N, g):
+    """Bags of 20 words with Zipf's frequencies: sparse, and most words are rare."""
+    frequencies = 1 / torch.arange(1, d + 1, dtype=torch.float64)
+    drawn = frequencies.expand(N, d).multinomial(20, replacement=True, generator=g)
+    return one_hot(drawn, d).double().sum(1)
+
+
+def tabular(d, N, g):
+    """Columns in units of their own: scales from 1e-2 to 1e2, and means as large as the spread."""
+    scales = torch.logspace(-2, 2, d, dtype=torch.float64)
+    return (1 + torch.randn(N, d, generator=g, dtype=torch.float64)) * scales
+
+
 def badly_scaled(d, N, g):
     """Independent features with scales from 1e-3 to 1e3."""
     scales = torch.logspace(-3, 3, d, dtype=torch.float64)
     return torch.randn(N, d, generator=g, dtype=torch.float64) * scales
 
 
-SPECTRA = [relu, images, few_samples, repeated_features, tokens, badly_scaled]
+SPECTRA = [
+    relu,
+    images,
+    few_samples,
+    repeated_features,
+    tokens,
+    counts,
+    tabular,
+    badly_scaled,
+]
 
 
 def factor(spectrum, d, dtype, device):

@@ -8,6 +8,7 @@ from kfac_scratch.linalg import (
     eye_like,
     gram,
     kron_matvec,
+    positive_part,
     psd_eigh,
     simultaneous_eigh,
     stored_as_columns,
@@ -150,11 +151,36 @@ def test_simultaneous_eigh_needs_a_definite_matrix(device):
         simultaneous_eigh(psd(5, device, rank=2), eye_like(psd(5, device)))
 
 
+def test_the_positive_part_is_the_nearest_positive_matrix(device):
+    M, positive = torch.randn(5, 5, device=device), psd(5, device)
+    M = M + M.T
+    found = positive_part(M)
+    rest = found - M  # also positive, and orthogonal to it: the conditions of the nearest one
+    for part in (found, rest):
+        assert torch.linalg.eigvalsh(part)[0] >= -1e-13
+    check_differs(found, M)
+    check_equal(found @ rest + M, M)
+    assert torch.equal(positive_part(positive), positive)
+
+
 def test_conjugate_gradient_solves_every_system_of_a_batch(device):
     M, b = psd(12, device) + torch.eye(12, device=device), torch.randn(3, 4, 3, device=device)
     b[1] = 0  # a zero right-hand side has a zero solution
     x = conjugate_gradient(lambda X: (X.flatten(1) @ M).reshape(X.shape), b, lambda r: r)
     check_equal(x.flatten(1), torch.linalg.solve(M, b.flatten(1).T).T)
+
+
+def test_conjugate_gradients_in_float32_take_the_steps_that_round_off_costs(device):
+    """More than twice as many as in exact arithmetic, for a condition of only 1e4."""
+    scales = torch.logspace(0, -4, 20, device=device, dtype=torch.float32)
+    b = torch.ones(1, 20, device=device, dtype=torch.float32)
+
+    def residual(**limit):
+        x = conjugate_gradient(lambda x: scales * x, b, lambda r: r, **limit)
+        return float((scales * x - b).norm() / b.norm())
+
+    assert residual(max_iter=40) > 1e-2
+    assert residual() < 1e-5
 
 
 def test_conjugate_gradient_refuses_an_indefinite_matrix(device):
@@ -179,8 +205,8 @@ def test_conjugate_gradients_that_stop_at_their_own_limit_warn_and_at_a_given_on
     def solve(**limit):
         return conjugate_gradient(lambda x: scales * x, b, lambda r: r, **limit)
 
-    with pytest.warns(UserWarning, match="stopped after 80 steps with a residual"):
+    with pytest.warns(UserWarning, match="stopped after 400 steps with a residual"):
         solve()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        solve(max_iter=80)
+        solve(max_iter=400)

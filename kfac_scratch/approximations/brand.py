@@ -167,6 +167,10 @@ class FactorsAndEigenpairs:
         """The matrix of `modes`, dense."""
         return self.modes.dense()
 
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.modes.diagonal()
+
 
 @dataclass(frozen=True)
 class Repaired:

@@ -22,7 +22,7 @@ from torch import Tensor
 from kfac_scratch.approximations.ekfac import rescaled
 from kfac_scratch.approximations.kfac import kfac_in_full
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import eye_like, simultaneous_eigh
+from kfac_scratch.linalg import eye_like, positive_part, simultaneous_eigh
 from kfac_scratch.matrices.damping import balance
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.kronecker_sum import Congruence, KroneckerSum
@@ -116,9 +116,14 @@ def nearest_sum(R: Rearranged, tolerance: float = 1e-6) -> KroneckerSum:
 
     Use it in `Recompressed`. Not with negative terms, as `nearest_product`.
 
-    Cost: as `deflation`.
+    Law: the factors of the first term are positive semi-definite. Those of the top pair need not be
+    if `R` has further products, such as an old second term. Then their positive parts are taken,
+    and the second term is the nearest to what is left.
+    Cost: as `deflation`; with further products, two eigendecompositions.
     """
     first = nearest_product(R, tolerance)
+    if R.plus:
+        first = Kronecker(positive_part(first.A), positive_part(first.B))
     return KroneckerSum(first, power_svd(R.minus(first), R.generic(), tolerance))
 
 

@@ -157,6 +157,10 @@ class RecentBatches:
         """The whole matrix."""
         return self.columns().dense()
 
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Diagonal entries in the order of `vec(V)`."""
+        return self.columns().diagonal()
+
 
 @dataclass(frozen=True)
 class Window:

@@ -122,7 +122,7 @@ class ConjugateGradientInverse:
     """`(M + damping * I)^{-1}` by preconditioned conjugate gradients at every product.
 
     Use it in tests, and for a few products. Not in training: each product takes as many products
-    with `M` as full accuracy needs, at most `2 * d_out * d_in`, after which it stops and warns.
+    with `M` as full accuracy needs, at most `10 * d_out * d_in`, after which it stops and warns.
 
     Raises:
         ValueError: From the product, if `M + damping * I` is not positive definite.

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from kfac_scratch.approximations.kpsvd import (
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.matrices.damping import balance
+from kfac_scratch.matrices.rearranged import Rearranged
 from tests.approximations.test_tkfac import (
     common_size,
     frobenius,
@@ -327,6 +330,25 @@ def test_the_average_of_blocks_of_few_terms_is_exact(device):
     estimator = Recompressed(nearest_sum)
     M = estimator.update(estimator.update(None, ios[0], 1.0), ios[1], 0.3)
     check_equal(M.dense(), 0.7 * ios[0].block() + 0.3 * ios[1].block())
+
+
+def test_the_first_term_of_an_average_of_sums_stays_positive_and_is_inverted(device):
+    """An old second term is indefinite, and so may be the top pair of the average."""
+    estimator, dropped = Recompressed(nearest_sum), 0
+    for _ in range(6):
+        old, new = (random_io(device, S=2, n=1, V=1) for _ in range(2))
+        M = estimator.update(None, old, 1.0)
+        terms = tuple(Kronecker(0.5 * K.A, K.B) for K in (M.first, M.second))
+        top = nearest_product(Rearranged(replace(new, g=0.5**0.5 * new.g), terms))
+        M = estimator.update(M, new, 0.5)
+        for factor, of_pair in ((M.first.A, top.A), (M.first.B, top.B)):
+            s = torch.linalg.eigvalsh(factor)
+            assert s[0] >= -1e-14 * s[-1]
+            dropped += int(torch.linalg.eigvalsh(of_pair)[0] < -1e-3 * s[-1])
+        damping, V = float(M.first.trace()), torch.randn(3, 5, device=device)
+        check_equal(M.inverse(damping) @ (M @ V + damping * V), V)
+        guarded_inverse(M, 1e-10 * damping)
+    assert dropped > 0
 
 
 def test_equal_batches_change_nothing(device):
