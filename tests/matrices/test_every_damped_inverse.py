@@ -337,6 +337,8 @@ DIRECT = [(i, n) for i, n in PAIRS if n not in ITERATIVE]
     [
         *((256, images, FRACTIONS, pair) for pair in PAIRS),
         *((1024, repeated_features, [1e-4], pair) for pair in DIRECT),
+        *((1024, tabular, [1e-7], pair) for pair in DIRECT),
+        *((1024, embedding, [1e-7], pair) for pair in DIRECT if pair[1] not in FEW_ROWS),
     ],
 )
 def test_the_damped_inverse_of_every_approximation_obeys_the_same_law_when_wide(
