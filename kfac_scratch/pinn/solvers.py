@@ -152,20 +152,24 @@ def best_combination(
     """Coefficients `c` that minimise `|J p + rho|^2 + damping |p|^2` for `p = sum_i c_i d_i`.
 
     Directions that depend on each other share their coefficient; a zero direction gets zero. For
-    this, eigenvalues of the scaled `q x q` system below `100 * eps` of the largest count as zero.
+    this, eigenvalues of the scaled `q x q` system that round-off could have made count as zero. The
+    system is formed in float64, so that in float32 these are far below the genuine ones: `(100 *
+    eps)**2` of the largest, the square of the round-off in `J d_i`. In float64 they are `100 * eps`
+    of it.
 
-    Cost: one product with `J` for each direction, and an eigendecomposition of size `q`.
+    Cost: one product with `J` for each direction, and an eigendecomposition of size `q`; a copy of
+    the directions in float64.
     """
     J = torch.stack([times(parts, d) for d in directions], dim=1)  # [K, q]
-    lengths = torch.stack(
-        [torch.stack([inner_product(x, y) for y in directions]) for x in directions]
-    )
-    M, h = J.T @ J + damping * lengths, J.T @ residuals(parts)
-    scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
+    exact, wide = J.double(), [{name: V.double() for name, V in d.items()} for d in directions]
+    lengths = torch.stack([torch.stack([inner_product(x, y) for y in wide]) for x in wide])
+    M, h = exact.T @ exact + damping * lengths, exact.T @ residuals(parts).double()
+    scale = M.diagonal().clamp_min(torch.finfo(J.dtype).tiny).rsqrt()
     s, Q = torch.linalg.eigh(scale[:, None] * M * scale)
-    kept = s > 100 * torch.finfo(s.dtype).eps * s[-1]
+    round_off = max((100 * torch.finfo(J.dtype).eps) ** 2, 100 * torch.finfo(s.dtype).eps)
+    kept = s > round_off * s[-1]
     inverse = torch.where(kept, 1 / s.where(kept, 1.0), 0.0)
-    return -scale * (Q @ (inverse * (Q.T @ (scale * h))))
+    return (-scale * (Q @ (inverse * (Q.T @ (scale * h))))).to(J.dtype)
 
 
 def linear_combination(directions: Sequence[Direction], c: Float[Tensor, "q"]) -> dict[str, Tensor]:

@@ -188,6 +188,18 @@ def test_directions_that_depend_on_each_other(device):
     )
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+def test_directions_that_depend_on_each_other_up_to_the_rounding_of_float32(damping, device):
+    torch.set_default_dtype(torch.float32)
+    model, terms = setting(device)
+    parts = flat(linearize(model, terms))
+    a, b = ({n: torch.randn_like(W) for n, W in block_weights(model).items()} for _ in range(2))
+    both = {n: V + b[n] / 3 for n, V in a.items()}
+    expected = linear_combination([a, b], best_combination(parts, [a, b], damping))
+    found = linear_combination([a, b, both], best_combination(parts, [a, b, both], damping))
+    check_equal(as_vector(found), as_vector(expected))
+
+
 # ---- how far -------------------------------------------------------------------------------------
 
 
