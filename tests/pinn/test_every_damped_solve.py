@@ -197,7 +197,7 @@ def check_law(found, exact, condition, dtype):
 
 def damped_products(spectrum, d, dtype, fraction, n):
     """Layers of `n` kinds, their factors, and the factors with damping."""
-    layers = [layer(relu if t else spectrum, d, 2 * d, 3 - t, t) for t in range(n)]
+    layers = [layer(spectrum, d, 2 * d, 3 - t, t) for t in range(n)]
     factors = [kfac_of_parts([io]) for io in layers]
     factors = [to(torch.float32, Kronecker(K.A + K.A.T, K.B + K.B.T)) for K in factors]
     damped = [to(torch.float32, damped_factors(K, 1.0, fraction**0.5)) for K in factors]
