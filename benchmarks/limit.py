@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import Run
 from benchmarks.nets import Problem
 from kfac_scratch import layer_ios, monte_carlo
-from kfac_scratch.capture.hooks import Flavour
+from kfac_scratch.capture.flavours import Flavour
 
 Shape = tuple[int, int]  # rows, width
 

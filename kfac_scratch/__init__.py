@@ -43,8 +43,10 @@ from kfac_scratch.approximations.randomized import (
 from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac, subsampled
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.capture.hooks import EXPAND, REDUCE, Flavour, layer_ios, stream
+from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
+from kfac_scratch.capture.hooks import layer_ios, stream
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
+from kfac_scratch.capture.plan import Plan, Plans, plan
 from kfac_scratch.data_loader import kfac_over, over_loader
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import (
@@ -151,6 +153,8 @@ __all__ = [
     "PinnKFAC",
     "PinnOptimizer",
     "PinnPreconditioner",
+    "Plan",
+    "Plans",
     "Preconditioner",
     "Recompressed",
     "Repaired",
@@ -213,6 +217,7 @@ __all__ = [
     "nystrom",
     "over_loader",
     "pinn_loss",
+    "plan",
     "preconditioner",
     "quadratic_model",
     "randomized",

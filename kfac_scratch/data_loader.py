@@ -16,14 +16,10 @@ from tqdm import tqdm
 
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
 from kfac_scratch.border import check_function
-from kfac_scratch.capture.hooks import (
-    EXPAND,
-    Flavour,
-    ForwardPass,
-    check_vectors,
-    forward_pass,
-)
+from kfac_scratch.capture.flavours import EXPAND, Flavour
+from kfac_scratch.capture.hooks import ForwardPass, check_vectors, forward_pass
 from kfac_scratch.capture.layer_groups import LayerGroup
+from kfac_scratch.capture.plan import Plans
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
@@ -60,7 +56,8 @@ def over_loader(
 
     Law: equal, up to rounding, to the approximation of one batch with all samples, for batches of
     any sizes. Units: those of the loss over all samples, with the reduction of `loss`.
-    Cost: that of `layer_ios` for every batch, and of the accumulator. Of a batch's rows, those of
+    Cost: that of `layer_ios` for every batch, with one plan for each kind of batch, and of the
+    accumulator. Of a batch's rows, those of
     one layer are held at a time.
 
     It has many parameters, because it passes those of `layer_ios` on.
@@ -97,8 +94,9 @@ def over_loader(
         return ScaledVectors(vectors, here**0.5)
 
     states: dict[str, Any] = {}
+    options: Any = {"flavour": flavour, "layers": layers, "chunk": chunk, "plan": Plans()}
     for X, y in _batches(data, progress):
-        run = forward_pass(model, loss, X, y, of_sum, flavour=flavour, layers=layers, chunk=chunk)
+        run = forward_pass(model, loss, X, y, of_sum, **options)
         parts = run.sent_back()
         for group, gs in next(parts):
             states |= _with_inputs(gather, states, run, group, gs)

@@ -129,6 +129,7 @@ REFUSED = [
     (capture, {"loss": cross_entropy}, "loss must be a Module, for example nn.CrossEntropyLoss"),
     # numbers
     (ios, {"chunk": 2.5}, "chunk must be a whole number of at least 1, got 2.5"),
+    (ios, {"plan": {}}, r"plan must be a Plan, for example plan\(model, X\); got \{\}"),
     (ios, {"chunk": True}, "chunk must be a whole number of at least 1, got True"),
     (optimizer, {"factor_every": 2.5}, "factor_every must be a whole number"),
     (optimizer, {"inverse_every": "10"}, "inverse_every must be a whole number"),

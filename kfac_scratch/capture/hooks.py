@@ -16,17 +16,14 @@ pass. `stream` yields the vectors in chunks, so that `V` is bounded.
 Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from threading import get_ident
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Embedding, Module
+from torch.nn import Module
 
 from kfac_scratch.border import (
     check_count,
@@ -35,35 +32,15 @@ from kfac_scratch.border import (
     check_result,
     checked_names,
 )
+from kfac_scratch.capture.calls import Calls, recorded
+from kfac_scratch.capture.flavours import EXPAND, Flavour
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
-from kfac_scratch.capture.layers import (
-    Call,
-    Layer,
-    averaged_rows,
-    input_rows,
-    one_hot_rows,
-    output_rows,
-    positions,
-    row_dtype,
-)
+from kfac_scratch.capture.layers import row_dtype
+from kfac_scratch.capture.plan import Plan, Plans, plan_of_groups
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import at_least_float32, stored_as_columns
 from kfac_scratch.losses import BackpropagatedVectors, Vectors, type2
-from kfac_scratch.one_hot import OneHot
-
-
-@dataclass(frozen=True)
-class Flavour:
-    """A pair of rules that make the `S` rows of a `LayerIO` from a layer's positions.
-
-    There are two: `EXPAND`, in which every position is a row, and `REDUCE`, which averages inputs
-    and sums vectors over positions to one row. `positions` says how many a row stands for.
-    """
-
-    inputs: Callable[[LayerGroup, list[Call]], list[Float[Tensor, "N S d_in"]]]
-    outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
-    positions: Callable[[list[Call]], int]
 
 
 def layer_ios(
@@ -73,9 +50,10 @@ def layer_ios(
     y: Tensor,
     fisher: BackpropagatedVectors = type2,
     *,
-    flavour: "Flavour | None" = None,
+    flavour: Flavour | None = None,
     layers: Collection[str] | None = None,
     chunk: int | None = None,
+    plan: Plan | Plans | None = None,
 ) -> dict[str, LayerIO]:
     """The `LayerIO` of every block of a model on one batch, by name (see `layer_groups`).
 
@@ -102,6 +80,8 @@ def layer_ios(
         chunk: How many vectors are sent backward at once. With 1, by plain autodiff without
             `torch.vmap`, which works for operations that cannot be batched. Default: as many as
             `default_chunk` allows, and 1 for a model with such an operation.
+        plan: What `plan` found for batches of this kind, or `Plans`, which keeps what it has found.
+            Default: found here, which is two small forward and reverse passes more.
 
     Raises:
         ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
@@ -109,7 +89,9 @@ def layer_ios(
             that never ran, and more: each names the layer and the way out.
         NotImplementedError: For layers and losses that are not covered.
     """
-    parts = list(stream(model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk))
+    parts = list(
+        stream(model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk, plan=plan)
+    )
     if len(parts) == 1:
         return parts[0]
     return {
@@ -125,9 +107,10 @@ def stream(
     y: Tensor,
     fisher: BackpropagatedVectors = type2,
     *,
-    flavour: "Flavour | None" = None,
+    flavour: Flavour | None = None,
     layers: Collection[str] | None = None,
     chunk: int | None = None,
+    plan: Plan | Plans | None = None,
 ) -> Iterator[dict[str, LayerIO]]:
     """The parts of `layer_ios`, of at most `chunk` vectors each; `a` is the same in all of them.
 
@@ -140,7 +123,9 @@ def stream(
 
     It has many parameters, because it has those of `layer_ios`.
     """
-    run = forward_pass(model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk)
+    run = forward_pass(
+        model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk, plan=plan
+    )
     rows = {group.name: run.rows(group) for group in run.groups}
     for part in run.sent_back():
         yield {
@@ -170,7 +155,7 @@ class ForwardPass:
 
     flavour: Flavour
     groups: list[LayerGroup]
-    calls: dict[str, list[Call]]
+    calls: Calls
     f: Tensor
     vectors: Vectors
     chunk: int | None
@@ -211,9 +196,10 @@ def forward_pass(
     y: Tensor,
     fisher: BackpropagatedVectors = type2,
     *,
-    flavour: "Flavour | None" = None,
+    flavour: Flavour | None = None,
     layers: Collection[str] | None = None,
     chunk: int | None = None,
+    plan: Plan | Plans | None = None,
 ) -> ForwardPass:
     """The first half of `layer_ios`, which describes the arguments: all that goes forward.
 
@@ -225,11 +211,16 @@ def forward_pass(
     """
     flavour = EXPAND if flavour is None else flavour
     check_capture(model, loss, fisher, flavour, chunk)
+    if not isinstance(plan, Plans) and plan is not None:
+        check_instance("plan", plan, Plan, "plan(model, X)")
     groups = layer_groups(model, checked_names("layers", layers))
     check_model(model, X, groups, layers)
     with torch.enable_grad():
-        f, calls = _forward(model, X, groups)
-    check_calls(f, groups, calls)
+        f, calls = recorded(model, X, groups)
+    check_calls(check_output(f), groups, calls)
+    if not isinstance(plan, Plan):
+        plan = plan_of_groups(model, X, groups) if plan is None else plan.of(model, X, groups)
+    calls = plan.located(groups, calls, len(f))
     with full_precision(f.device):
         vectors = fisher(loss, at_least_float32(f), y)
     check_vectors(vectors, f)
@@ -285,105 +276,6 @@ def full_precision(device: torch.device) -> torch.autocast:
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     """Concatenate along V; rows that are stored as columns (of convolutions) stay so."""
     return torch.cat([g.mT for g in gs]).mT if stored_as_columns(gs[0]) else torch.cat(gs)
-
-
-def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N S d_in"]]:
-    if isinstance(group.layers[0], Embedding):
-        return [_joined_words(calls)]
-    rows = []
-    for call in calls:
-        ends = group.bias_inputs(call.layer)
-        row = input_rows(call.layer, call.x, ends)
-        rows.append(row if group.weight is not None else row[..., -len(ends) :])
-    return list(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
-
-
-def _joined_words(calls: list[Call]) -> OneHot:
-    """The one-hot rows of all calls of an embedding."""
-    rows = [one_hot_rows(cast(Embedding, call.layer), call.x) for call in calls]
-    return OneHot(torch.cat([r.columns for r in rows], 1), rows[0].shape[-1], rows[0].dtype)
-
-
-def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N S d_out"]:
-    rows = [output_rows(c.layer, g) for c, g in zip(calls, gs, strict=True)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)
-
-
-def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N 1 d_in"]]:
-    means, counts = [], []
-    for call in calls:
-        row, S = averaged_rows(call.layer, call.x)
-        ends = row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
-        means.append(torch.cat([row, ends] if group.weight is not None else [ends], dim=-1))
-        counts.append(S)
-    if len(means) == 1:
-        return list(means[0])
-    sums = [S * mean for S, mean in zip(counts, means, strict=True)]
-    return list(torch.stack(sums).sum(0) / sum(counts))
-
-
-def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
-    sums = [
-        output_rows(c.layer, g).sum(3, keepdim=True, dtype=row_dtype(c.layer))
-        for c, g in zip(calls, gs, strict=True)
-    ]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-
-
-def _all_positions(calls: list[Call]) -> int:
-    return sum(positions(call.layer, call.z) for call in calls)
-
-
-EXPAND = Flavour(_expanded_inputs, _expanded_outputs, lambda calls: 1)
-"""KFAC-expand: every position is a row, as if it were another sample.
-
-The rows of an embedding are `OneHot`: they are kept as the words' numbers.
-"""
-
-REDUCE = Flavour(_averaged_inputs, _summed_outputs, _all_positions)
-"""KFAC-reduce: one row per sample, with mean inputs and summed vectors over positions.
-
-The rows of an embedding are counts of words, formed in full: memory `N * d_in`, and `d_in**2` for
-KFAC's `A`. For a large vocabulary, use EXPAND.
-
-Use it for `kfac` and what keeps its factors: `foof`, `skfac`, `randomized`, `Brand`. Approximations
-of the gradients of samples refuse it where a layer has several positions; see `ekfac_reduce`.
-"""
-
-
-def _forward(
-    model: Module, X: Any, groups: list[LayerGroup]
-) -> tuple[Tensor, dict[str, list[Call]]]:
-    calls: dict[str, list[Call]] = {group.name: [] for group in groups}
-    thread = get_ident()
-    with ExitStack() as hooks:
-        for group in groups:
-            record = partial(_record, thread, calls[group.name])
-            for layer in group.layers:
-                handle = layer.register_forward_hook(record, with_kwargs=True)
-                hooks.callback(handle.remove)
-        f = check_output(model(X))
-    return f, calls
-
-
-def _record(
-    thread: int,
-    calls: list[Call],
-    layer: Layer,
-    args: tuple[Any, ...],
-    *rest: Any,
-) -> Tensor | None:
-    """Keep what entered and left a layer in the capturing thread; others are not ours.
-
-    The rest is the keyword arguments and the output. Another thread that calls the model while the
-    hook is being registered or removed passes the output alone.
-    """
-    if get_ident() != thread:
-        return None
-    kwargs, output = rest
-    x = args[0] if args else kwargs["input"]
-    calls.append(Call(layer, x.detach(), x._version, output))
-    return output.clone()  # the next layer may write into its input
 
 
 def default_chunk(outputs: list[Tensor]) -> int:

@@ -14,7 +14,6 @@ Sources: Grosse and Martens 2016 (arXiv:1602.01407), §3 for convolutions; Esche
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
@@ -29,16 +28,6 @@ from kfac_scratch.one_hot import OneHot
 Convolution = Conv1d | Conv2d | Conv3d
 Layer = Linear | Convolution | Embedding
 LAYERS = get_args(Layer)
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One use of a layer in a forward pass."""
-
-    layer: Layer
-    x: Tensor
-    version: int  # of x when the layer read it
-    z: Tensor
 
 
 def row_dtype(layer: Layer) -> torch.dtype:

@@ -5,17 +5,17 @@ these checks run before and after every forward pass; they read tensors and chan
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kfac_scratch.capture.calls import Calls
 from kfac_scratch.capture.layer_groups import LayerGroup, uncovered
-from kfac_scratch.capture.layers import LAYERS, Call
+from kfac_scratch.capture.layers import LAYERS
 
 Output = TypeVar("Output")
 
@@ -54,9 +54,8 @@ def check_output(f: Output) -> Output:
     return f
 
 
-def check_calls(f: Tensor, groups: list[LayerGroup], calls: dict[str, list[Call]]) -> None:
-    """The checks after the forward pass: every layer ran on axis 0, no weight outside of one."""
-    uses = _uses_of_leaves(f)
+def check_calls(f: Tensor, groups: list[LayerGroup], calls: Calls) -> None:
+    """The checks after every forward pass: every layer ran, its input is as it was, f is finite."""
     for group in groups:
         name = group.name
         silent = [layer for layer in group.layers if all(c.layer is not layer for c in calls[name])]
@@ -66,55 +65,85 @@ def check_calls(f: Tensor, groups: list[LayerGroup], calls: dict[str, list[Call]
                 "weight is unused, or used without calling the layer (as nn.MultiheadAttention "
                 "does). Leave it out with layers=[...], or call it as a layer."
             )
-        for call in calls[name]:
-            _check_call(name, call, len(f))
-        _check_uses(group, calls[name], uses)
+        if any(call.x._version != call.version for call in calls[name]):
+            raise ValueError(
+                f"The input of {_kind(group)} was modified in place after the layer used it."
+            )
     if not f.isfinite().all():
         raise ValueError(_where_not_finite(calls))
 
 
-def _check_call(name: str, call: Call, N: int) -> None:
-    layer, x, z = call.layer, call.x, call.z
-    kind = f"Layer {name!r} ({type(layer).__name__})"
-    if x._version != call.version:
-        raise ValueError(f"The input of {kind} was modified in place after the layer used it.")
-    dims = len(getattr(layer, "kernel_size", ())) + 2
-    if x.ndim < 1 or len(x) != N or (dims > 2 and x.ndim != dims) or z.ndim < 2:
+@contextmanager
+def check_small_run(n: int) -> Iterator[None]:
+    """Say why the model was run on few of the data, if it fails there."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(
-            f"{kind} got an input of shape {tuple(x.shape)} while the model's output is for {N} "
-            "samples: axis 0 of a layer's input must be the batch; other shared axes come after it."
-        )
-    _check_subclass(kind, call)
+            f"The model fails on {n} of the data alone ({type(error).__name__}: {error}), though "
+            "not on the whole batch, so that they are not independent, or axis 0 of its input is "
+            "not the batch. Capture tries every model on two and three of the data; with "
+            "plan=plan(model, X) it is tried on those of another X."
+        ) from error
 
 
-def _check_uses(group: LayerGroup, calls: list[Call], uses: Counter[int]) -> None:
-    """Refuse a weight that is also used outside of its layers, where no hook records it."""
-    if any(type(layer) not in LAYERS for layer in group.layers):
-        return  # a subclass may use its weight in several steps
-    count = uses[id(group.layers[0].weight)]
-    if group.weight is not None and count > len(calls):
+def apart(group: LayerGroup, what: str) -> str:
+    """Why the data are not apart in a layer, and the way out."""
+    return (
+        f"{_kind(group)} {what}, so that no datum has rows and vectors of its own there: the data "
+        "meet each other, or axis 0 of the model's input and output is not the batch. Leave the "
+        "layer out with layers=[...], or give every datum its own."
+    )
+
+
+def unlike(group: LayerGroup, what: str) -> str:
+    """Why a plan does not hold for a batch, and the way out."""
+    return (
+        f"{_kind(group)} {what}, which is not what the plan says: make one for this kind of batch "
+        "with plan(model, X), from data that differ from each other."
+    )
+
+
+def check_explained(group: LayerGroup, name: str, off: float, tolerance: float) -> None:
+    """Refuse a parameter whose gradient is not that of the recorded calls.
+
+    Raises:
+        NotImplementedError: Naming the parameter, its layers and the way out.
+    """
+    if not off <= tolerance:
         raise NotImplementedError(
-            f"The weight {group.weight!r} is used {count} times, but the layers that hold it ran "
-            f"{len(calls)} times: somewhere it is used by a function, as in F.linear(x, weight). "
-            "Use a layer there, or leave this one out with layers=[...]."
+            f"The gradient of {name!r} is not the sum of g a^T over the calls of {_kind(group)}: "
+            f"it is off by {off:.1e}, where rounding explains {tolerance:.1e}. The parameter is "
+            "used somewhere else, by a function, say, as in F.linear(x, weight); or the layer "
+            "computes something else than its kind; or a hook changes its gradient. Use a layer "
+            "there, or leave this one out with layers=[...]."
         )
 
 
-def _uses_of_leaves(f: Tensor) -> Counter[int]:
-    """The number of uses of every leaf (by its id) in the graph of a tensor."""
-    uses: Counter[int] = Counter()
+def check_no_reentrant_checkpoint(f: Tensor) -> None:
+    """Refuse segments whose parameters autograd does not see.
+
+    Raises:
+        NotImplementedError: With the way out.
+    """
     todo, seen = [f.grad_fn], {f.grad_fn}
     while todo:
-        for node, _ in getattr(todo.pop(), "next_functions", ()):
-            if hasattr(node, "variable"):
-                uses[id(node.variable)] += 1
-            elif node is not None and node not in seen:
-                seen.add(node)
-                todo.append(node)
-    return uses
+        node = todo.pop()
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise NotImplementedError(
+                "The model uses a reentrant checkpoint, within which no layer can be captured: "
+                "pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
+        new = {n for n, _ in getattr(node, "next_functions", ()) if n is not None} - seen
+        seen |= new
+        todo += new
 
 
-def _where_not_finite(calls: dict[str, list[Call]]) -> str:
+def _kind(group: LayerGroup) -> str:
+    return f"Layer {group.name!r} ({type(group.layers[0]).__name__})"
+
+
+def _where_not_finite(calls: Calls) -> str:
     for name, uses in calls.items():
         for call in uses:
             for what, t in (("input", call.x), ("output", call.z)):
@@ -122,18 +151,3 @@ def _where_not_finite(calls: dict[str, list[Call]]) -> str:
                     n = int((~t.isfinite()).flatten(1).any(1).nonzero()[0])
                     return f"The {what} of layer {name!r} is not finite, first for sample {n}."
     return "The model's output has non-finite entries although its layers have none."
-
-
-def _check_subclass(kind: str, call: Call) -> None:
-    """Refuse a subclass whose forward pass differs from that of the supported layer."""
-    layer = call.layer
-    if type(layer) in LAYERS:
-        return
-    parent = next(cls for cls in LAYERS if isinstance(layer, cls))
-    with torch.no_grad():
-        same = parent.forward(layer, call.x)
-    if same.shape != call.z.shape or not torch.allclose(same, call.z, rtol=1e-4, atol=1e-6):
-        raise NotImplementedError(
-            f"{kind} does not compute what {parent.__name__} computes, so its gradient is not that "
-            "of one matrix applied to its input: leave it out with layers=[...]."
-        )

@@ -46,7 +46,9 @@ from kfac_scratch.approximations.estimators import (
 )
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.border import check_count, check_instance, check_result, checked_names
-from kfac_scratch.capture.hooks import EXPAND, Flavour, check_capture, full_precision, layer_ios
+from kfac_scratch.capture.flavours import EXPAND, Flavour
+from kfac_scratch.capture.hooks import check_capture, full_precision, layer_ios
+from kfac_scratch.capture.plan import Plans
 from kfac_scratch.losses import BackpropagatedVectors, monte_carlo, type2
 from kfac_scratch.matrices.damping import default_inverse
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
@@ -226,6 +228,7 @@ class KFAC(Optimizer):
         self._draws_labels, self._given_all = fisher is None, params is None
         self._layers, self._progress, self._observed = layers, Progress(), Observed()
         self._arrangement: Arrangement | None = None
+        self._plans = Plans()
         self._rest: Optimizer | None = None
         self._make_rest = rest  # for parameters that are added; copies have none
         self._known: list[Parameter] = []  # as long as this is empty, groups are only collected
@@ -456,6 +459,7 @@ class KFAC(Optimizer):
             *(self.model, self.loss, X, y, self.fisher),
             flavour=self.flavour,
             layers=arrangement.layers,
+            plan=self._plans,
         )
         if generator is None or before is None:
             return ios, None
@@ -720,6 +724,7 @@ class KFAC(Optimizer):
         super().__setstate__(state)
         if "model" in state:  # not if PyTorch loads a checkpoint
             self._observed, self._arrangement, self._make_rest = Observed(), None, None
+            self._plans = Plans()
             self.flavour = FLAVOURS.get(state["flavour"], state["flavour"])
             if self._draws_labels:
                 self.fisher = monte_carlo(1, self.generator)

@@ -15,7 +15,7 @@ from torch import Generator
 from torch.nn import Embedding, Parameter
 
 from kfac_scratch.approximations.estimators import Estimator
-from kfac_scratch.capture.hooks import EXPAND, REDUCE, Flavour
+from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import LinearMap
 from kfac_scratch.optimizer.arrangement import BlockShape

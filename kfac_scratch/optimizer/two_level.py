@@ -36,6 +36,7 @@ from torch.nn import Module
 from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.hooks import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, layer_names
+from kfac_scratch.capture.plan import Plans
 from kfac_scratch.layer_io import LayerIO, check_not_reduced, concatenate
 from kfac_scratch.losses import BackpropagatedVectors
 from kfac_scratch.matrices.matrix import LinearMap, check_damping
@@ -284,11 +285,15 @@ def coarse_correction(
     """
     check_function("fisher", fisher, "fisher=type2")
     check_levels(space, combine)
-    return partial(_corrected, fisher, space, combine)
+    return partial(_corrected, fisher, space, combine, Plans())
 
 
 def _corrected(
-    fisher: BackpropagatedVectors, space: CoarseSpace, combine: Combination, step: Step
+    fisher: BackpropagatedVectors,
+    space: CoarseSpace,
+    combine: Combination,
+    plans: Plans,
+    step: Step,
 ) -> Step:
     if not step.batches:
         raise ValueError("A coarse level needs the batch: call observe(X, y) in every step.")
@@ -297,7 +302,7 @@ def _corrected(
         raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
     model = step.batches[0][1].model
     groups = [block for block in layer_groups(model) if set(block.names) <= set(step.inverses)]
-    ios = _on_all(step.batches, fisher, layer_names(model, groups))
+    ios = _on_all(step.batches, fisher, layer_names(model, groups), plans)
     r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
     Q = coarse_inverse(ios, space(step.inverses, r), damping)
     both = combine(lambda _: x, joint_curvature(ios, damping), Q)
@@ -305,11 +310,11 @@ def _corrected(
 
 
 def _on_all(
-    batches: Batches, fisher: BackpropagatedVectors, layers: list[str]
+    batches: Batches, fisher: BackpropagatedVectors, layers: list[str], plans: Plans
 ) -> dict[str, LayerIO]:
     """Every layer on all batches together."""
     with torch.enable_grad():
-        parts = [layer_ios(*batch, fisher, layers=layers) for _, batch in batches]
+        parts = [layer_ios(*batch, fisher, layers=layers, plan=plans) for _, batch in batches]
     if len(parts) == 1:
         return parts[0]
     shares = [share for share, _ in batches]

@@ -17,7 +17,17 @@ from torch.nn import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from kfac_scratch import EXPAND, REDUCE, empirical, kfac, layer_groups, layer_ios, stream, type2
+from kfac_scratch import (
+    EXPAND,
+    REDUCE,
+    empirical,
+    kfac,
+    layer_groups,
+    layer_ios,
+    plan,
+    stream,
+    type2,
+)
 from kfac_scratch.curvature import diagonal_blocks, empirical_fisher, ggn
 from tests.laws import check_equal
 from tests.nets import LOSSES, NETS, REDUCTIONS, problem
@@ -369,7 +379,8 @@ def test_another_thread_may_call_the_model_while_hooks_are_registered(device):
     """PyTorch registers a hook first, and then that it takes keyword arguments."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(device)
     X, y = torch.randn(5, 4, device=device), torch.randn(5, 2, device=device)
-    alone, called = layer_ios(model, nn.MSELoss(), X, y), []
+    found, called = plan(model, X), []
+    alone = layer_ios(model, nn.MSELoss(), X, y, plan=found)
 
     def elsewhere():
         thread = threading.Thread(target=lambda: called.append(model(X)))
@@ -379,10 +390,10 @@ def test_another_thread_may_call_the_model_while_hooks_are_registered(device):
     for layer in (model[0], model[2]):
         layer._forward_hooks_with_kwargs = Between()
         layer._forward_hooks_with_kwargs.call = elsewhere
-    found = layer_ios(model, nn.MSELoss(), X, y)
+    together = layer_ios(model, nn.MSELoss(), X, y, plan=found)
     assert len(called) == 2
     for name in alone:
-        check_same(found[name], alone[name])
+        check_same(together[name], alone[name])
     check_equal(called[0], model(X))
 
 

@@ -61,20 +61,8 @@ def test_a_subclass_that_computes_something_else_is_refused():
         def forward(self, input):
             return 2 * super().forward(input)
 
-    with pytest.raises(NotImplementedError, match=r"'0' \(Scaled\) does not compute what Linear"):
+    with pytest.raises(NotImplementedError, match=r"'0\.bias' is not.*'0' \(Scaled\).*computes"):
         layer_ios(Sequential(Scaled(D, C)), MSELoss(), torch.randn(N, D), torch.randn(N, C))
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_batch_axis_that_is_not_axis_0_is_refused(axis):
-    class Folded(Sequential):
-        def forward(self, x):
-            x = x.flatten(0, 1) if axis == 0 else x.transpose(0, 1)
-            x = self[0](x)
-            return (x.unflatten(0, (N, -1)) if axis == 0 else x.transpose(0, 1)).mean(1)
-
-    with pytest.raises(ValueError, match=r"'0' \(Linear\).*axis 0"):
-        layer_ios(Folded(Linear(D, C)), MSELoss(), torch.randn(N, 7, D), torch.randn(N, C))
 
 
 def test_a_convolution_without_a_batch_axis_is_refused():
@@ -82,7 +70,7 @@ def test_a_convolution_without_a_batch_axis_is_refused():
         def forward(self, x):
             return self[0](x[:, 0])
 
-    with pytest.raises(ValueError, match="axis 0 of a layer's input must be the batch"):
+    with pytest.raises(ValueError, match=r"fails on 2 of the data alone.*axis 0"):
         layer_ios(Single(Conv1d(N, N, 1)), MSELoss(), torch.randn(N, 1, 7), torch.randn(N, 7))
 
 
@@ -197,7 +185,7 @@ class TiedHead(Module):
 
 def test_a_weight_used_by_a_function_is_refused(device):
     data = MSELoss(), torch.randint(D, (N,), device=device), torch.randn(N, D, device=device)
-    with pytest.raises(NotImplementedError, match=r"'embed\.weight' is used 2 times.*ran 1 times"):
+    with pytest.raises(NotImplementedError, match=r"'embed\.weight' is not the sum.*F\.linear"):
         layer_ios(TiedHead().to(device), *data)
     own = TiedHead(Linear(4, D)).to(device)
     exact = diagonal_blocks(own, ggn(own, *data))

@@ -37,8 +37,8 @@ MUTANTS = [
     ),
     capture(
         "vectors averaged in KFAC-reduce",
-        "output_rows(c.layer, g).sum(3, keepdim=True, dtype",
-        "output_rows(c.layer, g).mean(3, keepdim=True, dtype",
+        "c.vectors(g).sum(3, keepdim=True, dtype",
+        "c.vectors(g).mean(3, keepdim=True, dtype",
         "mean-pooled-mse-mean-bias",
         "reduce",
     ),

@@ -1,0 +1,415 @@
+r"""Where the data are in every layer, and two checks that what capture gives is exact.
+
+A backward pass gives every datum's own gradient only if the data do not meet: vectors that are sent
+to one datum's output must reach that datum's rows and no other. And rows and vectors are all of a
+parameter's gradient only if the recorded calls are its only uses. Neither can be read off a model's
+layers, so both are tried, on two and on three of the data:
+
+1. *The axis of the data* has twice and three times as many entries, and is the only one that
+   changes. A vector for one datum says in which order the data lie in it: where that vector is
+   zero, exactly, are the others. If it is zero nowhere else, the data are not independent.
+2. *The gradient is explained.* For a random vector $v$ and every parameter $W$,
+   $\partial (v^\top f) / \partial W = \sum_s g_s a_s^\top$, where the sum is over the recorded
+   calls. Split every path from $W$ to $f$ by its first edge: those that begin at a recorded call
+   add up to the right side, because $g$ is the whole derivative with respect to its output. All
+   others are the difference of both sides. It is linear in $v$, so that a random $v$ misses it
+   with probability zero. Rows, axes, biases and the order of columns are checked with it.
+
+A use that is zero on the tried data is not seen, such as one behind a closed gate: the three data
+are the first, the last, and one in the middle.
+
+Source: the argument is that of curvlinops, which checks that every path from a parameter in a
+traced graph is one that it knows; here it is checked on numbers, without a trace.
+"""
+
+import math
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from kfac_scratch.border import check_instance, checked_names
+from kfac_scratch.capture.calls import Axis, Call, Calls, recorded
+from kfac_scratch.capture.flavours import EXPAND
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
+from kfac_scratch.capture.refusals import (
+    apart,
+    check_calls,
+    check_explained,
+    check_model,
+    check_no_reentrant_checkpoint,
+    check_output,
+    check_small_run,
+    unlike,
+)
+from kfac_scratch.one_hot import OneHot
+
+
+@dataclass(frozen=True)
+class Place:
+    """A call in a plan: which layer of its group, the axes of its output, and where the data are.
+
+    Attributes:
+        layer: Its number in the group.
+        ndim: The number of axes of its output.
+        axis: Where the data are, with as many positions as the tried data had.
+        several: Whether the tried data fit other orders, too, because they are all alike.
+    """
+
+    layer: int
+    ndim: int
+    axis: Axis
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the data are in every layer of a model, for batches of one kind.
+
+    Use it where `layer_ios` is called for one model again and again: `layer_ios(..., plan=plan)`
+    tries nothing. Not for another kind of batch, with other calls of layers: that is refused.
+
+    Cost: none.
+
+    Attributes:
+        places: The calls of every group of layers, in the order of the forward pass.
+    """
+
+    places: Mapping[str, tuple[Place, ...]]
+
+    def located(self, groups: list[LayerGroup], calls: Calls, N: int) -> Calls:
+        """The calls of a batch, each with the axis of its data.
+
+        Raises:
+            ValueError: If they are not those of the plan.
+        """
+        located = {}
+        for group in groups:
+            places, here = self.places.get(group.name, ()), calls[group.name]
+            same = [(p.layer, p.ndim) for p in places] == [_kind_of(group, c) for c in here]
+            if not same:
+                raise ValueError(unlike(group, f"was called otherwise ({len(here)} times)"))
+            located[group.name] = [
+                replace(call, axis=_fitted(group, place, call, N))
+                for place, call in zip(places, here, strict=True)
+            ]
+        return located
+
+
+class Plans:
+    """The plans of a loop over batches: each is made once for every kind of batch.
+
+    Use it where batches differ in kind, say in their lengths. Not for a single batch.
+
+    Cost: that of `plan` for a batch of a new kind. A kind is the shapes and dtypes of the inputs
+    but for the number of data, the modes of all modules, the trainable parameters, and autocast.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Plan] = {}
+
+    def __len__(self) -> int:
+        """The number of plans that were made."""
+        return len(self._made)
+
+    def of(self, model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
+        """The plan for a batch, made if there is none yet."""
+        kind = _kind(model, X, groups)
+        if kind not in self._made:
+            self._made[kind] = plan_of_groups(model, X, groups)
+        return self._made[kind]
+
+
+def plan(model: Module, X: Any, *, layers: Collection[str] | None = None) -> Plan:
+    """Try a model on few of the data, find where the data are in its layers, and check both.
+
+    Use it before a loop of your own over `layer_ios`. Not before `over_loader` and not for the
+    optimizer `KFAC`, which keep plans of their own, and not for a single batch: without a plan,
+    `layer_ios` makes one.
+
+    Law: with a plan, `layer_ios` gives exactly what it gives without.
+    Cost: a forward pass with two and one with three of the data, and two reverse passes. Buffers
+    and sources of randomness are as before.
+
+    Args:
+        model: Any module; axis 0 of its output is the batch.
+        X: The model's input: a tensor with the batch on axis 0, or lists, tuples, dictionaries and
+            dataclasses with such tensors. The first tensor says how many data there are, and all
+            tensors of that length are cut.
+        layers: Names of the layers to cover. Default: all supported ones.
+
+    Raises:
+        ValueError: If the data are not independent, the model does not run on two and three of
+            them, or has a layer that all data share: each names the layer and the way out.
+        NotImplementedError: If a parameter is used in a way that no call of a layer explains.
+    """
+    check_instance("model", model, Module, "nn.Sequential(...)")
+    groups = layer_groups(model, checked_names("layers", layers))
+    check_model(model, X, groups, layers)
+    return plan_of_groups(model, X, groups)
+
+
+def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
+    """`plan`, for the groups of layers of a model that was checked."""
+    N = number_of_data(X)
+    chosen = (0, N - 1, N // 2)
+    with _untouched(model), torch.enable_grad():
+        (f, two), (_, three) = (
+            _small_run(model, _cut(X, N, chosen[:n]), groups, n) for n in (2, 3)
+        )
+        return _checked(f, groups, two, three)
+
+
+def number_of_data(X: Any) -> int:
+    """The length of the first tensor in a model's input.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for x in _tensors(X):
+        if x.ndim > 0:
+            return len(x)
+    raise ValueError(
+        f"X is a {type(X).__name__} without a tensor that has the batch on axis 0, so the model "
+        "cannot be tried on two and three of the data: pass a tensor, or lists, tuples, "
+        "dictionaries and dataclasses of tensors."
+    )
+
+
+# ---- two and three of the data ------------------------------------------------------------------
+
+
+def _small_run(model: Module, X: Any, groups: list[LayerGroup], n: int) -> tuple[Tensor, Calls]:
+    with check_small_run(n):
+        f, calls = recorded(model, X, groups)
+    if len(check_output(f)) != n:
+        raise ValueError(
+            f"For {n} of the data, the model's output has shape {tuple(f.shape)}: axis 0 of the "
+            "input and of the output must be the batch."
+        )
+    check_calls(f, groups, calls)
+    check_no_reentrant_checkpoint(f)
+    return f, calls
+
+
+def _tensors(X: Any) -> Iterator[Tensor]:
+    if isinstance(X, Tensor):
+        yield X
+    elif is_dataclass(X) and not isinstance(X, type):
+        for field in fields(X):
+            yield from _tensors(getattr(X, field.name))
+    elif isinstance(X, Mapping):
+        for part in X.values():
+            yield from _tensors(part)
+    elif isinstance(X, list | tuple):
+        for part in X:
+            yield from _tensors(part)
+
+
+def _cut(X: Any, N: int, chosen: tuple[int, ...]) -> Any:
+    """Some of the data, from all tensors of their number."""
+    if isinstance(X, Tensor):
+        return X.detach()[list(chosen)] if X.ndim > 0 and len(X) == N else X
+    if is_dataclass(X) and not isinstance(X, type):
+        return replace(X, **{f.name: _cut(getattr(X, f.name), N, chosen) for f in fields(X)})
+    if isinstance(X, Mapping):
+        return type(X)({key: _cut(part, N, chosen) for key, part in X.items()})  # type: ignore[call-arg]
+    if isinstance(X, list | tuple):
+        parts = [_cut(part, N, chosen) for part in X]
+        return type(X)(*parts) if hasattr(X, "_fields") else type(X)(parts)
+    return X
+
+
+@contextmanager
+def _untouched(model: Module) -> Iterator[None]:
+    """Put buffers and sources of randomness back: they change in a forward pass."""
+    kept = [
+        (module._buffers, name, b, b._version, b.detach().clone())
+        for module in model.modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(cuda)):
+        try:
+            yield
+        finally:
+            for owner, name, buffer, version, value in kept:
+                owner[name] = buffer
+                if buffer._version != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+
+def _kind(model: Module, X: Any, groups: list[LayerGroup]) -> Hashable:
+    """What must be the same for a plan to hold."""
+    tensors = list(_tensors(X))
+    N = number_of_data(X)
+    return (
+        tuple((x.shape[1:] if len(x) == N else x.shape, x.dtype) for x in tensors if x.ndim),
+        tuple((type(module), module.training) for module in model.modules()),
+        tuple((group.name, group.parameter_names) for group in groups),
+        id(model),
+        any(torch.is_autocast_enabled(x.device.type) for x in tensors),
+    )
+
+
+# ---- both checks --------------------------------------------------------------------------------
+
+
+def _checked(f: Tensor, groups: list[LayerGroup], two: Calls, three: Calls) -> Plan:
+    """The plan, if both checks pass."""
+    gs, gradients = _sent_to_each(f, groups, two)
+    places = {}
+    for group in groups:
+        kinds = [[_kind_of(group, call) for call in calls[group.name]] for calls in (two, three)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(apart(group, "is called otherwise with two data than with three"))
+        places[group.name] = tuple(
+            _place(group, in_two, in_three, g)
+            for in_two, in_three, g in zip(
+                two[group.name], three[group.name], gs[group.name], strict=True
+            )
+        )
+        located = [
+            replace(call, axis=place.axis)
+            for call, place in zip(two[group.name], places[group.name], strict=True)
+        ]
+        with torch.autocast(f.device.type, enabled=False):
+            _check_gradient(group, located, [g[1:] for g in gs[group.name]], gradients)
+    return Plan(places)
+
+
+def _sent_to_each(
+    f: Tensor, groups: list[LayerGroup], calls: Calls
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Vectors at the layers for one that is sent to each of two data, and a gradient.
+
+    Returns:
+        For every group's calls a tensor `[2, *z.shape]`; the gradient, for the second vector, of
+        every parameter, by its name.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(f.shape, generator=generator, device="cpu", dtype=torch.float32).to(f)
+    outputs = [call.z for group in groups for call in calls[group.name]]
+    parameters = {name: p for group in groups for name, p in _parameters(group).items()}
+    first, second = torch.zeros_like(f), torch.zeros_like(f)
+    first[0], second[1] = v[0], v[1]
+    sent = _gradients(f, outputs, first)
+    both = _gradients(f, [*outputs, *parameters.values()], second)
+    pairs = iter([torch.stack(pair) for pair in zip(sent, both, strict=False)])
+    gs = {group.name: [next(pairs) for _ in calls[group.name]] for group in groups}
+    return gs, dict(zip(parameters, both[len(outputs) :], strict=True))
+
+
+def _gradients(f: Tensor, ends: list[Tensor], v: Tensor) -> list[Tensor]:
+    """What a vector is at some tensors: zero at those that it does not reach."""
+    reached = [t for t in ends if t.requires_grad]
+    grads = torch.autograd.grad(f, reached, v, retain_graph=True, allow_unused=True)
+    found = {id(t): g for t, g in zip(reached, grads, strict=True)}
+    return [torch.zeros_like(t) if found.get(id(t)) is None else found[id(t)] for t in ends]
+
+
+def _parameters(group: LayerGroup) -> dict[str, Tensor]:
+    weight = {} if group.weight is None else {group.weight: group.layers[0].weight}
+    return weight | group.biases
+
+
+def _kind_of(group: LayerGroup, call: Call) -> tuple[int, int]:
+    return [layer is call.layer for layer in group.layers].index(True), call.z.ndim
+
+
+def _place(group: LayerGroup, two: Call, three: Call, g: Tensor) -> Place:
+    """Where two data are in a call, from the sizes and from vectors sent to each of them."""
+    sizes = [(two.z.shape[i], three.z.shape[i]) for i in two.leading]
+    changing = [i for i, (a, b) in enumerate(sizes) if a != b]
+    if not changing:
+        raise ValueError(apart(group, "has an output of the same shape for any number of data"))
+    axis = changing[0]
+    k = sizes[axis][0] // 2
+    if len(changing) > 1 or sizes[axis] != (2 * k, 3 * k):
+        raise ValueError(
+            apart(group, f"has no axis for the data: from two to three, its sizes are {sizes}")
+        )
+    orders = [Axis(axis, k // inner, inner) for inner in range(1, k + 1) if k % inner == 0]
+    fitting = [order for order in orders if _is_apart(order, g)]
+    if not fitting:
+        raise ValueError(apart(group, "gets vectors of one datum at the rows of another"))
+    off = [_disagreement(order, two, three) for order in fitting]
+    best = off.index(min(off))
+    return Place(*_kind_of(group, two), fitting[best], off.count(off[best]) > 1)
+
+
+def _is_apart(axis: Axis, g: Tensor) -> bool:
+    """Whether each of two vectors is zero at the other datum, exactly."""
+    by_datum = axis.by_datum(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
+    return not (by_datum[0, 1].any() or by_datum[1, 0].any())
+
+
+def _disagreement(axis: Axis, two: Call, three: Call) -> float:
+    """How far the inputs of the first two data differ, in one order, between both runs.
+
+    It decides if the vectors are zero at so many rows that several orders fit.
+    """
+    a, b = (axis.in_front(c.x) for c in (two, three))
+    a, b = (axis.by_datum(x.reshape(len(x), 1, -1), 0)[:2].double() for x in (a, b))
+    return float((a - b).abs().sum()) if a.shape == b.shape else math.inf
+
+
+def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:
+    """The same order for a batch with another number of positions."""
+    axis, size = place.axis, call.z.shape[place.axis.axis]
+    k = axis.outer * axis.inner
+    here = size // max(N, 1)
+    if size != here * N or (here != k and axis.outer > 1 and axis.inner > 1):
+        raise ValueError(unlike(group, f"has {size} entries on axis {axis.axis} for {N} data"))
+    if N > 1 and here > 1 and (place.several or k == 1):
+        raise ValueError(
+            unlike(group, f"has {here} rows of every datum, in an order that cannot be told")
+        )
+    outer = axis.inner == 1
+    if here == k:
+        return axis
+    return replace(axis, outer=here if outer else 1, inner=1 if outer else here)
+
+
+def _check_gradient(
+    group: LayerGroup,
+    calls: list[Call],
+    gs: list[Tensor],
+    gradients: Mapping[str, Tensor],
+) -> None:
+    """Compare the gradient of the second datum with the sum over recorded calls."""
+    rows = [_second(a) for a in EXPAND.inputs(group, calls)]  # [1, S, d_in] for every matrix
+    vectors = EXPAND.outputs(calls, gs)[:, 0, 1:].to(rows[0].dtype)  # [groups, 1, S, d_out]
+    explained = group.parameters([_outer(g, a) for g, a in zip(vectors, rows, strict=True)])
+    bound = max(_bound(g, a) for g, a in zip(vectors, rows, strict=True))
+    dtypes = [t.dtype for c in calls for t in (c.x, c.z) if t.is_floating_point()]
+    eps = max(torch.finfo(t).eps for t in (*dtypes, group.layers[0].weight.dtype))
+    for name, value in explained.items():
+        off = float((gradients[name] - value).abs().max())
+        check_explained(group, name, off, eps**0.5 * bound)
+
+
+def _second(a: Tensor) -> Tensor:
+    return OneHot(a.columns[1:], a.shape[-1], a.dtype) if isinstance(a, OneHot) else a[1:]
+
+
+def _outer(g: Tensor, a: Tensor) -> Tensor:
+    """`sum_s g[s] a[s]^T`, without forming one-hot rows."""
+    g = g.flatten(0, 1)
+    if not isinstance(a, OneHot):
+        return g.mT @ a.flatten(0, 1)
+    columns = a.columns.flatten()
+    W = g.new_zeros(g.shape[-1], a.shape[-1])
+    return W.index_add_(1, columns.clamp(min=0), (g * (columns >= 0).unsqueeze(-1)).mT)
+
+
+def _bound(g: Tensor, a: Tensor) -> float:
+    """What no entry of the gradient exceeds."""
+    largest = a.columns >= 0 if isinstance(a, OneHot) else a.abs().amax(-1)
+    return float((g.abs().amax(-1) * largest).sum())

@@ -1,0 +1,623 @@
+"""Capture cannot be fooled: every model is exact, or refused by name; plans are made once."""
+
+from collections import UserDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import (
+    Conv1d,
+    Conv2d,
+    CrossEntropyLoss,
+    Dropout,
+    Embedding,
+    Flatten,
+    Linear,
+    Module,
+    MSELoss,
+    ReLU,
+    Sequential,
+    Tanh,
+)
+from torch.nn.functional import batch_norm, linear, relu, relu_
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
+
+import kfac_scratch.capture.plan as plans
+from kfac_scratch import (
+    EXPAND,
+    KFAC,
+    REDUCE,
+    Plans,
+    additive,
+    coarse_correction,
+    kfac_over,
+    layer_ios,
+    monte_carlo,
+    plan,
+    type2,
+)
+from kfac_scratch.capture import layers
+from kfac_scratch.curvature import diagonal_blocks, ggn
+from tests.laws import check_equal
+
+N, S, D, C = 5, 3, 4, 2
+
+
+class Net(Module):
+    """Layers by name, and any forward pass."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.way = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def sequences(device, n=N, s=S):
+    return torch.randn(n, s, D, device=device)
+
+
+def vectors(device):
+    return torch.randn(N, D, device=device)
+
+
+def two(a=None, b=None):
+    return {"a": a or Linear(D, D), "b": b or Linear(D, C)}
+
+
+def check_exact(model, X, device, written=None, x=None):
+    """Every block is the exact one, and the reduced view is that of the expanded rows.
+
+    Plain autodiff takes one tensor: `written` is the same model for that tensor `x`.
+    """
+    data = model, MSELoss(), X, torch.randn(len(model(X)), C, device=device)
+    of = data if written is None else (written, data[1], x, data[3])
+    exact, ios = diagonal_blocks(model, ggn(*of)), layer_ios(*data)
+    reduced = layer_ios(*data, flavour=REDUCE)
+    for name, io in ios.items():
+        check_equal(io.block(), exact[name])
+        check_equal(reduced[name].a, io.reduced().a)
+        check_equal(reduced[name].g, io.reduced().g)
+        assert reduced[name].positions == io.a.shape[1]
+    return ios
+
+
+# ---- exact -------------------------------------------------------------------------------------
+
+
+def changed(hook):
+    """A model with a hook of the user's that changes what a layer gives."""
+    model = Sequential(Linear(D, D), Tanh(), Linear(D, C))
+    model[0].register_forward_hook(hook)
+    return model
+
+
+def with_pre_hook():
+    model = Sequential(Linear(D, D), Tanh(), Linear(D, C))
+    model[0].register_forward_pre_hook(lambda m, args: (args[0].sin(),))
+    return model
+
+
+def recurrent(m, x):
+    h = torch.zeros_like(x[:, 0])
+    for s in range(x.shape[1]):
+        h = (m.a(x[:, s]) + m.b(h)).tanh()
+    return m.c(h)
+
+
+def frames(m, x):
+    """Films of images: the convolution sees `[N * T, 1, S, D]`."""
+    images = torch.stack([x, x.sin()], 1).flatten(0, 1).unsqueeze(1)
+    return m.b(m.a(images).tanh().flatten(1).unflatten(0, (len(x), -1)).mean(1))
+
+
+def windows(m, x):
+    """Rows of a datum on both sides of the batch: `[2, N, S]` in one axis."""
+    both = torch.stack([x, x.cos()]).flatten(0, 2)
+    return m.b(m.a(both).tanh().unflatten(0, (2, len(x), -1)).mean((0, 2)))
+
+
+EXACT = {
+    "positions first": (
+        lambda m, x: m.b(m.a(x.transpose(0, 1)).tanh().mean(0)),
+        two,
+        sequences,
+    ),
+    "positions first, as many as data": (
+        lambda m, x: m.b(m.a(x.transpose(0, 1)).tanh().mean(0)),
+        two,
+        lambda device: sequences(device, S, S),
+    ),
+    "positions first in one axis": (
+        lambda m, x: m.b(m.a(x.transpose(0, 1).flatten(0, 1)).tanh().view(-1, len(x), D).sum(0)),
+        two,
+        sequences,
+    ),
+    "data first in one axis": (
+        lambda m, x: m.b(m.a(x.flatten(0, 1)).tanh().unflatten(0, (len(x), -1)).sum(1)),
+        two,
+        sequences,
+    ),
+    "both in one axis": (windows, two, sequences),
+    "positions first, one of them read": (
+        lambda m, x: m.b(m.a(x.transpose(0, 1).flatten(0, 1)).tanh().view(-1, len(x), D)[1]),
+        two,
+        sequences,
+    ),
+    "data first, the last position read": (
+        lambda m, x: m.b(m.a(x.flatten(0, 1)).tanh().unflatten(0, (len(x), -1))[:, -1]),
+        two,
+        sequences,
+    ),
+    "frames": (
+        frames,
+        lambda: two(Conv2d(1, 2, 2), Linear(2 * (S - 1) * (D - 1), C)),
+        sequences,
+    ),
+    "words, positions first": (
+        lambda m, x: m.b(m.a(x.T).tanh().mean(0)),
+        lambda: two(Embedding(7, D, padding_idx=2)),
+        lambda device: torch.randint(7, (N, S), device=device),
+    ),
+    "words in one axis": (
+        lambda m, x: m.b(m.a(x.T.flatten()).view(-1, len(x), D).tanh().mean(0)),
+        lambda: two(Embedding(7, D)),
+        lambda device: torch.randint(7, (N, S), device=device),
+    ),
+    "recurrent": (recurrent, lambda: two(b=Linear(D, D)) | {"c": Linear(D, C)}, sequences),
+    "used at two lengths": (
+        lambda m, x: m.b(m.a(x).tanh().mean(1) + m.a(x[:, :2]).sin().mean(1)),
+        two,
+        sequences,
+    ),
+    "centred by a detached mean": (
+        lambda m, x: m.b((m.a(x) - m.a(x).mean(0).detach()).tanh()),
+        two,
+        vectors,
+    ),
+    "a segment without gradients": (
+        lambda m, x: m.b(m.a(x).tanh() + _without_gradient(m.a, x)),
+        two,
+        vectors,
+    ),
+    "in place after a view": (
+        lambda m, x: m.b(relu_(m.a(x).view(len(x), -1)).view_as(x).mean(1)),
+        two,
+        sequences,
+    ),
+    "attention with a key bias that a softmax ignores": (
+        lambda m, x: m.b((m.q(x) @ m.a(x).mT).softmax(-1) @ x).mean(1),
+        lambda: two() | {"q": Linear(D, D)},
+        sequences,
+    ),
+}
+
+
+def _without_gradient(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_data_are_found_wherever_they_are(name, device):
+    forward, modules, inputs = EXACT[name]
+    check_exact(Net(forward, **modules()).to(device), inputs(device), device)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: changed(lambda m, x, z: relu(z)),
+        lambda: changed(lambda m, x, z: z.mul_(2)),
+        with_pre_hook,
+        lambda: Sequential(Linear(D, D), ReLU(inplace=True), Linear(D, C)),
+        lambda: Sequential(Linear(D, D), nn.BatchNorm1d(D), Linear(D, C)).eval(),
+        lambda: Sequential(nn.utils.parametrizations.weight_norm(Linear(D, D)), Linear(D, C)),
+    ],
+    ids=["changed", "changed in place", "pre-hook", "in place", "batch norm", "weight norm"],
+)
+@pytest.mark.filterwarnings("ignore:No block covers")
+def test_what_follows_a_layer_changes_nothing(model, device):
+    check_exact(model().to(device), vectors(device), device)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("name", ["positions first in one axis", "frames", "recurrent"])
+def test_few_data_are_enough(name, n, device):
+    forward, modules, _ = EXACT[name]
+    check_exact(Net(forward, **modules()).to(device), sequences(device, n), device)
+
+
+@dataclass
+class Pair:
+    """An input of two tensors and a number."""
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    power: int = 2
+
+
+PAIRS = {
+    "dict": lambda x: {"x": x, "scale": x.sin()},
+    "user dict": lambda x: UserDict(x=x, scale=x.sin()),
+    "tuple": lambda x: (x, x.sin()),
+    "list in a tuple": lambda x: ([x], x.sin()),
+    "dataclass": lambda x: Pair(x, x.sin()),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_inputs_of_several_tensors_are_cut(kind, device):
+    def forward(m, X):
+        x, y = X.values() if hasattr(X, "values") else (X.x, X.scale) if kind == "dataclass" else X
+        return m.b(m.a(x[0] if isinstance(x, list) else x).tanh() * y)
+
+    modules, x = two(), vectors(device)
+    model = Net(forward, **modules).to(device)
+    written = Net(lambda m, x: forward(m, PAIRS[kind](x)), **modules)
+    check_exact(model, PAIRS[kind](x), device, written, x)
+
+
+# ---- refused -----------------------------------------------------------------------------------
+
+
+def double_backward(m, x):
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(m.a(x).tanh().sum(), x, create_graph=True)
+    return m.b(slope)
+
+
+def shared_positions(m, x):
+    return m.b((m.a(torch.arange(x.shape[1], device=x.device)) + x).tanh().mean(1))
+
+
+def hooked():
+    modules = two()
+    modules["a"].weight.register_hook(lambda g: 2 * g)
+    return modules
+
+
+MEET, OTHERWISE = (ValueError, "'a'.*no datum"), (NotImplementedError, r"'a\.(weight|bias)' is not")
+BAD = {
+    "centred": (lambda m, x: m.b((m.a(x) - m.a(x).mean(0)).tanh()), two, vectors, MEET),
+    "batch statistics": (
+        lambda m, x: m.b(batch_norm(m.a(x), None, None, training=True)),
+        two,
+        vectors,
+        MEET,
+    ),
+    "attention over the batch": (
+        lambda m, x: m.b((m.a(x) @ m.a(x).T).softmax(-1) @ x),
+        two,
+        vectors,
+        MEET,
+    ),
+    "the next datum": (lambda m, x: m.b(m.a(x).tanh() * m.a(x).roll(1, 0)), two, vectors, MEET),
+    "sorted": (lambda m, x: m.b(m.a(x).sort(0).values), two, vectors, MEET),
+    "the largest of the batch": (
+        lambda m, x: m.b(m.a(x) / m.a(x).abs().amax()),
+        two,
+        vectors,
+        MEET,
+    ),
+    "shared positions": (shared_positions, lambda: two(Embedding(9, D)), sequences, MEET),
+    "shared positions, as many as data": (
+        shared_positions,
+        lambda: two(Embedding(9, D)),
+        lambda device: sequences(device, S, S),
+        MEET,
+    ),
+    "data as columns": (
+        lambda m, x: m.b(m.a(x.T).T.tanh()),
+        lambda: two(Linear(N, N)),
+        vectors,
+        (ValueError, "fails on 2 of the data alone"),
+    ),
+    "a graph of fixed size": (
+        lambda m, x: m.b(torch.eye(N, device=x.device).roll(1, 0) @ m.a(x)),
+        two,
+        vectors,
+        (ValueError, "fails on 2 of the data alone"),
+    ),
+    "second derivatives": (double_backward, two, vectors, OTHERWISE),
+    "a bias in a function": (lambda m, x: m.b((m.a(x) + m.a.bias).tanh()), two, vectors, OTHERWISE),
+    "a weight in a function": (
+        lambda m, x: m.b(linear(m.a(x), m.a.weight).tanh()),
+        two,
+        vectors,
+        OTHERWISE,
+    ),
+    "a penalty in the output": (
+        lambda m, x: m.b(m.a(x).tanh()) + m.a.weight.square().sum(),
+        two,
+        vectors,
+        OTHERWISE,
+    ),
+    "a gradient hook": (lambda m, x: m.b(m.a(x).tanh()), hooked, vectors, OTHERWISE),
+    "a reentrant checkpoint": (
+        lambda m, x: m.b(checkpoint(m.a, x.requires_grad_(), use_reentrant=True).tanh()),
+        two,
+        vectors,
+        (NotImplementedError, "use_reentrant=False"),
+    ),
+    "a batch of one shape only": (
+        lambda m, x: m.b(m.a(x).tanh().mean(0, keepdim=True)),
+        two,
+        vectors,
+        (ValueError, r"For 2 of the data.*shape \(1, 2\)"),
+    ),
+    "other calls for other numbers of data": (
+        lambda m, x: m.b(m.a(m.a(x)) if len(x) == 2 else m.a(x)),
+        two,
+        vectors,
+        (ValueError, "'a'.*called otherwise with two data"),
+    ),
+    "other calls for a large batch": (
+        lambda m, x: m.b(m.a(m.a(x)) if len(x) > 3 else m.a(x)),
+        two,
+        vectors,
+        (ValueError, r"'a'.*was called otherwise \(2 times\)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_exact_block_is_refused_by_name(name, device):
+    forward, modules, inputs, (error, match) = BAD[name]
+    model, X = Net(forward, **modules()).to(device), inputs(device)
+    with pytest.raises(error, match=match):
+        layer_ios(model, MSELoss(), X, torch.randn(len(X), C, device=device))
+
+
+def test_a_use_behind_a_closed_gate_is_seen_if_it_is_open_for_a_datum_that_is_tried(device):
+    """What capture cannot see: the second of the tried data is the last one."""
+
+    def gated(m, x):
+        return m.b(m.a(x).tanh()) + relu(x[:, :1]) * m.a.weight.sum()
+
+    model, X = Net(gated, **two()).to(device), -vectors(device).abs()
+    check_exact(model, X, device)  # closed for all
+    X[-1] *= -1
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        plan(model, X)
+
+
+def test_an_input_without_tensors_is_refused():
+    model = Net(lambda m, x: m.b(m.a(torch.tensor(x.numbers))), **two())
+
+    class Opaque:
+        numbers = torch.randn(N, D).tolist()
+
+    with pytest.raises(ValueError, match="Opaque without a tensor"):
+        layer_ios(model, MSELoss(), Opaque(), torch.randn(N, C))
+
+
+# ---- what the checks are worth -----------------------------------------------------------------
+
+
+def broken(name, change):
+    original = getattr(layers, name)
+    return lambda *args: change(original(*args))
+
+
+MUTANTS = {
+    "kernel axes exchanged": ("input_rows", lambda a: _with_columns(a, lambda c: c.mT)),
+    "channels exchanged": ("input_rows", lambda a: _with_columns(a, lambda c: c.flip(-3))),
+    "positions exchanged": ("input_rows", lambda a: a.flip(2)),
+    "a position forgotten": ("input_rows", lambda a: torch.cat([0 * a[:, :, :1], a[:, :, 1:]], 2)),
+    "the vectors' positions exchanged": ("output_rows", lambda g: g.flip(3)),
+    "data exchanged": ("input_rows", lambda a: a.flip(1)),
+    "outputs exchanged": ("output_rows", lambda g: g.flip(4)),
+    "vectors doubled": ("output_rows", lambda g: 2 * g),
+    "half of the bias": ("input_rows", lambda a: torch.cat([a[..., :-1], a[..., -1:] / 2], -1)),
+}
+
+
+def _with_columns(a, change):
+    """Rows with their columns, `[channels, kernel, kernel]`, in another order."""
+    columns = change(a[..., :-1].unflatten(-1, (2, 2, 2)))
+    return torch.cat([columns.flatten(-3), a[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mistake_in_a_rule_is_refused(name, device, monkeypatch):
+    model = Sequential(Conv2d(2, 3, 2), Tanh(), Flatten(), Linear(18, C)).to(device)
+    X = torch.randn(N, 2, 4, 3, device=device)
+    plan(model, X)
+    which, change = MUTANTS[name]
+    monkeypatch.setattr(f"kfac_scratch.capture.calls.{which}", broken(which, change))
+    with pytest.raises(NotImplementedError, match=r"'0\.(weight|bias)' is not"):
+        plan(model, X, layers=["0"])
+
+
+# ---- plans -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_with_a_plan_everything_is_as_without(name, device):
+    forward, modules, inputs = EXACT[name]
+    model, X = Net(forward, **modules()).to(device), inputs(device)
+    data = model, MSELoss(), X, torch.randn(len(X), C, device=device)
+    kept = Plans()
+    for given in (plan(model, X), kept, kept):
+        for flavour in (EXPAND, REDUCE):
+            without = layer_ios(*data, flavour=flavour)
+            for block, io in layer_ios(*data, flavour=flavour, plan=given).items():
+                assert torch.equal(io.g, without[block].g)
+                assert torch.equal(io.a + 0, without[block].a + 0)
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("name", ["positions first in one axis", "data first in one axis"])
+def test_a_plan_holds_for_other_numbers_of_data_and_positions(name, device):
+    model = Net(EXACT[name][0], **two()).to(device)
+    found = plan(model, sequences(device, 4, 3))
+    for n, s in ((7, 5), (1, 2), (3, 1), (2, 3)):
+        data = model, MSELoss(), sequences(device, n, s), torch.randn(n, C, device=device)
+        exact = diagonal_blocks(model, ggn(*data))
+        for block, io in layer_ios(*data, plan=found).items():
+            check_equal(io.block(), exact[block])
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        lambda device: sequences(device, N, 1),
+        lambda device: torch.ones(1, S, D, device=device),
+        lambda device: torch.ones(N, S, D, device=device),
+    ],
+    ids=["one position", "one datum", "equal rows"],
+)
+def test_a_plan_that_cannot_know_the_order_is_refused_where_it_matters(tried, device):
+    model = Net(EXACT["positions first, one of them read"][0], **two()).to(device)
+    if tried(device).shape[1] == 1:
+        model.way = EXACT["positions first in one axis"][0]
+    found = plan(model, tried(device))
+    X, y = sequences(device), torch.randn(N, C, device=device)
+    with pytest.raises(ValueError, match=r"'a'.*order that cannot be told.*plan\(model, X\)"):
+        layer_ios(model, MSELoss(), X, y, plan=found)
+    layer_ios(model, MSELoss(), X, y, plan=plan(model, X))
+
+
+def test_a_plan_of_another_model_is_refused(device):
+    found = plan(Net(recurrent, **two(b=Linear(D, D)), c=Linear(D, C)), torch.randn(N, S, D))
+    model = Net(EXACT["recurrent"][0], **two(b=Linear(D, D)), c=Linear(D, C)).to(device)
+    X, y = sequences(device, N, S + 1), torch.randn(N, C, device=device)
+    with pytest.raises(ValueError, match=r"'a'.*called otherwise \(4 times\).*plan\(model, X\)"):
+        layer_ios(model, MSELoss(), X, y, plan=found)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The plans that are made, counted."""
+    count, original = [], plans.plan_of_groups
+
+    def counting(model, X, groups):
+        count.append(X)
+        return original(model, X, groups)
+
+    monkeypatch.setattr(plans, "plan_of_groups", counting)
+    return count
+
+
+def test_a_loop_over_a_loader_plans_once_for_every_kind_of_batch(made, device):
+    model = Net(EXACT["positions first"][0], **two()).to(device)
+    batches = [
+        (sequences(device, n, s), torch.randn(n, C, device=device))
+        for n, s in ((4, 2), (4, 3), (3, 2), (1, 3), (4, 2))
+    ]
+    kfac_over(model, MSELoss(), batches)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("controls", [[], [coarse_correction(type2, combine=additive)]])
+def test_an_optimizer_plans_once_for_every_kind_of_batch(controls, made, device):
+    model = Sequential(Linear(D, D), Dropout(0.5), Linear(D, C)).to(device)
+    optimizer = KFAC(model, MSELoss(), damping=1.0, controls=controls, factor_every=1)
+    for _ in range(3):
+        for n in (4, 3):
+            X, y = torch.randn(n, D, device=device), torch.randn(n, C, device=device)
+            optimizer.zero_grad()
+            MSELoss()(model(X), y).backward()
+            optimizer.observe(X, y)
+            optimizer.step()
+    assert len(made) == 1 + len(controls)
+    model[1].eval()  # another kind
+    optimizer.observe(X, y)
+    assert len(made) == 2 + len(controls)
+
+
+# ---- leaves nothing behind ---------------------------------------------------------------------
+
+
+def state(model, device):
+    return (
+        torch.get_rng_state().tolist(),
+        [b.tolist() for b in model.buffers()],
+        [id(b) for b in model.buffers()],
+        [p.grad for p in model.parameters()],
+        [p.requires_grad for p in model.parameters()],
+        [len(m._forward_hooks) for m in model.modules()],
+        [m.training for m in model.modules()],
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device.type),
+    )
+
+
+class Interrupts(Module):
+    """An interrupt from the keyboard, in a certain forward pass or in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes, self.at = 0, None
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        self.mean = self.mean + x.detach().mean()
+        if self.passes == self.at:
+            raise KeyboardInterrupt
+        if self.at == "backward" and x.requires_grad:
+            x.register_hook(self._interrupt)
+        return x
+
+    def _interrupt(self, _):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [None, 1, 2, "backward"])
+@pytest.mark.filterwarnings("ignore:No block covers")
+def test_a_plan_leaves_nothing_behind(at, device):
+    probe = Interrupts()
+    model = Sequential(spectral_norm(Linear(D, D)), Dropout(0.5), Linear(D, D), probe, Linear(D, C))
+    model, X = model.to(device), vectors(device)
+    probe.at = at
+    before = state(model, device)
+    if at is None:
+        plan(model, X)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            plan(model, X)
+    assert state(model, device) == before
+    assert X.grad is None
+    assert not X.requires_grad
+
+
+def test_a_plan_draws_nothing(device):
+    model = Sequential(Linear(D, D), Dropout(0.5), Linear(D, C)).to(device)
+    X, y = vectors(device), torch.randint(C, (N,), device=device)
+    found, ios = plan(model, X), []
+    for given in (None, found):
+        torch.manual_seed(3)
+        ios.append(layer_ios(model, CrossEntropyLoss(), X, y, monte_carlo(1), plan=given))
+    for name in ios[0]:
+        assert torch.equal(ios[0][name].g, ios[1][name].g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_is_no_unexplained_gradient(dtype, device):
+    """A tolerance that is relative to the gradient would refuse the key's bias."""
+    forward, modules, _ = EXACT["attention with a key bias that a softmax ignores"]
+    model = Net(forward, **modules()).to(device, dtype)
+    plan(model, sequences(device).to(dtype))
+    if dtype != torch.float16:
+        with torch.autocast(device.type, torch.bfloat16):
+            plan(model.float(), sequences(device).float())
+
+
+@pytest.mark.parametrize("kind", [Conv1d, Conv2d])
+def test_circular_padding_and_groups_are_explained(kind, device):
+    model = Sequential(
+        kind(4, 6, 3, padding=1, padding_mode="circular", groups=2),
+        Tanh(),
+        Flatten(),
+        nn.LazyLinear(C),
+    ).to(device)
+    X = torch.randn(N, 4, *(5, 3)[: 1 if kind is Conv1d else 2], device=device)
+    model(X)
+    check_exact(model, X, device)
