@@ -3,11 +3,11 @@ r"""Where the data are in every layer, and two checks that what capture gives is
 A backward pass gives every datum's own gradient only if the data do not meet: vectors that are sent
 to one datum's output must reach that datum's rows and no other. And rows and vectors are all of a
 parameter's gradient only if the recorded calls are its only uses. Neither can be read off a model's
-layers, so both are tried, on two and on three of the data:
+layers, so both are tried, on a few of the data:
 
-1. *The axis of the data* has twice and three times as many entries, and is the only one that
-   changes. A vector for one datum says in which order the data lie in it: where that vector is
-   zero, exactly, are the others. If it is zero nowhere else, the data are not independent.
+1. *The axis of the data* has two thirds as many entries for two data as for three, and no other
+   axis changes. Vectors for half of the data say in which order the data lie in it: where these
+   vectors are zero, exactly, is the other half. If no order has this, the data are not independent.
 2. *The gradient is explained.* For a random vector $v$ and every parameter $W$,
    $\partial (v^\top f) / \partial W = \sum_s g_s a_s^\top$, where the sum is over the recorded
    calls. Split every path from $W$ to $f$ by its first edge: those that begin at a recorded call
@@ -15,11 +15,11 @@ layers, so both are tried, on two and on three of the data:
    others are the difference of both sides. It is linear in $v$, so that a random $v$ misses it
    with probability zero. Rows, axes, biases and the order of columns are checked with it.
 
-A use that is zero on the tried data is not seen, such as one behind a closed gate: the three data
-are the first, the last, and one in the middle.
+What is zero on the tried data is not seen, such as a use behind a gate that is closed for all of
+them. They are up to eight, spread over the batch.
 
-Source: the argument is that of curvlinops, which checks that every path from a parameter in a
-traced graph is one that it knows; here it is checked on numbers, without a trace.
+Source: curvlinops checks that every path from a parameter in a traced graph is one that it knows.
+This checks the same on numbers, without a trace.
 """
 
 import math
@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import Module
 
@@ -48,6 +49,8 @@ from kfac_scratch.capture.refusals import (
 )
 from kfac_scratch.one_hot import OneHot
 
+MOST = 8  # data that are tried
+
 
 @dataclass(frozen=True)
 class Place:
@@ -57,12 +60,14 @@ class Place:
         layer: Its number in the group.
         ndim: The number of axes of its output.
         axis: Where the data are, with as many positions as the tried data had.
+        off: How far the inputs of two data are from those of the same two among three.
         several: Whether the tried data fit other orders, too, because they are all alike.
     """
 
     layer: int
     ndim: int
     axis: Axis
+    off: float = 0.0
     several: bool = False
 
 
@@ -132,8 +137,8 @@ def plan(model: Module, X: Any, *, layers: Collection[str] | None = None) -> Pla
     `layer_ios` makes one.
 
     Law: with a plan, `layer_ios` gives exactly what it gives without.
-    Cost: a forward pass with two and one with three of the data, and two reverse passes. Buffers
-    and sources of randomness are as before.
+    Cost: forward passes with two, with three and with up to eight of the data, and two reverse
+    passes. Buffers and sources of randomness are as before.
 
     Args:
         model: Any module; axis 0 of its output is the batch.
@@ -156,12 +161,13 @@ def plan(model: Module, X: Any, *, layers: Collection[str] | None = None) -> Pla
 def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
     """`plan`, for the groups of layers of a model that was checked."""
     N = number_of_data(X)
-    chosen = (0, N - 1, N // 2)
+    most = min(max(N, 2), MOST)
+    spread = [i * (N - 1) // (most - 1) for i in range(most)]
+    chosen = {2: [0, N - 1], 3: [0, N - 1, N // 2], most: spread}
     with _untouched(model), torch.enable_grad():
-        (f, two), (_, three) = (
-            _small_run(model, _cut(X, N, chosen[:n]), groups, n) for n in (2, 3)
-        )
-        return _checked(f, groups, two, three)
+        runs = {n: _small_run(model, _cut(X, N, few), groups, n) for n, few in chosen.items()}
+        places = _places(groups, runs[2][1], runs[3][1])
+        return _checked(groups, *runs[most], places)
 
 
 def number_of_data(X: Any) -> int:
@@ -180,7 +186,7 @@ def number_of_data(X: Any) -> int:
     )
 
 
-# ---- two and three of the data ------------------------------------------------------------------
+# ---- few of the data ---------------------------------------------------------------------------
 
 
 def _small_run(model: Module, X: Any, groups: list[LayerGroup], n: int) -> tuple[Tensor, Calls]:
@@ -210,10 +216,10 @@ def _tensors(X: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _cut(X: Any, N: int, chosen: tuple[int, ...]) -> Any:
+def _cut(X: Any, N: int, chosen: list[int]) -> Any:
     """Some of the data, from all tensors of their number."""
     if isinstance(X, Tensor):
-        return X.detach()[list(chosen)] if X.ndim > 0 and len(X) == N else X
+        return X.detach()[chosen] if X.ndim > 0 and len(X) == N else X
     if is_dataclass(X) and not isinstance(X, type):
         return replace(X, **{f.name: _cut(getattr(X, f.name), N, chosen) for f in fields(X)})
     if isinstance(X, Mapping):
@@ -261,49 +267,68 @@ def _kind(model: Module, X: Any, groups: list[LayerGroup]) -> Hashable:
 # ---- both checks --------------------------------------------------------------------------------
 
 
-def _checked(f: Tensor, groups: list[LayerGroup], two: Calls, three: Calls) -> Plan:
-    """The plan, if both checks pass."""
-    gs, gradients = _sent_to_each(f, groups, two)
+def _places(groups: list[LayerGroup], two: Calls, three: Calls) -> dict[str, list[list[Place]]]:
+    """Where the data may be in every call, from its sizes for two and three data.
+
+    There is one place for each order of the axis, in the order of how well the inputs of both fit.
+    """
     places = {}
     for group in groups:
         kinds = [[_kind_of(group, call) for call in calls[group.name]] for calls in (two, three)]
         if kinds[0] != kinds[1]:
             raise ValueError(apart(group, "is called otherwise with two data than with three"))
-        places[group.name] = tuple(
-            _place(group, in_two, in_three, g)
-            for in_two, in_three, g in zip(
-                two[group.name], three[group.name], gs[group.name], strict=True
-            )
+        pairs = zip(two[group.name], three[group.name], strict=True)
+        places[group.name] = [_orders(group, *pair) for pair in pairs]
+    return places
+
+
+def _checked(
+    groups: list[LayerGroup], f: Tensor, calls: Calls, places: Mapping[str, list[list[Place]]]
+) -> Plan:
+    """The plan, if both checks pass."""
+    half = torch.randperm(len(f), generator=_seeded(), device="cpu") < len(f) // 2
+    gs, gradients = _sent_to_halves(f, groups, calls, half.to(f.device))
+    found: dict[str, tuple[Place, ...]] = {}
+    for group in groups:
+        here, orders = calls[group.name], places[group.name]
+        if [(o[0].layer, o[0].ndim) for o in orders] != [_kind_of(group, c) for c in here]:
+            raise ValueError(apart(group, f"is called otherwise with two data than with {len(f)}"))
+        found[group.name] = tuple(
+            _place(group, *of_call, half.to(f.device))
+            for of_call in zip(orders, here, gs[group.name], strict=True)
         )
         located = [
-            replace(call, axis=place.axis)
-            for call, place in zip(two[group.name], places[group.name], strict=True)
+            replace(c, axis=place.axis) for c, place in zip(here, found[group.name], strict=True)
         ]
         with torch.autocast(f.device.type, enabled=False):
-            _check_gradient(group, located, [g[1:] for g in gs[group.name]], gradients)
-    return Plan(places)
+            sums = [g.sum(0, keepdim=True) for g in gs[group.name]]
+            _check_gradient(group, located, sums, gradients)
+    return Plan(found)
 
 
-def _sent_to_each(
-    f: Tensor, groups: list[LayerGroup], calls: Calls
+def _sent_to_halves(
+    f: Tensor, groups: list[LayerGroup], calls: Calls, half: Bool[Tensor, "N"]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """Vectors at the layers for one that is sent to each of two data, and a gradient.
+    """Random vectors at the layers, and gradients.
 
     Returns:
-        For every group's calls a tensor `[2, *z.shape]`; the gradient, for the second vector, of
-        every parameter, by its name.
+        For every group's calls a tensor `[2, *z.shape]`: what is sent to the outputs of one half of
+        the data, and to those of the other. By name, the gradient of every parameter for both.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    v = torch.randn(f.shape, generator=generator, device="cpu", dtype=torch.float32).to(f)
+    v = torch.randn(f.shape, generator=_seeded(), device="cpu", dtype=torch.float32).to(f)
     outputs = [call.z for group in groups for call in calls[group.name]]
     parameters = {name: p for group in groups for name, p in _parameters(group).items()}
-    first, second = torch.zeros_like(f), torch.zeros_like(f)
-    first[0], second[1] = v[0], v[1]
-    sent = _gradients(f, outputs, first)
-    both = _gradients(f, [*outputs, *parameters.values()], second)
-    pairs = iter([torch.stack(pair) for pair in zip(sent, both, strict=False)])
+    ends, sent = [*outputs, *parameters.values()], []
+    for part in (half, ~half):
+        sent.append(_gradients(f, ends, v * part.view(-1, *[1] * (f.ndim - 1))))
+    pairs = iter([torch.stack([sent[0].pop(0), sent[1].pop(0)]) for _ in outputs])
     gs = {group.name: [next(pairs) for _ in calls[group.name]] for group in groups}
-    return gs, dict(zip(parameters, both[len(outputs) :], strict=True))
+    gradients = [a + b for a, b in zip(*sent, strict=True)]
+    return gs, dict(zip(parameters, gradients, strict=True))
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def _gradients(f: Tensor, ends: list[Tensor], v: Tensor) -> list[Tensor]:
@@ -323,8 +348,8 @@ def _kind_of(group: LayerGroup, call: Call) -> tuple[int, int]:
     return [layer is call.layer for layer in group.layers].index(True), call.z.ndim
 
 
-def _place(group: LayerGroup, two: Call, three: Call, g: Tensor) -> Place:
-    """Where two data are in a call, from the sizes and from vectors sent to each of them."""
+def _orders(group: LayerGroup, two: Call, three: Call) -> list[Place]:
+    """All orders that the data may have in a call, from the sizes for two and three data."""
     sizes = [(two.z.shape[i], three.z.shape[i]) for i in two.leading]
     changing = [i for i, (a, b) in enumerate(sizes) if a != b]
     if not changing:
@@ -336,18 +361,7 @@ def _place(group: LayerGroup, two: Call, three: Call, g: Tensor) -> Place:
             apart(group, f"has no axis for the data: from two to three, its sizes are {sizes}")
         )
     orders = [Axis(axis, k // inner, inner) for inner in range(1, k + 1) if k % inner == 0]
-    fitting = [order for order in orders if _is_apart(order, g)]
-    if not fitting:
-        raise ValueError(apart(group, "gets vectors of one datum at the rows of another"))
-    off = [_disagreement(order, two, three) for order in fitting]
-    best = off.index(min(off))
-    return Place(*_kind_of(group, two), fitting[best], off.count(off[best]) > 1)
-
-
-def _is_apart(axis: Axis, g: Tensor) -> bool:
-    """Whether each of two vectors is zero at the other datum, exactly."""
-    by_datum = axis.by_datum(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
-    return not (by_datum[0, 1].any() or by_datum[1, 0].any())
+    return [Place(*_kind_of(group, two), o, _disagreement(o, two, three)) for o in orders]
 
 
 def _disagreement(axis: Axis, two: Call, three: Call) -> float:
@@ -358,6 +372,27 @@ def _disagreement(axis: Axis, two: Call, three: Call) -> float:
     a, b = (axis.in_front(c.x) for c in (two, three))
     a, b = (axis.by_datum(x.reshape(len(x), 1, -1), 0)[:2].double() for x in (a, b))
     return float((a - b).abs().sum()) if a.shape == b.shape else math.inf
+
+
+def _place(
+    group: LayerGroup, orders: list[Place], call: Call, g: Tensor, half: Bool[Tensor, "N"]
+) -> Place:
+    """The order in which the vectors for one half of the data are zero at the other half."""
+    axis, N = orders[0].axis, len(half)
+    if call.z.shape[axis.axis] != axis.outer * N * axis.inner:
+        raise ValueError(apart(group, f"has other positions for two data than for {N}"))
+    fitting = [place for place in orders if _is_apart(place.axis, g, half)]
+    if not fitting:
+        raise ValueError(apart(group, "gets vectors of one datum at the rows of another"))
+    best = min(place.off for place in fitting)
+    places = [place for place in fitting if place.off == best]
+    return replace(places[0], several=len(places) > 1)
+
+
+def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, "N"]) -> bool:
+    """Whether vectors for each half of the data are zero at the other half, exactly."""
+    by_datum = axis.by_datum(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
+    return not (by_datum[0, ~half].any() or by_datum[1, half].any())
 
 
 def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:
@@ -383,9 +418,9 @@ def _check_gradient(
     gs: list[Tensor],
     gradients: Mapping[str, Tensor],
 ) -> None:
-    """Compare the gradient of the second datum with the sum over recorded calls."""
-    rows = [_second(a) for a in EXPAND.inputs(group, calls)]  # [1, S, d_in] for every matrix
-    vectors = EXPAND.outputs(calls, gs)[:, 0, 1:].to(rows[0].dtype)  # [groups, 1, S, d_out]
+    """Compare the gradient of every parameter with the sum over recorded calls."""
+    rows = EXPAND.inputs(group, calls)  # [N, S, d_in] for every matrix of the group
+    vectors = EXPAND.outputs(calls, gs)[:, 0].to(rows[0].dtype)  # [groups, N, S, d_out]
     explained = group.parameters([_outer(g, a) for g, a in zip(vectors, rows, strict=True)])
     bound = max(_bound(g, a) for g, a in zip(vectors, rows, strict=True))
     dtypes = [t.dtype for c in calls for t in (c.x, c.z) if t.is_floating_point()]
@@ -393,10 +428,6 @@ def _check_gradient(
     for name, value in explained.items():
         off = float((gradients[name] - value).abs().max())
         check_explained(group, name, off, eps**0.5 * bound)
-
-
-def _second(a: Tensor) -> Tensor:
-    return OneHot(a.columns[1:], a.shape[-1], a.dtype) if isinstance(a, OneHot) else a[1:]
 
 
 def _outer(g: Tensor, a: Tensor) -> Tensor:

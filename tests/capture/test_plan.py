@@ -152,7 +152,7 @@ EXACT = {
     "data first, the last position read": (
         lambda m, x: m.b(m.a(x.flatten(0, 1)).tanh().unflatten(0, (len(x), -1))[:, -1]),
         two,
-        sequences,
+        lambda device: sequences(device, 2 * S),  # in the other order, rows of several data meet
     ),
     "frames": (
         frames,
@@ -298,6 +298,18 @@ BAD = {
         MEET,
     ),
     "the next datum": (lambda m, x: m.b(m.a(x).tanh() * m.a(x).roll(1, 0)), two, vectors, MEET),
+    "sums over earlier data": (
+        lambda m, x: m.b(m.a(x).tanh().cumsum(0)),
+        two,
+        vectors,
+        MEET,
+    ),
+    "sums over later data": (
+        lambda m, x: m.b(m.a(x).tanh().flip(0).cumsum(0).flip(0)),
+        two,
+        vectors,
+        MEET,
+    ),
     "sorted": (lambda m, x: m.b(m.a(x).sort(0).values), two, vectors, MEET),
     "the largest of the batch": (
         lambda m, x: m.b(m.a(x) / m.a(x).abs().amax()),
@@ -361,7 +373,21 @@ BAD = {
         lambda m, x: m.b(m.a(m.a(x)) if len(x) > 3 else m.a(x)),
         two,
         vectors,
+        (ValueError, "'a'.*called otherwise with two data than with 5"),
+    ),
+    "other calls for a larger batch than is tried": (
+        lambda m, x: m.b(m.a(m.a(x)) if len(x) > 8 else m.a(x)),
+        two,
+        lambda device: torch.randn(9, D, device=device),
         (ValueError, r"'a'.*was called otherwise \(2 times\)"),
+    ),
+    "other positions for other numbers of data": (
+        lambda m, x: m.b(
+            m.a(torch.stack([x] * (2 if len(x) > 3 else 1), 1).flatten(0, 1))[: len(x)]
+        ),
+        two,
+        vectors,
+        (ValueError, "'a'.*has other positions for two data than for 5"),
     ),
 }
 

@@ -1,0 +1,222 @@
+"""Random networks: every one is exact or refused, and those without a spoiler are exact.
+
+A network is a list of operations on states `[N, S, D]`, between a first layer, a way to read the
+last state, and a head. Spoilers let data meet each other, use parameters where no layer is called,
+or change gradients.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import Conv1d, Embedding, Linear, Module, ModuleDict, MSELoss
+from torch.nn.functional import layer_norm, linear, relu_
+from torch.utils.checkpoint import checkpoint
+
+from kfac_scratch import layer_ios
+from kfac_scratch.curvature import diagonal_blocks, ggn
+
+N, S, D, C, WORDS = 4, 4, 3, 2, 5  # N = S, so that no size tells data from positions
+LAYERS = {
+    "linear": lambda: Linear(D, D),
+    "linear without bias": lambda: Linear(D, D, bias=False),
+    "conv": lambda: Conv1d(D, D, 3, padding=1),
+    "dilated conv": lambda: Conv1d(D, D, 2, padding="same", dilation=2, padding_mode="circular"),
+    "grouped conv": lambda: Conv1d(D, D, 3, padding=1, groups=D, bias=False),
+}
+
+
+def on_positions_first(layer, h):
+    return layer(h.transpose(0, 1)).transpose(0, 1)
+
+
+def on_positions_first_in_one_axis(layer, h):
+    rows = layer(h.transpose(0, 1).flatten(0, 1))
+    return rows.unflatten(0, (h.shape[1], len(h))).transpose(0, 1)
+
+
+def on_data_first_in_one_axis(layer, h):
+    return layer(h.flatten(0, 1)).unflatten(0, (len(h), h.shape[1]))
+
+
+def on_some_positions(layer, h):
+    return torch.cat([layer(h[:, :2]), h[:, 2:]], 1)
+
+
+def without_gradient(layer, h):
+    with torch.no_grad():
+        return layer(h) + 0 * h
+
+
+WAYS = {  # to call a linear layer
+    "batch first": lambda layer, h: layer(h),
+    "positions first": on_positions_first,
+    "positions first in one axis": on_positions_first_in_one_axis,
+    "data first in one axis": on_data_first_in_one_axis,
+    "some positions": on_some_positions,
+    "twice": lambda layer, h: layer(layer(h).tanh()),
+    "checkpoint": lambda layer, h: layer(h.detach()) + h,
+    "no gradient": without_gradient,
+}
+PLAIN = {  # without parameters
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "relu in place": lambda h: relu_(h.clone()),
+    "square": lambda h: h.square() / 2,
+    "norm": lambda h: layer_norm(h, (D,)),
+    "attention": lambda h: (h @ h.mT).softmax(-1) @ h,
+    "causal": lambda h: h.cumsum(1) / 2,
+    "next position": lambda h: h.roll(1, 1),
+    "mask": lambda h: h * torch.tensor([1.0, 0.0, 1.0, 1.0], device=h.device).unsqueeze(-1),
+    "one position": lambda h: h[:, 1:2].expand_as(h),
+    "detached centre": lambda h: h - h.mean(0).detach(),
+    "detached": lambda h: h.detach() + h.sin(),
+}
+MEETING = {  # of data
+    "centre": lambda h: h - h.mean(0),
+    "next datum": lambda h: h + h.roll(1, 0),
+    "attention over data": lambda h: (h.flatten(1) @ h.flatten(1).T).softmax(-1) @ h.flatten(1),
+    "earlier data": lambda h: h.cumsum(0),
+    "sorted": lambda h: h.sort(0).values,
+    "transposed": lambda h: h + h.mean(1).cumsum(0).unsqueeze(1),
+    "scaled": lambda h: h / (1 + h.abs().amax()),
+}
+
+
+def slope(layer, h):
+    """The derivative of a layer's output, which is a second use of its weight."""
+    inside = h.detach().requires_grad_()
+    return torch.autograd.grad(layer(inside).tanh().sum(), inside, create_graph=True)[0]
+
+
+USES = {  # of a layer's weight, where no call shows them
+    "function": lambda layer, h: linear(layer(h), layer.weight),
+    "penalty": lambda layer, h: layer(h) + layer.weight.square().sum() / 9,
+    "slope": slope,
+    "reentrant": lambda layer, h: checkpoint(layer, h, use_reentrant=True),
+    "hook": lambda layer, h: _hooked(layer)(h),
+}
+
+
+def _hooked(layer):
+    if not layer.weight._backward_hooks:
+        layer.weight.register_hook(lambda g: 2 * g)
+    return layer
+
+
+READ = {
+    "mean": lambda h: h.mean(1),
+    "first": lambda h: h[:, 0],
+    "last": lambda h: h[:, -1],
+    "flat": lambda h: h.flatten(1),
+}
+
+layer_step = st.tuples(
+    st.just("layer"), st.sampled_from(sorted(LAYERS)), st.sampled_from(sorted(WAYS))
+)
+again = st.tuples(st.just("again"), st.integers(0, 3), st.sampled_from(sorted(WAYS)))
+plain = st.tuples(st.just("plain"), st.sampled_from(sorted(PLAIN)), st.booleans())
+meeting = st.tuples(st.just("meeting"), st.sampled_from(sorted(MEETING)), st.booleans())
+use = st.tuples(st.just("use"), st.integers(0, 3), st.sampled_from(sorted(USES)))
+
+
+def networks(*steps):
+    return st.tuples(
+        st.booleans(), st.lists(st.one_of(steps), max_size=6), st.sampled_from(sorted(READ))
+    )
+
+
+GOOD = networks(layer_step, again, plain)
+ANY = networks(layer_step, again, plain, meeting, use)
+
+
+class Network(Module):
+    """What a list of operations says."""
+
+    def __init__(self, words, steps, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.steps, self.read = steps, READ[read]
+        first = Embedding(WORDS, D) if words else Linear(2, D)
+        made = {str(i): LAYERS[s[1]]() for i, s in enumerate(steps) if s[0] == "layer"}
+        head = Linear(S * D if read == "flat" else D, C)
+        self.layers = ModuleDict({"first": first, **made, "head": head})
+        self.linear = [m for m in made.values() if isinstance(m, Linear)]
+
+    def forward(self, x):
+        h = self.layers["first"](x)
+        for i, (kind, what, how) in enumerate(self.steps):
+            if kind == "layer":
+                h = self._applied(self.layers[str(i)], WAYS[how], h)
+            elif kind == "again" and self.linear:
+                h = self._applied(self.linear[what % len(self.linear)], WAYS[how], h)
+            elif kind == "use" and self.linear:
+                h = USES[how](self.linear[what % len(self.linear)], h)
+            elif kind in ("plain", "meeting"):
+                new = (PLAIN | MEETING)[what](h)
+                h = (new.reshape_as(h) + h) / 2 if how else new.reshape_as(h)
+        return self.layers["head"](self.read(h))
+
+    def _applied(self, layer, way, h):
+        if isinstance(layer, Conv1d):
+            return layer(h.mT).mT
+        return way(layer, h)
+
+
+def is_refused(network):
+    """Whether a network is refused; if not, its blocks are exact."""
+    model = Network(*network)
+    X = torch.randint(WORDS, (N, S)) if network[0] else torch.randn(N, S, 2)
+    data = model, MSELoss(), X, torch.randn(N, C)
+    try:
+        ios = layer_ios(*data)
+    except (ValueError, NotImplementedError):
+        return True
+    whole = ggn(*data)
+    for name, block in diagonal_blocks(model, whole).items():
+        assert (ios[name].block() - block).abs().max() <= 1e-10 * whole.abs().max(), name
+    return False
+
+
+def checked(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@checked(50)
+@given(GOOD)
+def test_networks_of_what_is_covered_are_exact(network):
+    assert not is_refused(network)
+
+
+@checked(50)
+@given(ANY)
+def test_spoiled_networks_are_exact_or_refused(network):
+    is_refused(network)
+
+
+@pytest.mark.slow
+@checked(1000)
+@given(GOOD)
+def test_many_networks_of_what_is_covered_are_exact(network):
+    assert not is_refused(network)
+
+
+@pytest.mark.slow
+@checked(1000)
+@given(ANY)
+def test_many_spoiled_networks_are_exact_or_refused(network):
+    is_refused(network)
+
+
+@pytest.mark.parametrize("kind", ["meeting", "use"])
+def test_every_spoiler_alone_is_refused(kind):
+    """So that the generator does not pass because its spoilers do nothing."""
+    layer = ("layer", "linear", "batch first")
+    for how in MEETING if kind == "meeting" else USES:
+        spoiler = (kind, how, False) if kind == "meeting" else (kind, 0, how)
+        assert is_refused((False, [layer, ("plain", "tanh", False), spoiler], "mean")), how
