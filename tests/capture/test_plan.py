@@ -495,7 +495,7 @@ def test_a_plan_holds_for_other_numbers_of_data_and_positions(name, device):
     [
         lambda device: sequences(device, N, 1),
         lambda device: torch.ones(1, S, D, device=device),
-        lambda device: torch.ones(N, S, D, device=device),
+        lambda device: torch.ones(2, S, D, device=device),
     ],
     ids=["one position", "one datum", "equal rows"],
 )
