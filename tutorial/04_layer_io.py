@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_scratch import curvature
+from kfac_scratch.capture import calls, plan
 from kfac_scratch.capture import hooks as capture
 from kfac_scratch.capture.hooks import layer_ios, stream
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
@@ -326,13 +327,14 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # %% [markdown]
 # ## What ships
 #
-# The package does the same in three pieces. The first is the hook. Three details differ from
-# ours: it appends to a list, as a layer may run several times; it also accepts an input that was
-# passed by name; and it notes the version of the input, a counter that PyTorch increases whenever
-# a tensor is written to. So a later change of the *input* is noticed as well.
+# The package does the same in three pieces. The first is the hook. Four details differ from
+# ours. It appends to a list, as a layer may run several times. It also accepts an input that was
+# passed by name. It notes the version of the input, a counter that PyTorch increases whenever
+# a tensor is written to, so that a later change of the *input* is noticed as well. And it ignores
+# the calls of other threads.
 
 # %% tags=["remove-input"]
-code(capture._record)
+code(calls._record)
 
 # %% [markdown]
 # The second piece sends vectors backward. Recorded outputs that the network's output does not
@@ -584,14 +586,14 @@ with warnings.catch_warnings(record=True) as caught:
 
 
 # %%
-def refused(expected: type[Exception], *arguments, **options) -> None:
+def refused(expected: type[Exception] | tuple, *arguments, **options) -> None:
     """Run a capture that has to fail, and print why it does."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             layer_ios(*arguments, **options)
     except expected as reason:
-        print(textwrap.fill(f"{expected.__name__}: {reason}", width=90), end="\n\n")
+        print(textwrap.fill(f"{type(reason).__name__}: {reason}", width=90), end="\n\n")
     else:
         raise AssertionError("this should have been refused")
 
@@ -605,6 +607,87 @@ refused(NotImplementedError, normalised, nn.MSELoss(), tokens, torch.randn(N, 2,
 transposed = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
 transposed[1].weight = transposed[0].weight  # tied input and output embeddings
 refused(NotImplementedError, transposed, nn.MSELoss(), tokens, torch.randn(N, 2, 6))
+
+# %% [markdown]
+# ## Two checks
+#
+# So far we took two things for granted. In [Theorem 4.1], $f_n$ depends on no datum but $n$. And
+# [(4.3)] is the whole gradient only if the recorded calls are all that the network does with $W$.
+# A layer shows neither. Data may meet each other after it, by a mean over the batch, say. Its weight
+# may be used a second time, by a function that no hook sees. Then the network trains as usual, capture
+# runs as usual, and the block is wrong.
+#
+# The package therefore tries a network before it trusts it, on up to eight data, and only once for
+# every kind of batch:
+#
+# 1. *Data do not meet.* Send vectors to the outputs of half of the data. The rows of the other half must
+#    receive zeros, exactly: what does not depend on an output has derivative zero, without rounding.
+#    Where the batch lies is not assumed. It is the axis that changes between two and three
+#    data, and the zeros tell the order within it.
+# 2. *The calls explain the gradient.* Send a random vector $v$ to all outputs. For every parameter, the
+#    gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls.
+#
+# <div class="admonition theorem" markdown="1" id="thm-4.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 4.2 (the calls explain the gradient)</b></p>
+#
+# Let recorded calls $z_c = W a_c$ be among the uses of $W$ in a network with output $f$, and let $g_c$ be
+# the derivative of $v^\top f$ with respect to $z_c$. If $\partial (v^\top f) / \partial W = \sum_c g_c
+# a_c^\top$ holds for one $v$ that is drawn from a continuous distribution, it holds for all $v$, with
+# probability one.
+#
+# </div>
+#
+# **Proof.** The derivative with respect to $W$ sums over all paths from $W$ to $f$. Sort them by their first
+# edge. Paths that begin at $z_c$ contribute $g_c a_c^\top$, because $g_c$ is the derivative along all paths
+# from $z_c$ on. All other paths are the difference of both sides. It is a linear function of $v$, and a
+# linear function that is not zero is zero on a subspace only, which has probability zero. $\blacksquare$
+#
+# The check is end to end: a mistake in the rows, in the order of positions or in a bias column would make
+# the two sides differ as well. Three networks that train without complaint show what it is for:
+
+
+# %%
+class Uses(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.layer, self.head, self.between = nn.Linear(4, 6), nn.Linear(6, 3), between
+
+    def forward(self, x):
+        return self.head(self.between(self.layer, x).tanh())
+
+
+suspects = {
+    "centred by the batch's mean": lambda layer, x: layer(x) - layer(x).mean(0),
+    "the bias once more": lambda layer, x: layer(x) + layer.bias,
+    "the next datum": lambda layer, x: layer(x) * layer(x).roll(1, 0),
+}
+X = torch.randn(N, 4)
+for name, between in suspects.items():
+    net = Uses(between)
+    wrong = check(capture_by_hand(net, nn.MSELoss(), X, y), net, nn.MSELoss(), X, y)
+    print(f"{name}: without the checks, an error of {wrong['layer']:.2f}")
+    assert wrong["layer"] > 0.1
+    refused((ValueError, NotImplementedError), net, nn.MSELoss(), X, y)
+
+# %% [markdown]
+# What is detached from the gradient is no meeting, and needs no special case. With the mean detached, data
+# influence the rows of others, but no vector crosses over, and the block is exact:
+
+# %%
+detached = Uses(lambda layer, x: layer(x) - layer(x).mean(0).detach())
+exact = check(layer_ios(detached, nn.MSELoss(), X, y), detached, nn.MSELoss(), X, y)
+assert max(exact.values()) <= EXACT
+
+# %% [markdown]
+# Nobody can check what is zero on every datum that is tried, such as a second use behind a gate that is
+# closed for all of them. So the data are spread over the batch. `plan` does both checks and returns what it
+# found: the axis and the order of the data in every call. `layer_ios(..., plan=...)` takes it, and then
+# nothing is tried again. Loops over a data set and the optimizer keep their plans.
+
+# %% tags=["remove-input"]
+code(plan._orders, plan._place, plan._is_apart, plan._check_gradient)
 
 # %% [markdown]
 # ## What capture leaves behind
@@ -804,8 +887,10 @@ assert block[:, -1].abs().max() > 0
 
 # %% [markdown]
 # **The batch is not on axis 0.** Recurrent code often puts time first. Then axis 0 of the layer's
-# input counts positions, and gradients of different data are added up. The package compares with
-# the output's length:
+# input counts positions, and whoever takes it for the batch adds up gradients of different data.
+# Shapes cannot tell if there are as many positions as data, which is a reason to test with sizes that
+# are all different. The package finds the axis by trying. A plan that assumes axis 0 shows what happens
+# without that:
 
 
 # %%
@@ -818,19 +903,15 @@ class TimeFirst(nn.Module):
         return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1).sum(1)
 
 
-time_first = TimeFirst()
-refused(ValueError, time_first, loss, torch.randn(N, 7, 4), y)
-
-# %% [markdown]
-# A comparison of lengths cannot notice it when there are as many positions as data. Then the
-# error is silent, here and in every library that relies on shapes, which is a reason to test with
-# sizes that are all different:
-
-# %%
-square = torch.randn(N, N, 4)
-silent = check(layer_ios(time_first, loss, square, y), time_first, loss, square, y)
-print(f"as many positions as data: error {silent['layer']:.2f}")
+time_first, square = TimeFirst(), torch.randn(N, N, 4)
+y = torch.randint(3, (N,))
+assumed = plan.Plan({"layer": (plan.Place(0, 3, calls.Axis()),)})
+by_assumption = layer_ios(time_first, loss, square, y, plan=assumed)
+silent = check(by_assumption, time_first, loss, square, y)
+print(f"as many positions as data, axis 0 assumed: error {silent['layer']:.2f}")
 assert silent["layer"] > 0.1
+by_trying = layer_ios(time_first, loss, square, y)
+assert max(check(by_trying, time_first, loss, square, y).values()) <= EXACT
 
 # %% [markdown]
 # **Batch normalisation in training mode** breaks the assumption of [Theorem 4.1] that $f_n$
@@ -973,10 +1054,10 @@ gg = io.g @ io.g.mT  # [V, N, S, S]
 assert_exact((gg * (io.a @ io.a.mT)).sum(), io.block().trace())  # 4.3
 assert torch.linalg.matrix_rank(io.gradients()).max() <= 2  # 4.1
 
-calls = [LayerIO(io.a[:, s : s + 1], io.g[:, :, s : s + 1]) for s in range(2)]  # 4.4
-assert largest_error(sum(call.block() for call in calls), io.block()) > 0.1
-crossed = torch.einsum("vnd,vne->de", *(call.gradients().flatten(2) for call in calls))
-assert_exact(sum(call.block() for call in calls) + crossed + crossed.T, io.block())
+parts = [LayerIO(io.a[:, s : s + 1], io.g[:, :, s : s + 1]) for s in range(2)]  # 4.4
+assert largest_error(sum(part.block() for part in parts), io.block()) > 0.1
+crossed = torch.einsum("vnd,vne->de", *(part.gradients().flatten(2) for part in parts))
+assert_exact(sum(part.block() for part in parts) + crossed + crossed.T, io.block())
 
 same_g = LayerIO(io.a, io.g[:, :, :1].expand_as(io.g))  # 4.5
 same_a = LayerIO(io.a[:, :1].expand_as(io.a), io.g)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_scratch
-from kfac_scratch import kfac_over, monte_carlo
+from kfac_scratch import kfac_over, monte_carlo, plan
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.linalg import _symmetric_product, gram
 from kfac_scratch.show import code
@@ -104,7 +104,9 @@ for V in (1, 3):
     narrow = [20, 16, 12, 5]
     model, X, y = chain(narrow, R=32)
     needs = operations(narrow, 32, V)
-    count = counted(kfac_over, model, loss, [(X, y)], monte_carlo(V), progress=False)
+    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 4
+    data = [(X, y)]
+    count = counted(kfac_over, model, loss, data, monte_carlo(V), progress=False, plan=tried)
     print(
         f"V = {V}: counted {count}, forward {needs['forward']}, backward {needs['backward']}, ",
         end="",

@@ -1,4 +1,4 @@
-"""The calls of layers in one forward pass, and where the data are in what a layer gets.
+"""The calls of layers in one forward pass, and where the samples are in what a layer gets.
 
 Forward hooks record what enters each layer and what leaves it. A hook records the calls of its own
 thread only, and it comes before the user's own hooks, so that what these make of an output counts
@@ -31,11 +31,11 @@ from kfac_scratch.one_hot import OneHot
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the data are in a layer's input and output.
+    """The place of the samples in a layer's input and output.
 
-    Axis `axis` has `outer * N * inner` entries, in this order: `inner` neighbours belong to one
-    datum, and every datum has `outer` such runs. Rows of a batch first have `inner` alone, as
-    frames `[N * T, C, H, W]` of films have; `outer` alone is that of positions first, `[S * N, d]`.
+    Axis `axis` has `outer * N * inner` entries: `inner` neighbours belong to one sample, and every
+    sample has `outer` such runs. Frames `[N * T, C, H, W]` of films have `inner = T`; positions
+    that come first, `[S * N, d]`, have `outer = S`.
     """
 
     axis: int = 0
@@ -46,11 +46,11 @@ class Axis:
         """This axis before the others, which begin at `start`."""
         return x if self.axis == 0 else x.movedim(start + self.axis, start)
 
-    def by_datum(self, rows: Tensor, at: int) -> Tensor:
+    def by_sample(self, rows: Tensor, at: int) -> Tensor:
         """Rows `[..., outer * N * inner, S, d]` as `[..., N, outer * inner * S, d]`.
 
         Args:
-            rows: The axis of the data is number `at`, and that of the positions the next.
+            rows: The axis of the samples is number `at`, and that of the positions the next.
             at: Its number.
         """
         if self.outer * self.inner == 1:
@@ -68,7 +68,7 @@ class Call:
         x: Its input.
         version: That of `x` when the layer read it.
         z: Its output.
-        axis: Where the data are.
+        axis: Where the samples are.
     """
 
     layer: Layer
@@ -79,35 +79,35 @@ class Call:
 
     @property
     def leading(self) -> range:
-        """Axes of the output whose entries are rows; the data are in one of them."""
+        """Axes of the output whose entries are rows; the samples are in one of them."""
         return range(1 if isinstance(self.layer, Convolution) else self.z.ndim - 1)
 
     @property
     def positions(self) -> int:
-        """The number of positions of every datum."""
+        """The number of positions of every sample."""
         z = self.axis.in_front(self.z)
         return self.axis.outer * self.axis.inner * positions(self.layer, z)
 
     def rows(self, ends: Sequence[float] = ()) -> Float[Tensor, "groups N S d_in"]:
-        """`input_rows` by datum."""
+        """`input_rows` by sample."""
         rows = input_rows(self.layer, self.axis.in_front(self.x), ends)
-        return self.axis.by_datum(rows, 1)
+        return self.axis.by_sample(rows, 1)
 
     def one_hot_rows(self) -> OneHot:
         """`rows` of an embedding, not formed."""
         rows = one_hot_rows(cast(Embedding, self.layer), self.axis.in_front(self.x))
-        columns = self.axis.by_datum(rows.columns.unsqueeze(-1), 0).squeeze(-1)
+        columns = self.axis.by_sample(rows.columns.unsqueeze(-1), 0).squeeze(-1)
         return OneHot(columns, rows.shape[-1], rows.dtype)
 
     def averaged_rows(self) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
         """The mean of `rows` over positions, and how many there are."""
         rows, S = averaged_rows(self.layer, self.axis.in_front(self.x))
-        rows = self.axis.by_datum(rows, 1)
+        rows = self.axis.by_sample(rows, 1)
         return rows.mean(2, keepdim=True) if rows.shape[2] > 1 else rows, S * rows.shape[2]
 
     def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "groups V N S d_out"]:
         """Vectors at the output, in the order of `rows`."""
-        return self.axis.by_datum(output_rows(self.layer, self.axis.in_front(g, 1)), 2)
+        return self.axis.by_sample(output_rows(self.layer, self.axis.in_front(g, 1)), 2)
 
 
 Calls = dict[str, list[Call]]

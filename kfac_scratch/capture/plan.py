@@ -1,13 +1,13 @@
-r"""Where the data are in every layer, and two checks that what capture gives is exact.
+r"""Plans: the place of the samples in every layer, and two checks that capture is exact.
 
-A backward pass gives every datum's own gradient only if the data do not meet: vectors that are sent
-to one datum's output must reach that datum's rows and no other. And rows and vectors are all of a
+A backward pass gives every sample's own gradient only if the samples do not meet: a vector at one
+sample's output must reach that sample's rows and no other. Rows and vectors are all of a
 parameter's gradient only if the recorded calls are its only uses. Neither can be read off a model's
-layers, so both are tried, on a few of the data:
+layers. So both are tried, on a few of the samples:
 
-1. *The axis of the data* has two thirds as many entries for two data as for three, and no other
-   axis changes. Vectors for half of the data say in which order the data lie in it: where these
-   vectors are zero, exactly, is the other half. If no order has this, the data are not independent.
+1. *The axis of the samples* has two thirds as many entries for two samples as for three, and no
+   other axis changes. Vectors at the outputs of one half of the samples tell the order of the axis:
+   at the rows of the other half, they are zero, exactly. If no order has this, samples meet.
 2. *The gradient is explained.* For a random vector $v$ and every parameter $W$,
    $\partial (v^\top f) / \partial W = \sum_s g_s a_s^\top$, where the sum is over the recorded
    calls. Split every path from $W$ to $f$ by its first edge: those that begin at a recorded call
@@ -15,7 +15,7 @@ layers, so both are tried, on a few of the data:
    others are the difference of both sides. It is linear in $v$, so that a random $v$ misses it
    with probability zero. Rows, axes, biases and the order of columns are checked with it.
 
-What is zero on the tried data is not seen, such as a use behind a gate that is closed for all of
+What is zero on the tried samples is not seen, such as a use behind a gate that is closed for all of
 them. They are up to eight, spread over the batch.
 
 Source: curvlinops checks that every path from a parameter in a traced graph is one that it knows.
@@ -49,19 +49,19 @@ from kfac_scratch.capture.refusals import (
 )
 from kfac_scratch.one_hot import OneHot
 
-MOST = 8  # data that are tried
+MOST = 8  # samples that are tried
 
 
 @dataclass(frozen=True)
 class Place:
-    """A call in a plan: which layer of its group, the axes of its output, and where the data are.
+    """A call in a plan: its layer, the axes of its output, and the place of the samples.
 
     Attributes:
         layer: Its number in the group.
         ndim: The number of axes of its output.
-        axis: Where the data are, with as many positions as the tried data had.
-        off: How far the inputs of two data are from those of the same two among three.
-        several: Whether the tried data fit other orders, too, because they are all alike.
+        axis: Where the samples are, with as many positions as the tried samples had.
+        off: How far the inputs of two samples are from those of the same two among three.
+        several: Whether the tried samples fit other orders, too, because they are all alike.
     """
 
     layer: int
@@ -73,7 +73,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the data are in every layer of a model, for batches of one kind.
+    """The place of the samples in every layer of a model, for batches of one kind.
 
     Use it where `layer_ios` is called for one model again and again: `layer_ios(..., plan=plan)`
     tries nothing. Not for another kind of batch, with other calls of layers: that is refused.
@@ -87,7 +87,7 @@ class Plan:
     places: Mapping[str, tuple[Place, ...]]
 
     def located(self, groups: list[LayerGroup], calls: Calls, N: int) -> Calls:
-        """The calls of a batch, each with the axis of its data.
+        """The calls of a batch, each with the axis of its samples.
 
         Raises:
             ValueError: If they are not those of the plan.
@@ -111,7 +111,7 @@ class Plans:
     Use it where batches differ in kind, say in their lengths. Not for a single batch.
 
     Cost: that of `plan` for a batch of a new kind. A kind is the shapes and dtypes of the inputs
-    but for the number of data, the modes of all modules, the trainable parameters, and autocast.
+    but for the number of samples, the modes of all modules, the trainable parameters, and autocast.
     """
 
     def __init__(self) -> None:
@@ -130,26 +130,26 @@ class Plans:
 
 
 def plan(model: Module, X: Any, *, layers: Collection[str] | None = None) -> Plan:
-    """Try a model on few of the data, find where the data are in its layers, and check both.
+    """Try a model on few of the samples, find where the samples are in its layers, and check both.
 
     Use it before a loop of your own over `layer_ios`. Not before `over_loader` and not for the
     optimizer `KFAC`, which keep plans of their own, and not for a single batch: without a plan,
     `layer_ios` makes one.
 
     Law: with a plan, `layer_ios` gives exactly what it gives without.
-    Cost: forward passes with two, with three and with up to eight of the data, and two reverse
+    Cost: forward passes with two, with three and with up to eight of the samples, and two reverse
     passes. Buffers and sources of randomness are as before.
 
     Args:
         model: Any module; axis 0 of its output is the batch.
         X: The model's input: a tensor with the batch on axis 0, or lists, tuples, dictionaries and
-            dataclasses with such tensors. The first tensor says how many data there are, and all
+            dataclasses with such tensors. The first tensor says how many samples there are, and all
             tensors of that length are cut.
         layers: Names of the layers to cover. Default: all supported ones.
 
     Raises:
-        ValueError: If the data are not independent, the model does not run on two and three of
-            them, or has a layer that all data share: each names the layer and the way out.
+        ValueError: If the samples are not independent, the model does not run on two and three of
+            them, or has a layer that all samples share: each names the layer and the way out.
         NotImplementedError: If a parameter is used in a way that no call of a layer explains.
     """
     check_instance("model", model, Module, "nn.Sequential(...)")
@@ -160,7 +160,7 @@ def plan(model: Module, X: Any, *, layers: Collection[str] | None = None) -> Pla
 
 def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
     """`plan`, for the groups of layers of a model that was checked."""
-    N = number_of_data(X)
+    N = number_of_samples(X)
     most = min(max(N, 2), MOST)
     spread = [i * (N - 1) // (most - 1) for i in range(most)]
     chosen = {2: [0, N - 1], 3: [0, N - 1, N // 2], most: spread}
@@ -170,7 +170,7 @@ def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
         return _checked(groups, *runs[most], places)
 
 
-def number_of_data(X: Any) -> int:
+def number_of_samples(X: Any) -> int:
     """The length of the first tensor in a model's input.
 
     Raises:
@@ -181,12 +181,12 @@ def number_of_data(X: Any) -> int:
             return len(x)
     raise ValueError(
         f"X is a {type(X).__name__} without a tensor that has the batch on axis 0, so the model "
-        "cannot be tried on two and three of the data: pass a tensor, or lists, tuples, "
+        "cannot be tried on two and three of the samples: pass a tensor, or lists, tuples, "
         "dictionaries and dataclasses of tensors."
     )
 
 
-# ---- few of the data ---------------------------------------------------------------------------
+# ---- few of the samples ------------------------------------------------------------------------
 
 
 def _small_run(model: Module, X: Any, groups: list[LayerGroup], n: int) -> tuple[Tensor, Calls]:
@@ -194,7 +194,7 @@ def _small_run(model: Module, X: Any, groups: list[LayerGroup], n: int) -> tuple
         f, calls = recorded(model, X, groups)
     if len(check_output(f)) != n:
         raise ValueError(
-            f"For {n} of the data, the model's output has shape {tuple(f.shape)}: axis 0 of the "
+            f"For {n} of the samples, the model's output has shape {tuple(f.shape)}: axis 0 of the "
             "input and of the output must be the batch."
         )
     check_calls(f, groups, calls)
@@ -217,7 +217,7 @@ def _tensors(X: Any) -> Iterator[Tensor]:
 
 
 def _cut(X: Any, N: int, chosen: list[int]) -> Any:
-    """Some of the data, from all tensors of their number."""
+    """Some of the samples, from all tensors of their number."""
     if isinstance(X, Tensor):
         return X.detach()[chosen] if X.ndim > 0 and len(X) == N else X
     if is_dataclass(X) and not isinstance(X, type):
@@ -254,7 +254,7 @@ def _untouched(model: Module) -> Iterator[None]:
 def _kind(model: Module, X: Any, groups: list[LayerGroup]) -> Hashable:
     """What must be the same for a plan to hold."""
     tensors = list(_tensors(X))
-    N = number_of_data(X)
+    N = number_of_samples(X)
     return (
         tuple((x.shape[1:] if len(x) == N else x.shape, x.dtype) for x in tensors if x.ndim),
         tuple((type(module), module.training) for module in model.modules()),
@@ -268,7 +268,7 @@ def _kind(model: Module, X: Any, groups: list[LayerGroup]) -> Hashable:
 
 
 def _places(groups: list[LayerGroup], two: Calls, three: Calls) -> dict[str, list[list[Place]]]:
-    """Where the data may be in every call, from its sizes for two and three data.
+    """Where the samples may be in every call, from its sizes for two and three samples.
 
     There is one place for each order of the axis, in the order of how well the inputs of both fit.
     """
@@ -276,7 +276,7 @@ def _places(groups: list[LayerGroup], two: Calls, three: Calls) -> dict[str, lis
     for group in groups:
         kinds = [[_kind_of(group, call) for call in calls[group.name]] for calls in (two, three)]
         if kinds[0] != kinds[1]:
-            raise ValueError(apart(group, "is called otherwise with two data than with three"))
+            raise ValueError(apart(group, "is called otherwise with two samples than with three"))
         pairs = zip(two[group.name], three[group.name], strict=True)
         places[group.name] = [_orders(group, *pair) for pair in pairs]
     return places
@@ -292,7 +292,9 @@ def _checked(
     for group in groups:
         here, orders = calls[group.name], places[group.name]
         if [(o[0].layer, o[0].ndim) for o in orders] != [_kind_of(group, c) for c in here]:
-            raise ValueError(apart(group, f"is called otherwise with two data than with {len(f)}"))
+            raise ValueError(
+                apart(group, f"is called otherwise with two samples than with {len(f)}")
+            )
         found[group.name] = tuple(
             _place(group, *of_call, half.to(f.device))
             for of_call in zip(orders, here, gs[group.name], strict=True)
@@ -313,7 +315,7 @@ def _sent_to_halves(
 
     Returns:
         For every group's calls a tensor `[2, *z.shape]`: what is sent to the outputs of one half of
-        the data, and to those of the other. By name, the gradient of every parameter for both.
+        the samples, and to those of the other. By name, the gradient of every parameter for both.
     """
     v = torch.randn(f.shape, generator=_seeded(), device="cpu", dtype=torch.float32).to(f)
     outputs = [call.z for group in groups for call in calls[group.name]]
@@ -349,50 +351,50 @@ def _kind_of(group: LayerGroup, call: Call) -> tuple[int, int]:
 
 
 def _orders(group: LayerGroup, two: Call, three: Call) -> list[Place]:
-    """All orders that the data may have in a call, from the sizes for two and three data."""
+    """All orders that the samples may have in a call, from the sizes for two and three samples."""
     sizes = [(two.z.shape[i], three.z.shape[i]) for i in two.leading]
     changing = [i for i, (a, b) in enumerate(sizes) if a != b]
     if not changing:
-        raise ValueError(apart(group, "has an output of the same shape for any number of data"))
+        raise ValueError(apart(group, "has an output of the same shape for any number of samples"))
     axis = changing[0]
     k = sizes[axis][0] // 2
     if len(changing) > 1 or sizes[axis] != (2 * k, 3 * k):
         raise ValueError(
-            apart(group, f"has no axis for the data: from two to three, its sizes are {sizes}")
+            apart(group, f"has no axis for the samples: from two to three, its sizes are {sizes}")
         )
     orders = [Axis(axis, k // inner, inner) for inner in range(1, k + 1) if k % inner == 0]
     return [Place(*_kind_of(group, two), o, _disagreement(o, two, three)) for o in orders]
 
 
 def _disagreement(axis: Axis, two: Call, three: Call) -> float:
-    """How far the inputs of the first two data differ, in one order, between both runs.
+    """How far the inputs of the first two samples differ, in one order, between both runs.
 
     It decides if the vectors are zero at so many rows that several orders fit.
     """
     a, b = (axis.in_front(c.x) for c in (two, three))
-    a, b = (axis.by_datum(x.reshape(len(x), 1, -1), 0)[:2].double() for x in (a, b))
+    a, b = (axis.by_sample(x.reshape(len(x), 1, -1), 0)[:2].double() for x in (a, b))
     return float((a - b).abs().sum()) if a.shape == b.shape else math.inf
 
 
 def _place(
     group: LayerGroup, orders: list[Place], call: Call, g: Tensor, half: Bool[Tensor, "N"]
 ) -> Place:
-    """The order in which the vectors for one half of the data are zero at the other half."""
+    """The order in which the vectors for one half of the samples are zero at the other half."""
     axis, N = orders[0].axis, len(half)
     if call.z.shape[axis.axis] != axis.outer * N * axis.inner:
-        raise ValueError(apart(group, f"has other positions for two data than for {N}"))
+        raise ValueError(apart(group, f"has other positions for two samples than for {N}"))
     fitting = [place for place in orders if _is_apart(place.axis, g, half)]
     if not fitting:
-        raise ValueError(apart(group, "gets vectors of one datum at the rows of another"))
+        raise ValueError(apart(group, "gets vectors of one sample at the rows of another"))
     best = min(place.off for place in fitting)
     places = [place for place in fitting if place.off == best]
     return replace(places[0], several=len(places) > 1)
 
 
 def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, "N"]) -> bool:
-    """Whether vectors for each half of the data are zero at the other half, exactly."""
-    by_datum = axis.by_datum(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
-    return not (by_datum[0, ~half].any() or by_datum[1, half].any())
+    """Whether vectors for each half of the samples are zero at the other half, exactly."""
+    by_sample = axis.by_sample(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
+    return not (by_sample[0, ~half].any() or by_sample[1, half].any())
 
 
 def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:
@@ -401,10 +403,10 @@ def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:
     k = axis.outer * axis.inner
     here = size // max(N, 1)
     if size != here * N or (here != k and axis.outer > 1 and axis.inner > 1):
-        raise ValueError(unlike(group, f"has {size} entries on axis {axis.axis} for {N} data"))
+        raise ValueError(unlike(group, f"has {size} entries on axis {axis.axis} for {N} samples"))
     if N > 1 and here > 1 and (place.several or k == 1):
         raise ValueError(
-            unlike(group, f"has {here} rows of every datum, in an order that cannot be told")
+            unlike(group, f"has {here} rows of every sample, in an order that cannot be told")
         )
     outer = axis.inner == 1
     if here == k:

@@ -75,24 +75,24 @@ def check_calls(f: Tensor, groups: list[LayerGroup], calls: Calls) -> None:
 
 @contextmanager
 def check_small_run(n: int) -> Iterator[None]:
-    """Say why the model was run on few of the data, if it fails there."""
+    """Say why the model was run on few of the samples, if it fails there."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"The model fails on {n} of the data alone ({type(error).__name__}: {error}), though "
-            "not on the whole batch, so that they are not independent, or axis 0 of its input is "
-            "not the batch. Capture tries every model on two and three of the data; with "
+            f"The model fails on {n} of the samples alone ({type(error).__name__}: {error}), but "
+            "not on the whole batch: the samples meet each other, or axis 0 of its input is not "
+            "the batch. Capture tries every model on two and three of the samples; with "
             "plan=plan(model, X) it is tried on those of another X."
         ) from error
 
 
 def apart(group: LayerGroup, what: str) -> str:
-    """Why the data are not apart in a layer, and the way out."""
+    """Why the samples are not apart in a layer, and the way out."""
     return (
-        f"{_kind(group)} {what}, so that no datum has rows and vectors of its own there: the data "
+        f"{_kind(group)} {what}, so that no sample has rows and vectors of its own there. Samples "
         "meet each other, or axis 0 of the model's input and output is not the batch. Leave the "
-        "layer out with layers=[...], or give every datum its own."
+        "layer out with layers=[...], or give every sample its own."
     )
 
 
@@ -100,7 +100,7 @@ def unlike(group: LayerGroup, what: str) -> str:
     """Why a plan does not hold for a batch, and the way out."""
     return (
         f"{_kind(group)} {what}, which is not what the plan says: make one for this kind of batch "
-        "with plan(model, X), from data that differ from each other."
+        "with plan(model, X), from samples that differ from each other."
     )
 
 

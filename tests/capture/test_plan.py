@@ -282,7 +282,10 @@ def hooked():
     return modules
 
 
-MEET, OTHERWISE = (ValueError, "'a'.*no datum"), (NotImplementedError, r"'a\.(weight|bias)' is not")
+MEET, OTHERWISE = (
+    (ValueError, "'a'.*no sample"),
+    (NotImplementedError, r"'a\.(weight|bias)' is not"),
+)
 BAD = {
     "centred": (lambda m, x: m.b((m.a(x) - m.a(x).mean(0)).tanh()), two, vectors, MEET),
     "batch statistics": (
@@ -328,13 +331,13 @@ BAD = {
         lambda m, x: m.b(m.a(x.T).T.tanh()),
         lambda: two(Linear(N, N)),
         vectors,
-        (ValueError, "fails on 2 of the data alone"),
+        (ValueError, "fails on 2 of the samples alone"),
     ),
     "a graph of fixed size": (
         lambda m, x: m.b(torch.eye(N, device=x.device).roll(1, 0) @ m.a(x)),
         two,
         vectors,
-        (ValueError, "fails on 2 of the data alone"),
+        (ValueError, "fails on 2 of the samples alone"),
     ),
     "second derivatives": (double_backward, two, vectors, OTHERWISE),
     "a bias in a function": (lambda m, x: m.b((m.a(x) + m.a.bias).tanh()), two, vectors, OTHERWISE),
@@ -361,19 +364,19 @@ BAD = {
         lambda m, x: m.b(m.a(x).tanh().mean(0, keepdim=True)),
         two,
         vectors,
-        (ValueError, r"For 2 of the data.*shape \(1, 2\)"),
+        (ValueError, r"For 2 of the samples.*shape \(1, 2\)"),
     ),
     "other calls for other numbers of data": (
         lambda m, x: m.b(m.a(m.a(x)) if len(x) == 2 else m.a(x)),
         two,
         vectors,
-        (ValueError, "'a'.*called otherwise with two data"),
+        (ValueError, "'a'.*called otherwise with two samples"),
     ),
     "other calls for a large batch": (
         lambda m, x: m.b(m.a(m.a(x)) if len(x) > 3 else m.a(x)),
         two,
         vectors,
-        (ValueError, "'a'.*called otherwise with two data than with 5"),
+        (ValueError, "'a'.*called otherwise with two samples than with 5"),
     ),
     "other calls for a larger batch than is tried": (
         lambda m, x: m.b(m.a(m.a(x)) if len(x) > 8 else m.a(x)),
@@ -387,7 +390,7 @@ BAD = {
         ),
         two,
         vectors,
-        (ValueError, "'a'.*has other positions for two data than for 5"),
+        (ValueError, "'a'.*has other positions for two samples than for 5"),
     ),
 }
 

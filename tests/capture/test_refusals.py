@@ -70,7 +70,7 @@ def test_a_convolution_without_a_batch_axis_is_refused():
         def forward(self, x):
             return self[0](x[:, 0])
 
-    with pytest.raises(ValueError, match=r"fails on 2 of the data alone.*axis 0"):
+    with pytest.raises(ValueError, match=r"fails on 2 of the samples alone.*axis 0"):
         layer_ios(Single(Conv1d(N, N, 1)), MSELoss(), torch.randn(N, 1, 7), torch.randn(N, 7))
 
 
