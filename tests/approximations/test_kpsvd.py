@@ -98,7 +98,7 @@ def test_both_ways_to_a_sum_agree(S, dtype, device):
 # ---- orders -----------------------------------------------------------------------------------
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @SHARED
 def test_errors_of_kpsvd_and_kfac_are_ordered(S, device):
     for seed in range(100 if S == 1 else 20):

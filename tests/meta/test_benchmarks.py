@@ -335,7 +335,7 @@ def mebibytes(count: int):
     return (lambda: torch.ones(8)), (lambda: torch.ones(count, 2**20, dtype=torch.uint8))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_run_in_a_process_of_its_own():
     assert peak(mebibytes, 40, device=CPU) == pytest.approx(40, abs=2)
     assert "RuntimeError" in peak(mebibytes, 4000, device=CPU, most=1000)
@@ -510,7 +510,7 @@ def test_stored_defaults_hold_every_task_with_bounds_from_tuned_steps():
 
 
 @pytest.mark.parametrize(
-    "name", ["T2", "T4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("T1", "T3"))]
+    "name", ["T2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("T1", "T3", "T4"))]
 )
 def test_bare_defaults_reach_the_target_in_less_than_one_and_a_half_tuned_steps(name):
     tuned = tuned_steps(name, {})

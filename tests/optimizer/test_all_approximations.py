@@ -133,7 +133,6 @@ def test_with_one_position_both_views_are_the_same_for_every_approximation(name,
         check_equal(reduce.matrices[key].dense(), M.dense())
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("name", VARIANTS)
 def test_checkpoint_restores_matrices_and_inverses(name, device):
     optimizer, _ = trained(VARIANTS[name], device, 4)

@@ -533,7 +533,7 @@ def run(optimizer, steps):
         take(optimizer, *token_data(seed=seed))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_resumes_bit_for_bit_in_another_process(tmp_path):
     for name in RESUMABLE:
         half = resumable(name)
