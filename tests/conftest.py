@@ -8,13 +8,26 @@ from jaxtyping import install_import_hook
 
 from tests import second_device
 
-install_import_hook("kfac_scratch", "beartype.beartype")
-
 torch.backends.cudnn.allow_tf32 = False  # float32 tests mean float32
 torch.set_num_threads(1)  # faster than many for matrices of this size
 MISSING = second_device.why_missing()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DEVICES += [] if MISSING else [second_device.NAME]
+
+
+def pytest_configure(config):
+    """Check every annotation of the package, except in the quick tier: half of its time."""
+    if not _quick(config):
+        install_import_hook("kfac_scratch", "beartype.beartype")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The oracle's own tests are long: the quick tier need not even read them."""
+    return True if _quick(config) and collection_path.name == "conformance" else None
+
+
+def _quick(config):
+    return config.option.markexpr == "quick"
 
 
 def pytest_report_header():

@@ -60,6 +60,7 @@ def test_a_batch_is_its_parts(device):
     check_equal(parts[0].block() + parts[1].block(), io.block())
 
 
+@pytest.mark.long  # annotations are not checked in the quick tier
 def test_shapes_must_fit():
     with pytest.raises(TypeCheckError):
         LayerIO(torch.randn(N, S, D_IN), torch.randn(V, N + 1, S, D_OUT))

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from kfac_scratch import layer_ios
 from kfac_scratch.curvature import diagonal_blocks, ggn
 
+pytestmark = pytest.mark.long
+
 N, S, D, C, WORDS = 4, 4, 3, 2, 5  # N = S, so that no size tells data from positions
 LAYERS = {
     "linear": lambda: Linear(D, D),

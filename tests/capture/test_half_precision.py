@@ -21,6 +21,8 @@ from kfac_scratch import (
 )
 from tests.laws import check_differs, check_equal
 
+pytestmark = pytest.mark.long
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 NETS = {
     "mlp": (lambda: Sequential(Linear(7, 5), Tanh(), Linear(5, 3)), (7,)),

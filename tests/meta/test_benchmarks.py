@@ -39,6 +39,8 @@ from benchmarks.variants import VARIANTS
 from kfac_scratch import EXPAND, KFAC, REDUCE, layer_ios, monte_carlo
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 
+pytestmark = pytest.mark.long
+
 SPACE = {"lr": Log(1e-3, 1e-1), "mode": Choice(("a", "b", "c"))}
 
 

@@ -43,6 +43,8 @@ from kfac_scratch.optimizer.observed import shares
 from kfac_scratch.optimizer.step_control import Batch
 from tests.laws import check_differs, check_equal
 
+pytestmark = pytest.mark.long
+
 APPROXIMATIONS = {
     "kfac": kfac,
     "amortised": AmortisedEKFAC(2),
