@@ -26,7 +26,8 @@ LEFT_OUT = (
     ".venv",
     "*.egg-info",
     "__pycache__",
-    ".*_cache",
+    ".pytest_cache",
+    ".ruff_cache",  # but not the cache of mypy, which would take a minute to make anew
     "build",
     "dist",
 )
