@@ -319,10 +319,10 @@ def _sent_to_halves(
     """
     v = torch.randn(f.shape, generator=_seeded(), device="cpu", dtype=torch.float32).to(f)
     outputs = [call.z for group in groups for call in calls[group.name]]
-    parameters = {name: p for group in groups for name, p in _parameters(group).items()}
+    parameters = {name: p for group in groups for name, p in trainable_parameters(group).items()}
     ends, sent = [*outputs, *parameters.values()], []
     for part in (half, ~half):
-        sent.append(_gradients(f, ends, v * part.view(-1, *[1] * (f.ndim - 1))))
+        sent.append(derivatives(f, ends, v * part.view(-1, *[1] * (f.ndim - 1))))
     pairs = iter([torch.stack([sent[0].pop(0), sent[1].pop(0)]) for _ in outputs])
     gs = {group.name: [next(pairs) for _ in calls[group.name]] for group in groups}
     gradients = [a + b for a, b in zip(*sent, strict=True)]
@@ -333,15 +333,19 @@ def _seeded() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
 
-def _gradients(f: Tensor, ends: list[Tensor], v: Tensor) -> list[Tensor]:
-    """What a vector is at some tensors: zero at those that it does not reach."""
+def derivatives(f: Tensor, ends: list[Tensor], v: Tensor) -> list[Tensor]:
+    """The derivative of `(v * f).sum()` by some tensors: zero where `f` does not depend on one.
+
+    Cost: a reverse pass. The graph is kept.
+    """
     reached = [t for t in ends if t.requires_grad]
     grads = torch.autograd.grad(f, reached, v, retain_graph=True, allow_unused=True)
     found = {id(t): g for t, g in zip(reached, grads, strict=True)}
     return [torch.zeros_like(t) if found.get(id(t)) is None else found[id(t)] for t in ends]
 
 
-def _parameters(group: LayerGroup) -> dict[str, Tensor]:
+def trainable_parameters(group: LayerGroup) -> dict[str, Tensor]:
+    """The parameters of a group of layers that have a block, by name."""
     weight = {} if group.weight is None else {group.weight: group.layers[0].weight}
     return weight | group.biases
 
@@ -423,11 +427,34 @@ def _check_gradient(
     """Compare the gradient of every parameter with the sum over recorded calls."""
     rows = EXPAND.inputs(group, calls)  # [N, S, d_in] for every matrix of the group
     vectors = EXPAND.outputs(calls, gs)[:, 0].to(rows[0].dtype)  # [groups, N, S, d_out]
-    explained = group.parameters([_outer(g, a) for g, a in zip(vectors, rows, strict=True)])
-    bound = max(_bound(g, a) for g, a in zip(vectors, rows, strict=True))
     dtypes = [t.dtype for c in calls for t in (c.x, c.z) if t.is_floating_point()]
-    eps = max(torch.finfo(t).eps for t in (*dtypes, group.layers[0].weight.dtype))
-    for name, value in explained.items():
+    check_sums(group, rows, list(vectors), gradients, dtypes)
+
+
+def check_sums(
+    group: LayerGroup,
+    rows: list[Tensor],
+    vectors: list[Tensor],
+    gradients: Mapping[str, Tensor],
+    dtypes: list[torch.dtype],
+) -> None:
+    """Refuse a group of layers whose gradients are not the sums of `g a^T` over their rows.
+
+    Args:
+        group: The layers.
+        rows: For each of their matrices what enters it, `[N, S, d_in]`.
+        vectors: What comes back to it, `[N, S, d_out]`.
+        gradients: By name, the gradient of every parameter by autodiff.
+        dtypes: The precisions of what was computed on the way; the coarsest counts.
+
+    Raises:
+        NotImplementedError: Naming the parameter, its layers and the way out.
+    """
+    pairs = list(zip(vectors, rows, strict=True))
+    sums = group.parameters([_outer(g, a) for g, a in pairs])
+    bound = max(_bound(g, a) for g, a in pairs)
+    eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, group.layers[0].weight.dtype))
+    for name, value in sums.items():
         off = float((gradients[name] - value).abs().max())
         check_explained(group, name, off, eps**0.5 * bound)
 

@@ -16,19 +16,21 @@ block is the exact Gauss-Newton block, and *every* approximation of this package
 Source: Dangel, Müller and Zeinhofer 2024 (arXiv:2405.15603), §3.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.border import check_function, check_instance
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
+from kfac_scratch.capture.plan import check_sums, derivatives, trainable_parameters
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
 from kfac_scratch.taylor.faa_di_bruno import Multiset
@@ -150,9 +152,12 @@ def linearize(
             cache are faster. Default: all.
 
     Raises:
-        ValueError: If a residual has a wrong shape, is not finite or ignores a derivative that was
-            declared for it; if a layer never runs; if a trainable parameter is in no layer.
-        NotImplementedError: If the network calls a function that has no rule.
+        ValueError: If a residual has a wrong shape, is not finite, ignores a derivative that was
+            declared for it, or depends on the field at other points; if a layer never runs; if a
+            trainable parameter is in no layer.
+        NotImplementedError: If the network calls a function that has no rule, or uses a parameter
+            where no call of its layer explains it. That is tried on up to eight points, once for
+            each kind of network and expansion.
     """
     check_terms(terms)
     groups = layer_groups(model)
@@ -162,6 +167,8 @@ def linearize(
             "them: freeze them with requires_grad_(False)."
         )
     with torch.enable_grad():
+        for term in terms:
+            _check_once(model, groups, term)
         return [[_linearized(model, groups, *pair) for pair in _parts(t, chunk)] for t in terms]
 
 
@@ -221,9 +228,69 @@ def _operator(part: Term, c: Float[Tensor, "N S k"]) -> tuple[Tensor, Float[Tens
                 f"The residual ignores {part.expansion.names[s]} (a tuple: a derivative, a number: "
                 "a sum), which the expansion computes only for it: declare a smaller expansion."
             )
+    _check_apart(r, leaves)
     zero = torch.zeros_like(c[:, 0])
     slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]
     return r.detach(), torch.stack(slopes)
+
+
+def _check_apart(r: Float[Tensor, "N M"], leaves: list[Tensor]) -> None:
+    """Refuse residuals that depend on the field at other points than their own.
+
+    What is sent to the residuals of one half of the points must be zero, exactly, at the other.
+    """
+    if not r.requires_grad:
+        return
+    half = _random_half(len(r), r.device)
+    sent = torch.autograd.grad(
+        r, leaves, torch.ones_like(r) * half.unsqueeze(1), retain_graph=True, allow_unused=True
+    )
+    if any(bool(g[~half].any()) for g in sent if g is not None):
+        raise ValueError(
+            "A residual depends on the field at other points than its own, as u.value.mean() does, "
+            "so that it has no Jacobian point by point: make it a function of each point alone."
+        )
+
+
+def _random_half(N: int, device: torch.device) -> Bool[Tensor, "N"]:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (torch.randperm(N, generator=generator, device="cpu") < N // 2).to(device)
+
+
+def _random_like(x: Tensor) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float32).to(x)
+
+
+CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
+"""For every network, with which layers, parameters and expansions it was checked."""
+
+
+def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
+    """Check that the recorded calls explain the gradient of every parameter, see `capture.plan`.
+
+    It is tried on few points, once for each kind of network and expansion.
+    """
+    kind = (
+        tuple(type(module) for module in model.modules()),
+        tuple((group.name, group.parameter_names) for group in groups),
+        type(term.expansion),
+    )
+    known = CHECKED.setdefault(model, set())
+    if kind in known:
+        return
+    few = slice(0, 8)
+    part = replace(term, X=term.X[few], expansion=term.expansion.part(few))
+    c, calls = _forward(model, groups, part)
+    parameters = {name: p for group in groups for name, p in trainable_parameters(group).items()}
+    outputs = [z for group in groups for _, z in calls[group.name]]
+    sent = iter(derivatives(c, [*outputs, *parameters.values()], _random_like(c)))
+    gs = {group.name: _cat([next(sent) for _ in calls[group.name]], 1) for group in groups}
+    gradients = dict(zip(parameters, sent, strict=True))
+    for group in groups:
+        rows = _cat([a for a, _ in calls[group.name]], 1)
+        check_sums(group, [rows], [gs[group.name]], gradients, [c.dtype])
+    known.add(kind)
 
 
 def _residuals(part: Term, coefficients: list[Tensor]) -> Float[Tensor, "N M"]:
@@ -259,7 +326,7 @@ def _forward(
         for group in groups:
             for layer in group.layers:
                 record = partial(_record, group, calls[group.name])
-                hooks.callback(layer.register_forward_hook(record).remove)
+                hooks.callback(layer.register_forward_hook(record, prepend=True).remove)
         c = taylor_coefficients(model, part.X, part.expansion)
     if silent := [name for name, of_block in calls.items() if not of_block]:
         raise ValueError(f"The layers {silent} never ran: freeze or remove them.")

@@ -599,3 +599,81 @@ def test_a_field_knows_its_derivatives_by_name():
     u = Field(list(torch.randn(4, 3, 1)), laplacian(2))
     assert u.partial(1) is u.d[1] is u.parts[2]
     assert u.lap is u.sums[0] is u.parts[3]
+
+
+# ---- nothing wrong in silence ------------------------------------------------------------------
+
+OTHER_POINTS = {
+    "the mean": lambda u, x: u.lap - u.value.mean(0),
+    "the next point": lambda u, x: u.lap * u.value.roll(1, 0),
+    "earlier points": lambda u, x: u.lap + u.value.cumsum(0),
+    "later points": lambda u, x: u.lap + u.value.flip(0).cumsum(0).flip(0),
+    "two residuals whose sum does not": lambda u, x: torch.cat(
+        [u.lap + u.value.mean(), -u.value.mean().expand_as(u.lap)], 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_POINTS)
+def test_a_residual_that_depends_on_other_points_is_refused(name):
+    refused(OTHER_POINTS[name], "field at other points", model=mlp(2, 3, 1))
+
+
+def test_a_residual_may_depend_on_detached_values_of_other_points(device):
+    model, X = mlp(2, 3, 1).to(device), torch.randn(5, 2, device=device)
+
+    def residual(u, x):
+        return u.lap - u.value.mean(0).detach()
+
+    parts = flat(linearize(model, [Term(residual, X, laplacian(2))]))
+    mean = parts[0].residuals.new_tensor(0) + model(X).mean(0).detach()
+    fixed = flat(linearize(model, [Term(lambda u, x: u.lap - mean, X, laplacian(2))]))
+    for name, io in parts[0].ios.items():
+        check_equal(io.g, fixed[0].ios[name].g)
+
+
+class Used(nn.Module):
+    """A network in which a parameter is used outside of its layer."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(2, 3), nn.Linear(3, 1), way
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.way(self.a, x)))
+
+
+USES = {
+    "the bias once more": lambda a, x: a(x) + a.bias,
+    "the weight in a function": lambda a, x: a(x) + nn.functional.linear(x, a.weight),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_use_outside_of_a_layer_is_refused_by_name(name):
+    match = r"'a\.(weight|bias)' is not the sum of g a\^T"
+    refused(lambda u, x: u.lap, match, model=Used(USES[name]), error=NotImplementedError)
+
+
+def test_what_a_hook_makes_of_an_output_follows_the_layer(device):
+    model = mlp(2, 3, 1).to(device)
+    model[0].register_forward_hook(lambda m, x, z: 2 * z)
+    X = torch.randn(5, 2, device=device)
+    terms = [Term(lambda u, x: u.lap - 1, X, laplacian(2))]
+    parts = flat(linearize(model, terms))
+    expected = torch.autograd.grad(pinn_loss(model, terms), model[0].weight)[0]
+    check_equal(transposed_times(parts, residuals(parts))["0"][:, :2], expected)
+
+
+def test_a_network_is_tried_once_for_each_kind(monkeypatch):
+    passes, model = [], mlp(2, 3, 1)
+    model.register_forward_hook(lambda m, x, z: passes.append(len(x[0].c)))
+    terms = [Term(lambda u, x: u.lap, torch.randn(11, 2), laplacian(2))] * 2
+    for _ in range(2):
+        linearize(model, terms)
+    assert passes == [8, 11, 11, 11, 11]
+    linearize(model, [Term(lambda u, x: u.value, torch.randn(3, 2), value_only(2))])
+    assert passes[5:] == [3]  # of the same kind: an expansion of second order
+    model[0].bias.requires_grad_(False)
+    linearize(model, terms)
+    assert passes[6:] == [8, 11, 11]
