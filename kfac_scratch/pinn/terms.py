@@ -243,7 +243,7 @@ def _check_apart(r: Float[Tensor, "N M"], leaves: list[Tensor]) -> None:
         return
     half = _random_half(len(r), r.device)
     sent = torch.autograd.grad(
-        r, leaves, torch.ones_like(r) * half.unsqueeze(1), retain_graph=True, allow_unused=True
+        r, leaves, _random_like(r) * half.unsqueeze(1), retain_graph=True, allow_unused=True
     )
     if any(bool(g[~half].any()) for g in sent if g is not None):
         raise ValueError(
