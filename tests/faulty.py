@@ -1,8 +1,11 @@
 """Adapters that misbehave, each in its own way; the oracle must say how and go on."""
 
 import ctypes
+import os
+import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -150,3 +153,19 @@ class Accumulating(Ours):
 class NoCapabilities(Ours):
     def capabilities(self):
         return {"name": "nothing"}
+
+
+class Spawning(Ours):
+    """It starts a process, notes both numbers in a file, and hangs."""
+
+    def blocks(self, request):
+        child = subprocess.Popen(["sleep", "1000"])
+        Path(os.environ["FAULTY_PIDS"]).write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(1000)
+
+
+class Babbling(Ours):
+    """Its reason holds half of a surrogate pair, controls, and 50 MB."""
+
+    def blocks(self, request):
+        raise RuntimeError("\udc80 \x00 \x1b[31m" + 50_000_000 * "x")

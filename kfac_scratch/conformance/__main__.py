@@ -1,7 +1,7 @@
 """`python -m kfac_scratch.conformance COMMAND`: judge, write cases, audit.
 
 Exit status: 0 if everything is as it should be, 1 if something is not, 2 for a mistake in the
-command or in a file.
+command or in a file, 130 if it was interrupted.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def main() -> int:
     except (ValueError, AdapterFailed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written.", file=sys.stderr)
+        return 130
     return status
 
 

@@ -53,14 +53,18 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Judge an adapter, print the table, write files."""
+    report.check_writable(args.json, args.junit)
     place = isolation.Place(args.adapter, args.python, args.device, args.timeout)
     chosen, expected = tasks(args.k, args.tag), expected_failures(args.expected)
     isolated, results = isolation.Isolated(place), []
-    capabilities = isolated.running().capabilities
-    for result in isolated.run(chosen):
-        results.append(result)
-        if sys.stderr.isatty():
-            print(f"\r{len(results)}/{len(chosen)} {result.case:60}", end="", file=sys.stderr)
+    try:
+        capabilities = isolated.running().capabilities
+        for result in isolated.run(chosen):
+            results.append(result)
+            if sys.stderr.isatty():
+                print(f"\r{len(results)}/{len(chosen)} {result.case:60}", end="", file=sys.stderr)
+    finally:
+        isolated.stop()
     families = {name: family(case) for name, case in CASES.items()}
     wanted: Mapping[Task, str] = {t: reason for t, reason in expected.items() if t in chosen}
     about = report.environment() | {"adapter": args.adapter}
@@ -70,8 +74,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def finish(args: argparse.Namespace, made: report.Report) -> int:
     """Print and write a report; 1 if anything is not as expected."""
-    report.write(made, args.json, args.junit)
     print(report.table(made))
+    report.write(made, args.json, args.junit)
     return 1 if made.surprises() else 0
 
 
@@ -98,6 +102,7 @@ def judge_command(args: argparse.Namespace) -> int:
     Raises:
         ValueError: If a file is malformed, or no case is chosen.
     """
+    report.check_writable(args.json, args.junit)
     references = files.read(args.vectors or files.SHIPPED)
     claims = files.claims_of(args.results)
     chosen = [reference for name, reference in references.items() if args.k in name]

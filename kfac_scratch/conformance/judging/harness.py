@@ -15,7 +15,13 @@ from kfac_scratch.conformance.cases.case import Case, Data
 from kfac_scratch.conformance.cases.ops import Op, layer_ops, network
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.diagnoses import diagnosis
-from kfac_scratch.conformance.judging.judge import Result, judge
+from kfac_scratch.conformance.judging.judge import (
+    Result,
+    bad_scale,
+    judge,
+    known_scale,
+    unusable,
+)
 from kfac_scratch.conformance.judging.layout import Malformed, canonical
 from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
 from kfac_scratch.conformance.protocol import (
@@ -158,9 +164,12 @@ def _in_expectation(adapter: Adapter, case: Case, data: Data, flavour: Flavour) 
     ]
     right = truth.expected(case, data, flavour, parts_of(draws[0]))
     asked, worst, scales = request(case, data, flavour), 0.0, {}
+    documented = {key: adapter.scale(asked, *key) for key in right}
+    if complaint := unusable(case, draws[0], right) or bad_scale(documented):
+        return Result(case.id, flavour, "error", complaint)
     for key, M in right.items():
-        documented = adapter.scale(asked, *key) or 1.0
-        samples = torch.stack([draw[key] for draw in draws]) / documented  # [R, groups, D, D]
+        of_key = known_scale(documented[key])
+        samples = torch.stack([draw[key] for draw in draws]) / of_key  # [R, groups, D, D]
         mean, error = samples.mean(0), samples.std(0) / REPETITIONS**0.5
         if float(samples.std(0).max()) == 0:
             return Result(case.id, flavour, "error", f"{' '.join(key)}: seeds give equal draws.")

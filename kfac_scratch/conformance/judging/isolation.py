@@ -1,14 +1,18 @@
 """Run an adapter in a process, and if need be in an environment, of its own.
 
 A crash or a hang ends the process and becomes that case's verdict; the next case gets a new one.
+Nothing stays: a worker and the processes that it has started are one group, which ends with it. A
+guard ends the group if this process dies, by whatever signal.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
@@ -54,6 +58,7 @@ class Process:
     """A running worker, and what it has written to its error stream."""
 
     popen: subprocess.Popen[str]
+    guard: "subprocess.Popen[bytes] | None"
     lines: Queue[str]
     log: Any
     capabilities: dict[str, Any] = field(default_factory=dict)
@@ -78,9 +83,11 @@ class Process:
         return json.loads(answer)
 
     def stop(self) -> None:
-        """End the process."""
-        self.popen.kill()
-        self.popen.wait()
+        """End the process and all that it has started."""
+        _end_group(self.popen)
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.wait()
         self.log.close()
 
     def last_words(self) -> str:
@@ -99,12 +106,19 @@ def start(place: Place) -> Process:
     """
     folders = [str(PACKAGE), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(f for f in folders if f)}
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
+    log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (lives as long as the process)
     pipe = subprocess.PIPE
     popen = subprocess.Popen(
-        place.command(), stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment
+        place.command(),
+        stdin=pipe,
+        stdout=pipe,
+        stderr=log,
+        text=True,
+        errors="backslashreplace",
+        env=environment,
+        start_new_session=True,
     )
-    process = Process(popen, Queue(), log)
+    process = Process(popen, _guard_of(popen), Queue(), log)
     Thread(target=_read, args=(popen.stdout, process.lines), daemon=True).start()
     try:
         process.capabilities = process.ask("", START)
@@ -151,6 +165,31 @@ class Isolated:
         if self.process:
             self.process.stop()
         self.process = None
+
+
+def _guard_of(worker: subprocess.Popen[str]) -> "subprocess.Popen[bytes] | None":
+    """A process that ends a worker's group as soon as this process is gone.
+
+    It waits for the end of a pipe that only this process holds open. There is none on Windows.
+    """
+    if os.name != "posix":
+        return None
+    command = f"cat >/dev/null; kill -9 -{worker.pid}"
+    return subprocess.Popen(
+        ["sh", "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _end_group(worker: subprocess.Popen[str]) -> None:
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)
+    worker.kill()
+    worker.wait()
 
 
 def _read(stream: TextIOWrapper, lines: Queue[str]) -> None:

@@ -12,6 +12,7 @@
 | `error` | no numbers: an exception, a wrong shape or precision, not finite, a time-out | no |
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from kfac_scratch.conformance.cases.expectations import Judged
 from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
 from kfac_scratch.conformance.judging.scalars import in_words
+from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import EXACT, PASSING, Flavour, Verdict
 
 
@@ -33,10 +35,11 @@ class Result:
         case: The case's identifier.
         flavour: What was asked for.
         verdict: See the module.
-        words: The reason, for people.
+        words: The reason, for people. It is made printable: an adapter may raise any text.
         error: Largest difference after the documented scale, relative to the largest entry.
         residual: The same after the best scale.
-        scales: The best scale by layer and part, relative to the documented one.
+        scales: The best scale by layer and part, relative to the documented one. None if there is
+            none, because what is expected is zero.
         seconds: How long it took.
     """
 
@@ -46,8 +49,11 @@ class Result:
     words: str = ""
     error: float | None = None
     residual: float | None = None
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: Mapping[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "words", printable(str(self.words)))
 
     @property
     def passes(self) -> bool:
@@ -86,11 +92,11 @@ def judge(
         documented: The factor by which, says the documentation, pieces exceed canonical ones.
         sizes: Every layer's sizes, by letter.
     """
-    complaint = unusable(case, got, expected)
+    complaint = unusable(case, got, expected) or bad_scale(documented)
     if complaint:
         return Result(case.id, flavour, "error", complaint)
     fits = {
-        key: fit(got[key].double() / (documented[key] or 1.0), expected[key].double())
+        key: fit(got[key].double() / known_scale(documented[key]), expected[key].double())
         for key in expected
     }
     stated = all(d is not None for d in documented.values())
@@ -98,6 +104,20 @@ def judge(
     scales = {" ".join(key): f.scale for key, f in fits.items()}
     error, residual = max(f.error for f in fits.values()), max(f.residual for f in fits.values())
     return Result(case.id, flavour, verdict, words, error, residual, scales)
+
+
+def known_scale(documented: float | None) -> float:
+    """The scale to divide by: 1 if the documentation states none."""
+    return 1.0 if documented is None else float(documented)
+
+
+def bad_scale(documented: Mapping[PieceKey, float | None]) -> str:
+    """Why a documented scale is none; empty if all are positive numbers."""
+    for key, scale in documented.items():
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if scale is not None and not (is_number and 0 < scale < math.inf):
+            return f"{' '.join(key)}: scale() returned {scale!r}, which is no positive number."
+    return ""
 
 
 def unusable(case: Judged, got: Pieces, expected: Pieces) -> str:

@@ -1,6 +1,8 @@
 """Results as a table in the terminal, as JSON, as JUnit's XML, and as Markdown for a site."""
 
 import json
+import math
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ import torch
 
 from kfac_scratch.conformance.json_files import entry, read_object
 from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import FLAVOURS, VERDICTS, Task
 
 RESULTS_FORMAT = "kfac-conformance-results/1"
@@ -71,7 +74,7 @@ def table(report: Report) -> str:
     rows += [["all", *(str(total[v]) for v in used)]]
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
-    name, version = report.capabilities["name"], report.capabilities["version"]
+    name, version = (printable(str(report.capabilities[k]), 200) for k in ("name", "version"))
     return "\n".join([f"{name} {version}", "", *lines, "", *details(report)])
 
 
@@ -105,6 +108,7 @@ def as_json(report: Report) -> dict[str, Any]:
 def text(report: Report) -> str:
     """The whole report as JSON, one verdict per line."""
     value = as_json(report)
+    value["implementation"] = _printable(value["implementation"])
     head = {key: part for key, part in value.items() if key != "results"}
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in value["results"])
     return json.dumps(head, indent=1)[:-2] + ',\n "results": [\n' + lines + "\n]\n}\n"
@@ -167,7 +171,7 @@ def _result(row: Any, where: str) -> Result:
 
 def junit(report: Report) -> str:
     """JUnit's XML: failures are verdicts that do not pass, what is not supported is skipped."""
-    name = str(report.capabilities["name"])
+    name = printable(str(report.capabilities["name"]), 200)
     suite = ElementTree.Element("testsuite", name=name, tests=str(len(report.results)))
     surprises = report.surprises()
     suite.set("failures", str(len(surprises)))
@@ -186,6 +190,18 @@ def junit(report: Report) -> str:
     return ElementTree.tostring(suite, encoding="unicode")
 
 
+def check_writable(*files: Path | None) -> None:
+    """Refuse files that could not be written, before anything runs.
+
+    Raises:
+        OSError: Naming the file.
+    """
+    for file in (f for f in files if f is not None):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise OSError(f"{file} cannot be written.")
+
+
 def write(report: Report, json_file: Path | None, junit_file: Path | None) -> None:
     """Write the files that are wanted."""
     if json_file:
@@ -196,14 +212,29 @@ def write(report: Report, json_file: Path | None, junit_file: Path | None) -> No
         junit_file.write_text(junit(report), encoding="utf-8")
 
 
+def _printable(value: Any) -> Any:
+    """What an implementation says of itself, with every text made printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable(str(key)): _printable(part) for key, part in value.items()}
+    return [_printable(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def _rounded(r: Result) -> dict[str, Any]:
     """A result without digits that differ from run to run."""
     value = r.as_json()
     for key in ("error", "residual"):
-        value[key] = None if value[key] is None else float(f"{value[key]:.2g}")
-    value["scales"] = {k: float(f"{v:.10g}") for k, v in r.scales.items()}
+        value[key] = _rounded_number(value[key], 2)
+    value["scales"] = {k: _rounded_number(v, 10) for k, v in r.scales.items()}
     value["seconds"] = round(r.seconds, 3)
     return value
+
+
+def _rounded_number(value: float | None, digits: int) -> float | None:
+    """A number as JSON can hold it: None for what is not finite."""
+    rounded = math.nan if value is None else float(f"{value:.{digits}g}")
+    return rounded if math.isfinite(rounded) else None
 
 
 def _reason(report: Report, r: Result) -> dict[str, str]:
