@@ -67,7 +67,9 @@ def layer_ios(
     made, which layers, and how much memory.
 
     Args:
-        model: Any module; axis 0 of its output is the batch.
+        model: Any module; axis 0 of its output is the batch, or holds the positions of every
+            sample, `[N * T, C]`. `fisher` gets such outputs as `[N, C, T]` for `CrossEntropyLoss`
+            and as `[N, T, ...]` for other losses.
         loss: The loss module; `fisher` says for which losses it works.
         X: The model's input. Axis 0 of what every layer gets must be the batch.
         y: Targets for the loss.
@@ -220,6 +222,7 @@ def forward_pass(
     check_calls(check_output(f), groups, calls)
     if not isinstance(plan, Plan):
         plan = plan_of_groups(model, X, groups) if plan is None else plan.of(model, X, groups)
+    f, y = plan.unflattened(loss, f, y, X)
     calls = plan.located(groups, calls, len(f))
     with full_precision(f.device):
         vectors = fisher(loss, at_least_float32(f), y)

@@ -25,13 +25,13 @@ This checks the same on numbers, without a trace.
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import CrossEntropyLoss, Module
 
 from kfac_scratch.border import check_instance, checked_names
 from kfac_scratch.capture.calls import Axis, Call, Calls, recorded
@@ -82,9 +82,34 @@ class Plan:
 
     Attributes:
         places: The calls of every group of layers, in the order of the forward pass.
+        output: The place of the samples in the model's output, whose axis 0 may hold several
+            positions of each: `[N * T, C]`, as `logits.flatten(0, 1)` is.
     """
 
     places: Mapping[str, tuple[Place, ...]]
+    output: Axis = field(default=Axis())
+
+    def unflattened(self, loss: Module, f: Tensor, y: Tensor, X: Any) -> tuple[Tensor, Tensor]:
+        """Output and targets with the samples alone on axis 0.
+
+        Those with several positions of a sample on axis 0 get an axis for these: `[N, C, T]` for
+        `CrossEntropyLoss`, which has the classes on axis 1, and `[N, T, ...]` for other losses.
+
+        Raises:
+            ValueError: If there are not as many targets as outputs.
+        """
+        if self.output.outer * self.output.inner == 1:
+            return f, y
+        if len(y) != len(f):
+            raise ValueError(
+                f"The model's output has {len(f)} entries on axis 0, several for every sample, but "
+                f"the targets have shape {tuple(y.shape)}: flatten them in the same way."
+            )
+        N = number_of_samples(X)
+        classes = isinstance(loss, CrossEntropyLoss)
+        return _unflattened(self.output, f, N, classes), _unflattened(
+            self.output, y, N, classes and y.ndim == f.ndim
+        )
 
     def located(self, groups: list[LayerGroup], calls: Calls, N: int) -> Calls:
         """The calls of a batch, each with the axis of its samples.
@@ -167,7 +192,53 @@ def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
     with _untouched(model), torch.enable_grad():
         runs = {n: _small_run(model, _cut(X, N, few), groups, n) for n, few in chosen.items()}
         places = _places(groups, runs[2][1], runs[3][1])
-        return _checked(groups, *runs[most], places)
+        k = _positions_of_output({n: f for n, (f, _) in runs.items()})
+        if k == 1:
+            return _checked(groups, *runs[most], places, Axis())
+        return _best([Axis(0, 1, k), Axis(0, k, 1)], groups, *runs[most], places)
+
+
+def _positions_of_output(outputs: Mapping[int, Tensor]) -> int:
+    """The number of positions of each sample on axis 0 of the output."""
+    found = {len(f) / n for n, f in outputs.items()}
+    k = round(found.pop())
+    if found or k < 1:
+        shapes = ", ".join(f"{tuple(f.shape)} for {n}" for n, f in outputs.items())
+        raise ValueError(
+            f"The model's output has the shapes {shapes} of the samples: axis 0 of the input and "
+            "of the output must be the batch."
+        )
+    return k
+
+
+def _best(
+    orders: list[Axis],
+    groups: list[LayerGroup],
+    f: Tensor,
+    calls: Calls,
+    places: Mapping[str, list[list[Place]]],
+) -> Plan:
+    """Of the plans for several orders of the output, the one that fits the inputs best.
+
+    Raises:
+        ValueError: As for the first order, if there is none.
+    """
+    plans: list[Plan] = []
+    errors: list[Exception] = []
+    for order in orders:
+        try:
+            plans.append(_checked(groups, f, calls, places, order))
+        except (ValueError, NotImplementedError) as error:
+            errors.append(error)
+    if not plans:
+        raise errors[0]
+    return min(plans, key=lambda plan: sum(p.off for ps in plan.places.values() for p in ps))
+
+
+def _unflattened(axis: Axis, t: Tensor, N: int, classes: bool) -> Tensor:
+    """An axis for positions: the second, or the third if classes are on the second."""
+    t = t.unflatten(0, (N, -1)) if axis.inner > 1 else t.unflatten(0, (-1, N)).transpose(0, 1)
+    return t.movedim(2, 1) if classes else t
 
 
 def number_of_samples(X: Any) -> int:
@@ -192,7 +263,7 @@ def number_of_samples(X: Any) -> int:
 def _small_run(model: Module, X: Any, groups: list[LayerGroup], n: int) -> tuple[Tensor, Calls]:
     with check_small_run(n):
         f, calls = recorded(model, X, groups)
-    if len(check_output(f)) != n:
+    if len(check_output(f)) % n:
         raise ValueError(
             f"For {n} of the samples, the model's output has shape {tuple(f.shape)}: axis 0 of the "
             "input and of the output must be the batch."
@@ -206,8 +277,8 @@ def _tensors(X: Any) -> Iterator[Tensor]:
     if isinstance(X, Tensor):
         yield X
     elif is_dataclass(X) and not isinstance(X, type):
-        for field in fields(X):
-            yield from _tensors(getattr(X, field.name))
+        for f in fields(X):
+            yield from _tensors(getattr(X, f.name))
     elif isinstance(X, Mapping):
         for part in X.values():
             yield from _tensors(part)
@@ -283,18 +354,22 @@ def _places(groups: list[LayerGroup], two: Calls, three: Calls) -> dict[str, lis
 
 
 def _checked(
-    groups: list[LayerGroup], f: Tensor, calls: Calls, places: Mapping[str, list[list[Place]]]
+    groups: list[LayerGroup],
+    f: Tensor,
+    calls: Calls,
+    places: Mapping[str, list[list[Place]]],
+    output: Axis,
 ) -> Plan:
-    """The plan, if both checks pass."""
-    half = torch.randperm(len(f), generator=_seeded(), device="cpu") < len(f) // 2
-    gs, gradients = _sent_to_halves(f, groups, calls, half.to(f.device))
+    """The plan, if both checks pass with this order of the output."""
+    N = len(f) // (output.outer * output.inner)
+    half = torch.randperm(N, generator=_seeded(), device="cpu") < N // 2
+    rows = half.repeat_interleave(output.inner).repeat(output.outer)
+    gs, gradients = _sent_to_halves(f, groups, calls, rows.to(f.device))
     found: dict[str, tuple[Place, ...]] = {}
     for group in groups:
         here, orders = calls[group.name], places[group.name]
         if [(o[0].layer, o[0].ndim) for o in orders] != [_kind_of(group, c) for c in here]:
-            raise ValueError(
-                apart(group, f"is called otherwise with two samples than with {len(f)}")
-            )
+            raise ValueError(apart(group, f"is called otherwise with two samples than with {N}"))
         found[group.name] = tuple(
             _place(group, *of_call, half.to(f.device))
             for of_call in zip(orders, here, gs[group.name], strict=True)
@@ -305,17 +380,18 @@ def _checked(
         with torch.autocast(f.device.type, enabled=False):
             sums = [g.sum(0, keepdim=True) for g in gs[group.name]]
             _check_gradient(group, located, sums, gradients)
-    return Plan(found)
+    return Plan(found, output)
 
 
 def _sent_to_halves(
-    f: Tensor, groups: list[LayerGroup], calls: Calls, half: Bool[Tensor, "N"]
+    f: Tensor, groups: list[LayerGroup], calls: Calls, half: Bool[Tensor, "rows"]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Random vectors at the layers, and gradients.
 
     Returns:
-        For every group's calls a tensor `[2, *z.shape]`: what is sent to the outputs of one half of
-        the samples, and to those of the other. By name, the gradient of every parameter for both.
+        For every group's calls a tensor `[2, *z.shape]`: what is sent to the output's rows of one
+        half of the samples, and to those of the other. By name, the gradient of every parameter
+        for both.
     """
     v = torch.randn(f.shape, generator=_seeded(), device="cpu", dtype=torch.float32).to(f)
     outputs = [call.z for group in groups for call in calls[group.name]]

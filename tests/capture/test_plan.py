@@ -32,6 +32,7 @@ from kfac_scratch import (
     Plans,
     additive,
     coarse_correction,
+    empirical,
     kfac_over,
     layer_ios,
     monte_carlo,
@@ -261,6 +262,96 @@ def test_inputs_of_several_tensors_are_cut(kind, device):
     model = Net(forward, **modules).to(device)
     written = Net(lambda m, x: forward(m, PAIRS[kind](x)), **modules)
     check_exact(model, PAIRS[kind](x), device, written, x)
+
+
+# ---- outputs with the positions of every sample on axis 0 ---------------------------------------
+
+
+def flat(m, x):
+    """Logits as language models flatten them."""
+    return m.b((m.a(x) + m.a(x).mean(1, keepdim=True)).tanh()).flatten(0, 1)
+
+
+def flat_positions_first(m, x):
+    return m.b((m.a(x) + m.a(x).mean(1, keepdim=True)).tanh()).transpose(0, 1).flatten(0, 1)
+
+
+FLAT_TARGETS = {
+    "labels": (CrossEntropyLoss, lambda rows: torch.randint(C, (rows,))),
+    "soft labels": (CrossEntropyLoss, lambda rows: torch.rand(rows, C).softmax(1)),
+    "numbers": (MSELoss, lambda rows: torch.randn(rows, C)),
+    "bits": (nn.BCEWithLogitsLoss, lambda rows: torch.randint(2, (rows, C)).double()),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("targets", FLAT_TARGETS)
+@pytest.mark.parametrize("forward", [flat, flat_positions_first])
+def test_flattened_outputs_are_unflattened(forward, targets, reduction, device):
+    kind, make = FLAT_TARGETS[targets]
+    n = 2 * S  # with coprime sizes, a wrong order would separate the samples, too
+    model, X = Net(forward, **two()).to(device), sequences(device, n)
+    data = model, kind(reduction=reduction), X, make(n * S).to(device)
+    exact = diagonal_blocks(model, ggn(*data))
+    for name, io in layer_ios(*data).items():
+        assert io.g.shape[1] == n
+        check_equal(io.block(), exact[name])
+
+
+def test_flattened_outputs_of_samples_that_meet_are_refused(device):
+    def meeting(m, x):
+        return flat(m, x - x.mean(0)) + m.a(x).cumsum(0)[..., :C].flatten(0, 1)
+
+    model, X = Net(meeting, **two()).to(device), sequences(device)
+    with pytest.raises(ValueError, match=MEET[1]):
+        layer_ios(model, CrossEntropyLoss(), X, torch.randint(C, (N * S,), device=device))
+
+
+def test_targets_that_are_not_flattened_with_the_output_are_refused(device):
+    model, X = Net(flat, **two()).to(device), sequences(device)
+    with pytest.raises(ValueError, match=r"15 entries on axis 0.*flatten them in the same way"):
+        layer_ios(model, CrossEntropyLoss(), X, torch.randint(C, (N, S), device=device))
+
+
+def test_the_order_of_a_flattened_output_is_told_by_the_inputs_if_positions_do_not_meet(device):
+    """Every row is a network's output by itself; the gradient of a sample sums over its rows."""
+    layers, X = two(), sequences(device)
+    ways = {
+        "data first": lambda m, x: m.b(m.a(x.flatten(0, 1)).tanh()),
+        "positions first": lambda m, x: m.b(m.a(x.transpose(0, 1).flatten(0, 1)).tanh()),
+    }
+    y, found = torch.randn(N, S, C, device=device), []
+    for order, way in ways.items():
+        targets = (y if order == "data first" else y.transpose(0, 1)).flatten(0, 1)
+        net = Net(way, **layers).to(device)
+        found.append(layer_ios(net, MSELoss(), X, targets, empirical))
+    for name in found[0]:
+        check_equal(found[0][name].gradients(), found[1][name].gradients())
+
+
+@pytest.mark.parametrize("fisher", [type2, empirical, monte_carlo(3)], ids=["type2", "emp", "mc"])
+def test_flattened_outputs_are_those_with_an_axis_for_positions(fisher, device):
+    """Whatever is sent back, and in the optimizer and over a loader, too."""
+    layers, X = two(), sequences(device)
+    model = Net(flat, **layers).to(device)
+    other = Net(lambda m, x: flat(m, x).unflatten(0, (len(x), -1)).movedim(-1, 1), **layers)
+    y = torch.randint(C, (N, S), device=device)
+    found = []
+    for net, targets in ((model, y.flatten()), (other, y)):
+        torch.manual_seed(0)
+        ios = layer_ios(net, CrossEntropyLoss(), X, targets, fisher)
+        torch.manual_seed(0)
+        over = kfac_over(net, CrossEntropyLoss(), [(X, targets)], fisher)
+        optimizer = KFAC(net, CrossEntropyLoss(), fisher=fisher)
+        torch.manual_seed(0)
+        CrossEntropyLoss()(net(X), targets).backward()
+        optimizer.observe(X, targets)
+        found.append((ios, over, optimizer.matrices))
+        net.zero_grad()
+    for name in found[0][0]:
+        check_equal(found[0][0][name].g, found[1][0][name].g)
+        check_equal(found[0][1][name].dense(), found[1][1][name].dense())
+        check_equal(found[0][2][name].dense(), found[1][2][name].dense())
 
 
 # ---- refused -----------------------------------------------------------------------------------
