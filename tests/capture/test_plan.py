@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from dataclasses import dataclass
+from math import prod
 
 import pytest
 import torch
@@ -367,10 +368,10 @@ def shared_positions(m, x):
     return m.b((m.a(torch.arange(x.shape[1], device=x.device)) + x).tanh().mean(1))
 
 
-def hooked():
-    modules = two()
-    modules["a"].weight.register_hook(lambda g: 2 * g)
-    return modules
+def hooked(m, x):
+    if not m.a.weight._backward_hooks:
+        m.a.weight.register_hook(lambda g: 2 * g)
+    return m.b(m.a(x).tanh())
 
 
 MEET, OTHERWISE = (
@@ -444,7 +445,7 @@ BAD = {
         vectors,
         OTHERWISE,
     ),
-    "a gradient hook": (lambda m, x: m.b(m.a(x).tanh()), hooked, vectors, OTHERWISE),
+    "a gradient hook": (hooked, two, vectors, OTHERWISE),
     "a reentrant checkpoint": (
         lambda m, x: m.b(checkpoint(m.a, x.requires_grad_(), use_reentrant=True).tanh()),
         two,
@@ -693,6 +694,8 @@ class Interrupts(Module):
 @pytest.mark.parametrize("at", [None, 1, 2, "backward"])
 @pytest.mark.filterwarnings("ignore:No block covers")
 def test_a_plan_leaves_nothing_behind(at, device):
+    if at == "backward" and device.type != "cpu":
+        pytest.skip("autograd has a thread of its own there, which no interrupt reaches")
     probe = Interrupts()
     model = Sequential(spectral_norm(Linear(D, D)), Dropout(0.5), Linear(D, D), probe, Linear(D, C))
     model, X = model.to(device), vectors(device)
@@ -732,12 +735,7 @@ def test_rounding_is_no_unexplained_gradient(dtype, device):
 
 @pytest.mark.parametrize("kind", [Conv1d, Conv2d])
 def test_circular_padding_and_groups_are_explained(kind, device):
-    model = Sequential(
-        kind(4, 6, 3, padding=1, padding_mode="circular", groups=2),
-        Tanh(),
-        Flatten(),
-        nn.LazyLinear(C),
-    ).to(device)
-    X = torch.randn(N, 4, *(5, 3)[: 1 if kind is Conv1d else 2], device=device)
-    model(X)
-    check_exact(model, X, device)
+    space = (5,) if kind is Conv1d else (5, 3)
+    conv = kind(4, 6, 3, padding=1, padding_mode="circular", groups=2)
+    model = Sequential(conv, Tanh(), Flatten(), Linear(6 * prod(space), C)).to(device)
+    check_exact(model, torch.randn(N, 4, *space, device=device), device)
