@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -158,7 +159,7 @@ def noted(file):
 @pytest.mark.skipif(os.name != "posix", reason="processes are guarded on POSIX only")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
 def test_no_signal_to_the_parent_leaves_a_process(name, tmp_path):
-    pids = tmp_path / "pids"
+    pids, number = tmp_path / "pids", getattr(signal, name)
     environment = os.environ | {"FAULTY_PIDS": str(pids)}
     command = [sys.executable, "-m", "kfac_scratch.conformance", "run"]
     parent = subprocess.Popen(
@@ -166,9 +167,10 @@ def test_no_signal_to_the_parent_leaves_a_process(name, tmp_path):
         env=environment | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=None if name == "SIGKILL" else partial(signal.signal, number, signal.SIG_DFL),
     )
     assert wait_until(lambda: len(noted(pids)) == 2, 60)
-    parent.send_signal(getattr(signal, name))
+    parent.send_signal(number)
     _, written = parent.communicate(timeout=20)
     assert wait_until(lambda: all(gone(pid) for pid in noted(pids)), 5)
     assert "Traceback" not in written
