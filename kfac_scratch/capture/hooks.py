@@ -71,7 +71,8 @@ def layer_ios(
             sample, `[N * T, C]`. `fisher` gets such outputs as `[N, C, T]` for `CrossEntropyLoss`
             and as `[N, T, ...]` for other losses.
         loss: The loss module; `fisher` says for which losses it works.
-        X: The model's input. Axis 0 of what every layer gets must be the batch.
+        X: The model's input, with the batch on axis 0, see `plan`. In what a layer gets, the batch
+            may be on any axis of its rows.
         y: Targets for the loss.
         fisher: The vectors that are sent backward, see `losses`. The default `type2` is exact; the
             default of the optimizer `KFAC` is one Monte Carlo vector.
@@ -83,10 +84,10 @@ def layer_ios(
             `torch.vmap`, which works for operations that cannot be batched. Default: as many as
             `default_chunk` allows, and 1 for a model with such an operation.
         plan: What `plan` found for batches of this kind, or `Plans`, which keeps what it has found.
-            Default: found here, which is two small forward and reverse passes more.
+            Default: found here, at the cost of `plan`.
 
     Raises:
-        ValueError: For an empty batch, non-finite numbers, a batch axis that is not axis 0, a
+        ValueError: For an empty batch, non-finite numbers, samples that meet each other, a
             model on another device than its input, batch statistics in training mode, a layer
             that never ran, and more: each names the layer and the way out.
         NotImplementedError: For layers and losses that are not covered.

@@ -341,7 +341,7 @@ def _kind(model: Module, X: Any, groups: list[LayerGroup]) -> Hashable:
 def _places(groups: list[LayerGroup], two: Calls, three: Calls) -> dict[str, list[list[Place]]]:
     """Where the samples may be in every call, from its sizes for two and three samples.
 
-    There is one place for each order of the axis, in the order of how well the inputs of both fit.
+    There is one place for each order of the axis.
     """
     places = {}
     for group in groups:
@@ -362,16 +362,16 @@ def _checked(
 ) -> Plan:
     """The plan, if both checks pass with this order of the output."""
     N = len(f) // (output.outer * output.inner)
-    half = torch.randperm(N, generator=_seeded(), device="cpu") < N // 2
+    half = random_half(N, f.device)
     rows = half.repeat_interleave(output.inner).repeat(output.outer)
-    gs, gradients = _sent_to_halves(f, groups, calls, rows.to(f.device))
+    gs, gradients = _sent_to_halves(f, groups, calls, rows)
     found: dict[str, tuple[Place, ...]] = {}
     for group in groups:
         here, orders = calls[group.name], places[group.name]
         if [(o[0].layer, o[0].ndim) for o in orders] != [_kind_of(group, c) for c in here]:
             raise ValueError(apart(group, f"is called otherwise with two samples than with {N}"))
         found[group.name] = tuple(
-            _place(group, *of_call, half.to(f.device))
+            _place(group, *of_call, half)
             for of_call in zip(orders, here, gs[group.name], strict=True)
         )
         located = [
@@ -393,7 +393,7 @@ def _sent_to_halves(
         half of the samples, and to those of the other. By name, the gradient of every parameter
         for both.
     """
-    v = torch.randn(f.shape, generator=_seeded(), device="cpu", dtype=torch.float32).to(f)
+    v = random_like(f)
     outputs = [call.z for group in groups for call in calls[group.name]]
     parameters = {name: p for group in groups for name, p in trainable_parameters(group).items()}
     ends, sent = [*outputs, *parameters.values()], []
@@ -403,6 +403,16 @@ def _sent_to_halves(
     gs = {group.name: [next(pairs) for _ in calls[group.name]] for group in groups}
     gradients = [a + b for a, b in zip(*sent, strict=True)]
     return gs, dict(zip(parameters, gradients, strict=True))
+
+
+def random_half(N: int, device: torch.device) -> Bool[Tensor, "N"]:
+    """Half of `N` samples or points, the same at every call and on every device."""
+    return (torch.randperm(N, generator=_seeded(), device="cpu") < N // 2).to(device)
+
+
+def random_like(x: Tensor) -> Tensor:
+    """Normal numbers like a tensor, the same at every call and on every device."""
+    return torch.randn(x.shape, generator=_seeded(), device="cpu", dtype=torch.float32).to(x)
 
 
 def _seeded() -> torch.Generator:

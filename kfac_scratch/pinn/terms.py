@@ -24,13 +24,19 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.border import check_function, check_instance
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
-from kfac_scratch.capture.plan import check_sums, derivatives, trainable_parameters
+from kfac_scratch.capture.plan import (
+    check_sums,
+    derivatives,
+    random_half,
+    random_like,
+    trainable_parameters,
+)
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
 from kfac_scratch.taylor.faa_di_bruno import Multiset
@@ -241,25 +247,15 @@ def _check_apart(r: Float[Tensor, "N M"], leaves: list[Tensor]) -> None:
     """
     if not r.requires_grad:
         return
-    half = _random_half(len(r), r.device)
+    half = random_half(len(r), r.device)
     sent = torch.autograd.grad(
-        r, leaves, _random_like(r) * half.unsqueeze(1), retain_graph=True, allow_unused=True
+        r, leaves, random_like(r) * half.unsqueeze(1), retain_graph=True, allow_unused=True
     )
     if any(bool(g[~half].any()) for g in sent if g is not None):
         raise ValueError(
             "A residual depends on the field at other points than its own, as u.value.mean() does, "
             "so that it has no Jacobian point by point: make it a function of each point alone."
         )
-
-
-def _random_half(N: int, device: torch.device) -> Bool[Tensor, "N"]:
-    generator = torch.Generator("cpu").manual_seed(0)
-    return (torch.randperm(N, generator=generator, device="cpu") < N // 2).to(device)
-
-
-def _random_like(x: Tensor) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float32).to(x)
 
 
 CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
@@ -284,7 +280,7 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     c, calls = _forward(model, groups, part)
     parameters = {name: p for group in groups for name, p in trainable_parameters(group).items()}
     outputs = [z for group in groups for _, z in calls[group.name]]
-    sent = iter(derivatives(c, [*outputs, *parameters.values()], _random_like(c)))
+    sent = iter(derivatives(c, [*outputs, *parameters.values()], random_like(c)))
     gs = {group.name: _cat([next(sent) for _ in calls[group.name]], 1) for group in groups}
     gradients = dict(zip(parameters, sent, strict=True))
     for group in groups:
