@@ -123,17 +123,14 @@ def _with_inputs(
     states: Mapping[str, Any],
     run: ForwardPass,
     group: LayerGroup,
-    gs: Float[Tensor, "groups V N S d_out"],
+    gs: list[Float[Tensor, "V N S d_out"]],
 ) -> dict[str, Any]:
     """The states of one group of layers after the first vectors of a batch, and its rows.
 
     Here the rows of a group are made, and only those of one are there at a time.
     """
-    rows, positions = run.rows(group), run.positions(group)
-    return {
-        name: gather.add(states.get(name), LayerIO(a, g, positions))
-        for name, a, g in zip(group.names, rows, gs, strict=True)
-    }
+    of_blocks = zip(group.names, run.rows(group), gs, run.positions(group), strict=True)
+    return {name: gather.add(states.get(name), LayerIO(a, g, S)) for name, a, g, S in of_blocks}
 
 
 def _batches(

@@ -1,25 +1,37 @@
-"""The calls of layers in one forward pass, and where the samples are in what a layer gets.
+"""The calls in one forward pass that use the layers' weights, and where the samples are in them.
 
-Forward hooks record what enters each layer and what leaves it. A hook records the calls of its own
-thread only, and it comes before the user's own hooks, so that what these make of an output counts
-as what follows the layer.
+A `TorchFunctionMode` sees every function before it runs. One that gets the weight of a block, or a
+view of it, is recorded, whether a layer calls it or any other code. What follows, such as a hook of
+the user's that changes a layer's output, comes after it. A mode belongs to its thread, and nothing
+is left of it when the forward pass ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from threading import get_ident
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Embedding, Module
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, Module
+from torch.overrides import TorchFunctionMode
 
+from kfac_scratch.capture.functions import (
+    ADDITIONS,
+    MADE_OF_FUNCTIONS,
+    RULES,
+    Applied,
+    opened,
+)
 from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.capture.layers import (
-    Convolution,
-    Layer,
+    ConvolutionUse,
+    EmbeddingUse,
+    LinearUse,
+    Use,
     averaged_rows,
     input_rows,
     one_hot_rows,
@@ -61,53 +73,67 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One use of a layer in a forward pass.
+    """One use of a weight in a forward pass.
 
     Attributes:
-        layer: The layer.
-        x: Its input.
-        version: That of `x` when the layer read it.
-        z: Its output.
+        use: The function's settings.
+        matrices: Which matrices `W` of the group are used.
+        bias: The name of the trainable bias that is added, if any.
+        x: The input.
+        version: That of `x` when the function read it.
+        z: The output.
+        edge: Its place in the graph; None if no gradient reaches it.
         axis: Where the samples are.
     """
 
-    layer: Layer
+    use: Use
+    matrices: range
+    bias: str | None
     x: Tensor
     version: int
     z: Tensor
+    edge: GradientEdge | None
     axis: Axis = field(default=Axis())
+
+    @property
+    def kind(self) -> tuple[Use, range, str | None, int]:
+        """What is the same in every forward pass."""
+        return self.use, self.matrices, self.bias, self.z.ndim
 
     @property
     def leading(self) -> range:
         """Axes of the output whose entries are rows; the samples are in one of them."""
-        return range(1 if isinstance(self.layer, Convolution) else self.z.ndim - 1)
+        return range(1 if isinstance(self.use, ConvolutionUse) else self.z.ndim - 1)
 
     @property
     def positions(self) -> int:
         """The number of positions of every sample."""
         z = self.axis.in_front(self.z)
-        return self.axis.outer * self.axis.inner * positions(self.layer, z)
+        return self.axis.outer * self.axis.inner * positions(self.use, z)
 
     def rows(self, ends: Sequence[float] = ()) -> Float[Tensor, "groups N S d_in"]:
-        """`input_rows` by sample."""
-        rows = input_rows(self.layer, self.axis.in_front(self.x), ends)
+        """`input_rows` by sample; one group stands for all matrices that have the same rows."""
+        rows = input_rows(self.use, self.axis.in_front(self.x), ends)
         return self.axis.by_sample(rows, 1)
 
     def one_hot_rows(self) -> OneHot:
         """`rows` of an embedding, not formed."""
-        rows = one_hot_rows(cast(Embedding, self.layer), self.axis.in_front(self.x))
+        rows = one_hot_rows(cast(EmbeddingUse, self.use), self.axis.in_front(self.x))
         columns = self.axis.by_sample(rows.columns.unsqueeze(-1), 0).squeeze(-1)
         return OneHot(columns, rows.shape[-1], rows.dtype)
 
     def averaged_rows(self) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
         """The mean of `rows` over positions, and how many there are."""
-        rows, S = averaged_rows(self.layer, self.axis.in_front(self.x))
+        rows, S = averaged_rows(self.use, self.axis.in_front(self.x))
         rows = self.axis.by_sample(rows, 1)
         return rows.mean(2, keepdim=True) if rows.shape[2] > 1 else rows, S * rows.shape[2]
 
     def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "groups V N S d_out"]:
-        """Vectors at the output, in the order of `rows`."""
-        return self.axis.by_sample(output_rows(self.layer, self.axis.in_front(g, 1)), 2)
+        """Vectors at the output, in the order of `rows`, for each of the matrices."""
+        rows = self.axis.by_sample(output_rows(self.use, self.axis.in_front(g, 1)), 2)
+        if len(rows) == len(self.matrices):
+            return rows
+        return rows[0].unflatten(-1, (len(self.matrices), -1)).movedim(-2, 0)
 
 
 Calls = dict[str, list[Call]]
@@ -117,35 +143,193 @@ Calls = dict[str, list[Call]]
 def recorded(model: Module, X: Any, groups: list[LayerGroup]) -> tuple[Any, Calls]:
     """The output of a model, and the calls of all layers by the group's name.
 
-    Nothing is left behind, also after an exception: hooks are gone.
+    Nothing is left behind, also after an exception.
     """
-    calls: Calls = {group.name: [] for group in groups}
-    thread = get_ident()
-    with ExitStack() as hooks:
-        for group in groups:
-            record = partial(_record, thread, calls[group.name])
-            for layer in group.layers:
-                handle = layer.register_forward_hook(record, prepend=True, with_kwargs=True)
-                hooks.callback(handle.remove)
+    recorder = Recorder(groups)
+    with ExitStack() as stack:
+        if any(map(_is_compiled, model.modules())):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(recorder)
         f = model(X)
-    return f, calls
+    return f, recorder.calls
 
 
-def _record(
-    thread: int,
-    calls: list[Call],
-    layer: Layer,
-    args: tuple[Any, ...],
-    *rest: Any,
-) -> Tensor | None:
-    """Keep what entered and left a layer in the capturing thread; others are not ours.
+def _is_compiled(module: Module) -> bool:
+    """Whether a module was compiled: its functions run in one piece, which no mode sees."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
-    The rest is the keyword arguments and the output. Another thread that calls the model while the
-    hook is being registered or removed passes the output alone.
+
+class _Matrix(NamedTuple):
+    """The weight of one `W` of a group, as a view of a parameter."""
+
+    group: LayerGroup
+    number: int
+    view: Tensor
+
+
+class Recorder(TorchFunctionMode):
+    """Record every function that uses a weight of some layers.
+
+    Attributes:
+        calls: What was recorded, by the group's name.
     """
-    if get_ident() != thread:
+
+    def __init__(self, groups: list[LayerGroup]) -> None:
+        super().__init__()
+        self.calls: Calls = {group.name: [] for group in groups}
+        self._weights: dict[int, list[_Matrix]] = {}
+        self._biases: dict[int, tuple[LayerGroup, str, Tensor]] = {}
+        for group in groups:
+            for number, view in enumerate(group.views()):
+                holder = group.weights[number if len(group.weights) > 1 else 0]
+                self._weights.setdefault(id(holder), []).append(_Matrix(group, number, view))
+            for name, bias in group.biases.items():
+                self._biases[id(bias)] = group, name, bias
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function, and record it if it uses a weight."""
+        kwargs = kwargs or {}
+        if func in MADE_OF_FUNCTIONS:
+            with self:
+                return opened(func)(*args, **kwargs)
+        biased = (
+            self._biased(*args) if func in ADDITIONS and len(args) == 2 and not kwargs else None
+        )
+        z = func(*args, **kwargs)
+        if biased is not None:
+            self._add(*biased, z)
+        if func in RULES and self._is_used(*args, *kwargs.values()):
+            with torch.no_grad():
+                applied = RULES[func](*args, **kwargs)
+            if applied is not None and (found := self._matrices(applied)):
+                return self._record(applied, *found, z)
+        return z
+
+    def _is_used(self, *args: Any) -> bool:
+        return any(isinstance(t, Tensor) and id(_owner(t)) in self._weights for t in args)
+
+    def _matrices(self, applied: Applied) -> tuple[LayerGroup, range] | None:
+        """The group and its matrices that a function uses."""
+        W, candidates = applied.W, self._weights.get(id(_owner(applied.W)), [])
+        for i, (group, number, view) in enumerate(candidates):
+            if not isinstance(applied.use, USES[group.kind]) or not _begins(W[0], view):
+                continue
+            rows = list(accumulate(len(matrix.view) for matrix in candidates[i:]))
+            total = len(W) * W.shape[1]
+            if total in rows and len(W) in (1, rows.index(total) + 1):
+                return group, range(number, number + rows.index(total) + 1)
         return None
-    kwargs, output = rest
-    x = args[0] if args else kwargs["input"]
-    calls.append(Call(layer, x.detach(), x._version, output))
-    return output.clone()  # the next layer may write into its input
+
+    def _record(self, applied: Applied, group: LayerGroup, matrices: range, z: Tensor) -> Tensor:
+        if z.requires_grad and z._is_view():
+            z = z.clone()  # writing into a view would cut it out of the graph
+        bias = None if applied.bias is None else self._name(applied.bias, group, matrices)
+        x = applied.x
+        call = Call(applied.use, matrices, bias, x.detach(), x._version, z.detach(), _edge(z))
+        self.calls[group.name].append(call)
+        return z
+
+    def _name(self, bias: Tensor, group: LayerGroup, matrices: range) -> str | None:
+        """The name of the group's bias whose entries for some matrices a function adds."""
+        owner, name, whole = self._biases.get(id(_owner(bias)), (None, "", bias))
+        if owner is not group:
+            return None
+        part = whole.detach().unflatten(0, (group.groups, -1))[matrices.start : matrices.stop]
+        return name if _begins(bias, part[0]) and bias.numel() == part.numel() else None
+
+    def _biased(self, *terms: Any) -> tuple[LayerGroup, str, Tensor] | None:
+        """The group, the bias and the output, if a bias is added to what its weight gave."""
+        for bias, product in (terms, terms[::-1]):
+            if not isinstance(bias, Tensor) or not isinstance(product, Tensor):
+                continue
+            group = self._biases.get(id(_owner(bias)), (None,))[0]
+            if group is None or not self.calls[group.name]:
+                continue
+            call = self.calls[group.name][-1]
+            if call.edge is not None and call.edge.node is product.grad_fn and call.bias is None:
+                name = self._name(bias, group, call.matrices)
+                return None if name is None else (group, name, call.z)
+        return None
+
+    def _add(self, group: LayerGroup, name: str, product: Tensor, z: Tensor) -> None:
+        """Let the last call of a group have a bias."""
+        if z.shape == product.shape:
+            *_, call = self.calls[group.name]
+            self.calls[group.name][-1] = replace(call, bias=name, z=z.detach(), edge=_edge(z))
+
+
+USES = {Linear: LinearUse, Embedding: EmbeddingUse} | dict.fromkeys(
+    (Conv1d, Conv2d, Conv3d), ConvolutionUse
+)
+"""How the weight of every kind of layer is used."""
+
+
+def _owner(t: Tensor) -> Tensor:
+    """The tensor that holds the entries of another: itself, or what it is a view of."""
+    return t if t._base is None else t._base
+
+
+def _begins(part: Tensor, view: Tensor) -> bool:
+    """Whether rows begin at the same entry of their owner and go on in the same way."""
+    sizes = zip(part.stride(), view.stride(), part.shape, view.shape, strict=False)
+    return (
+        part.shape[1:] == view.shape[1:]
+        and part.storage_offset() == view.storage_offset()
+        and all(s == t for s, t, n, m in sizes if min(n, m) > 1)
+    )
+
+
+def _edge(z: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(z) if z.requires_grad else None
+
+
+def sent_back(
+    f: Tensor,
+    calls: Sequence[Call],
+    v: Tensor,
+    parameters: Sequence[Tensor] = (),
+    *,
+    batched: bool = False,
+    retain: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What a vector at the model's output becomes at the outputs of calls, and at parameters.
+
+    Cost: a reverse pass.
+
+    Args:
+        f: The model's output.
+        calls: The calls.
+        v: The vector, or a stack of vectors.
+        parameters: Tensors with gradients.
+        batched: Whether it is a stack.
+        retain: Whether the graph is kept.
+
+    Returns:
+        For every call a tensor like its output, for every parameter one like it, or stacks of
+        these: zeros where nothing arrives.
+    """
+    ends: list[Any] = [call.edge for call in calls if call.edge is not None]
+    grads = iter(
+        torch.autograd.grad(
+            f,
+            [*ends, *parameters],
+            v,
+            is_grads_batched=batched,
+            retain_graph=retain,
+            allow_unused=True,
+        )
+    )
+
+    def or_zeros(g: Tensor | None, like: Tensor) -> Tensor:
+        if g is not None:
+            return g
+        return like.new_zeros(1).expand(*v.shape[: int(batched)], *like.shape)
+
+    at_calls = [or_zeros(None if c.edge is None else next(grads), c.z) for c in calls]
+    return at_calls, [or_zeros(g, p) for g, p in zip(grads, parameters, strict=True)]

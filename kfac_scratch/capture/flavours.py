@@ -3,8 +3,9 @@
 Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,8 +14,9 @@ from torch.nn import Embedding
 
 from kfac_scratch.capture.calls import Call
 from kfac_scratch.capture.layer_groups import LayerGroup
-from kfac_scratch.capture.layers import row_dtype
 from kfac_scratch.one_hot import OneHot
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,40 @@ class Flavour:
     """
 
     inputs: Callable[[LayerGroup, list[Call]], list[Float[Tensor, "N S d_in"]]]
-    outputs: Callable[[list[Call], list[Tensor]], Float[Tensor, "groups V N S d_out"]]
-    positions: Callable[[list[Call]], int]
+    outputs: Callable[[LayerGroup, list[Call], list[Tensor]], list[Float[Tensor, "V N S d_out"]]]
+    positions: Callable[[LayerGroup, list[Call]], list[int]]
+
+
+def _by_matrix(
+    group: LayerGroup, calls: list[Call], values: Sequence[Sequence[T]]
+) -> list[list[T]]:
+    """For every matrix `W` of a group its values of all calls that use it.
+
+    Args:
+        group: The layers.
+        calls: Their calls.
+        values: For each call, one value for each matrix that it uses, or one for all of these.
+    """
+    found: list[list[T]] = [[] for _ in range(group.groups)]
+    for call, of_call in zip(calls, values, strict=True):
+        for i, number in enumerate(call.matrices):
+            found[number].append(of_call[i if len(of_call) > 1 else 0])
+    return found
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N S d_in"]]:
-    if isinstance(group.layers[0], Embedding):
+    if group.kind is Embedding:
         return [_joined_words(calls)]
     rows = []
     for call in calls:
-        ends = group.bias_inputs(call.layer)
+        ends = group.bias_inputs(call.bias)
         row = call.rows(ends)
-        rows.append(row if group.weight is not None else row[..., -len(ends) :])
-    return list(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
+        rows.append(list(row if group.weight is not None else row[..., -len(ends) :]))
+    return [_joined(of_matrix, 1) for of_matrix in _by_matrix(group, calls, rows)]
 
 
 def _joined_words(calls: list[Call]) -> OneHot:
@@ -47,37 +70,54 @@ def _joined_words(calls: list[Call]) -> OneHot:
     return OneHot(torch.cat([r.columns for r in rows], 1), rows[0].shape[-1], rows[0].dtype)
 
 
-def _expanded_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N S d_out"]:
-    rows = [c.vectors(g) for c, g in zip(calls, gs, strict=True)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)
+def _expanded_outputs(
+    group: LayerGroup, calls: list[Call], gs: list[Tensor]
+) -> list[Float[Tensor, "V N S d_out"]]:
+    rows = [list(c.vectors(g)) for c, g in zip(calls, gs, strict=True)]
+    return [_joined(of_matrix, 2) for of_matrix in _by_matrix(group, calls, rows)]
 
 
 def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N 1 d_in"]]:
-    means, counts = [], []
+    means = []
     for call in calls:
         row, S = call.averaged_rows()
-        ends = row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)
-        means.append(torch.cat([row, ends] if group.weight is not None else [ends], dim=-1))
-        counts.append(S)
-    if len(means) == 1:
-        return list(means[0])
-    sums = [S * mean for S, mean in zip(counts, means, strict=True)]
-    return list(torch.stack(sums).sum(0) / sum(counts))
+        ends = row.new_tensor(group.bias_inputs(call.bias)).expand(*row.shape[:-1], -1)
+        row = torch.cat([row, ends] if group.weight is not None else [ends], dim=-1)
+        means.append([(mean, S) for mean in row])
+    return [_mean(of_matrix) for of_matrix in _by_matrix(group, calls, means)]
 
 
-def _summed_outputs(calls: list[Call], gs: list[Tensor]) -> Float[Tensor, "groups V N 1 d_out"]:
+def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
+    """The mean over all positions, from means over some and their numbers."""
+    if len(parts) == 1:
+        return parts[0][0]
+    total = torch.stack([S * mean for mean, S in parts]).sum(0)
+    return total / sum(S for _, S in parts)
+
+
+def _summed_outputs(
+    group: LayerGroup, calls: list[Call], gs: list[Tensor]
+) -> list[Float[Tensor, "V N 1 d_out"]]:
     sums = [
-        c.vectors(g).sum(3, keepdim=True, dtype=row_dtype(c.layer))
+        list(c.vectors(g).sum(3, keepdim=True, dtype=group.dtype))
         for c, g in zip(calls, gs, strict=True)
     ]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    return [
+        of_matrix[0] if len(of_matrix) == 1 else torch.stack(of_matrix).sum(0)
+        for of_matrix in _by_matrix(group, calls, sums)
+    ]
 
 
-def _all_positions(calls: list[Call]) -> int:
-    return sum(call.positions for call in calls)
+def _all_positions(group: LayerGroup, calls: list[Call]) -> list[int]:
+    counts = [[call.positions] for call in calls]
+    return [sum(of_matrix) for of_matrix in _by_matrix(group, calls, counts)]
 
 
-EXPAND = Flavour(_expanded_inputs, _expanded_outputs, lambda calls: 1)
+def _one_position(group: LayerGroup, calls: list[Call]) -> list[int]:
+    return [1] * group.groups
+
+
+EXPAND = Flavour(_expanded_inputs, _expanded_outputs, _one_position)
 """KFAC-expand: every position is a row, as if it were another sample.
 
 The rows of an embedding are `OneHot`: they are kept as the words' numbers.

@@ -1,10 +1,9 @@
 """Capture: from a model and a batch to every layer's `LayerIO`.
 
-Forward hooks record what enters each layer and what leaves it; one batched backward pass sends
-the loss's vectors from the model's output to all recorded outputs. Nothing else is touched:
-hooks are gone afterwards (also after an exception), no `.grad` is written, no parameter gradient
-is computed, and modes and flags stay as they were. Threads may capture one model at the same time:
-a hook records the calls of its own thread only.
+Every function that uses a layer's weight is recorded, with what enters it and what leaves it; one
+batched backward pass sends the loss's vectors from the model's output to all recorded outputs.
+Nothing else is touched, also after an exception: no `.grad` is written, no parameter gradient is
+computed, and modes and flags stay as they were. Threads may capture one model at the same time.
 
 Rows and vectors have the precision of the parameters, and float32 at least: sums over many rows
 and inverses need it. Under `torch.autocast`, whose parameters are in float32, nothing is lost by
@@ -16,7 +15,7 @@ pass. `stream` yields the vectors in chunks, so that `V` is bounded.
 Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,10 +31,9 @@ from kfac_scratch.border import (
     check_result,
     checked_names,
 )
-from kfac_scratch.capture.calls import Calls, recorded
+from kfac_scratch.capture.calls import Call, Calls, recorded, sent_back
 from kfac_scratch.capture.flavours import EXPAND, Flavour
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
-from kfac_scratch.capture.layers import row_dtype
 from kfac_scratch.capture.plan import Plan, Plans, plan_of_groups
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
 from kfac_scratch.layer_io import LayerIO
@@ -132,9 +130,11 @@ def stream(
     rows = {group.name: run.rows(group) for group in run.groups}
     for part in run.sent_back():
         yield {
-            name: LayerIO(a, g, run.positions(group))
+            name: LayerIO(a, g, S)
             for group, gs in part
-            for name, a, g in zip(group.names, rows[group.name], gs, strict=True)
+            for name, a, g, S in zip(
+                group.names, rows[group.name], gs, run.positions(group), strict=True
+            )
         }
 
 
@@ -168,28 +168,28 @@ class ForwardPass:
         with full_precision(self.f.device):
             return self.flavour.inputs(group, self.calls[group.name])
 
-    def positions(self, group: LayerGroup) -> int:
-        """The number of positions that every row stands for."""
-        return self.flavour.positions(self.calls[group.name])
+    def positions(self, group: LayerGroup) -> list[int]:
+        """The number of positions that every row stands for, for each of its blocks."""
+        return self.flavour.positions(group, self.calls[group.name])
 
     def sent_back(
         self,
-    ) -> Iterator[Iterator[tuple[LayerGroup, Float[Tensor, "groups V N S d_out"]]]]:
+    ) -> Iterator[Iterator[tuple[LayerGroup, list[Float[Tensor, "V N S d_out"]]]]]:
         """The vectors at all layers, in parts; of every part, one group of layers at a time."""
-        outputs = [call.z for group in self.groups for call in self.calls[group.name]]
+        calls = [call for group in self.groups for call in self.calls[group.name]]
         if self.chunk is None:
-            parts = _batched_if_possible(self.f, outputs, self.vectors)
+            parts = _batched_if_possible(self.f, calls, self.vectors)
         else:
-            parts = _in_parts(self.f, outputs, self.vectors, self.chunk)
+            parts = _in_parts(self.f, calls, self.vectors, self.chunk)
         return (self._by_group(part) for part in parts)
 
     def _by_group(
         self, sent: list[Tensor]
-    ) -> Iterator[tuple[LayerGroup, Float[Tensor, "groups V N S d_out"]]]:
+    ) -> Iterator[tuple[LayerGroup, list[Float[Tensor, "V N S d_out"]]]]:
         for group in self.groups:
             calls = self.calls[group.name]
-            g = self.flavour.outputs(calls, [sent.pop(0) for _ in calls])
-            yield group, g.to(row_dtype(group.layers[0]))
+            gs = self.flavour.outputs(group, calls, [sent.pop(0) for _ in calls])
+            yield group, [g.to(group.dtype) for g in gs]
 
 
 def forward_pass(
@@ -282,62 +282,54 @@ def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     return torch.cat([g.mT for g in gs]).mT if stored_as_columns(gs[0]) else torch.cat(gs)
 
 
-def default_chunk(outputs: list[Tensor]) -> int:
+def default_chunk(calls: Sequence[Call]) -> int:
     """The number of vectors to send backward at once: what a budget of bytes allows, up to 512.
 
     On a CPU the budget is 4 MiB: more vectors at once save calls, but only as long as their pass
     stays in the cache. Elsewhere it is 256 MiB, and 32 vectors at least.
 
     Args:
-        outputs: The layers' outputs, which a vector's pass makes once each.
+        calls: The layers' calls, whose outputs a vector's pass makes once each.
     """
-    size = sum(z.numel() * z.element_size() for z in outputs)
-    on_cpu = outputs[0].device.type == "cpu"
+    size = sum(call.z.numel() * call.z.element_size() for call in calls)
+    on_cpu = calls[0].z.device.type == "cpu"
     least, budget = (1, 4 * 2**20) if on_cpu else (32, 256 * 2**20)
     return min(max(least, budget // max(size, 1)), 512)
 
 
 def _in_parts(
-    f: Tensor, outputs: list[Tensor], vectors: Vectors, chunk: int, start: int = 0
+    f: Tensor, calls: list[Call], vectors: Vectors, chunk: int, start: int = 0
 ) -> Iterator[list[Tensor]]:
     """Vectors from number `start` on, sent to all recorded outputs, `chunk` at a time."""
     for i in range(start, len(vectors), chunk):
         part = _read(vectors, slice(i, i + chunk), f)
-        yield _backward(f, outputs, part, retain=i + chunk < len(vectors))
+        yield _backward(f, calls, part, retain=i + chunk < len(vectors))
 
 
-def _batched_if_possible(
-    f: Tensor, outputs: list[Tensor], vectors: Vectors
-) -> Iterator[list[Tensor]]:
+def _batched_if_possible(f: Tensor, calls: list[Call], vectors: Vectors) -> Iterator[list[Tensor]]:
     """All vectors in parts of `default_chunk`; one by one if an operation cannot be batched.
 
     That is tried with the first part.
     """
-    chunk = min(default_chunk(outputs), len(vectors))
+    chunk = min(default_chunk(calls), len(vectors))
     if chunk == 1:
-        yield from _in_parts(f, outputs, vectors, 1)
+        yield from _in_parts(f, calls, vectors, 1)
         return
     try:
-        first = _backward(f, outputs, _read(vectors, slice(chunk), f), retain=True)
+        first = _backward(f, calls, _read(vectors, slice(chunk), f), retain=True)
     except RuntimeError:
-        yield from _in_parts(f, outputs, vectors, 1)
+        yield from _in_parts(f, calls, vectors, 1)
         return
     yield first
-    yield from _in_parts(f, outputs, vectors, chunk, start=chunk)
+    yield from _in_parts(f, calls, vectors, chunk, start=chunk)
 
 
-def _backward(f: Tensor, outputs: list[Tensor], vectors: Tensor, retain: bool) -> list[Tensor]:
+def _backward(f: Tensor, calls: list[Call], vectors: Tensor, retain: bool) -> list[Tensor]:
     """Send a stack of vectors from the model's output to recorded ones: zeros if unconnected."""
-    reached = [z for z in outputs if z.requires_grad]
     batched = len(vectors) > 1
     try:
-        gradients = torch.autograd.grad(
-            f,
-            reached,
-            vectors if batched else vectors[0],
-            is_grads_batched=batched,
-            retain_graph=retain,
-            allow_unused=True,
+        sent, _ = sent_back(
+            f, calls, vectors if batched else vectors[0], batched=batched, retain=retain
         )
     except RuntimeError as error:
         if not batched:
@@ -346,11 +338,4 @@ def _backward(f: Tensor, outputs: list[Tensor], vectors: Tensor, retain: bool) -
             "Sending several vectors backward at once failed; if an operation of the model cannot "
             "be batched, pass chunk=1 to send them one by one."
         ) from error
-    sent = {
-        id(z): g if g is None or batched else g.unsqueeze(0)
-        for z, g in zip(reached, gradients, strict=True)
-    }
-    none = [z.new_zeros(1).expand(len(vectors), *z.shape) for z in outputs]
-    return [
-        n if sent.get(id(z)) is None else sent[id(z)] for z, n in zip(outputs, none, strict=True)
-    ]
+    return sent if batched else [g.unsqueeze(0) for g in sent]

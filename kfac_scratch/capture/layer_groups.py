@@ -4,18 +4,31 @@ A block is a layer, or all layers that share a weight, or one group of a grouped
 `W` is `[weight | bias]`; layers that share a weight but not their biases give one column for each
 bias, and frozen parameters have no columns. Named after the first of its layers in
 `model.named_modules()`, with `[i]` behind it for group `i`.
+
+`nn.MultiheadAttention` has four blocks. Those of queries, keys and values are called `q_proj`,
+`k_proj` and `v_proj`, as they are in most models: PyTorch may keep their weights in one parameter,
+and may use it for two or three of them at once, but their inputs are not the same in general. The
+fourth is its layer `out_proj`.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Num
 from torch import Tensor
-from torch.nn import Embedding, Module, Parameter
+from torch.nn import Embedding, Linear, Module, MultiheadAttention, Parameter
 
-from kfac_scratch.capture.layers import LAYERS, Layer, check_layer, weight_matrix, weight_tensor
+from kfac_scratch.capture.layers import (
+    LAYERS,
+    check_layer,
+    row_dtype,
+    weight_matrix,
+    weight_tensor,
+    weight_view,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +43,39 @@ class LayerGroup:
     """
 
     name: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Any, ...]
     weight: str | None
     biases: dict[str, Tensor]
+
+    @cached_property
+    def kind(self) -> type[Module]:
+        """The kind of layer, which says how the weight is used."""
+        return next(kind for kind in LAYERS if isinstance(self.layers[0], kind))
 
     @cached_property
     def groups(self) -> int:
         """Number of matrices `W` side by side in the weight."""
         return int(getattr(self.layers[0], "groups", 1))
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters, trainable or not, that hold the weights."""
+        return (self.layers[0].weight,)
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """The trainable parameters by name."""
+        weight = {} if self.weight is None else {self.weight: self.weights[0]}
+        return weight | self.biases
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of rows and vectors, float32 at least."""
+        return row_dtype(self.layers[0])
+
+    def views(self) -> list[Num[Tensor, "d_out *d_in"]]:
+        """The weight of every `W`, as a view of its parameter."""
+        return list(weight_view(self.layers[0], self.weights[0].detach()))
 
     @cached_property
     def names(self) -> list[str]:
@@ -49,9 +87,9 @@ class LayerGroup:
         """Names of the trainable parameters."""
         return (*([] if self.weight is None else [self.weight]), *self.biases)
 
-    def bias_inputs(self, layer: Layer) -> list[float]:
-        """The inputs of the bias columns for one layer: 1 for its own bias, 0 for the others."""
-        return [float(bias is layer._parameters.get("bias")) for bias in self.biases.values()]
+    def bias_inputs(self, bias: str | None) -> list[float]:
+        """The inputs of the bias columns where one bias is added: 1 for it, 0 for the others."""
+        return [float(bias == name) for name in self.biases]
 
     def matrices(self, values: Mapping[str, Tensor]) -> list[Num[Tensor, "d_out d_in"]]:
         """Arrange values of the parameters (say, their gradients) as `W`, one for each group."""
@@ -73,6 +111,76 @@ class LayerGroup:
         return values
 
 
+@dataclass(frozen=True, eq=False)
+class InProjection(LayerGroup):
+    """The projections to queries, keys and values of an `nn.MultiheadAttention`.
+
+    Attributes:
+        held: Names and values of the trainable weights: one parameter for all three projections,
+            or three, or none if they are frozen.
+    """
+
+    held: dict[str, Tensor]
+
+    @cached_property
+    def kind(self) -> type[Module]:
+        """As it is used by `F.multi_head_attention_forward`."""
+        return Linear
+
+    @cached_property
+    def groups(self) -> int:
+        """Queries, keys and values."""
+        return 3
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names as for layers in the attention module."""
+        prefix = self.name and f"{self.name}."
+        return [f"{prefix}{x}_proj" for x in "qkv"]
+
+    @cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the trainable parameters."""
+        return (*self.held, *self.biases)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters, trainable or not, that hold the weights."""
+        return _in_projection_weights(self.layers[0])
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """The trainable parameters by name."""
+        return self.held | self.biases
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of rows and vectors, float32 at least."""
+        return torch.promote_types(self.weights[0].dtype, torch.float32)
+
+    def views(self) -> list[Tensor]:
+        """The weight of every `W`, as a view of its parameter."""
+        return self._apart([w.detach() for w in self.weights])
+
+    def matrices(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Arrange values of the parameters as `W` of queries, keys and values."""
+        columns = [self._apart([values[name] for name in self.held])] if self.held else []
+        columns += [list(values[name].reshape(3, -1, 1)) for name in self.biases]
+        return [torch.cat(of_matrix, dim=-1) for of_matrix in zip(*columns, strict=True)]
+
+    def parameters(self, Ws: list[Tensor]) -> dict[str, Tensor]:
+        """The values of the parameters, given the three `W`: the inverse of `matrices`."""
+        values = {}
+        for name in self.biases:
+            values[name] = torch.cat([W[:, -1] for W in Ws])
+            Ws = [W[:, :-1] for W in Ws]
+        weights = [torch.cat(Ws)] if len(self.held) == 1 else Ws
+        return values | dict(zip(self.held, weights, strict=True)) if self.held else values
+
+    def _apart(self, weights: list[Tensor]) -> list[Tensor]:
+        return list(weights[0].unflatten(0, (3, -1))) if len(weights) == 1 else weights
+
+
 def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[LayerGroup]:
     """All blocks of a model, or those of the named layers.
 
@@ -89,11 +197,11 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
     """
     chosen = _supported(model) if layers is None else _named(model, layers)
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    by_weight: dict[int, dict[str, Layer]] = {}
+    by_weight: dict[int, dict[str, Module]] = {}
     for name, layer in chosen.items():
-        by_weight.setdefault(id(layer.weight), {})[name] = layer
+        by_weight.setdefault(id(_weights(layer)[0]), {})[name] = layer
     groups = [_shared(family, trainable) for family in by_weight.values()]
-    groups = [group for group in groups if group.weight is not None or group.biases]
+    groups = [group for group in groups if group.parameter_names]
     if layers is not None and len(groups) < len(by_weight):
         raise ValueError(f"Among the layers {sorted(layers)} one has no trainable parameter.")
     _check_names(groups)
@@ -133,30 +241,55 @@ def _check_names(groups: list[LayerGroup]) -> None:
         seen.add(name)
 
 
-def _supported(model: Module) -> dict[str, Layer]:
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LAYERS) and isinstance(layer._parameters.get("weight"), Parameter)
-    }
+def parameters_of(layer: Module) -> list[Tensor]:
+    """The parameters of a layer, trainable or not, that are in a block; none for other modules."""
+    bias = "in_proj_bias" if isinstance(layer, MultiheadAttention) else "bias"
+    weights = _weights(layer)
+    found = (*weights, layer._parameters.get(bias)) if weights else ()
+    return [p for p in found if p is not None]
 
 
-def _named(model: Module, layers: Collection[str]) -> dict[str, Layer]:
+def _weights(layer: Module) -> tuple[Tensor, ...]:
+    """The parameters that hold a layer's weights: none for a kind that has no block."""
+    if isinstance(layer, MultiheadAttention):
+        found = _in_projection_weights(layer)
+    elif isinstance(layer, LAYERS):
+        found = (layer._parameters.get("weight"),)
+    else:
+        return ()
+    return found if all(isinstance(w, Parameter) for w in found) else ()
+
+
+def _in_projection_weights(layer: Module) -> tuple[Any, ...]:
+    """One parameter for queries, keys and values, or three if keys or values have other sizes."""
+    names = [f"{x}_proj_weight" for x in "qkv"]
+    if layer._parameters.get("in_proj_weight") is not None:
+        names = ["in_proj_weight"]
+    return tuple(layer._parameters.get(name) for name in names)
+
+
+def _supported(model: Module) -> dict[str, Module]:
+    return {name: layer for name, layer in model.named_modules() if _weights(layer)}
+
+
+def _named(model: Module, layers: Collection[str]) -> dict[str, Module]:
     modules, supported = dict(model.named_modules()), _supported(model)
     for name in layers:
         if name not in modules:
             raise ValueError(f"The model has no layer {name!r}; it has {sorted(modules)}.")
         if name not in supported:
+            kinds = ", ".join(kind.__name__ for kind in (*LAYERS, MultiheadAttention))
             raise NotImplementedError(
-                f"Layer {name!r} is a {type(modules[name]).__name__}: only "
-                f"{', '.join(kind.__name__ for kind in LAYERS)} with a weight that is a "
-                "parameter (no parametrization) have a block."
+                f"Layer {name!r} is a {type(modules[name]).__name__}: only {kinds} with a weight "
+                "that is a parameter (no parametrization) have a block."
             )
     return {name: layer for name, layer in supported.items() if name in layers}
 
 
-def _shared(family: dict[str, Layer], trainable: dict[int, str]) -> LayerGroup:
+def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
     (name, first), *others = family.items()
+    if any(isinstance(layer, MultiheadAttention) for layer in family.values()):
+        return _in_projection(family, trainable)
     check_layer(name, first)
     for other, layer in others:
         check_layer(other, layer)
@@ -174,3 +307,21 @@ def _shared(family: dict[str, Layer], trainable: dict[int, str]) -> LayerGroup:
         trainable.get(id(first.weight)),
         {trainable[id(b)]: b for b in biases if id(b) in trainable},
     )
+
+
+def _in_projection(family: dict[str, Any], trainable: dict[int, str]) -> InProjection:
+    (name, layer), *others = family.items()
+    if others:
+        raise NotImplementedError(
+            f"Layers {name!r} and {others[0][0]!r} share the weights of queries, keys and values: "
+            "leave one out with layers=[...], or untie them."
+        )
+    held = {trainable[id(w)]: w for w in _weights(layer) if id(w) in trainable}
+    if held and len(held) < len(_weights(layer)):
+        raise NotImplementedError(
+            f"Of the weights of layer {name!r} only {sorted(held)} are trainable: freeze all of "
+            "its projections or none, or leave the layer out with layers=[...]."
+        )
+    bias = layer._parameters.get("in_proj_bias")
+    biases = {trainable[id(bias)]: bias} if id(bias) in trainable else {}
+    return InProjection(name, (layer,), next(iter(held), None), biases, held)

@@ -9,11 +9,15 @@ r"""A layer as rows: how each kind of layer applies one matrix, `z[n, s] = W a[n
 A grouped convolution is `groups` such layers side by side, each with its own `W`; groups are a
 leading axis of all tensors here. Biases are columns of `W`, see `layer_groups`.
 
+Rows do not depend on a layer's numbers, only on its settings. So the functions for rows take a
+layer, or a `Use`: the settings with which a function was called.
+
 Sources: Grosse and Martens 2016 (arXiv:1602.01407), §3 for convolutions; Eschenhagen et al. 2023
 (arXiv:2311.00636), §3; for averages of patches without patches, Dangel 2023 (arXiv:2307.02275).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import get_args
 
@@ -25,34 +29,74 @@ from torch.nn.functional import pad
 
 from kfac_scratch.one_hot import OneHot
 
-Convolution = Conv1d | Conv2d | Conv3d
-Layer = Linear | Convolution | Embedding
+Layer = Linear | Conv1d | Conv2d | Conv3d | Embedding
 LAYERS = get_args(Layer)
 
 
-def row_dtype(layer: Layer) -> torch.dtype:
+@dataclass(frozen=True)
+class Use:
+    """A use of a weight by a function such as `F.linear`: its settings.
+
+    Attributes:
+        dtype: The precision of the weight.
+    """
+
+    dtype: torch.dtype = field(compare=False)
+
+
+@dataclass(frozen=True)
+class LinearUse(Use):
+    """As `Linear`."""
+
+
+@dataclass(frozen=True)
+class ConvolutionUse(Use):
+    """As `Conv1d`, `Conv2d` or `Conv3d`."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str = "zeros"
+
+
+@dataclass(frozen=True)
+class EmbeddingUse(Use):
+    """As `Embedding`."""
+
+    num_embeddings: int
+    padding_idx: int | None
+
+
+Convolution = Conv1d | Conv2d | Conv3d | ConvolutionUse
+Words = Embedding | EmbeddingUse
+
+
+def row_dtype(layer: Layer | Use) -> torch.dtype:
     """The precision of a layer's rows and vectors: that of its weight, float32 at least.
 
     Sums over many rows lose most digits of half precision, and its inverses lose all of them.
     """
-    return torch.promote_types(layer.weight.dtype, torch.float32)
+    dtype = layer.dtype if isinstance(layer, Use) else layer.weight.dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def input_rows(
-    layer: Layer, x: Tensor, ends: Sequence[float] = ()
+    layer: Layer | Use, x: Tensor, ends: Sequence[float] = ()
 ) -> Float[Tensor, "groups N S d_in"]:
     """The rows that `W` multiplies, each with the numbers `ends` behind it for bias columns."""
     match layer:
-        case Conv1d() | Conv2d() | Conv3d():
+        case Conv1d() | Conv2d() | Conv3d() | ConvolutionUse():
             return _written_patches(layer, x.to(row_dtype(layer)), ends)
-        case Embedding():
+        case Embedding() | EmbeddingUse():
             rows = _written(one_hot_rows(layer, x).dense(), 1, ends)
         case _:
             rows = _written(x.to(row_dtype(layer)), 1, ends)
     return rows.reshape(1, len(x), -1, rows.shape[-1])
 
 
-def one_hot_rows(layer: Embedding, tokens: Int[Tensor, "N ..."]) -> OneHot:
+def one_hot_rows(layer: Words, tokens: Int[Tensor, "N ..."]) -> OneHot:
     """The rows of an embedding without forming them; that of the padding index is zero."""
     columns = tokens.reshape(len(tokens), -1).long()
     if layer.padding_idx is not None:
@@ -60,7 +104,7 @@ def one_hot_rows(layer: Embedding, tokens: Int[Tensor, "N ..."]) -> OneHot:
     return OneHot(columns, layer.num_embeddings, row_dtype(layer))
 
 
-def averaged_rows(layer: Layer, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
+def averaged_rows(layer: Layer | Use, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
     """`input_rows(layer, x).mean(2, keepdim=True)` and `S`, without forming a convolution's rows.
 
     A sum over patches contracts every spatial axis with a 0/1 pattern of which entry meets which
@@ -68,7 +112,7 @@ def averaged_rows(layer: Layer, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_
     """
     if isinstance(layer, Convolution):
         return _averaged_patches(layer, x.to(row_dtype(layer)))
-    if isinstance(layer, Embedding):
+    if isinstance(layer, Words):
         tokens = x.reshape(len(x), -1)
         ones = torch.ones_like(tokens, dtype=row_dtype(layer))
         if layer.padding_idx is not None:
@@ -80,7 +124,9 @@ def averaged_rows(layer: Layer, x: Tensor) -> tuple[Float[Tensor, "groups N 1 d_
     return rows.mean(2, keepdim=True), rows.shape[2]
 
 
-def output_rows(layer: Layer, g: Float[Tensor, "V N ..."]) -> Float[Tensor, "groups V N S d_out"]:
+def output_rows(
+    layer: Layer | Use, g: Float[Tensor, "V N ..."]
+) -> Float[Tensor, "groups V N S d_out"]:
     """Vectors at a layer's output, in the order of `input_rows`."""
     V, N = g.shape[:2]
     if isinstance(layer, Convolution):
@@ -89,15 +135,20 @@ def output_rows(layer: Layer, g: Float[Tensor, "V N ..."]) -> Float[Tensor, "gro
     return g.reshape(1, V, N, -1, g.shape[-1])
 
 
-def positions(layer: Layer, z: Float[Tensor, "N ..."]) -> int:
+def positions(layer: Layer | Use, z: Float[Tensor, "N ..."]) -> int:
     """The number `S` of positions at which a layer was applied, from the shape of its output."""
     return prod(z.shape[2:] if isinstance(layer, Convolution) else z.shape[1:-1])
 
 
 def weight_matrix(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out d_in"]:
     """A tensor shaped like the layer's weight as the matrices `W` of its groups."""
+    return weight_view(layer, weight).flatten(2)
+
+
+def weight_view(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out *d_in"]:
+    """`weight_matrix` as a view, with the axes of a convolution's kernel apart."""
     if isinstance(layer, Convolution):
-        return weight.flatten(1).unflatten(0, (layer.groups, -1))
+        return weight.unflatten(0, (layer.groups, -1))
     return (weight.T if isinstance(layer, Embedding) else weight).unsqueeze(0)
 
 

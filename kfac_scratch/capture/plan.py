@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
 from kfac_scratch.border import check_instance, checked_names
-from kfac_scratch.capture.calls import Axis, Call, Calls, recorded
+from kfac_scratch.capture.calls import Axis, Call, Calls, recorded, sent_back
 from kfac_scratch.capture.flavours import EXPAND
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.refusals import (
@@ -54,18 +54,16 @@ MOST = 8  # samples that are tried
 
 @dataclass(frozen=True)
 class Place:
-    """A call in a plan: its layer, the axes of its output, and the place of the samples.
+    """A call in a plan: its kind, and the place of the samples.
 
     Attributes:
-        layer: Its number in the group.
-        ndim: The number of axes of its output.
+        kind: That of the call.
         axis: Where the samples are, with as many positions as the tried samples had.
         off: How far the inputs of two samples are from those of the same two among three.
         several: Whether the tried samples fit other orders, too, because they are all alike.
     """
 
-    layer: int
-    ndim: int
+    kind: Hashable
     axis: Axis
     off: float = 0.0
     several: bool = False
@@ -120,8 +118,7 @@ class Plan:
         located = {}
         for group in groups:
             places, here = self.places.get(group.name, ()), calls[group.name]
-            same = [(p.layer, p.ndim) for p in places] == [_kind_of(group, c) for c in here]
-            if not same:
+            if [place.kind for place in places] != [call.kind for call in here]:
                 raise ValueError(unlike(group, f"was called otherwise ({len(here)} times)"))
             located[group.name] = [
                 replace(call, axis=_fitted(group, place, call, N))
@@ -345,7 +342,7 @@ def _places(groups: list[LayerGroup], two: Calls, three: Calls) -> dict[str, lis
     """
     places = {}
     for group in groups:
-        kinds = [[_kind_of(group, call) for call in calls[group.name]] for calls in (two, three)]
+        kinds = [[call.kind for call in calls[group.name]] for calls in (two, three)]
         if kinds[0] != kinds[1]:
             raise ValueError(apart(group, "is called otherwise with two samples than with three"))
         pairs = zip(two[group.name], three[group.name], strict=True)
@@ -368,7 +365,7 @@ def _checked(
     found: dict[str, tuple[Place, ...]] = {}
     for group in groups:
         here, orders = calls[group.name], places[group.name]
-        if [(o[0].layer, o[0].ndim) for o in orders] != [_kind_of(group, c) for c in here]:
+        if [of_call[0].kind for of_call in orders] != [call.kind for call in here]:
             raise ValueError(apart(group, f"is called otherwise with two samples than with {N}"))
         found[group.name] = tuple(
             _place(group, *of_call, half)
@@ -394,15 +391,16 @@ def _sent_to_halves(
         for both.
     """
     v = random_like(f)
-    outputs = [call.z for group in groups for call in calls[group.name]]
-    parameters = {name: p for group in groups for name, p in trainable_parameters(group).items()}
-    ends, sent = [*outputs, *parameters.values()], []
-    for part in (half, ~half):
-        sent.append(derivatives(f, ends, v * part.view(-1, *[1] * (f.ndim - 1))))
-    pairs = iter([torch.stack([sent[0].pop(0), sent[1].pop(0)]) for _ in outputs])
+    used = [call for group in groups for call in calls[group.name]]
+    parameters = {name: p for group in groups for name, p in group.trainable.items()}
+    (of_half, gradients), (of_rest, others) = (
+        sent_back(f, used, v * part.view(-1, *[1] * (f.ndim - 1)), list(parameters.values()))
+        for part in (half, ~half)
+    )
+    pairs = iter([torch.stack(pair) for pair in zip(of_half, of_rest, strict=True)])
     gs = {group.name: [next(pairs) for _ in calls[group.name]] for group in groups}
-    gradients = [a + b for a, b in zip(*sent, strict=True)]
-    return gs, dict(zip(parameters, gradients, strict=True))
+    sums = [a + b for a, b in zip(gradients, others, strict=True)]
+    return gs, dict(zip(parameters, sums, strict=True))
 
 
 def random_half(N: int, device: torch.device) -> Bool[Tensor, "N"]:
@@ -419,27 +417,6 @@ def _seeded() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
 
-def derivatives(f: Tensor, ends: list[Tensor], v: Tensor) -> list[Tensor]:
-    """The derivative of `(v * f).sum()` by some tensors: zero where `f` does not depend on one.
-
-    Cost: a reverse pass. The graph is kept.
-    """
-    reached = [t for t in ends if t.requires_grad]
-    grads = torch.autograd.grad(f, reached, v, retain_graph=True, allow_unused=True)
-    found = {id(t): g for t, g in zip(reached, grads, strict=True)}
-    return [torch.zeros_like(t) if found.get(id(t)) is None else found[id(t)] for t in ends]
-
-
-def trainable_parameters(group: LayerGroup) -> dict[str, Tensor]:
-    """The parameters of a group of layers that have a block, by name."""
-    weight = {} if group.weight is None else {group.weight: group.layers[0].weight}
-    return weight | group.biases
-
-
-def _kind_of(group: LayerGroup, call: Call) -> tuple[int, int]:
-    return [layer is call.layer for layer in group.layers].index(True), call.z.ndim
-
-
 def _orders(group: LayerGroup, two: Call, three: Call) -> list[Place]:
     """All orders that the samples may have in a call, from the sizes for two and three samples."""
     sizes = [(two.z.shape[i], three.z.shape[i]) for i in two.leading]
@@ -453,7 +430,7 @@ def _orders(group: LayerGroup, two: Call, three: Call) -> list[Place]:
             apart(group, f"has no axis for the samples: from two to three, its sizes are {sizes}")
         )
     orders = [Axis(axis, k // inner, inner) for inner in range(1, k + 1) if k % inner == 0]
-    return [Place(*_kind_of(group, two), o, _disagreement(o, two, three)) for o in orders]
+    return [Place(two.kind, order, _disagreement(order, two, three)) for order in orders]
 
 
 def _disagreement(axis: Axis, two: Call, three: Call) -> float:
@@ -512,9 +489,9 @@ def _check_gradient(
 ) -> None:
     """Compare the gradient of every parameter with the sum over recorded calls."""
     rows = EXPAND.inputs(group, calls)  # [N, S, d_in] for every matrix of the group
-    vectors = EXPAND.outputs(calls, gs)[:, 0].to(rows[0].dtype)  # [groups, N, S, d_out]
+    vectors = [g[0].to(rows[0].dtype) for g in EXPAND.outputs(group, calls, gs)]
     dtypes = [t.dtype for c in calls for t in (c.x, c.z) if t.is_floating_point()]
-    check_sums(group, rows, list(vectors), gradients, dtypes)
+    check_sums(group, rows, vectors, gradients, dtypes)
 
 
 def check_sums(
@@ -539,7 +516,7 @@ def check_sums(
     pairs = list(zip(vectors, rows, strict=True))
     sums = group.parameters([_outer(g, a) for g, a in pairs])
     bound = max(_bound(g, a) for g, a in pairs)
-    eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, group.layers[0].weight.dtype))
+    eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, group.weights[0].dtype))
     for name, value in sums.items():
         off = float((gradients[name] - value).abs().max())
         check_explained(group, name, off, eps**0.5 * bound)

@@ -36,7 +36,7 @@ def check_model(
     if isinstance(X, Tensor):
         if len(X) == 0:
             raise ValueError("The batch is empty.")
-        device = groups[0].layers[0].weight.device
+        device = groups[0].weights[0].device
         if X.device != device:
             raise ValueError(f"X is on {X.device} but the model is on {device}: move one of them.")
     if layers is None and (names := uncovered(model, groups)):
@@ -57,15 +57,16 @@ def check_output(f: Output) -> Output:
 def check_calls(f: Tensor, groups: list[LayerGroup], calls: Calls) -> None:
     """The checks after every forward pass: every layer ran, its input is as it was, f is finite."""
     for group in groups:
-        name = group.name
-        silent = [layer for layer in group.layers if all(c.layer is not layer for c in calls[name])]
+        here = calls[group.name]
+        used = {number for call in here for number in call.matrices}
+        silent = [name for i, name in enumerate(group.names) if i not in used]
+        silent += [bias for bias in group.biases if all(call.bias != bias for call in here)]
         if silent:
             raise ValueError(
-                f"Layer {name!r} ({type(silent[0]).__name__}) never ran in the forward pass: its "
-                "weight is unused, or used without calling the layer (as nn.MultiheadAttention "
-                "does). Leave it out with layers=[...], or call it as a layer."
+                f"{_kind(group)} never ran in the forward pass, or not all of it: no function that "
+                f"has a rule used {silent[0]!r}. Leave the layer out with layers=[...], or call it."
             )
-        if any(call.x._version != call.version for call in calls[name]):
+        if any(call.x._version != call.version for call in here):
             raise ValueError(
                 f"The input of {_kind(group)} was modified in place after the layer used it."
             )

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, layer_names
-from kfac_scratch.capture.layers import LAYERS
+from kfac_scratch.capture.layer_groups import (
+    LayerGroup,
+    layer_groups,
+    layer_names,
+    parameters_of,
+)
 from kfac_scratch.optimizer.parameter_groups import covered, trainable
 
 
@@ -79,10 +83,6 @@ def slopes(arrangement: Arrangement) -> Slopes:
     return Slopes(found, blocks, arrangement.preconditioned)
 
 
-def _kind(block: LayerGroup) -> str:
-    return next(kind.__name__ for kind in LAYERS if isinstance(block.layers[0], kind))
-
-
 def arranged(
     model: Module, groups: Sequence[dict[str, Any]], layers: Collection[str] | None
 ) -> Arrangement:
@@ -106,7 +106,7 @@ def arranged(
         blocks,
         layer_names(model, blocks),
         {
-            name: BlockShape(block.parameter_names, tuple(W.shape), W.dtype, _kind(block))
+            name: BlockShape(block.parameter_names, tuple(W.shape), W.dtype, block.kind.__name__)
             for block in blocks
             for name, W in zip(block.names, block.matrices(values), strict=True)
         },
@@ -153,10 +153,8 @@ def coverable(model: Module, layers: Collection[str] | None) -> set[int]:
     return {
         id(p)
         for name, layer in model.named_modules()
-        if isinstance(layer, LAYERS) and (layers is None or name in layers)
-        if isinstance(layer._parameters.get("weight"), Parameter)
-        for p in (layer._parameters.get("weight"), layer._parameters.get("bias"))
-        if p is not None
+        if layers is None or name in layers
+        for p in parameters_of(layer)
     }
 
 

@@ -32,10 +32,8 @@ from kfac_scratch.border import check_function, check_instance
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
 from kfac_scratch.capture.plan import (
     check_sums,
-    derivatives,
     random_half,
     random_like,
-    trainable_parameters,
 )
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
@@ -278,9 +276,13 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     few = slice(0, 8)
     part = replace(term, X=term.X[few], expansion=term.expansion.part(few))
     c, calls = _forward(model, groups, part)
-    parameters = {name: p for group in groups for name, p in trainable_parameters(group).items()}
-    outputs = [z for group in groups for _, z in calls[group.name]]
-    sent = iter(derivatives(c, [*outputs, *parameters.values()], random_like(c)))
+    parameters = {name: p for group in groups for name, p in group.trainable.items()}
+    ends = [*(z for group in groups for _, z in calls[group.name]), *parameters.values()]
+    sent = iter(
+        torch.autograd.grad(
+            c, ends, random_like(c), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
     gs = {group.name: _cat([next(sent) for _ in calls[group.name]], 1) for group in groups}
     gradients = dict(zip(parameters, sent, strict=True))
     for group in groups:
@@ -340,5 +342,6 @@ def _record(
     c = inputs[0].c.detach()
     columns = [] if group.weight is None else [c]
     bias = c.new_zeros(*c.shape[:2], len(group.biases))
-    bias[:, 0] = torch.tensor(group.bias_inputs(layer), dtype=c.dtype, device=c.device)
+    names = (n for n, b in group.biases.items() if b is layer._parameters.get("bias"))
+    bias[:, 0] = bias.new_tensor(group.bias_inputs(next(names, None)))
     calls.append((torch.cat([*columns, bias], dim=2), output.c))

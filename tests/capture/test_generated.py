@@ -1,7 +1,7 @@
 """Random networks: every one is exact or refused, and those without a spoiler are exact.
 
 A network is a list of operations on states `[N, S, D]`, between a first layer, a way to read the
-last state, and a head. Spoilers let data meet each other, use parameters where no layer is called,
+last state, and a head. Spoilers let data meet each other, use parameters where no rule sees them,
 or change gradients.
 """
 
@@ -9,14 +9,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn import Conv1d, Embedding, Linear, Module, ModuleDict, MSELoss
+from torch.nn import (
+    Conv1d,
+    Embedding,
+    Linear,
+    Module,
+    ModuleDict,
+    MSELoss,
+    MultiheadAttention,
+    TransformerEncoderLayer,
+)
 from torch.nn.functional import layer_norm, linear, relu_
 from torch.utils.checkpoint import checkpoint
 
 from kfac_scratch import layer_ios
 from kfac_scratch.curvature import diagonal_blocks
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:No block covers")]
 
 N, S, D, C, WORDS = 4, 4, 3, 2, 5  # N = S, so that no size tells data from positions
 LAYERS = {
@@ -26,6 +35,22 @@ LAYERS = {
     "dilated conv": lambda: Conv1d(D, D, 2, padding="same", dilation=2, padding_mode="circular"),
     "grouped conv": lambda: Conv1d(D, D, 3, padding=1, groups=D, bias=False),
 }
+ATTENTIONS = {
+    "multihead attention": lambda: MultiheadAttention(D, 1, batch_first=True),
+    "attention, positions first": lambda: MultiheadAttention(D, D, bias=False),
+    "attention to other sizes": lambda: MultiheadAttention(D, 1, kdim=2, vdim=1),
+    "encoder layer": lambda: TransformerEncoderLayer(D, 1, 2, dropout=0.0, batch_first=True),
+}
+
+
+def attended(layer, h):
+    """An attention to the state, or to parts of it."""
+    if isinstance(layer, TransformerEncoderLayer):
+        return layer(h)
+    if layer.batch_first:
+        return layer(h, h, h)[0]
+    q, k, v = h.transpose(0, 1), h[:, 1:].transpose(0, 1), h[:, 1:].sin().transpose(0, 1)
+    return layer(q, k[..., : layer.kdim], v[..., : layer.vdim])[0].transpose(0, 1)
 
 
 def on_positions_first(layer, h):
@@ -51,6 +76,13 @@ def without_gradient(layer, h):
     return z + 0 * h
 
 
+def by_addmm(layer, h):
+    """As some language models write a linear layer."""
+    if layer.bias is None:
+        return torch.mm(h.flatten(0, 1), layer.weight.T).view_as(h)
+    return torch.addmm(layer.bias, h.flatten(0, 1), layer.weight.T).view_as(h)
+
+
 WAYS = {  # to call a linear layer
     "batch first": lambda layer, h: layer(h),
     "positions first": on_positions_first,
@@ -60,6 +92,10 @@ WAYS = {  # to call a linear layer
     "twice": lambda layer, h: layer(layer(h).tanh()),
     "checkpoint": lambda layer, h: layer(h.detach()) + h,
     "no gradient": without_gradient,
+    "function": lambda layer, h: linear(layer(h), layer.weight),
+    "matmul": lambda layer, h: h @ layer.weight.T,
+    "matmul of the other": lambda layer, h: h @ layer.weight.mT + layer(h),
+    "addmm": by_addmm,
 }
 PLAIN = {  # without parameters
     "tanh": torch.tanh,
@@ -92,8 +128,7 @@ def slope(layer, h):
     return torch.autograd.grad(layer(inside).tanh().sum(), inside, create_graph=True)[0]
 
 
-USES = {  # of a layer's weight, where no call shows them
-    "function": lambda layer, h: linear(layer(h), layer.weight),
+USES = {  # of a layer's weight that no rule explains
     "penalty": lambda layer, h: layer(h) + layer.weight.square().sum() / 9,
     "slope": slope,
     "reentrant": lambda layer, h: checkpoint(layer, h, use_reentrant=True),
@@ -114,6 +149,7 @@ READ = {
     "flat": lambda h: h.flatten(1),
 }
 
+attention = st.tuples(st.just("attention"), st.sampled_from(sorted(ATTENTIONS)), st.booleans())
 layer_step = st.tuples(
     st.just("layer"), st.sampled_from(sorted(LAYERS)), st.sampled_from(sorted(WAYS))
 )
@@ -129,8 +165,8 @@ def networks(*steps):
     )
 
 
-GOOD = networks(layer_step, again, plain)
-ANY = networks(layer_step, again, plain, meeting, use)
+GOOD = networks(layer_step, again, plain, attention)
+ANY = networks(layer_step, again, plain, attention, meeting, use)
 
 
 class Network(Module):
@@ -141,7 +177,8 @@ class Network(Module):
         torch.manual_seed(0)
         self.steps, self.read = steps, READ[read]
         first = Embedding(WORDS, D) if words else Linear(2, D)
-        made = {str(i): LAYERS[s[1]]() for i, s in enumerate(steps) if s[0] == "layer"}
+        kinds = LAYERS | ATTENTIONS
+        made = {str(i): kinds[what]() for i, (_, what, _) in enumerate(steps) if what in kinds}
         head = Linear(S * D if read == "flat" else D, C)
         self.layers = ModuleDict({"first": first, **made, "head": head})
         self.linear = [m for m in made.values() if isinstance(m, Linear)]
@@ -151,6 +188,8 @@ class Network(Module):
         for i, (kind, what, how) in enumerate(self.steps):
             if kind == "layer":
                 h = self._applied(self.layers[str(i)], WAYS[how], h)
+            elif kind == "attention":
+                h = attended(self.layers[str(i)], h) + h * how
             elif kind == "again" and self.linear:
                 h = self._applied(self.linear[what % len(self.linear)], WAYS[how], h)
             elif kind == "use" and self.linear:

@@ -1,7 +1,6 @@
 """Capture is exact and leaves nothing behind. What it refuses: see test_refusals."""
 
 import threading
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from kfac_scratch import (
     kfac,
     layer_groups,
     layer_ios,
-    plan,
     stream,
     type2,
 )
@@ -320,7 +318,6 @@ def test_an_abandoned_stream_leaves_no_hooks(device):
 
 
 def test_two_threads_do_not_see_each_other(device):
-    """Each capture hooks its own model."""
     problems = [simple(device) for _ in range(2)]
     found = [None, None]
 
@@ -365,36 +362,6 @@ def test_two_threads_may_capture_one_model_at_the_same_time(device):
     for ios, expected in zip(found, alone, strict=True):
         for name in expected:
             check_same(ios[name], expected[name])
-
-
-class Between(OrderedDict):
-    """PyTorch's note that a hook takes keyword arguments, with a call just before it is written."""
-
-    def __setitem__(self, key, value):
-        self.call()
-        super().__setitem__(key, value)
-
-
-def test_another_thread_may_call_the_model_while_hooks_are_registered(device):
-    """PyTorch registers a hook first, and then that it takes keyword arguments."""
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(device)
-    X, y = torch.randn(5, 4, device=device), torch.randn(5, 2, device=device)
-    found, called = plan(model, X), []
-    alone = layer_ios(model, nn.MSELoss(), X, y, plan=found)
-
-    def elsewhere():
-        thread = threading.Thread(target=lambda: called.append(model(X)))
-        thread.start()
-        thread.join()
-
-    for layer in (model[0], model[2]):
-        layer._forward_hooks_with_kwargs = Between()
-        layer._forward_hooks_with_kwargs.call = elsewhere
-    together = layer_ios(model, nn.MSELoss(), X, y, plan=found)
-    assert len(called) == 2
-    for name in alone:
-        check_same(together[name], alone[name])
-    check_equal(called[0], model(X))
 
 
 @pytest.mark.parametrize("fisher", [type2, empirical])

@@ -71,8 +71,9 @@ def test_groups_are_named_after_their_first_layer():
 def test_own_biases_of_a_shared_weight_are_columns_of_their_own():
     (block,) = layer_groups(tied(False))
     assert list(block.biases) == ["0.bias", "1.bias"]
-    assert block.bias_inputs(block.layers[0]) == [1.0, 0.0]
-    assert block.bias_inputs(block.layers[1]) == [0.0, 1.0]
+    assert block.bias_inputs("0.bias") == [1.0, 0.0]
+    assert block.bias_inputs("1.bias") == [0.0, 1.0]
+    assert block.bias_inputs(None) == [0.0, 0.0]
 
 
 def test_frozen_parameters_have_no_columns():
@@ -87,7 +88,7 @@ class Custom(Module):
         super().__init__()
         self.linear, self.norm = Linear(3, 2), LayerNorm(2)
         self.scale = nn.Parameter(torch.ones(2))
-        self.attention = nn.MultiheadAttention(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
 
 
 def test_what_is_not_covered_is_named():
@@ -96,8 +97,8 @@ def test_what_is_not_covered_is_named():
         "scale",
         "norm.weight",
         "norm.bias",
-        "attention.in_proj_weight",
-        "attention.in_proj_bias",
+        "attention.bias_k",
+        "attention.bias_v",
     ]
 
 

@@ -1,0 +1,145 @@
+r"""Rules: how a function of PyTorch applies a weight to rows, `z = W a + b`.
+
+Every layer calls a function in the end, and so does code that has weights but no layers. A rule
+reads a function's arguments and says which one is the input, how the weight is `W`, and with which
+settings it is used. It need not be trusted: `plan` compares the gradients that follow from it with
+those of autodiff, and refuses a wrong rule.
+
+| function | input | `W` | bias |
+|---|---|---|---|
+| `F.linear(x, w, b)` | `x` | `w` | `b` |
+| `x @ w`, `torch.matmul`, `torch.mm` | `x` | `w.T` | added by the next function |
+| `torch.addmm(b, x, w)` | `x` | `w.T` | `b` |
+| `F.conv1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups | `b` |
+| `F.embedding(t, w)` | words `t` | `w.T` | |
+
+`F.multi_head_attention_forward` is made of such functions, and is opened for them.
+
+Source: `torch.overrides`, for the mechanism: a `TorchFunctionMode` sees every function that is
+called on tensors before it runs.
+"""
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Num
+from torch import Tensor
+from torch.nn import functional
+
+from kfac_scratch.capture.layers import ConvolutionUse, EmbeddingUse, LinearUse, Use
+
+
+class Applied(NamedTuple):
+    """What a function does with a weight.
+
+    Attributes:
+        x: The input.
+        W: The weight as matrices side by side, as a view of what the function got.
+        bias: What is added; None if nothing is.
+        use: The settings.
+    """
+
+    x: Tensor
+    W: Num[Tensor, "groups d_out *d_in"]
+    bias: Tensor | None
+    use: Use
+
+
+Rule = Callable[..., Applied | None]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Applied:
+    return Applied(input, weight[None], bias, LinearUse(weight.dtype))
+
+
+def _matmul(input: Tensor, other: Tensor) -> Applied | None:
+    if other.ndim != 2 or input.ndim < 2:
+        return None
+    return Applied(input, other.mT[None], None, LinearUse(other.dtype))
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Applied | None:
+    if beta != 1 or alpha != 1 or input.ndim != 1:
+        return None
+    return Applied(mat1, mat2.mT[None], input, LinearUse(mat2.dtype))
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Applied | None:
+    dims = weight.ndim - 2
+
+    def each(setting: Any) -> tuple[int, ...]:
+        if isinstance(setting, int):
+            return (setting,) * dims
+        return tuple(setting) * (dims // len(setting))
+
+    use = ConvolutionUse(
+        weight.dtype,
+        tuple(weight.shape[2:]),
+        each(stride),
+        padding if isinstance(padding, str) else each(padding),
+        each(dilation),
+        groups,
+    )
+    return Applied(input, weight.unflatten(0, (groups, -1)), bias, use)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Applied | None:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    use = EmbeddingUse(weight.dtype, len(weight), padding_idx)
+    return Applied(input, weight.mT[None], None, use)
+
+
+RULES: dict[Callable[..., Any], Rule] = {
+    functional.linear: _linear,
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
+    Tensor.__matmul__: _matmul,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+    functional.embedding: _embedding,
+}
+
+ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+
+"""Functions that add a bias to what a function of a weight alone gave."""
+
+MADE_OF_FUNCTIONS = {functional.multi_head_attention_forward}
+
+
+@functools.cache
+def opened(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function without its question for a mode, which would call the mode for ever.
+
+    A mode sees such a function as one call, and none of those inside. This is a copy of it, whose
+    calls a mode sees.
+    """
+    assert isinstance(func, FunctionType)
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**func.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    copy = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

@@ -1,0 +1,381 @@
+"""Weights are followed into functions: attention, layers written by hand, compiled models."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import Conv1d, Conv2d, Linear, Module, MSELoss, MultiheadAttention, Sequential, Tanh
+from torch.nn.functional import conv1d, conv2d, embedding, linear, relu_
+
+from kfac_scratch import EXPAND, KFAC, REDUCE, kfac, layer_groups, layer_ios, plan, type2
+from kfac_scratch.capture.calls import recorded
+from kfac_scratch.curvature import diagonal_blocks, ggn
+from tests.capture.test_plan import C, D, N, Net, S, check_exact, sequences, vectors
+from tests.laws import check_equal
+
+pytestmark = pytest.mark.filterwarnings("ignore:No block covers")
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+class Attends(Module):
+    """An attention module between inputs `[N, S, D]` and a head, called in some way."""
+
+    def __init__(self, attend, batch_first=True, **options):
+        super().__init__()
+        self.attention = MultiheadAttention(D, 2, batch_first=batch_first, **options)
+        self.head, self.attend, self.batch_first = Linear(D, C), attend, batch_first
+
+    def forward(self, x):
+        if self.batch_first:
+            return self.head(self.attend(self.attention, x).mean(1))
+        return self.head(self.attend(self.attention, x.transpose(0, 1)).mean(0))
+
+
+def to_itself(attention, x):
+    return attention(x, x, x)[0]
+
+
+def causal(attention, x):
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
+    return attention(x, x, x, attn_mask=mask, is_causal=True)[0]
+
+
+def with_padding(attention, x):
+    return attention(x, x, x, key_padding_mask=x[..., 0] > 0.9)[0]
+
+
+ATTENTIONS = {
+    "self": lambda: Attends(to_itself),
+    "positions first": lambda: Attends(to_itself, batch_first=False),
+    "without weights": lambda: Attends(lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "without biases": lambda: Attends(to_itself, bias=False),
+    "evaluated": lambda: Attends(to_itself, dropout=0.5).eval(),
+    "causal": lambda: Attends(causal),
+    "padded": lambda: Attends(with_padding),
+    "keys and values alike": lambda: Attends(lambda m, x: m(x, x.sin(), x.sin())[0]),
+    "encoder and decoder": lambda: Attends(lambda m, x: m(x, h := x[:, 1:].sin(), h)[0]),
+    "three inputs": lambda: Attends(lambda m, x: m(x[:, :2], x.sin(), x.cos())[0]),
+    "other sizes": lambda: Attends(lambda m, x: m(x, x[..., :2], x[..., :3])[0], kdim=2, vdim=3),
+    "other sizes, without biases": lambda: Attends(
+        lambda m, x: m(x, x[..., :2], x[..., :3])[0], kdim=2, vdim=3, bias=False
+    ),
+    "learned key and value": lambda: Attends(to_itself, add_bias_kv=True, add_zero_attn=True),
+    "twice, in two ways": lambda: Attends(lambda m, x: m(m(x, x, x)[0], x, x.sin())[0]),
+    "one position is read": lambda: Attends(lambda m, x: to_itself(m, x)[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_blocks_of_attention_are_exact(name, device):
+    """`check_exact` compares each with autodiff, and the reduced flavour with reduced rows."""
+    ios = check_exact(ATTENTIONS[name]().to(device), sequences(device), device)
+    assert list(ios) == [*(f"attention.{x}_proj" for x in ("q", "k", "v", "out")), "head"]
+
+
+@pytest.mark.parametrize("n", [1, 2, S])
+def test_attention_is_exact_for_few_samples_and_for_as_many_as_positions(n, device):
+    model = Attends(to_itself, batch_first=False).to(device)
+    check_exact(model, sequences(device, n), device)
+
+
+def test_a_sample_may_attend_to_fewer_keys_than_queries(device):
+    """Then rows of one projection have other numbers than those of another."""
+    model = ATTENTIONS["encoder and decoder"]().to(device)
+    X, y = sequences(device), torch.randn(N, C, device=device)
+    for flavour, positions in ((EXPAND, (1, 1)), (REDUCE, (S, S - 1))):
+        ios = layer_ios(model, MSELoss(), X, y, flavour=flavour)
+        found = tuple(ios[f"attention.{x}_proj"].positions for x in "qk")
+        assert found == positions
+
+
+@pytest.mark.parametrize("frozen", ["in_proj_bias", "out_proj.weight"])
+def test_frozen_parameters_of_attention_have_no_columns(frozen, device):
+    model = Attends(to_itself).to(device)
+    model.attention.get_parameter(frozen).requires_grad_(False)
+    check_exact(model, sequences(device), device)
+
+
+def test_biases_of_attention_alone_are_exact(device):
+    """A softmax ignores the bias of the keys: its block is zero."""
+    model = Attends(to_itself).to(device)
+    model.attention.in_proj_weight.requires_grad_(False)
+    data = MSELoss(), sequences(device), torch.randn(N, C, device=device)
+    exact, ios = diagonal_blocks(model, ggn(model, *data)), layer_ios(model, *data)
+    for x in "qv":
+        assert ios[f"attention.{x}_proj"].a.shape[-1] == 1
+        check_equal(ios[f"attention.{x}_proj"].block(), exact[f"attention.{x}_proj"])
+    assert ios["attention.k_proj"].block().abs().max() <= 1e-20
+
+
+def test_attention_that_is_frozen_in_part_is_refused(device):
+    model = ATTENTIONS["other sizes"]().to(device)
+    model.attention.k_proj_weight.requires_grad_(False)
+    with pytest.raises(NotImplementedError, match=r"'attention' only.*q_proj.*are trainable"):
+        layer_groups(model)
+    assert [g.name for g in layer_groups(model, ["head"])] == ["head"]
+
+
+def test_attention_over_the_batch_is_refused(device):
+    model = Attends(to_itself, batch_first=False).to(device)
+    model.batch_first = True
+    with pytest.raises(ValueError, match=r"'attention'.*MultiheadAttention.*no sample"):
+        layer_ios(model, MSELoss(), sequences(device), torch.randn(N, C, device=device))
+
+
+def test_two_attentions_with_one_weight_are_refused():
+    model = Sequential(MultiheadAttention(D, 2), MultiheadAttention(D, 2))
+    model[1].in_proj_weight = model[0].in_proj_weight
+    with pytest.raises(NotImplementedError, match="'0' and '1' share the weights of queries"):
+        layer_groups(model)
+
+
+@pytest.mark.parametrize("name", ["self", "other sizes", "without biases"])
+def test_matrices_of_attention_and_parameters_are_inverse_to_each_other(name):
+    model = ATTENTIONS[name]()
+    values = dict(model.named_parameters())
+    for group in layer_groups(model):
+        Ws = group.matrices(values)
+        assert len(Ws) == len(group.names)
+        back = group.parameters(Ws)
+        assert set(back) == set(group.parameter_names)
+        for name, value in back.items():
+            assert torch.equal(value, values[name])
+
+
+TRANSFORMERS = {
+    "encoder layer": lambda: nn.TransformerEncoderLayer(D, 2, 6, dropout=0.0, batch_first=True),
+    "encoder layer, norms first": lambda: nn.TransformerEncoderLayer(
+        D, 2, 6, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+    ),
+    "encoder, evaluated": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(D, 2, 6, batch_first=True), 2
+    ).eval(),
+    "encoder, positions first": lambda: nn.TransformerEncoderLayer(D, 2, 6, dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_blocks_of_pytorchs_transformers_are_exact(name, device):
+    encoder = TRANSFORMERS[name]()
+    batch = 1 if name == "encoder, positions first" else 0
+
+    def forward(m, x):
+        return m.b(m.a(x.transpose(0, batch)).transpose(0, batch).mean(1))
+
+    model = Net(forward, a=encoder, b=Linear(D, C)).to(device)
+    check_exact(model, sequences(device), device)
+
+
+def test_blocks_of_an_encoder_with_a_decoder_are_exact(device):
+    transformer = nn.Transformer(D, 2, 1, 1, 6, dropout=0.0, batch_first=True)
+    model = Net(lambda m, x: m.b(m.a(x, x[:, :2].sin()).mean(1)), a=transformer, b=Linear(D, C))
+    check_exact(model.to(device), sequences(device), device)
+
+
+def test_an_optimizer_trains_attention_in_one_parameter_as_in_three_layers(device):
+    """The same network, written by hand with a linear layer for each projection."""
+
+    class ByHand(Module):
+        def __init__(self, of):
+            super().__init__()
+            attention, self.head = of.attention, of.head
+            parts = zip(
+                attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+            )
+            self.q, self.k, self.v, self.out = (Linear(D, D) for _ in range(4))
+            with torch.no_grad():
+                for layer, (w, b) in zip((self.q, self.k, self.v), parts, strict=True):
+                    layer.weight.copy_(w)
+                    layer.bias.copy_(b)
+            self.out.load_state_dict(attention.out_proj.state_dict())
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(2, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            z = ((q @ k.mT / (D / 2) ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            return self.head(self.out(z).mean(1))
+
+    whole = Attends(to_itself)
+    by_hand = ByHand(whole).to(device)
+    by_hand.head = Linear(D, C)
+    by_hand.head.load_state_dict(whole.head.state_dict())
+    whole, by_hand = whole.to(device), by_hand.to(device)
+    X, y = sequences(device), torch.randn(N, C, device=device)
+    losses = []
+    for model in (whole, by_hand):
+        options = {"lr": 0.3, "damping": 0.1, "fisher": type2, "controls": []}
+        optimizer, found = KFAC(model, MSELoss(), **options), []
+        losses.append(found)
+        for _ in range(6):
+            optimizer.zero_grad()
+            value = MSELoss()(model(X), y)
+            value.backward()
+            optimizer.observe(X, y)
+            optimizer.step()
+            found.append(value.detach())
+    check_equal(torch.stack(losses[0]), torch.stack(losses[1]))
+    assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+# ---- layers written by hand ----------------------------------------------------------------------
+
+
+def biased(layer, x):
+    """A bias that is added by the next function is that of the layer."""
+    z = x @ layer.weight.T
+    z += layer.bias
+    return z
+
+
+FUNCTIONS = {
+    "linear": lambda m, x: linear(x, m.a.weight, m.a.bias),
+    "by keywords": lambda m, x: linear(input=x, weight=m.a.weight, bias=m.a.bias),
+    "matmul": lambda m, x: x @ m.a.weight.T + m.a.bias,
+    "bias first": lambda m, x: m.a.bias + torch.matmul(x, m.a.weight.t()),
+    "bias in place": lambda m, x: biased(m.a, x),
+    "addmm": lambda m, x: torch.addmm(m.a.bias, x.flatten(0, -2), m.a.weight.mT).view_as(x),
+    "called by parameters": lambda m, x: functional_call(m.a, dict(m.a.named_parameters()), x),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("inputs", [vectors, sequences])
+def test_a_linear_layer_by_functions_is_the_layer(name, inputs, device):
+    """All rows are, so that every approximation is."""
+    modules, X = {"a": Linear(D, D), "b": Linear(D, C)}, inputs(device)
+    y = torch.randn(*X.shape[:-1], C, device=device)
+    model = Net(lambda m, x: m.b(relu_(FUNCTIONS[name](m, x))), **modules).to(device)
+    layers = Net(lambda m, x: m.b(relu_(m.a(x))), **modules).to(device)
+    expected = layer_ios(layers, MSELoss(), X, y)
+    for block, io in layer_ios(model, MSELoss(), X, y).items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+        check_equal(kfac(io).dense(), kfac(expected[block]).dense())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("setting", [{}, {"stride": 2}, {"padding": "same"}, {"dilation": (2,)}])
+def test_a_convolution_by_functions_is_the_layer(setting, groups, device):
+    conv = Conv1d(4, 6, 3, groups=groups, **setting).to(device)
+    X = torch.randn(N, 4, 7, device=device)
+    settings = {"groups": groups} | setting
+    written = lambda m, x: conv1d(x, m.a.weight, m.a.bias, **settings).tanh().mean(2)  # noqa: E731
+    y = torch.randn(N, 6, device=device)
+    expected = layer_ios(Net(lambda m, x: m.a(x).tanh().mean(2), a=conv), MSELoss(), X, y)
+    for block, io in layer_ios(Net(written, a=conv), MSELoss(), X, y).items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+
+
+def test_an_embedding_by_functions_is_the_layer(device):
+    model = Net(
+        lambda m, x: m.b(embedding(x, m.a.weight, -5).tanh().mean(1)),
+        a=nn.Embedding(7, D),
+        b=Linear(D, C),
+    ).to(device)
+    X, y = torch.randint(7, (N, S), device=device), torch.randn(N, C, device=device)
+    exact = diagonal_blocks(model, ggn(model, MSELoss(), X, y))
+    for block, io in layer_ios(model, MSELoss(), X, y).items():
+        check_equal(io.block(), exact[block])
+
+
+def test_a_weight_that_several_functions_use_is_one_block(device):
+    """Also with settings that differ: a convolution's kernel at two strides."""
+
+    def forward(m, x):
+        wide, narrow = m.a(x), conv2d(x, m.a.weight, stride=2)
+        return m.b(wide.tanh().mean((2, 3)) + narrow.sin().mean((2, 3)))
+
+    model = Net(forward, a=Conv2d(2, 3, 2), b=Linear(3, C)).to(device)
+    check_exact(model, torch.randn(N, 2, 5, 5, device=device), device)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_kernel_in_other_groups_is_exact_or_refused(groups, device):
+    """The kernel `[6, 2, 3]` of three groups may be that of one group, but not the other way."""
+
+    def forward(m, x):
+        other = conv1d(x[:, :2], m.a.weight) if groups == 3 else conv1d(x, m.a.weight, groups=3)
+        return m.b((m.a(x[:, : 2 * groups]) + other).tanh().mean(2))
+
+    model = Net(forward, a=Conv1d(2 * groups, 6, 3, groups=groups), b=Linear(6, C)).to(device)
+    X = torch.randn(N, 6, 5, device=device)
+    if groups == 3:
+        check_exact(model, X, device)
+    else:
+        with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+            layer_ios(model, MSELoss(), X, torch.randn(N, C, device=device))
+
+
+def test_a_weight_that_is_stored_in_another_order_is_found(device):
+    model = Sequential(Conv2d(2, 3, 2), Tanh(), nn.Flatten(), Linear(27, C)).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    X = torch.randn(N, 2, 4, 4, device=device).to(memory_format=torch.channels_last)
+    check_exact(model, X, device)
+
+
+def test_a_subclass_that_scales_its_output_is_exact(device):
+    """What follows the product with the weight is no part of the layer."""
+
+    class Scaled(Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    check_exact(Sequential(Scaled(D, C)).to(device), vectors(device), device)
+
+
+def test_other_views_of_a_weight_are_refused(device):
+    def forward(m, x):
+        return m.b((m.a(x) + linear(x, m.a.weight.flip(0)) + m.a.weight.diagonal()).tanh())
+
+    model = Net(forward, a=Linear(D, D), b=Linear(D, C)).to(device)
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), vectors(device), torch.randn(N, C, device=device))
+
+
+@pytest.mark.slow
+def test_compiled_models_are_exact():
+    layers = Sequential(Linear(D, D), Tanh(), Linear(D, C))
+    compiled = torch.compile(layers, backend="eager")
+    X, y = vectors(torch.device("cpu")), torch.randn(N, C)
+    expected = layer_ios(layers, MSELoss(), X, y)
+    compiled(X)
+    for name, io in layer_ios(compiled, MSELoss(), X, y).items():
+        check_equal(io.g, expected[name.removeprefix("_orig_mod.")].g)
+    layers.compile(backend="eager")
+    for name, io in layer_ios(layers, MSELoss(), X, y).items():
+        check_equal(io.g, expected[name].g)
+
+
+# ---- nothing is left behind, nothing is copied without need --------------------------------------
+
+
+def test_capture_registers_no_hooks_and_leaves_no_mode(device):
+    model, seen = Sequential(Linear(D, D), Tanh(), Linear(D, C)).to(device), []
+
+    class Looks(Module):
+        def forward(self, x):
+            seen.append([len(m._forward_hooks) for m in model.modules()])
+            return x
+
+    before = modes()
+    model.append(Looks())
+    plan(model, vectors(device))
+    assert seen
+    assert not any(map(any, seen))
+    assert modes() == before
+
+
+def modes():
+    return torch._C._len_torch_function_stack()
+
+
+def test_only_outputs_that_are_views_are_copied(device):
+    """A view that is written to later would be cut out of the graph."""
+    model = Sequential(Linear(D, D), Tanh(), Linear(D, C)).to(device)
+    for X, copied in ((vectors(device), False), (sequences(device), True)):
+        f, calls = recorded(model, X, layer_groups(model))
+        last = calls["2"][-1]
+        assert (f.grad_fn.name() == "CloneBackward0") == copied
+        assert last.edge.node is f.grad_fn
