@@ -1,4 +1,4 @@
-"""What hooks see: calls, copies, settings, names."""
+"""What is recorded: calls, settings, names."""
 
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
 from kfac_scratch.conformance.vocabulary import Flavour
@@ -11,27 +11,51 @@ def capture(name: str, before: str, after: str, case: str, flavour: Flavour = "e
 
 MUTANTS = [
     capture(
-        "an in-place activation writes over what was recorded",
-        "return output.clone()  # the next",
-        "return output  # the next",
-        "one-datum-mse-relu-inplace-mean",
+        "settings in another order",
+        "each(stride),\n",
+        "each(dilation),\n",
+        "conv2d-stride-per-location-mse-mean",
+    ),
+    capture(
+        "padding that the function does not get",
+        "padding if isinstance(padding, str) else each(padding),",
+        "each(0),",
+        "conv2d-padding-per-location-mse-mean",
+    ),
+    capture(
+        "a bias that is not seen",
+        "return name if _begins(bias, part[0]) and bias.numel() == part.numel() else None",
+        "return None",
+        "bias-cross-entropy-mean",
+    ),
+    capture(
+        "the first matrix of a group alone",
+        "return group, range(number, number + rows.index(total) + 1)",
+        "return group, range(number, number + 1)",
+        "conv2d-groups-per-location-mse",
+    ),
+    capture(
+        "vectors of another call",
+        "at_calls = [or_zeros(None if c.edge is None else next(grads), c.z) for c in calls]",
+        "at_calls = [or_zeros(None, c.z) if c.edge is None else next(grads) for c in calls][::-1]",
+        "used-in-a-row-mse",
     ),
     capture(
         "the last call's inputs only",
-        "return list(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))",
-        "return list(rows[-1].repeat(1, 1, len(rows), 1))",
+        "return [_joined(of_matrix, 1) for",
+        "return [of_matrix[-1].repeat(1, len(of_matrix), 1) for",
         "used-in-a-row-mse",
     ),
     capture(
         "the last call's vectors only",
-        "return rows[0] if len(rows) == 1 else torch.cat(rows, dim=3)",
-        "return torch.cat([0 * row for row in rows[:-1]] + rows[-1:], dim=3)",
+        "return [_joined(of_matrix, 2) for",
+        "return [torch.cat([0 * row for row in of_matrix[:-1]] + of_matrix[-1:], dim=2) for",
         "used-in-a-row-mse",
     ),
     capture(
         "calls in another order for vectors",
-        "for c, g in zip(calls, gs, strict=True)]\n    return rows[0]",
-        "for c, g in zip(calls, gs, strict=True)][::-1]\n    return rows[0]",
+        "rows = [list(c.vectors(g)) for c, g in zip(calls, gs, strict=True)]",
+        "rows = [list(c.vectors(g)) for c, g in zip(calls, gs, strict=True)][::-1]",
         "ekfac-used-in-a-row-mse",
         "ekfac",
     ),
@@ -44,15 +68,15 @@ MUTANTS = [
     ),
     capture(
         "the sum over calls of the same vector",
-        "return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)",
-        "return sums[0]",
+        "of_matrix[0] if len(of_matrix) == 1 else torch.stack(of_matrix).sum(0)",
+        "of_matrix[0]",
         "used-in-a-row-mse",
         "reduce",
     ),
     capture(
         "calls averaged without their numbers of positions",
-        "return list(torch.stack(sums).sum(0) / sum(counts))",
-        "return list(torch.stack(sums).sum(0) / len(counts) ** 2)",
+        "return total / sum(S for _, S in parts)",
+        "return total / len(parts) ** 2",
         "used-in-a-row-mse",
         "reduce",
     ),
@@ -65,15 +89,15 @@ MUTANTS = [
     ),
     capture(
         "no bias column in averages",
-        "ends = row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)",
-        "ends = 0 * row.new_tensor(group.bias_inputs(call.layer)).expand(*row.shape[:-1], -1)",
+        "ends = row.new_tensor(group.bias_inputs(call.bias)).expand(*row.shape[:-1], -1)",
+        "ends = 0 * row.new_tensor(group.bias_inputs(call.bias)).expand(*row.shape[:-1], -1)",
         "pooled-bias-mse",
         "reduce",
     ),
     capture(
         "the bias before the weights",
-        "means.append(torch.cat([row, ends] if",
-        "means.append(torch.cat([ends, row] if",
+        "row = torch.cat([row, ends] if",
+        "row = torch.cat([ends, row] if",
         "deep-linear-mse-mean-bias",
         "reduce",
     ),
@@ -91,8 +115,8 @@ MUTANTS = [
     ),
     Mutant(
         "biases of frozen columns",
-        'return [float(bias is layer._parameters.get("bias")) for bias in self.biases.values()]',
-        "return [0.0 for bias in self.biases.values()]",
+        "return [float(bias == name) for name in self.biases]",
+        "return [0.0 for name in self.biases]",
         ("bias-cross-entropy-mean", "expand"),
     ),
     Mutant(

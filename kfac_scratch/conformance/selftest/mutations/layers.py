@@ -43,18 +43,6 @@ MUTANTS = [
         "conv2d-padding-pooled-mse",
     ),
     layers(
-        "padding_mode ignored",
-        'mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode',
-        'mode = "constant"',
-        "conv2d-circular-per-location-mse-mean",
-    ),
-    layers(
-        "circular for every padding_mode",
-        "else layer.padding_mode\n    return",
-        'else "circular"\n    return',
-        "conv2d-reflect-per-location-mse-mean",
-    ),
-    layers(
         "padding on the other axis",
         "for pair in reversed(sides) for side in pair",
         "for pair in [(0, 0), *sides] for side in pair",

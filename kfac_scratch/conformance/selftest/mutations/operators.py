@@ -9,14 +9,14 @@ EXPAND: Task = ("operator-expand-2d-mean", "expand")
 MUTANTS = [
     Mutant(
         "a bias that has derivatives",
-        "bias[:, 0] = torch.tensor(",
-        "bias[:] = torch.tensor(",
+        "bias[:, 0] = bias.new_tensor(",
+        "bias[:] = bias.new_tensor(",
         REDUCE,
     ),
     Mutant(
         "no bias column for the value",
-        "bias[:, 0] = torch.tensor(",
-        "bias[:, :0] = torch.tensor(",
+        "bias[:, 0] = bias.new_tensor(",
+        "bias[:, :0] = bias.new_tensor(",
         REDUCE,
     ),
     Mutant(
