@@ -14,6 +14,9 @@ from torch.nn import (
     Conv1d,
     Conv2d,
     Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
     CrossEntropyLoss,
     Embedding,
     Flatten,
@@ -238,6 +241,20 @@ GEOMETRIES: dict[str, tuple[Callable[[], Module], tuple[int, ...]]] = {
         lambda: Conv3d(4, 2, 2, groups=2, padding="same", padding_mode="circular"),
         (4, 2, 3, 2),
     ),
+    "1d-transposed": (lambda: ConvTranspose1d(2, 3, 3, stride=2, padding=1), (2, 5)),
+    "1d-transposed-cut": (
+        lambda: ConvTranspose1d(2, 3, 2, stride=3, padding=2, output_padding=2),
+        (2, 4),
+    ),
+    "2d-transposed": (
+        lambda: ConvTranspose2d(2, 3, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(1, 2)),
+        (2, 3, 4),
+    ),
+    "2d-transposed-groups": (
+        lambda: ConvTranspose2d(4, 6, 3, groups=2, stride=2, bias=False),
+        (4, 3, 2),
+    ),
+    "3d-transposed": (lambda: ConvTranspose3d(2, 3, (2, 1, 3), stride=(1, 2, 1)), (2, 2, 3, 2)),
 }
 
 CONV_PER_LOCATION = with_reductions(

@@ -16,21 +16,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, Module
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from kfac_scratch.capture.functions import (
     ADDITIONS,
     MADE_OF_FUNCTIONS,
-    RULES,
+    WEIGHT_RULES,
     Applied,
     opened,
 )
 from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.capture.layers import (
-    ConvolutionUse,
+    USES,
+    Convolution,
     EmbeddingUse,
-    LinearUse,
     Use,
     averaged_rows,
     input_rows,
@@ -75,6 +75,8 @@ class Axis:
 class Call:
     """One use of a weight in a forward pass.
 
+    It has many parameters, because rows, vectors and checks need different parts of a call.
+
     Attributes:
         use: The function's settings.
         matrices: Which matrices `W` of the group are used.
@@ -97,13 +99,13 @@ class Call:
 
     @property
     def kind(self) -> tuple[Use, range, str | None, int]:
-        """What is the same in every forward pass."""
+        """The part that is the same in every forward pass."""
         return self.use, self.matrices, self.bias, self.z.ndim
 
     @property
     def leading(self) -> range:
         """Axes of the output whose entries are rows; the samples are in one of them."""
-        return range(1 if isinstance(self.use, ConvolutionUse) else self.z.ndim - 1)
+        return range(1 if isinstance(self.use, Convolution) else self.z.ndim - 1)
 
     @property
     def positions(self) -> int:
@@ -204,9 +206,9 @@ class Recorder(TorchFunctionMode):
         z = func(*args, **kwargs)
         if biased is not None:
             self._add(*biased, z)
-        if func in RULES and self._is_used(*args, *kwargs.values()):
+        if func in WEIGHT_RULES and self._is_used(*args, *kwargs.values()):
             with torch.no_grad():
-                applied = RULES[func](*args, **kwargs)
+                applied = WEIGHT_RULES[func](*args, **kwargs)
             if applied is not None and (found := self._matrices(applied)):
                 return self._record(applied, *found, z)
         return z
@@ -218,7 +220,7 @@ class Recorder(TorchFunctionMode):
         """The group and its matrices that a function uses."""
         W, candidates = applied.W, self._weights.get(id(_owner(applied.W)), [])
         for i, (group, number, view) in enumerate(candidates):
-            if not isinstance(applied.use, USES[group.kind]) or not _begins(W[0], view):
+            if type(applied.use) is not USES[group.kind] or not _begins(W[0], view):
                 continue
             rows = list(accumulate(len(matrix.view) for matrix in candidates[i:]))
             total = len(W) * W.shape[1]
@@ -264,12 +266,6 @@ class Recorder(TorchFunctionMode):
             self.calls[group.name][-1] = replace(call, bias=name, z=z.detach(), edge=_edge(z))
 
 
-USES = {Linear: LinearUse, Embedding: EmbeddingUse} | dict.fromkeys(
-    (Conv1d, Conv2d, Conv3d), ConvolutionUse
-)
-"""How the weight of every kind of layer is used."""
-
-
 def _owner(t: Tensor) -> Tensor:
     """The tensor that holds the entries of another: itself, or what it is a view of."""
     return t if t._base is None else t._base
@@ -298,7 +294,7 @@ def sent_back(
     batched: bool = False,
     retain: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What a vector at the model's output becomes at the outputs of calls, and at parameters.
+    """Send a vector from the model's output to the outputs of calls, and to parameters.
 
     Cost: a reverse pass.
 

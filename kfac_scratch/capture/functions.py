@@ -11,6 +11,7 @@ those of autodiff, and refuses a wrong rule.
 | `x @ w`, `torch.matmul`, `torch.mm` | `x` | `w.T` | added by the next function |
 | `torch.addmm(b, x, w)` | `x` | `w.T` | `b` |
 | `F.conv1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups | `b` |
+| `F.conv_transpose1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups, `in` and `out` exchanged | `b` |
 | `F.embedding(t, w)` | words `t` | `w.T` | |
 
 `F.multi_head_attention_forward` is made of such functions, and is opened for them.
@@ -19,8 +20,8 @@ Source: `torch.overrides`, for the mechanism: a `TorchFunctionMode` sees every f
 called on tensors before it runs.
 """
 
-import functools
 from collections.abc import Callable
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -29,11 +30,17 @@ from jaxtyping import Num
 from torch import Tensor
 from torch.nn import functional
 
-from kfac_scratch.capture.layers import ConvolutionUse, EmbeddingUse, LinearUse, Use
+from kfac_scratch.capture.layers import (
+    ConvolutionUse,
+    EmbeddingUse,
+    LinearUse,
+    TransposedConvolutionUse,
+    Use,
+)
 
 
 class Applied(NamedTuple):
-    """What a function does with a weight.
+    """A weight as a function applies it.
 
     Attributes:
         x: The input.
@@ -77,23 +84,43 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Applied | None:
-    dims = weight.ndim - 2
+) -> Applied:
+    """It has these parameters, because the function has them."""
+    each, kernel = partial(_each, weight.ndim - 2), tuple(weight.shape[2:])
+    around = padding if isinstance(padding, str) else each(padding)
+    use = ConvolutionUse(weight.dtype, kernel, each(stride), around, each(dilation), groups)
+    return Applied(input, weight.unflatten(0, (groups, -1)), bias, use)
 
-    def each(setting: Any) -> tuple[int, ...]:
-        if isinstance(setting, int):
-            return (setting,) * dims
-        return tuple(setting) * (dims // len(setting))
 
-    use = ConvolutionUse(
+def _transposed_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Applied:
+    """It has these parameters, because the function has them."""
+    each, kernel = partial(_each, weight.ndim - 2), tuple(weight.shape[2:])
+    use = TransposedConvolutionUse(
         weight.dtype,
-        tuple(weight.shape[2:]),
+        kernel,
         each(stride),
-        padding if isinstance(padding, str) else each(padding),
+        each(padding),
+        each(output_padding),
         each(dilation),
         groups,
     )
-    return Applied(input, weight.unflatten(0, (groups, -1)), bias, use)
+    return Applied(input, weight.unflatten(0, (groups, -1)).transpose(1, 2), bias, use)
+
+
+def _each(dims: int, setting: Any) -> tuple[int, ...]:
+    """A setting for every axis, of which one number may be given for all."""
+    return (
+        (setting,) * dims if isinstance(setting, int) else tuple(setting) * (dims // len(setting))
+    )
 
 
 def _embedding(
@@ -105,6 +132,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Applied | None:
+    """It has these parameters, because the function has them."""
     if max_norm is not None or scale_grad_by_freq or sparse:
         return None
     if padding_idx is not None and padding_idx < 0:
@@ -113,13 +141,16 @@ def _embedding(
     return Applied(input, weight.mT[None], None, use)
 
 
-RULES: dict[Callable[..., Any], Rule] = {
+WEIGHT_RULES: dict[Callable[..., Any], Rule] = {
     functional.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
     Tensor.__matmul__: _matmul,
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+    functional.conv_transpose1d: _transposed_convolution,
+    functional.conv_transpose2d: _transposed_convolution,
+    functional.conv_transpose3d: _transposed_convolution,
     functional.embedding: _embedding,
 }
 
@@ -130,7 +161,7 @@ ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__
 MADE_OF_FUNCTIONS = {functional.multi_head_attention_forward}
 
 
-@functools.cache
+@cache
 def opened(func: Callable[..., Any]) -> Callable[..., Any]:
     """The same function without its question for a mode, which would call the mode for ever.
 

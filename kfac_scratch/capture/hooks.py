@@ -15,7 +15,7 @@ pass. `stream` yields the vectors in chunks, so that `V` is bounded.
 Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -282,17 +282,17 @@ def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:
     return torch.cat([g.mT for g in gs]).mT if stored_as_columns(gs[0]) else torch.cat(gs)
 
 
-def default_chunk(calls: Sequence[Call]) -> int:
+def default_chunk(outputs: list[Tensor]) -> int:
     """The number of vectors to send backward at once: what a budget of bytes allows, up to 512.
 
     On a CPU the budget is 4 MiB: more vectors at once save calls, but only as long as their pass
     stays in the cache. Elsewhere it is 256 MiB, and 32 vectors at least.
 
     Args:
-        calls: The layers' calls, whose outputs a vector's pass makes once each.
+        outputs: The layers' outputs, which a vector's pass makes once each.
     """
-    size = sum(call.z.numel() * call.z.element_size() for call in calls)
-    on_cpu = calls[0].z.device.type == "cpu"
+    size = sum(z.numel() * z.element_size() for z in outputs)
+    on_cpu = outputs[0].device.type == "cpu"
     least, budget = (1, 4 * 2**20) if on_cpu else (32, 256 * 2**20)
     return min(max(least, budget // max(size, 1)), 512)
 
@@ -311,7 +311,7 @@ def _batched_if_possible(f: Tensor, calls: list[Call], vectors: Vectors) -> Iter
 
     That is tried with the first part.
     """
-    chunk = min(default_chunk(calls), len(vectors))
+    chunk = min(default_chunk([call.z for call in calls]), len(vectors))
     if chunk == 1:
         yield from _in_parts(f, calls, vectors, 1)
         return

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from jaxtyping import Num
 from torch import Tensor
-from torch.nn import Embedding, Linear, Module, MultiheadAttention, Parameter
+from torch.nn import Linear, Module, MultiheadAttention, Parameter
 
 from kfac_scratch.capture.layers import (
     LAYERS,
+    USES,
     check_layer,
     row_dtype,
     weight_matrix,
@@ -50,7 +51,7 @@ class LayerGroup:
     @cached_property
     def kind(self) -> type[Module]:
         """The kind of layer, which says how the weight is used."""
-        return next(kind for kind in LAYERS if isinstance(self.layers[0], kind))
+        return _kind(self.layers[0])
 
     @cached_property
     def groups(self) -> int:
@@ -241,6 +242,10 @@ def _check_names(groups: list[LayerGroup]) -> None:
         seen.add(name)
 
 
+def _kind(layer: Module) -> type[Module]:
+    return next(kind for kind in LAYERS if isinstance(layer, kind))
+
+
 def parameters_of(layer: Module) -> list[Tensor]:
     """The parameters of a layer, trainable or not, that are in a block; none for other modules."""
     bias = "in_proj_bias" if isinstance(layer, MultiheadAttention) else "bias"
@@ -294,7 +299,7 @@ def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
     for other, layer in others:
         check_layer(other, layer)
         same_groups = getattr(layer, "groups", 1) == getattr(first, "groups", 1)
-        if isinstance(layer, Embedding) != isinstance(first, Embedding) or not same_groups:
+        if USES[_kind(layer)] is not USES[_kind(first)] or not same_groups:
             raise NotImplementedError(
                 f"Layers {name!r} and {other!r} share a weight that one of them uses transposed "
                 "or in other groups, so that no single W describes both: leave one out with "

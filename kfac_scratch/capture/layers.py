@@ -4,6 +4,7 @@ r"""A layer as rows: how each kind of layer applies one matrix, `z[n, s] = W a[n
 |---|---|---|
 | `Linear` on `[N, *, d]` | entries of the shared axes `*` | `weight` |
 | `Conv1d/2d/3d` | patches, one per output position | `weight.flatten(1)` |
+| `ConvTranspose1d/2d/3d` | patches of the input with zeros between entries | as above, turned |
 | `Embedding` | one-hot rows | `weight.T` |
 
 A grouped convolution is `groups` such layers side by side, each with its own `W`; groups are a
@@ -19,17 +20,29 @@ Sources: Grosse and Martens 2016 (arXiv:1602.01407), §3 for convolutions; Esche
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
-from torch.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from torch.nn import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Embedding,
+    Linear,
+    Module,
+)
 from torch.nn.functional import pad
 
 from kfac_scratch.one_hot import OneHot
 
-Layer = Linear | Conv1d | Conv2d | Conv3d | Embedding
+PlainConvolution = Conv1d | Conv2d | Conv3d
+TransposedConvolution = ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
+Layer = Linear | PlainConvolution | TransposedConvolution | Embedding
 LAYERS = get_args(Layer)
 
 
@@ -51,7 +64,10 @@ class LinearUse(Use):
 
 @dataclass(frozen=True)
 class ConvolutionUse(Use):
-    """As `Conv1d`, `Conv2d` or `Conv3d`."""
+    """As `Conv1d`, `Conv2d` or `Conv3d`.
+
+    It has many parameters, because these layers have them.
+    """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -62,6 +78,21 @@ class ConvolutionUse(Use):
 
 
 @dataclass(frozen=True)
+class TransposedConvolutionUse(Use):
+    """As `ConvTranspose1d`, `ConvTranspose2d` or `ConvTranspose3d`.
+
+    It has many parameters, because these layers have them.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
 class EmbeddingUse(Use):
     """As `Embedding`."""
 
@@ -69,7 +100,16 @@ class EmbeddingUse(Use):
     padding_idx: int | None
 
 
-Convolution = Conv1d | Conv2d | Conv3d | ConvolutionUse
+USES: dict[type[Module], type[Use]] = {
+    Linear: LinearUse,
+    Embedding: EmbeddingUse,
+    **dict.fromkeys(get_args(PlainConvolution), ConvolutionUse),
+    **dict.fromkeys(get_args(TransposedConvolution), TransposedConvolutionUse),
+}
+"""How the weight of every kind of layer is used."""
+
+Transposed = TransposedConvolution | TransposedConvolutionUse
+Convolution = PlainConvolution | ConvolutionUse | Transposed
 Words = Embedding | EmbeddingUse
 
 
@@ -86,13 +126,12 @@ def input_rows(
     layer: Layer | Use, x: Tensor, ends: Sequence[float] = ()
 ) -> Float[Tensor, "groups N S d_in"]:
     """The rows that `W` multiplies, each with the numbers `ends` behind it for bias columns."""
-    match layer:
-        case Conv1d() | Conv2d() | Conv3d() | ConvolutionUse():
-            return _written_patches(layer, x.to(row_dtype(layer)), ends)
-        case Embedding() | EmbeddingUse():
-            rows = _written(one_hot_rows(layer, x).dense(), 1, ends)
-        case _:
-            rows = _written(x.to(row_dtype(layer)), 1, ends)
+    if isinstance(layer, Convolution):
+        return _written_patches(layer, x.to(row_dtype(layer)), ends)
+    if isinstance(layer, Words):
+        rows = _written(one_hot_rows(layer, x).dense(), 1, ends)
+    else:
+        rows = _written(x.to(row_dtype(layer)), 1, ends)
     return rows.reshape(1, len(x), -1, rows.shape[-1])
 
 
@@ -148,12 +187,15 @@ def weight_matrix(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out d_i
 def weight_view(layer: Layer, weight: Tensor) -> Num[Tensor, "groups d_out *d_in"]:
     """`weight_matrix` as a view, with the axes of a convolution's kernel apart."""
     if isinstance(layer, Convolution):
-        return weight.unflatten(0, (layer.groups, -1))
+        W = weight.unflatten(0, (layer.groups, -1))
+        return W.transpose(1, 2) if isinstance(layer, Transposed) else W
     return (weight.T if isinstance(layer, Embedding) else weight).unsqueeze(0)
 
 
 def weight_tensor(layer: Layer, W: Num[Tensor, "groups d_out d_in"]) -> Tensor:
     """The tensor, shaped like the layer's weight, whose `weight_matrix` is `W`."""
+    if isinstance(layer, Transposed):
+        W = W.unflatten(2, (-1, *layer.kernel_size)).transpose(1, 2)
     if isinstance(layer, Convolution):
         return W.reshape(layer.weight.shape)
     return W[0].T if isinstance(layer, Embedding) else W[0]
@@ -200,10 +242,12 @@ def _written_patches(
 
 def _patches(layer: Convolution, x: Float[Tensor, "N C *space"]) -> Float[Tensor, "groups N ..."]:
     """All patches, as a view `[groups, N, C_group, *kernel, *positions]` of the padded input."""
+    dims = len(layer.kernel_size)
+    if isinstance(layer, Transposed):
+        return _patches(*_as_plain(layer, x)).flip(*range(3, 3 + dims))
     x = _padded(layer, x)
     for axis, (k, stride, dilation) in enumerate(_geometry(layer), start=2):
         x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
-    dims = len(layer.kernel_size)
     x = x.unflatten(1, (layer.groups, -1))  # [N, groups, C_group, *positions, *kernel]
     return x.permute(1, 0, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
 
@@ -222,6 +266,11 @@ def _written(x: Tensor, axes: int, ends: Sequence[float]) -> Float[Tensor, "*row
 def _averaged_patches(
     layer: Convolution, x: Tensor
 ) -> tuple[Float[Tensor, "groups N 1 d_in"], int]:
+    if isinstance(layer, Transposed):
+        rows, S = _averaged_patches(*_as_plain(layer, x))
+        kernel = layer.kernel_size
+        axes = range(-len(kernel), 0)
+        return rows.unflatten(-1, (-1, *kernel)).flip(*axes).flatten(3), S
     x = _padded(layer, x)
     S = 1
     for k, stride, dilation in _geometry(layer):
@@ -237,11 +286,33 @@ def _averaged_patches(
     return rows.unsqueeze(2), S
 
 
+def _as_plain(
+    layer: Transposed, x: Float[Tensor, "N C *space"]
+) -> tuple[ConvolutionUse, Float[Tensor, "N C *wider"]]:
+    """A convolution with the kernel turned around, and its input: zeros stand between entries.
+
+    An entry at the border meets the kernel's last element first, so there are `dilation * (k - 1)`
+    zeros around, less the padding; negative numbers cut.
+    """
+    settings = (layer.stride, layer.dilation, layer.padding, layer.output_padding)
+    strides, dilation, padding, more = (tuple(map(int, setting)) for setting in settings)
+    kernel = layer.kernel_size
+    wide = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], strides, strict=True)]
+    between = x.new_zeros(*x.shape[:2], *wide)
+    every: Any = (..., *(slice(None, None, stride) for stride in strides))
+    between[every] = x
+    before = [d * (k - 1) - p for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    sides = [(n, n + m) for n, m in zip(before, more, strict=True)]
+    ones, none = (1,) * len(kernel), (0,) * len(kernel)
+    use = ConvolutionUse(x.dtype, kernel, ones, none, dilation, layer.groups)
+    return use, pad(between, [n for side in reversed(sides) for n in side])
+
+
 def _geometry(layer: Convolution) -> Iterator[tuple[int, int, int]]:
     return zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
 
 
-def _padded(layer: Convolution, x: Tensor) -> Tensor:
+def _padded(layer: PlainConvolution | ConvolutionUse, x: Tensor) -> Tensor:
     """Apply the layer's own padding, in its padding mode."""
     if layer.padding == "same":  # an odd total puts the larger half behind
         totals = [d * (k - 1) for k, _, d in _geometry(layer)]

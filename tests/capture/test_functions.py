@@ -4,8 +4,19 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import Conv1d, Conv2d, Linear, Module, MSELoss, MultiheadAttention, Sequential, Tanh
-from torch.nn.functional import conv1d, conv2d, embedding, linear, relu_
+from torch.nn import (
+    Conv1d,
+    Conv2d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    Linear,
+    Module,
+    MSELoss,
+    MultiheadAttention,
+    Sequential,
+    Tanh,
+)
+from torch.nn.functional import conv1d, conv2d, conv_transpose1d, embedding, linear, relu_
 
 from kfac_scratch import EXPAND, KFAC, REDUCE, kfac, layer_groups, layer_ios, plan, type2
 from kfac_scratch.capture.calls import recorded
@@ -266,6 +277,52 @@ def test_a_convolution_by_functions_is_the_layer(setting, groups, device):
     for block, io in layer_ios(Net(written, a=conv), MSELoss(), X, y).items():
         check_equal(io.a, expected[block].a)
         check_equal(io.g, expected[block].g)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("setting", [{}, {"stride": 2, "output_padding": 1}, {"padding": (1,)}])
+def test_a_transposed_convolution_by_functions_is_the_layer(setting, groups, device):
+    layer = ConvTranspose1d(4, 6, 3, groups=groups, **setting).to(device)
+    X, y = torch.randn(N, 4, 5, device=device), torch.randn(N, 6, device=device)
+    settings = {"groups": groups} | setting
+    ways = (
+        lambda m, x: m.a(x).tanh().mean(2),
+        lambda m, x: conv_transpose1d(x, m.a.weight, m.a.bias, **settings).tanh().mean(2),
+    )
+    expected, found = (layer_ios(Net(way, a=layer), MSELoss(), X, y) for way in ways)
+    for block, io in found.items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+
+
+def test_an_autoencoder_with_transposed_convolutions_is_exact(device):
+    """Also behind another layer, with and without positions that overlap."""
+    model = Sequential(
+        Conv2d(1, 3, 3, stride=2),
+        Tanh(),
+        ConvTranspose2d(3, 2, 3, stride=2),
+        Tanh(),
+        ConvTranspose2d(2, 1, 2, padding=1, dilation=2),
+        nn.Flatten(),
+        Linear(25, C),
+    ).to(device)
+    check_exact(model, torch.randn(N, 1, 5, 5, device=device), device)
+
+
+def test_a_kernel_that_is_used_both_ways_is_refused(device):
+    """No `W` describes a convolution and the transposed one."""
+
+    def forward(m, x):
+        return m.b(conv_transpose1d(m.a(x).tanh(), m.a.weight).flatten(1))
+
+    model = Net(forward, a=Conv1d(2, 3, 3), b=Linear(2 * 5, C)).to(device)
+    X, y = torch.randn(N, 2, 5, device=device), torch.randn(N, C, device=device)
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), X, y)
+    layers = Sequential(Conv1d(2, 3, 3), ConvTranspose1d(3, 2, 3))
+    layers[1].weight = layers[0].weight
+    with pytest.raises(NotImplementedError, match="'0' and '1' share a weight"):
+        layer_groups(layers)
 
 
 def test_an_embedding_by_functions_is_the_layer(device):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import (
     Conv1d,
+    ConvTranspose1d,
     Embedding,
     Linear,
     Module,
@@ -34,6 +35,7 @@ LAYERS = {
     "conv": lambda: Conv1d(D, D, 3, padding=1),
     "dilated conv": lambda: Conv1d(D, D, 2, padding="same", dilation=2, padding_mode="circular"),
     "grouped conv": lambda: Conv1d(D, D, 3, padding=1, groups=D, bias=False),
+    "transposed conv": lambda: ConvTranspose1d(D, D, 3, padding=1),
 }
 ATTENTIONS = {
     "multihead attention": lambda: MultiheadAttention(D, 1, batch_first=True),
@@ -200,7 +202,7 @@ class Network(Module):
         return self.layers["head"](self.read(h))
 
     def _applied(self, layer, way, h):
-        if isinstance(layer, Conv1d):
+        if isinstance(layer, Conv1d | ConvTranspose1d):
             return layer(h.mT).mT
         return way(layer, h)
 

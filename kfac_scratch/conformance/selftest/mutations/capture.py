@@ -12,14 +12,14 @@ def capture(name: str, before: str, after: str, case: str, flavour: Flavour = "e
 MUTANTS = [
     capture(
         "settings in another order",
-        "each(stride),\n",
-        "each(dilation),\n",
+        "each(stride), around",
+        "each(dilation), around",
         "conv2d-stride-per-location-mse-mean",
     ),
     capture(
         "padding that the function does not get",
-        "padding if isinstance(padding, str) else each(padding),",
-        "each(0),",
+        "around = padding if isinstance(padding, str) else each(padding)",
+        "around = each(0)",
         "conv2d-padding-per-location-mse-mean",
     ),
     capture(
