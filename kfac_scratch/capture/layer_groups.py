@@ -212,7 +212,8 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
             if owners.setdefault(bias, group.name) != group.name:
                 raise ValueError(
                     f"Layers {owners[bias]!r} and {group.name!r} share the bias {bias!r} but not "
-                    "their weight, so it belongs to two blocks: leave one out with layers=[...]."
+                    "their weight, so it belongs to two blocks: freeze it, or leave both layers "
+                    "out with layers=[...]."
                 )
     return groups
 
@@ -302,7 +303,7 @@ def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
         if USES[_kind(layer)] is not USES[_kind(first)] or not same_groups:
             raise NotImplementedError(
                 f"Layers {name!r} and {other!r} share a weight that one of them uses transposed "
-                "or in other groups, so that no single W describes both: leave one out with "
+                "or in other groups, so that no single W describes both: leave both out with "
                 "layers=[...], or untie them."
             )
     biases = [b for layer in family.values() if (b := layer._parameters.get("bias")) is not None]
@@ -319,7 +320,7 @@ def _in_projection(family: dict[str, Any], trainable: dict[int, str]) -> InProje
     if others:
         raise NotImplementedError(
             f"Layers {name!r} and {others[0][0]!r} share the weights of queries, keys and values: "
-            "leave one out with layers=[...], or untie them."
+            "leave both out with layers=[...], or untie them."
         )
     held = {trainable[id(w)]: w for w in _weights(layer) if id(w) in trainable}
     if held and len(held) < len(_weights(layer)):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, MultiheadAttention
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kfac_scratch.capture.calls import Calls
@@ -25,7 +25,7 @@ def check_model(
 ) -> None:
     """The checks before the forward pass: of layers, modes, devices and uncovered parameters."""
     if not groups:
-        kinds = ", ".join(kind.__name__ for kind in LAYERS)
+        kinds = ", ".join(kind.__name__ for kind in (*LAYERS, MultiheadAttention))
         raise ValueError(f"The model has no trainable layer of a supported kind ({kinds}).")
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
@@ -115,9 +115,9 @@ def check_explained(group: LayerGroup, name: str, off: float, tolerance: float) 
         raise NotImplementedError(
             f"The gradient of {name!r} is not the sum of g a^T over the calls of {_kind(group)}: "
             f"it is off by {off:.1e}, where rounding explains {tolerance:.1e}. The parameter is "
-            "used somewhere else, by a function, say, as in F.linear(x, weight); or the layer "
-            "computes something else than its kind; or a hook changes its gradient. Use a layer "
-            "there, or leave this one out with layers=[...]."
+            "used somewhere else, by a function that has no rule or not as this layer's matrix; or "
+            "a second derivative or a hook changes its gradient. Use a layer there, or leave this "
+            "one out with layers=[...]."
         )
 
 

@@ -229,6 +229,25 @@ def test_an_optimizer_trains_attention_in_one_parameter_as_in_three_layers(devic
     assert losses[0][-1] < 0.5 * losses[0][0]
 
 
+def test_an_optimizer_trains_a_transformer_with_norms_in_the_rest(device):
+    """Blocks for attention and linear layers; the norms' scales and shifts are AdamW's."""
+    encoder = nn.TransformerEncoderLayer(D, 2, 6, dropout=0.0, batch_first=True)
+    model = Net(lambda m, x: m.b(m.a(x).mean(1)), a=encoder, b=Linear(D, C)).to(device)
+    X, y = sequences(device, 12), torch.randint(C, (12,), device=device)
+    loss = nn.CrossEntropyLoss()
+    optimizer = KFAC(model, loss, lr=0.1, damping=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = loss(model(X), y).item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = loss(model(X), y)
+        value.backward()
+        optimizer.observe(X, y)
+        optimizer.step()
+    assert value.item() < 0.2 * first
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 # ---- layers written by hand ----------------------------------------------------------------------
 
 

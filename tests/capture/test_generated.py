@@ -78,6 +78,11 @@ def without_gradient(layer, h):
     return z + 0 * h
 
 
+def by_matmul(layer, h):
+    z = h @ layer.weight.T
+    return z if layer.bias is None else layer.bias + z
+
+
 def by_addmm(layer, h):
     """As some language models write a linear layer."""
     if layer.bias is None:
@@ -95,7 +100,7 @@ WAYS = {  # to call a linear layer
     "checkpoint": lambda layer, h: layer(h.detach()) + h,
     "no gradient": without_gradient,
     "function": lambda layer, h: linear(layer(h), layer.weight),
-    "matmul": lambda layer, h: h @ layer.weight.T,
+    "matmul": by_matmul,
     "matmul of the other": lambda layer, h: h @ layer.weight.mT + layer(h),
     "addmm": by_addmm,
 }
