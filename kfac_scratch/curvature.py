@@ -26,7 +26,7 @@ Sources: Schraudolph 2002; Martens 2014 (arXiv:1412.1193), §§5, 8, 9; Kunstner
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -170,22 +170,30 @@ def empirical_fisher_product(model: Module, loss: Module, X: Tensor, y: Tensor) 
     return product
 
 
-def block_index(model: Module) -> dict[str, Int[Tensor, "d_out d_in"]]:
+def block_index(
+    model: Module, layers: Collection[str] | None = None
+) -> dict[str, Int[Tensor, "d_out d_in"]]:
     """The places of every block's `W`, bias columns included, in the flat parameter vector.
 
     `M[index][:, index]` with the flattened index is a layer's block of a dense matrix `M`.
+
+    Args:
+        model: Any module.
+        layers: Names of the layers, see `layer_groups`. Default: all supported ones.
     """
     places, start = {}, 0
     for name, p in _parameters(model).items():
         places[name] = torch.arange(start, start + p.numel(), device=p.device).reshape(p.shape)
         start += p.numel()
-    groups = layer_groups(model)
+    groups = layer_groups(model, layers)
     return {n: W for b in groups for n, W in zip(b.names, b.matrices(places), strict=True)}
 
 
-def diagonal_blocks(model: Module, M: Float[Tensor, "D D"]) -> dict[str, Tensor]:
-    """Cut a dense matrix into the blocks of a model's layers, by name."""
-    index = {name: W.flatten() for name, W in block_index(model).items()}
+def diagonal_blocks(
+    model: Module, M: Float[Tensor, "D D"], layers: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Cut a dense matrix into the blocks of a model's layers, or of the named ones, by name."""
+    index = {name: W.flatten() for name, W in block_index(model, layers).items()}
     return {name: M[i][:, i] for name, i in index.items()}
 
 

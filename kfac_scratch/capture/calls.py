@@ -31,12 +31,15 @@ from kfac_scratch.capture.layers import (
     USES,
     Convolution,
     EmbeddingUse,
+    ScaleUse,
     Use,
     averaged_rows,
     input_rows,
     one_hot_rows,
     output_rows,
     positions,
+    row_dtype,
+    scale_gradients,
 )
 from kfac_scratch.one_hot import OneHot
 
@@ -138,6 +141,49 @@ class Call:
         return rows[0].unflatten(-1, (len(self.matrices), -1)).movedim(-2, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class ScaleCall(Call):
+    """One use of the scale and shift of a normalisation; `x` is normalised.
+
+    They are one column `W`, whose input is 1: the vectors of a sample are its gradient.
+    """
+
+    @property
+    def leading(self) -> range:
+        """Axes of the output along which neither scale nor shift varies."""
+        dims = cast(ScaleUse, self.use).dims
+        return range(self.z.ndim - dims if dims else 1)
+
+    @property
+    def positions(self) -> int:
+        """One: a sample's vectors are summed."""
+        return 1
+
+    def rows(self, ends: Sequence[float] = ()) -> Float[Tensor, "1 N 1 1"]:
+        """Ones."""
+        M = self.z.shape[self.axis.axis]
+        N = M // (self.axis.outer * self.axis.inner)
+        return self.z.new_ones(1, N, 1, 1, dtype=row_dtype(self.use))
+
+    def averaged_rows(self) -> tuple[Float[Tensor, "1 N 1 1"], int]:
+        """Ones."""
+        return self.rows(), 1
+
+    def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "1 V N 1 d_out"]:
+        """The gradients of scale and shift."""
+        rows = self._gradients(self.x, g)
+        return self.axis.by_sample(rows.unsqueeze(2), 1).sum(2, keepdim=True)[None]
+
+    def bound(self, g: Float[Tensor, "V ..."]) -> float:
+        """The most that an entry of the gradients' sum may be, whatever cancels."""
+        return float(self._gradients(self.x.abs(), g.abs()).sum((0, 1)).max())
+
+    def _gradients(self, x: Tensor, g: Tensor) -> Float[Tensor, "V M d_out"]:
+        dtype = row_dtype(self.use)
+        x, g = self.axis.in_front(x).to(dtype), self.axis.in_front(g, 1).to(dtype)
+        return scale_gradients(cast(ScaleUse, self.use), x, g)
+
+
 Calls = dict[str, list[Call]]
 """The calls of all layers in one forward pass, by the name of their group."""
 
@@ -232,8 +278,11 @@ class Recorder(TorchFunctionMode):
         if z.requires_grad and z._is_view():
             z = z.clone()  # writing into a view would cut it out of the graph
         bias = None if applied.bias is None else self._name(applied.bias, group, matrices)
-        x = applied.x
-        call = Call(applied.use, matrices, bias, x.detach(), x._version, z.detach(), _edge(z))
+        x, use, make = applied.x, applied.use, Call
+        if isinstance(use, ScaleUse):
+            make = ScaleCall
+            use = replace(use, scaled=group.weight is not None, shifted=bias is not None)
+        call = make(use, matrices, bias, x.detach(), x._version, z.detach(), _edge(z))
         self.calls[group.name].append(call)
         return z
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Embedding
 
 from kfac_scratch.capture.calls import Call
-from kfac_scratch.capture.layer_groups import LayerGroup
+from kfac_scratch.capture.layer_groups import LayerGroup, ScaleGroup
 from kfac_scratch.one_hot import OneHot
 
 T = TypeVar("T")
@@ -54,6 +54,8 @@ def _joined(tensors: list[Tensor], dim: int) -> Tensor:
 
 
 def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N S d_in"]]:
+    if isinstance(group, ScaleGroup):
+        return [calls[0].rows()[0]]
     if group.kind is Embedding:
         return [_joined_words(calls)]
     rows = []
@@ -73,11 +75,15 @@ def _joined_words(calls: list[Call]) -> OneHot:
 def _expanded_outputs(
     group: LayerGroup, calls: list[Call], gs: list[Tensor]
 ) -> list[Float[Tensor, "V N S d_out"]]:
+    if isinstance(group, ScaleGroup):
+        return _summed_outputs(group, calls, gs)
     rows = [list(c.vectors(g)) for c, g in zip(calls, gs, strict=True)]
     return [_joined(of_matrix, 2) for of_matrix in _by_matrix(group, calls, rows)]
 
 
 def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N 1 d_in"]]:
+    if isinstance(group, ScaleGroup):
+        return [calls[0].rows()[0]]
     means = []
     for call in calls:
         row, S = call.averaged_rows()
@@ -109,6 +115,8 @@ def _summed_outputs(
 
 
 def _all_positions(group: LayerGroup, calls: list[Call]) -> list[int]:
+    if isinstance(group, ScaleGroup):
+        return [1]
     counts = [[call.positions] for call in calls]
     return [sum(of_matrix) for of_matrix in _by_matrix(group, calls, counts)]
 

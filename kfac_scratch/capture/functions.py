@@ -2,8 +2,9 @@ r"""Rules: how a function of PyTorch applies a weight to rows, `z = W a + b`.
 
 Every layer calls a function in the end, and so does code that has weights but no layers. A rule
 reads a function's arguments and says which one is the input, how the weight is `W`, and with which
-settings it is used. It need not be trusted: `plan` compares the gradients that follow from it with
-those of autodiff, and refuses a wrong rule.
+settings it is used. The scale and shift of a normalisation are one column whose input is 1, so that
+the vectors of a sample are its gradient. A rule need not be trusted: `plan` compares the gradients
+that follow from it with those of autodiff, and refuses a wrong rule.
 
 | function | input | `W` | bias |
 |---|---|---|---|
@@ -13,6 +14,7 @@ those of autodiff, and refuses a wrong rule.
 | `F.conv1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups | `b` |
 | `F.conv_transpose1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups, `in` and `out` exchanged | `b` |
 | `F.embedding(t, w)` | words `t` | `w.T` | |
+| `F.layer_norm(x, ..., w, b)` and its kin | 1 | `[w, b]` as one column | |
 
 `F.multi_head_attention_forward` is made of such functions, and is opened for them.
 
@@ -20,7 +22,7 @@ Source: `torch.overrides`, for the mechanism: a `TorchFunctionMode` sees every f
 called on tensors before it runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -34,6 +36,7 @@ from kfac_scratch.capture.layers import (
     ConvolutionUse,
     EmbeddingUse,
     LinearUse,
+    ScaleUse,
     TransposedConvolutionUse,
     Use,
 )
@@ -141,6 +144,82 @@ def _embedding(
     return Applied(input, weight.mT[None], None, use)
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Applied | None:
+    if weight is None:
+        return None
+    normed = functional.layer_norm(input, normalized_shape, eps=eps)
+    return Applied(normed, weight[None], bias, ScaleUse(weight.dtype, len(normalized_shape)))
+
+
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Applied | None:
+    if weight is None:
+        return None
+    normed = functional.rms_norm(input, normalized_shape, eps=eps)
+    return Applied(normed, weight[None], None, ScaleUse(weight.dtype, len(normalized_shape)))
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Applied | None:
+    if weight is None:
+        return None
+    normed = functional.group_norm(input, num_groups, eps=eps)
+    return Applied(normed, weight[None], bias, ScaleUse(weight.dtype, 0))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Applied | None:
+    """It has many parameters, because the function has them."""
+    if weight is None or training:
+        return None
+    normed = functional.batch_norm(input, running_mean, running_var, eps=eps)
+    return Applied(normed, weight[None], bias, ScaleUse(weight.dtype, 0))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Applied | None:
+    """It has many parameters, because the function has them."""
+    if weight is None:
+        return None
+    if use_input_stats:
+        running_mean = running_var = None  # they would be changed
+    normed = functional.instance_norm(
+        input, running_mean, running_var, use_input_stats=use_input_stats, eps=eps
+    )
+    return Applied(normed, weight[None], bias, ScaleUse(weight.dtype, 0))
+
+
 WEIGHT_RULES: dict[Callable[..., Any], Rule] = {
     functional.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
@@ -152,6 +231,11 @@ WEIGHT_RULES: dict[Callable[..., Any], Rule] = {
     functional.conv_transpose2d: _transposed_convolution,
     functional.conv_transpose3d: _transposed_convolution,
     functional.embedding: _embedding,
+    functional.layer_norm: _layer_norm,
+    functional.rms_norm: _rms_norm,
+    functional.group_norm: _group_norm,
+    functional.batch_norm: _batch_norm,
+    functional.instance_norm: _instance_norm,
 }
 
 ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}

@@ -9,6 +9,10 @@ bias, and frozen parameters have no columns. Named after the first of its layers
 `k_proj` and `v_proj`, as they are in most models: PyTorch may keep their weights in one parameter,
 and may use it for two or three of them at once, but their inputs are not the same in general. The
 fourth is its layer `out_proj`.
+
+The scale and shift of a normalisation are one column `W`, and its input is 1. So KFAC's block, of
+`2 * channels` rows, is the exact one. It takes as much as a factor of that width for few
+parameters, so it is made for normalisations that are named only.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,9 +27,9 @@ from torch.nn import Linear, Module, MultiheadAttention, Parameter
 
 from kfac_scratch.capture.layers import (
     LAYERS,
+    NORMS,
     USES,
     check_layer,
-    row_dtype,
     weight_matrix,
     weight_tensor,
     weight_view,
@@ -72,7 +76,7 @@ class LayerGroup:
     @property
     def dtype(self) -> torch.dtype:
         """The precision of rows and vectors, float32 at least."""
-        return row_dtype(self.layers[0])
+        return torch.promote_types(self.weights[0].dtype, torch.float32)
 
     def views(self) -> list[Num[Tensor, "d_out *d_in"]]:
         """The weight of every `W`, as a view of its parameter."""
@@ -154,11 +158,6 @@ class InProjection(LayerGroup):
         """The trainable parameters by name."""
         return self.held | self.biases
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of rows and vectors, float32 at least."""
-        return torch.promote_types(self.weights[0].dtype, torch.float32)
-
     def views(self) -> list[Tensor]:
         """The weight of every `W`, as a view of its parameter."""
         return self._apart([w.detach() for w in self.weights])
@@ -182,13 +181,42 @@ class InProjection(LayerGroup):
         return list(weights[0].unflatten(0, (3, -1))) if len(weights) == 1 else weights
 
 
+@dataclass(frozen=True, eq=False)
+class ScaleGroup(LayerGroup):
+    """The scale and shift of a normalisation, one behind the other, as one column `W`."""
+
+    @cached_property
+    def kind(self) -> type[Module]:
+        """The kind of normalisation."""
+        return next(kind for kind in NORMS if isinstance(self.layers[0], kind))
+
+    @cached_property
+    def groups(self) -> int:
+        """One matrix."""
+        return 1
+
+    def views(self) -> list[Tensor]:
+        """The scale."""
+        return [self.weights[0].detach()]
+
+    def matrices(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Arrange values of the parameters as one column."""
+        return [torch.cat([values[n].flatten() for n in self.parameter_names]).unsqueeze(1)]
+
+    def parameters(self, Ws: list[Tensor]) -> dict[str, Tensor]:
+        """The values of the parameters, given the column: the inverse of `matrices`."""
+        names, shape = self.parameter_names, self.weights[0].shape
+        parts = Ws[0].reshape(len(names), *shape)
+        return dict(zip(names, parts, strict=True))
+
+
 def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[LayerGroup]:
     """All blocks of a model, or those of the named layers.
 
     Args:
         model: Any module.
         layers: Names, as in `model.named_modules()`, of the layers to cover. Default: all
-            supported layers with a trainable parameter of their own.
+            supported layers with a trainable parameter of their own, but for normalisations.
 
     Raises:
         ValueError: If a name is unknown, a layer has no trainable parameters, or two blocks share
@@ -196,7 +224,7 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
         NotImplementedError: If a named layer is of an unsupported kind, or layers share a weight
             in ways that no single `W` describes.
     """
-    chosen = _supported(model) if layers is None else _named(model, layers)
+    chosen = _by_default(model) if layers is None else _named(model, layers)
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     by_weight: dict[int, dict[str, Module]] = {}
     for name, layer in chosen.items():
@@ -259,7 +287,7 @@ def _weights(layer: Module) -> tuple[Tensor, ...]:
     """The parameters that hold a layer's weights: none for a kind that has no block."""
     if isinstance(layer, MultiheadAttention):
         found = _in_projection_weights(layer)
-    elif isinstance(layer, LAYERS):
+    elif isinstance(layer, (*LAYERS, *NORMS)):
         found = (layer._parameters.get("weight"),)
     else:
         return ()
@@ -278,13 +306,18 @@ def _supported(model: Module) -> dict[str, Module]:
     return {name: layer for name, layer in model.named_modules() if _weights(layer)}
 
 
+def _by_default(model: Module) -> dict[str, Module]:
+    found = _supported(model).items()
+    return {name: layer for name, layer in found if not isinstance(layer, NORMS)}
+
+
 def _named(model: Module, layers: Collection[str]) -> dict[str, Module]:
     modules, supported = dict(model.named_modules()), _supported(model)
     for name in layers:
         if name not in modules:
             raise ValueError(f"The model has no layer {name!r}; it has {sorted(modules)}.")
         if name not in supported:
-            kinds = ", ".join(kind.__name__ for kind in (*LAYERS, MultiheadAttention))
+            kinds = ", ".join(kind.__name__ for kind in (*LAYERS, MultiheadAttention, *NORMS))
             raise NotImplementedError(
                 f"Layer {name!r} is a {type(modules[name]).__name__}: only {kinds} with a weight "
                 "that is a parameter (no parametrization) have a block."
@@ -296,6 +329,8 @@ def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
     (name, first), *others = family.items()
     if any(isinstance(layer, MultiheadAttention) for layer in family.values()):
         return _in_projection(family, trainable)
+    if any(isinstance(layer, NORMS) for layer in family.values()):
+        return _scale(family, trainable)
     check_layer(name, first)
     for other, layer in others:
         check_layer(other, layer)
@@ -331,3 +366,15 @@ def _in_projection(family: dict[str, Any], trainable: dict[int, str]) -> InProje
     bias = layer._parameters.get("in_proj_bias")
     biases = {trainable[id(bias)]: bias} if id(bias) in trainable else {}
     return InProjection(name, (layer,), next(iter(held), None), biases, held)
+
+
+def _scale(family: dict[str, Any], trainable: dict[int, str]) -> ScaleGroup:
+    (name, layer), *others = family.items()
+    if others:
+        raise NotImplementedError(
+            f"Layers {name!r} and {others[0][0]!r} share a scale: leave both out with "
+            "layers=[...], or untie them."
+        )
+    bias = layer._parameters.get("bias")
+    biases = {trainable[id(bias)]: bias} if id(bias) in trainable else {}
+    return ScaleGroup(name, (layer,), trainable.get(id(layer.weight)), biases)

@@ -26,6 +26,9 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
     Conv1d,
     Conv2d,
     Conv3d,
@@ -33,8 +36,14 @@ from torch.nn import (
     ConvTranspose2d,
     ConvTranspose3d,
     Embedding,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
     Linear,
     Module,
+    RMSNorm,
 )
 from torch.nn.functional import pad
 
@@ -44,6 +53,17 @@ PlainConvolution = Conv1d | Conv2d | Conv3d
 TransposedConvolution = ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
 Layer = Linear | PlainConvolution | TransposedConvolution | Embedding
 LAYERS = get_args(Layer)
+NORMS = (
+    LayerNorm,
+    RMSNorm,
+    GroupNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,21 @@ class TransposedConvolutionUse(Use):
 
 
 @dataclass(frozen=True)
+class ScaleUse(Use):
+    """As the scale and shift of a normalisation.
+
+    Attributes:
+        dims: The number of last axes along which they vary; 0 if they belong to channels, axis 1.
+        scaled: Whether the scale is trainable.
+        shifted: Whether there is a shift that is trainable.
+    """
+
+    dims: int
+    scaled: bool = True
+    shifted: bool = True
+
+
+@dataclass(frozen=True)
 class EmbeddingUse(Use):
     """As `Embedding`."""
 
@@ -105,6 +140,7 @@ USES: dict[type[Module], type[Use]] = {
     Embedding: EmbeddingUse,
     **dict.fromkeys(get_args(PlainConvolution), ConvolutionUse),
     **dict.fromkeys(get_args(TransposedConvolution), TransposedConvolutionUse),
+    **dict.fromkeys(NORMS, ScaleUse),
 }
 """How the weight of every kind of layer is used."""
 
@@ -161,6 +197,25 @@ def averaged_rows(layer: Layer | Use, x: Tensor) -> tuple[Float[Tensor, "groups 
         return (counts / S).reshape(1, len(x), 1, -1), S
     rows = input_rows(layer, x)
     return rows.mean(2, keepdim=True), rows.shape[2]
+
+
+def scale_gradients(
+    use: ScaleUse, normed: Float[Tensor, "M ..."], g: Float[Tensor, "V M ..."]
+) -> Float[Tensor, "V M d_out"]:
+    """The gradients of scale and shift, behind each other, from vectors at a layer's output.
+
+    Args:
+        use: Which of them are trainable, and along which axes they vary.
+        normed: The input, normalised, without scale and shift.
+        g: The vectors.
+    """
+    parts = [g * normed] * use.scaled + [g] * use.shifted
+    if use.dims:
+        kept = (*g.shape[:2], -1, prod(g.shape[-use.dims :]))
+        sums = [part.reshape(kept).sum(2) for part in parts]
+    else:
+        sums = [part.flatten(3).sum(3) if g.ndim > 3 else part for part in parts]
+    return torch.cat(sums, dim=-1)
 
 
 def output_rows(

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
 from kfac_scratch.border import check_instance, checked_names
-from kfac_scratch.capture.calls import Axis, Call, Calls, recorded, sent_back
+from kfac_scratch.capture.calls import Axis, Call, Calls, ScaleCall, recorded, sent_back
 from kfac_scratch.capture.flavours import EXPAND
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.refusals import (
@@ -491,7 +491,9 @@ def _check_gradient(
     rows = EXPAND.inputs(group, calls)  # [N, S, d_in] for every matrix of the group
     vectors = [g[0].to(rows[0].dtype) for g in EXPAND.outputs(group, calls, gs)]
     dtypes = [t.dtype for c in calls for t in (c.x, c.z) if t.is_floating_point()]
-    check_sums(group, rows, vectors, gradients, dtypes)
+    pairs = zip(calls, gs, strict=True)
+    sizes = [call.bound(g) for call, g in pairs if isinstance(call, ScaleCall)]
+    check_sums(group, rows, vectors, gradients, dtypes, math.fsum(sizes))
 
 
 def check_sums(
@@ -500,6 +502,7 @@ def check_sums(
     vectors: list[Tensor],
     gradients: Mapping[str, Tensor],
     dtypes: list[torch.dtype],
+    size: float = 0.0,
 ) -> None:
     """Refuse a group of layers whose gradients are not the sums of `g a^T` over their rows.
 
@@ -509,13 +512,14 @@ def check_sums(
         vectors: What comes back to it, `[N, S, d_out]`.
         gradients: By name, the gradient of every parameter by autodiff.
         dtypes: The precisions of what was computed on the way; the coarsest counts.
+        size: A bound on entries of the gradients, if vectors are sums already, which may cancel.
 
     Raises:
         NotImplementedError: Naming the parameter, its layers and the way out.
     """
     pairs = list(zip(vectors, rows, strict=True))
     sums = group.parameters([_outer(g, a) for g, a in pairs])
-    bound = max(_bound(g, a) for g, a in pairs)
+    bound = max(size, *(_bound(g, a) for g, a in pairs))
     eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, group.weights[0].dtype))
     for name, value in sums.items():
         off = float((gradients[name] - value).abs().max())

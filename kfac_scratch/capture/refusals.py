@@ -42,7 +42,7 @@ def check_model(
     if layers is None and (names := uncovered(model, groups)):
         warnings.warn(
             f"No block covers the trainable parameters {names}. To say that this is meant, pass "
-            "layers=[...].",
+            "layers=[...]; normalisations have a block if they are named there.",
             stacklevel=4,
         )
 

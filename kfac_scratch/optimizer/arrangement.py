@@ -18,6 +18,7 @@ from kfac_scratch.capture.layer_groups import (
     layer_names,
     parameters_of,
 )
+from kfac_scratch.capture.layers import NORMS
 from kfac_scratch.optimizer.parameter_groups import covered, trainable
 
 
@@ -153,7 +154,7 @@ def coverable(model: Module, layers: Collection[str] | None) -> set[int]:
     return {
         id(p)
         for name, layer in model.named_modules()
-        if layers is None or name in layers
+        if (not isinstance(layer, NORMS) if layers is None else name in layers)
         for p in parameters_of(layer)
     }
 

@@ -13,17 +13,21 @@ from torch.nn import (
     Conv1d,
     ConvTranspose1d,
     Embedding,
+    InstanceNorm1d,
+    LayerNorm,
     Linear,
     Module,
     ModuleDict,
     MSELoss,
     MultiheadAttention,
+    RMSNorm,
     TransformerEncoderLayer,
 )
 from torch.nn.functional import layer_norm, linear, relu_
 from torch.utils.checkpoint import checkpoint
 
 from kfac_scratch import layer_ios
+from kfac_scratch.capture.layer_groups import parameters_of
 from kfac_scratch.curvature import diagonal_blocks
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:No block covers")]
@@ -36,6 +40,13 @@ LAYERS = {
     "dilated conv": lambda: Conv1d(D, D, 2, padding="same", dilation=2, padding_mode="circular"),
     "grouped conv": lambda: Conv1d(D, D, 3, padding=1, groups=D, bias=False),
     "transposed conv": lambda: ConvTranspose1d(D, D, 3, padding=1),
+}
+NORMS = {
+    "layer norm": lambda: LayerNorm(D),
+    "layer norm without shift": lambda: LayerNorm(D, bias=False),
+    "norm of states": lambda: LayerNorm((S, D)),
+    "root mean square": lambda: RMSNorm(D),
+    "instance norm": lambda: InstanceNorm1d(S, affine=True),
 }
 ATTENTIONS = {
     "multihead attention": lambda: MultiheadAttention(D, 1, batch_first=True),
@@ -156,6 +167,7 @@ READ = {
     "flat": lambda h: h.flatten(1),
 }
 
+norm = st.tuples(st.just("norm"), st.sampled_from(sorted(NORMS)), st.booleans())
 attention = st.tuples(st.just("attention"), st.sampled_from(sorted(ATTENTIONS)), st.booleans())
 layer_step = st.tuples(
     st.just("layer"), st.sampled_from(sorted(LAYERS)), st.sampled_from(sorted(WAYS))
@@ -172,8 +184,8 @@ def networks(*steps):
     )
 
 
-GOOD = networks(layer_step, again, plain, attention)
-ANY = networks(layer_step, again, plain, attention, meeting, use)
+GOOD = networks(layer_step, again, plain, attention, norm)
+ANY = networks(layer_step, again, plain, attention, norm, meeting, use)
 
 
 class Network(Module):
@@ -184,7 +196,7 @@ class Network(Module):
         torch.manual_seed(0)
         self.steps, self.read = steps, READ[read]
         first = Embedding(WORDS, D) if words else Linear(2, D)
-        kinds = LAYERS | ATTENTIONS
+        kinds = LAYERS | ATTENTIONS | NORMS
         made = {str(i): kinds[what]() for i, (_, what, _) in enumerate(steps) if what in kinds}
         head = Linear(S * D if read == "flat" else D, C)
         self.layers = ModuleDict({"first": first, **made, "head": head})
@@ -195,6 +207,8 @@ class Network(Module):
         for i, (kind, what, how) in enumerate(self.steps):
             if kind == "layer":
                 h = self._applied(self.layers[str(i)], WAYS[how], h)
+            elif kind == "norm":
+                h = self.layers[str(i)](h * 2 if how else h)
             elif kind == "attention":
                 h = attended(self.layers[str(i)], h) + h * how
             elif kind == "again" and self.linear:
@@ -230,12 +244,13 @@ def is_refused(network):
     model = Network(*network)
     X = torch.randint(WORDS, (N, S)) if network[0] else torch.randn(N, S, 2)
     data = model, MSELoss(), X, torch.randn(N, C)
+    names = [name for name, module in model.named_modules() if parameters_of(module)]
     try:
-        ios = layer_ios(*data)
+        ios = layer_ios(*data, layers=names)
     except (ValueError, NotImplementedError):
         return True
     whole = ggn_by_plain_autodiff(model, X)
-    for name, block in diagonal_blocks(model, whole).items():
+    for name, block in diagonal_blocks(model, whole, names).items():
         assert (ios[name].block() - block).abs().max() <= 1e-10 * whole.abs().max(), name
     return False
 
