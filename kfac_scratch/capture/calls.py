@@ -146,6 +146,8 @@ class ScaleCall(Call):
     """One use of the scale and shift of a normalisation; `x` is normalised.
 
     They are one column `W`, whose input is 1: the vectors of a sample are its gradient.
+
+    It has many parameters, because every call has them.
     """
 
     @property
