@@ -43,7 +43,7 @@ from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.checks import assert_exact, largest_error, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import type2
-from kfac_scratch.show import code
+from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -121,6 +121,11 @@ class Attends(nn.Module):
         return self.head(self.attention(x, h, h)[0]).mean(0)
 
 
+# %% [markdown]
+# For the first two, the blocks by hooks are compared with the exact ones of [Chapter 2](02_curvature.py). For
+# the third, we look whether the output projection, which is a linear layer, runs at all.
+
+# %%
 N, S = 5, 3
 X, sequences, y = torch.randn(N, 4), torch.randn(N, S, 4), torch.randn(N, 3)
 loss = nn.MSELoss()
@@ -542,6 +547,22 @@ for net, reason in zip(
     refused(reason, net, loss, X, y)
 
 # %% [markdown]
+# The first check as a picture: vectors are sent to the outputs of the last two data only.
+
+# %% tags=["hide-input"] alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. Without a meeting, the first three rows are zero. If the mean over the batch is subtracted, they are not."
+arriving = {}
+for title, name in {"a layer": "a layer", "centred": "centred by the batch's mean"}.items():
+    with Recorder() as recorder:
+        f = (sound | suspects)[name](X)
+    v = torch.randn_like(f) * (torch.arange(N) >= 3).unsqueeze(1)
+    (arriving[title],) = torch.autograd.grad(f, recorder.calls[0][-1], v)
+matrices(arriving)
+
+# %%
+assert arriving["a layer"][:3].abs().max() == 0
+assert arriving["centred"][:3].abs().min() > 0
+
+# %% [markdown]
 # What is detached from the gradient is no meeting, and needs no special case. With the mean detached, data
 # influence the rows of others, but no vector crosses over, and the block is exact:
 
@@ -776,14 +797,15 @@ assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 
 # %%
 def gated(layer, x):
-    return layer(x) + (x[:, :1] > 9) * einsum(layer, x)
+    return layer(x) + (x[:, :1] > 0) * einsum(layer, x)
 
 
-many, many_targets = torch.randn(40, 4), torch.randn(40, 3)
-many[1, 0] = 10.0
+many, many_targets = torch.randn(20, 4), torch.randn(20, 3)
+many[:, 0] = -many[:, 0].abs()
+many[1, 0] = 1.0  # the only open gate
 net = Uses(gated)
 missed = errors(layer_ios(net, loss, many, many_targets), net, loss, many, many_targets)
-print(f"one open gate, not tried: error {missed['layer']:.2f}\n")
+print(f"an open gate that is not tried: error {missed['layer']:.2f}\n")
 assert missed["layer"] > 0.01
 refused(NotImplementedError, net, loss, many.roll(-1, 0), many_targets.roll(-1, 0))
 
