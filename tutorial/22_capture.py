@@ -188,13 +188,13 @@ for net in (twice, hooked):
 # The second use of the weight is there, and the doubling follows the layer's function as any other function
 # does. A recorder therefore needs three things:
 #
-# - *The input.* It is the first argument of `functional.linear`. A third argument is the bias; then the row
-#   ends with a one, and with a zero otherwise.
-# - *The weight.* It is the second argument: a parameter, or a view of one. PyTorch knows what a view is a view
-#   of, `_base`, and where in it the view begins, `storage_offset`. That tells which rows of which
+# - *The input* is the first argument of `functional.linear`. If a third argument, the bias, is given, the row
+#   ends with a one, and otherwise with a zero.
+# - *The weight* is the second argument: a parameter, or a view of one. PyTorch knows what a view is a view
+#   of, `_base`, and where in it the view begins, `storage_offset`. Both together tell which rows of which
 #   parameter a function used.
-# - *A place to ask for derivatives.* It is the output's edge in the graph of autograd, `get_gradient_edge`.
-#   An edge stays the same if the tensor is overwritten later. (The lines about views are explained below.)
+# - *The place to ask for derivatives* is the output's edge in the graph of autograd, `get_gradient_edge`.
+#   An edge stays the same if the tensor is overwritten later. (The next section explains the copy of a view.)
 
 
 # %%
@@ -307,9 +307,10 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
 #
 # ### A function that hides others
 #
-# Attention is still out of reach. A mode is switched off while it runs a function, or else it would see its
-# own work. So it sees those functions that Python code calls, and not what happens within one that asks
-# the mode itself. `functional.multi_head_attention_forward` asks:
+# Attention is still out of reach. A mode is switched off while it runs a function, or else it would be asked
+# about its own work. Most functions are a single step, and nothing is lost. A few are Python code that asks the
+# mode once, at the first line, and then calls other functions, which the mode does not see. One of
+# these is `functional.multi_head_attention_forward`:
 
 # %%
 with Names() as mode:
@@ -320,9 +321,8 @@ print(f"calls of linear: {names.count('linear')}, behind the attention: {names[a
 assert names.count("linear") == 1  # the head
 
 # %% [markdown]
-# It is Python code all the same, and calls `linear` for each of its projections. To switch the mode on
-# again inside is not enough: the function asks the mode at its first line, and the mode would run it for
-# ever.
+# The function calls `linear` for its projections. To switch the mode on again before it runs is not enough:
+# the function asks the mode at its first line, the mode runs the function, and so on for ever.
 
 
 # %%
@@ -345,9 +345,9 @@ else:
     raise AssertionError("this should have run for ever")
 
 # %% [markdown]
-# The package therefore opens the function. It makes a copy that has the same code, in which the names of
-# the questions stand for "no". Everything that the copy calls is seen. The exact blocks of all four
-# projections follow, with no rule for attention anywhere.
+# The package therefore opens the function. It makes a copy of the function with the same code, in which the
+# question for a mode is always answered with "no". The mode sees everything that the copy calls. The exact
+# blocks of all four projections follow, with no rule for attention anywhere.
 
 # %% tags=["beside", "remove-input"]
 code(functions.opened)
@@ -686,7 +686,7 @@ for name in keys:
 # are vectors that are multiplied and added entry by entry, not matrices that are applied to rows. They are
 # named in a warning unless `layers=[...]` says that this is meant. The optimizer of
 # [Chapter 9](09_optimizer.py) moves them by a first-order rule. And blocks say nothing about pairs
-# of layers. How much is it?
+# of layers. The next lines print how much of the GGN that is.
 
 # %%
 left_out = uncovered(transformer, groups)
