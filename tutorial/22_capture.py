@@ -394,15 +394,21 @@ assert max(found.values()) <= EXACT
 code(functions._linear, functions._matmul, functions._addmm)
 
 # %%
-for rule in dict.fromkeys(functions.RULES.values()):
-    names = dict.fromkeys(f.__name__ for f, r in functions.RULES.items() if r is rule)
-    print(f"{rule.__name__:>12}:", ", ".join(names))
+x, W, b = torch.randn(N, 4), torch.randn(6, 4), torch.randn(6)
+for func, rule, arguments in (
+    (functional.linear, functions._linear, (x, W, b)),
+    (torch.matmul, functions._matmul, (x, W.T)),
+    (torch.addmm, functions._addmm, (b, x, W.T)),
+):
+    applied = rule(*arguments)
+    z = applied.x @ applied.W[0].T
+    assert_exact(z if applied.bias is None else z + applied.bias, func(*arguments))
 
 # %% [markdown]
-# Convolutions have their stride, padding and groups in the arguments of the function, so that one kernel may
-# be used with several settings. An embedding is a rule as well. A product without a bias may be followed by
-# an addition, as in `x @ W.T + b`: a bias that is added to the output of the last recorded call belongs to
-# this call, if nothing came between.
+# The other rules are for convolutions and embeddings ([all of them](api/capture.functions.md)). A convolution
+# has its stride, padding and groups in the arguments of the function, so that one kernel may be used with
+# several settings. A product without a bias may be followed by an addition, as in `x @ W.T + b`: a bias
+# that is added to the output of the last recorded call belongs to this call, if nothing came between.
 #
 # The recorder runs a function, asks the rule, and looks for the weight. A matrix is found if a function's
 # weight begins at the matrix's first entry in the same parameter and has the same strides. An optimised
