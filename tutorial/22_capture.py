@@ -349,7 +349,7 @@ else:
 # question for a mode is always answered with "no". The mode sees everything that the copy calls. The exact
 # blocks of all four projections follow, with no rule for attention anywhere.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(functions.opened)
 
 
@@ -367,7 +367,8 @@ class Opening(Recorder):
 recorder = Opening()
 ios = by_functions(attends, loss, sequences, y, recorder, positions_first=True)
 found = errors(ios, attends, loss, sequences, y)
-print({block: f"{error:.0e}" for block, error in found.items()})
+for block, error in found.items():
+    print(f"{block:>20}: {error:.0e}")
 print(
     "rows of in_proj_weight by call:",
     [f"{r.start} to {r.stop - 1}" for _, r, *_ in recorder.calls][:2],
@@ -390,7 +391,7 @@ assert max(found.values()) <= EXACT
 # The package has a recorder like this one, with more functions. For each there is a *rule*, which says what a
 # function's arguments mean: the input, the weight as $W$, and the bias.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(functions._linear, functions._matmul, functions._addmm)
 
 # %%
@@ -444,10 +445,15 @@ for spelling, between in spellings.items():
 
 # %%
 in_place = Uses(lambda layer, x: layer(x).relu_())
-networks = ((twice, X, y), (hooked, X, y), (attends, sequences, y))
-for net, *data in (*networks, (in_place, sequences, torch.randn(N, S, 3))):
+networks = {
+    "a weight used twice": (twice, X, y),
+    "a hook of somebody else": (hooked, X, y),
+    "attention": (attends, sequences, y),
+    "an activation in place": (in_place, sequences, torch.randn(N, S, 3)),
+}
+for name, (net, *data) in networks.items():
     found = errors(layer_ios(net, loss, *data), net, loss, *data)
-    print({block: f"{error:.0e}" for block, error in found.items()})
+    print(f"{name:>24}: {len(found)} blocks, error {max(found.values()):.0e}")
     assert max(found.values()) <= EXACT
 
 # %% [markdown]
