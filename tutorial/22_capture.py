@@ -670,7 +670,10 @@ for name, io in ios.items():
 fig, ax = plt.subplots(figsize=(6.4, 4.2))
 for i, (flavour, marker) in enumerate((("expand", "o"), ("reduce", "s"))):
     values = [pair[i] for pair in table.values()]
-    ax.plot(values, range(len(table)), marker, label=flavour)
+    size, fill = (
+        (9, "none") if flavour == "expand" else (6, "full")
+    )  # both are seen where they agree
+    ax.plot(values, range(len(table)), marker, ms=size, fillstyle=fill, label=flavour)
 shown = [name.replace("encoder.layers.", "").replace("self_attn.", "") for name in table]
 ax.set_yticks(range(len(table)), labels=shown)
 ax.invert_yaxis()
