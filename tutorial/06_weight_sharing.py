@@ -907,8 +907,8 @@ for mistake, (wrong, right) in mistakes.items():
 # whichever way it is done. (A relative, a transpose that was missing and then fixed:
 # [LBANN #2010](https://github.com/LBANN/lbann/pull/2010).)
 #
-# **Layers that are never called**, such as the output projection of `torch.nn.MultiheadAttention`:
-# see [Chapter 4](04_layer_io.py).
+# **Layers that are never called**, such as the output projection of `torch.nn.MultiheadAttention`, whose
+# weight a function uses: see [Chapter 22](22_capture.py).
 
 # %% [markdown]
 # ## Exercises

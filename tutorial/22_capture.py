@@ -1,0 +1,974 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 22. Capture: how a program finds a and g
+#
+# **Part VI: Scale and trust.** How does a program find the rows and vectors of a network that somebody
+# else wrote, and how does it know that it found all of them?
+#
+# [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward
+# hooks, and that is enough for networks that consist of layers. Many networks do not. PyTorch's own
+# attention reads the weight of a layer and never calls the layer. This chapter records *functions* instead
+# of layers, at first by hand. It then proves that a single random vector shows whether anything was missed.
+# At the end stands a transformer made of PyTorch's modules, with every block compared with the exact
+# one.
+
+# %%
+import textwrap
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from kfac_scratch import curvature
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.capture import calls, functions, plan
+from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.layer_groups import layer_groups, uncovered
+from kfac_scratch.checks import assert_exact, largest_error, relative_error, set_up
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.losses import type2
+from kfac_scratch.show import code, matrices
+
+set_up()  # seed 0, float64, the GPU where there is one
+
+
+EXACT = 1e-10  # what we call equal in float64
+
+# %% [markdown]
+# ## Why hooks are not enough
+#
+# A forward hook belongs to a module. PyTorch calls it after the module's `forward`, with the module's
+# input and output. The following program has one hook for every linear layer, as in Chapter 4.
+
+
+# %%
+def with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)  # the bias column
+
+
+def by_hooks(model, loss, X, y) -> dict[str, LayerIO]:
+    ran = {}
+
+    def record(layer, inputs, output):
+        ran[layer] = inputs[0].detach(), output
+        return output.clone()
+
+    linear = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [layer.register_forward_hook(record) for layer in linear]
+    f = model(X)
+    for hook in hooks:
+        hook.remove()
+
+    outputs = [z for _, z in ran.values()]
+    gs = torch.autograd.grad(f, outputs, type2(loss, f, y)[:], is_grads_batched=True)
+    rows = [with_ones(a.flatten(1, -2) if a.ndim > 2 else a[:, None]) for a, _ in ran.values()]
+    return {
+        linear[layer]: LayerIO(a, g.reshape(len(g), len(X), -1, g.shape[-1]))
+        for layer, a, g in zip(ran, rows, gs, strict=True)
+    }
+
+
+def errors(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
+    """How far every block is from the exact one, by plain autodiff."""
+    exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))
+    return {name: largest_error(io.block(), exact[name]) for name, io in ios.items()}
+
+
+# %% [markdown]
+# Three networks follow. In the first, the weight of a layer is used a second time, by a function. In the
+# second, somebody else's hook doubles the output of a layer. It was registered before ours and runs before
+# ours, so what we record as $z$ is $2 W a$. The third is an attention module between an input and a head.
+
+
+# %%
+class Uses(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.layer, self.head, self.between = nn.Linear(4, 6), nn.Linear(6, 3), between
+
+    def forward(self, x):
+        return self.head(self.between(self.layer, x).tanh())
+
+
+class Attends(nn.Module):
+    """Attention over positions, which come first on the inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):  # [N, S, 4]
+        x = x.transpose(0, 1)
+        h = x.sin()
+        return self.head(self.attention(x, h, h)[0]).mean(0)
+
+
+# %% [markdown]
+# For the first two, the blocks by hooks are compared with the exact ones of [Chapter 2](02_curvature.py). For
+# the third, we look whether the output projection, which is a linear layer, runs at all.
+
+# %%
+N, S = 5, 3
+X, sequences, y = torch.randn(N, 4), torch.randn(N, S, 4), torch.randn(N, 3)
+loss = nn.MSELoss()
+twice = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight))
+hooked = Uses(lambda layer, x: layer(x))
+hooked.layer.register_forward_hook(lambda layer, inputs, z: 2 * z)
+attends = Attends()
+
+for name, net in (("a weight used twice", twice), ("a hook of somebody else", hooked)):
+    found = errors(by_hooks(net, loss, X, y), net, loss, X, y)
+    print(f"{name:>24}: block of the layer off by {found['layer']:.2f}")
+    assert found["layer"] > 0.1
+    assert found["head"] <= EXACT
+
+seen = []
+hook = attends.attention.out_proj.register_forward_hook(lambda *_: seen.append("ran"))
+loss(attends(sequences), y).backward()
+hook.remove()
+gradient = attends.attention.out_proj.weight.grad.norm()
+print(
+    f"{'attention':>24}: out_proj has a gradient of norm {gradient:.3f} and ran {len(seen)} times"
+)
+assert gradient > 0
+assert seen == []
+
+# %% [markdown]
+# All three networks train as usual. Hooks give two wrong blocks without a warning, and for the output
+# projection of the attention they give nothing ([a public
+# example](https://github.com/gpauloski/kfac-pytorch/issues/267)). The projections to queries, keys and values
+# are not even layers: their weights are rows of one parameter, `in_proj_weight`.
+
+# %% [markdown]
+# ## Functions instead of modules
+#
+# Every layer computes by calling a function, `nn.Linear` by `functional.linear`. Code without layers calls
+# the same functions. PyTorch lets a program stand between: a `TorchFunctionMode` is asked whenever a function
+# is called on tensors, gets the function and its arguments, and returns what the caller will get.
+
+
+# %%
+class Names(TorchFunctionMode):
+    """Write down the name of every function."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(resolve_name(func))
+        return func(*args, **(kwargs or {}))
+
+
+for net in (twice, hooked):
+    with Names() as mode:
+        net(X)
+    print(*(name.removeprefix("torch.") for name in mode.names))
+    assert mode.names.count("torch.nn.functional.linear") == (3 if net is twice else 2)
+
+# %% [markdown]
+# The second use of the weight is there, and the doubling follows the layer's function as any other function
+# does. A recorder therefore needs three things:
+#
+# - *The input* is the first argument of `functional.linear`. If a third argument, the bias, is given, the row
+#   ends with a one, and otherwise with a zero.
+# - *The weight* is the second argument: a parameter, or a view of one. PyTorch knows what a view is a view
+#   of, `_base`, and where in it the view begins, `storage_offset`. Both together tell which rows of which
+#   parameter a function used.
+# - *The place to ask for derivatives* is the output's edge in the graph of autograd, `get_gradient_edge`.
+#   An edge stays the same if the tensor is overwritten later. (The next section explains the copy of a view.)
+
+
+# %%
+def copy_of_view(z: Tensor) -> Tensor:
+    return z.clone() if z._is_view() else z
+
+
+class Recorder(TorchFunctionMode):
+    """Record every functional.linear: parameter and rows of the weight, input, edge of the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        z = func(*args, **(kwargs or {}))
+        if func is not functional.linear:
+            return z
+        z = copy_of_view(z)
+        x, weight, *bias = args
+        ones = torch.full_like(x[..., :1], float(bias != [] and bias[0] is not None))
+        parameter = weight if weight._base is None else weight._base
+        first = weight.storage_offset() // weight.shape[1]
+        rows = range(first, first + len(weight))
+        a = torch.cat([x, ones], dim=-1).detach()  # without a bias, the last column is zero
+        self.calls.append((parameter, rows, a, get_gradient_edge(z)))
+        return z
+
+
+# %% [markdown]
+# The recorder does not know the model. So a second function says which matrices $W$ the model has, by the
+# parameter that holds each and its rows there, and a third one brings everything together. A call that
+# uses the rows of several matrices counts for each of them, with its part of the vector. In what attention
+# computes, positions come before the samples. The program is told so, and puts the samples first. Both networks without attention get their exact blocks:
+
+
+# %%
+def matrices_of(model):
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            yield name, m.weight, range(len(m.weight))
+        if isinstance(m, nn.MultiheadAttention):
+            for i, x in enumerate("qkv"):
+                rows = range(i * m.embed_dim, (i + 1) * m.embed_dim)
+                yield f"{name}.{x}_proj", m.in_proj_weight, rows
+
+
+def by_functions(model, loss, X, y, recorder, positions_first=False) -> dict[str, LayerIO]:
+    def by_sample(t):  # [..., d] -> [N, S, d]
+        if positions_first:
+            return t.reshape(-1, len(X), t.shape[-1]).transpose(0, 1)
+        return t.reshape(len(X), -1, t.shape[-1])
+
+    with recorder:
+        f = model(X)
+    edges = [edge for *_, edge in recorder.calls]
+    gs = torch.autograd.grad(f, edges, type2(loss, f, y)[:], is_grads_batched=True)
+    ios = {}
+    for name, parameter, rows in matrices_of(model):
+        a, g = [], []
+        for (used, those, x, _), vectors in zip(recorder.calls, gs, strict=True):
+            if used is parameter and those.start <= rows.start and rows.stop <= those.stop:
+                part = vectors[..., rows.start - those.start : rows.stop - those.start]
+                a.append(by_sample(x))
+                g.append(torch.stack([by_sample(v) for v in part]))
+        if a:
+            ios[name] = LayerIO(torch.cat(a, 1), torch.cat(g, 2))
+    return ios
+
+
+for name, net in (("a weight used twice", twice), ("a hook of somebody else", hooked)):
+    found = errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)
+    print(f"{name:>24}:", {block: f"{error:.0e}" for block, error in found.items()})
+    assert found.keys() == {"layer", "head"}
+    assert max(found.values()) <= EXACT
+
+# %% [markdown]
+# ### A view is copied
+#
+# The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
+# into it. An edge makes most copies unnecessary: it is a place in the graph, and stays there when the tensor
+# moves on. Views are the exception. For inputs with positions, `functional.linear` computes one large matrix
+# product and returns a view of it. If something writes into a view, autograd attaches the new
+# value to what the view was taken from, and cuts the old edge out of the graph.
+
+
+# %%
+layer = nn.Linear(4, 6)
+
+
+def derivative(x: Tensor, passed_on) -> Tensor | None:
+    """At the recorded edge, with an activation in place behind it."""
+    z = passed_on(layer(x))
+    edge = get_gradient_edge(z)
+    f = torch.relu_(z).sin().sum()
+    return torch.autograd.grad(f, [edge], allow_unused=True)[0]
+
+
+for kind, x in (("samples", X), ("samples and positions", sequences)):
+    as_it_is, copied = derivative(x, lambda z: z), derivative(x, copy_of_view)
+    is_view = layer(x)._is_view()
+    print(f"{kind}: a view: {is_view}, derivative lost without a copy: {as_it_is is None}")
+    z = layer(x).detach()
+    assert_exact(copied, z.relu().cos() * (z > 0))
+    assert is_view == (as_it_is is None) == (kind != "samples")
+
+# %% [markdown]
+# A recorder that takes a missing derivative for zero would find a block of zeros there. So views are
+# copied, and nothing else is.
+#
+# ### A function that hides others
+#
+# Attention is still out of reach. A mode is switched off while it runs a function, or else it would be asked
+# about its own work. Most functions are a single step, and nothing is lost. A few are Python code that asks the
+# mode once, at the first line, and then calls other functions, which the mode does not see. One of
+# these is `functional.multi_head_attention_forward`:
+
+# %%
+with Names() as mode:
+    attends(sequences)
+names = [name.rpartition(".")[2] for name in mode.names]
+attention = names.index("multi_head_attention_forward")
+print(f"calls of linear: {names.count('linear')}, behind the attention: {names[attention + 1 :]}")
+assert names.count("linear") == 1  # the head
+
+# %% [markdown]
+# The function calls `linear` for its projections. To switch the mode on again before it runs is not enough:
+# the function asks the mode at its first line, the mode runs the function, and so on for ever.
+
+
+# %%
+class Forever(Recorder):
+    """Switched on again while the function runs."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.multi_head_attention_forward:
+            with self:
+                return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+try:
+    with Forever():
+        attends(sequences)
+except RecursionError as reason:
+    print(f"RecursionError: {reason}")
+else:
+    raise AssertionError("this should have run for ever")
+
+# %% [markdown]
+# The package therefore opens the function. It makes a copy of the function with the same code, in which the
+# question for a mode is always answered with "no". The mode sees everything that the copy calls. The exact
+# blocks of all four projections follow, with no rule for attention anywhere.
+
+# %% tags=["remove-input"]
+code(functions.opened)
+
+
+# %%
+class Opening(Recorder):
+    """Record what attention calls, too."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.multi_head_attention_forward:
+            with self:
+                return functions.opened(func)(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+recorder = Opening()
+ios = by_functions(attends, loss, sequences, y, recorder, positions_first=True)
+found = errors(ios, attends, loss, sequences, y)
+for block, error in found.items():
+    print(f"{block:>20}: {error:.0e}")
+print(
+    "rows of in_proj_weight by call:",
+    [f"{r.start} to {r.stop - 1}" for _, r, *_ in recorder.calls][:2],
+)
+assert list(found) == [
+    *(f"attention.{x}_proj" for x in ("q", "k", "v")),
+    "attention.out_proj",
+    "head",
+]
+assert max(found.values()) <= EXACT
+
+# %% [markdown]
+# Here the queries have an input of their own, and keys and values share one. So PyTorch multiplies with two
+# parts of `in_proj_weight`, which are views of it. Each projection is a block, however many of
+# them one function computes.
+
+# %% [markdown]
+# ## What ships
+#
+# The package has a recorder like this one, with more functions. For each there is a *rule*, which says what a
+# function's arguments mean: the input, the weight as $W$, and the bias.
+
+# %% tags=["remove-input"]
+code(functions._linear, functions._matmul, functions._addmm)
+
+# %%
+x, W, b = torch.randn(N, 4), torch.randn(6, 4), torch.randn(6)
+for func, rule, arguments in (
+    (functional.linear, functions._linear, (x, W, b)),
+    (torch.matmul, functions._matmul, (x, W.T)),
+    (torch.addmm, functions._addmm, (b, x, W.T)),
+):
+    applied = rule(*arguments)
+    z = applied.x @ applied.W[0].T
+    assert_exact(z if applied.bias is None else z + applied.bias, func(*arguments))
+
+# %% [markdown]
+# The other rules are for convolutions and embeddings ([all of them](api/capture.functions.md)). A convolution
+# has its stride, padding and groups in the arguments of the function, so that one kernel may be used with
+# several settings. A product without a bias may be followed by an addition, as in `x @ W.T + b`: a bias
+# that is added to the output of the last recorded call belongs to this call, if nothing came between.
+#
+# The recorder runs a function, asks the rule, and looks for the weight. A matrix is found if a function's
+# weight begins at the matrix's first entry in the same parameter and has the same strides. An optimised
+# model (`torch.compile`) runs its functions in one piece that no mode sees; capture runs such a model as
+# ordinary Python.
+
+# %% tags=["remove-input"]
+code(calls.Recorder.__torch_function__, calls.Recorder._matrices, calls.Recorder._record)
+
+# %% [markdown]
+# However a layer is spelt, the rows and vectors are those of the layer:
+
+# %%
+spellings = {
+    "layer(x)": lambda layer, x: layer(x),
+    "linear(x, W, b)": lambda layer, x: functional.linear(x, layer.weight, layer.bias),
+    "x @ W.T + b": lambda layer, x: x @ layer.weight.T + layer.bias,
+    "b + matmul(x, W.t())": lambda layer, x: layer.bias + torch.matmul(x, layer.weight.t()),
+    "addmm(b, x, W.T)": lambda layer, x: torch.addmm(layer.bias, x, layer.weight.mT),
+}
+plain = Uses(spellings["layer(x)"])
+expected = layer_ios(plain, loss, X, y)
+for spelling, between in spellings.items():
+    net = Uses(between)
+    net.load_state_dict(plain.state_dict())
+    for name, io in layer_ios(net, loss, X, y).items():
+        assert_exact(io.a, expected[name].a)
+        assert_exact(io.g, expected[name].g)
+    print(f"{spelling:>20}: the same a and g")
+
+# %% [markdown]
+# The three networks that hooks get wrong are exact, and so is one that writes into the views of its layer.
+
+# %%
+in_place = Uses(lambda layer, x: layer(x).relu_())
+networks = {
+    "a weight used twice": (twice, X, y),
+    "a hook of somebody else": (hooked, X, y),
+    "attention": (attends, sequences, y),
+    "an activation in place": (in_place, sequences, torch.randn(N, S, 3)),
+}
+for name, (net, *data) in networks.items():
+    found = errors(layer_ios(net, loss, *data), net, loss, *data)
+    print(f"{name:>24}: {len(found)} blocks, error {max(found.values()):.0e}")
+    assert max(found.values()) <= EXACT
+
+# %% [markdown]
+# ## Two checks
+#
+# So far a program has found *some* uses of $W$, and has taken two things for granted. In [Theorem 4.1], $f_n$
+# depends on no datum but $n$. And the gradient is $\sum_s g_s a_s^\top$, [(4.3)], only if the recorded calls
+# are all that the network does with $W$. Neither can be read off a network's layers. Data may meet each other
+# behind a layer, by a mean over the batch, say. A weight may be used by a function that has no rule. Then the
+# network trains as usual, capture runs as usual, and the block is wrong.
+#
+# The package therefore tries a network before it trusts it, on up to eight data, and only once for
+# every kind of batch:
+#
+# 1. *Data do not meet.* Send vectors to the outputs of half of the data. The rows of the other half must
+#    receive zeros, exactly: what does not depend on an output has derivative zero, without rounding.
+#    Where the batch lies is not assumed. It is the axis that changes between two and three
+#    data, and the zeros tell the order within it.
+# 2. *The calls explain the gradient.* Send a random vector $v$ to all outputs. For every parameter, the
+#    gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls.
+#
+# <div class="admonition theorem" markdown="1" id="thm-22.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 22.1 (the calls explain the gradient)</b></p>
+#
+# Let recorded calls $z_c = W a_c$ be among the uses of $W$ in a network with output $f$, and let $g_c$ be
+# the derivative of $v^\top f$ with respect to $z_c$. If
+#
+# $$
+# \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top
+# \tag{22.1}
+# $$
+#
+# holds for one $v$ that is drawn from a continuous distribution, it holds for all $v$, with
+# probability one.
+#
+# </div>
+#
+# **Proof.** The derivative with respect to $W$ sums over all paths from $W$ to $f$. Sort them by their first
+# edge. Paths that begin at $z_c$ contribute $g_c a_c^\top$, because $g_c$ is the derivative along all paths
+# from $z_c$ on. All other paths are the difference of both sides. It is a linear function of $v$, and a
+# linear function that is not zero is zero on a subspace only, which has probability zero. $\blacksquare$
+#
+# The check is end to end: a mistake in a rule, in the rows, in the order of positions or in a bias column
+# would make the two sides differ as well. So no rule needs to be trusted. By hand, both checks are a few
+# lines:
+
+
+# %%
+def two_checks(net: Uses, X: Tensor, v: Tensor | None = None) -> tuple[float, float]:
+    """What crosses from one half of the data to the other, and what the calls leave unexplained."""
+    recorder = Recorder()
+    with recorder:
+        f = net(X)
+    v = torch.randn_like(f) if v is None else v
+    edges = [edge for *_, edge in recorder.calls]
+
+    half = (torch.arange(len(X)) < len(X) // 2).unsqueeze(1)
+    of_half = torch.autograd.grad(f, edges, v * half, retain_graph=True)
+    crossing = max(float((g * ~half).abs().max()) for g in of_half)
+
+    gs = torch.autograd.grad(f, edges, v, retain_graph=True)
+    unexplained = 0.0
+    for layer in (net.layer, net.head):
+        gradient = torch.autograd.grad(f, (layer.weight, layer.bias), v, retain_graph=True)
+        total = torch.cat([gradient[0], gradient[1].unsqueeze(1)], dim=1)
+        pairs = zip(gs, recorder.calls, strict=True)
+        explained = sum(g.T @ a for g, (used, _, a, _) in pairs if used is layer.weight)
+        unexplained = max(unexplained, largest_error(explained, total))
+    return crossing, unexplained
+
+
+# %% [markdown]
+# Two sound networks and three that train without complaint show what the checks are for. The package refuses
+# the three:
+
+
+# %%
+def refused(expected: type[Exception], *arguments, **options) -> None:
+    """Run a capture that has to fail, and print why it does."""
+    try:
+        layer_ios(*arguments, **options)
+    except expected as reason:
+        print(textwrap.fill(f"{type(reason).__name__}: {reason}", width=90), end="\n\n")
+    else:
+        raise AssertionError("this should have been refused")
+
+
+def einsum(layer, x):
+    return layer(x) + torch.einsum("ni,oi->no", x.sin(), layer.weight)
+
+
+sound = {"a layer": plain, "a weight used twice": twice}
+suspects = {
+    "centred by the batch's mean": Uses(lambda layer, x: (z := layer(x)) - z.mean(0)),
+    "times the next datum": Uses(lambda layer, x: layer(x) * layer(x).roll(1, 0)),
+    "a function without a rule": Uses(einsum),
+}
+print(f"{'':27} crossing  unexplained  error")
+for name, net in (sound | suspects).items():
+    crossing, unexplained = two_checks(net, X)
+    off = errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)["layer"]
+    print(f"{name:>27} {crossing:8.2f} {unexplained:12.0e} {off:6.0e}")
+    passed = crossing == 0 and unexplained <= EXACT
+    assert passed == (off <= EXACT) == (name in sound)
+
+# %%
+for net, reason in zip(
+    suspects.values(), (ValueError, ValueError, NotImplementedError), strict=True
+):
+    refused(reason, net, loss, X, y)
+
+# %% [markdown]
+# The first check as a picture: vectors are sent to the outputs of the last two data only.
+
+# %% tags=["hide-input"] alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. Without a meeting, the first three rows are zero. If the mean over the batch is subtracted, they are not."
+arriving = {}
+for title, name in {"a layer": "a layer", "centred": "centred by the batch's mean"}.items():
+    with Recorder() as recorder:
+        f = (sound | suspects)[name](X)
+    v = torch.randn_like(f) * (torch.arange(N) >= 3).unsqueeze(1)
+    (arriving[title],) = torch.autograd.grad(f, recorder.calls[0][-1], v)
+matrices(arriving)
+
+# %%
+assert arriving["a layer"][:3].abs().max() == 0
+assert arriving["centred"][:3].abs().min() > 0
+
+# %% [markdown]
+# What is detached from the gradient is no meeting, and needs no special case. With the mean detached, data
+# influence the rows of others, but no vector crosses over, and the block is exact:
+
+# %%
+detached = Uses(lambda layer, x: (z := layer(x)) - z.mean(0).detach())
+found = errors(layer_ios(detached, loss, X, y), detached, loss, X, y)
+assert max(found.values()) <= EXACT
+assert two_checks(detached, X)[0] == 0
+
+# %% [markdown]
+# `plan` does both checks and returns what it found: the axis and the order of the data in every call.
+# `layer_ios(..., plan=...)` takes it, and then nothing is tried again. Loops over a data set and the
+# optimizer keep their plans.
+
+# %% tags=["remove-input"]
+code(plan._orders, plan._place, plan._is_apart, plan._check_gradient)
+
+# %% [markdown]
+# ## A real transformer
+#
+# The following classifier consists of PyTorch's own modules: an embedding, two layers of
+# `nn.TransformerEncoder`, a mean over positions, and a linear head. Nothing of it was written for this
+# package. (Its layers call a fused attention whose derivative PyTorch cannot batch on a CPU without a
+# warning. So the chapter asks for the variant that is made of products.)
+
+
+# %%
+class Classifier(nn.Module):
+    """A transformer for sequences of words."""
+
+    def __init__(self, words: int, d: int, classes: int):
+        super().__init__()
+        self.words = nn.Embedding(words, d)
+        layer = nn.TransformerEncoderLayer(d, nhead=2, dim_feedforward=2 * d, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2)
+        self.head = nn.Linear(d, classes)
+
+    def forward(self, words):
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.head(self.encoder(self.words(words)).mean(1))
+
+
+transformer = Classifier(words=12, d=16, classes=4).eval()  # no dropout
+texts, labels = torch.randint(12, (6, 5)), torch.randint(4, (6,))
+cross_entropy = nn.CrossEntropyLoss()
+
+groups = layer_groups(transformer)
+blocks = [name for group in groups for name in group.names]
+print(*blocks, sep="\n")
+print(f"{len(blocks)} blocks; parameters without one: {len(uncovered(transformer, groups))}")
+assert len(blocks) == 2 + 2 * 6
+
+# %% [markdown]
+# The exact GGN of the whole network is built by plain autodiff from Jacobians, which knows nothing of
+# layers. It is cut into blocks and compared with what capture gives.
+
+# %%
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ios = layer_ios(transformer, cross_entropy, texts, labels)
+assert len(caught) == 1
+assert "No block covers" in str(caught[0].message)
+
+whole = curvature.ggn(transformer, cross_entropy, texts, labels)
+exact = curvature.diagonal_blocks(transformer, whole)
+assert list(ios) == list(exact) == blocks
+
+table = {}
+print(f"{'block':>36}  size   capture  expand  reduce")
+for name, io in ios.items():
+    block, off = io.block(), largest_error(io.block(), exact[name])
+    table[name] = [relative_error(kfac(x).dense(), exact[name]) for x in (io, io.reduced())]
+    expand, reduce = table[name]
+    print(f"{name:>36} {len(block):5}   {off:.0e} {expand:7.2f} {reduce:7.2f}")
+    assert off <= EXACT
+    assert min(expand, reduce) > 0.01
+
+# %% [markdown]
+# Every block is exact. KFAC is an approximation of it, in its two flavours from
+# [Chapter 6](06_weight_sharing.py): *expand* takes positions for data, *reduce* averages them. The loss of
+# this network belongs to the mean over positions, and there reduce is nearer for words, values, output
+# projections and feed-forward layers. For queries both are off by more than a third. For keys reduce is
+# zero ([Theorem 6.2]).
+
+# %% tags=["hide-input"] alt="Dot plot with one line for each of the 14 blocks of the transformer and two marks on each: the relative error of KFAC-expand, large for all blocks but the head, and of KFAC-reduce, which is clearly smaller for most blocks but 1 for the two key projections." caption="Relative errors of KFAC, block by block, from the input at the top to the head at the bottom. Both flavours agree at the head, which comes after the mean. For keys, reduce is zero and its relative error is 1."
+fig, ax = plt.subplots(figsize=(6.4, 4.2))
+for i, (flavour, marker) in enumerate((("expand", "o"), ("reduce", "s"))):
+    values = [pair[i] for pair in table.values()]
+    size, fill = (
+        (9, "none") if flavour == "expand" else (6, "full")
+    )  # both are seen where they agree
+    ax.plot(values, range(len(table)), marker, ms=size, fillstyle=fill, label=flavour)
+shown = [name.replace("encoder.layers.", "").replace("self_attn.", "") for name in table]
+ax.set_yticks(range(len(table)), labels=shown)
+ax.invert_yaxis()
+ax.set(xlabel="relative error", xlim=(0, 1.05))
+ax.grid(axis="y", alpha=0.3)
+ax.legend(loc="lower center")
+plt.show()
+
+# %%
+keys = [name for name in table if name.endswith("k_proj")]
+queries = [name for name in table if name.endswith("q_proj")]
+assert all(abs(table[name][1] - 1) <= EXACT for name in keys)
+assert all(min(table[name]) > 1 / 3 for name in queries)
+others = table.keys() - {*keys, *queries, "head"}
+assert all(table[name][1] < table[name][0] for name in others)
+assert abs(table["head"][0] - table["head"][1]) <= EXACT  # S = 1
+
+# %% [markdown]
+# **A bias without curvature.** The bias of the keys adds the same number to all scores of a query, and a
+# softmax ignores such a number. So its rows and columns of the exact block are zero. KFAC cannot know this.
+# The input of the bias is the constant one, and a Kronecker product gives the bias all of the factor $B$:
+
+# %%
+for name in keys:
+    io = ios[name]
+    of_bias = io.block().unflatten(0, (16, 17))[:, -1]
+    by_kfac = kfac(io).dense().unflatten(0, (16, 17))[:, -1]
+    print(f"{name}: exact {of_bias.abs().max():.0e}, by KFAC {by_kfac.abs().max():.0e}")
+    assert of_bias.abs().max() <= EXACT * io.block().abs().max()
+    assert by_kfac.abs().max() > 1e-3 * io.block().abs().max()
+
+# %% [markdown]
+# **What is left out.** The scale and the shift of a layer norm are vectors that are multiplied and added
+# entry by entry. There is a matrix all the same: the column of all their entries, whose input is the
+# number 1. Then the vectors of a datum are its gradient, and $B \otimes A$ with $A = 1$ is the exact
+# block, whatever the network. It has two rows for every channel, as many as a factor of a wide layer, for
+# few parameters. So a normalisation has a block if `layers=[...]` names it. Otherwise a warning names its
+# parameters, and the optimizer of [Chapter 9](09_optimizer.py) moves them by a first-order rule.
+
+# %%
+left_out = uncovered(transformer, groups)
+print(textwrap.fill(", ".join(left_out), width=90))
+covered = sum(block.trace() for block in exact.values())
+numbers = sum(p.numel() for name, p in transformer.named_parameters() if name in left_out)
+print(f"share of the parameters: {numbers / len(whole):.3f}")
+print(f"share of the GGN's trace: {1 - covered / whole.trace():.3f}")
+assert all("norm" in name for name in left_out)
+assert 0.01 < 1 - covered / whole.trace() < 0.5
+
+norms = [n for n, module in transformer.named_modules() if isinstance(module, nn.LayerNorm)]
+of_norms = curvature.diagonal_blocks(transformer, whole, norms)
+for name, io in layer_ios(transformer, cross_entropy, texts, labels, layers=norms).items():
+    print(f"{name}: a {tuple(io.a.shape)}, g {tuple(io.g.shape)}")
+    assert_exact(kfac(io).dense(), of_norms[name])
+
+# %% [markdown]
+# And blocks say nothing about pairs of layers. This is how much of the GGN lies outside of all of them:
+
+# %%
+blocks_of_all = [*exact.values(), *of_norms.values()]
+between = whole.square().sum() - sum(block.square().sum() for block in blocks_of_all)
+print(f"share of the GGN's squares: {between / whole.square().sum():.3f}")
+assert between > 0
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# **A part of a weight.** A function that uses some rows of a layer's weight uses no $W$ that has a block. The
+# recorder does not take the part for the whole, and the second check finds the gradient unexplained.
+# Two layers instead of one are the way out.
+
+# %%
+part = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
+refused(NotImplementedError, part, loss, X, y)
+
+# %% [markdown]
+# **A table that all data share.** Many transformers look up an embedding of *positions* once, for the whole
+# batch, and add the result to every datum's words. Then no datum has a vector of its own at the
+# table. Looked up for every datum, the same numbers have a block:
+
+
+# %%
+class Placed(nn.Module):
+    """Words, and where they stand."""
+
+    def __init__(self, of_everyone: bool):
+        super().__init__()
+        self.words, self.places = nn.Embedding(12, 4), nn.Embedding(5, 4)
+        self.head, self.of_everyone = nn.Linear(4, 3), of_everyone
+
+    def forward(self, words):
+        places = torch.arange(words.shape[1])
+        if not self.of_everyone:
+            places = places.expand(words.shape)
+        return self.head((self.words(words) + self.places(places)).tanh().mean(1))
+
+
+targets = torch.randn(len(texts), 3)
+refused(ValueError, Placed(of_everyone=True), loss, texts, targets)
+net = Placed(of_everyone=False)
+found = errors(layer_ios(net, loss, texts, targets), net, loss, texts, targets)
+assert max(found.values()) <= EXACT
+
+# %% [markdown]
+# **An input that is overwritten.** The input $a$ is recorded as it is, to save memory. If it is changed
+# later, say by a residual connection that is added in place, the version number that was noted with it
+# tells:
+
+
+# %%
+class InPlaceResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = x.tanh()
+        z = self.layer(h)
+        h += z  # overwrites the layer's input
+        return h
+
+
+refused(ValueError, InPlaceResidual(), loss, X, torch.randn(N, 4))
+
+# %% [markdown]
+# **The batch is not on axis 0.** Recurrent code often puts time first, and attention does so on the inside.
+# Then axis 0 of the layer's input counts positions, and whoever takes it for the batch adds up gradients of
+# different data. Shapes cannot tell if there are as many positions as data, which is a reason to test with
+# sizes that are all different. The package finds the axis by trying. A plan that assumes axis 0
+# shows what happens without that:
+
+
+# %%
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):  # [N, T, 4]
+        return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1).sum(1)
+
+
+time_first, square = TimeFirst(), torch.randn(N, N, 4)
+_, recorded = calls.recorded(time_first, square, layer_groups(time_first))
+places = tuple(plan.Place(call.kind, calls.Axis(0)) for call in recorded["layer"])
+by_assumption = layer_ios(time_first, loss, square, y, plan=plan.Plan({"layer": places}))
+silent = errors(by_assumption, time_first, loss, square, y)
+print(f"as many positions as data, axis 0 assumed: error {silent['layer']:.2f}")
+assert silent["layer"] > 0.1
+by_trying = layer_ios(time_first, loss, square, y)
+assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
+
+# %% [markdown]
+# **What no trial sees.** A use of a weight may be zero on every datum that is tried, such as a use behind a
+# gate that is closed for all of them. Then nothing is unexplained, and capture is wrong for the datum whose gate
+# is open. The data that are tried are spread over the batch, which makes this unlikely for gates that
+# open often, and no more. Put first, the same datum is among those that are tried:
+
+
+# %%
+def gated(layer, x):
+    return layer(x) + (x[:, :1] > 0) * einsum(layer, x)
+
+
+many, many_targets = torch.randn(20, 4), torch.randn(20, 3)
+many[:, 0] = -many[:, 0].abs()
+many[1, 0] = 1.0  # the only open gate
+net = Uses(gated)
+missed = errors(layer_ios(net, loss, many, many_targets), net, loss, many, many_targets)
+print(f"an open gate that is not tried: error {missed['layer']:.2f}\n")
+assert missed["layer"] > 0.01
+refused(NotImplementedError, net, loss, many.roll(-1, 0), many_targets.roll(-1, 0))
+
+# %% [markdown]
+# ## Exercises
+#
+# **Exercise 22.1.** How many calls of `linear` does PyTorch's attention need for queries, keys, values and
+# output, if all three inputs are one tensor, if keys and values share one, and if there are three? How
+# many blocks are there in each case?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# One tensor: one call with all rows of `in_proj_weight`, and one for the output. A shared tensor for
+# keys and values: one call with the rows of the queries, and one with the rest. Three tensors: three calls.
+# So there are two, three and four calls. The blocks are four in all cases, because the four
+# matrices are the same and only the number of products differs.
+#
+# </details>
+#
+# **Exercise 22.2.** The vector $v$ of [Theorem 22.1] must be random. Find a network with an unexplained use of
+# a weight, and a $v$ that is not zero and does not find it.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Let the unexplained use act on some outputs only, and let $v$ be zero there. For instance, add the sum of
+# `einsum("ni,oi->no", x, W)` to the last output. Every $v$ whose last column is zero lies in the subspace
+# of the proof.
+#
+# </details>
+#
+# **Exercise 22.3.** Teach the recorder `torch.einsum("ni,oi->no", x, W)`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The arguments of the function are the equation, $x$ and $W$, so it is recorded as if it were
+# `linear(x, W)`. In a class that inherits from `Recorder`, pass
+# `functional.linear` and these arguments to the method of the parent.
+#
+# </details>
+#
+# **Exercise 22.4.** A network subtracts the mean over the batch after a layer and adds it again before the
+# next. Do data meet?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# No: the two terms cancel, in the output as in the derivative. Autograd computes the derivative with
+# respect to the mean as the sum of two numbers that differ in their sign alone, and that sum is exactly
+# zero. If the mean is added after a detour that multiplies by 3 and divides by 3, rounding may
+# leave something behind. The check would then refuse a network that is sound. The other mistake, to accept a
+# network whose data meet among those that are tried, has probability zero.
+#
+# </details>
+#
+# The solutions, checked:
+
+
+# %% tags=["hide-input"]
+class Attention(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.attention, self.inputs = nn.MultiheadAttention(4, 2), inputs
+
+    def forward(self, x):
+        return self.attention(*self.inputs(x.transpose(0, 1)))[0].mean(0)
+
+
+inputs = {
+    2: lambda x: (x, x, x),
+    3: lambda x: (x, *[x.sin()] * 2),
+    4: lambda x: (x, x.sin(), x.cos()),
+}
+for expected_calls, chosen in inputs.items():  # 22.1
+    net, recorder = Attention(chosen), Opening()
+    ios = by_functions(net, loss, sequences, torch.randn(N, 4), recorder, positions_first=True)
+    assert len(recorder.calls) == expected_calls
+    assert len(ios) == len(layer_ios(net, loss, sequences, torch.randn(N, 4))) == 4
+
+
+class AtTheLastOutput(Uses):
+    def forward(self, x):
+        unseen = torch.einsum("ni,oi->no", x, self.layer.weight).sum(1, keepdim=True)
+        return super().forward(x) + functional.pad(unseen, (2, 0))
+
+
+net = AtTheLastOutput(lambda layer, x: layer(x))  # 22.2
+v = torch.randn(N, 3)
+assert two_checks(net, X, v)[1] > 0.01
+v[:, -1] = 0
+assert two_checks(net, X, v)[1] <= EXACT
+
+
+class WithEinsum(Recorder):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.einsum and args[0] == "ni,oi->no":
+            func, args = functional.linear, args[1:]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+net = suspects["a function without a rule"]  # 22.3
+found = errors(by_functions(net, loss, X, y, WithEinsum()), net, loss, X, y)
+assert max(found.values()) <= EXACT
+
+
+def there_and_back(layer, x):
+    z = layer(x)
+    mean = z.mean(0)
+    return (z - mean) + mean
+
+
+net = Uses(there_and_back)  # 22.4
+assert two_checks(net, X)[0] == 0
+assert max(errors(layer_ios(net, loss, X, y), net, loss, X, y).values()) <= EXACT
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# PyTorch's notes on [extending functions with modes](https://docs.pytorch.org/docs/stable/notes/extending.html)
+# and [`torch.overrides`](https://docs.pytorch.org/docs/stable/torch.overrides.html);
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) for attention as linear layers with shared
+# weights; [curvlinops](bibliography.md#curvlinops), which traces a network and checks that every path from a
+# parameter in the graph is one that it knows.
+#
+# [Chapter 25](25_conformance.py) asks the same question from the outside: is what a program gives right?
