@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.measure import Run
 from benchmarks.nets import MeanOverPositions
 from kfac_scratch import Plans, kfac_over, monte_carlo, type2
-from kfac_scratch.capture.hooks import stream
+from kfac_scratch.capture.forward_pass import stream
 from kfac_scratch.data_loader import LoaderOptions
 
 SAMPLED = 3000  # vectors, for the chunks

@@ -44,7 +44,7 @@ from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
-from kfac_scratch.capture.hooks import layer_ios, stream
+from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
 from kfac_scratch.capture.plan import Plan, Plans, plan
 from kfac_scratch.data_loader import kfac_over, over_loader

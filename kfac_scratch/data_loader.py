@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
 from kfac_scratch.border import check_function
 from kfac_scratch.capture.flavours import EXPAND, Flavour
-from kfac_scratch.capture.hooks import ForwardPass, check_vectors, forward_pass
+from kfac_scratch.capture.forward_pass import ForwardPass, check_vectors, forward_pass
 from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.capture.plan import Plan, Plans
 from kfac_scratch.layer_io import LayerIO

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from kfac_scratch import LayerIO, cg_fac, kfac_over, monte_carlo, stream, type2
 from kfac_scratch.approximations.accumulators import Gathered
-from kfac_scratch.capture.hooks import ForwardPass, default_chunk
+from kfac_scratch.capture.forward_pass import ForwardPass, default_chunk
 
 
 class Largest(TorchDispatchMode):

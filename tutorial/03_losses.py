@@ -43,7 +43,7 @@ from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
 from kfac_scratch import curvature, losses
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2, type2_classwise
 from kfac_scratch.show import code, matrices

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from kfac_scratch import curvature
 from kfac_scratch.capture import calls
-from kfac_scratch.capture import hooks as capture
-from kfac_scratch.capture.hooks import layer_ios, stream
+from kfac_scratch.capture import forward_pass as capture
+from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix
 from kfac_scratch.checks import assert_exact, largest_error, set_up

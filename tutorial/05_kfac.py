@@ -35,7 +35,7 @@ from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
 from kfac_scratch.approximations.accumulators import FactorSums
 from kfac_scratch.approximations.kfac import foof, kfac, kfac_in_full
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.checks import assert_exact, largest_error, relative_error, set_up
 from kfac_scratch.curvature import block_index, diagonal_blocks, empirical_fisher, ggn

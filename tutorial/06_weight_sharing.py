@@ -47,7 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch.approximations.kfac import kfac, kfac_in_full
 from kfac_scratch.capture.flavours import REDUCE
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.capture.layers import _averaged_patches, averaged_rows, input_rows
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.curvature import diagonal_blocks, ggn

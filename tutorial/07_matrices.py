@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kfac_scratch import curvature
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.linalg import (
     conjugate_gradient,

@@ -36,7 +36,7 @@ from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
 
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, ggn, parameter_vector
 from kfac_scratch.linalg import eye_like, psd_eigh

@@ -57,7 +57,7 @@ import kfac_scratch
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac
 from kfac_scratch.approximations.estimators import Latest, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import foof, kfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, flatten_values, ggn, ggn_gram, parameter_vector
 from kfac_scratch.layer_io import LayerIO, concatenate

@@ -41,7 +41,7 @@ from kfac_scratch.approximations.ekfac import (
     second_moments,
 )
 from kfac_scratch.approximations.kfac import kfac, kfac_reduce
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like

@@ -39,7 +39,7 @@ from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import PartialTraces, _weighted_factors, tkfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.damping import balance

@@ -50,7 +50,7 @@ from kfac_scratch.approximations.randomized import (
     trace_matched,
     zero_tail,
 )
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, psd_eigh

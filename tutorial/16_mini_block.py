@@ -51,7 +51,7 @@ from kfac_scratch.approximations.mini_block import (
     mini_block_rows,
     mini_block_shared,
 )
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.curvature import ggn_product
 from kfac_scratch.layer_io import LayerIO

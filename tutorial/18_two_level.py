@@ -34,7 +34,7 @@ from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 from torch.nn.functional import avg_pool2d
 
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.layer_io import LayerIO

@@ -59,7 +59,7 @@ from kfac_scratch.approximations.randomized import randomized
 from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import set_up
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.layer_io import LayerIO

@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from kfac_scratch import curvature
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture import calls, functions, plan
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.checks import assert_exact, largest_error, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.conformance import (
     Capabilities,

@@ -47,7 +47,7 @@ from kfac_scratch.approximations.estimators import (
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.border import check_count, check_instance, check_result, checked_names
 from kfac_scratch.capture.flavours import EXPAND, Flavour
-from kfac_scratch.capture.hooks import check_capture, full_precision, layer_ios
+from kfac_scratch.capture.forward_pass import check_capture, full_precision, layer_ios
 from kfac_scratch.capture.plan import Plans
 from kfac_scratch.losses import BackpropagatedVectors, monte_carlo, type2
 from kfac_scratch.matrices.damping import default_inverse

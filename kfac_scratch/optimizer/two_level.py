@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.border import check_callable, check_function
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.capture.layer_groups import layer_groups, layer_names
 from kfac_scratch.capture.plan import Plans
 from kfac_scratch.layer_io import LayerIO, check_not_reduced, concatenate

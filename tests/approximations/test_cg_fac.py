@@ -15,7 +15,7 @@ from kfac_scratch.approximations.cg_fac import (
 from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.approximations.skfac import skfac
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import conjugate_gradient
 from kfac_scratch.matrices.dense import Dense

@@ -11,7 +11,7 @@ from kfac_scratch.approximations.skfac import (
     skfac,
     subsampled,
 )
-from kfac_scratch.capture.hooks import layer_ios
+from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.layer_io import LayerIO, concatenate
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import empirical, type2

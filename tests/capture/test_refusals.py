@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from kfac_scratch import layer_ios
 from kfac_scratch.curvature import diagonal_blocks, ggn
-from tests.capture.test_hooks import C, D, N, simple
+from tests.capture.test_forward_pass import C, D, N, simple
 from tests.laws import check_equal
 
 

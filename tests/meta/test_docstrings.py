@@ -79,7 +79,7 @@ CHOICES = (  # modules whose exported names a user chooses between
     "pinn.steps",
     "pinn.krylov",
     "pinn.preconditioners",
-    "capture.hooks",
+    "capture.forward_pass",
     "losses",
     "data_loader",
 )
