@@ -37,7 +37,7 @@ from kfac_scratch.capture import calls
 from kfac_scratch.capture import forward_pass as capture
 from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
-from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix
+from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix, weight_view
 from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2
@@ -492,7 +492,7 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 # `ends` are what bias columns hold; they are written together with the rows, to save a copy.
 
 # %% tags=["remove-input"]
-code(input_rows, output_rows, weight_matrix)
+code(input_rows, output_rows, weight_matrix, weight_view)
 
 # %% [markdown]
 # One check covers them all: a layer without bias must compute $W$ times its rows.
@@ -504,6 +504,7 @@ kinds = [
     (nn.Conv2d(4, 6, (2, 3), groups=2, padding=1, bias=False), torch.randn(2, 4, 5, 3)),
     (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", bias=False), torch.randn(2, 2, 5, 4)),
     (nn.Conv3d(2, 3, (2, 1, 3), dilation=(2, 1, 1), bias=False), torch.randn(2, 2, 4, 3, 5)),
+    (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, bias=False), torch.randn(2, 2, 3, 4)),
     (nn.Embedding(7, 3), torch.randint(7, (2, 5))),
 ]
 for layer, x in kinds:
@@ -511,7 +512,7 @@ for layer, x in kinds:
     z = output_rows(layer, layer(x).unsqueeze(0)).squeeze(1)  # [groups, N, S, d_out]
     W = weight_matrix(layer, layer.weight).unsqueeze(1)  # [groups, 1, d_out, d_in]
     assert_exact(a @ W.mT, z)
-    print(f"{type(layer).__name__:>9}: a {tuple(a.shape)}, z {tuple(z.shape)}")
+    print(f"{type(layer).__name__:>15}: a {tuple(a.shape)}, z {tuple(z.shape)}")
 
 # %% [markdown]
 # Mistakes here do not announce themselves by shapes. Zeros in place of the circular padding give
@@ -567,10 +568,11 @@ shapes(frozen, torch.randn(N, 4))
 # %% [markdown]
 # ### What is not covered
 #
-# A layer norm has parameters, but they are not a matrix that is applied to rows. Other parameters
-# are used in ways that no rule describes. Leaving them out silently would be the worst answer: the
-# caller would believe that a step is taken for the whole network. So uncovered parameters are named
-# in a warning, and whatever would give a wrong block is an error that says what to do.
+# A layer norm has parameters, but they are not a matrix that is applied to rows. It has a block only if it is
+# named, and [Chapter 22](22_capture.py#a-real-transformer) says which. Other parameters are used in ways that
+# no rule describes. Leaving them out silently would be the worst answer: the caller would believe that a step
+# is taken for the whole network. So uncovered parameters are named in a warning, and whatever would give a
+# wrong block is an error that says what to do.
 
 # %%
 normed = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
@@ -601,7 +603,8 @@ def refused(expected: type[Exception] | tuple, *arguments, **options) -> None:
 
 
 tokens = torch.randint(6, (N, 2))
-refused(NotImplementedError, normed, nn.MSELoss(), X, y, layers=["1"])
+sloped = nn.Sequential(nn.Linear(4, 6), nn.PReLU(), nn.Linear(6, 3))
+refused(NotImplementedError, sloped, nn.MSELoss(), X, y, layers=["1"])
 
 normalised = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Linear(4, 3))
 refused(NotImplementedError, normalised, nn.MSELoss(), tokens, torch.randn(N, 2, 3))
