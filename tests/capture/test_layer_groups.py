@@ -86,7 +86,7 @@ def test_frozen_parameters_have_no_columns():
 class Custom(Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.norm = Linear(3, 2), LayerNorm(2)
+        self.linear, self.norm, self.slope = Linear(3, 2), LayerNorm(2), nn.PReLU()
         self.scale = nn.Parameter(torch.ones(2))
         self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
 
@@ -97,6 +97,7 @@ def test_what_is_not_covered_is_named():
         "scale",
         "norm.weight",
         "norm.bias",
+        "slope.weight",
         "attention.bias_k",
         "attention.bias_v",
     ]
@@ -116,8 +117,8 @@ def test_unknown_layers_are_refused():
 
 
 def test_named_layers_of_other_kinds_are_refused():
-    with pytest.raises(NotImplementedError, match="'norm' is a LayerNorm"):
-        layer_groups(Custom(), ["norm"])
+    with pytest.raises(NotImplementedError, match="'slope' is a PReLU"):
+        layer_groups(Custom(), ["slope"])
 
 
 def test_named_layers_without_trainable_parameters_are_refused():
