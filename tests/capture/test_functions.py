@@ -410,6 +410,19 @@ def test_other_views_of_a_weight_are_refused(device):
         layer_ios(model, MSELoss(), vectors(device), torch.randn(N, C, device=device))
 
 
+def test_an_embeddings_weight_in_a_product_is_refused(device):
+    """Its rows are words; those of a product are any numbers, and no value holds both."""
+
+    def forward(m, t):
+        h = m.a(t)
+        return m.b((h + linear(h[..., :1].expand(*h.shape[:-1], 7), m.a.weight.T)).mean(1))
+
+    model = Net(forward, a=nn.Embedding(7, D), b=Linear(D, C)).to(device)
+    X, y = torch.randint(7, (N, S), device=device), torch.randn(N, C, device=device)
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), X, y)
+
+
 @pytest.mark.slow
 def test_compiled_models_are_exact():
     layers = Sequential(Linear(D, D), Tanh(), Linear(D, C))
