@@ -1,8 +1,8 @@
 """Ask an adapter about a case, and have the answer judged.
 
-Two halves: `answered` goes from an adapter to numbers, `judged` from numbers to a verdict. `verdict`
-joins them in one process, whose adapter is trusted: it could replace the judge. `isolation` runs
-the first half in a process of its own, and only numbers come back.
+Two halves: `answered` goes from an adapter to numbers, `judged` from numbers to a verdict.
+`verdict` joins them in one process, whose adapter is trusted: it could replace the judge.
+`isolation` runs the first half in a process of its own, and only numbers come back.
 
 Whatever goes wrong in an adapter becomes that case's verdict; the run goes on.
 """
