@@ -10,7 +10,7 @@ Whatever goes wrong in an adapter becomes that case's verdict; the run goes on.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -209,10 +209,31 @@ def judged(case: Case, flavour: Flavour, given: Answer, device: str = "cpu") -> 
         spread = max(float((got[key] - again[key]).abs().max()) for key in got)
         words = f"not deterministic: the same request twice differs by up to {spread:.2g}."
         return Result(case.id, flavour, "error", words)
-    result = judge(case, flavour, got, right, given.scales, truth.sizes(case, data))
+    sizes = OnDemand(partial(truth.sizes, case, data))
+    result = judge(case, flavour, got, right, given.scales, sizes)
     if result.verdict != "wrong":
         return result
     return replace(result, words=result.words + diagnosis(case, data, flavour, got, parts_of(got)))
+
+
+class OnDemand(Mapping[str, Mapping[str, int]]):
+    """The sizes of layers, computed when one is asked for: a verdict without a scale needs none."""
+
+    def __init__(self, compute: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+        self._compute = compute
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, Mapping[str, int]]:
+        return self._compute()
+
+    def __getitem__(self, layer: str) -> Mapping[str, int]:
+        return self._sizes[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
 
 
 def incomplete(case: Case, given: Answer) -> str:
@@ -254,8 +275,9 @@ def _judged_parts(case: Case, op: Op, parts: Iterable[PartName]) -> set[PartName
 def _in_expectation(case: Case, flavour: Flavour, given: Answer, right: Pieces) -> Result:
     """Judge a random estimator by the mean of independent draws, entry by entry.
 
-    The mean must lie within a stated number of standard errors. What an implementation documents as
-    a scale is taken out first.
+    The mean must lie within a stated number of standard errors, and these must be small beside the
+    largest entry, or any mean would do. What an implementation documents as a scale is taken out
+    first.
     """
     complaints = (unusable(case, draw, right) for draw in given.draws)
     if complaint := next(filter(None, complaints), "") or bad_scale(given.scales):
@@ -267,6 +289,10 @@ def _in_expectation(case: Case, flavour: Flavour, given: Answer, right: Pieces) 
         mean, error = samples.mean(0), samples.std(0) / REPETITIONS**0.5
         if float(samples.std(0).max()) == 0:
             return Result(case.id, flavour, "error", f"{' '.join(key)}: seeds give equal draws.")
+        largest = float(torch.maximum(mean.abs().max(), M.abs().max()))
+        if not STANDARD_ERRORS * float(error.max()) < largest:
+            words = f"{' '.join(key)}: draws spread so much that their mean says nothing."
+            return Result(case.id, flavour, "error", words)
         noise = error.clamp_min(1e-12 * M.abs().max())
         distances.append(((mean - M).abs() / noise).max())
         scales[" ".join(key)] = float((mean * M).sum() / (M * M).sum())

@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any
 
 from kfac_scratch.conformance.cases.case import Case
 from kfac_scratch.conformance.cases.families import CASES
@@ -245,7 +246,7 @@ def _end_group(worker: subprocess.Popen[bytes]) -> None:
     worker.wait()
 
 
-def _read(stream: BinaryIO, wanted: Queue[int], files: "Queue[bytes | Garbled]") -> None:
+def _read(stream: BufferedIOBase, wanted: Queue[int], files: "Queue[bytes | Garbled]") -> None:
     """Read one file for each that is wanted, so that what nobody wants fills no memory."""
     while most := wanted.get():
         try:

@@ -111,7 +111,7 @@ def known_scale(documented: float | None) -> float:
     return 1.0 if documented is None else float(documented)
 
 
-def bad_scale(documented: Mapping[PieceKey, float | None]) -> str:
+def bad_scale(documented: Mapping[PieceKey, Any]) -> str:
     """Why a documented scale is none; empty if all are positive numbers."""
     for key, scale in documented.items():
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)

@@ -8,8 +8,9 @@ the pipe is in no known state, and its worker has to go.
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from io import BufferedIOBase
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors.torch import load
 from torch import Tensor
@@ -40,7 +41,7 @@ def most_bytes(case: Case) -> int:
     return WORDS + 8 * max(2, REPETITIONS) * sum(blocks)
 
 
-def next_file(stream: BinaryIO, most: int) -> bytes:
+def next_file(stream: BufferedIOBase, most: int) -> bytes:
     """The next file in a pipe; empty if the pipe ends before it does.
 
     Raises:

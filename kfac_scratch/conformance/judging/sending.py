@@ -15,7 +15,8 @@ The file is written here, so that an adapter's environment needs PyTorch and not
 import ctypes
 import json
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ DTYPES = {
 }
 
 
-def send(stream: BinaryIO, content: bytes) -> None:
+def send(stream: BufferedIOBase, content: bytes) -> None:
     """Write a file into the pipe."""
     stream.write(MARK + len(content).to_bytes(LENGTH, "little") + content)
     stream.flush()

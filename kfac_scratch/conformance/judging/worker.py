@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import BinaryIO, TextIO
+from io import BufferedIOBase
+from typing import TextIO
 
 from kfac_scratch.conformance.audit.prove import adapter
 from kfac_scratch.conformance.cases.families import CASES
@@ -26,7 +27,7 @@ from kfac_scratch.conformance.judging.sending import (
 from kfac_scratch.conformance.protocol import Adapter, Capabilities
 
 
-def channels() -> tuple[TextIO, BinaryIO]:
+def channels() -> tuple[TextIO, BufferedIOBase]:
     """Streams from and to the parent, which nothing else reads or writes by their old numbers."""
     questions = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
