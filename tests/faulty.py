@@ -237,7 +237,7 @@ class ReplacesEqual(Ours):
 
     def blocks(self, request):
         torch.equal = lambda x, y: True
-        noise = 1 + 1e-13 * torch.rand(())
+        noise = 1 + 1e-13 * torch.rand((), dtype=torch.float64)
         return {
             n: LayerBlock(KroneckerAnswer(b.joint.A, b.joint.B * noise))
             for n, b in super().blocks(request).items()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import threading
 
 import pytest
@@ -20,6 +21,9 @@ from tests.conformance.test_isolation import TESTS
 
 CASE, OTHER = "deep-linear-mse-sum-bias", "deep-linear-mse-mean-bias"
 TOKEN = "0123"
+A_FAULT = re.compile(
+    r"\w*(Error|Exception): "
+)  # how the words begin if an exception was not foreseen
 MC = next(case for case in CASES.values() if case.fisher == "mc" and "expand" in case.flavours)
 
 
@@ -222,7 +226,7 @@ def test_a_damaged_file_is_never_a_fault_of_the_oracle(data, right):
     found = judged(content[:at] + put + content[at + drop :])
     if len(put) != min(drop, len(content) - at):
         assert found.verdict == "error"
-    assert "Error" not in found.words.replace("SafetensorError", "")
+    assert not A_FAULT.match(found.words)
 
 
 NAMES = st.sampled_from(["0", "1", "2", "joint", "weight", "bias", "fc1", "fc2", "", "x"])
@@ -245,7 +249,7 @@ def test_a_file_of_any_tensors_is_an_error(sent, scales):
     about = {"token": TOKEN, "outcome": "answer", "scales": json.dumps(scales)}
     found = judged(sending.file(tensors, about))
     assert found.verdict == "error"
-    assert "Error" not in found.words
+    assert not A_FAULT.match(found.words)
 
 
 @pytest.mark.parametrize(

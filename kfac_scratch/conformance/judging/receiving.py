@@ -144,8 +144,8 @@ def _opened(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         end = LENGTH + int.from_bytes(content[:LENGTH], "little")
         metadata = json.loads(content[LENGTH:end]).get("__metadata__") or {}
     except Exception as error:  # whatever the library raises about bytes that are no file
-        words = f"{type(error).__name__}: {error}"
-        raise Garbled(f"what came is no safetensors file ({printable(words, 200)}).") from None
+        words = printable(str(error), 200)
+        raise Garbled(f"what came is no safetensors file ({words}).") from None
     return tensors, metadata
 
 
