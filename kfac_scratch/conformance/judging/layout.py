@@ -54,10 +54,10 @@ def part_choices(op: Op) -> list[set[PartName]]:
     return [{"joint"}, {"weight", "bias"}] if op["bias"] else [{"joint"}, {"weight"}]
 
 
-def wrong_parts(name: str, found: Set[PartName], wanted: Iterable[Set[PartName]]) -> str:
+def wrong_parts(name: str, given: Set[PartName], wanted: Iterable[Set[PartName]]) -> str:
     """That a layer came in other parts than it may, in words."""
     choices = " or ".join(str(sorted(w)) for w in wanted)
-    return f"{name}: got the parts {sorted(found)}, expected {choices}."
+    return f"{name}: got the parts {sorted(given)}, expected {choices}."
 
 
 def places(op: Op, part: PartName, bias_at: str, axes: str) -> Int[Tensor, "d_out d_in"]:

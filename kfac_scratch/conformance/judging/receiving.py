@@ -21,13 +21,19 @@ from kfac_scratch.conformance.judging.harness import REPETITIONS
 from kfac_scratch.conformance.judging.judge import bad_scale
 from kfac_scratch.conformance.judging.layout import Malformed
 from kfac_scratch.conformance.judging.pieces import Answer, PieceKey
-from kfac_scratch.conformance.judging.sending import LENGTH, MARK
+from kfac_scratch.conformance.judging.sending import LENGTH_BYTES, MARK
 from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.protocol import Capabilities, NotSupported
 from kfac_scratch.conformance.vocabulary import PART_NAMES, PartName
 
 WORDS = 2**20  # bytes of a file for all that is no number
-KINDS = {"name": str, "version": str, "batches": bool, "operators": bool}  # others are lists
+# The kinds of fields of capabilities that are no lists.
+CAPABILITY_KINDS = {
+    "name": str,
+    "version": str,
+    "batches": bool,
+    "operators": bool,
+}
 INTO_THE_CHANNEL = "did something else write into the channel of its answers?"
 
 
@@ -47,10 +53,10 @@ def next_file(stream: BufferedIOBase, most: int) -> bytes:
     Raises:
         Garbled: If what comes is no file, or one that is longer than an answer can be.
     """
-    head = stream.read(len(MARK) + LENGTH)
+    head = stream.read(len(MARK) + LENGTH_BYTES)
     if not MARK.startswith(head[: len(MARK)]):
         raise Garbled(f"no answer, but {_shown(head)}: {INTO_THE_CHANNEL}")
-    if len(head) < len(MARK) + LENGTH:
+    if len(head) < len(MARK) + LENGTH_BYTES:
         return b""
     length = int.from_bytes(head[len(MARK) :], "little")
     if length > most:
@@ -70,7 +76,7 @@ def capabilities_of(content: bytes) -> dict[str, Any]:
         raise Garbled(f"no capabilities, but {about.get('outcome')!r}.")
     found = _json_object(about, "json")
     for field in fields(Capabilities):
-        value, kind = found.get(field.name), KINDS.get(field.name, list)
+        value, kind = found.get(field.name), CAPABILITY_KINDS.get(field.name, list)
         if not isinstance(value, kind):
             words = f"{field.name!r} is {value!r}, expected a {kind.__name__}."
             raise Garbled(f"capabilities: {words}")
@@ -141,8 +147,8 @@ def _opened(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         tensors = load(content)
-        end = LENGTH + int.from_bytes(content[:LENGTH], "little")
-        metadata = json.loads(content[LENGTH:end]).get("__metadata__") or {}
+        end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+        metadata = json.loads(content[LENGTH_BYTES:end]).get("__metadata__") or {}
     except Exception as error:  # whatever the library raises about bytes that are no file
         words = printable(str(error), 200)
         raise Garbled(f"what came is no safetensors file ({words}).") from None

@@ -28,7 +28,7 @@ from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import Verdict
 
 MARK = b"answer\r\n"
-LENGTH = 8  # bytes of a number, the least significant first
+LENGTH_BYTES = 8  # bytes of a number, the least significant first
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -42,7 +42,7 @@ DTYPES = {
 
 def send(stream: BufferedIOBase, content: bytes) -> None:
     """Write a file into the pipe."""
-    stream.write(MARK + len(content).to_bytes(LENGTH, "little") + content)
+    stream.write(MARK + len(content).to_bytes(LENGTH_BYTES, "little") + content)
     stream.flush()
 
 
@@ -91,7 +91,7 @@ def file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         }
         contents.append(content)
     head = json.dumps(header).encode()
-    return b"".join([len(head).to_bytes(LENGTH, "little"), head, *contents])
+    return b"".join([len(head).to_bytes(LENGTH_BYTES, "little"), head, *contents])
 
 
 def _name(key: PieceKey) -> str:

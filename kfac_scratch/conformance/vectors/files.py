@@ -299,7 +299,7 @@ def verdict_on_results(
     """A verdict on one flavour of a case, whatever the port wrote."""
     case, right = reference.id, reference.expected(flavour)
     try:
-        got = answered(results, claims, case, flavour, right)
+        got = numbers_of_port(results, claims, case, flavour, right)
     except NotSupported as reason:
         return Result(case, flavour, "not-supported", str(reason))
     except ValueError as reason:
@@ -308,7 +308,7 @@ def verdict_on_results(
     return judge(reference, flavour, got, right, documented, reference.entry["sizes"])
 
 
-def answered(
+def numbers_of_port(
     results: Path, claims: Claims, case: str, flavour: Flavour, right: Pieces
 ) -> dict[PieceKey, Tensor]:
     """A port's numbers for one flavour of a case.
