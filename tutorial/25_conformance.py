@@ -767,9 +767,10 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # ## How to use it
 #
 # **From the command line.** An adapter is a class in a module that can be imported. It runs in a
-# process of its own, so that a crash or a hang is a verdict and not the end; `-k` takes part of an
-# identifier or a pattern, `--tag` a tag or a family. The exit status is 0 if everything is as
-# expected.
+# process of its own, so that a crash or a hang is a verdict and not the end. Only its numbers come
+# back, and the verdict is made outside of that process. `-k` takes part of an identifier or a
+# pattern, `--tag` a tag or a family. The exit status is 0 if everything is as expected, 1 if
+# something is not, and 2 if an option or a file makes no sense.
 #
 # ```sh
 # python -m kfac_scratch.conformance run --adapter mypackage.oracle:Adapter
@@ -934,7 +935,8 @@ print(f"found: scales above {above:.2f} or below {below:.2f}")
 assert 1.01 < above < harness.SAMPLES**0.5
 
 # %% [markdown]
-# So factors of two, of $M$ or of $\sqrt M$ are found. A mistake of a few percent is not, and
+# So factors of two, of $M$ or of $\sqrt M$ are found. Draws that spread so much that six standard
+# errors exceed the largest entry are an error: any mean would pass. A mistake of a few percent is not, and
 # precision grows with the square root of the number of draws only. Where it can be avoided, do not
 # test an estimator by sampling. Enumerate the labels, weighted by their probabilities: that is
 # type-2.

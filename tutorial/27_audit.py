@@ -67,7 +67,7 @@ rows = [run.capabilities["name"] for run in runs.values()]
 share = [
     [
         sum(r.passes for r in judged) / len(judged)
-        if (judged := page.judged(run, f))
+        if (judged := page.judged_results(run, f))
         else float("nan")
         for f in FAMILIES
     ]
@@ -93,8 +93,8 @@ page.verdicts(runs)
 ours = runs["ours"]
 assert all(r.verdict in ("exact", "definition") for r in ours.results)
 others = {stem: run for stem, run in runs.items() if stem != "ours"}
-asked = sum(len(page.judged(run)) for run in others.values())
-passing = sum(r.passes for run in others.values() for r in page.judged(run))
+asked = sum(len(page.judged_results(run)) for run in others.values())
+passing = sum(r.passes for run in others.values() for r in page.judged_results(run))
 print(
     f"{len(others)} adapters to other libraries: {passing} of {asked} verdicts pass ({passing / asked:.0%})"
 )
@@ -102,7 +102,7 @@ assert passing / asked > 0.5
 
 
 def share_of(family: str) -> float:
-    verdicts = [r for run in others.values() for r in page.judged(run, family)]
+    verdicts = [r for run in others.values() for r in page.judged_results(run, family)]
     return sum(r.passes for r in verdicts) / len(verdicts)
 
 
@@ -239,7 +239,7 @@ small = [
 print(f"Exercise 27.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
 refused = sum(r.verdict == "not-supported" for run in others.values() for r in run.results)
 assert all(
-    r not in page.judged(run)
+    r not in page.judged_results(run)
     for run in others.values()
     for r in run.results
     if r.verdict == "not-supported"

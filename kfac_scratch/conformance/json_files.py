@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -13,7 +13,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: Naming the file that is missing, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     except RecursionError:
@@ -35,6 +35,16 @@ def entry(content: Mapping[str, Any], key: str, kind: type, where: object) -> An
         got, wanted = type(content[key]).__name__, kind.__name__
         raise ValueError(f"{where}: {key!r} is a {got}, expected a {wanted}.")
     return content[key]
+
+
+def _refuse(constant: str) -> NoReturn:
+    """Python reads NaN and infinities; JSON has none."""
+    raise ValueError(f"{constant} is not JSON.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a file is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_object(path: Path, content: Mapping[str, Any]) -> None:

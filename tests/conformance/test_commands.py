@@ -238,8 +238,16 @@ CASE = {
     "sha256": "0",
     "dtype": "float64",
     "family": "dense",
-    "layers": [],
-    "sizes": {},
+    "fisher": "type2",
+    "part": "block",
+    "ops": [],
+    "loss": {},
+    "batches": [7],
+    "damping": None,
+    "operator": False,
+    "tolerance": 1e-10,
+    "layers": ["fc"],
+    "sizes": {"fc": {"N": 7}},
     "flavours": {"expand": {}},
 }
 

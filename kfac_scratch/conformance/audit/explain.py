@@ -38,9 +38,15 @@ def explain(run: Report) -> Reasons:
     """For every failure of a run, `case flavour`, the findings whose patch mends it.
 
     Several names that begin with `+` mend it only together.
+
+    Raises:
+        ValueError: Naming failing cases that there are not.
     """
     found = about_library(str(run.capabilities["name"]))
     failures = [r for r in run.results if not r.passes]
+    unknown = sorted({r.case for r in failures} - CASES.keys())
+    if unknown:
+        raise ValueError(f"There are no cases {', '.join(unknown)} (any more).")
     reasons: Reasons = {failure_key(r): [] for r in failures}
     for name, module in found.items():
         for r in _mended(failures, {name: module}):

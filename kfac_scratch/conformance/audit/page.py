@@ -14,7 +14,7 @@ from kfac_scratch.conformance.vocabulary import VERDICTS
 from kfac_scratch.show import Markdown
 
 
-def judged(run: Report, family: str = "") -> list[Result]:
+def judged_results(run: Report, family: str = "") -> list[Result]:
     """What was asked of an implementation and is offered by it, of one family or all."""
     return [
         r
@@ -36,7 +36,7 @@ def overview(runs: Mapping[str, Report]) -> Markdown:
     """How many verdicts pass, of how many that were judged, by family; what is stale is marked."""
     old, rows = {stale.what for stale in stale_results(runs)}, []
     for stem, run in runs.items():
-        cells = [_share(judged(run, family)) for family in (*FAMILIES, "")]
+        cells = [_share(judged_results(run, family)) for family in (*FAMILIES, "")]
         mark = " (stale)" if f"results/{stem}.json" in old else ""
         rows.append([f"{run.capabilities['name']} {run.capabilities['version']}{mark}", *cells])
     return markdown_table(["implementation", *FAMILIES, "all"], rows)

@@ -70,12 +70,17 @@ def _entries(path: Path) -> list[dict[str, str]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply.") from None
     if content and "expected" not in content:
         raise ValueError(f"{path}: there is no `[[expected]]`, but {', '.join(content)}.")
     entries = content.get("expected", [])
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise ValueError(f"{path}: `expected` is no list of tables `[[expected]]`.")
     for table in entries:
+        unknown = sorted(table.keys() - {"case", "flavour", "reason", "link"})
+        if unknown:
+            raise ValueError(f"{path}: the entry {table} has unknown fields {unknown}.")
         missing = {"case", "reason", "link"} - table.keys()
         if missing:
             raise ValueError(f"{path}: the entry {table} lacks {sorted(missing)}.")

@@ -17,6 +17,8 @@ from kfac_scratch.conformance.vectors.conventions import VECTORS_FORMAT
 from kfac_scratch.conformance.vectors.export import export
 from kfac_scratch.conformance.vocabulary import Task
 
+MOST_SECONDS = 1e6  # that a case may be waited for
+
 
 def add_judging_commands(commands: Any) -> None:
     """Put these commands on a command line, the subparsers of `argparse`."""
@@ -52,7 +54,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Judge an adapter, print the table, write files."""
+    """Judge an adapter, print the table, write files.
+
+    Raises:
+        ValueError: If an option or a file makes no sense.
+    """
+    if not 0 < args.timeout <= MOST_SECONDS:
+        raise ValueError(f"--timeout {args.timeout:g}: expected seconds, up to {MOST_SECONDS:g}.")
     report.check_writable(args.json, args.junit)
     place = isolation.Place(args.adapter, args.python, args.device, args.timeout)
     chosen, expected = tasks(args.k, args.tag), expected_failures(args.expected)

@@ -1,11 +1,16 @@
 """Ask an adapter about a case, and have the answer judged.
 
+Two halves: `answered` goes from an adapter to numbers, `judged` from numbers to a verdict.
+`verdict` joins them in one process, whose adapter is trusted: it could replace the judge.
+`isolation` runs the first half in a process of its own, and only numbers come back.
+
 Whatever goes wrong in an adapter becomes that case's verdict; the run goes on.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,15 +27,20 @@ from kfac_scratch.conformance.judging.judge import (
     known_scale,
     unusable,
 )
-from kfac_scratch.conformance.judging.layout import Malformed, canonical
-from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
+from kfac_scratch.conformance.judging.layout import (
+    Malformed,
+    canonical,
+    part_choices,
+    wrong_parts,
+)
+from kfac_scratch.conformance.judging.pieces import Answer, PieceKey, Pieces
 from kfac_scratch.conformance.protocol import (
     Adapter,
     Capabilities,
     NotSupported,
     Request,
 )
-from kfac_scratch.conformance.vocabulary import Flavour, PartName
+from kfac_scratch.conformance.vocabulary import Flavour, PartName, Verdict
 
 SAMPLES, REPETITIONS = 3, 40  # labels per datum, and independent draws, for `mc`
 STANDARD_ERRORS = 6.0
@@ -45,16 +55,57 @@ def run(adapter: Adapter, cases: Sequence[Case], device: str = "cpu") -> Iterato
 
 def verdict(adapter: Adapter, case: Case, flavour: Flavour, device: str = "cpu") -> Result:
     """A verdict on one flavour of a case; never raises."""
+    return concluded(case, flavour, partial(answered, adapter, case, flavour, device), device)
+
+
+def concluded(
+    case: Case, flavour: Flavour, ask: Callable[[], Answer], device: str = "cpu"
+) -> Result:
+    """Ask, and judge what comes; never raises.
+
+    Args:
+        case: What is asked.
+        flavour: Of KFAC.
+        ask: It returns the answer, or raises anything.
+        device: Where the answer's numbers are.
+    """
     start = time.perf_counter()
     try:
-        result = _verdict(adapter, case, flavour, device)
-    except NotSupported as reason:
-        result = Result(case.id, flavour, "not-supported", str(reason))
-    except Malformed as reason:
-        result = Result(case.id, flavour, "error", str(reason))
+        result = judged(case, flavour, ask(), device)
     except Exception as error:  # an adapter may raise anything, and the run goes on
-        result = Result(case.id, flavour, "error", f"{type(error).__name__}: {error}")
+        result = Result(case.id, flavour, *complaint_of(error))
     return replace(result, seconds=time.perf_counter() - start)
+
+
+def complaint_of(error: Exception) -> tuple[Verdict, str]:
+    """The verdict on who raised an exception instead of answering, and the reason in words."""
+    try:
+        words = str(error)
+    except Exception:  # its text is made by the adapter, too
+        words = "its text cannot be made."
+    if isinstance(error, NotSupported):
+        return "not-supported", words
+    return "error", words if isinstance(error, Malformed) else f"{type(error).__name__}: {words}"
+
+
+# ---- from an adapter to numbers ------------------------------------------------------------------
+
+
+def answered(adapter: Adapter, case: Case, flavour: Flavour, device: str = "cpu") -> Answer:
+    """An adapter's numbers, without a judgement.
+
+    Raises:
+        NotSupported: If the implementation does not offer what a case needs.
+        Malformed: If what it returns is no answer.
+        Exception: Whatever the adapter raises.
+    """
+    lacking = missing(adapter.capabilities(), case, flavour)
+    if lacking:
+        raise NotSupported(lacking)
+    data = case.build(device)
+    draws = _draws(adapter, case, data, flavour)
+    asked = request(case, data, flavour)
+    return Answer(draws, {key: adapter.scale(asked, *key) for key in draws[0]})
 
 
 def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
@@ -127,55 +178,125 @@ def parts_of(got: Pieces) -> dict[str, tuple[PartName, ...]]:
     return {name: tuple(part for layer, part in got if layer == name) for name in names}
 
 
-def _verdict(adapter: Adapter, case: Case, flavour: Flavour, device: str) -> Result:
-    lacking = missing(adapter.capabilities(), case, flavour)
-    if lacking:
-        raise NotSupported(lacking)
-    data = case.build(device)
+def _draws(adapter: Adapter, case: Case, data: Data, flavour: Flavour) -> list[Pieces]:
+    """An adapter's pieces: for the same request twice, or for `mc` for every seed."""
+    seeds = range(REPETITIONS) if case.fisher == "mc" else (0, 0)
+    return [answer(adapter, case, request(case, data, flavour, seed)) for seed in seeds]
+
+
+# ---- from numbers to a verdict -------------------------------------------------------------------
+
+
+def judged(case: Case, flavour: Flavour, given: Answer, device: str = "cpu") -> Result:
+    """A verdict on numbers, wherever they come from, with a diagnosis if they are wrong.
+
+    Args:
+        case: What was asked.
+        flavour: Of KFAC.
+        given: The numbers. Nothing is assumed about them but their types.
+        device: Where they are.
+    """
+    if complaint := incomplete(case, given):
+        return Result(case.id, flavour, "error", complaint)
+    data, got = case.build(device), given.draws[0]
+    right = truth.expected(case, data, flavour, parts_of(got))
+    if complaint := misshapen(given, right):
+        return Result(case.id, flavour, "error", complaint)
     if case.fisher == "mc":
-        return _in_expectation(adapter, case, data, flavour)
-    got, again = (answer(adapter, case, request(case, data, flavour)) for _ in range(2))
+        return _in_expectation(case, flavour, given, right)
+    again = given.draws[1]
     if any(not torch.equal(got[key], again[key]) for key in got if got[key].isfinite().all()):
         spread = max(float((got[key] - again[key]).abs().max()) for key in got)
         words = f"not deterministic: the same request twice differs by up to {spread:.2g}."
         return Result(case.id, flavour, "error", words)
-    return compared(adapter, case, data, flavour, got)
-
-
-def compared(adapter: Adapter, case: Case, data: Data, flavour: Flavour, got: Pieces) -> Result:
-    """Have an implementation's numbers judged, with a diagnosis if they are wrong."""
-    asked = request(case, data, flavour)
-    right = truth.expected(case, data, flavour, parts_of(got))
-    documented = {key: adapter.scale(asked, *key) for key in right}
-    result = judge(case, flavour, got, right, documented, truth.sizes(case, data))
+    sizes = OnDemand(partial(truth.sizes, case, data))
+    result = judge(case, flavour, got, right, given.scales, sizes)
     if result.verdict != "wrong":
         return result
     return replace(result, words=result.words + diagnosis(case, data, flavour, got, parts_of(got)))
 
 
-def _in_expectation(adapter: Adapter, case: Case, data: Data, flavour: Flavour) -> Result:
+class OnDemand(Mapping[str, Mapping[str, int]]):
+    """The sizes of layers, computed when one is asked for: a verdict without a scale needs none."""
+
+    def __init__(self, compute: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+        self._compute = compute
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, Mapping[str, int]]:
+        return self._compute()
+
+    def __getitem__(self, layer: str) -> Mapping[str, int]:
+        return self._sizes[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+def incomplete(case: Case, given: Answer) -> str:
+    """What an answer lacks, or has beside what was asked, in words; empty if nothing."""
+    wanted = REPETITIONS if case.fisher == "mc" else 2
+    if len(given.draws) != wanted:
+        return f"{len(given.draws)} answers to {wanted} requests."
+    ops, first = layer_ops(case.ops), parts_of(given.draws[0])
+    if missing_layers := [name for name in case.judged if name not in first]:
+        return f"no block for the layers {missing_layers}."
+    if others := [name for name in first if name not in case.judged]:
+        return f"blocks for {others}, which nobody asked for."
+    for name, parts in first.items():
+        choices = [_judged_parts(case, ops[name], choice) for choice in part_choices(ops[name])]
+        if set(parts) not in choices:
+            return wrong_parts(name, set(parts), choices)
+    if any(draw.keys() != given.draws[0].keys() for draw in given.draws):
+        return "other parts at one time than at another."
+    if given.scales.keys() != given.draws[0].keys():
+        return "scales of other parts than there are blocks of."
+    return ""
+
+
+def misshapen(given: Answer, right: Pieces) -> str:
+    """Which piece has another shape than what is right, in words; empty if none has."""
+    for draw in given.draws:
+        for (name, part), M in right.items():
+            if draw[name, part].shape != M.shape:
+                shape = list(draw[name, part].shape)
+                return f"{name}, {part}: the shape is {shape}, expected {list(M.shape)}."
+    return ""
+
+
+def _judged_parts(case: Case, op: Op, parts: Iterable[PartName]) -> set[PartName]:
+    """Of some parts, those that have columns that a case judges."""
+    return {part for part in parts if truth.columns_of(case, op, part)}
+
+
+def _in_expectation(case: Case, flavour: Flavour, given: Answer, right: Pieces) -> Result:
     """Judge a random estimator by the mean of independent draws, entry by entry.
 
-    The mean must lie within a stated number of standard errors. What an implementation documents as
-    a scale is taken out first.
+    The mean must lie within a stated number of standard errors, and these must be small beside the
+    largest entry, or any mean would do. What an implementation documents as a scale is taken out
+    first.
     """
-    draws = [
-        answer(adapter, case, request(case, data, flavour, seed)) for seed in range(REPETITIONS)
-    ]
-    right = truth.expected(case, data, flavour, parts_of(draws[0]))
-    asked, worst, scales = request(case, data, flavour), 0.0, {}
-    documented = {key: adapter.scale(asked, *key) for key in right}
-    if complaint := unusable(case, draws[0], right) or bad_scale(documented):
+    complaints = (unusable(case, draw, right) for draw in given.draws)
+    if complaint := next(filter(None, complaints), "") or bad_scale(given.scales):
         return Result(case.id, flavour, "error", complaint)
+    distances, scales = [], {}
     for key, M in right.items():
-        of_key = known_scale(documented[key])
-        samples = torch.stack([draw[key] for draw in draws]) / of_key  # [R, groups, D, D]
+        of_key = known_scale(given.scales[key])
+        samples = torch.stack([draw[key] for draw in given.draws]) / of_key  # [R, groups, D, D]
         mean, error = samples.mean(0), samples.std(0) / REPETITIONS**0.5
         if float(samples.std(0).max()) == 0:
             return Result(case.id, flavour, "error", f"{' '.join(key)}: seeds give equal draws.")
+        largest = float(torch.maximum(mean.abs().max(), M.abs().max()))
+        if not STANDARD_ERRORS * float(error.max()) < largest:
+            words = f"{' '.join(key)}: draws spread so much that their mean says nothing."
+            return Result(case.id, flavour, "error", words)
         noise = error.clamp_min(1e-12 * M.abs().max())
-        worst = max(worst, float(((mean - M).abs() / noise).max()))
+        distances.append(((mean - M).abs() / noise).max())
         scales[" ".join(key)] = float((mean * M).sum() / (M * M).sum())
+    worst = float(torch.stack(distances).max())  # not a number if one of them is none
     words = f"{REPETITIONS} draws of {SAMPLES} labels: within {worst:.2g} standard errors."
     if worst <= STANDARD_ERRORS:
         return Result(case.id, flavour, "definition", words, scales=scales)

@@ -1,4 +1,8 @@
-"""Run an adapter in a process, and if need be in an environment, of its own.
+"""Run an adapter in a process, and if need be in an environment, of its own; judge in this one.
+
+Only numbers come back (`receiving`), so that whatever an adapter does to the process that it runs
+in, the verdict is ours. It is not locked up: it runs with the user's rights, and whoever judges
+code that may do harm needs a container or a machine for it.
 
 A crash or a hang ends the process and becomes that case's verdict; the next case gets a new one.
 Nothing stays: a worker and the processes that it has started are one group, which ends with it. A
@@ -7,6 +11,7 @@ guard ends the group if this process dies, by whatever signal.
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,17 +19,34 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from io import TextIOWrapper
+from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any
 
+from kfac_scratch.conformance.cases.case import Case
+from kfac_scratch.conformance.cases.families import CASES
+from kfac_scratch.conformance.judging.harness import concluded
 from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.judging.layout import Malformed
+from kfac_scratch.conformance.judging.pieces import Answer
+from kfac_scratch.conformance.judging.receiving import (
+    WORDS,
+    Garbled,
+    answer_of,
+    capabilities_of,
+    most_bytes,
+    next_file,
+)
+from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import Flavour, Task
 
 PACKAGE = Path(__file__).resolve().parents[3]
 START = 120.0  # seconds that an adapter may take to be imported
+ENDING = 5.0  # seconds that a process may take to end when it has closed its pipe
+TAIL = 2**16  # bytes of the error stream that are looked at for its last line
 
 
 class AdapterFailed(Exception):  # noqa: N818
@@ -57,45 +79,60 @@ class Place:
 class Process:
     """A running worker, and what it has written to its error stream."""
 
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[bytes]
     guard: "subprocess.Popen[bytes] | None"
-    lines: Queue[str]
     log: Any
+    wanted: Queue[int] = field(default_factory=Queue)  # how long the next file may be; 0: no more
+    files: "Queue[bytes | Garbled]" = field(default_factory=Queue)
     capabilities: dict[str, Any] = field(default_factory=dict)
 
-    def ask(self, line: str, timeout: float) -> Any:
-        """Send a line, and wait for the answer.
+    def ask(self, question: object, timeout: float, most: int = WORDS) -> bytes:
+        """Send a question, and wait for the file that answers it.
+
+        Args:
+            question: As JSON; None for what the worker says by itself.
+            timeout: Seconds to wait.
+            most: How long the file may be.
 
         Raises:
             Empty: If there is none in time.
             EOFError: If the process has ended.
+            Garbled: If what came is no file.
         """
-        if line:
+        if question is not None:
             assert self.popen.stdin is not None
             try:
-                self.popen.stdin.write(line + "\n")
+                self.popen.stdin.write(json.dumps(question).encode() + b"\n")
                 self.popen.stdin.flush()
             except BrokenPipeError:
                 raise EOFError from None
-        answer = self.lines.get(timeout=timeout)
+        self.wanted.put(most)
+        answer = self.files.get(timeout=timeout)
+        if isinstance(answer, Garbled):
+            raise answer
         if not answer:
             raise EOFError
-        return json.loads(answer)
+        return answer
 
     def stop(self) -> None:
         """End the process and all that it has started."""
         _end_group(self.popen)
+        self.wanted.put(0)
         if self.guard is not None:
             self.guard.kill()
             self.guard.wait()
         self.log.close()
 
     def last_words(self) -> str:
-        """The exit status, and the last line of the error stream."""
-        status = self.popen.wait()
-        self.log.seek(0)
-        written = [line for line in self.log.read().splitlines() if line.strip()]
-        return f"exit status {status}" + (f"; {written[-1]}" if written else "")
+        """How the process ended, and the last line of its error stream."""
+        try:
+            status = f"exit status {self.popen.wait(ENDING)}"
+        except subprocess.TimeoutExpired:
+            status = "it closed the channel of its answers and went on"
+        self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - TAIL))
+        written = self.log.read().decode(errors="replace").splitlines()
+        last = next((line for line in reversed(written) if line.strip()), "")
+        return status + (f"; {last}" if last else "")
 
 
 def start(place: Place) -> Process:
@@ -106,27 +143,27 @@ def start(place: Place) -> Process:
     """
     folders = [str(PACKAGE), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(f for f in folders if f)}
-    log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (lives as long as the process)
+    log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
     pipe = subprocess.PIPE
     popen = subprocess.Popen(
         place.command(),
         stdin=pipe,
         stdout=pipe,
         stderr=log,
-        text=True,
-        errors="backslashreplace",
         env=environment,
         start_new_session=True,
     )
-    process = Process(popen, _guard_of(popen), Queue(), log)
-    Thread(target=_read, args=(popen.stdout, process.lines), daemon=True).start()
+    process = Process(popen, _guard_of(popen), log)
+    reading = (popen.stdout, process.wanted, process.files)
+    Thread(target=_read, args=reading, daemon=True).start()
     try:
-        process.capabilities = process.ask("", START)
-    except EOFError:
-        raise AdapterFailed(f"{place.adapter}: {process.last_words()}.") from None
-    except Empty:
+        process.capabilities = capabilities_of(process.ask(None, START))
+    except (EOFError, Empty, Garbled) as failure:
+        words = f"{process.last_words()}." if isinstance(failure, EOFError) else str(failure)
+        if isinstance(failure, Empty):
+            words = f"no answer within {START:.0f} s."
         process.stop()
-        raise AdapterFailed(f"{place.adapter}: no answer within {START:.0f} s.") from None
+        raise AdapterFailed(f"{place.adapter}: {printable(words)}") from None
     return process
 
 
@@ -150,15 +187,32 @@ class Isolated:
 
     def verdict(self, case: str, flavour: Flavour) -> Result:
         """A verdict, whatever the adapter does."""
-        process = self.running()
+        return concluded(CASES[case], flavour, partial(self.answer, CASES[case], flavour))
+
+    def answer(self, case: Case, flavour: Flavour) -> Answer:
+        """The adapter's numbers, on the CPU; a process that is of no more use is ended.
+
+        Raises:
+            NotSupported: With the adapter's reason.
+            Malformed: With the reason why there are none.
+        """
+        token = secrets.token_hex(16)
         try:
-            return Result(**process.ask(json.dumps([case, flavour]), self.place.timeout))
+            process = self.running()
+        except AdapterFailed as failure:
+            raise Malformed(str(failure)) from None
+        try:
+            question = [case.id, flavour, token]
+            content = process.ask(question, self.place.timeout, most_bytes(case))
+            return answer_of(content, case, token)
         except Empty:
             words = f"no answer within {self.place.timeout:g} s."
         except EOFError:
             words = f"the process ended: {process.last_words()}."
+        except Garbled as failure:
+            words = str(failure)
         self.stop()
-        return Result(case, flavour, "error", words)
+        raise Malformed(words)
 
     def stop(self) -> None:
         """End the process."""
@@ -167,7 +221,7 @@ class Isolated:
         self.process = None
 
 
-def _guard_of(worker: subprocess.Popen[str]) -> "subprocess.Popen[bytes] | None":
+def _guard_of(worker: subprocess.Popen[bytes]) -> "subprocess.Popen[bytes] | None":
     """A process that ends a worker's group as soon as this process is gone.
 
     It waits for the end of a pipe that only this process holds open. There is none on Windows.
@@ -184,7 +238,7 @@ def _guard_of(worker: subprocess.Popen[str]) -> "subprocess.Popen[bytes] | None"
     )
 
 
-def _end_group(worker: subprocess.Popen[str]) -> None:
+def _end_group(worker: subprocess.Popen[bytes]) -> None:
     if os.name == "posix":
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)
@@ -192,7 +246,13 @@ def _end_group(worker: subprocess.Popen[str]) -> None:
     worker.wait()
 
 
-def _read(stream: TextIOWrapper, lines: Queue[str]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put("")
+def _read(stream: BufferedIOBase, wanted: Queue[int], files: "Queue[bytes | Garbled]") -> None:
+    """Read one file for each that is wanted, so that what nobody wants fills no memory."""
+    while most := wanted.get():
+        try:
+            content: bytes | Garbled = next_file(stream, most)
+        except Garbled as failure:
+            content = failure
+        files.put(content)
+        if not isinstance(content, bytes) or not content:
+            return

@@ -12,7 +12,7 @@
 | `error` | no numbers: an exception, a wrong shape or precision, not finite, a time-out | no |
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -111,11 +111,11 @@ def known_scale(documented: float | None) -> float:
     return 1.0 if documented is None else float(documented)
 
 
-def bad_scale(documented: Mapping[PieceKey, float | None]) -> str:
+def bad_scale(documented: Mapping[PieceKey, Any]) -> str:
     """Why a documented scale is none; empty if all are positive numbers."""
     for key, scale in documented.items():
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if scale is not None and not (is_number and 0 < scale < math.inf):
+        if scale is not None and not (is_number and 0 < scale <= sys.float_info.max):
             return f"{' '.join(key)}: scale() returned {scale!r}, which is no positive number."
     return ""
 
@@ -155,7 +155,7 @@ def _verdict(
         if any(d is not None and abs(d - 1) > 1e-12 for d in documented.values()):
             return "scaled", _documented(documented, sizes)
         return ("exact", "") if case.flavours[flavour] == EXACT else ("definition", "")
-    bad = {key: f for key, f in fits.items() if f.residual > case.tolerance}
+    bad = {key: f for key, f in fits.items() if not f.residual <= case.tolerance}
     if bad:
         return "wrong", _wrong(bad)
     words = {key: in_words(f.scale, sizes[key[0]], case.tolerance) for key, f in fits.items()}

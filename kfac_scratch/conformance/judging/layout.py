@@ -4,6 +4,7 @@ Canonical: a block acts on a layer's matrix `[W | b]` with its rows behind each 
 group of a grouped convolution: `[groups, D, D]`, or `[groups, D]` for vectors.
 """
 
+from collections.abc import Iterable, Set
 from math import prod
 from typing import Any
 
@@ -35,13 +36,9 @@ def canonical(name: str, block: Any, op: Op) -> dict[PartName, Tensor]:
     if not isinstance(block, LayerBlock):
         raise Malformed(f"{name}: expected a LayerBlock, got {type(block).__name__}.")
     found = {p: v for p in PART_NAMES if (v := getattr(block, p)) is not None}
-    wanted = [{"joint"}, {"weight", "bias"}] if op["bias"] else [{"joint"}, {"weight"}]
+    wanted = part_choices(op)
     if set(found) not in wanted:
-        raise Malformed(
-            f"{name}: got the parts {sorted(found)}, expected "
-            + " or ".join(str(sorted(w)) for w in wanted)
-            + "."
-        )
+        raise Malformed(wrong_parts(name, set(found), wanted))
     d_out, d_in = op.matrix_shape()
     columns: dict[PartName, int] = {"joint": d_in, "weight": d_in - bool(op["bias"]), "bias": 1}
     result: dict[PartName, Tensor] = {}
@@ -50,6 +47,17 @@ def canonical(name: str, block: Any, op: Op) -> dict[PartName, Tensor]:
         shape = (d_out, columns[part])
         result[part] = _reordered(f"{name}, {part}", value, numbering, shape, op.groups)
     return result
+
+
+def part_choices(op: Op) -> list[set[PartName]]:
+    """Which parts a layer's answer may come in."""
+    return [{"joint"}, {"weight", "bias"}] if op["bias"] else [{"joint"}, {"weight"}]
+
+
+def wrong_parts(name: str, given: Set[PartName], wanted: Iterable[Set[PartName]]) -> str:
+    """That a layer came in other parts than it may, in words."""
+    choices = " or ".join(str(sorted(w)) for w in wanted)
+    return f"{name}: got the parts {sorted(given)}, expected {choices}."
 
 
 def places(op: Op, part: PartName, bias_at: str, axes: str) -> Int[Tensor, "d_out d_in"]:

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from kfac_scratch.conformance.json_files import entry, read_object
+from kfac_scratch.conformance.json_files import entry, is_number, read_object
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import FLAVOURS, VERDICTS, Task
@@ -144,10 +144,22 @@ def from_object(value: Mapping[str, Any], where: object) -> Report:
     results = [_result(row, f"{where}, result {i}") for i, row in enumerate(rows)]
     families = {r["case"]: r["family"] for r in rows}
     expected = {(r["case"], r["flavour"]): r["reason"] for r in rows if "reason" in r}
-    about, cases = entry(value, "about", dict, where), {}
+    about, cases = _texts(value, "about", where), {}
     if "cases" in value:  # files from before there were digests have none
-        cases = entry(value, "cases", dict, where)
+        cases = _texts(value, "cases", where)
     return Report(capabilities, results, families, expected, about, cases)
+
+
+def _texts(value: Mapping[str, Any], key: str, where: object) -> dict[str, str]:
+    """A field that is an object of texts.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    found: dict[str, str] = entry(value, key, dict, where)
+    for name in found:
+        entry(found, name, str, f"{where}, {key}")
+    return found
 
 
 def _result(row: Any, where: str) -> Result:
@@ -160,6 +172,15 @@ def _result(row: Any, where: str) -> Result:
         raise ValueError(f"{where}: expected an object, got a {type(row).__name__}.")
     for key in ("case", "flavour", "verdict", "family"):
         entry(row, key, str, where)
+    for key in ("error", "residual", "seconds"):
+        if not (row.get(key) is None or is_number(row[key])):
+            raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected a number.")
+    for key in ("words", "reason"):
+        entry({key: "", **row}, key, str, where)
+    scales = entry({"scales": {}, **row}, "scales", dict, where)
+    wrong = [key for key, s in scales.items() if not (s is None or is_number(s))]
+    if wrong:
+        raise ValueError(f"{where}: the scales of {', '.join(wrong)} are no numbers.")
     for key, known in (("verdict", VERDICTS), ("flavour", FLAVOURS)):
         if row[key] not in known:
             raise ValueError(f"{where}: {key} {row[key]!r} is none of {', '.join(known)}.")

@@ -1,31 +1,41 @@
 """A process for an adapter: `python -m (this module) pkg.mod:Adapter cpu`.
 
-The parent (`isolation`) writes a line of JSON, `[case, flavour]`, and gets back a line of JSON, the
-verdict. What an adapter prints goes to the error stream, so that it cannot be taken for an answer.
+The parent (`isolation`) writes a line of JSON, `[case, flavour, token]`, and gets back a file
+(`sending`) with the adapter's numbers, or with the reason why there are none. Nothing is judged
+here, since an adapter can replace whatever runs in its process.
+
+What an adapter prints goes to the error stream, and what it reads is empty, so that it cannot
+disturb the conversation by accident.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
+from io import BufferedIOBase
+from typing import TextIO
 
 from kfac_scratch.conformance.audit.prove import adapter
 from kfac_scratch.conformance.cases.families import CASES
-from kfac_scratch.conformance.judging.harness import verdict
+from kfac_scratch.conformance.judging.harness import answered, complaint_of
+from kfac_scratch.conformance.judging.sending import (
+    answer_file,
+    capabilities_file,
+    complaint_file,
+    send,
+)
 from kfac_scratch.conformance.protocol import Adapter, Capabilities
 
 
-def answers() -> Callable[[object], None]:
-    """A function that sends JSON to the parent, by a stream that nothing else can write to."""
-    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+def channels() -> tuple[TextIO, BufferedIOBase]:
+    """Streams from and to the parent, which nothing else reads or writes by their old numbers."""
+    questions = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def send(value: object) -> None:
-        stream.write(json.dumps(value) + "\n")
-        stream.flush()
-
-    return send
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
+    return questions, answers
 
 
 def capabilities_as_json(implementation: Adapter) -> dict[str, object]:
@@ -39,15 +49,23 @@ def capabilities_as_json(implementation: Adapter) -> dict[str, object]:
     }
 
 
+def reply(implementation: Adapter, line: str, device: str) -> bytes:
+    """The answer to a question, or the reason why there is none, as a file."""
+    case, flavour, token = json.loads(line)
+    try:
+        return answer_file(answered(implementation, CASES[case], flavour, device), token)
+    except Exception as error:  # an adapter may raise anything, and the run goes on
+        return complaint_file(*complaint_of(error), token)
+
+
 def serve() -> None:
     """Answer until the parent closes the pipe."""
     path, device = sys.argv[1:3]
-    send = answers()
+    questions, answers = channels()
     implementation = adapter(path)
-    send(capabilities_as_json(implementation))
-    for line in sys.stdin:
-        case, flavour = json.loads(line)
-        send(verdict(implementation, CASES[case], flavour, device).as_json())
+    send(answers, capabilities_file(capabilities_as_json(implementation)))
+    for line in questions:
+        send(answers, reply(implementation, line, device))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ A port reads `manifest.json` and a safetensors file per case, computes, and writ
 knows nothing but the two folders.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,12 +19,19 @@ from safetensors.torch import load
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.digests import content_digest
-from kfac_scratch.conformance.json_files import entry, read_object
+from kfac_scratch.conformance.json_files import entry, is_number, read_object
 from kfac_scratch.conformance.judging.judge import Result, judge
 from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
 from kfac_scratch.conformance.protocol import NotSupported
 from kfac_scratch.conformance.vectors.conventions import VECTORS_FORMAT
-from kfac_scratch.conformance.vocabulary import Expectation, Flavour, PartName, Precision
+from kfac_scratch.conformance.vocabulary import (
+    FLAVOURS,
+    Expectation,
+    Flavour,
+    JudgedEntries,
+    PartName,
+    Precision,
+)
 
 SHIPPED = Path(__file__).with_name("kfac-vectors-1")
 ASKED = (  # fields of an entry that a verdict depends on: those of `questions.question`
@@ -40,6 +47,14 @@ ASKED = (  # fields of an entry that a verdict depends on: those of `questions.q
     "dtype",
     "tolerance",
 )
+FIELDS = {  # of an entry that are read, and their kinds; a tolerance is checked by itself
+    **dict.fromkeys(("id", "file", "sha256", "dtype", "family", "fisher", "part"), str),
+    **dict.fromkeys(("ops", "layers", "batches"), list),
+    **dict.fromkeys(("sizes", "flavours", "loss"), dict),
+    **dict.fromkeys(("tolerance", "damping"), object),
+    "operator": bool,
+}
+MOST_OF_A_SIZE = 10**9
 GIVEN = ("parameters/", "X", "y", "coefficients")  # how the names of given tensors begin
 
 
@@ -84,18 +99,33 @@ class Reference:
         return content_digest(question, numbers)
 
     def expected(self, flavour: Flavour) -> dict[PieceKey, Tensor]:
-        """The blocks, or damped inverses times the gradient, of all judged layers."""
+        """The blocks, or damped inverses times the gradient, of all judged layers.
+
+        Raises:
+            ValueError: If the case's file lacks them.
+        """
         place = self.entry["flavours"][flavour]["stored"]
+        missing = [key for key in self._needed(place) if key not in self.tensors]
+        if missing:
+            raise ValueError(f"{self.entry['file']}: there is no {', '.join(missing)}.")
         return {(name, self._part): self._stored(place, name) for name in self.entry["layers"]}
 
     @property
     def _part(self) -> PartName:
         return "bias" if self.entry["part"] == "bias" else "joint"
 
+    def _needed(self, place: str) -> list[str]:
+        """The tensors that are read for all layers from a place."""
+        ends = [""] if place.startswith("expected/") else ["/A", "/B"]
+        return [f"{place}/{layer}{end}" for layer in self.entry["layers"] for end in ends]
+
     def _stored(self, place: str, layer: str) -> Tensor:
         if place.startswith("expected/"):
             return self.tensors[f"{place}/{layer}"]
         A, B = (self.tensors[f"{place}/{layer}/{factor}"] for factor in "AB")
+        if A.ndim != 3 or B.ndim != 3 or len(A) != len(B):
+            shapes = f"{list(A.shape)} and {list(B.shape)}"
+            raise ValueError(f"{self.entry['file']}: the factors of {layer} are {shapes}.")
         D = A.shape[-1] * B.shape[-1]
         return torch.einsum("gop,gij->goipj", B, A).reshape(-1, D, D)
 
@@ -112,30 +142,57 @@ def read(directory: Path = SHIPPED) -> dict[str, Reference]:
         raise ValueError(
             f"{path}: the format is {manifest.get('format')!r}, expected {VECTORS_FORMAT!r}."
         )
-    cases = entry(manifest, "cases", list, path)
-    return {case["id"]: _reference(directory, case) for case in map(_checked_by(path), cases)}
+    cases = [_checked(case, path) for case in entry(manifest, "cases", list, path)]
+    names = [case["id"] for case in cases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: more than one case is called {', '.join(twice)}.")
+    return {case["id"]: _reference(directory, case) for case in cases}
 
 
-def _checked_by(path: Path) -> Callable[[Any], dict[str, Any]]:
-    """A function that refuses an entry of a manifest that is no case.
+def _checked(case: Any, path: Path) -> dict[str, Any]:
+    """An entry of a manifest, if it is a case.
 
     Raises:
-        ValueError: Naming the manifest and what the entry lacks.
+        ValueError: Naming the manifest, the case and what is wrong with it.
     """
+    if not isinstance(case, dict):
+        raise ValueError(f"{path}: a case is a {type(case).__name__}, expected an object.")
+    where = f"{path}, case {case.get('id')!r}"
+    for key, kind in FIELDS.items():
+        entry(case, key, kind, where)
+    if "/" in case["file"] or "\\" in case["file"]:
+        raise ValueError(f"{where}: the file {case['file']!r} is not in the folder.")
+    if case["dtype"] not in get_args(Precision) or case["part"] not in get_args(JudgedEntries):
+        raise ValueError(f"{where}: unknown dtype {case['dtype']!r} or part {case['part']!r}.")
+    if not (is_number(case["tolerance"]) and 0 < case["tolerance"] < 1):
+        raise ValueError(f"{where}: the tolerance is {case['tolerance']!r}.")
+    if not case["layers"] or not all(isinstance(name, str) for name in case["layers"]):
+        raise ValueError(f"{where}: the layers are {case['layers']!r}, expected names.")
+    for name in case["layers"]:
+        sizes = entry(case["sizes"], name, dict, f"{where}, sizes")
+        if not all(type(size) is int and 0 < size < MOST_OF_A_SIZE for size in sizes.values()):
+            raise ValueError(f"{where}: the sizes of {name} are {sizes!r}.")
+    if not case["flavours"]:
+        raise ValueError(f"{where}: it asks for no flavour.")
+    for flavour, asked in case["flavours"].items():
+        _check_flavour(flavour, asked, f"{where}, flavour {flavour!r}")
+    return case
 
-    def checked(case: Any) -> dict[str, Any]:
-        if not isinstance(case, dict):
-            raise ValueError(f"{path}: a case is a {type(case).__name__}, expected an object.")
-        where = f"{path}, case {case.get('id')!r}"
-        for key in ("id", "file", "sha256", "dtype", "family"):
-            entry(case, key, str, where)
-        for key, kind in (("layers", list), ("sizes", dict), ("flavours", dict)):
-            entry(case, key, kind, where)
-        if not case["flavours"]:
-            raise ValueError(f"{where}: it asks for no flavour.")
-        return case
 
-    return checked
+def _check_flavour(flavour: str, asked: Any, where: str) -> None:
+    """Refuse what a manifest says of a flavour if it cannot be understood.
+
+    Raises:
+        ValueError: Naming the flavour and what is wrong with it.
+    """
+    if flavour not in FLAVOURS:
+        raise ValueError(f"{where}: it is none of {', '.join(FLAVOURS)}.")
+    if not isinstance(asked, dict):
+        raise ValueError(f"{where}: it is a {type(asked).__name__}, expected an object.")
+    if entry(asked, "expectation", str, where) not in get_args(Expectation):
+        raise ValueError(f"{where}: unknown expectation {asked['expectation']!r}.")
+    if not entry(asked, "stored", str, where).startswith(("expected/", "factors/")):
+        raise ValueError(f"{where}: unknown place {asked['stored']!r}.")
 
 
 def _reference(directory: Path, case: Mapping[str, Any]) -> Reference:
@@ -152,7 +209,7 @@ def _tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
         raise ValueError(f"{path}: SHA-256 is {found}, the manifest says {checksum}.")
     try:
         return load(content)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: numbers that PyTorch has not
         raise ValueError(f"{path.name} is no safetensors file: {error}.") from error
 
 
@@ -195,6 +252,8 @@ def claims_of(results: Path) -> Claims:
     Raises:
         ValueError: If the file cannot be understood.
     """
+    if not results.is_dir():
+        raise ValueError(f"{results} is no folder.")
     path = results / "about.json"
     if not path.exists():
         return Claims()
@@ -204,14 +263,14 @@ def claims_of(results: Path) -> Claims:
         raise ValueError(f"{path}: unknown fields {', '.join(unknown)}.")
     for key in content:
         entry(content, key, type(getattr(Claims(), key)), path)
-    wrong = [p for p, s in content.get("scales", {}).items() if not _is_scale(s)]
+    scales, reasons = content.get("scales", {}), content.get("not_supported", {})
+    wrong = [p for p, scale in scales.items() if not (scale is None or is_number(scale))]
     if wrong:
         raise ValueError(f"{path}: the scales of {', '.join(wrong)} are no numbers, nor null.")
+    wrong = [pattern for pattern, reason in reasons.items() if not isinstance(reason, str)]
+    if wrong:
+        raise ValueError(f"{path}: the reasons of {', '.join(wrong)} in not_supported are no text.")
     return Claims(**content)
-
-
-def _is_scale(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def judge_results(results: Path, vectors: Path = SHIPPED) -> list[Result]:
@@ -240,7 +299,7 @@ def verdict_on_results(
     """A verdict on one flavour of a case, whatever the port wrote."""
     case, right = reference.id, reference.expected(flavour)
     try:
-        got = answered(results, claims, case, flavour, right)
+        got = numbers_of_port(results, claims, case, flavour, right)
     except NotSupported as reason:
         return Result(case, flavour, "not-supported", str(reason))
     except ValueError as reason:
@@ -249,7 +308,7 @@ def verdict_on_results(
     return judge(reference, flavour, got, right, documented, reference.entry["sizes"])
 
 
-def answered(
+def numbers_of_port(
     results: Path, claims: Claims, case: str, flavour: Flavour, right: Pieces
 ) -> dict[PieceKey, Tensor]:
     """A port's numbers for one flavour of a case.
