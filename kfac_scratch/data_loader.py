@@ -86,16 +86,7 @@ def over_loader(
     """
     check_function("fisher", fisher, "fisher=type2")
     check_function("count_terms", count_terms, "count_terms=divisor")
-    gather, D = accumulator(approximation), 0.0
-
-    def of_sum(loss: Module, f: Tensor, y: Tensor) -> ScaledVectors:
-        nonlocal D
-        here = count_terms(loss, f, y)
-        D += here
-        vectors = fisher(loss, f, y)
-        check_vectors(vectors, f)
-        return ScaledVectors(vectors, here**0.5)
-
+    gather, of_sum = accumulator(approximation), _OfSum(fisher, count_terms)
     states: dict[str, Any] = {}
     options: Any = {
         "flavour": flavour,
@@ -114,8 +105,26 @@ def over_loader(
                     states[name] = gather.add_vectors(states[name], g)
     if not states:
         raise ValueError("The data loader yielded no batch.")
-    D = D if getattr(loss, "reduction", None) == "mean" else 1.0
+    D = of_sum.terms if getattr(loss, "reduction", None) == "mean" else 1.0
     return {name: gather.matrix(state, D) for name, state in states.items()}
+
+
+class _OfSum:
+    """The vectors of a loss with sum reduction, and the number of terms of all batches."""
+
+    def __init__(
+        self,
+        fisher: BackpropagatedVectors,
+        count_terms: Callable[[Module, Tensor, Tensor], float],
+    ) -> None:
+        self.fisher, self.count_terms, self.terms = fisher, count_terms, 0.0
+
+    def __call__(self, loss: Module, f: Tensor, y: Tensor) -> ScaledVectors:
+        here = self.count_terms(loss, f, y)
+        self.terms += here
+        vectors = self.fisher(loss, f, y)
+        check_vectors(vectors, f)
+        return ScaledVectors(vectors, here**0.5)
 
 
 def _with_inputs(

@@ -373,10 +373,10 @@ def sent_back(
         )
     )
 
-    def or_zeros(g: Tensor | None, like: Tensor) -> Tensor:
-        if g is not None:
-            return g
-        return like.new_zeros(1).expand(*v.shape[: int(batched)], *like.shape)
+    stack = v.shape[: int(batched)]
+    at_calls = [_or_zeros(None if c.edge is None else next(grads), c.z, stack) for c in calls]
+    return at_calls, [_or_zeros(g, p, stack) for g, p in zip(grads, parameters, strict=True)]
 
-    at_calls = [or_zeros(None if c.edge is None else next(grads), c.z) for c in calls]
-    return at_calls, [or_zeros(g, p) for g, p in zip(grads, parameters, strict=True)]
+
+def _or_zeros(g: Tensor | None, like: Tensor, stack: torch.Size) -> Tensor:
+    return like.new_zeros(1).expand(*stack, *like.shape) if g is None else g

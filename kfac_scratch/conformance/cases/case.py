@@ -7,6 +7,7 @@ be, so that a wrong scale tells which size was forgotten.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from random import Random
 
@@ -74,16 +75,17 @@ class Data:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Data":
         """The same numbers in another place and precision."""
-
-        def moved(t: Tensor) -> Tensor:
-            return t.to(device, dtype) if t.is_floating_point() else t.to(device)
-
+        moved = partial(_moved, device, dtype)
         return Data(
             {name: moved(p) for name, p in self.parameters.items()},
             moved(self.X),
             moved(self.y),
             None if self.coefficients is None else moved(self.coefficients),
         )
+
+
+def _moved(device: torch.device, dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t.to(device, dtype) if t.is_floating_point() else t.to(device)
 
 
 @dataclass(frozen=True)

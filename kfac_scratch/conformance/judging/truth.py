@@ -19,6 +19,7 @@ George et al. 2018 (arXiv:1806.03884).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
 from kfac_scratch.conformance.cases.case import EXACT, Case, Data
-from kfac_scratch.conformance.cases.ops import Op, apply, calls, forward, layer_ops
+from kfac_scratch.conformance.cases.ops import Op, Parameters, apply, calls, forward, layer_ops
 from kfac_scratch.conformance.judging.pieces import LayerParts, PieceKey
 from kfac_scratch.conformance.vocabulary import Flavour, PartName
 
@@ -206,13 +207,14 @@ def layer_inputs(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S
     for i in calls(case.ops, name):
         op, x = case.ops[i], record[i][0]
         theta = {key: data.parameters[key] for key in op.shapes()}
-
-        def z(theta: dict[str, Tensor], op: Op = op, x: Tensor = x) -> Tensor:
-            return _positions(op, apply(op, theta, x))[..., 0]  # [groups, N, S]
-
+        z = partial(_first_output, op, x)
         J = matrix(op, jacrev(z)(theta), batch=3)[..., 0, :]  # [groups, N, S, groups, d_in]
         parts.append(torch.stack([J[g, :, :, g] for g in range(op.groups)]))
     return torch.cat(parts, 2)
+
+
+def _first_output(op: Op, x: Tensor, theta: Parameters) -> Float[Tensor, "groups N S"]:
+    return _positions(op, apply(op, theta, x))[..., 0]
 
 
 def derivatives(case: Case, data: Data, name: str) -> Float[Tensor, "F groups N S d_out"]:

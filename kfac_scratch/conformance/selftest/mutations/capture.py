@@ -36,8 +36,8 @@ MUTANTS = [
     ),
     capture(
         "vectors of another call",
-        "at_calls = [or_zeros(None if c.edge is None else next(grads), c.z) for c in calls]",
-        "at_calls = [or_zeros(None, c.z) if c.edge is None else next(grads) for c in calls][::-1]",
+        "at_calls = [_or_zeros(None if c.edge is None else next(grads), c.z, stack) for c in calls]",
+        "at_calls = [_or_zeros(None if c.edge is None else next(grads), c.z, stack) for c in calls][::-1]",
         "used-in-a-row-mse",
     ),
     capture(
