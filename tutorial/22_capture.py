@@ -408,8 +408,9 @@ for func, rule, arguments in (
 # %% [markdown]
 # The other rules are for convolutions, plain and transposed, for embeddings and for normalisations ([all of
 # them](api/capture.functions.md)). A convolution has its stride, padding and groups in the arguments of the
-# function, so that one kernel may be used with several settings. A product without a bias may be followed by an addition, as in `x @ W.T + b`: a bias
-# that is added to the output of the last recorded call belongs to this call, if nothing came between.
+# function, so that one kernel may be used with several settings. A product without a bias may be followed by
+# an addition, as in `x @ W.T + b`: a bias that is added to the output of the last recorded call belongs to
+# this call, if nothing came between.
 #
 # The recorder runs a function, asks the rule, and looks for the weight. A matrix is found if a function's
 # weight begins at the matrix's first entry in the same parameter and has the same strides. An optimised

@@ -62,14 +62,14 @@ MUTANTS = [
     ),
     kfac(
         "each mini-batch divided by its own size",
-        "        D += here\n",
-        "        D = here\n",
+        "        self.terms += here\n",
+        "        self.terms = here\n",
         "batches-equal-mse-mean",
     ),
     kfac(
         "a sum divided like a mean, over mini-batches",
-        'D = D if getattr(loss, "reduction", None) == "mean" else 1.0',
-        "D = D or 1.0",
+        'D = of_sum.terms if getattr(loss, "reduction", None) == "mean" else 1.0',
+        "D = of_sum.terms or 1.0",
         "batches-equal-mse-sum",
     ),
     kfac(
