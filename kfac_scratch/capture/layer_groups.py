@@ -246,6 +246,20 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
     return groups
 
 
+def groups_of(model: Module, blocks: Collection[str]) -> list[LayerGroup]:
+    """The groups of layers that some blocks belong to.
+
+    Args:
+        model: The module.
+        blocks: Names of blocks; normalisations are among the groups only if they are named.
+    """
+    norms = [n for n, layer in model.named_modules() if isinstance(layer, NORMS) and n in blocks]
+    groups = layer_groups(model)
+    if norms:
+        groups = layer_groups(model, [*layer_names(model, groups), *norms])
+    return [group for group in groups if set(group.names) & set(blocks)]
+
+
 def layer_names(model: Module, groups: list[LayerGroup]) -> list[str]:
     """Names of all layers of some blocks, as `layer_groups(model, layers)` takes them."""
     layers = {id(layer) for group in groups for layer in group.layers}

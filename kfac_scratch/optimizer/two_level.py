@@ -35,7 +35,7 @@ from torch.nn import Module
 
 from kfac_scratch.border import check_callable, check_function
 from kfac_scratch.capture.forward_pass import layer_ios
-from kfac_scratch.capture.layer_groups import layer_groups, layer_names
+from kfac_scratch.capture.layer_groups import groups_of, layer_names
 from kfac_scratch.capture.plan import Plans
 from kfac_scratch.layer_io import LayerIO, check_not_reduced, concatenate
 from kfac_scratch.losses import BackpropagatedVectors
@@ -233,7 +233,7 @@ def two_level(
             `rest` is not given.
     """
     check_levels(space, combine)
-    groups = [block for block in layer_groups(model) if set(block.names) & set(ios)]
+    groups = groups_of(model, ios)
     names = [name for block in groups for name in block.names]
     if not set(names) == set(ios) == set(maps):
         raise ValueError(
@@ -301,7 +301,7 @@ def _corrected(
     if others:
         raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")
     model = step.batches[0][1].model
-    groups = [block for block in layer_groups(model) if set(block.names) <= set(step.inverses)]
+    groups = groups_of(model, step.inverses)
     ios = _on_all(step.batches, fisher, layer_names(model, groups), plans)
     r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
     Q = coarse_inverse(ios, space(step.inverses, r), damping)

@@ -9,6 +9,7 @@ from kfac_scratch import (
     EXPAND,
     KFAC,
     REDUCE,
+    coarse_correction,
     ekfac,
     empirical,
     exact_inverse,
@@ -16,6 +17,7 @@ from kfac_scratch import (
     kfac_over,
     layer_groups,
     layer_ios,
+    two_level,
     type2,
     uncovered,
 )
@@ -217,3 +219,30 @@ def test_an_optimizer_steps_scales_and_shifts_by_their_exact_block(device):
     after = torch.cat([p.detach() for p in model[1].parameters()])
     exact = torch.linalg.solve(H + 0.1 * torch.eye(len(H), device=H.device), g)
     check_equal(before - after, exact)
+
+
+def test_two_levels_have_the_blocks_of_named_normalisations(device):
+    """In the preconditioner, and as a step control of the optimizer."""
+    model, X, y, names = problem("LayerNorm of sequences", device)
+    ios = layer_ios(model, MSELoss(), X, y, layers=names)
+    maps = {n: kfac(io).inverse(0.1) for n, io in ios.items()}
+    values = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    moved = two_level(model, ios, maps, 0.1)(values)
+    assert set(moved) == set(values)
+    without = two_level(
+        model,
+        {n: io for n, io in ios.items() if n != "norm"},
+        {n: M for n, M in maps.items() if n != "norm"},
+        0.1,
+        rest=lambda v: 0 * v,
+    )(values)
+    assert not without["norm.weight"].any()
+    assert moved["norm.weight"].any()
+
+    controls = [coarse_correction(type2)]
+    optimizer = KFAC(model, MSELoss(), lr=0.1, damping=0.1, layers=names, controls=controls)
+    before = model.norm.weight.detach().clone()
+    MSELoss()(model(X), y).backward()
+    optimizer.observe(X, y)
+    optimizer.step()
+    assert not torch.equal(model.norm.weight, before)
