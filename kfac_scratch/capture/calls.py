@@ -156,20 +156,11 @@ class ScaleCall(Call):
         dims = cast(ScaleUse, self.use).dims
         return range(self.z.ndim - dims if dims else 1)
 
-    @property
-    def positions(self) -> int:
-        """One: a sample's vectors are summed."""
-        return 1
-
     def rows(self, ends: Sequence[float] = ()) -> Float[Tensor, "1 N 1 1"]:
         """Ones."""
         M = self.z.shape[self.axis.axis]
         N = M // (self.axis.outer * self.axis.inner)
         return self.z.new_ones(1, N, 1, 1, dtype=row_dtype(self.use))
-
-    def averaged_rows(self) -> tuple[Float[Tensor, "1 N 1 1"], int]:
-        """Ones."""
-        return self.rows(), 1
 
     def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "1 V N 1 d_out"]:
         """The gradients of scale and shift."""

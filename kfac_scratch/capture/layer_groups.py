@@ -15,7 +15,7 @@ The scale and shift of a normalisation are one column `W`, and its input is 1. S
 parameters, so it is made for normalisations that are named only.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -90,7 +90,7 @@ class LayerGroup:
     @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the trainable parameters."""
-        return (*([] if self.weight is None else [self.weight]), *self.biases)
+        return tuple(self.trainable)
 
     def bias_inputs(self, bias: str | None) -> list[float]:
         """The inputs of the bias columns where one bias is added: 1 for it, 0 for the others."""
@@ -143,11 +143,6 @@ class InProjection(LayerGroup):
         prefix = self.name and f"{self.name}."
         return [f"{prefix}{x}_proj" for x in "qkv"]
 
-    @cached_property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the trainable parameters."""
-        return (*self.held, *self.biases)
-
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """The parameters, trainable or not, that hold the weights."""
@@ -185,16 +180,6 @@ class InProjection(LayerGroup):
 class ScaleGroup(LayerGroup):
     """The scale and shift of a normalisation, one behind the other, as one column `W`."""
 
-    @cached_property
-    def kind(self) -> type[Module]:
-        """The kind of normalisation."""
-        return next(kind for kind in NORMS if isinstance(self.layers[0], kind))
-
-    @cached_property
-    def groups(self) -> int:
-        """One matrix."""
-        return 1
-
     def views(self) -> list[Tensor]:
         """The scale."""
         return [self.weights[0].detach()]
@@ -224,7 +209,7 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
         NotImplementedError: If a named layer is of an unsupported kind, or layers share a weight
             in ways that no single `W` describes.
     """
-    chosen = _by_default(model) if layers is None else _named(model, layers)
+    chosen = default_layers(model) if layers is None else _named(model, layers)
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     by_weight: dict[int, dict[str, Module]] = {}
     for name, layer in chosen.items():
@@ -286,7 +271,7 @@ def _check_names(groups: list[LayerGroup]) -> None:
 
 
 def _kind(layer: Module) -> type[Module]:
-    return next(kind for kind in LAYERS if isinstance(layer, kind))
+    return next(kind for kind in (*LAYERS, *NORMS) if isinstance(layer, kind))
 
 
 def parameters_of(layer: Module) -> list[Tensor]:
@@ -320,7 +305,8 @@ def _supported(model: Module) -> dict[str, Module]:
     return {name: layer for name, layer in model.named_modules() if _weights(layer)}
 
 
-def _by_default(model: Module) -> dict[str, Module]:
+def default_layers(model: Module) -> dict[str, Module]:
+    """The layers that have blocks without being named: all supported ones but normalisations."""
     found = _supported(model).items()
     return {name: layer for name, layer in found if not isinstance(layer, NORMS)}
 
@@ -355,40 +341,43 @@ def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
                 "or in other groups, so that no single W describes both: leave both out with "
                 "layers=[...], or untie them."
             )
-    biases = [b for layer in family.values() if (b := layer._parameters.get("bias")) is not None]
-    return LayerGroup(
-        name,
-        tuple(family.values()),
-        trainable.get(id(first.weight)),
-        {trainable[id(b)]: b for b in biases if id(b) in trainable},
-    )
+    biases = _by_name((layer._parameters.get("bias") for layer in family.values()), trainable)
+    return LayerGroup(name, tuple(family.values()), trainable.get(id(first.weight)), biases)
 
 
-def _in_projection(family: dict[str, Any], trainable: dict[int, str]) -> InProjection:
+def _by_name(parameters: Iterable[Any], trainable: dict[int, str]) -> dict[str, Tensor]:
+    """Of some parameters the trainable ones, by name."""
+    return {trainable[id(p)]: p for p in parameters if id(p) in trainable}
+
+
+def _single(family: dict[str, Any], shared: str) -> tuple[str, Any]:
+    """The one layer of a kind that may not share its weight.
+
+    Raises:
+        NotImplementedError: Naming the layers if there are several.
+    """
     (name, layer), *others = family.items()
     if others:
         raise NotImplementedError(
-            f"Layers {name!r} and {others[0][0]!r} share the weights of queries, keys and values: "
-            "leave both out with layers=[...], or untie them."
+            f"Layers {name!r} and {others[0][0]!r} share {shared}: leave both out with "
+            "layers=[...], or untie them."
         )
-    held = {trainable[id(w)]: w for w in _weights(layer) if id(w) in trainable}
+    return name, layer
+
+
+def _in_projection(family: dict[str, Any], trainable: dict[int, str]) -> InProjection:
+    name, layer = _single(family, "the weights of queries, keys and values")
+    held = _by_name(_weights(layer), trainable)
     if held and len(held) < len(_weights(layer)):
         raise NotImplementedError(
             f"Of the weights of layer {name!r} only {sorted(held)} are trainable: freeze all of "
             "its projections or none, or leave the layer out with layers=[...]."
         )
-    bias = layer._parameters.get("in_proj_bias")
-    biases = {trainable[id(bias)]: bias} if id(bias) in trainable else {}
+    biases = _by_name([layer._parameters.get("in_proj_bias")], trainable)
     return InProjection(name, (layer,), next(iter(held), None), biases, held)
 
 
 def _scale(family: dict[str, Any], trainable: dict[int, str]) -> ScaleGroup:
-    (name, layer), *others = family.items()
-    if others:
-        raise NotImplementedError(
-            f"Layers {name!r} and {others[0][0]!r} share a scale: leave both out with "
-            "layers=[...], or untie them."
-        )
-    bias = layer._parameters.get("bias")
-    biases = {trainable[id(bias)]: bias} if id(bias) in trainable else {}
+    name, layer = _single(family, "a scale")
+    biases = _by_name([layer._parameters.get("bias")], trainable)
     return ScaleGroup(name, (layer,), trainable.get(id(layer.weight)), biases)

@@ -14,11 +14,11 @@ from torch.nn import Module, Parameter
 
 from kfac_scratch.capture.layer_groups import (
     LayerGroup,
+    default_layers,
     layer_groups,
     layer_names,
     parameters_of,
 )
-from kfac_scratch.capture.layers import NORMS
 from kfac_scratch.optimizer.parameter_groups import covered, trainable
 
 
@@ -151,12 +151,9 @@ def check_known(model: Module, known: Sequence[Parameter]) -> None:
 
 def coverable(model: Module, layers: Collection[str] | None) -> set[int]:
     """The ids of all parameters that are in a block as soon as they are trainable."""
-    return {
-        id(p)
-        for name, layer in model.named_modules()
-        if (not isinstance(layer, NORMS) if layers is None else name in layers)
-        for p in parameters_of(layer)
-    }
+    chosen = default_layers(model) if layers is None else layers
+    modules = (layer for name, layer in model.named_modules() if name in chosen)
+    return {id(p) for layer in modules for p in parameters_of(layer)}
 
 
 def _with_parameters(model: Module, layers: Collection[str] | None) -> Collection[str] | None:

@@ -30,11 +30,7 @@ from torch.nn import Module
 
 from kfac_scratch.border import check_function, check_instance
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
-from kfac_scratch.capture.plan import (
-    check_sums,
-    random_half,
-    random_like,
-)
+from kfac_scratch.capture.plan import check_sums, random_half, random_like
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
 from kfac_scratch.taylor.faa_di_bruno import Multiset

@@ -18,8 +18,8 @@ class Answer:
 
     Attributes:
         draws: Pieces in canonical layout: of the same request twice, or for `mc` one per seed.
-        scales: By what each piece exceeds the canonical one, as the documentation says; None where
-            it is silent.
+        scales: The factor by which each piece exceeds the canonical one, as the documentation says;
+            None where it is silent.
     """
 
     draws: Sequence[Pieces]
