@@ -1,24 +1,25 @@
 """Every test runs with the annotated shapes checked, on every device there is."""
 
+from collections import defaultdict
 from contextlib import nullcontext
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-from tests import second_device
+from tests import annotations, second_device
 
 torch.backends.cudnn.allow_tf32 = False  # float32 tests mean float32
 torch.set_num_threads(1)  # faster than many for matrices of this size
 MISSING = second_device.why_missing()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+QUICK = 4  # so many cases of a test with parameters are in the quick tier
 DEVICES += [] if MISSING else [second_device.NAME]
 
 
 def pytest_configure(config):
     """Check every annotation of the package, except in the quick tier: half of its time."""
     if not _quick(config):
-        install_import_hook("kfac_scratch", "beartype.beartype")
+        annotations.install("kfac_scratch")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -39,8 +40,10 @@ def pytest_collection_modifyitems(items):
     """Which tests are slow, long and quick, where they do not say so themselves.
 
     On the second device tests are slow but for those marked `everywhere`. The oracle's own tests
-    are long. What is neither slow nor long is the quick tier.
+    are long. The quick tier is what is neither slow nor long: of a test with many parameters
+    `QUICK` of them, the first and the last and some in between.
     """
+    quick = defaultdict(list)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         there = parameters.get("device") == second_device.NAME
@@ -49,7 +52,11 @@ def pytest_collection_modifyitems(items):
         if item.path.parent.name == "conformance":
             item.add_marker("long")
         if not (item.get_closest_marker("slow") or item.get_closest_marker("long")):
-            item.add_marker("quick")
+            quick[item.path, item.originalname].append(item)
+    for cases in quick.values():
+        step = (len(cases) - 1) / max(1, min(QUICK, len(cases)) - 1)
+        for index in {round(i * step) for i in range(min(QUICK, len(cases)))}:
+            cases[index].add_marker("quick")
 
 
 @pytest.fixture(params=DEVICES)
@@ -61,7 +68,9 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _defaults():
     """Float64 and a fixed seed in every test; float32 where a test asks for it."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes long where CUDA is missing
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

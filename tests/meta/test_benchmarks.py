@@ -408,7 +408,11 @@ COMMANDS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+@pytest.mark.parametrize(
+    "command",
+    [growth, *(pytest.param(command, marks=pytest.mark.slow) for command in (factors, step))],
+    ids=lambda command: command.__name__,
+)
 def test_a_command_stores_its_rows_with_everything_they_depend_on(command, tmp_path, capsys):
     pattern, names = COMMANDS[command]
     path = tmp_path / "new" / "result.json"

@@ -159,6 +159,7 @@ def _shape(optimizer, name):
 @pytest.mark.parametrize(
     "space", [nicolaides_space, residual_space, krylov_space(nicolaides_space)]
 )
+@pytest.mark.filterwarnings("default:.*coarse directions are zero or depend")
 def test_coarse_correction_is_the_two_level_step(space, combine, device):
     optimizer, _ = trained({"fisher": type2, "momentum": 0.0, "damping": 0.1}, device, 1)
     model, loss, X, y = optimizer.model, *problem(device)[1:]

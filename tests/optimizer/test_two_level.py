@@ -28,6 +28,7 @@ from tests.laws import check_differs, check_equal
 DAMPING = 0.05
 COMBINATIONS = (additive, adef1, adef2, bnn)
 SPACES = (nicolaides_space, residual_space, spectral_space, krylov_space(nicolaides_space))
+dependent = pytest.mark.filterwarnings("default:.*coarse directions are zero or depend")
 
 
 class Problem:
@@ -141,6 +142,7 @@ def test_factors_between_layers_are_not_exact(device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("space", SPACES)
+@dependent
 def test_the_coarse_inverse_is_z_e_inverse_z(space, dtype, device):
     p = mlp_problem(device, dtype=dtype)
     Z = p.space(space)
@@ -151,6 +153,7 @@ def test_the_coarse_inverse_is_z_e_inverse_z(space, dtype, device):
     check_equal(p.joined(Q(p.split(v))), expected)
 
 
+@dependent
 def test_only_the_span_of_the_directions_counts(device):
     p = mlp_problem(device)
     Z, r = p.space(krylov_space(nicolaides_space)), p.random()
@@ -218,6 +221,7 @@ def test_nothing_is_left_in_the_coarse_space(combine, device):
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
+@dependent
 def test_a_perfect_fine_level_is_left_alone(combine, device):
     """One layer with its exact block."""
     torch.manual_seed(0)
@@ -281,6 +285,7 @@ def worse(p, combine, Z, trials=500):
         krylov_space(spectral_space),
     ],
 )
+@dependent
 def test_adef2_is_never_worse_than_its_fine_level(space, device):
     p = mlp_problem(device)
     assert worse(p, adef2, p.space(space)) == 0
@@ -444,6 +449,7 @@ def test_blocks_that_do_not_match_are_refused(device):
         two_level(p.model, p.ios, p.maps, -1.0)
 
 
+@dependent
 def test_a_zero_gradient_gives_no_step(device):
     p = mlp_problem(device)
     for space in SPACES:
