@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, M, accumulator
 from kfac_scratch.border import check_function
+from kfac_scratch.capture.counted import Counted
 from kfac_scratch.capture.flavours import EXPAND, Flavour
 from kfac_scratch.capture.forward_pass import ForwardPass, check_vectors, forward_pass
 from kfac_scratch.capture.layer_groups import LayerGroup
@@ -35,6 +36,7 @@ class LoaderOptions(TypedDict, total=False):
     count_terms: Callable[[Module, Tensor, Tensor], float]
     progress: bool | None
     plan: Plan | Plans | None
+    counted: Counted | None
 
 
 def over_loader(
@@ -50,6 +52,7 @@ def over_loader(
     count_terms: Callable[[Module, Tensor, Tensor], float] = divisor,
     progress: bool | None = None,
     plan: Plan | Plans | None = None,
+    counted: Counted | None = None,
 ) -> dict[str, M]:
     """An approximation of every block over a whole data loader, as if it were one batch.
 
@@ -80,6 +83,7 @@ def over_loader(
             `losses.divisor`.
         progress: Show a progress bar. Default: on a terminal only.
         plan: As in `layer_ios`, for all batches. Default: one is made for every kind of batch.
+        counted: As in `layer_ios`, for every batch.
 
     Raises:
         ValueError: If there is no batch, and for everything that `layer_ios` refuses.
@@ -93,6 +97,7 @@ def over_loader(
         "layers": layers,
         "chunk": chunk,
         "plan": Plans() if plan is None else plan,
+        "counted": counted,
     }
     for X, y in _batches(data, progress):
         run = forward_pass(model, loss, X, y, of_sum, **options)
@@ -138,8 +143,8 @@ def _with_inputs(
 
     Here the rows of a group are made, and only those of one are there at a time.
     """
-    of_blocks = zip(group.names, run.rows(group), gs, run.positions(group), strict=True)
-    return {name: gather.add(states.get(name), LayerIO(a, g, S)) for name, a, g, S in of_blocks}
+    ios = run.layer_ios(group, run.rows(group), gs)
+    return {name: gather.add(states.get(name), io) for name, io in ios.items()}
 
 
 def _batches(

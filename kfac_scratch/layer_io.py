@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -33,11 +33,22 @@ class LayerIO:
         positions: How many positions every row stands for. It is 1, except in a layer that
             `reduced()` or `flavour=REDUCE` made of several: its `a` and `g` give KFAC-reduce, but
             the gradient of a sample is lost (see `check_not_reduced`).
+        counted: Which positions are part of the data; None if all are. Others, such as those that
+            fill a sentence up, have rows and vectors of zeros, so that no gradient is changed by
+            them. Means over positions leave them out.
     """
 
     a: Float[Tensor, "N S d_in"]
     g: Float[Tensor, "V N S d_out"]
     positions: int = 1
+    counted: Bool[Tensor, "N S"] | None = None
+
+    @property
+    def rows(self) -> int | Tensor:
+        """The number of rows that are part of the data, over which `A` is a mean; 1 at least."""
+        if self.counted is None:
+            return self.a.shape[0] * self.a.shape[1]
+        return self.counted.sum().clamp(min=1).to(self.a.dtype)
 
     def reduced(self) -> "LayerIO":
         """The layer as if it were applied once: mean of the inputs, sum of the vectors.
@@ -47,7 +58,10 @@ class LayerIO:
         the rows of a convolution.
         """
         S = self.positions * self.a.shape[1]
-        return LayerIO(self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True), S)
+        if self.counted is None:
+            return LayerIO(self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True), S)
+        a, counted = counted_mean(self.a, self.counted)
+        return LayerIO(a, self.g.sum(2, keepdim=True), S, counted)
 
     def gradients(self) -> Float[Tensor, "V N d_out d_in"]:
         """Every vector's gradient with respect to `W`: `G[v, n] = sum_s g[v, n, s] a[n, s]^T`.
@@ -86,6 +100,19 @@ class LayerIO:
             G = LayerIO(self.a, g).gradients().flatten(2).squeeze(0)  # [N, D]
             block += G.T @ G
         return block
+
+
+def counted_mean(
+    a: Float[Tensor, "N S d_in"], counted: Bool[Tensor, "N S"]
+) -> tuple[Float[Tensor, "N 1 d_in"], Bool[Tensor, "N 1"]]:
+    """The mean of every sample's counted rows, and which samples have any.
+
+    Args:
+        a: Rows that are zero where they are not counted.
+        counted: Which are counted.
+    """
+    numbers = counted.sum(1, keepdim=True)
+    return a.sum(1, keepdim=True) / numbers.clamp(min=1).unsqueeze(-1), numbers > 0
 
 
 def check_not_reduced(io: LayerIO, approximation: str) -> None:
@@ -131,6 +158,13 @@ def concatenate(ios: Sequence[LayerIO], shares: Sequence[float]) -> LayerIO:
     V = max(len(io.g) for io in ios)
     g = [share**0.5 * io.g for io, share in zip(ios, shares, strict=True)]
     g = [torch.cat([x, x.new_zeros(V - len(x), *x.shape[1:])]) for x in g]
-    return LayerIO(
-        torch.cat([io.a for io in ios]), torch.cat(g, dim=1), max(io.positions for io in ios)
-    )
+    counted = None
+    if any(io.counted is not None for io in ios):
+        counted = torch.cat([all_counted(io.a) if io.counted is None else io.counted for io in ios])
+    S = max(io.positions for io in ios)
+    return LayerIO(torch.cat([io.a for io in ios]), torch.cat(g, dim=1), S, counted)
+
+
+def all_counted(a: Float[Tensor, "N S d_in"]) -> Bool[Tensor, "N S"]:
+    """That every row is part of the data."""
+    return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)

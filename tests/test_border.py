@@ -127,6 +127,10 @@ REFUSED = [
         "rest must make an optimizer",
     ),
     (capture, {"loss": cross_entropy}, "loss must be a Module, for example nn.CrossEntropyLoss"),
+    (ios, {"counted": "mask"}, "counted='mask' is a string.*counted=lambda X, y"),
+    (ios, {"counted": torch.ones(5, 7) > 0}, "counted must be a function.*got a Tensor"),
+    (over, {"counted": "mask"}, "counted='mask' is a string"),
+    (optimizer, {"counted": "mask"}, "counted='mask' is a string"),
     # numbers
     (ios, {"chunk": 2.5}, "chunk must be a whole number of at least 1, got 2.5"),
     (ios, {"plan": {}}, r"plan must be a Plan, for example plan\(model, X\); got \{\}"),

@@ -124,11 +124,10 @@ class FactorSums:
     def add(self, state: "RunningFactors | None", io: LayerIO) -> "RunningFactors":
         """The sums with the outer products of a batch's inputs and of its first vectors."""
         A = io.a.counts() if isinstance(io.a, OneHot) else gram(io.a)
-        rows = io.a.shape[0] * io.a.shape[1]
         B = gram(io.g.flatten(0, 1))
         if state is None:
-            return RunningFactors(A, B, rows)
-        return RunningFactors(A.add_(state.A), B.add_(state.B), state.rows + rows)
+            return RunningFactors(A, B, io.rows)
+        return RunningFactors(A.add_(state.A), B.add_(state.B), state.rows + io.rows)
 
     def add_vectors(
         self, state: "RunningFactors", g: Float[Tensor, "V N S d_out"]
@@ -152,7 +151,7 @@ class RunningFactors:
 
     A: Float[Tensor, "d_in ..."]
     B: Float[Tensor, "d_out d_out"]
-    rows: int
+    rows: int | Tensor
 
 
 def accumulator(approximation: Callable[[LayerIO], M] | Accumulator[M]) -> Accumulator[M]:

@@ -113,7 +113,7 @@ class Brand:
             state, weight = zero_factors(io), 1.0
         A, B = (state.UA, state.dA, state.cA), (state.UB, state.dB, state.cB)
         return LowRankKronecker(
-            *updated_factor(A, (a / len(a) ** 0.5).mT, weight, self.rank, self.tail),
+            *updated_factor(A, (a / io.rows**0.5).mT, weight, self.rank, self.tail),
             *updated_factor(B, g.mT, weight, self.rank, self.tail),
         )
 

@@ -39,8 +39,7 @@ def kfac(io: LayerIO) -> Kronecker | DiagonalKronecker:
     """
     if not isinstance(io.a, OneHot):
         return kfac_in_full(io)
-    N, S, _ = io.a.shape
-    return DiagonalKronecker(io.a.counts().div_(N * S), gram(io.g.flatten(0, 1)))
+    return DiagonalKronecker(io.a.counts().div_(io.rows), gram(io.g.flatten(0, 1)))
 
 
 def kfac_in_full(io: LayerIO) -> Kronecker:
@@ -51,8 +50,7 @@ def kfac_in_full(io: LayerIO) -> Kronecker:
     Law: equal to `kfac`.
     Cost: that of `kfac` for rows that are not one-hot. The rows of an embedding are formed.
     """
-    N, S, _ = io.a.shape
-    return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))
+    return Kronecker(gram(io.a).div_(io.rows), gram(io.g.flatten(0, 1)))
 
 
 def kfac_reduce(io: LayerIO) -> Kronecker | DiagonalKronecker:

@@ -41,8 +41,7 @@ def skfac(io: LayerIO) -> KroneckerColumns:
     Cost: memory `d_in * min(N * S, d_in) + d_out * min(V * N * S, d_out)`. A factor with more
     columns than rows costs a QR decomposition; otherwise the inputs are scaled, and that is all.
     """
-    N, S, _ = io.a.shape
-    a = io.a.flatten(0, 1) / (N * S) ** 0.5
+    a = io.a.flatten(0, 1) / io.rows**0.5
     return KroneckerColumns(reduced_columns(a.mT), reduced_columns(io.g.flatten(0, 2).mT))
 
 
@@ -55,7 +54,8 @@ def mean_over_positions(io: LayerIO) -> LayerIO:
     Cost: memory `N * (d_in + V * d_out)`.
     """
     reduced = io.reduced()
-    return replace(reduced, g=reduced.g / io.a.shape[1])
+    S = io.a.shape[1] if io.counted is None else io.counted.sum(1).clamp(min=1)[:, None, None]
+    return replace(reduced, g=reduced.g / S)
 
 
 def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
@@ -85,7 +85,8 @@ def at_positions(io: LayerIO, positions: Int[Tensor, "T"]) -> LayerIO:
     positions are not.
     """
     grow = (io.a.shape[1] / len(positions)) ** 0.5
-    return replace(io, a=io.a[:, positions], g=grow * io.g[:, :, positions])
+    counted = None if io.counted is None else io.counted[:, positions]
+    return replace(io, a=io.a[:, positions], g=grow * io.g[:, :, positions], counted=counted)
 
 
 def push_through(
@@ -104,9 +105,9 @@ def push_through(
             positions (`flavour=REDUCE`): the gradient of a sample is not in them.
     """
     check_not_reduced(io, "The step for a batch's own gradient")
-    N, S, _ = io.a.shape
+    S = io.a.shape[1]
     a, g = io.a.flatten(0, 1), io.g.flatten(0, 2)  # [NS, d_in], [VNS, d_out]
-    between = torch.cholesky_inverse(gram_root(a.mT / (N * S) ** 0.5, damping_A))  # [NS, NS]
+    between = torch.cholesky_inverse(gram_root(a.mT / io.rows**0.5, damping_A))  # [NS, NS]
     between = c.repeat_interleave(S, dim=1).unsqueeze(2) * between  # [V, NS, NS]
     between = torch.cholesky_solve(between.flatten(0, 1), gram_root(g.mT, damping_B))
     return g.mT @ between @ a

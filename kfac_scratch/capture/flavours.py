@@ -32,7 +32,7 @@ class Flavour:
     positions: Callable[[LayerGroup, list[Call]], list[int]]
 
 
-def _by_matrix(
+def by_matrix(
     group: LayerGroup, calls: list[Call], values: Sequence[Sequence[T]]
 ) -> list[list[T]]:
     """For every matrix `W` of a group its values of all calls that use it.
@@ -63,7 +63,7 @@ def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor,
         ends = group.bias_inputs(call.bias)
         row = call.rows(ends)
         rows.append(list(row if group.weight is not None else row[..., -len(ends) :]))
-    return [_joined(of_matrix, 1) for of_matrix in _by_matrix(group, calls, rows)]
+    return [_joined(of_matrix, 1) for of_matrix in by_matrix(group, calls, rows)]
 
 
 def _joined_words(calls: list[Call]) -> OneHot:
@@ -78,7 +78,7 @@ def _expanded_outputs(
     if isinstance(group, ScaleGroup):
         return _summed_outputs(group, calls, gs)
     rows = [list(c.vectors(g)) for c, g in zip(calls, gs, strict=True)]
-    return [_joined(of_matrix, 2) for of_matrix in _by_matrix(group, calls, rows)]
+    return [_joined(of_matrix, 2) for of_matrix in by_matrix(group, calls, rows)]
 
 
 def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor, "N 1 d_in"]]:
@@ -90,7 +90,7 @@ def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor,
         ends = row.new_tensor(group.bias_inputs(call.bias)).expand(*row.shape[:-1], -1)
         row = torch.cat([row, ends] if group.weight is not None else [ends], dim=-1)
         means.append([(mean, S) for mean in row])
-    return [_mean(of_matrix) for of_matrix in _by_matrix(group, calls, means)]
+    return [_mean(of_matrix) for of_matrix in by_matrix(group, calls, means)]
 
 
 def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
@@ -110,7 +110,7 @@ def _summed_outputs(
     ]
     return [
         of_matrix[0] if len(of_matrix) == 1 else torch.stack(of_matrix).sum(0)
-        for of_matrix in _by_matrix(group, calls, sums)
+        for of_matrix in by_matrix(group, calls, sums)
     ]
 
 
@@ -118,7 +118,7 @@ def _all_positions(group: LayerGroup, calls: list[Call]) -> list[int]:
     if isinstance(group, ScaleGroup):
         return [1]
     counts = [[call.positions] for call in calls]
-    return [sum(of_matrix) for of_matrix in _by_matrix(group, calls, counts)]
+    return [sum(of_matrix) for of_matrix in by_matrix(group, calls, counts)]
 
 
 def _one_position(group: LayerGroup, calls: list[Call]) -> list[int]:

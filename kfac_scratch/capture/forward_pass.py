@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
 
@@ -32,6 +32,13 @@ from kfac_scratch.border import (
     checked_names,
 )
 from kfac_scratch.capture.calls import Call, Calls, recorded, sent_back
+from kfac_scratch.capture.counted import (
+    Counted,
+    check_some_layer_has,
+    check_unreached,
+    counted_rows,
+    mask_of_batch,
+)
 from kfac_scratch.capture.flavours import EXPAND, Flavour
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.plan import Plan, Plans, plan_of_groups
@@ -52,6 +59,7 @@ def layer_ios(
     layers: Collection[str] | None = None,
     chunk: int | None = None,
     plan: Plan | Plans | None = None,
+    counted: Counted | None = None,
 ) -> dict[str, LayerIO]:
     """The `LayerIO` of every block of a model on one batch, by name (see `layer_groups`).
 
@@ -83,6 +91,10 @@ def layer_ios(
             `default_chunk` allows, and 1 for a model with such an operation.
         plan: What `plan` found for batches of this kind, or `Plans`, which keeps what it has found.
             Default: found here, at the cost of `plan`.
+        counted: From the batch to a mask `[N, T]` of the positions that are part of the data, for
+            sentences that are filled up: `counted=lambda X, y: X != pad`. It holds for layers with
+            `T` positions of each sample; of others, all are counted. The rest of the positions is
+            in no mean of an approximation. Default: all are counted.
 
     Raises:
         ValueError: For an empty batch, non-finite numbers, samples that meet each other, a
@@ -91,7 +103,14 @@ def layer_ios(
         NotImplementedError: For layers and losses that are not covered.
     """
     parts = list(
-        stream(model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk, plan=plan)
+        stream(
+            *(model, loss, X, y, fisher),
+            flavour=flavour,
+            layers=layers,
+            chunk=chunk,
+            plan=plan,
+            counted=counted,
+        )
     )
     if len(parts) == 1:
         return parts[0]
@@ -112,6 +131,7 @@ def stream(
     layers: Collection[str] | None = None,
     chunk: int | None = None,
     plan: Plan | Plans | None = None,
+    counted: Counted | None = None,
 ) -> Iterator[dict[str, LayerIO]]:
     """The parts of `layer_ios`, of at most `chunk` vectors each; `a` is the same in all of them.
 
@@ -125,17 +145,24 @@ def stream(
     It has many parameters, because it has those of `layer_ios`.
     """
     run = forward_pass(
-        model, loss, X, y, fisher, flavour=flavour, layers=layers, chunk=chunk, plan=plan
+        *(model, loss, X, y, fisher),
+        flavour=flavour,
+        layers=layers,
+        chunk=chunk,
+        plan=plan,
+        counted=counted,
     )
     rows = {group.name: run.rows(group) for group in run.groups}
     for part in run.sent_back():
         yield {
-            name: LayerIO(a, g, S)
+            name: io
             for group, gs in part
-            for name, a, g, S in zip(
-                group.names, rows[group.name], gs, run.positions(group), strict=True
-            )
+            for name, io in run.layer_ios(group, rows[group.name], gs).items()
         }
+
+
+Rows = tuple[Float[Tensor, "N S d_in"], Bool[Tensor, "N S"] | None]
+"""Rows that entered a layer, and which of them are part of the data, if not all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +181,7 @@ class ForwardPass:
         f: The model's output.
         vectors: The vectors that are sent back from it.
         chunk: How many at once; None for `default_chunk`.
+        mask: Which positions are part of the data; None if all are.
     """
 
     flavour: Flavour
@@ -162,11 +190,22 @@ class ForwardPass:
     f: Tensor
     vectors: Vectors
     chunk: int | None
+    mask: Bool[Tensor, "N T"] | None = None
 
-    def rows(self, group: LayerGroup) -> list[Float[Tensor, "N S d_in"]]:
+    def rows(self, group: LayerGroup) -> list[Rows]:
         """The rows that entered a group of layers, for each of its blocks."""
+        calls = self.calls[group.name]
         with full_precision(self.f.device):
-            return self.flavour.inputs(group, self.calls[group.name])
+            if self.mask is None:
+                return [(a, None) for a in self.flavour.inputs(group, calls)]
+            return list(counted_rows(self.flavour, group, calls, self.mask))
+
+    def layer_ios(
+        self, group: LayerGroup, rows: list[Rows], gs: list[Float[Tensor, "V N S d_out"]]
+    ) -> dict[str, LayerIO]:
+        """The `LayerIO` of each block of a group, by name, from its rows and some vectors."""
+        parts = zip(group.names, rows, gs, self.positions(group), strict=True)
+        return {name: LayerIO(a, g, S, counted) for name, (a, counted), g, S in parts}
 
     def positions(self, group: LayerGroup) -> list[int]:
         """The number of positions that every row stands for, for each of its blocks."""
@@ -188,7 +227,10 @@ class ForwardPass:
     ) -> Iterator[tuple[LayerGroup, list[Float[Tensor, "V N S d_out"]]]]:
         for group in self.groups:
             calls = self.calls[group.name]
-            gs = self.flavour.outputs(group, calls, [sent.pop(0) for _ in calls])
+            received = [sent.pop(0) for _ in calls]
+            if self.mask is not None:
+                check_unreached(group, calls, received, self.mask)
+            gs = self.flavour.outputs(group, calls, received)
             yield group, [g.to(group.dtype) for g in gs]
 
 
@@ -203,6 +245,7 @@ def forward_pass(
     layers: Collection[str] | None = None,
     chunk: int | None = None,
     plan: Plan | Plans | None = None,
+    counted: Counted | None = None,
 ) -> ForwardPass:
     """The first half of `layer_ios`, which describes the arguments: all that goes forward.
 
@@ -214,6 +257,8 @@ def forward_pass(
     """
     flavour = EXPAND if flavour is None else flavour
     check_capture(model, loss, fisher, flavour, chunk)
+    if counted is not None:
+        check_function("counted", counted, "counted=lambda X, y: X != pad")
     if not isinstance(plan, Plans) and plan is not None:
         check_instance("plan", plan, Plan, "plan(model, X)")
     groups = layer_groups(model, checked_names("layers", layers))
@@ -228,7 +273,9 @@ def forward_pass(
     with full_precision(f.device):
         vectors = fisher(loss, at_least_float32(f), y)
     check_vectors(vectors, f)
-    return ForwardPass(flavour, groups, calls, f, vectors, chunk)
+    mask = mask_of_batch(counted, X, y, f)
+    check_some_layer_has(mask, [call for group in groups for call in calls[group.name]])
+    return ForwardPass(flavour, groups, calls, f, vectors, chunk, mask)
 
 
 def check_capture(

@@ -45,7 +45,14 @@ from kfac_scratch.approximations.estimators import (
     weight_of_newest,
 )
 from kfac_scratch.approximations.kfac import kfac
-from kfac_scratch.border import check_count, check_instance, check_result, checked_names
+from kfac_scratch.border import (
+    check_count,
+    check_function,
+    check_instance,
+    check_result,
+    checked_names,
+)
+from kfac_scratch.capture.counted import Counted
 from kfac_scratch.capture.flavours import EXPAND, Flavour
 from kfac_scratch.capture.forward_pass import check_capture, full_precision, layer_ios
 from kfac_scratch.capture.plan import Plans
@@ -172,6 +179,8 @@ class KFAC(Optimizer):
             groups are appended to `param_groups`, so that schedules act on them, too. None refuses
             such parameters.
         layers: Names of the layers to precondition. Default: all supported ones.
+        counted: From a batch to a mask of the positions that are part of the data, as for
+            `layer_ios`.
         adapt_damping: From a damping and a reduction ratio to the next damping, for example
             `levenberg_marquardt`.
         adapt_every: Steps between two adaptations; the step after one inverts anew.
@@ -206,6 +215,7 @@ class KFAC(Optimizer):
         inverse_every: Period = EARLY_OFTEN,
         rest: Callable[[list[Parameter]], Optimizer] | None = adamw,
         layers: Collection[str] | None = None,
+        counted: Counted | None = None,
         adapt_damping: Callable[[float, float | None], float] | None = None,
         adapt_every: int = 5,
         generator: Generator | None = None,
@@ -217,7 +227,9 @@ class KFAC(Optimizer):
         layers = checked_names("layers", layers)
         if generator is not None:
             check_instance("generator", generator, Generator, "torch.Generator().manual_seed(0)")
-        self.model, self.loss, self.flavour = model, loss, flavour
+        if counted is not None:
+            check_function("counted", counted, "counted=lambda X, y: X != pad")
+        self.model, self.loss, self.flavour, self.counted = model, loss, flavour, counted
         self.estimator, self.invert = estimator(approximation), invert
         self.fisher = monte_carlo(1, generator) if fisher is None else fisher
         self.controls, self.decay = tuple(controls), decay
@@ -460,6 +472,7 @@ class KFAC(Optimizer):
             flavour=self.flavour,
             layers=arrangement.layers,
             plan=self._plans,
+            counted=self.counted,
         )
         if generator is None or before is None:
             return ios, None

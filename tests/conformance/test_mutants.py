@@ -12,7 +12,7 @@ from kfac_scratch.conformance.selftest.mutations import MUTANTS, Mutant
 from kfac_scratch.conformance.selftest.mutations.mutant import sources
 
 CASE = ("mlp-cross-entropy-mean", "expand")
-BEFORE = "gram(io.a).div_(N * S)"
+BEFORE = "gram(io.a).div_(io.rows)"
 
 
 def named(mutant):

@@ -133,8 +133,8 @@ MUTANTS = [
     ),
     Mutant(
         "vectors of mini-batches joined in another order than their inputs",
-        "torch.cat([io.a for io in ios]), torch.cat(g, dim=1), max",
-        "torch.cat([io.a for io in ios]), torch.cat(g[::-1], dim=1), max",
+        "torch.cat([io.a for io in ios]), torch.cat(g, dim=1), S, counted",
+        "torch.cat([io.a for io in ios]), torch.cat(g[::-1], dim=1), S, counted",
         ("batches-unequal-ekfac", "ekfac"),
     ),
 ]

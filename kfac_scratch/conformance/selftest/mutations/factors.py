@@ -3,7 +3,7 @@
 from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
 from kfac_scratch.conformance.vocabulary import Flavour
 
-FACTORS = "return Kronecker(gram(io.a).div_(N * S), gram(io.g.flatten(0, 1)))"
+FACTORS = "return Kronecker(gram(io.a).div_(io.rows), gram(io.g.flatten(0, 1)))"
 SUMS = "return Kronecker(state.A.div_(state.rows), state.B.div_(divisor))"
 
 
@@ -20,14 +20,14 @@ def ekfac(name: str, before: str, after: str, case: str) -> Mutant:
 MUTANTS = [
     kfac(
         "inputs divided by the data only",
-        "rows = io.a.shape[0] * io.a.shape[1]",
-        "rows = io.a.shape[0]",
+        "RunningFactors(A, B, io.rows)",
+        "RunningFactors(A, B, len(io.a))",
         "positions-mse-mean-bias",
     ),
     kfac(
         "Taylor coefficients not counted",
         FACTORS,
-        FACTORS.replace("N * S", "N"),
+        FACTORS.replace("io.rows", "len(io.a)"),
         "operator-expand-2d-mean",
     ),
     kfac(
@@ -38,8 +38,8 @@ MUTANTS = [
     ),
     kfac(
         "the last mini-batch only",
-        "B.add_(state.B), state.rows + rows",
-        "B, state.rows + rows",
+        "B.add_(state.B), state.rows + io.rows",
+        "B, state.rows + io.rows",
         "batches-unequal-mse-sum",
     ),
     kfac(
@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     kfac(
         "rows of later mini-batches not counted",
-        "B.add_(state.B), state.rows + rows",
+        "B.add_(state.B), state.rows + io.rows",
         "B.add_(state.B), state.rows",
         "batches-unequal-mse-mean",
     ),
