@@ -32,9 +32,7 @@ class Flavour:
     positions: Callable[[LayerGroup, list[Call]], list[int]]
 
 
-def by_matrix(
-    group: LayerGroup, calls: list[Call], values: Sequence[Sequence[T]]
-) -> list[list[T]]:
+def by_matrix(group: LayerGroup, calls: list[Call], values: Sequence[Sequence[T]]) -> list[list[T]]:
     """For every matrix `W` of a group its values of all calls that use it.
 
     Args:
