@@ -38,15 +38,15 @@ from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Module, MSELoss
 from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.losses import divisor
 
-Product = Callable[[Float[Tensor, "D"]], Float[Tensor, "D"]]
+Product = Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]
 
 
-def parameter_vector(model: Module) -> Float[Tensor, "D"]:
+def parameter_vector(model: Module) -> Float[Tensor, " D"]:
     """The trainable parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in _parameters(model).values()])
 
 
-def flatten_values(model: Module, values: Mapping[str, Tensor]) -> Float[Tensor, "D"]:
+def flatten_values(model: Module, values: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
     """Values by parameter name in the order of `parameter_vector`; a missing name means zeros."""
     parts = [values.get(name, torch.zeros_like(p)) for name, p in _parameters(model).items()]
     return torch.cat([part.detach().flatten() for part in parts])
@@ -135,7 +135,7 @@ def ggn_gram(
     X: Any,
     y: Tensor,
     directions: Float[Tensor, "K D"],
-    theta: Float[Tensor, "D"] | None = None,
+    theta: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "K K"]:
     """All products `u^T G v` of some directions, by one forward derivative for each direction.
 

@@ -342,7 +342,7 @@ def _class_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N P C
 
 
 def _root_columns(
-    loss: Module, rows: Float[Tensor, "N v C"], c: Int[Tensor, "v"]
+    loss: Module, rows: Float[Tensor, "N v C"], c: Int[Tensor, " v"]
 ) -> Float[Tensor, "N v C"]:
     """Columns `c[v]` of a root of a term's Hessian, for the `v`-th outputs of every sample."""
     classes = torch.arange(rows.shape[-1], device=rows.device)

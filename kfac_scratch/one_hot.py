@@ -47,7 +47,7 @@ class OneHot(Tensor):
         rows = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return rows.scatter_(-1, self.columns.clamp(min=0).unsqueeze(-1), ones)
 
-    def counts(self) -> Float[Tensor, "d"]:
+    def counts(self) -> Float[Tensor, " d"]:
         """The number of rows with a one in each column, the diagonal of `sum_r r r^T`.
 
         All other entries of that matrix are zero.

@@ -32,7 +32,7 @@ from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update
 
-TruncatedFactor = tuple[Float[Tensor, "d _"], Float[Tensor, "_"], Float[Tensor, ""]]  # U, d, c
+TruncatedFactor = tuple[Float[Tensor, "d _"], Float[Tensor, " _"], Float[Tensor, ""]]  # U, d, c
 
 
 # ---- one factor ---------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class FactorsAndEigenpairs:
         """The matrix of `modes`, dense."""
         return self.modes.dense()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.modes.diagonal()
 
@@ -264,8 +264,8 @@ def corrected(
 
 
 def ritz(
-    M: Float[Tensor, "d d"], d: Float[Tensor, "r"], U: Float[Tensor, "d r"], chosen: Tensor
-) -> tuple[Float[Tensor, "r"], Float[Tensor, "d r"]]:
+    M: Float[Tensor, "d d"], d: Float[Tensor, " r"], U: Float[Tensor, "d r"], chosen: Tensor
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]:
     """All eigenpairs, sorted, with Ritz pairs of `M` in the span of the chosen ones for these."""
     mu, W = psd_eigh(U[:, chosen].mT @ M @ U[:, chosen], M.diagonal().amax())
     d = d.index_copy(0, chosen, mu)

@@ -83,7 +83,7 @@ class Gradients:
         """Sum of the eigenvalues."""
         return self.diagonal().sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         a, g = self.U.a, self.U.g
         QA, QB = (torch.eye(t.shape[-1], dtype=t.dtype, device=t.device) for t in (a, g))

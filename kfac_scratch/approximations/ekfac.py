@@ -158,7 +158,7 @@ class EKFACState:
         """Sum of the eigenvalues."""
         return self.M.trace()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.M.diagonal()
 

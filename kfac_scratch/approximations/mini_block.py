@@ -188,7 +188,7 @@ class BlocksByRows:
         """Sum of the eigenvalues."""
         return self.diagonal().sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return _blocks(self.U, 1).flatten()
 

@@ -29,9 +29,9 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh, told_from_zero
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
 
-Eigenpairs = tuple[Float[Tensor, "r"], Float[Tensor, "d r"]]  # eigenvalues descending
+Eigenpairs = tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]  # eigenvalues descending
 Decomposition = Callable[[Float[Tensor, "d d"], Float[Tensor, "d q"]], Eigenpairs]
-Tail = Callable[[Float[Tensor, "r"], Float[Tensor, ""], int], Float[Tensor, ""]]
+Tail = Callable[[Float[Tensor, " r"], Float[Tensor, ""], int], Float[Tensor, ""]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def leading(
 # ---- the tail: one number for all other eigenvalues ---------------------------------------------
 
 
-def trace_matched(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
+def trace_matched(d: Float[Tensor, " r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
     """The tail that keeps the trace: the mean of the `size - r` eigenvalues that are left out.
 
     Use it as the default. Not to reproduce the paper's code, which has one of the other two.
@@ -148,7 +148,7 @@ def trace_matched(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) ->
     return (trace - d.sum()).clamp(min=0) / max(size - len(d), 1)
 
 
-def smallest_kept(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
+def smallest_kept(d: Float[Tensor, " r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
     """The tail that continues the spectrum: the smallest eigenvalue that was kept.
 
     Use it for cautious steps. Not in `Brand`, where the excess adds up from batch to batch.
@@ -159,7 +159,7 @@ def smallest_kept(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) ->
     return d[-1]
 
 
-def zero_tail(d: Float[Tensor, "r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
+def zero_tail(d: Float[Tensor, " r"], trace: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
     """The tail without curvature: zero.
 
     Use it to reproduce the RS-KFAC of its author's code. Not with a small damping, by which steps

@@ -76,7 +76,7 @@ def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
     return at_positions(io, torch.arange(start, S, stride, device=io.a.device))
 
 
-def at_positions(io: LayerIO, positions: Int[Tensor, "T"]) -> LayerIO:
+def at_positions(io: LayerIO, positions: Int[Tensor, " T"]) -> LayerIO:
     """The layer at some positions, with vectors scaled so that these count for all.
 
     Vectors are multiplied by the root of `S` over the number of positions that are kept. `A` is a
@@ -128,7 +128,7 @@ class RecentBatches:
 
     UA: Float[Tensor, "T d_in KA"]
     UB: Float[Tensor, "T d_out KB"]
-    shares: Float[Tensor, "T"]
+    shares: Float[Tensor, " T"]
 
     def columns(self) -> KroneckerColumns:
         """All columns side by side, scaled by the root of their batch's share."""
@@ -158,7 +158,7 @@ class RecentBatches:
         """The whole matrix."""
         return self.columns().dense()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.columns().diagonal()
 

@@ -78,7 +78,7 @@ class PartialTraces:
         """Sum of the eigenvalues: that of the block."""
         return self.A.trace()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.kronecker().diagonal()
 

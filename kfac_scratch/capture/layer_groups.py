@@ -78,7 +78,7 @@ class LayerGroup:
         """The precision of rows and vectors, float32 at least."""
         return torch.promote_types(self.weights[0].dtype, torch.float32)
 
-    def views(self) -> list[Num[Tensor, "d_out *d_in"]]:
+    def views(self) -> list[Num[Tensor, " d_out *d_in"]]:
         """The weight of every `W`, as a view of its parameter."""
         return list(weight_view(self.layers[0], self.weights[0].detach()))
 

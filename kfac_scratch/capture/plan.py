@@ -381,7 +381,7 @@ def _checked(
 
 
 def _sent_to_halves(
-    f: Tensor, groups: list[LayerGroup], calls: Calls, half: Bool[Tensor, "rows"]
+    f: Tensor, groups: list[LayerGroup], calls: Calls, half: Bool[Tensor, " rows"]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Random vectors at the layers, and gradients.
 
@@ -403,7 +403,7 @@ def _sent_to_halves(
     return gs, dict(zip(parameters, sums, strict=True))
 
 
-def random_half(N: int, device: torch.device) -> Bool[Tensor, "N"]:
+def random_half(N: int, device: torch.device) -> Bool[Tensor, " N"]:
     """Half of `N` samples or points, the same at every call and on every device."""
     return (torch.randperm(N, generator=_seeded(), device="cpu") < N // 2).to(device)
 
@@ -444,7 +444,7 @@ def _disagreement(axis: Axis, two: Call, three: Call) -> float:
 
 
 def _place(
-    group: LayerGroup, orders: list[Place], call: Call, g: Tensor, half: Bool[Tensor, "N"]
+    group: LayerGroup, orders: list[Place], call: Call, g: Tensor, half: Bool[Tensor, " N"]
 ) -> Place:
     """The order in which the vectors for one half of the samples are zero at the other half."""
     axis, N = orders[0].axis, len(half)
@@ -458,7 +458,7 @@ def _place(
     return replace(places[0], several=len(places) > 1)
 
 
-def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, "N"]) -> bool:
+def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, " N"]) -> bool:
     """Whether vectors for each half of the samples are zero at the other half, exactly."""
     by_sample = axis.by_sample(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
     return not (by_sample[0, ~half].any() or by_sample[1, half].any())

@@ -58,7 +58,7 @@ class BlockDiagonal:
         """Sum of the eigenvalues."""
         return self.diagonal().sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.blocks.diagonal(dim1=1, dim2=2).flatten()
 
@@ -99,7 +99,7 @@ class FiltersAndBias:
         """Sum of the eigenvalues."""
         return self.filters.trace() + self.bias.trace()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         rows = self.filters.diagonal().unflatten(0, (len(self.bias.scale), -1))
         return torch.cat([rows, self.bias.scale], -1).flatten()

@@ -23,7 +23,7 @@ from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 class HasDiagonal(Protocol):
     """A matrix that knows its diagonal."""
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         ...
 

@@ -55,11 +55,11 @@ class Dense:
         """Sum of the eigenvalues."""
         return self.M.trace()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.M.diagonal()
 
-    def eigenvalues(self) -> Float[Tensor, "D"]:
+    def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending."""
         return psd_eigh(self.M)[0]
 

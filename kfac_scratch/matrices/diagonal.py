@@ -49,11 +49,11 @@ class Diagonal:
         """Sum of the eigenvalues."""
         return self.scale.sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.scale.flatten()
 
-    def eigenvalues(self) -> Float[Tensor, "D"]:
+    def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending."""
         return self.scale.flatten().sort().values
 

@@ -73,11 +73,11 @@ class DiagonalKroneckerEigen:
         """Sum of the eigenvalues."""
         return self.scale.sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return (self.QB.square() @ self.scale).flatten()
 
-    def eigenvalues(self) -> Float[Tensor, "D"]:
+    def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending."""
         return self.scale.flatten().sort().values
 
@@ -105,7 +105,7 @@ class DiagonalKronecker:
     eigendecomposition, `O(d_out**3)`, and `d_in * d_out` numbers.
     """
 
-    a: Float[Tensor, "d_in"]
+    a: Float[Tensor, " d_in"]
     B: Float[Tensor, "d_out d_out"]
 
     @property
@@ -170,11 +170,11 @@ class DiagonalKronecker:
         """Sum of the eigenvalues."""
         return self.B.trace() * self.a.sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return torch.outer(self.B.diagonal(), self.a).flatten()
 
-    def eigenvalues(self) -> Float[Tensor, "D"]:
+    def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending: every product of the factors' eigenvalues."""
         return self.eigen_of_outputs().eigenvalues()
 

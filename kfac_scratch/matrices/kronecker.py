@@ -78,11 +78,11 @@ class KroneckerEigen:
         """Sum of the eigenvalues."""
         return self.scale.sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return (self.QB.square() @ self.scale @ self.QA.square().T).flatten()
 
-    def eigenvalues(self) -> Float[Tensor, "D"]:
+    def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending."""
         return self.scale.flatten().sort().values
 
@@ -165,11 +165,11 @@ class Kronecker:
         """Sum of the eigenvalues."""
         return self.B.trace() * self.A.trace()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return torch.outer(self.B.diagonal(), self.A.diagonal()).flatten()
 
-    def eigenvalues(self) -> Float[Tensor, "D"]:
+    def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending: every product of the factors' eigenvalues."""
         return self.eigen().eigenvalues()
 

@@ -83,7 +83,7 @@ class KroneckerColumns:
         """Sum of the eigenvalues."""
         return self.UB.square().sum() * self.UA.square().sum()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return torch.outer(self.UB.square().sum(1), self.UA.square().sum(1)).flatten()
 
@@ -128,7 +128,7 @@ def gram_root(U: Float[Tensor, "d K"], damping: float) -> Float[Tensor, "K K"]:
     return L
 
 
-def _eigenpairs(U: Float[Tensor, "d K"]) -> tuple[Float[Tensor, "d r"], Float[Tensor, "r"]]:
+def _eigenpairs(U: Float[Tensor, "d K"]) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]:
     """Eigenvectors and eigenvalues of `U @ U.T`; eigenvalues within round-off are zero."""
     if not U.isfinite().all():
         raise ValueError(f"Columns {tuple(U.shape)} to be decomposed have non-finite entries.")

@@ -95,7 +95,7 @@ class KroneckerSum:
         """Sum of the eigenvalues."""
         return self.first.trace() + self.second.trace()
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         return self.first.diagonal() + self.second.diagonal()
 

@@ -45,10 +45,10 @@ class LowRankKronecker:
     """
 
     UA: Float[Tensor, "d_in rA"]
-    dA: Float[Tensor, "rA"]
+    dA: Float[Tensor, " rA"]
     cA: Float[Tensor, ""]
     UB: Float[Tensor, "d_out rB"]
-    dB: Float[Tensor, "rB"]
+    dB: Float[Tensor, " rB"]
     cB: Float[Tensor, ""]
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
@@ -103,7 +103,7 @@ class LowRankKronecker:
             _diagonal(self.UA, self.dA, self.cA).sum()
         )
 
-    def diagonal(self) -> Float[Tensor, "D"]:
+    def diagonal(self) -> Float[Tensor, " D"]:
         """Diagonal entries in the order of `vec(V)`."""
         A, B = _diagonal(self.UA, self.dA, self.cA), _diagonal(self.UB, self.dB, self.cB)
         return torch.outer(B, A).flatten()
@@ -132,8 +132,8 @@ class FourBlocks:
     UA: Float[Tensor, "d_in rA"]
     UB: Float[Tensor, "d_out rB"]
     both: Float[Tensor, "rB rA"]
-    left: Float[Tensor, "rB"]
-    right: Float[Tensor, "rA"]
+    left: Float[Tensor, " rB"]
+    right: Float[Tensor, " rA"]
     rest: Float[Tensor, ""]
 
     def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
@@ -173,13 +173,13 @@ class FourBlocks:
 
 
 def _dense(
-    U: Float[Tensor, "d r"], d: Float[Tensor, "r"], c: Float[Tensor, ""]
+    U: Float[Tensor, "d r"], d: Float[Tensor, " r"], c: Float[Tensor, ""]
 ) -> Float[Tensor, "d d"]:
     P = U @ U.mT
     return (U * d) @ U.mT + c * (eye_like(P) - P)
 
 
 def _diagonal(
-    U: Float[Tensor, "d r"], d: Float[Tensor, "r"], c: Float[Tensor, ""]
-) -> Float[Tensor, "d"]:
+    U: Float[Tensor, "d r"], d: Float[Tensor, " r"], c: Float[Tensor, ""]
+) -> Float[Tensor, " d"]:
     return c + U.square() @ (d - c)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 
 def brand_update(
-    U: Float[Tensor, "d r"], d: Float[Tensor, "r"], X: Float[Tensor, "d K"]
-) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k"]]:
+    U: Float[Tensor, "d r"], d: Float[Tensor, " r"], X: Float[Tensor, "d K"]
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
     """Eigenvectors and eigenvalues, descending, of `U diag(d) U^T + X X^T`: `r + K` at most.
 
     Columns of `X` in the span of `U` add no eigenpairs. Use it for `r + K` below `d`; not above,

@@ -94,8 +94,8 @@ class Before(NamedTuple):
 
     batches: Batches
     loss: float
-    theta: Float[Tensor, "D"]
-    gradient: Float[Tensor, "D"]
+    theta: Float[Tensor, " D"]
+    gradient: Float[Tensor, " D"]
 
 
 def before_step(batches: Batches, gradients: Values) -> Before:

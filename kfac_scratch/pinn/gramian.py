@@ -92,12 +92,12 @@ def flat(terms: Iterable[Sequence[Linearization]]) -> list[Linearization]:
     return [part for term in terms for part in term]
 
 
-def residuals(parts: Sequence[Linearization]) -> Float[Tensor, "K"]:
+def residuals(parts: Sequence[Linearization]) -> Float[Tensor, " K"]:
     """All residuals as one vector: part by part, and within a part residual by residual."""
     return torch.cat([part.residuals.flatten() for part in parts])
 
 
-def times(parts: Sequence[Linearization], v: Direction) -> Float[Tensor, "K"]:
+def times(parts: Sequence[Linearization], v: Direction) -> Float[Tensor, " K"]:
     """The product `J v`. Cost: `N * S * d_out * d_in` operations for each layer, and no graph."""
     return torch.cat([_times(part, v).flatten() for part in parts])
 
@@ -112,7 +112,7 @@ def _times(part: Linearization, v: Direction) -> Float[Tensor, "M N"]:
     return total
 
 
-def transposed_times(parts: Sequence[Linearization], y: Float[Tensor, "K"]) -> dict[str, Tensor]:
+def transposed_times(parts: Sequence[Linearization], y: Float[Tensor, " K"]) -> dict[str, Tensor]:
     """The product `J^T y`; with all residuals for `y`, it is the gradient of the loss.
 
     Cost: as `times`.

@@ -53,7 +53,7 @@ OfDamping = Callable[[float], Solved]
 Solver = Callable[[Sequence[Linearization], Tensor], OfDamping]
 
 
-def dense_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
+def dense_solver(parts: Sequence[Linearization], rho: Float[Tensor, " K"]) -> OfDamping:
     """The step with the whole matrix `J^T J`, as a function of the damping.
 
     Use it for networks with up to a few thousand weights `D`, and more residuals than weights. Not
@@ -72,7 +72,7 @@ def dense_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfD
     return solve
 
 
-def layerwise_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
+def layerwise_solver(parts: Sequence[Linearization], rho: Float[Tensor, " K"]) -> OfDamping:
     """The step with the exact block of every layer, as a function of the damping.
 
     It ignores what layers have in common, and is not the Gauss-Newton step. Use it to see what a
@@ -93,7 +93,7 @@ def layerwise_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) ->
     return solve
 
 
-def kernel_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> OfDamping:
+def kernel_solver(parts: Sequence[Linearization], rho: Float[Tensor, " K"]) -> OfDamping:
     """`dense_solver`'s step by the kernel `J J^T`, with one unknown for each of `K` residuals.
 
     Use it for networks with more weights than there are residuals. Not for many residuals:
@@ -112,8 +112,8 @@ def kernel_solver(parts: Sequence[Linearization], rho: Float[Tensor, "K"]) -> Of
 
 
 def _solved(
-    M: Float[Tensor, "D D"], b: Float[Tensor, "D"], damping: float
-) -> tuple[Float[Tensor, "D"], float]:
+    M: Float[Tensor, "D D"], b: Float[Tensor, " D"], damping: float
+) -> tuple[Float[Tensor, " D"], float]:
     """`(M + used * I)^{-1} b` and `used`, the first damping with which a factorisation exists.
 
     `damping` itself is tried first. Each of up to seven further tries takes ten times the last
@@ -148,7 +148,7 @@ def two_directions_per_layer(newest: Direction, previous: Direction | None) -> l
 
 def best_combination(
     parts: Sequence[Linearization], directions: Sequence[Direction], damping: float
-) -> Float[Tensor, "q"]:
+) -> Float[Tensor, " q"]:
     """Coefficients `c` that minimise `|J p + rho|^2 + damping |p|^2` for `p = sum_i c_i d_i`.
 
     Directions that depend on each other share their coefficient; a zero direction gets zero. For
@@ -172,7 +172,9 @@ def best_combination(
     return (-scale * (Q @ (inverse * (Q.T @ (scale * h))))).to(J.dtype)
 
 
-def linear_combination(directions: Sequence[Direction], c: Float[Tensor, "q"]) -> dict[str, Tensor]:
+def linear_combination(
+    directions: Sequence[Direction], c: Float[Tensor, " q"]
+) -> dict[str, Tensor]:
     """`sum_i c_i d_i`."""
     result: dict[str, Tensor] = {}
     for coefficient, d in zip(c, directions, strict=True):

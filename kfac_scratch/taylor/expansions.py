@@ -91,7 +91,7 @@ class SecondOrder:
     """
 
     directions: Float[Tensor, "*points R d"]
-    C: Float[Tensor, "M *pairs #R"]
+    C: Float[Tensor, " M *pairs #R"]
 
     def __post_init__(self) -> None:
         R, d = self.directions.shape[-2:]

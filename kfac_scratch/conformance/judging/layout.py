@@ -142,7 +142,7 @@ def _reordered(
     return M.detach()
 
 
-def inputs_order(numbering: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_in"]:
+def inputs_order(numbering: Int[Tensor, "d_out d_in"]) -> Int[Tensor, " d_in"]:
     """Where the canonical inputs stand among the adapter's, whichever way outputs are numbered."""
     return numbering[0].argsort().argsort()
 
