@@ -137,7 +137,7 @@ COMPUTED = (
 
 def psd_eigh(
     M: Float[Tensor, "d d"], size: Float[Tensor, ""] | None = None
-) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Eigenvalues (ascending, none negative) and eigenvectors of a PSD matrix.
 
     Use it for a damped inverse, which needs no decision about rank: round-off below zero becomes
@@ -213,7 +213,7 @@ def cholesky_factor(M: Float[Tensor, "*batch d d"], failure: str) -> Float[Tenso
     return L
 
 
-def told_from_zero(eigenvalues: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
+def told_from_zero(eigenvalues: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """Eigenvalues of a PSD matrix, with zero for those that its own rounding could have made.
 
     Use it where a theorem needs a null space: an undamped inverse, a pseudo-inverse. Not before
@@ -241,7 +241,7 @@ def positive_part(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 def simultaneous_eigh(
     P: Float[Tensor, "d d"], M: Float[Tensor, "d d"]
-) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     r"""Diagonalise two symmetric matrices at once: `K.T @ P @ K = I`, `K.T @ M @ K = diag(p)`.
 
     Returns `p` and `K`, computed in float64 and rounded.
