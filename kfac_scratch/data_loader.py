@@ -43,7 +43,7 @@ def over_loader(
     approximation: Callable[[LayerIO], M] | Accumulator[M],
     model: Module,
     loss: Module,
-    data: Iterable[tuple[Tensor, Tensor]],
+    data: Iterable[tuple[Any, Tensor]],
     fisher: BackpropagatedVectors = type2,
     *,
     flavour: Flavour = EXPAND,
@@ -148,8 +148,8 @@ def _with_inputs(
 
 
 def _batches(
-    data: Iterable[tuple[Tensor, Tensor]], progress: bool | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    data: Iterable[tuple[Any, Tensor]], progress: bool | None
+) -> Iterator[tuple[Any, Tensor]]:
     """The batches, each of which must be a pair, behind a progress bar.
 
     Raises:
@@ -173,7 +173,7 @@ def _batches(
 def kfac_over(
     model: Module,
     loss: Module,
-    data: Iterable[tuple[Tensor, Tensor]],
+    data: Iterable[tuple[Any, Tensor]],
     fisher: BackpropagatedVectors = type2,
     **options: Unpack[LoaderOptions],
 ) -> dict[str, Kronecker | DiagonalKronecker]:

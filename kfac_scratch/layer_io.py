@@ -166,5 +166,5 @@ def concatenate(ios: Sequence[LayerIO], shares: Sequence[float]) -> LayerIO:
 
 
 def all_counted(a: Float[Tensor, "N S d_in"]) -> Bool[Tensor, "N S"]:
-    """That every row is part of the data."""
+    """The mask of a layer whose rows are all part of the data."""
     return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)

@@ -64,7 +64,7 @@ def check_some_layer_has(mask: Tensor | None, calls: list[Call]) -> None:
 def counted_positions(
     group: LayerGroup, calls: list[Call], mask: Bool[Tensor, "N T"]
 ) -> list[Bool[Tensor, "N S"]]:
-    """Which positions are counted, for each matrix `W` of a group.
+    """The mask of the rows of each matrix `W` of a group.
 
     Calls with another number of positions than the mask have all of theirs counted.
     """

@@ -174,6 +174,8 @@ class ForwardPass:
 
     Cost: the graph of one forward pass, and the inputs and outputs of the layers.
 
+    It has many parameters, because two functions go on with what one forward pass leaves.
+
     Attributes:
         flavour: The rules that make rows.
         groups: The layers.

@@ -49,8 +49,14 @@ def check_model(
 
 def check_output(f: Output) -> Output:
     """The model's output, which must be one tensor."""
-    if not isinstance(f, Tensor) or f.ndim == 0:
-        raise ValueError("The model must return one tensor with the batch on axis 0.")
+    if not isinstance(f, Tensor):
+        raise ValueError(
+            f"The model returns a {type(f).__name__}, but it must return one tensor with the batch "
+            "on axis 0. Wrap it in a module whose forward returns what the loss gets, for example "
+            "self.model(**X).logits. That module may take several inputs as one dictionary X."
+        )
+    if f.ndim == 0:
+        raise ValueError("The model must return a tensor with the batch on axis 0, not one number.")
     return f
 
 

@@ -116,6 +116,7 @@ from kfac_scratch.optimizer.undo import (
 
 COPIED = (
     *("model", "loss", "flavour", "estimator", "invert", "fisher", "controls", "decay", "record"),
+    "counted",
     *("factor_every", "inverse_every", "adapt_damping", "adapt_every", "generator"),
     *("defaults", "state", "param_groups"),
     *("_layers", "_draws_labels", "_given_all", "_known", "_rest", "_progress"),

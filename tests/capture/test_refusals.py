@@ -1,12 +1,14 @@
 """What capture cannot do is refused, with the layer, the value and the way out."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import (
     BatchNorm1d,
     Conv1d,
+    CrossEntropyLoss,
     Embedding,
     LayerNorm,
     Linear,
@@ -16,10 +18,10 @@ from torch.nn import (
 )
 from torch.nn.functional import linear
 
-from kfac_scratch import layer_ios
+from kfac_scratch import KFAC, kfac, layer_ios, over_loader
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.capture.test_forward_pass import C, D, N, simple
-from tests.laws import check_equal
+from tests.laws import check_differs, check_equal
 
 
 def test_parameters_without_a_block_are_named_in_a_warning(device):
@@ -144,8 +146,68 @@ def test_model_must_return_a_tensor():
         def forward(self, x):
             return (self[0](x),)
 
-    with pytest.raises(ValueError, match="must return one tensor"):
+    with pytest.raises(ValueError, match=r"returns a tuple, but it must return one tensor"):
         layer_ios(Tuple(Linear(D, C)), MSELoss(), torch.randn(N, D), torch.randn(N, C))
+
+
+class Output(SimpleNamespace):
+    """What a library's model returns: several tensors in one object."""
+
+
+class Library(Module):
+    """A model with several inputs by name, which returns an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = Embedding(6, D), Linear(D, C)
+
+    def forward(self, ids, weights=None):
+        hidden = (self.words(ids) * weights.unsqueeze(-1)).sum(1)
+        return Output(logits=self.head(hidden), hidden=hidden)
+
+
+class Logits(Module):
+    """The way out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, X):
+        return self.model(**X).logits
+
+
+class Whole(Logits):
+    """It hands on what the library's model returns."""
+
+    def forward(self, X):
+        return self.model(**X)
+
+
+class OfOneTensor(Logits):
+    """The same function with both inputs in one tensor, as `curvature` takes it."""
+
+    def forward(self, X):
+        return self.model(X[:, :3].long(), X[:, 3:]).logits
+
+
+def test_a_model_that_returns_an_object_is_wrapped():
+    X = {"ids": torch.randint(6, (N, 3)), "weights": torch.rand(N, 3)}
+    loss, y, library = CrossEntropyLoss(), torch.randint(C, (N,)), Library()
+    with pytest.raises(ValueError, match=r"returns a Output, .*self.model\(\*\*X\).logits"):
+        layer_ios(Whole(library), loss, X, y)
+    model, whole = Logits(library), OfOneTensor(library)
+    exact = diagonal_blocks(whole, ggn(whole, loss, torch.cat([*X.values()], 1), y))
+    for name, io in layer_ios(model, loss, X, y).items():
+        check_equal(io.block(), exact[name])
+    over = over_loader(kfac, model, loss, [(X, y)])
+    optimizer = KFAC(model, loss)
+    optimizer.observe(X, y)
+    loss(model(X), y).backward()
+    before = library.head.weight.detach().clone()
+    optimizer.step()
+    assert set(over) == {"model.words", "model.head"}
+    check_differs(library.head.weight, before)
 
 
 def test_tokens_out_of_the_vocabulary():
