@@ -33,8 +33,8 @@ class LayerIO:
         positions: How many positions every row stands for. It is 1, except in a layer that
             `reduced()` or `flavour=REDUCE` made of several: its `a` and `g` give KFAC-reduce, but
             the gradient of a sample is lost (see `check_not_reduced`).
-        counted: Which positions are part of the data; None if all are. Others, such as those that
-            fill a sentence up, have rows and vectors of zeros, so that no gradient is changed by
+        counted: Which positions are part of the data; None if all are. Others, such as
+            padding, have rows and vectors of zeros, so that no gradient is changed by
             them. Means over positions leave them out.
     """
 

@@ -843,27 +843,27 @@ assert_exact(kfac(io).a, words.flatten().bincount(minlength=6) / words.numel())
 assert_exact(kfac(io).dense(), kfac_in_full(io).dense())
 
 # %% [markdown]
-# ## Sentences that are filled up
+# ## Padded sentences
 #
-# Sentences of different lengths make a rectangular batch when the short ones are filled up with a
+# Sentences of different lengths make a rectangular batch when the short ones are padded with a
 # token that stands for nothing. The loss ignores what the network says there. So the vectors are
 # zero at these positions, and the exact block does not depend on them. Expand does. Its $B$ is a sum,
 # to which zero vectors add nothing, but its $A$ is a *mean over all rows*. Where most rows are
-# filling, $A$ is the outer product of the filling token with itself:
+# padding, $A$ is mostly the outer product of the padding token's row with itself:
 #
 # $$
-# A_\text{expand} = (1 - p)\, A_\text{words} + p\, A_\text{filling},
+# A_\text{expand} = (1 - p)\, A_\text{words} + p\, A_\text{padding},
 # \tag{6.8}
 # $$
 #
-# where $p$ is the share of the filling. The mean must be taken over the words alone. Only the user
+# where $p$ is the share of the padding. The mean must be taken over the words alone. Only the user
 # knows which positions are words, so `layer_ios`, `over_loader` and the optimizer take a function
 # `counted` from the batch to a mask. The mask is checked: a vector that is not zero
-# where nothing is counted is an error. That happens when other positions read the filling, as they
-# do in attention without `key_padding_mask`. Then the filling is data.
+# where nothing is counted is an error. That happens when other positions read the padding, as they
+# do in attention without `key_padding_mask`. Then the padding is data.
 
 # %%
-FILLING, IGNORED, WORDS, LENGTH = 0, -100, 12, 16  # cross-entropy ignores targets of -100
+PAD, IGNORED, WORDS, LENGTH = 0, -100, 12, 16  # cross-entropy ignores targets of -100
 
 
 class Tagger(Module):
@@ -877,35 +877,35 @@ class Tagger(Module):
         return self.net(X).movedim(2, 1)
 
 
-def filled_up(words: int, sentences: int = 30) -> tuple[Tensor, Tensor]:
+def padded(words: int, sentences: int = 30) -> tuple[Tensor, Tensor]:
     """Sentences of so many words each."""
     X, y = torch.randint(1, WORDS, (sentences, LENGTH)), torch.randint(3, (sentences, LENGTH))
-    X[:, words:], y[:, words:] = FILLING, IGNORED
+    X[:, words:], y[:, words:] = PAD, IGNORED
     return X, y
 
 
 def is_word(X: Tensor, y: Tensor) -> Tensor:
-    return X != FILLING
+    return X != PAD
 
 
 tagger, tags = Tagger(), CrossEntropyLoss()
-X, y = filled_up(words=LENGTH // 4)
+X, y = padded(words=LENGTH // 4)
 of_all = layer_ios(tagger, tags, X, y)["net.1"]
 of_words = layer_ios(tagger, tags, X, y, counted=is_word)["net.1"]
-assert_exact(of_words.block(), of_all.block())  # no gradient depends on the filling
+assert_exact(of_words.block(), of_all.block())  # no gradient depends on the padding
 
 p = (~of_words.counted).double().mean()
-filling = of_all.a[:, -1:]  # the last position of every sentence
-A_filling = torch.einsum("nsi,nsj->ij", filling, filling) / len(X)
-assert_exact(kfac(of_all).A, (1 - p) * kfac(of_words).A + p * A_filling)
+padding = of_all.a[:, -1:]  # the last position of every sentence
+A_padding = torch.einsum("nsi,nsj->ij", padding, padding) / len(X)
+assert_exact(kfac(of_all).A, (1 - p) * kfac(of_words).A + p * A_padding)
 assert relative_error(kfac(of_all).A, kfac(of_words).A) > 0.1
 
 # %% [markdown]
-# How much it matters depends on the filling token, which nobody trains: its embedding is never
-# told anything. Below it has a common size, as it has after initialisation. Ten networks with data of
-# their own stand behind every point.
+# How much it matters depends on the embedding of the padding token. It gets no gradient, so it stays
+# as it was initialised. Below it has the size of the others. Ten networks with data of their own
+# stand behind every point.
 
-# %% tags=["hide-input"] alt="Two lines over the share of filling, from zero to fifteen sixteenths. The relative error of KFAC with the words alone stays level, that of KFAC with all positions rises." caption="Distance of KFAC-expand from the exact block of the first linear layer, mean and range of ten networks."
+# %% tags=["hide-input"] alt="Two lines over the share of padding, from zero to fifteen sixteenths. The relative error of KFAC with the words alone stays level, that of KFAC with all positions rises." caption="Distance of KFAC-expand from the exact block of the first linear layer, mean and range of ten networks."
 lengths = [16, 12, 8, 4, 2, 1]
 errors: dict[str, list[list[float]]] = {"all positions": [], "words alone": []}
 for words in lengths:
@@ -913,7 +913,7 @@ for words in lengths:
         errors[name].append([])
         for seed in range(10):
             torch.manual_seed(seed)
-            model, batch = Tagger(), filled_up(words)
+            model, batch = Tagger(), padded(words)
             io = layer_ios(model, tags, *batch, counted=counted)["net.1"]
             errors[name][-1].append(relative_error(kfac(io).dense(), io.block()))
 
@@ -923,13 +923,13 @@ for name, found in errors.items():
     low, high = torch.tensor(found).amin(1), torch.tensor(found).amax(1)
     plt.plot(shares, mean.cpu(), marker="o", label=name)
     plt.fill_between(shares, low.cpu(), high.cpu(), alpha=0.2)
-plt.xlabel("share of the filling")
+plt.xlabel("share of the padding")
 plt.ylabel("relative error")
 plt.legend()
 plt.show()
 
 first, last = ({name: sum(e[i]) / 10 for name, e in errors.items()} for i in (0, -1))
-print(f"without filling both are {first['words alone']:.0%} off")
+print(f"without padding both are {first['words alone']:.0%} off")
 print(f"with one word of {LENGTH}: {last['words alone']:.0%} and {last['all positions']:.0%}")
 assert first["words alone"] == first["all positions"]
 assert last["all positions"] > last["words alone"] + 0.1

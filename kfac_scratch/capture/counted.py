@@ -1,6 +1,6 @@
-"""Positions that are part of the data, and those that only fill a batch up.
+"""Positions that are part of the data, and those that are padding.
 
-Sentences of different lengths make a rectangle when the short ones are filled up with a token that
+Sentences of different lengths make a rectangle when the short ones are padded with a token that
 stands for nothing, and the loss ignores what the model says there. Then no gradient depends on
 these positions, but KFAC's `A`, a mean over all positions, does: it gets worse the more of them
 there are, and changes with the token. A mask of the others mends both.

@@ -92,7 +92,7 @@ def layer_ios(
         plan: What `plan` found for batches of this kind, or `Plans`, which keeps what it has found.
             Default: found here, at the cost of `plan`.
         counted: From the batch to a mask `[N, T]` of the positions that are part of the data, for
-            sentences that are filled up: `counted=lambda X, y: X != pad`. It holds for layers with
+            padded sentences: `counted=lambda X, y: X != pad`. It holds for layers with
             `T` positions of each sample; of others, all are counted. The rest of the positions is
             in no mean of an approximation. Default: all are counted.
 

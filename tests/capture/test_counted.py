@@ -93,13 +93,13 @@ def captured(name, device, X, y, **options):
     return layer_ios(made(name, device), LOSS, X, y, layers=NAMED.get(name), **options)
 
 
-def with_other_filling(X, mask):
-    """The same words, and other tokens where there are none."""
+def with_other_padding(X, mask):
+    """The same words, and other tokens in the padding."""
     return torch.where(mask, X, torch.randint_like(X, 1, WORDS))
 
 
 def of_words(io, mask):
-    """The layer with a sample for every word: what KFAC averages over if there is no filling."""
+    """The layer with a sample for every word: what KFAC averages over if there is no padding."""
     return LayerIO(io.a[mask].unsqueeze(1), io.g[:, mask].unsqueeze(2))
 
 
@@ -149,9 +149,9 @@ ALONE = {"tkfac", "tekfac", "kpsvd", "cg_fac", "mini blocks"}  # functions of gr
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-def test_what_fills_up_changes_no_approximation(approximation, device):
+def test_padding_changes_no_approximation(approximation, device):
     X, y, mask = sentences(device)
-    other, of = with_other_filling(X, mask), APPROXIMATIONS[approximation]
+    other, of = with_other_padding(X, mask), APPROXIMATIONS[approximation]
     assert (other != X).any()
     model = tagger().to(device)
     masked = [layer_ios(model, LOSS, x, y, counted=lambda X, y: mask) for x in (X, other)]
@@ -163,8 +163,8 @@ def test_what_fills_up_changes_no_approximation(approximation, device):
     assert max(gaps) < 1e-10 if approximation in ALONE else max(gaps) > 1e-3
 
 
-def test_kfac_is_nearer_to_the_exact_blocks_without_the_filling(device):
-    """Three of four positions fill up: with them, the mean of the inputs is that of the filling."""
+def test_kfac_is_nearer_to_the_exact_blocks_without_the_padding(device):
+    """Most positions are padding: with them, the mean of the inputs is nearly that of the padding."""
     better = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -309,9 +309,9 @@ def trained(model, X, y, **options):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_an_optimizer_does_not_see_what_fills_up(device):
+def test_an_optimizer_does_not_see_the_padding(device):
     X, y, mask = sentences(device)
-    other = with_other_filling(X, mask)
+    other = with_other_padding(X, mask)
 
     def runs(**options):
         return [trained(made("tagger", device), x, y, **options) for x in (X, other)]
