@@ -111,6 +111,11 @@ def loss(*kinds: str) -> Holds:
     return lambda asked: asked.case.fisher != "empirical" and asked.case.loss.kind in kinds
 
 
+def root_is_chosen(asked: Question) -> bool:
+    """Whether vectors are columns of a root of the loss's Hessian."""
+    return asked.case.fisher == "type2"
+
+
 def weights(asked: Question) -> bool:
     """Whether the loss has weights."""
     return bool(asked.case.loss.weight)
@@ -349,11 +354,11 @@ DAMPING = [
         damping("exact"),
         solved=partial(factored, change=lambda pi, root: (root * pi, root / pi)),
     ),
-    step("as if the damping were added twice", damping("exact"), solved=partial(exact, factor=2)),
+    step("as if the damping were added twice", damping("exact"), solved=partial(exact, factor=2.0)),
     step(
         "as if there were no damping",
         damping("exact", "factored"),
-        solved=partial(exact, factor=0),
+        solved=partial(exact, factor=0.0),
     ),
 ]
 
@@ -511,14 +516,19 @@ STEPS = [
     ),
     step(
         "as if one vector were sent back for all positions",
-        all_of(TYPE2, output_positions),
+        all_of(root_is_chosen, output_positions),
         columns=together,
     ),
     step(
         "as if different data were summed before the square",
-        always,
+        lambda asked: asked.case.fisher != "mc",  # whose labels are independent
         vector_factor=data_joined,
         squares=gradients_joined,
+    ),
+    step(
+        "as if different data were summed before the square",
+        flavour("ekfac"),  # in its eigenvectors alone
+        vector_factor=data_joined,
     ),
     step(
         "as if inputs were averaged over positions before the product, as in KFAC-reduce",
@@ -594,9 +604,9 @@ def layouts(asked: Question, right: Pieces) -> Iterator[tuple[str, Pieces]]:
 
 def _numberings(asked: Question) -> Iterator[tuple[str, str, Mapping[str, str]]]:
     """Places of the bias and orders of the axes, other than those that are right."""
-    places_of_bias, orders = ("last",), ("", "o s i", "s i o", "i s o", "i o s")
+    places_of_bias, orders = ["last"], ["", "o s i", "s i o", "i s o", "i o s"]
     if biases(asked):  # which stands among the inputs only if the outputs are first or last
-        places_of_bias, orders = ("last", "first", "behind"), orders[:-1]
+        places_of_bias, orders = ["last", "first", "behind"], orders[:-1]
     for bias_at in places_of_bias:
         for order in orders:
             axes = {op.name: _axes(op, order) for op in layers(asked)}

@@ -6,6 +6,7 @@ two, and the simplest that fits is named. If layers or cases have scales with on
 named fits all of them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations, product
@@ -50,8 +51,10 @@ def readings(scales: Sequence[tuple[float, Sizes]], tolerance: float = 1e-8) -> 
     most = 2 if tolerance > ROUGH else len(MEANING)
     letters = [x for x in scales[0][1] if all(x in sizes for _, sizes in scales)]
     letters = [x for x in letters if any(sizes[x] > 1 for _, sizes in scales)]
-    logs = torch.tensor([[float(sizes[x]) for x in letters] for _, sizes in scales]).double().log()
-    wanted = torch.tensor([scale for scale, _ in scales]).double().log()
+    logs = torch.tensor(
+        [[float(sizes[x]) for x in letters] for _, sizes in scales], dtype=torch.float64
+    ).log()
+    wanted = torch.tensor([scale for scale, _ in scales], dtype=torch.float64).log()
     found: list[Product] = []
     for count in range(min(most, len(letters)) + 1):
         if found and min(map(_terms, found)) < count:
@@ -66,9 +69,9 @@ def _fitting(
 ) -> Iterator[Product]:
     """All products of so many sizes that fit; `logs` and `wanted` are logarithms."""
     grid = list(product(exponents(count), repeat=count))
-    powers = torch.tensor([[float(p) for p in row] for row in grid]).double()
+    powers = torch.tensor([[float(p) for p in row] for row in grid], dtype=torch.float64)
     for constant in CONSTANTS:
-        offset = wanted - torch.tensor(float(constant)).double().log()
+        offset = wanted - math.log(constant)
         for chosen in combinations(range(len(letters)), count):
             values = powers.reshape(len(grid), count) @ logs[:, list(chosen)].T
             fits = ((values - offset).abs() <= tolerance).all(1)
@@ -105,27 +108,38 @@ def formula(constant: Fraction, powers: Mapping[str, Fraction]) -> str:
     )
 
 
-def off_by(scale: float, sizes: Sizes | Sequence[Sizes], tolerance: float = 1e-8) -> str:
+def off_by(
+    scale: float,
+    sizes: Sizes | Sequence[Sizes],
+    tolerance: float = 1e-8,
+    found: Sequence[str] = (),
+) -> str:
     """In which direction a block is wrong and by how much: "too small by N² = 49 ..."."""
     if abs(scale - 1) <= tolerance:
         return "right"
     if scale < 1:
-        return f"too small by {in_words(1 / scale, sizes, tolerance)}"
-    return f"too large by {in_words(scale, sizes, tolerance)}"
+        return f"too small by {in_words(1 / scale, sizes, tolerance, found)}"
+    return f"too large by {in_words(scale, sizes, tolerance, found)}"
 
 
-def in_words(scale: float, sizes: Sizes | Sequence[Sizes], tolerance: float = 1e-8) -> str:
+def in_words(
+    scale: float,
+    sizes: Sizes | Sequence[Sizes],
+    tolerance: float = 1e-8,
+    found: Sequence[str] = (),
+) -> str:
     """What a scale says: its formula, its value, and what the letters mean.
 
     Args:
         scale: How many times larger a block is.
         sizes: Of its layer, or those of all layers that have this scale.
         tolerance: Relative.
+        found: Formulas that fit, if they are known.
     """
     several = [sizes] if isinstance(sizes, Mapping) else list(sizes)
     if abs(scale - 1) <= tolerance:
         return "1"
-    found = readings([(scale, of_layer) for of_layer in several], tolerance)
+    found = found or readings([(scale, of_layer) for of_layer in several], tolerance)
     if not found and abs(scale - 1) <= SINGLE:
         return f"{scale:.10g}, which is 1 up to the rounding of float32"
     if not found:

@@ -33,7 +33,7 @@ IGNORED = -100  # the target that cross-entropy leaves out
 class Batch:
     """A layer on one mini-batch: its rows, what arrives there, and the number of loss terms."""
 
-    a: Float[Tensor, "groups N S d_in"]
+    a: Float[Tensor, "groups N rows d_in"]
     g: Float[Tensor, "V groups N S d_out"]
     terms: float
 
