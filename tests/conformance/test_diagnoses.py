@@ -15,7 +15,7 @@ from kfac_scratch.conformance.judging.diagnoses import EQUAL, agree, diagnosis, 
 from kfac_scratch.conformance.judging.harness import run, verdict
 from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
 from kfac_scratch.conformance.judging.narrowing import narrowed
-from kfac_scratch.conformance.judging.ways import Way, question
+from kfac_scratch.conformance.judging.ways import Way, asked_about
 from kfac_scratch.conformance.selftest.museum import PIECES
 from tests import faulty
 from tests.laws import error
@@ -75,7 +75,7 @@ def check_ways(tasks):
         data = case.build()
         defined = replace(case, flavours={flavour: DEFINITION})
         right = truth.expected(defined, data, flavour)
-        found = Way().pieces(question(case, data, flavour))
+        found = Way().pieces(asked_about(case, data, flavour))
         assert max(error(found[key], M) for key, M in right.items()) <= case.tolerance, case.id
 
 
@@ -135,15 +135,15 @@ def whole(case):
 
 def diagnosed(case, flavour, got):
     data = case.build()
-    return diagnosis(case, data, flavour, got, whole(case), truth.sizes(case, data))
+    return diagnosis(asked_about(case, data, flavour, whole(case)), got, truth.letters(case, data))
 
 
 def explained(case, flavour):
     """All mistakes that a case is about, and what they give."""
     data = case.build()
     right = truth.expected(case, data, flavour, whole(case))
-    asked = question(case, data, flavour, whole(case))
-    return right, list(explanations(asked, right, truth.sizes(case, data)))
+    asked = asked_about(case, data, flavour, whole(case))
+    return right, list(explanations(asked, right, truth.letters(case, data)))
 
 
 def equal(got, right, case):
@@ -231,7 +231,7 @@ def test_a_mistake_is_tried_only_where_there_is_what_it_is_about(word, holds):
     assert tried
     concerned = []
     for case, flavour in TASKS[::5]:
-        asked = question(case, case.build(), flavour)
+        asked = asked_about(case, case.build(), flavour)
         ops = layer_ops(case.ops)
         for mistake in tried:
             concerned.append(mistake.concerns(asked))
@@ -241,7 +241,7 @@ def test_a_mistake_is_tried_only_where_there_is_what_it_is_about(word, holds):
 
 def test_mistakes_about_calls_batches_and_losses_are_tried_where_they_can_be_made():
     def tried(name, flavour="expand"):
-        asked = question(CASES[name], CASES[name].build(), flavour)
+        asked = asked_about(CASES[name], CASES[name].build(), flavour)
         return " ".join(mistake.words for mistake in MISTAKES if mistake.concerns(asked))
 
     assert "last call" in tried("used-twice-added-mse", "reduce")
@@ -305,7 +305,7 @@ def test_layouts_are_not_the_right_one():
         case = CASES[name]
         data, flavour = case.build(), next(iter(case.flavours))
         right = truth.expected(case, data, flavour)
-        found = list(layouts(question(case, data, flavour), right))
+        found = list(layouts(asked_about(case, data, flavour), right))
         assert found
         for words, got in found:
             agreement = agree(got, right, case.tolerance)

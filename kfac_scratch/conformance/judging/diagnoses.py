@@ -12,40 +12,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.cases.case import TOLERANCES, Case, Data
+from kfac_scratch.conformance.cases.case import TOLERANCES, Data
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
 from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
-from kfac_scratch.conformance.judging.pieces import LayerParts, Pieces
+from kfac_scratch.conformance.judging.pieces import Pieces
 from kfac_scratch.conformance.judging.scalars import Sizes, off_by
-from kfac_scratch.conformance.judging.ways import Question, Way, question
-from kfac_scratch.conformance.vocabulary import Flavour
+from kfac_scratch.conformance.judging.ways import Question, Way
 
 EQUAL, ONE_SCALE, OWN_SCALES = range(3)  # how well numbers agree, the best first
 Agreement = tuple[int, float]  # one of these, and the scale
 Explained = tuple[str, Pieces]  # in words, and the answer that there would be
 
 
-def diagnosis(
-    case: Case,
-    data: Data,
-    flavour: Flavour,
-    got: Pieces,
-    parts: LayerParts,
-    sizes: Mapping[str, Sizes],
-) -> str:
+def diagnosis(asked: Question, got: Pieces, sizes: Mapping[str, Sizes]) -> str:
     """Which mistakes the numbers fit, as a sentence; empty if none does.
 
     Args:
-        case: What was asked.
-        data: The case's numbers.
-        flavour: Of KFAC.
+        asked: What was asked.
         got: The implementation's numbers, without their documented scale.
-        parts: For each layer `joint`, or `weight` and `bias`.
         sizes: Every layer's sizes.
     """
-    asked = question(case, data, flavour, parts)
-    right = truth.expected(case, data, flavour, parts)
+    case = asked.case
+    right = truth.expected(case, asked.data, asked.flavour, asked.parts)
     found: dict[str, Agreement] = {}
     for words, answer in explanations(asked, right, sizes):
         agreement = agree(answer, got, case.tolerance)
@@ -120,9 +109,9 @@ def agree(answer: Pieces, got: Pieces, tolerance: float) -> Agreement | None:
     return (ONE_SCALE, scales[0]) if one else (OWN_SCALES, 1.0)
 
 
-def _sentence(found: Mapping[str, Agreement], sizes: list[Sizes], tolerance: float) -> str:
-    best = min(level for level, _ in found.values())
-    kept = {words: scale for words, (level, scale) in found.items() if level == best}
+def _sentence(fitting: Mapping[str, Agreement], sizes: list[Sizes], tolerance: float) -> str:
+    best = min(level for level, _ in fitting.values())
+    kept = {words: scale for words, (level, scale) in fitting.items() if level == best}
     causes = []
     for words, scale in kept.items():
         if best == ONE_SCALE:
@@ -132,32 +121,21 @@ def _sentence(found: Mapping[str, Agreement], sizes: list[Sizes], tolerance: flo
 
 
 def diagnosis_in_expectation(
-    case: Case,
-    data: Data,
-    flavour: Flavour,
-    near: Callable[[Pieces], bool],
-    parts: LayerParts,
-    sizes: Mapping[str, Sizes],
-    samples: int,
+    asked: Question, near: Callable[[Pieces], bool], sizes: Mapping[str, Sizes]
 ) -> str:
     """Which mistakes the mean of random draws fits, as a sentence; empty if none does.
 
     Args:
-        case: What was asked.
-        data: The case's numbers.
-        flavour: Of KFAC.
+        asked: What was asked.
         near: Whether the mean is near some numbers, as far as chance tells.
-        parts: For each layer `joint`, or `weight` and `bias`.
-        sizes: Every layer's sizes.
-        samples: How many labels are drawn for a datum.
+        sizes: Every layer's sizes, and `M`, how many labels are drawn for a datum.
     """
-    asked = question(case, data, flavour, parts)
-    right = truth.expected(case, data, flavour, parts)
+    right = truth.expected(asked.case, asked.data, asked.flavour, asked.parts)
     causes = dict.fromkeys(
         words for words, answer in explanations(asked, right, sizes) if near(answer)
     )
     found = list(causes)
-    for words, factor in wrong_scales([{**sizes[name], "M": samples} for name in case.judged]):
+    for words, factor in wrong_scales([sizes[name] for name in asked.case.judged]):
         if near({key: factor * M for key, M in right.items()}):
             found.append(f"as if every block were {words}")
     return f" It looks {', or '.join(found)}." if found else ""

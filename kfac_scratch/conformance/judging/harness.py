@@ -35,6 +35,7 @@ from kfac_scratch.conformance.judging.layout import (
 )
 from kfac_scratch.conformance.judging.pieces import Answer, PieceKey, Pieces
 from kfac_scratch.conformance.judging.scalars import UNEXPLAINED
+from kfac_scratch.conformance.judging.ways import asked_about
 from kfac_scratch.conformance.protocol import (
     Adapter,
     Capabilities,
@@ -210,12 +211,12 @@ def judged(case: Case, flavour: Flavour, given: Answer, device: str = "cpu") -> 
         spread = max(float((got[key] - again[key]).abs().max()) for key in got)
         words = f"not deterministic: the same request twice differs by up to {spread:.2g}."
         return Result(case.id, flavour, "error", words)
-    sizes = OnDemand(partial(truth.sizes, case, data))
+    sizes = OnDemand(partial(truth.letters, case, data))
     result = judge(case, flavour, got, right, given.scales, sizes)
     if result.verdict != "wrong" and UNEXPLAINED not in result.words:
         return result
     unscaled = {key: M / known_scale(given.scales[key]) for key, M in got.items()}
-    cause = diagnosis(case, data, flavour, unscaled, parts_of(got), sizes)
+    cause = diagnosis(asked_about(case, data, flavour, parts_of(got)), unscaled, sizes)
     return replace(result, words=result.words + cause)
 
 
@@ -312,12 +313,13 @@ def _in_expectation(
         return Result(case.id, flavour, "definition", words, scales=scales)
     words = f"{REPETITIONS} draws of {SAMPLES} labels: off by {worst:.3g} standard errors"
     found = ", ".join(f"{key} {scale:.3g}" for key, scale in scales.items())
-    sizes = OnDemand(partial(truth.sizes, case, data))
+    sizes = OnDemand(partial(truth.letters, case, data))
     parts = parts_of(given.draws[0])
 
     def near(answer: Pieces) -> bool:
         return distance(answer) <= STANDARD_ERRORS
 
-    cause = diagnosis_in_expectation(case, data, flavour, near, parts, sizes, SAMPLES)
+    drawn = {name: {**sizes[name], "M": SAMPLES} for name in case.judged}
+    cause = diagnosis_in_expectation(asked_about(case, data, flavour, parts), near, drawn)
     words = f"{words}; mean scales {found}.{cause}"
     return Result(case.id, flavour, "wrong", words, scales=scales)

@@ -86,7 +86,7 @@ def biases(asked: Question) -> bool:
     return any(op["bias"] for op in layers(asked))
 
 
-def positions(asked: Question) -> bool:
+def has_positions(asked: Question) -> bool:
     """Whether a layer is applied at several positions."""
     network, ops = asked.networks[0], asked.case.ops
     return any(
@@ -106,7 +106,7 @@ def writes_in_place(asked: Question) -> bool:
     return any(behind(asked.case, i) != i for op in layers(asked) for i in calls(ops, op.name))
 
 
-def loss(*kinds: str) -> Holds:
+def has_loss(*kinds: str) -> Holds:
     """Whether a Fisher that is no empirical one has a loss of some kinds."""
     return lambda asked: asked.case.fisher != "empirical" and asked.case.loss.kind in kinds
 
@@ -121,9 +121,14 @@ def weights(asked: Question) -> bool:
     return bool(asked.case.loss.weight)
 
 
-def ignored(asked: Question) -> bool:
+def has_ignored(asked: Question) -> bool:
     """Whether there are targets that the loss leaves out."""
-    return loss("cross-entropy")(asked) and bool((asked.data.y == IGNORED).any())
+    return has_loss("cross-entropy")(asked) and bool((asked.data.y == IGNORED).any())
+
+
+def uneven_mean(asked: Question) -> bool:
+    """Whether a mean loss divides by another number than that of its terms."""
+    return asked.case.loss.reduction == "mean" and (weights(asked) or has_ignored(asked))
 
 
 def output_positions(asked: Question) -> bool:
@@ -290,9 +295,9 @@ def only(place: int) -> Callable[[Sequence[float]], list[float]]:
     return shares
 
 
-def bases_averaged(found: Sequence[truth.KroneckerFactors], A: Any, B: Any) -> Any:
+def bases_averaged(of_batches: Sequence[truth.KroneckerFactors], A: Any, B: Any) -> Any:
     """The mean of eigenvectors, in the place of factors."""
-    bases = [[torch.linalg.eigh(M)[1] for M in (K.A, K.B)] for K in found]
+    bases = [[torch.linalg.eigh(M)[1] for M in (K.A, K.B)] for K in of_batches]
     return truth.KroneckerFactors(
         *(torch.stack(of_factor).mean(0) for of_factor in zip(*bases, strict=True))
     )
@@ -324,7 +329,7 @@ def factored(piece: truth.Columns, data: Data, change: Callable[..., tuple[Any, 
     return torch.linalg.solve(M, piece.gradient(data))
 
 
-def exact(piece: truth.Columns, data: Data, factor: float = 1.0) -> Tensor:
+def whole_damped(piece: truth.Columns, data: Data, factor: float = 1.0) -> Tensor:
     """An exact inverse with a multiple of the damping."""
     assert piece.case.damping is not None
     M = piece.matrix()
@@ -348,17 +353,23 @@ DAMPING = [
     ),
     balanced("as if one factor were not damped", lambda pi, root: (root * pi, 0)),
     balanced("as if one factor were not damped", lambda pi, root: (0, root / pi)),
-    step("as if the damping were added to the whole block", damping("factored"), solved=exact),
+    step(
+        "as if the damping were added to the whole block", damping("factored"), solved=whole_damped
+    ),
     step(
         "as if each factor were damped",
         damping("exact"),
         solved=partial(factored, change=lambda pi, root: (root * pi, root / pi)),
     ),
-    step("as if the damping were added twice", damping("exact"), solved=partial(exact, factor=2.0)),
+    step(
+        "as if the damping were added twice",
+        damping("exact"),
+        solved=partial(whole_damped, factor=2.0),
+    ),
     step(
         "as if there were no damping",
         damping("exact", "factored"),
-        solved=partial(exact, factor=0.0),
+        solved=partial(whole_damped, factor=0.0),
     ),
 ]
 
@@ -426,7 +437,7 @@ QUESTIONS = [
 # ---- all of them ---------------------------------------------------------------------------------
 
 EXPAND_OR_REDUCE = flavour("expand", "reduce")
-SOFTMAX, TYPE2 = loss("cross-entropy"), loss("mse", "cross-entropy", "bce")
+SOFTMAX, TYPE2 = has_loss("cross-entropy"), has_loss("mse", "cross-entropy", "bce")
 
 STEPS = [
     step(
@@ -452,7 +463,7 @@ STEPS = [
     step("as if the input of the bias were 0", biases, cut=without_ones),
     step(
         "as if the 1 of the bias were summed over positions",
-        all_of(biases, positions),
+        all_of(biases, has_positions),
         input_factor=ones_summed,
     ),
     step("as if the mean were subtracted from the inputs", always, input_factor=centred),
@@ -496,7 +507,9 @@ STEPS = [
     ),
     step(
         "as if the mean loss divided by the number of data",
-        lambda asked: asked.case.loss.reduction == "mean" and (weights(asked) or ignored(asked)),
+        lambda asked: (
+            asked.case.loss.reduction == "mean" and (weights(asked) or has_ignored(asked))
+        ),
         seen=by_data,
     ),
     step(
@@ -511,7 +524,7 @@ STEPS = [
     ),
     step(
         "as if ignored targets had curvature",
-        ignored,
+        has_ignored,
         term_weights=not_ignored,
     ),
     step(
@@ -532,23 +545,23 @@ STEPS = [
     ),
     step(
         "as if inputs were averaged over positions before the product, as in KFAC-reduce",
-        all_of(positions, flavour("expand")),
+        all_of(has_positions, flavour("expand")),
         input_factor=lambda a: input_factor(a.mean(2, keepdim=True)),
     ),
     step(
         "as if vectors were summed over positions before the product, as in KFAC-reduce",
-        all_of(positions, flavour("expand")),
+        all_of(has_positions, flavour("expand")),
         vector_factor=lambda g: vector_factor(g.sum(3, keepdim=True)),
     ),
     step(
         "as if EKFAC had the eigenvectors of KFAC-reduce",
-        all_of(positions, flavour("ekfac")),
+        all_of(has_positions, flavour("ekfac")),
         input_factor=lambda a: input_factor(a.mean(2, keepdim=True)),
         vector_factor=lambda g: vector_factor(g.sum(3, keepdim=True)),
     ),
     step(
         "as if every position of a datum were squared by itself",
-        all_of(positions, flavour("ekfac")),
+        all_of(has_positions, flavour("ekfac")),
         squares=squares_of_positions,
     ),
     step(
@@ -583,9 +596,6 @@ MISTAKES: list[Mistake] = [*QUESTIONS, *STEPS, *DAMPING]
 
 
 # ---- the right answer in another layout ----------------------------------------------------------
-
-LINEAR_AXES = ("o i", "i o")
-CHANNELS, SPACE = ("o", "i"), "dhw"
 
 
 def layouts(asked: Question, right: Pieces) -> Iterator[tuple[str, Pieces]]:

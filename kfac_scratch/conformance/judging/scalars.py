@@ -112,21 +112,21 @@ def off_by(
     scale: float,
     sizes: Sizes | Sequence[Sizes],
     tolerance: float = 1e-8,
-    found: Sequence[str] = (),
+    known: Sequence[str] = (),
 ) -> str:
     """In which direction a block is wrong and by how much: "too small by N² = 49 ..."."""
     if abs(scale - 1) <= tolerance:
         return "right"
     if scale < 1:
-        return f"too small by {in_words(1 / scale, sizes, tolerance, found)}"
-    return f"too large by {in_words(scale, sizes, tolerance, found)}"
+        return f"too small by {in_words(1 / scale, sizes, tolerance, known)}"
+    return f"too large by {in_words(scale, sizes, tolerance, known)}"
 
 
 def in_words(
     scale: float,
     sizes: Sizes | Sequence[Sizes],
     tolerance: float = 1e-8,
-    found: Sequence[str] = (),
+    known: Sequence[str] = (),
 ) -> str:
     """What a scale says: its formula, its value, and what the letters mean.
 
@@ -134,12 +134,12 @@ def in_words(
         scale: How many times larger a block is.
         sizes: Of its layer, or those of all layers that have this scale.
         tolerance: Relative.
-        found: Formulas that fit, if they are known.
+        known: Formulas that fit, if they are known.
     """
     several = [sizes] if isinstance(sizes, Mapping) else list(sizes)
     if abs(scale - 1) <= tolerance:
         return "1"
-    found = found or readings([(scale, of_layer) for of_layer in several], tolerance)
+    found = list(known) or readings([(scale, of_layer) for of_layer in several], tolerance)
     if not found and abs(scale - 1) <= SINGLE:
         return f"{scale:.10g}, which is 1 up to the rounding of float32"
     if not found:
@@ -148,9 +148,9 @@ def in_words(
     return f"{' or '.join(found)} = {scale:.6g}" + (f" ({meaning})" if meaning else "")
 
 
-def meanings(found: Sequence[str], several: Sequence[Sizes]) -> str:
+def meanings(texts: Sequence[str], several: Sequence[Sizes]) -> str:
     """What the letters of some formulas mean, with their values."""
-    used = [x for x in MEANING if x in several[0] and any(_mentions(f, x) for f in found)]
+    used = [x for x in MEANING if x in several[0] and any(_mentions(f, x) for f in texts)]
     values = {x: " or ".join(map(str, sorted({sizes[x] for sizes in several}))) for x in used}
     return ", ".join(f"{x} = {values[x]}: {MEANING[x]}" for x in used)
 
@@ -159,9 +159,9 @@ def _power(letter: str, power: Fraction) -> str:
     return letter if power == 1 else f"{letter}{SUPERSCRIPTS[str(power)]}"
 
 
-def _terms(found: Product) -> int:
+def _terms(reading: Product) -> int:
     """How complicated a formula is; a root counts twice, and so does a power beyond the square."""
-    constant, powers = found
+    constant, powers = reading
     odd = sum(power.denominator > 1 or abs(power) > 2 for _, power in powers)
     return len(powers) + (constant != 1) + odd
 

@@ -59,11 +59,11 @@ def expected(
         parts: For each layer `joint`, or `weight` and `bias`; by default `joint`.
     """
     K = factors(case, data, flavour) if case.needs_factors(flavour) else {}
-    found = columns(case, flavour, parts, exact(case, data), K)
+    found = asked_columns(case, flavour, parts, exact(case, data), K)
     return {key: piece.right(data) for key, piece in found.items()}
 
 
-def columns(
+def asked_columns(
     case: Case,
     flavour: Flavour,
     parts: LayerParts | None,
@@ -310,10 +310,17 @@ def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
             "d_out": d_out,
             "batches": max(1, len(case.batches)),
         }
+    return found
+
+
+def letters(case: Case, data: Data) -> dict[str, dict[str, int]]:
+    """Every layer's sizes, and `S_in` where a convolution's input has other positions than `S`."""
+    all_sizes = sizes(case, data)
+    for name, op in layer_ops(case.ops).items():
         if op.kind == "conv":
             S_in = recorded(case, data)[calls(case.ops, name)[0]][0][0, 0].numel()
-            found[name] |= {"S_in": S_in} if S_in != S else {}
-    return found
+            all_sizes[name] |= {"S_in": S_in} if S_in != all_sizes[name]["S"] else {}
+    return all_sizes
 
 
 def class_axis(case: Case) -> int:

@@ -192,7 +192,9 @@ class Question:
     networks: Sequence[Network]
 
 
-def question(case: Case, data: Data, flavour: Flavour, parts: LayerParts | None = None) -> Question:
+def asked_about(
+    case: Case, data: Data, flavour: Flavour, parts: LayerParts | None = None
+) -> Question:
     """A question about a case."""
     split = [replace(data, X=X, y=y) for X, y in case.split(data)]
     return Question(case, data, flavour, parts, [Network(case, part) for part in split])
@@ -246,7 +248,7 @@ class Way:
             over_all = self.averaged([self.factors(batch) for batch in kept], rows, shares)
             K[name] = truth.KroneckerFactors(over_all.A, over_all.B / D)
         plain = replace(case, flavours={flavour: DEFINITION})
-        found = truth.columns(plain, flavour, asked.parts, F, K)
+        found = truth.asked_columns(plain, flavour, asked.parts, F, K)
         return {key: self.solved(piece, asked.data) for key, piece in found.items()}
 
     def factors(self, batch: Batch) -> truth.KroneckerFactors:
