@@ -619,9 +619,9 @@ assert verdicts("positions", "positions") == {"scaled"}
 # A loss is more than its class. With class weights $w$, the Hessian of datum $n$ carries
 # $w_{y_n}$, and a mean is divided by the sum of these weights. The code never looks at
 # `loss.weight`, and the judge says so in one case. In the other all data have the same label, so
-# that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. The judge
-# offers $d_\text{out}^2$ as well, which is an accident: the formulas are guesses, and two of them
-# mean that the case cannot decide. What one does not support one must refuse; we support it:
+# that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. In the first layer
+# that is $d_\text{out}^2$ as well, but not in the last, and the judge names what fits both. Two
+# formulas mean that the case cannot decide. What one does not support one must refuse; we support it:
 
 
 # %%
@@ -644,6 +644,7 @@ class Weighted(Positions):
 constant = CASES["class-weights-constant-sum"]
 assert {constant.loss.weight[k] for k in constant.build(device).y.tolist()} == {0.25}
 assert math.isclose(rounds["positions"][constant.id].scales["fc1 joint"], 4)
+assert rounds["positions"][constant.id].words.endswith("too large by 4.")
 assert "without the loss's weights" in rounds["positions"]["class-weights-mlp-mean"].words
 ask("weights", Adapter(Weighted, "first", 0.5), *PANEL["mini-batches"])
 assert verdicts("weights", "class weights") == {"definition", "exact"}

@@ -49,8 +49,8 @@ POSITIONS, MLP = "positions-mse-mean-bias", "mlp-mse-mean"
         (MLP, lambda s: s["N"] ** -4 * s["C"] ** 3, "small by N⁴/C³"),
         (MLP, lambda s: s["C"] / 2, "large by C/2"),
         (MLP, lambda s: 1 / s["C"], "small by C"),
-        (MLP, lambda s: 2.0, "large by 2"),
-        (MLP, lambda s: 0.5, "small by 2"),
+        (MLP, lambda s: 2.0, "large by 2."),
+        (MLP, lambda s: 0.5, "small by 2."),
     ],
 )
 def test_the_scale_is_named(case, factor, formula):
@@ -59,7 +59,8 @@ def test_the_scale_is_named(case, factor, formula):
 
     found = judged(by(scale), case)
     assert found.verdict == "undocumented-scale"
-    assert f"every block: too {formula} = " in found.words
+    ending = "" if formula.endswith(".") else " = "
+    assert f"every block: too {formula}{ending}" in found.words
 
 
 @pytest.mark.parametrize("letter", ["N", "S", "C", "T", "d_in", "d_out"])
@@ -143,7 +144,7 @@ def test_a_documented_scale_is_no_mistake():
 def test_a_documented_scale_that_is_not_the_real_one_is():
     found = judged(by(lambda request, name: 7.0, documented=14.0), "deep-linear-mse-mean-bias")
     assert found.verdict == "undocumented-scale"
-    assert "too small by 2" in found.words
+    assert "too small by 2 or C = 2" in found.words
 
 
 def test_silence_of_the_documentation_is_said():

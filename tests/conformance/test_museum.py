@@ -101,7 +101,7 @@ def test_pieces_are_told_apart_by_slug_and_title():
     ("slug", "words"),
     [
         ("mean-gradients", "too small by N²"),
-        ("half", "too small by 2 = 2"),
+        ("half", "too small by 2."),
         ("batch-size", "C = 5"),
         ("positions", "S or T = 16"),
         ("mean-of-vectors", "too small by S²"),

@@ -144,6 +144,8 @@ def in_words(
         return f"{scale:.10g}, which is 1 up to the rounding of float32"
     if not found:
         return f"{scale:.6g}, {UNEXPLAINED}"
+    if found == [f"{scale:.6g}"]:  # a plain number
+        return found[0]
     meaning = meanings(found, several)
     return f"{' or '.join(found)} = {scale:.6g}" + (f" ({meaning})" if meaning else "")
 
