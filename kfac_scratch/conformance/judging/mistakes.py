@@ -210,6 +210,16 @@ def ones_summed(a: Tensor) -> Tensor:
     return A
 
 
+def of_mean_inputs(a: Tensor) -> Tensor:
+    """The input factor of KFAC-reduce."""
+    return input_factor(a.mean(2, keepdim=True))
+
+
+def of_summed_vectors(g: Tensor) -> Tensor:
+    """The vector factor of KFAC-reduce."""
+    return vector_factor(g.sum(3, keepdim=True))
+
+
 def centred(a: Tensor) -> Tensor:
     """A covariance."""
     return input_factor(a - a.mean((1, 2), keepdim=True))
@@ -507,9 +517,7 @@ STEPS = [
     ),
     step(
         "as if the mean loss divided by the number of data",
-        lambda asked: (
-            asked.case.loss.reduction == "mean" and (weights(asked) or has_ignored(asked))
-        ),
+        uneven_mean,
         seen=by_data,
     ),
     step(
@@ -546,18 +554,18 @@ STEPS = [
     step(
         "as if inputs were averaged over positions before the product, as in KFAC-reduce",
         all_of(has_positions, flavour("expand")),
-        input_factor=lambda a: input_factor(a.mean(2, keepdim=True)),
+        input_factor=of_mean_inputs,
     ),
     step(
         "as if vectors were summed over positions before the product, as in KFAC-reduce",
         all_of(has_positions, flavour("expand")),
-        vector_factor=lambda g: vector_factor(g.sum(3, keepdim=True)),
+        vector_factor=of_summed_vectors,
     ),
     step(
         "as if EKFAC had the eigenvectors of KFAC-reduce",
         all_of(has_positions, flavour("ekfac")),
-        input_factor=lambda a: input_factor(a.mean(2, keepdim=True)),
-        vector_factor=lambda g: vector_factor(g.sum(3, keepdim=True)),
+        input_factor=of_mean_inputs,
+        vector_factor=of_summed_vectors,
     ),
     step(
         "as if every position of a datum were squared by itself",
