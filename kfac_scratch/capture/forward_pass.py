@@ -258,9 +258,7 @@ def forward_pass(
     It has many parameters, because it has those of `layer_ios`.
     """
     flavour = EXPAND if flavour is None else flavour
-    check_capture(model, loss, fisher, flavour, chunk)
-    if counted is not None:
-        check_function("counted", counted, "counted=lambda X, y: X != pad")
+    check_capture(model, loss, fisher, flavour, chunk, counted)
     if not isinstance(plan, Plans) and plan is not None:
         check_instance("plan", plan, Plan, "plan(model, X)")
     groups = layer_groups(model, checked_names("layers", layers))
@@ -281,7 +279,12 @@ def forward_pass(
 
 
 def check_capture(
-    model: object, loss: object, fisher: object, flavour: object, chunk: object
+    model: object,
+    loss: object,
+    fisher: object,
+    flavour: object,
+    chunk: object = None,
+    counted: object = None,
 ) -> None:
     """Refuse arguments of the wrong kind before anything runs.
 
@@ -295,6 +298,8 @@ def check_capture(
     check_instance("flavour", flavour, Flavour, "flavour=REDUCE (or EXPAND)")
     if chunk is not None:
         check_count("chunk", chunk)
+    if counted is not None:
+        check_function("counted", counted, "counted=lambda X, y: X != pad")
 
 
 def check_vectors(vectors: object, f: Tensor) -> None:

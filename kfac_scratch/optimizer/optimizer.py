@@ -47,7 +47,6 @@ from kfac_scratch.approximations.estimators import (
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.border import (
     check_count,
-    check_function,
     check_instance,
     check_result,
     checked_names,
@@ -222,14 +221,12 @@ class KFAC(Optimizer):
         generator: Generator | None = None,
         record: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        check_capture(model, loss, type2 if fisher is None else fisher, flavour, None)
+        check_capture(model, loss, type2 if fisher is None else fisher, flavour, counted=counted)
         check_trainable(model)
         check_behaviour(approximation, invert, controls, adapt_damping, record, rest)
         layers = checked_names("layers", layers)
         if generator is not None:
             check_instance("generator", generator, Generator, "torch.Generator().manual_seed(0)")
-        if counted is not None:
-            check_function("counted", counted, "counted=lambda X, y: X != pad")
         self.model, self.loss, self.flavour, self.counted = model, loss, flavour, counted
         self.estimator, self.invert = estimator(approximation), invert
         self.fisher = monte_carlo(1, generator) if fisher is None else fisher
