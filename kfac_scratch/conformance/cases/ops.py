@@ -207,8 +207,7 @@ def multihead(
     name: str,
     width: int,
     heads: int,
-    d_key: int = 0,
-    d_value: int = 0,
+    others: tuple[int, int] | None = None,
     sources: tuple[int, int, int] = (-1, -1, -1),
     start: int = 0,
 ) -> tuple[Op, ...]:
@@ -222,12 +221,11 @@ def multihead(
         name: Of the module.
         width: Of queries and results.
         heads: How many; they share the width.
-        d_key: Width of what keys are made of; 0 for that of queries.
-        d_value: Width of what values are made of; 0 for that of queries.
+        others: Widths of what keys and values are made of; by default that of queries.
         sources: Which results queries, keys and values are made of.
         start: The place of the first of these operations in the network.
     """
-    d_key, d_value = d_key or width, d_value or width
+    d_key, d_value = others or (width, width)
     q, k, v, out = (f"{name}.{projection}" for projection in PROJECTIONS)
     settings: dict[str, Value] = {"heads": heads, "width": width}
     settings |= {"d_key": d_key, "d_value": d_value}

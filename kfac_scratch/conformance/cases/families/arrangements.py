@@ -72,7 +72,7 @@ SAME: dict[str, Geometry] = {
 }
 
 
-def last(geometry: Geometry) -> Op:
+def same_convolution(geometry: Geometry) -> Op:
     """The convolution whose geometry is tested: its kernel has an even and an odd side."""
     return conv("conv", 2, 3, (2, 3), geometry=geometry)
 
@@ -81,7 +81,7 @@ SAME_PADDING = [
     Case(
         f"conv2d-{name}-per-location-mse",
         "last-convolution",
-        (last(geometry),),
+        (same_convolution(geometry),),
         loss("mse"),
         (7, 2, 5, 8),
         {"expand": EXACT},
@@ -94,7 +94,7 @@ SAME_PADDING += [
     Case(
         f"conv2d-{name}-pooled-mse",
         "last-convolution",
-        (last(geometry), mean_space(2)),
+        (same_convolution(geometry), mean_space(2)),
         loss("mse"),
         (7, 2, 5, 8),
         {"reduce": EXACT, "expand": DEFINITION},
@@ -159,7 +159,7 @@ BESIDE = [
     )
     for kind in LOSSES[:2]
 ]
-PER_LOCATION = Case(
+EMPIRICAL_PER_LOCATION = Case(
     "empirical-cnn-per-location-cross-entropy",
     "definition",
     (conv("conv1", 2, 3, (2, 2)), tanh(), conv("conv2", 3, 5, (2, 1))),
@@ -170,7 +170,7 @@ PER_LOCATION = Case(
     tags=("empirical", "conv", "cross-entropy"),
     flags=("a layer's positions for those of the loss",),
 )
-NO_BIAS = Case(
+EMPIRICAL_WITHOUT_BIAS = Case(
     "empirical-mlp-nobias-mse",
     "definition",
     (linear("fc1", 4, 3, bias=False), tanh(), linear("fc2", 3, 5, bias=False)),
@@ -181,4 +181,11 @@ NO_BIAS = Case(
     tags=("empirical", "ekfac", "mse"),
     flags=("a basis for its transpose",),
 )
-CASES = [*TRANSPOSED, *SAME_PADDING, *OTHER_POSITIONS, *BESIDE, PER_LOCATION, NO_BIAS]
+CASES = [
+    *TRANSPOSED,
+    *SAME_PADDING,
+    *OTHER_POSITIONS,
+    *BESIDE,
+    EMPIRICAL_PER_LOCATION,
+    EMPIRICAL_WITHOUT_BIAS,
+]

@@ -47,7 +47,7 @@ def words(case: Case) -> Data:
 
 
 FIRST = embedding("embedding", 6, 3)
-WORDS = [
+SINGLE_WORDS = [
     Case(
         f"embedding-deep-linear-mse-{reduction}",
         "deep-linear",
@@ -61,7 +61,7 @@ WORDS = [
     )
     for reduction in REDUCTIONS
 ]
-WORDS += [
+SINGLE_WORDS += [
     Case(
         "embedding-one-datum-cross-entropy",
         "one-datum",
@@ -73,7 +73,7 @@ WORDS += [
         tags=("embedding", "cross-entropy"),
     )
 ]
-WORDS += [
+SINGLE_WORDS += [
     Case(
         f"embedding-mlp-{kind}",
         "definition",
@@ -86,7 +86,7 @@ WORDS += [
     )
     for kind in LOSSES[:2]
 ]
-TOKENS = Case(
+EMBEDDED_TOKENS = Case(
     "embedding-tokens-cross-entropy",
     "definition",
     (embedding("embedding", 6, 4), tanh(), linear("fc", 4, 2), classes_first()),
@@ -97,7 +97,7 @@ TOKENS = Case(
     tags=("embedding", "sequence", "cross-entropy"),
     flags=("number of positions",),
 )
-POOLED = Case(
+EMBEDDED_POOL = Case(
     "embedding-pooled-mse",
     "deep-linear-pooled",
     (FIRST, mean_positions(), linear("head", 3, 2)),
@@ -109,8 +109,8 @@ POOLED = Case(
     tags=("embedding", "sequence", "pool", "mse"),
     flags=("number of positions", "a diagonal factor where words of a datum meet"),
 )
-POOLED_TANH = replace(
-    POOLED,
+EMBEDDED_POOL_TANH = replace(
+    EMBEDDED_POOL,
     id="embedding-pooled-cross-entropy",
     theorem="definition",
     ops=(FIRST, mean_positions(), tanh(), linear("head", 3, 2)),
@@ -119,4 +119,4 @@ POOLED_TANH = replace(
     layers=(),
     tags=("embedding", "sequence", "pool", "cross-entropy"),
 )
-CASES = [*WORDS, TOKENS, POOLED, POOLED_TANH]
+CASES = [*SINGLE_WORDS, EMBEDDED_TOKENS, EMBEDDED_POOL, EMBEDDED_POOL_TANH]

@@ -25,13 +25,13 @@ from kfac_scratch.conformance.cases.ops import (
 
 PLACE = 9  # in reports and vectors
 SELF = multihead("attention", 4, 2)
-POOLED = (*SELF, mean_positions(), linear("head", 4, 5))
+ATTENDED_POOL = (*SELF, mean_positions(), linear("head", 4, 5))
 WITHOUT_KEYS = ("attention.q_proj", "attention.v_proj", "attention.out_proj", "head")
 OUT = ("attention.out_proj",)
 SILENT = ("a hook that never fires",)
 PACKED = ("queries, keys and values as one matrix", "matrices of the wrong projection")
 
-TOKENS = Case(
+ATTENDED_TOKENS = Case(
     "multihead-tokens-cross-entropy",
     "definition",
     (*SELF, classes_first()),
@@ -57,7 +57,7 @@ OTHER_SIZES = Case(
     (
         transpose(),
         linear("value", 3, 5),
-        *multihead("attention", 4, 2, d_key=3, d_value=5, sources=(-1, 0, 1), start=2),
+        *multihead("attention", 4, 2, others=(3, 5), sources=(-1, 0, 1), start=2),
         mean_positions(),
         linear("head", 4, 5),
     ),
@@ -67,11 +67,11 @@ OTHER_SIZES = Case(
     tags=("attention", "multihead", "sequence", "cross-entropy"),
     flags=("weights of three shapes", "other positions for keys than for queries"),
 )
-POOLS = [
+ATTENDED_POOLS = [
     Case(
         "multihead-pooled-cross-entropy",
         "definition",
-        POOLED,
+        ATTENDED_POOL,
         loss("cross-entropy"),
         (7, 3, 4),
         BOTH_DEFINITION,
@@ -82,7 +82,7 @@ POOLS = [
     Case(
         "multihead-pooled-bias",
         "bias",
-        POOLED,
+        ATTENDED_POOL,
         loss("cross-entropy"),
         (7, 3, 4),
         {"reduce": EXACT},
@@ -116,5 +116,5 @@ OUT_PROJECTION = [
         flags=SILENT,
     ),
 ]
-CASES = [TOKENS, MEMORY, OTHER_SIZES, *POOLS, *OUT_PROJECTION]
-CASES += [in_single_precision(TOKENS)]
+CASES = [ATTENDED_TOKENS, MEMORY, OTHER_SIZES, *ATTENDED_POOLS, *OUT_PROJECTION]
+CASES += [in_single_precision(ATTENDED_TOKENS)]

@@ -70,7 +70,7 @@ SMOOTHING = [
     for reduction in REDUCTIONS
     if reduction == "mean" or words
 ]
-EMPIRICAL = Case(
+EMPIRICAL_SMOOTHED = Case(
     "empirical-label-smoothing-mean",
     "definition",
     chain(4, 5, 3, between=tanh()),
@@ -137,5 +137,5 @@ CONFIDENT = Case(
     tags=("cross-entropy", "confident"),
     flags=("one minus a sum of probabilities",),
 )
-CASES = [*SMOOTHING, EMPIRICAL, *ENTRY_WEIGHTS, *PROBABILITIES, CONFIDENT]
+CASES = [*SMOOTHING, EMPIRICAL_SMOOTHED, *ENTRY_WEIGHTS, *PROBABILITIES, CONFIDENT]
 CASES += [in_single_precision(CONFIDENT)]
