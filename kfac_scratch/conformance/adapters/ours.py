@@ -72,8 +72,13 @@ def matrices(
     )
 
 
-def _modules(request: Request) -> list[str]:
-    """The modules that hold the weights of what is asked: projections have one in common."""
+def _modules(request: Request) -> list[str] | None:
+    """The modules that hold the weights of what is asked, if that is not every parameter.
+
+    Projections of attention have one module in common.
+    """
+    if not ks.uncovered(request.model, ks.layer_groups(request.model)):
+        return None
     modules = dict(request.model.named_modules())
     names = [name if name in modules else name.rpartition(".")[0] for name in request.layers]
     return list(dict.fromkeys(names))
