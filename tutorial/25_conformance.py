@@ -447,13 +447,13 @@ class TypeTwo(SamePrecision):
 MEAN = PANEL["no bias, mean"]
 ask("type-2", Adapter(TypeTwo), *MEAN)
 assert verdicts("type-2", "no bias, mean") == {"undocumented-scale"}
-assert all("1/N² = " in rounds["type-2"][i].words for i in MEAN)
+assert all("too small by N² = " in rounds["type-2"][i].words for i in MEAN)
 
 # %% [markdown]
 # ## Round 3: gradients of the mean
 #
-# `wrong` became `undocumented-scale`: the matrix is right up to a number, and the number has the
-# name $1/N^2$. This is the mistake of the first section. Whoever divides a vector by $N$ divides
+# `wrong` became `undocumented-scale`: the matrix is right up to a number. It is too small, by $N^2$.
+# This is the mistake of the first section. Whoever divides a vector by $N$ divides
 # its square by $N^2$, and `update` divides by $N$ once more. Only one of the two belongs there.
 # The vectors are those of single data, and the mean is taken when they are added up.
 
@@ -467,13 +467,14 @@ class PerDatum(TypeTwo):
 ask("per datum", Adapter(PerDatum), *MEAN, "mlp-cross-entropy-mean")
 assert verdicts("per datum", "no bias, mean") == {"exact"}
 assert verdicts("per datum", "bias") <= {"wrong", "inconsistent-scale"}
+assert "as if the bias stood first" in rounds["per datum"]["mlp-cross-entropy-mean"].words
 
 # %% [markdown]
 # ## Round 4: where the bias stands
 #
-# The simplest cases pass. Take the same networks with a bias, and they fail; the judge recognises
-# nothing. What differs between a case that passes and one that fails is the first suspect. We look
-# at the numbers. `harness.answer` returns what the adapter gave in the oracle's order, and
+# The simplest cases pass. Take the same networks with a bias, and they fail. What differs between a
+# case that passes and one that fails is the first suspect, and the judge suspects the bias as well: the
+# numbers look as if it stood first. We look at the numbers. `harness.answer` returns what the adapter gave in the oracle's order, and
 # `truth.expected` what is right.
 
 # %% tags=["hide-input"] alt="Heat maps of two matrices with 18 rows, ruled into blocks of 6. In both, every block has the same pattern up to a factor. In the left one, the first row and column of every block look like the last row and column of every block in the right one." caption="The first layer's block of `deep-linear-mse-mean-bias`, as the adapter gave it and as it should be. Each tile of six rows belongs to one output. Within a tile, what should be the last row and column is the first."
@@ -501,13 +502,13 @@ ask(
     "layout", Adapter(PerDatum, bias_at="first"), "last-layer-mse-tanh-mean", *PANEL["no bias, sum"]
 )
 assert rounds["layout"]["mlp-cross-entropy-mean"].verdict == "definition"
-assert "1/N = " in rounds["layout"]["deep-linear-cross-entropy-sum-nobias"].words
+assert "too small by N = " in rounds["layout"]["deep-linear-cross-entropy-sum-nobias"].words
 
 # %% [markdown]
 # ## Round 5: what PyTorch divides by
 #
-# For `reduction="sum"` the scale is $1/N$ under cross-entropy: the code divides by $N$ whatever
-# the loss does. Under the squared error it is more interesting. PyTorch's mean runs over *all
+# For `reduction="sum"` blocks are too small by $N$ under cross-entropy: the code divides by $N$
+# whatever the loss does. Under the squared error it is more interesting. PyTorch's mean runs over *all
 # entries* of the output, $N C$ of them. A code that divides by $N$ is too large by $C$. The last
 # layer's case has $C = 5$, and the judge says $C/2$.
 #
@@ -618,9 +619,9 @@ assert verdicts("positions", "positions") == {"scaled"}
 # A loss is more than its class. With class weights $w$, the Hessian of datum $n$ carries
 # $w_{y_n}$, and a mean is divided by the sum of these weights. The code never looks at
 # `loss.weight`, and the judge says so in one case. In the other all data have the same label, so
-# that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. The judge
-# offers $d_\text{out}^2$ as well, which is an accident: the formulas are guesses, and two of them
-# mean that the case cannot decide. What one does not support one must refuse; we support it:
+# that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. In the first layer
+# that is $d_\text{out}^2$ as well, but not in the last, and the judge names what fits both. Two
+# formulas mean that the case cannot decide. What one does not support one must refuse; we support it:
 
 
 # %%
@@ -643,6 +644,7 @@ class Weighted(Positions):
 constant = CASES["class-weights-constant-sum"]
 assert {constant.loss.weight[k] for k in constant.build(device).y.tolist()} == {0.25}
 assert math.isclose(rounds["positions"][constant.id].scales["fc1 joint"], 4)
+assert rounds["positions"][constant.id].words.endswith("too large by 4.")
 assert "without the loss's weights" in rounds["positions"]["class-weights-mlp-mean"].words
 ask("weights", Adapter(Weighted, "first", 0.5), *PANEL["mini-batches"])
 assert verdicts("weights", "class weights") == {"definition", "exact"}

@@ -234,7 +234,7 @@ small = [
     (stem, r.case)
     for stem, run in others.items()
     for r in run.results
-    if r.verdict == "undocumented-scale" and any("1/S" in part for part in r.words.split())
+    if r.verdict == "undocumented-scale" and any(text in r.words for text in ("1/S", "small by S"))
 ]
 print(f"Exercise 27.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
 refused = sum(r.verdict == "not-supported" for run in others.values() for r in run.results)

@@ -10,7 +10,7 @@ from kfac_scratch.conformance.cases.ops import conv, linear
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.harness import verdict
 from kfac_scratch.conformance.judging.layout import Malformed, canonical
-from kfac_scratch.conformance.judging.scalars import formulas, in_words
+from kfac_scratch.conformance.judging.scalars import formulas, in_words, readings
 from tests import faulty
 from tests.laws import check_equal
 
@@ -37,18 +37,20 @@ POSITIONS, MLP = "positions-mse-mean-bias", "mlp-mse-mean"
 @pytest.mark.parametrize(
     ("case", "factor", "formula"),
     [
-        (POSITIONS, lambda s: s["S"], "S or T"),
-        (POSITIONS, lambda s: s["T"] ** 2, "S² or T²"),
-        (POSITIONS, lambda s: s["S"] ** 0.5, "S^(1/2) or T^(1/2)"),
-        (POSITIONS, lambda s: s["S"] / s["N"], "S/N or T/N"),
-        ("conv2d-plain-pooled-mse", lambda s: s["S"] ** 2, "S²"),
-        (MLP, lambda s: 1 / s["N"], "1/N"),
-        (MLP, lambda s: s["N"] ** 2, "N²"),
-        (MLP, lambda s: 1 / s["N"] ** 2, "1/N²"),
-        (MLP, lambda s: s["C"] / 2, "C/2"),
-        (MLP, lambda s: 1 / s["C"], "1/C"),
-        (MLP, lambda s: 2.0, "2"),
-        (MLP, lambda s: 0.5, "1/2"),
+        (POSITIONS, lambda s: s["S"], "large by S or T"),
+        (POSITIONS, lambda s: s["T"] ** 2, "large by S² or T²"),
+        (POSITIONS, lambda s: s["S"] ** 0.5, "large by S^(1/2) or T^(1/2)"),
+        (POSITIONS, lambda s: s["S"] / s["N"], "small by N/S or N/T"),
+        (POSITIONS, lambda s: s["T"] ** -5, "small by S⁵ or T⁵"),
+        ("conv2d-plain-pooled-mse", lambda s: s["S"] ** 2, "large by S²"),
+        (MLP, lambda s: 1 / s["N"], "small by N"),
+        (MLP, lambda s: s["N"] ** 2, "large by N²"),
+        (MLP, lambda s: 1 / s["N"] ** 2, "small by N²"),
+        (MLP, lambda s: s["N"] ** -4 * s["C"] ** 3, "small by N⁴/C³"),
+        (MLP, lambda s: s["C"] / 2, "large by C/2"),
+        (MLP, lambda s: 1 / s["C"], "small by C"),
+        (MLP, lambda s: 2.0, "large by 2."),
+        (MLP, lambda s: 0.5, "small by 2."),
     ],
 )
 def test_the_scale_is_named(case, factor, formula):
@@ -57,15 +59,31 @@ def test_the_scale_is_named(case, factor, formula):
 
     found = judged(by(scale), case)
     assert found.verdict == "undocumented-scale"
-    assert f"too large by {formula} = " in found.words
+    ending = "" if formula.endswith(".") else " = "
+    assert f"every block: too {formula}{ending}" in found.words
 
 
 @pytest.mark.parametrize("letter", ["N", "S", "C", "T", "d_in", "d_out"])
-@pytest.mark.parametrize("power", [2, 1, -1, -2])
-def test_every_size_and_its_square_are_told_apart(letter, power):
+@pytest.mark.parametrize("power", [5, 4, 3, 2, 1, -1, -2, -3, -4, -5])
+def test_every_power_of_every_size_is_told_apart(letter, power):
     found = formulas(float(SIZES[letter]) ** power, SIZES)
-    above = f"{letter}²" if abs(power) == 2 else letter
+    above = letter + {1: "", 2: "²", 3: "³", 4: "⁴", 5: "⁵"}[abs(power)]
     assert found == [above if power > 0 else f"1/{above}"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "found"),
+    [
+        (7**3 / 5**4, "N³/S⁴"),
+        (7.0 * 5 * 13, "N·S·C"),
+        (5**5 * 3 / 11**2, "S⁵·T/d_out²"),
+        (7 * 5 / (13 * 3), "N·S/(C·T)"),
+        (7**2 * 5 * 13 * 17 / 11, "N²·S·C·d_in/d_out"),
+        (2.0 * 7 * 5 * 13 * 3 * 17 * 11, "2·N·S·C·T·d_in·d_out"),
+    ],
+)
+def test_products_of_any_sizes_are_read(scale, found):
+    assert formulas(scale, SIZES) == [found]
 
 
 def test_products_of_two_sizes_and_half_the_classes():
@@ -91,6 +109,31 @@ def test_words_say_what_a_letter_means():
     assert in_words(1.0, SIZES) == "1"
 
 
+def test_a_reading_fits_all_layers_and_cases():
+    """What one layer cannot tell apart, another does."""
+    first, second = {"N": 7, "S": 5, "C": 5}, {"N": 7, "S": 4, "C": 5}
+    assert readings([(5.0, first)]) == ["S", "C"]
+    assert readings([(5.0, first), (4.0, second)]) == ["S"]
+    assert readings([(5.0, first), (5.0, second)]) == ["C"]
+    assert readings([(5.0, first), (6.0, second)]) == []
+
+
+def test_no_reading_contradicts_a_layer_of_the_same_model():
+    """In `fc1` the scale could be its inputs; in `fc2`, which has others, it could not."""
+    case = CASES["deep-linear-mse-mean-bias"]
+    sizes = truth.sizes(case, case.build())
+    assert sizes["fc1"]["d_in"] != sizes["fc2"]["d_in"]
+    factor = float(sizes["fc1"]["d_in"])
+    assert formulas(factor, sizes["fc1"]) == ["d_in"]
+    found = judged(by(lambda request, name: factor), case.id)
+    assert found.verdict == "undocumented-scale"
+    assert "d_in" not in found.words
+
+
+def test_a_scale_within_the_rounding_of_float32_is_said_to_be_one():
+    assert "1 up to the rounding of float32" in in_words(1 + 3e-8, SIZES, 1e-10)
+
+
 def test_a_documented_scale_is_no_mistake():
     found = judged(by(lambda request, name: 7.0, documented=7.0), "deep-linear-mse-mean-bias")
     assert found.verdict == "scaled"
@@ -101,7 +144,7 @@ def test_a_documented_scale_is_no_mistake():
 def test_a_documented_scale_that_is_not_the_real_one_is():
     found = judged(by(lambda request, name: 7.0, documented=14.0), "deep-linear-mse-mean-bias")
     assert found.verdict == "undocumented-scale"
-    assert "too large by 1/2" in found.words
+    assert "too small by 2 or C = 2" in found.words
 
 
 def test_silence_of_the_documentation_is_said():
@@ -119,8 +162,8 @@ def test_scales_that_differ_between_layers():
     adapter = by(lambda request, name: 7.0 if name == "fc1" else 1.0)
     found = judged(adapter, "deep-linear-mse-mean-bias")
     assert found.verdict == "inconsistent-scale"
-    assert "fc1 joint: N = 7" in found.words
-    assert "fc2 joint: 1" in found.words
+    assert "fc1 joint: too large by N = 7" in found.words
+    assert "fc2 joint: right" in found.words
 
 
 def test_scales_that_differ_between_weight_and_bias():
@@ -129,8 +172,8 @@ def test_scales_that_differ_between_weight_and_bias():
     adapter.scales = (1.0, 7.0)
     found = judged(adapter, "deep-linear-mse-mean-bias")
     assert found.verdict == "inconsistent-scale"
-    assert "fc1 weight: 1" in found.words
-    assert "fc1 bias: N = 7" in found.words
+    assert "fc1 weight: right" in found.words
+    assert "fc1 bias: too large by N = 7" in found.words
 
 
 def test_a_negative_or_zero_scale_is_wrong():

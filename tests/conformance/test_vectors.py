@@ -417,7 +417,11 @@ def test_a_flavour_can_be_not_supported(small, results):
         ({}, "undocumented-scale", "every block: too large by N = 7"),
         ({"*/fc1": None, "*": None}, "undocumented-scale", "the documentation is silent"),
         ({"mlp-*": 7.0}, "scaled", "documented: N = 7"),
-        ({"mlp-*/fc1": 7.0}, "inconsistent-scale", "fc1 joint: 1; fc2 joint: N = 7"),
+        (
+            {"mlp-*/fc1": 7.0},
+            "inconsistent-scale",
+            "fc1 joint: right; fc2 joint: too large by N = 7",
+        ),
     ],
 )
 def test_scales_are_judged_by_what_is_documented(scales, verdict, words, small, results):

@@ -12,6 +12,7 @@ from kfac_scratch.conformance.cases.questions import digests
 from kfac_scratch.conformance.cases.selection import expected_failures, tasks
 from kfac_scratch.conformance.judging import isolation, report
 from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.judging.narrowing import narrowed
 from kfac_scratch.conformance.vectors import files
 from kfac_scratch.conformance.vectors.conventions import VECTORS_FORMAT
 from kfac_scratch.conformance.vectors.export import export
@@ -73,6 +74,7 @@ def run_command(args: argparse.Namespace) -> int:
                 print(f"\r{len(results)}/{len(chosen)} {result.case:60}", end="", file=sys.stderr)
     finally:
         isolated.stop()
+    results = narrowed(results, CASES)
     families = {name: family(case) for name, case in CASES.items()}
     wanted: Mapping[Task, str] = {t: reason for t, reason in expected.items() if t in chosen}
     about = report.environment() | {"adapter": args.adapter}

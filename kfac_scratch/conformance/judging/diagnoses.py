@@ -1,61 +1,141 @@
-"""Well-known mistakes that explain a wrong block: what else the numbers are equal to.
+"""What wrong numbers are equal to: well-known mistakes that explain them, in words.
 
-Each hypothesis is another computation by the truth: with other data, another loss, another flavour.
-If the implementation's numbers equal it up to one scale, the judge says so.
+Each of `mistakes` says what a case's answer becomes if it is made. Those that give the given
+numbers are named, all of them if a case cannot tell them apart. The best agreement counts: equal
+numbers, else equal up to one scale, else up to a scale for every piece. A mistake whose answer
+agrees as well with what is right is never named.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case, Data
+from kfac_scratch.conformance.cases.case import TOLERANCES, Data
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
-from kfac_scratch.conformance.judging.pieces import LayerParts, Pieces
-from kfac_scratch.conformance.vocabulary import FLAVOURS, Fisher, Flavour
+from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
+from kfac_scratch.conformance.judging.pieces import Pieces
+from kfac_scratch.conformance.judging.scalars import Sizes, off_by
+from kfac_scratch.conformance.judging.ways import Question, Way
 
-Hypothesis = tuple[str, Case, Data, Flavour]  # in words; and with what the truth is computed
+EQUAL, ONE_SCALE, OWN_SCALES = range(3)  # how well numbers agree, the best first
+Agreement = tuple[int, float]  # one of these, and the scale
+Explained = tuple[str, Pieces]  # in words, and the answer that there would be
 
 
-def diagnosis(case: Case, data: Data, flavour: Flavour, got: Pieces, parts: LayerParts) -> str:
-    """Which hypothesis the numbers fit, in words; empty if none does."""
-    for words, other, changed, kind in hypotheses(case, data, flavour):
-        try:
-            blocks = truth.expected(other, changed, kind, parts)
-        except (RuntimeError, ValueError):  # not every change makes sense for every case
-            continue
-        if all(_fits(M, got.get(key), case.tolerance) for key, M in blocks.items()):
-            return f" It looks like {words}."
+def diagnosis(asked: Question, got: Pieces, sizes: Mapping[str, Sizes]) -> str:
+    """Which mistakes the numbers fit, as a sentence; empty if none does.
+
+    Args:
+        asked: What was asked.
+        got: The implementation's numbers, without their documented scale.
+        sizes: Every layer's sizes.
+    """
+    case = asked.case
+    right = truth.expected(case, asked.data, asked.flavour, asked.parts)
+    found: dict[str, Agreement] = {}
+    for words, answer in explanations(asked, right, sizes):
+        agreement = agree(answer, got, case.tolerance)
+        if agreement and not (case.damping and agreement[0] != EQUAL):  # no scale of a curvature
+            harmless = agree(answer, right, case.tolerance)
+            if harmless is None or harmless[0] > agreement[0]:
+                found[words] = min(found.get(words, agreement), agreement)
+    if found:
+        return _sentence(found, [sizes[name] for name in case.judged], case.tolerance)
+    rough = TOLERANCES["float32"]
+    if agree(right, got, rough) and not agree(right, got, case.tolerance):
+        return " It looks as if something were computed in float32."
     return ""
 
 
-def hypotheses(case: Case, data: Data, flavour: Flavour) -> Iterator[Hypothesis]:
-    """Other computations, the likely ones first."""
-    for other in FLAVOURS[:2]:
-        changed = replace(case, flavours={**case.flavours, other: DEFINITION})
-        yield f"the definition of KFAC-{other}", changed, data, other
-    yield "the exact block", replace(case, flavours={flavour: EXACT}), data, flavour
-    others: tuple[Fisher, ...] = ("empirical", "type2")
-    for fisher in others:
-        if fisher != case.fisher and flavour != "ekfac":
-            changed = replace(case, fisher=fisher, flavours={flavour: DEFINITION})
-            yield f"the {fisher} Fisher", changed, data, flavour
-    plain = replace(case, flavours={flavour: DEFINITION}) if flavour != "ekfac" else case
-    if case.loss.weight:
-        loss = replace(case.loss, weight=())
-        yield "the same without the loss's weights", replace(plain, loss=loss), data, flavour
-    parts = {"first datum": slice(None, 1), "last datum": slice(-1, None)}
-    if case.batches:
-        parts["first mini-batch"] = slice(None, case.batches[0])
-        parts["last mini-batch"] = slice(-case.batches[-1], None)
-    for words, keep in parts.items():
-        part = replace(data, X=data.X[keep], y=data.y[keep])
-        yield f"the {words} alone", replace(plain, batches=()), part, flavour
+def explanations(asked: Question, right: Pieces, sizes: Mapping[str, Sizes]) -> Iterator[Explained]:
+    """Mistakes that a question is about, and what is got with them."""
+    if asked.case.operator:  # KFAC has no definition by autodiff there
+        yield from layouts(asked, right)
+        return
+    for mistake in MISTAKES:
+        try:
+            if mistake.concerns(asked):
+                yield mistake.words, mistake.answer(asked)
+        except (RuntimeError, ValueError):  # the steps do not fit together on this case
+            continue
+    yield from layouts(asked, right)
+    if asked.case.damping:
+        yield from scaled(asked, sizes)
 
 
-def _fits(M: Tensor, got: Tensor | None, tolerance: float) -> bool:
-    if got is None or got.shape != M.shape or not torch.isfinite(M).all():
-        return False
-    return fit(got.double(), M.double()).residual <= tolerance
+def scaled(asked: Question, sizes: Mapping[str, Sizes]) -> Iterator[Explained]:
+    """Damped inverses of a curvature with a wrong scale."""
+    for words, factor in wrong_scales([sizes[name] for name in asked.case.judged]):
+
+        def solved(piece: truth.Columns, data: Data, factor: float = factor) -> Tensor:
+            F = None if piece.F is None else factor * piece.F
+            K = piece.K and truth.KroneckerFactors(piece.K.A, factor * piece.K.B)
+            return replace(piece, F=F, K=K).right(data)
+
+        yield f"as if the curvature were {words}", Way(solved=solved).pieces(asked)
+
+
+def wrong_scales(sizes: list[Sizes]) -> Iterator[tuple[str, float]]:
+    """Two, every size that all layers share, and their squares: in words, and as factors."""
+    shared = {x: n for x, n in sizes[0].items() if all(s.get(x) == n for s in sizes) and n > 1}
+    for name, value in [("2", 2), *shared.items()]:
+        for power in (1, 2):
+            text = f"{name}{'²' * (power == 2)}" if name != "2" else str(2**power)
+            yield f"too large by {text}", float(value) ** power
+            yield f"too small by {text}", 1 / float(value) ** power
+
+
+def agree(answer: Pieces, got: Pieces, tolerance: float) -> Agreement | None:
+    """How well numbers agree with what a mistake gives; None if they do not."""
+    fits = []
+    for key, M in answer.items():
+        given = got.get(key)
+        if given is None or given.shape != M.shape or not torch.isfinite(M).all():
+            return None
+        if not M.any():  # nothing has a scale
+            if given.any():
+                return None
+            continue
+        fits.append(fit(given.double(), M.double()))
+        if not fits[-1].residual <= tolerance:
+            return None
+    if all(f.error <= tolerance for f in fits):
+        return EQUAL, 1.0
+    scales = [f.scale for f in fits]
+    one = max(scales) - min(scales) <= tolerance * max(scales)
+    return (ONE_SCALE, scales[0]) if one else (OWN_SCALES, 1.0)
+
+
+def _sentence(fitting: Mapping[str, Agreement], sizes: list[Sizes], tolerance: float) -> str:
+    best = min(level for level, _ in fitting.values())
+    kept = {words: scale for words, (level, scale) in fitting.items() if level == best}
+    causes = []
+    for words, scale in kept.items():
+        if best == ONE_SCALE:
+            words += f" (with every block {off_by(scale, sizes, tolerance)})"
+        causes.append(words + ("" if best < OWN_SCALES else " (up to a scale for every piece)"))
+    return f" It looks {', or '.join(causes)}."
+
+
+def diagnosis_in_expectation(
+    asked: Question, near: Callable[[Pieces], bool], sizes: Mapping[str, Sizes]
+) -> str:
+    """Which mistakes the mean of random draws fits, as a sentence; empty if none does.
+
+    Args:
+        asked: What was asked.
+        near: Whether the mean is near some numbers, as far as chance tells.
+        sizes: Every layer's sizes, and `M`, how many labels are drawn for a datum.
+    """
+    right = truth.expected(asked.case, asked.data, asked.flavour, asked.parts)
+    causes = dict.fromkeys(
+        words for words, answer in explanations(asked, right, sizes) if near(answer)
+    )
+    found = list(causes)
+    for words, factor in wrong_scales([sizes[name] for name in asked.case.judged]):
+        if near({key: factor * M for key, M in right.items()}):
+            found.append(f"as if every block were {words}")
+    return f" It looks {', or '.join(found)}." if found else ""

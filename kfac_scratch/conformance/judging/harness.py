@@ -19,7 +19,7 @@ from torch import Tensor
 from kfac_scratch.conformance.cases.case import Case, Data
 from kfac_scratch.conformance.cases.ops import Op, layer_ops, network, projections
 from kfac_scratch.conformance.judging import truth
-from kfac_scratch.conformance.judging.diagnoses import diagnosis
+from kfac_scratch.conformance.judging.diagnoses import diagnosis, diagnosis_in_expectation
 from kfac_scratch.conformance.judging.judge import (
     Result,
     bad_scale,
@@ -34,6 +34,8 @@ from kfac_scratch.conformance.judging.layout import (
     wrong_parts,
 )
 from kfac_scratch.conformance.judging.pieces import Answer, PieceKey, Pieces
+from kfac_scratch.conformance.judging.scalars import UNEXPLAINED
+from kfac_scratch.conformance.judging.ways import asked_about
 from kfac_scratch.conformance.protocol import (
     Adapter,
     Capabilities,
@@ -206,17 +208,19 @@ def judged(case: Case, flavour: Flavour, given: Answer, device: str = "cpu") -> 
     if complaint := misshapen(given, right):
         return Result(case.id, flavour, "error", complaint)
     if case.fisher == "mc":
-        return _in_expectation(case, flavour, given, right)
+        return _in_expectation(case, data, flavour, given, right)
     again = given.draws[1]
     if any(not torch.equal(got[key], again[key]) for key in got if got[key].isfinite().all()):
         spread = max(float((got[key] - again[key]).abs().max()) for key in got)
         words = f"not deterministic: the same request twice differs by up to {spread:.2g}."
         return Result(case.id, flavour, "error", words)
-    sizes = OnDemand(partial(truth.sizes, case, data))
+    sizes = OnDemand(partial(truth.letters, case, data))
     result = judge(case, flavour, got, right, given.scales, sizes)
-    if result.verdict != "wrong":
+    if result.verdict != "wrong" and UNEXPLAINED not in result.words:
         return result
-    return replace(result, words=result.words + diagnosis(case, data, flavour, got, parts_of(got)))
+    unscaled = {key: M / known_scale(given.scales[key]) for key, M in got.items()}
+    cause = diagnosis(asked_about(case, data, flavour, parts_of(got)), unscaled, sizes)
+    return replace(result, words=result.words + cause)
 
 
 class OnDemand(Mapping[str, Mapping[str, int]]):
@@ -275,7 +279,9 @@ def _judged_parts(case: Case, op: Op, parts: Iterable[PartName]) -> set[PartName
     return {part for part in parts if truth.columns_of(case, op, part)}
 
 
-def _in_expectation(case: Case, flavour: Flavour, given: Answer, right: Pieces) -> Result:
+def _in_expectation(
+    case: Case, data: Data, flavour: Flavour, given: Answer, right: Pieces
+) -> Result:
     """Judge a random estimator by the mean of independent draws, entry by entry.
 
     The mean must lie within a stated number of standard errors, and these must be small beside the
@@ -285,7 +291,7 @@ def _in_expectation(case: Case, flavour: Flavour, given: Answer, right: Pieces) 
     complaints = (unusable(case, draw, right) for draw in given.draws)
     if complaint := next(filter(None, complaints), "") or bad_scale(given.scales):
         return Result(case.id, flavour, "error", complaint)
-    distances, scales = [], {}
+    scales, means, noises = {}, {}, {}
     for key, M in right.items():
         of_key = known_scale(given.scales[key])
         samples = torch.stack([draw[key] for draw in given.draws]) / of_key  # [R, groups, D, D]
@@ -296,13 +302,27 @@ def _in_expectation(case: Case, flavour: Flavour, given: Answer, right: Pieces) 
         if not STANDARD_ERRORS * float(error.max()) < largest:
             words = f"{' '.join(key)}: draws spread so much that their mean says nothing."
             return Result(case.id, flavour, "error", words)
-        noise = error.clamp_min(1e-12 * M.abs().max())
-        distances.append(((mean - M).abs() / noise).max())
+        means[key], noises[key] = mean, error.clamp_min(1e-12 * M.abs().max())
         scales[" ".join(key)] = float((mean * M).sum() / (M * M).sum())
-    worst = float(torch.stack(distances).max())  # not a number if one of them is none
+
+    def distance(answer: Pieces) -> float:
+        """The largest, in standard errors; not a number if one of them is none."""
+        found = [((means[key] - M).abs() / noises[key]).max() for key, M in answer.items()]
+        return float(torch.stack(found).max())
+
+    worst = distance(right)
     words = f"{REPETITIONS} draws of {SAMPLES} labels: within {worst:.2g} standard errors."
     if worst <= STANDARD_ERRORS:
         return Result(case.id, flavour, "definition", words, scales=scales)
     words = f"{REPETITIONS} draws of {SAMPLES} labels: off by {worst:.3g} standard errors"
     found = ", ".join(f"{key} {scale:.3g}" for key, scale in scales.items())
-    return Result(case.id, flavour, "wrong", f"{words}; mean scales {found}.", scales=scales)
+    sizes = OnDemand(partial(truth.letters, case, data))
+    parts = parts_of(given.draws[0])
+
+    def near(answer: Pieces) -> bool:
+        return distance(answer) <= STANDARD_ERRORS
+
+    drawn = {name: {**sizes[name], "M": SAMPLES} for name in case.judged}
+    cause = diagnosis_in_expectation(asked_about(case, data, flavour, parts), near, drawn)
+    words = f"{words}; mean scales {found}.{cause}"
+    return Result(case.id, flavour, "wrong", words, scales=scales)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kfac_scratch.conformance.cases.expectations import Judged
 from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
-from kfac_scratch.conformance.judging.scalars import in_words
+from kfac_scratch.conformance.judging.scalars import in_words, meanings, off_by, readings
 from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import EXACT, PASSING, Flavour, Verdict
 
@@ -158,12 +158,28 @@ def _verdict(
     bad = {key: f for key, f in fits.items() if not f.residual <= case.tolerance}
     if bad:
         return "wrong", _wrong(bad)
-    words = {key: in_words(f.scale, sizes[key[0]], case.tolerance) for key, f in fits.items()}
     values = [f.scale for f in fits.values()]
     if max(values) - min(values) > case.tolerance * max(values):
-        return "inconsistent-scale", _each("too large by", words)
-    claim = "too large by" if stated else "the documentation is silent; too large by"
-    return "undocumented-scale", f"every block: {claim} {next(iter(words.values()))}."
+        return "inconsistent-scale", _differing(case, fits, sizes)
+    words = off_by(values[0], [sizes[name] for name, _ in fits], case.tolerance)
+    claim = "" if stated else "the documentation is silent; "
+    return "undocumented-scale", f"every block: {claim}{words}."
+
+
+def _differing(
+    case: Judged, fits: Mapping[PieceKey, Fit], sizes: Mapping[str, Mapping[str, int]]
+) -> str:
+    """Scales that differ between pieces: by one formula if there is one, else one by one."""
+    words = {key: off_by(f.scale, sizes[key[0]], case.tolerance) for key, f in fits.items()}
+    small = all(f.scale <= 1 + case.tolerance for f in fits.values())
+    scales = [(1 / f.scale if small else f.scale, sizes[key[0]]) for key, f in fits.items()]
+    found = readings(scales, case.tolerance)
+    if not found:
+        return _each("", words)
+    direction, several = "small" if small else "large", [of_layer for _, of_layer in scales]
+    numbers = {key: f"{s:.6g}" for key, (s, _) in zip(fits, scales, strict=True)}
+    lead = f"too {direction} by {' or '.join(found)} ({meanings(found, several)}):"
+    return _each(lead, numbers)
 
 
 def _wrong(bad: Mapping[PieceKey, Fit]) -> str:
@@ -186,4 +202,5 @@ def _documented(
 
 
 def _each(lead: str, words: Mapping[PieceKey, str]) -> str:
-    return f"{lead} " + "; ".join(f"{' '.join(key)}: {text}" for key, text in words.items()) + "."
+    pieces = "; ".join(f"{' '.join(key)}: {text}" for key, text in words.items())
+    return f"{lead} {pieces}.".lstrip()

@@ -17,7 +17,7 @@ Sources: Martens and Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (ar
 George et al. 2018 (arXiv:1806.03884).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,16 +58,26 @@ def expected(
         flavour: Of KFAC.
         parts: For each layer `joint`, or `weight` and `bias`; by default `joint`.
     """
-    ops, found = layer_ops(case.ops), {}
-    F = exact(case, data)
     K = factors(case, data, flavour) if case.needs_factors(flavour) else {}
+    found = asked_columns(case, flavour, parts, exact(case, data), K)
+    return {key: piece.right(data) for key, piece in found.items()}
+
+
+def asked_columns(
+    case: Case,
+    flavour: Flavour,
+    parts: LayerParts | None,
+    F: Mapping[str, Float[Tensor, "groups D D"]],
+    K: "Mapping[str, KroneckerFactors]",
+) -> "dict[PieceKey, Columns]":
+    """What is asked for, by layer and part, made of every layer's exact block and factors."""
+    ops, found = layer_ops(case.ops), {}
     for name in case.judged:
         for part in (parts or {}).get(name, ("joint",)):
-            columns = columns_of(case, ops[name], part)
-            if columns:
-                found[name, part] = Columns(
-                    case, flavour, ops[name], columns, F[name], K.get(name)
-                ).right(data)
+            chosen = columns_of(case, ops[name], part)
+            if chosen:
+                op = ops[name]
+                found[name, part] = Columns(case, flavour, op, chosen, F.get(name), K.get(name))
     return found
 
 
@@ -94,7 +104,7 @@ class Columns:
     flavour: Flavour
     op: Op
     columns: list[int]
-    F: Float[Tensor, "groups D D"]
+    F: "Float[Tensor, 'groups D D'] | None"
     K: "KroneckerFactors | None"
 
     def right(self, data: Data) -> Tensor:
@@ -102,13 +112,17 @@ class Columns:
         if not self.case.damping:
             return self.matrix()
         form, damping = self.case.damping
-        W = matrix(self.op, gradients(self.case, data))[..., self.columns].flatten(1)
+        W = self.gradient(data)
         if form == "exact":
             M = self.matrix()
             M = M + damping * torch.eye(M.shape[-1]).to(M)
         else:
             M = factored_damping(self.factors(), damping)
         return torch.linalg.solve(M, W)
+
+    def gradient(self, data: Data) -> Float[Tensor, "groups D"]:
+        """The loss's gradient by these columns."""
+        return matrix(self.op, gradients(self.case, data))[..., self.columns].flatten(1)
 
     def matrix(self) -> Float[Tensor, "groups D D"]:
         """The exact block where the case says so, else what the definition gives."""
@@ -125,6 +139,7 @@ class Columns:
 
     def exact(self) -> Float[Tensor, "groups D D"]:
         """The exact block of these columns."""
+        assert self.F is not None
         index = entries(self.op, self.columns)
         return self.F[:, index][:, :, index]
 
@@ -201,17 +216,23 @@ def factors(case: Case, data: Data, flavour: Flavour) -> dict[str, KroneckerFact
 
 
 def layer_inputs(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S d_in"]:
-    """What a layer's matrix multiplies, as a derivative: `d z[n, s, first output] / d W[first]`."""
+    """What a layer's matrix multiplies, at all its calls."""
+    record = recorded(case, data)
+    return torch.cat([rows_of(case.ops[i], record[i][0], data) for i in calls(case.ops, name)], 2)
+
+
+def recorded(case: Case, data: Data) -> list[tuple[Tensor, Tensor]]:
+    """What every operation of the network is given first, and its result."""
     record: list[tuple[Tensor, Tensor]] = []
     forward(case.ops, data.parameters, data.X, record=record)
-    parts = []
-    for i in calls(case.ops, name):
-        op, x = case.ops[i], record[i][0]
-        theta = {key: data.parameters[key] for key in op.shapes()}
-        z = partial(_first_output, op, x)
-        J = matrix(op, jacrev(z)(theta), batch=3)[..., 0, :]  # [groups, N, S, groups, d_in]
-        parts.append(torch.stack([J[g, :, :, g] for g in range(op.groups)]))
-    return torch.cat(parts, 2)
+    return record
+
+
+def rows_of(op: Op, x: Tensor, data: Data) -> Float[Tensor, "groups N S d_in"]:
+    """What an operation's matrix multiplies, as `d z[n, s, first output] / d W[first]`."""
+    theta = {key: data.parameters[key] for key in op.shapes()}
+    J = matrix(op, jacrev(partial(_first_output, op, x))(theta), batch=3)[..., 0, :]
+    return torch.stack([J[g, :, :, g] for g in range(op.groups)])  # of [groups, N, S, groups, d_in]
 
 
 def _first_output(op: Op, x: Tensor, theta: Parameters) -> Float[Tensor, "groups N S"]:
@@ -220,12 +241,21 @@ def _first_output(op: Op, x: Tensor, theta: Parameters) -> Float[Tensor, "groups
 
 def derivatives(case: Case, data: Data, name: str) -> Float[Tensor, "F groups N S d_out"]:
     """Every output entry's derivative by what a layer returns at each datum and position."""
-    record: list[tuple[Tensor, Tensor]] = []
-    forward(case.ops, data.parameters, data.X, record=record)
-    places = calls(case.ops, name)
+    op = layer_ops(case.ops)[name]
+    return torch.cat([positions(op, J) for J in slopes(case, data, calls(case.ops, name))], 3)
+
+
+def slopes(case: Case, data: Data, places: Sequence[int]) -> list[Tensor]:
+    """Every output entry's derivative by the results of operations, `[F, *result]` each."""
+    record = recorded(case, data)
     zero = {i: torch.zeros_like(record[i][1]) for i in places}
     J = jacrev(lambda d: forward(case.ops, data.parameters, data.X, added=d).flatten())(zero)
-    return torch.cat([vmap(lambda z, op=case.ops[i]: _positions(op, z))(J[i]) for i in places], 3)
+    return [J[i] for i in places]
+
+
+def positions(op: Op, J: Float[Tensor, "F ..."]) -> Float[Tensor, "F groups N S d_out"]:
+    """Derivatives by a layer's result, with its shared axes as one."""
+    return vmap(partial(_positions, op))(J)
 
 
 def _positions(op: Op, z: Tensor) -> Float[Tensor, "groups N S d_out"]:
@@ -268,8 +298,7 @@ def factored_damping(factors: KroneckerFactors, damping: float) -> Float[Tensor,
 def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
     """Every layer's sizes by the letters of the field, for naming a scale."""
     f, found = output(case, data), {}
-    channels_first = case.loss.kind == "cross-entropy" or case.ops[-1].kind == "conv"
-    C = f.shape[1] if channels_first else f.shape[-1]
+    C = f.shape[class_axis(case)]
     for name, op in layer_ops(case.ops).items():
         d_out, d_in = op.matrix_shape()
         S = data.X.shape[1] + 2 if case.operator else layer_inputs(case, data, name).shape[2]
@@ -283,3 +312,19 @@ def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
             "batches": max(1, len(case.batches)),
         }
     return found
+
+
+def letters(case: Case, data: Data) -> dict[str, dict[str, int]]:
+    """Every layer's sizes, and `S_in` where a convolution's input has other positions than `S`."""
+    all_sizes = sizes(case, data)
+    for name, op in layer_ops(case.ops).items():
+        if op.kind == "conv":
+            S_in = recorded(case, data)[calls(case.ops, name)[0]][0][0, 0].numel()
+            all_sizes[name] |= {"S_in": S_in} if S_in != all_sizes[name]["S"] else {}
+    return all_sizes
+
+
+def class_axis(case: Case) -> int:
+    """Which axis of the output has the classes or output features."""
+    channels_first = case.loss.kind == "cross-entropy" or case.ops[-1].kind == "conv"
+    return 1 if channels_first else -1
