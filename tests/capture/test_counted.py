@@ -164,7 +164,7 @@ def test_padding_changes_no_approximation(approximation, device):
 
 
 def test_kfac_is_nearer_to_the_exact_blocks_without_the_padding(device):
-    """Most positions are padding: with them, the mean of the inputs is nearly that of the padding."""
+    """Most positions are padding: with them, the mean of the inputs is nearly that of padding."""
     better = []
     for seed in range(5):
         torch.manual_seed(seed)
