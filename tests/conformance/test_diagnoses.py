@@ -51,7 +51,7 @@ NAMES = {
     "local": ["all mini-batches had one size", "large by 4 or batches²"],
     "eigenvectors": ["eigenvectors were averaged"],
     "squares": ["every position of a datum were squared by itself"],
-    "bias-scale": ["too large by S"],
+    "bias-scale": ["too large by S", "the 1 of the bias were summed over positions"],
     "pi-squared": ["pi² were taken for pi"],
     "missing": ["the damping were missing in one term"],
 }

@@ -61,7 +61,7 @@ def cut(op: Op, rows: Tensor) -> Tensor:
     return rows
 
 
-def probabilities(f: Tensor) -> Tensor:
+def class_probabilities(f: Tensor) -> Tensor:
     """Of every class; cross-entropy has them on axis 1."""
     return f.softmax(1)
 
@@ -226,7 +226,7 @@ class Way:
     used_inputs: Of = itself
     result_of: Of = result_of
     cut: Of = cut
-    probabilities: Of = probabilities
+    probabilities: Of = class_probabilities
     softmax_root: Of = softmax_root
     term_weights: Of = term_weights
     columns: Of = apart
