@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kfac_scratch.one_hot import OneHot
+
 
 @dataclass(frozen=True, eq=False)
 class LayerIO:
@@ -42,6 +44,10 @@ class LayerIO:
     g: Float[Tensor, "V N S d_out"]
     positions: int = 1
     counted: Bool[Tensor, "N S"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.counted is not None:
+            _check_zeros(self.a, self.g, self.counted)
 
     @property
     def rows(self) -> int | Tensor:
@@ -100,6 +106,26 @@ class LayerIO:
             G = LayerIO(self.a, g).gradients().flatten(2).squeeze(0)  # [N, D]
             block += G.T @ G
         return block
+
+
+def _check_zeros(a: Tensor, g: Tensor, counted: Tensor) -> None:
+    """Refuse a mask of another shape, and rows or vectors that are not zero outside of it.
+
+    Raises:
+        ValueError: Naming what is not zero, and where.
+    """
+    if counted.shape != a.shape[:2]:
+        raise ValueError(
+            f"counted has shape {tuple(counted.shape)}, but a has {tuple(a.shape[:2])} rows."
+        )
+    used = a.columns >= 0 if isinstance(a, OneHot) else (a != 0).any(-1)
+    for what, reached in (("row of a", used), ("vector of g", (g != 0).any(-1).any(0))):
+        if (reached & ~counted).any():
+            n, s = (reached & ~counted).nonzero()[0].tolist()
+            raise ValueError(
+                f"The {what} at position {s} of sample {n} is not zero, but counted leaves the "
+                "position out: write zeros there, or count it."
+            )
 
 
 def counted_mean(

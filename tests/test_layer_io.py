@@ -2,7 +2,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from kfac_scratch import LayerIO
+from kfac_scratch import LayerIO, OneHot
 from kfac_scratch.layer_io import concatenate
 from tests.laws import check_differs, check_equal
 
@@ -89,3 +89,19 @@ def test_products_with_the_gradients_are_those_of_the_exact_block(device):
     products = io.inner_products(X)
     check_equal(products, torch.einsum("vnoi,boi->bvn", io.gradients(), X))
     check_equal(io.combination(products), (X.flatten(1) @ io.block()).reshape(X.shape))
+
+
+def test_positions_that_are_not_counted_must_be_zero(device):
+    io, counted = example(device), torch.ones(N, S, dtype=torch.bool, device=device)
+    counted[2, 1] = False
+    a, g = io.a * counted.unsqueeze(-1), io.g * counted.unsqueeze(-1)
+    assert LayerIO(a, g, counted=counted).rows == N * S - 1
+    words = torch.ones(N, S, dtype=torch.long, device=device)
+    with pytest.raises(ValueError, match="row of a at position 1 of sample 2 is not zero"):
+        LayerIO(io.a, g, counted=counted)
+    with pytest.raises(ValueError, match="row of a at position 1 of sample 2 is not zero"):
+        LayerIO(OneHot(words, D_IN, a.dtype), g, counted=counted)
+    with pytest.raises(ValueError, match="vector of g at position 1 of sample 2 is not zero"):
+        LayerIO(a, io.g, counted=counted)
+    with pytest.raises((ValueError, TypeCheckError)):  # whether annotations are checked or not
+        LayerIO(a, g, counted=counted[:, :1])
