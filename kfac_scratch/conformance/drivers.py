@@ -61,6 +61,8 @@ def sum_of(loss: nn.Module) -> nn.Module:
     """The sum of a loss's terms, with its weights."""
     names = ("weight", "pos_weight")
     weights = {name: w for name in names if (w := getattr(loss, name, None)) is not None}
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return nn.CrossEntropyLoss(reduction="sum", label_smoothing=loss.label_smoothing, **weights)
     made: nn.Module = type(loss)(reduction="sum", **weights)
     return made
 

@@ -41,6 +41,8 @@ class Capabilities:
         batches: Whether it accumulates over mini-batches.
         damping: Of `exact`, `factored`: which damped inverses it applies to a gradient.
         operators: Whether it takes differential operators (PINNs).
+        projections: Whether it has blocks for the queries, keys and values of
+            `nn.MultiheadAttention`, which are no modules: `NAME.q_proj`, `.k_proj`, `.v_proj`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Capabilities:
     batches: bool = True
     damping: frozenset[DampingForm] = frozenset()
     operators: bool = False
+    projections: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +64,9 @@ class Request:
 
     Attributes:
         case: The case's identifier.
-        model: An `nn.Sequential` with named layers, or a general module, in training mode.
-        loss: `MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss`.
+        model: An `nn.Sequential` with named layers, or a general module, in training mode; batch
+            normalisations in it are in evaluation mode and must stay there.
+        loss: `MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss`, with all its weights.
         batches: Pairs `(X, y)`. The curvature is that of the loss over all of them.
         layers: Names of the layers whose blocks are wanted.
         flavour: `expand`, `reduce` or `ekfac`.

@@ -11,7 +11,7 @@ from kfac_scratch import curvature
 from kfac_scratch.conformance.adapters.ours import Adapter
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
-from kfac_scratch.conformance.cases.ops import forward, layer_ops, network
+from kfac_scratch.conformance.cases.ops import forward, held_parameters, layer_ops, network
 from kfac_scratch.conformance.cases.selection import tasks
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.judging import truth
@@ -76,7 +76,8 @@ def test_the_module_computes_what_the_operations_say(case):
     data = case.build()
     model = network(case.ops, data.parameters)
     check_equal(model(data.X.clone()), forward(case.ops, data.parameters, data.X))
-    assert {n for n, _ in model.named_parameters()} == set(data.parameters)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == set(held_parameters(case.ops, data.parameters))
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -153,6 +154,38 @@ def test_what_an_implementation_lacks_is_said_in_words():
     words = missing(offered, CASES["batches-unequal-conv"], "reduce")
     for lack in ("fisher type2", "loss cross-entropy", "operations conv", "mini-batches"):
         assert lack in words
+
+
+def test_projections_that_are_no_modules_are_asked_of_those_who_claim_them():
+    """The one that is a module is asked of everybody."""
+    modest = replace(Adapter().capabilities(), projections=False)
+    words = missing(modest, CASES["multihead-tokens-cross-entropy"], "expand")
+    assert words == "queries, keys and values of an attention module"
+    assert missing(modest, CASES["multihead-out-tokens-mse"], "expand") == ""
+    assert (
+        missing(Adapter().capabilities(), CASES["multihead-tokens-cross-entropy"], "expand") == ""
+    )
+
+
+def test_queries_keys_and_values_are_one_parameter_where_their_sizes_agree():
+    held = {}
+    for name in ("multihead-tokens-cross-entropy", "multihead-other-sizes-cross-entropy"):
+        case = CASES[name]
+        held[name] = held_parameters(case.ops, case.build().parameters)
+    one, three = held.values()
+    assert one["attention.in_proj_weight"].shape == (12, 4)
+    assert [three[f"attention.{x}_proj_weight"].shape[1] for x in "qkv"] == [4, 3, 5]
+    assert one["attention.in_proj_bias"].shape == three["attention.in_proj_bias"].shape == (12,)
+
+
+def test_a_batch_normalisation_is_in_evaluation():
+    case = CASES["batch-norm-deep-linear-mse-mean"]
+    data = case.build()
+    model = network(case.ops, data.parameters)
+    before = [buffer.clone() for buffer in model.buffers()]
+    check_equal(model(data.X[:1]), model(data.X)[:1])
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
 def test_a_case_knows_its_family():

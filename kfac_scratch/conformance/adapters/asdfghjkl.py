@@ -77,6 +77,8 @@ def _check(request: Request, layers: Mapping[str, nn.Module]) -> None:
         raise NotSupported("EKFAC only of the empirical Fisher")
     if getattr(request.loss, "weight", None) is not None:
         raise NotSupported("a type of loss, without class weights")
+    if getattr(request.loss, "label_smoothing", 0):
+        raise NotSupported("a type of loss, without label smoothing")
     if any(bool((y == -100).any()) for _, y in request.batches):
         raise NotSupported("a type of loss, without targets that are ignored")
 

@@ -76,6 +76,10 @@ def _check(request: Request) -> None:
     loss = request.loss
     if any(getattr(loss, name, None) is not None for name in ("weight", "pos_weight")):
         raise NotSupported("losses without class weights")
+    if getattr(loss, "label_smoothing", 0) or _has_probabilities(request):
+        raise NotSupported("cross-entropy of labels")
+    if unknown := port.unknown(_operations(request)):
+        raise NotSupported(f"this port of a network has no {', '.join(sorted(unknown))}")
     if request.fisher == "empirical" and len(request.batches) > 1:
         raise NotSupported("mini-batches are normalized one by one, as documented")
     for name, layer in request.model.named_modules():
@@ -83,13 +87,21 @@ def _check(request: Request) -> None:
             raise NotSupported(f"{name}: no convolutions over one or three axes")
 
 
-def _problem(request: Request) -> port.Problem:
-    ops = [
+def _has_probabilities(request: Request) -> bool:
+    y = request.batches[0][1]
+    return isinstance(request.loss, nn.CrossEntropyLoss) and y.is_floating_point()
+
+
+def _operations(request: Request) -> list[dict[str, Any]]:
+    return [
         {"kind": op.kind, "name": op.name, "inputs": op.inputs, "settings": dict(op.settings)}
         for op in CASES[request.case].ops
     ]
+
+
+def _problem(request: Request) -> port.Problem:
     return port.Problem(
-        ops,
+        _operations(request),
         {name: p.detach().numpy() for name, p in request.model.named_parameters()},
         [(X.numpy(), y.numpy()) for X, y in request.batches],
         LOSSES[type(request.loss)],

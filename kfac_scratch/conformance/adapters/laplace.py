@@ -78,6 +78,11 @@ def _regression(request: Request) -> bool:
 def _check(request: Request) -> None:
     if getattr(request.loss, "weight", None) is not None:
         raise NotSupported("a likelihood, without class weights")
+    y = request.batches[0][1]
+    if getattr(request.loss, "label_smoothing", 0) or (
+        not _regression(request) and y.is_floating_point()
+    ):
+        raise NotSupported("a likelihood of labels, without smoothing or probabilities")
     for name, layer in request.model.named_modules():
         if getattr(layer, "weight", None) is None:
             continue

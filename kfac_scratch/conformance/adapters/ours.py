@@ -35,6 +35,7 @@ class Adapter:
             losses=frozenset({"mse", "cross-entropy", "bce"}),
             damping=frozenset({"exact", "factored"}),
             operators=True,
+            projections=True,
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
@@ -66,8 +67,21 @@ def matrices(
         request.batches,
         _fisher(request),
         flavour=FLAVOURS[request.flavour],
+        layers=_modules(request),
         progress=False,
     )
+
+
+def _modules(request: Request) -> list[str] | None:
+    """The modules that hold the weights of what is asked, if that is not every parameter.
+
+    Projections of attention have one module in common.
+    """
+    if not ks.uncovered(request.model, ks.layer_groups(request.model)):
+        return None
+    modules = dict(request.model.named_modules())
+    names = [name if name in modules else name.rpartition(".")[0] for name in request.layers]
+    return list(dict.fromkeys(names))
 
 
 def _fisher(request: Request) -> ks.BackpropagatedVectors:

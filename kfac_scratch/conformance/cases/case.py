@@ -6,7 +6,7 @@ be, so that a wrong scale tells which size was forgotten.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from random import Random
@@ -40,11 +40,15 @@ class Loss:
         kind: `mse`, `cross-entropy` or `bce` (with logits).
         reduction: `mean` or `sum`, as PyTorch defines them.
         weight: Class weights of cross-entropy, or `pos_weight` of `bce`; empty for none.
+        label_smoothing: Of cross-entropy.
+        entry_weight: Of `bce`, what PyTorch calls `weight`: for every output; empty for none.
     """
 
     kind: LossKind
     reduction: Reduction = "mean"
     weight: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
+    entry_weight: tuple[float, ...] = ()
 
     def module(self, like: Tensor) -> nn.Module:
         """The loss as PyTorch has it."""
@@ -53,14 +57,19 @@ class Loss:
             case "mse":
                 return nn.MSELoss(reduction=self.reduction)
             case "cross-entropy":
-                return nn.CrossEntropyLoss(reduction=self.reduction, weight=weight)
+                return nn.CrossEntropyLoss(
+                    reduction=self.reduction, weight=weight, label_smoothing=self.label_smoothing
+                )
             case "bce":
-                return nn.BCEWithLogitsLoss(reduction=self.reduction, pos_weight=weight)
+                entry = like.new_tensor(self.entry_weight) if self.entry_weight else None
+                return nn.BCEWithLogitsLoss(
+                    reduction=self.reduction, pos_weight=weight, weight=entry
+                )
         raise ValueError(f"Unknown loss {self.kind!r}: a newer version of kfac_scratch made it.")
 
     def divisor(self, f: Tensor, y: Tensor) -> float:
         """The number by which the loss divides the sum of its terms."""
-        total = Loss(self.kind, "sum", self.weight).module(f)(f, y)
+        total = replace(self, reduction="sum").module(f)(f, y)
         return float(total / self.module(f)(f, y))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_scratch.conformance.cases.case import Case
+from kfac_scratch.conformance.cases.case import Case, Loss
 from kfac_scratch.conformance.cases.digests import content_digest
 from kfac_scratch.conformance.cases.ops import Op
 
@@ -27,11 +27,10 @@ def question(case: Case, N: int) -> dict[str, Any]:
         case: The case.
         N: How many data its numbers have.
     """
-    loss = {"kind": case.loss.kind, "reduction": case.loss.reduction, "weight": case.loss.weight}
     return {
         "id": case.id,
         "ops": [operation(i, op) for i, op in enumerate(case.ops)],
-        "loss": loss,
+        "loss": _loss(case.loss),
         "fisher": case.fisher,
         "flavours": dict(case.flavours),
         "layers": case.judged,
@@ -42,6 +41,13 @@ def question(case: Case, N: int) -> dict[str, Any]:
         "dtype": case.dtype,
         "tolerance": case.tolerance,
     }
+
+
+def _loss(loss: Loss) -> dict[str, Any]:
+    """A loss as JSON: label smoothing and weights of entries where there are some."""
+    more = {"label_smoothing": loss.label_smoothing, "entry_weight": loss.entry_weight}
+    asked = {"kind": loss.kind, "reduction": loss.reduction, "weight": loss.weight}
+    return asked | {key: value for key, value in more.items() if value}
 
 
 def operation(i: int, op: Op) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import Case, Data
-from kfac_scratch.conformance.cases.ops import Op, layer_ops, network
+from kfac_scratch.conformance.cases.ops import Op, layer_ops, network, projections
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.diagnoses import diagnosis, diagnosis_in_expectation
 from kfac_scratch.conformance.judging.judge import (
@@ -113,6 +113,7 @@ def answered(adapter: Adapter, case: Case, flavour: Flavour, device: str = "cpu"
 def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
     """What a case needs and an implementation does not offer, in words; empty if nothing."""
     kinds = {op.kind for op in case.ops if op.is_layer}
+    inner = [name for name in projections(case.ops) if not name.endswith(".out_proj")]
     reasons = {
         f"flavour {flavour}": flavour in offered.flavours,
         f"fisher {case.fisher}": case.fisher in offered.fishers,
@@ -123,6 +124,8 @@ def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
         "several mini-batches": offered.batches or len(case.batches) < 2,
         "damped inverses": not case.damping or case.damping[0] in offered.damping,
         "differential operators": offered.operators or not case.operator,
+        "queries, keys and values of an attention module": offered.projections
+        or not {*case.judged} & {*inner},
     }
     return ", ".join(reason for reason, holds in reasons.items() if not holds)
 

@@ -67,7 +67,7 @@ def places(op: Op, part: PartName, bias_at: str, axes: str) -> Int[Tensor, "d_ou
         return torch.arange(d_out).unsqueeze(1)
     d_in -= bool(op["bias"])
     letters = ["o", "i", *"dhw"[3 - len(op["kernel"]) :]] if op.kind == "conv" else ["o", "i"]
-    order = axes.split() or letters
+    order = axes.split() or (["i", "o"] if op.kind == "embedding" else letters)
     if sorted(order) != sorted(letters):
         raise Malformed(f"axes={axes!r}: expected an order of the letters {' '.join(letters)}.")
     kernel = op["kernel"] if op.kind == "conv" else ()

@@ -118,7 +118,7 @@ def root_is_chosen(asked: Question) -> bool:
 
 def weights(asked: Question) -> bool:
     """Whether the loss has weights."""
-    return bool(asked.case.loss.weight)
+    return bool(asked.case.loss.weight or asked.case.loss.entry_weight)
 
 
 def has_ignored(asked: Question) -> bool:
@@ -249,7 +249,7 @@ def squares_of_positions(a: Tensor, g: Tensor) -> Tensor:
 
 def unweighted(case: Case, f: Tensor, y: Tensor) -> Tensor:
     """The weights of terms without those of the loss."""
-    return term_weights(replace(case, loss=replace(case.loss, weight=())), f, y)
+    return term_weights(replace(case, loss=replace(case.loss, weight=(), entry_weight=())), f, y)
 
 
 def not_ignored(case: Case, f: Tensor, y: Tensor) -> Tensor:

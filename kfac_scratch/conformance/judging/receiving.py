@@ -33,6 +33,7 @@ CAPABILITY_KINDS = {
     "version": str,
     "batches": bool,
     "operators": bool,
+    "projections": bool,
 }
 INTO_THE_CHANNEL = "did something else write into the channel of its answers?"
 

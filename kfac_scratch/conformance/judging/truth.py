@@ -191,6 +191,7 @@ def output_curvature(case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "F F"]:
 def matrix(op: Op, values: dict[str, Tensor], batch: int = 0) -> Float[Tensor, "... groups o i"]:
     """Values shaped like a layer's parameters as one matrix per group, the bias as last column."""
     weight = values[f"{op.name}.weight"]
+    weight = weight.transpose(batch, batch + 1) if op.kind == "embedding" else weight
     lead = weight.shape[:batch]
     W = weight.flatten(batch + 1).reshape(*lead, op.groups, weight.shape[batch] // op.groups, -1)
     bias = values.get(f"{op.name}.bias")
@@ -259,7 +260,7 @@ def positions(op: Op, J: Float[Tensor, "F ..."]) -> Float[Tensor, "F groups N S 
 
 def _positions(op: Op, z: Tensor) -> Float[Tensor, "groups N S d_out"]:
     """What a layer returns, with its shared axes as one."""
-    if op.kind == "linear":
+    if op.kind in ("linear", "embedding"):
         return z.reshape(1, len(z), -1, z.shape[-1])
     z = z.flatten(2).mT.unflatten(-1, (op.groups, -1))  # [N, S, groups, d_out]
     return z.permute(2, 0, 1, 3)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad
 
-from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data, Loss
+from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data
 from kfac_scratch.conformance.cases.ops import Op, calls, layer_ops
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.pieces import LayerParts, PieceKey
@@ -73,13 +73,27 @@ def softmax_root(p: Tensor) -> Tensor:
 
 def term_weights(case: Case, f: Tensor, y: Tensor) -> Tensor:
     """The factor of every term's curvature, `[N, T]`, or `[N, T, C]` for `bce`."""
-    if case.loss.kind == "cross-entropy":
-        weight = f.new_tensor(case.loss.weight) if case.loss.weight else f.new_ones(f.shape[1])
+    loss = case.loss
+    if loss.kind == "cross-entropy":
+        weight = f.new_tensor(loss.weight) if loss.weight else f.new_ones(f.shape[1])
+        return (class_shares(case, f, y) @ weight).reshape(len(f), -1)
+    weights = torch.ones_like(f)
+    if loss.entry_weight:
+        weights = weights * f.new_tensor(loss.entry_weight)
+    if loss.weight:
+        weights = weights * (1 + (f.new_tensor(loss.weight) - 1) * y)
+    return classes_last(case, weights)
+
+
+def class_shares(case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "N ... C"]:
+    """The share of every class in the target of a term of cross-entropy; none if it is ignored."""
+    C, smoothing = f.shape[1], case.loss.label_smoothing
+    if y.is_floating_point():
+        shares = y.movedim(1, -1)
+    else:
         kept = y != IGNORED
-        return (weight[y.where(kept, 0)] * kept).reshape(len(f), -1)
-    if case.loss.kind == "bce" and case.loss.weight:
-        return classes_last(case, 1 + (f.new_tensor(case.loss.weight) - 1) * y)
-    return torch.ones_like(classes_last(case, f))
+        shares = torch.nn.functional.one_hot(y.where(kept, 0), C).to(f) * kept.unsqueeze(-1)
+    return (1 - smoothing) * shares + smoothing / C * shares.sum(-1, keepdim=True)
 
 
 def apart(S: Float[Tensor, "T K N T2 C"]) -> Float[Tensor, "V N T C"]:
@@ -273,7 +287,7 @@ class Way:
     def root(self, case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "V ..."]:
         """Vectors whose outer products sum to the curvature of the sum of the loss's terms."""
         if case.fisher == "empirical":
-            loss = Loss(case.loss.kind, "sum", case.loss.weight).module(f)
+            loss = replace(case.loss, reduction="sum").module(f)
             return grad(lambda v: loss(v, y))(f).unsqueeze(0)
         rows = classes_last(case, f)
         weights = self.term_weights(case, f, y)

@@ -3,20 +3,29 @@
 VECTORS_FORMAT = "kfac-vectors/1"
 CONVENTIONS = {
     "op": (
-        "Operations run in order. `inputs` are places in this list, -1 is X. Two operations of one "
-        "name share parameters. linear: W x + b on the last axis. conv: over the axes behind the "
-        "channels (axis 1), as PyTorch defines it; padding_mode zeros, circular, reflect or "
-        "replicate. relu (inplace is a trap for hooks only), tanh, sigmoid: each entry. flatten: "
-        "all axes behind the batch as one. mean-positions, sum-positions: over all axes between "
-        "the batch and the last. mean-space: mean over all axes behind the channels. "
-        "classes-first: the last axis moves to place 1. mask: axis 1 times `kept`. add: sum of "
-        "two. attention: softmax(q k^T / sqrt(d)) v of three results, over axis 1."
+        "Operations run in order. `inputs` are places in this list, -1 is X. Two operations of "
+        "one name share parameters. linear: W x + b on the last axis. conv: over the axes behind "
+        "the channels (axis 1), as PyTorch defines it; padding_mode zeros, circular, reflect or "
+        "replicate; padding `same` gives as many results as inputs, with dilation * (k - 1) "
+        "entries around, of an odd number the larger half behind. relu (inplace is a trap for "
+        "hooks only), tanh, sigmoid: each entry. flatten: all axes behind the batch as one. "
+        "mean-positions, sum-positions: over all axes between the batch and the last. mean-space: "
+        "mean over all axes behind the channels. classes-first: the last axis moves to place 1. "
+        "mask: axis 1 times `kept`. add: sum of two. attention: softmax(q k^T / sqrt(d)) v of "
+        "three results, over axis 1. multihead: the same for each of `heads` shares of the last "
+        "axis; the layers around it are those of one module, `name`. embedding: row x of the "
+        "weight, W being its transpose. transpose: axis 1 and the last are exchanged. layer-norm: "
+        "over the last axis, group-norm: over `groups` of channels (axis 1) with what is behind "
+        "them, (x - mean) / sqrt(variance + eps) times weight plus bias; batch-norm: the same "
+        "with the given `mean` and `variance` of each channel. Norms have no blocks."
     ),
     "loss": (
         "As PyTorch defines them. D is what the sum of terms is divided by: 1 for sum; for mean, "
         "the number of target entries (mse, bce), or the sum of the targets' class weights "
         "without ignored targets (-100; cross-entropy, classes on axis 1). `weight` is the class "
-        "weights of cross-entropy or pos_weight of bce. mse has no factor 1/2."
+        "weights of cross-entropy or pos_weight of bce, `entry_weight` what PyTorch calls weight "
+        "of bce. mse has no factor 1/2. Targets of cross-entropy may be probabilities, of the "
+        "outputs' shape: then D is the number of data."
     ),
     "operator": (
         "If true, the loss does not see u = network(x) but c_0 u + sum_i c_i du/dx_i + "

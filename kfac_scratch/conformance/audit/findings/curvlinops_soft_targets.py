@@ -28,37 +28,14 @@ Suggestion: count `y.numel() // y.shape[1]` if `y` is a floating-point tensor, o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import import_module
 
-import torch
-
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data, spread
-from kfac_scratch.conformance.cases.families.common import chain, loss
-from kfac_scratch.conformance.cases.ops import tanh
 
-
-def probabilities(case: Case) -> Data:
-    """Probabilities of five classes as targets: fractions, whose bits are the same everywhere."""
-    data = spread(case)
-    fractions = data.X.new_tensor([8, 4, 2, 1, 1]) / 16
-    return replace(data, y=torch.stack([fractions.roll(n) for n in range(len(data.X))]))
-
-
-CASE = Case(
-    "probabilities-cross-entropy-mean",
-    "definition",
-    chain(4, 3, 5, between=tanh()),
-    loss("cross-entropy"),
-    (7, 4),
-    {"expand": DEFINITION},
-    data=probabilities,
-)
 LIBRARY, VERSION = "curvlinops", "3.0.1"
 ADAPTER = "kfac_scratch.conformance.adapters.curvlinops:Adapter"
 TITLE = "Cross-entropy with probabilities: too large by the number of classes"
-CASES = ((CASE, "expand"),)
+CASES = (("probabilities-cross-entropy-mean", "expand"),)
 CAUSE = (
     "curvlinops/kfac.py, line 325, _set_num_per_example_loss_terms: y.numel() is taken for the "
     "number of loss terms of CrossEntropyLoss."

@@ -34,36 +34,14 @@ root `diag(sqrt(p)) - p sqrt(p)^T`, which needs no division and one column more.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data, spread
-from kfac_scratch.conformance.cases.families.common import chain, loss
 
-
-def confident(case: Case) -> Data:
-    """One datum has a large input, and with it a confident prediction."""
-    data = spread(case)
-    X = data.X.clone()
-    X[3] *= 32
-    return replace(data, X=X)
-
-
-CASE = Case(
-    "confident-cross-entropy-float32",
-    "definition",
-    chain(4, 3, 5),
-    loss("cross-entropy"),
-    (7, 4),
-    {"expand": DEFINITION},
-    data=confident,
-    dtype="float32",
-)
 LIBRARY, VERSION = "nngeometry", "0.4"
 ADAPTER = "kfac_scratch.conformance.adapters.nngeometry:Adapter"
 TITLE = "One confident prediction makes the Fisher of a softmax model NaN"
-CASES = ((CASE, "expand"),)
+CASES = (("confident-cross-entropy-float32", "expand"),)
 CAUSE = (
     "nngeometry/metrics.py, line 165, FIM: the probability of the later classes is 1 minus a "
     "cumulative sum, which can be zero or negative; its root and its inverse are taken."

@@ -2,7 +2,7 @@
 
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case
 from kfac_scratch.conformance.cases.families.common import REDUCTIONS, chain, constant_output, loss
-from kfac_scratch.conformance.cases.ops import conv, mean_space, sigmoid, tanh
+from kfac_scratch.conformance.cases.ops import conv, flatten, linear, mean_space, sigmoid, tanh
 from kfac_scratch.conformance.vocabulary import DampingForm
 
 PLACE = 6  # in reports and vectors
@@ -62,4 +62,34 @@ INVERSE_POOLED = Case(
     damping=("exact", 0.25),
     tags=("inverse", "exact", "conv", "mse"),
 )
-CASES = [*MLP, *EXACT_BLOCKS, CONSTANT, INVERSE_POOLED]
+INVERSE_GROUPS = [
+    Case(
+        "inverse-exact-conv-groups",
+        "last-convolution",
+        (conv("conv", 4, 6, (2, 3), geometry={"groups": 2}),),
+        loss("mse"),
+        (7, 4, 2, 7),
+        {"expand": EXACT},
+        damping=("exact", 0.25),
+        tags=("inverse", "exact", "conv", "groups", "mse"),
+        flags=("the gradient of another group",),
+    ),
+    Case(
+        "inverse-factored-cnn-groups",
+        "definition",
+        (
+            conv("conv", 4, 6, (2, 2), geometry={"groups": 2}),
+            tanh(),
+            flatten(),
+            linear("head", 36, 5),
+        ),
+        loss("cross-entropy"),
+        (7, 4, 4, 3),
+        {"expand": DEFINITION, "reduce": DEFINITION},
+        layers=("conv",),
+        damping=("factored", 0.25),
+        tags=("inverse", "factored", "conv", "groups", "cross-entropy"),
+        flags=("one pi for all groups", "the gradient of another group"),
+    ),
+]
+CASES = [*MLP, *EXACT_BLOCKS, CONSTANT, INVERSE_POOLED, *INVERSE_GROUPS]

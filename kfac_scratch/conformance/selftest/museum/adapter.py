@@ -195,7 +195,7 @@ class Adapter:
     kept: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def capabilities(self) -> Capabilities:
-        """All but differential operators."""
+        """All but differential operators and the projections of attention modules."""
         return Capabilities(
             self.name,
             "1",
@@ -211,9 +211,7 @@ class Adapter:
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """Factors, or damped inverses times the gradient."""
-        for name in request.layers:
-            if getattr(request.model.get_submodule(name), "groups", 1) > 1:
-                raise NotSupported("grouped convolutions")
+        _check(request)
         if request.damping is None:
             return self.curvature(request)
         key = request.case, request.flavour
@@ -244,6 +242,22 @@ class Adapter:
         V = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
         assert request.damping is not None
         return self.kfac.solved(part, V, *request.damping)
+
+
+def _check(request: Request) -> None:
+    """Refuse what the naive KFAC is too simple for."""
+    for layer in map(request.model.get_submodule, request.layers):
+        if getattr(layer, "groups", 1) > 1:
+            raise NotSupported("grouped convolutions")
+        if isinstance(layer, nn.Embedding):
+            raise NotSupported("embeddings")
+        if getattr(layer, "padding", 0) == "same":
+            raise NotSupported("a padding that is said in words")
+    loss, y = request.loss, request.batches[0][1]
+    if isinstance(loss, nn.CrossEntropyLoss) and (loss.label_smoothing or y.is_floating_point()):
+        raise NotSupported("targets that are no labels")
+    if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is not None:
+        raise NotSupported("weights of entries")
 
 
 def _for_inverse(form: str, part: Any) -> Any:

@@ -81,6 +81,19 @@ MUTANTS = [
         "reduce",
     ),
     capture(
+        "the mean of means of calls at different numbers of positions",
+        "return total / sum(S for _, S in parts)",
+        "return torch.stack([mean for mean, _ in parts]).mean(0)",
+        "used-at-other-positions-mse",
+        "reduce",
+    ),
+    capture(
+        "queries and keys exchanged",
+        'return [f"{prefix}{x}_proj" for x in "qkv"]',
+        'return [f"{prefix}{x}_proj" for x in "kqv"]',
+        "multihead-tokens-cross-entropy",
+    ),
+    capture(
         "expand for reduce",
         "REDUCE = Flavour(_averaged_inputs, _summed_outputs, _all_positions)",
         "REDUCE = EXPAND",

@@ -43,6 +43,19 @@ MUTANTS = [
         "conv2d-padding-pooled-mse",
     ),
     layers(
+        "the larger half of an odd padding in front",
+        "sides = [(total // 2, total - total // 2) for total in totals]",
+        "sides = [(total - total // 2, total // 2) for total in totals]",
+        "conv2d-same-per-location-mse",
+    ),
+    layers(
+        "a word that occurs twice counted once",
+        "ones.new_zeros(len(x), layer.num_embeddings).scatter_add_(1, tokens, ones)",
+        "ones.new_zeros(len(x), layer.num_embeddings).scatter_(1, tokens, ones)",
+        "embedding-pooled-mse",
+        "reduce",
+    ),
+    layers(
         "padding on the other axis",
         "for pair in reversed(sides) for side in pair",
         "for pair in [(0, 0), *sides] for side in pair",

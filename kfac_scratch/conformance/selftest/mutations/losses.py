@@ -124,6 +124,30 @@ MUTANTS = [
         "class-weights-mlp-sum",
     ),
     losses(
+        "label smoothing left out of the weights",
+        "weight = (1 - smoothing) * w[label] + smoothing * w.mean()",
+        "weight = w[label]",
+        "label-smoothing-class-weights-mlp-sum",
+    ),
+    losses(
+        "the weight of the most likely class",
+        "return (soft * w).sum(-1)",
+        "return (soft * w).amax(-1)",
+        "probabilities-class-weights-sum",
+    ),
+    losses(
+        "every class of a probability as a term",
+        "float(f.numel() / f.shape[1])",
+        "float(f.numel())",
+        "probabilities-cross-entropy-mean",
+    ),
+    losses(
+        "weights of entries ignored",
+        "weight = loss.weight * weight",
+        "pass",
+        "entry-weights-mlp-mean",
+    ),
+    losses(
         "pos_weight ignored",
         "positive = 1.0 if loss.pos_weight is None else loss.pos_weight",
         "positive = 1.0",

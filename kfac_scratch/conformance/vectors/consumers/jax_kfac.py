@@ -32,6 +32,10 @@ def apply(op, theta, one, x, *others):
             return x @ theta[op["name"] + ".weight"].T + theta.get(op["name"] + ".bias", 0.0) * one
         case "conv":
             return convolved(op, theta, x)
+        case "embedding":
+            return theta[op["name"] + ".weight"][x]
+        case "layer-norm" | "group-norm" | "batch-norm":
+            return normalised(op, theta, x)
         case "relu":
             return jnp.maximum(x, 0)
         case "tanh":
@@ -48,6 +52,8 @@ def apply(op, theta, one, x, *others):
             return x.reshape(*x.shape[:2], -1).mean(2)
         case "classes-first":
             return jnp.moveaxis(x, -1, 1)
+        case "transpose":
+            return jnp.swapaxes(x, 1, -1)
         case "mask":
             return x * jnp.array(op["settings"]["kept"])[:, None]
         case "add":
@@ -56,14 +62,43 @@ def apply(op, theta, one, x, *others):
             key, value = others
             scores = jnp.einsum("nsd,ntd->nst", x, key) / np.sqrt(x.shape[-1])
             return jax.nn.softmax(scores, -1) @ value
+        case "multihead":
+            heads = op["settings"]["heads"]
+            q, k, v = (t.reshape(*t.shape[:2], heads, -1) for t in (x, *others))
+            scores = jnp.einsum("nshd,nthd->nhst", q, k) / np.sqrt(q.shape[-1])
+            z = jnp.einsum("nhst,nthd->nshd", jax.nn.softmax(scores, -1), v)
+            return z.reshape(*z.shape[:2], -1)
     raise NotImplementedError(f"the operation {op['kind']}")
+
+
+def normalised(op, theta, x):
+    """A normalisation, with its scale and shift."""
+    own, weight, bias = op["settings"], *(theta[op["name"] + end] for end in (".weight", ".bias"))
+    if op["kind"] == "layer-norm":
+        return standard(x, own["eps"]) * weight + bias
+    weight, bias = (p.reshape(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))
+    if op["kind"] == "group-norm":
+        rows = x.reshape(len(x), own["groups"], -1)
+        return standard(rows, own["eps"]).reshape(x.shape) * weight + bias
+    mean, variance = (jnp.array(own[key]).reshape(weight.shape) for key in ("mean", "variance"))
+    return (x - mean) / jnp.sqrt(variance + own["eps"]) * weight + bias
+
+
+def standard(x, eps):
+    """Mean 0 and variance 1 over the last axis."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps)
 
 
 def padded(op, x):
     """The padding before a convolution."""
-    width = op["settings"]["padding"]
-    mode = PAD[op["settings"]["padding_mode"]]
-    return jnp.pad(x, [(0, 0), (0, 0)] + [(width, width)] * (x.ndim - 2), mode=mode)
+    own = op["settings"]
+    if own["padding"] == "same":
+        totals = [own["dilation"] * (k - 1) for k in own["kernel"]]
+        widths = [(total // 2, total - total // 2) for total in totals]
+    else:
+        widths = [(own["padding"],) * 2] * (x.ndim - 2)
+    return jnp.pad(x, [(0, 0), (0, 0), *widths], mode=PAD[own["padding_mode"]])
 
 
 def geometry(op):
@@ -117,6 +152,8 @@ def rows(op, x, one):
     """A layer's inputs `[groups, N, S, i]`, with those of the bias."""
     if op["kind"] == "linear":
         a = x.reshape(1, len(x), -1, x.shape[-1])
+    elif op["kind"] == "embedding":
+        a = jax.nn.one_hot(x.reshape(1, len(x), -1), op["settings"]["d_in"], dtype=jnp.float64)
     else:
         numbers = geometry(op)["dimension_numbers"]
         a = lax.conv_general_dilated_patches(
@@ -136,7 +173,7 @@ def rows(op, x, one):
 
 def positions(op, z):
     """A layer's result `[..., o]` or `[N, o, ...]` as `[groups, N, S, o]`."""
-    if op["kind"] == "linear":
+    if op["kind"] in ("linear", "embedding"):
         return z.reshape(1, len(z), -1, z.shape[-1])
     groups = op["settings"]["groups"]
     return jnp.transpose(z.reshape(len(z), groups, z.shape[1] // groups, -1), (1, 0, 3, 2))
@@ -159,7 +196,7 @@ def layer_rows(case, theta, X, coefficients):
 
     J, found = jax.jacrev(summed)(zero), {}
     for i, op in enumerate(case["ops"]):
-        if op["kind"] in ("linear", "conv"):
+        if op["kind"] in ("linear", "conv", "embedding"):
             a, g = rows(op, record[i][0], one), jax.vmap(lambda z, op=op: positions(op, z))(J[i])
             found.setdefault(op["name"], []).append((a, g))
     return f, {name: joined(uses) for name, uses in found.items()}
@@ -172,14 +209,23 @@ def terms(loss, f, y):
         case "mse":
             return ((f - y) ** 2).sum()
         case "bce":
-            return (weight * y * jax.nn.softplus(-f) + (1 - y) * jax.nn.softplus(f)).sum()
+            entry = jnp.array(loss.get("entry_weight", 1.0))
+            one = weight * y * jax.nn.softplus(-f) + (1 - y) * jax.nn.softplus(f)
+            return (entry * one).sum()
         case "cross-entropy":
-            weight = jnp.broadcast_to(weight, f.shape[1])
-            own = jnp.where(y == -100, 0.0, weight[y])
-            index = jnp.expand_dims(jnp.where(y == -100, 0, y), 1)
-            picked = jnp.take_along_axis(jax.nn.log_softmax(f, 1), index, 1)[:, 0]
-            return -(own * picked).sum()
+            target, smoothing = probabilities(f, y), loss.get("label_smoothing", 0.0)
+            spread = target.sum(1, keepdims=True) / f.shape[1]
+            target = (1 - smoothing) * target + smoothing * spread
+            weight = jnp.broadcast_to(weight, f.shape[1]).reshape(-1, *[1] * (f.ndim - 2))
+            return -(weight * target * jax.nn.log_softmax(f, 1)).sum()
     raise NotImplementedError(f"the loss {loss['kind']}")
+
+
+def probabilities(f, y):
+    """The targets of cross-entropy, one-hot if they are labels; nothing for those of -100."""
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        return y
+    return jnp.moveaxis(jax.nn.one_hot(y, f.shape[1], dtype=f.dtype), -1, 1)
 
 
 def divisor(loss, f, y):
@@ -188,6 +234,8 @@ def divisor(loss, f, y):
         return 1.0
     if loss["kind"] != "cross-entropy":
         return f.size
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        return f.size / f.shape[1]
     weight = jnp.broadcast_to(jnp.array(loss["weight"] or 1.0), f.shape[1])
     return jnp.where(y == -100, 0.0, weight[y]).sum()
 

@@ -24,6 +24,10 @@ jax.config.update("jax_enable_x64", True)
 MODES = {"type2": "ggn_exact", "mc": "fisher_gradients", "empirical": "fisher_empirical"}
 PADDING = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}
 IGNORED = -100  # as a target of cross-entropy
+KINDS = {  # the operations of `apply`
+    *("linear", "conv", "relu", "sigmoid", "tanh", "flatten", "mean-positions", "sum-positions"),
+    *("mean-space", "classes-first", "mask", "add", "attention"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +203,12 @@ def convolved(name: str, settings: dict, parameters: dict, x: jax.Array) -> jax.
     return z.transpose(0, 3, 1, 2)
 
 
+def unknown(ops: list[dict]) -> set[str]:
+    """The operations that are not written here."""
+    same = {"same" for op in ops if op["settings"].get("padding") == "same"}
+    return same | {op["kind"] for op in ops} - KINDS
+
+
 # ---- files in, files out -------------------------------------------------------------------------
 
 
@@ -210,7 +220,11 @@ def refused(case: dict) -> str:
     reasons = {
         "expand only": "expand" not in case["flavours"],
         "no differential operators": case["operator"],
-        "no class weights": case["loss"]["weight"],
+        "no class weights, nor those of outputs": (
+            case["loss"]["weight"] or case["loss"].get("entry_weight")
+        ),
+        "labels as targets": "label_smoothing" in case["loss"] or "probabilities" in case["tags"],
+        "operations that this port has": unknown(case["ops"]),
         "convolutions over two axes only, without groups": any(k != 2 for k in kinds) or groups,
         "no Kronecker block for a layer that is used twice": len({*names}) < len(names),
         "mini-batches are normalized one by one, as documented": (

@@ -3,8 +3,8 @@
 
 Usage: `python numpy_kfac.py VECTORS RESULTS`. It knows nothing but the files: the derivatives are
 written by hand. Linear layers with and without shared weights, pools, residuals, all losses, the
-empirical Fisher, EKFAC and damped inverses are there; convolutions, attention and differential
-operators are not.
+empirical Fisher, EKFAC and damped inverses are there; convolutions, attention, normalisations,
+embeddings and differential operators are not.
 """
 
 import json
@@ -79,6 +79,8 @@ def apply(op, theta, x, *others):
             return x.sum(middle)
         case "classes-first":
             return np.moveaxis(x, -1, 1)
+        case "transpose":
+            return np.swapaxes(x, 1, -1)
         case "mask":
             return x * np.array(op["settings"]["kept"])[:, None]
         case "add":
@@ -106,6 +108,8 @@ def back(op, theta, x, z, g):
             return [g / positions if op["kind"] == "mean-positions" else g]
         case "classes-first":
             return [np.moveaxis(g, 2, -1)]
+        case "transpose":
+            return [np.swapaxes(g, 2, -1)]
         case "mask":
             return [g * np.array(op["settings"]["kept"])[:, None]]
         case "add":
@@ -168,26 +172,34 @@ def derivatives(loss, f, y):
     """First and second derivatives of the sum of a loss's terms, and by what it is divided."""
     mean, weight = loss["reduction"] == "mean", np.array(loss["weight"] or 1.0)
     if loss["kind"] == "cross-entropy":
-        return cross_entropy(np.broadcast_to(weight, f.shape[1]), mean, f, y)
+        weight = np.broadcast_to(weight, f.shape[1])
+        return cross_entropy(weight, mean, loss.get("label_smoothing", 0.0), f, y)
     if loss["kind"] == "mse":
         gradient, second = 2 * (f - y), np.full(f.shape, 2.0)
     else:
-        p, times = sigmoid(f), y * weight + 1 - y
-        gradient, second = times * p - y * weight, times * p * (1 - p)
+        p, times, entry = sigmoid(f), y * weight + 1 - y, np.array(loss.get("entry_weight", 1.0))
+        gradient, second = entry * (times * p - y * weight), entry * times * p * (1 - p)
     hessian = second.reshape(len(f), -1, 1) * np.eye(f[0].size)
     return gradient, hessian, f.size if mean else 1
 
 
-def cross_entropy(weight, mean, f, y):
+def cross_entropy(weight, mean, smoothing, f, y):
     """Classes are on axis 1; targets of -100 count nothing."""
     N, C = f.shape[:2]
-    p, y = softmax(f).reshape(N, C, -1), y.reshape(N, -1)
-    own = np.where(y == -100, 0.0, weight[y * (y != -100)])  # [N, T]
-    hit = y[:, None] == np.arange(C)[:, None]  # [N, C, T]
+    p = softmax(f).reshape(N, C, -1)
+    T = p.shape[2]
+    if y.shape == f.shape and y.dtype == np.float64:  # probabilities
+        hit, D = y.reshape(N, C, T), N * T
+    else:
+        y = y.reshape(N, -1)
+        hit = (y[:, None] == np.arange(C)[:, None]).astype(np.float64)  # [N, C, T]
+        D = np.einsum("nct,c->", hit, weight)
+    kept = hit.sum(1, keepdims=True)
+    target = weight[:, None] * ((1 - smoothing) * hit + smoothing / C * kept)  # [N, C, T]
+    own = target.sum(1)  # [N, T]
     one = p[:, :, None] * np.eye(C)[:, :, None] - p[:, :, None] * p[:, None]  # [N, C, C, T]
-    T = y.shape[1]
     H = np.einsum("ncdt,nt,tu->nctdu", one, own, np.eye(T)).reshape(N, C * T, C * T)
-    return own[:, None] * (p - hit), H, own.sum() if mean else 1
+    return own[:, None] * p - target, H, D if mean else 1
 
 
 # ---- KFAC ----------------------------------------------------------------------------------------
