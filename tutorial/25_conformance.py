@@ -704,7 +704,7 @@ def made(results: list[Result], expected: Mapping[tuple[str, str], str] | None =
 full = everything(Adapter(Counted, "first", 0.5))
 print(report.table(made(full)))
 failing = [r for r in full if not r.passes]
-kinds = ("reused", "attention", "label-smoothing", "probabilities")
+kinds = ("reused", "label-smoothing", "probabilities")
 left = {kind: [r for r in failing if kind in CASES[r.case].tags] for kind in kinds}
 print({kind: len(of_kind) for kind, of_kind in left.items()})
 assert all(left.values())
@@ -713,12 +713,10 @@ assert sum(map(len, left.values())) == len(failing)
 # %% [markdown]
 # ## Round 11: what one does not support
 #
-# The cases that are left are of three kinds. In the first, a layer is called twice. `save` overwrites, so
-# the first call is lost. We could keep a list, and count the calls as positions. In the second, a layer
-# is never called: `nn.MultiheadAttention` hands the weight of its output projection to a function, so
-# that no hook sees it. In the third, class weights meet targets that are shares of several classes,
-# and `given[y]` is not their weight. We could also say that we do not support these, which takes a few
-# lines and is as correct:
+# The cases that are left are of two kinds. In the first, a layer is called twice. `save` overwrites, so
+# the first call is lost. We could keep a list, and count the calls as positions. In the second, class
+# weights meet targets that are shares of several classes, and `given[y]` is not their weight. We could
+# also say that we do not support these, which takes a few lines and is as correct:
 
 
 # %%
@@ -734,11 +732,6 @@ class Refusing(Counted):
             raise NotSupported("class weights with probabilities or label smoothing")
         self.outputs = {}
         super().update(loss, X, y)
-
-    def send_back(self, loss: Module, f: Tensor, y: Tensor) -> dict[str, Tensor]:
-        if not self.outputs:
-            raise NotSupported("layers whose weight a function uses: they are never called")
-        return super().send_back(loss, f, y)
 
 
 final = Adapter(Refusing, "first", 0.5)

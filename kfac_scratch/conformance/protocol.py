@@ -41,8 +41,9 @@ class Capabilities:
         batches: Whether it accumulates over mini-batches.
         damping: Of `exact`, `factored`: which damped inverses it applies to a gradient.
         operators: Whether it takes differential operators (PINNs).
-        projections: Whether it has blocks for the queries, keys and values of
-            `nn.MultiheadAttention`, which are no modules: `NAME.q_proj`, `.k_proj`, `.v_proj`.
+        projections: Whether it has blocks for the four layers inside `nn.MultiheadAttention`:
+            `NAME.q_proj`, `.k_proj`, `.v_proj`, which are no modules, and `NAME.out_proj`, which
+            is a module that PyTorch never calls, so that no hook on it runs.
     """
 
     name: str

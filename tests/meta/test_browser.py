@@ -24,6 +24,10 @@ SIDEWAYS = """() => [document.documentElement.scrollWidth > document.documentEle
 CUT_OFF = """() => [...document.querySelectorAll('div.arithmatex')]
     .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1)
     .map(e => e.id || e.textContent)"""
+OUT_OF_REACH = """() => [...document.querySelectorAll('.md-content *')]
+    .filter(e => e.checkVisibility() && /auto|scroll/.test(getComputedStyle(e).overflowX))
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && !e.querySelector('a, button, [tabindex]'))
+    .filter(e => e.tabIndex < 0).map(e => e.className + ': ' + e.textContent.slice(0, 80))"""
 SHOWN = """() => [...document.querySelectorAll('figure.plot img')].filter(i => i.offsetParent)
     .map(i => i.getAttribute('src'))"""
 
@@ -66,7 +70,7 @@ def survey(browser):
     """Answers by page and question, from one visit of every page for each screen and scheme."""
     asked = {
         "desktop": {"broken": BROKEN_MATH, "raw": UNTYPESET, "cut off": CUT_OFF, "shown": SHOWN},
-        "phone": {"sideways": SIDEWAYS},
+        "phone": {"sideways": SIDEWAYS, "out of reach": OUT_OF_REACH},
     }
 
     @cache
@@ -122,6 +126,10 @@ def test_no_request_fails_and_no_error_is_logged(survey, screen, scheme):
 @SCHEMES
 def test_a_phone_does_not_scroll_sideways(survey, scheme):
     assert some(survey("sideways", "phone", scheme)) == {}
+
+
+def test_what_scrolls_on_a_phone_scrolls_by_keyboard_too(survey):
+    assert some(survey("out of reach", "phone")) == {}
 
 
 @SCHEMES

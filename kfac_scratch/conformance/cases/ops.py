@@ -239,7 +239,7 @@ def multihead(
 
 
 def projections(ops: Sequence[Op]) -> list[str]:
-    """Names of the layers that an attention module holds: no modules of their own, but the last."""
+    """Names of the layers inside attention modules: no modules of their own, but the last."""
     held = [op.name for op in ops if op.kind == "multihead"]
     return [f"{name}.{projection}" for name in held for projection in PROJECTIONS]
 

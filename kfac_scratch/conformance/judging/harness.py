@@ -113,7 +113,6 @@ def answered(adapter: Adapter, case: Case, flavour: Flavour, device: str = "cpu"
 def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
     """What a case needs and an implementation does not offer, in words; empty if nothing."""
     kinds = {op.kind for op in case.ops if op.is_layer}
-    inner = [name for name in projections(case.ops) if not name.endswith(".out_proj")]
     reasons = {
         f"flavour {flavour}": flavour in offered.flavours,
         f"fisher {case.fisher}": case.fisher in offered.fishers,
@@ -124,8 +123,8 @@ def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
         "several mini-batches": offered.batches or len(case.batches) < 2,
         "damped inverses": not case.damping or case.damping[0] in offered.damping,
         "differential operators": offered.operators or not case.operator,
-        "queries, keys and values of an attention module": offered.projections
-        or not {*case.judged} & {*inner},
+        "the projections of an attention module": offered.projections
+        or not {*case.judged} & {*projections(case.ops)},
     }
     return ", ".join(reason for reason, holds in reasons.items() if not holds)
 

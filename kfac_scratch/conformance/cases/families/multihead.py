@@ -1,9 +1,10 @@
 """`nn.MultiheadAttention`: four matrices, of which PyTorch holds three in one parameter.
 
 Its four layers are asked for by name: `q_proj`, `k_proj`, `v_proj` and `out_proj`. The first three
-are no modules. An implementation that has no block for them does not claim `projections`, and is
-asked for `out_proj` alone: that one is a module, with a weight of its own, but PyTorch never calls
-it, so that a forward hook on it stays silent.
+are no modules. The last one is a module, with a weight of its own, but PyTorch never calls it, so
+that a forward hook on it stays silent. An implementation without blocks for them does not claim
+`projections`, and is asked for none of them. Two cases ask for `out_proj` alone, for there KFAC is
+exact.
 
 The key's layer is judged by KFAC-expand only. A shift of all keys changes nothing, so the sum of
 its vectors over positions is zero.

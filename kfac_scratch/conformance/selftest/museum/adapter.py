@@ -195,7 +195,7 @@ class Adapter:
     kept: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def capabilities(self) -> Capabilities:
-        """All but differential operators and the projections of attention modules."""
+        """All but differential operators and the layers inside attention modules."""
         return Capabilities(
             self.name,
             "1",
