@@ -25,6 +25,7 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -106,7 +107,7 @@ def over_loader(
             states |= _with_inputs(gather, states, run, group, gs)
         for part in parts:
             for group, gs in part:
-                for name, g in zip(group.names, gs, strict=True):
+                for name, g in run.vectors_by_block(group, gs).items():
                     states[name] = gather.add_vectors(states[name], g)
     if not states:
         raise ValueError("The data loader yielded no batch.")
@@ -176,7 +177,7 @@ def kfac_over(
     data: Iterable[tuple[Any, Tensor]],
     fisher: BackpropagatedVectors = type2,
     **options: Unpack[LoaderOptions],
-) -> dict[str, Kronecker | DiagonalKronecker]:
+) -> dict[str, Kronecker | DiagonalKronecker | KroneckerSum]:
     """KFAC of every block over a whole data loader, in the memory of one batch and the factors.
 
     It is `over_loader(FactorSums(), model, loss, data, fisher, ...)`, which describes the

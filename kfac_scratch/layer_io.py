@@ -12,11 +12,13 @@ Source: the shared-weight view of Eschenhagen et al. 2023 (arXiv:2311.00636), §
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kfac_scratch.one_hot import OneHot
 
@@ -48,6 +50,11 @@ class LayerIO:
     def __post_init__(self) -> None:
         if self.counted is not None:
             _check_zeros(self.a, self.g, self.counted)
+
+    @property
+    def parts(self) -> tuple["LayerIO", ...]:
+        """The layer by the way in which its weight is applied: itself alone, but for a `TiedIO`."""
+        return (self,)
 
     @property
     def rows(self) -> int | Tensor:
@@ -108,6 +115,104 @@ class LayerIO:
         return block
 
 
+NO_ROWS = (
+    "A weight that an embedding and a linear layer share has no rows `a` that serve all vectors. "
+    "kfac(io) and the methods of TiedIO take it; for other approximations pass io.direct and "
+    "io.turned, leave both layers out with layers=[...], or untie them."
+)
+
+
+class TiedIO(LayerIO):
+    """A weight that linear layers apply as `W`, and embeddings as its transpose.
+
+    So do the head and the first layer of most language models. The gradient of a sample is a sum of
+    outer products again, `sum_s g[s] a[s]^T + sum_t a'[t] g'[t]^T`, but there are no rows that stay
+    the same for all vectors: those of the second sum are vectors themselves. `a` and `g` are thus
+    refused, and so is every approximation that reads them. The methods here and `kfac` know both
+    sums.
+
+    Attributes:
+        direct: The linear layers, with a column for each bias.
+        turned: The embeddings, as layers of their own.
+    """
+
+    direct: LayerIO
+    turned: LayerIO
+
+    def __init__(self, direct: LayerIO, turned: LayerIO) -> None:
+        object.__setattr__(self, "direct", direct)
+        object.__setattr__(self, "turned", turned)
+
+    def __repr__(self) -> str:
+        return f"TiedIO(direct={self.direct!r}, turned={self.turned!r})"
+
+    @property
+    def parts(self) -> tuple[LayerIO, ...]:
+        """The linear layers, and the embeddings."""
+        return (self.direct, self.turned)
+
+    @property
+    def a(self) -> Tensor:
+        """Refused: there are none.
+
+        Raises:
+            NotImplementedError: With the ways out.
+        """
+        raise NotImplementedError(NO_ROWS)
+
+    g = a
+
+    @property
+    def positions(self) -> int:
+        """As many as the rows of either kind of layer stand for, at most."""
+        return max(self.direct.positions, self.turned.positions)
+
+    def reduced(self) -> "TiedIO":
+        """Both kinds of layers reduced."""
+        return TiedIO(self.direct.reduced(), self.turned.reduced())
+
+    def gradients(self) -> Float[Tensor, "V N d_out d_in"]:
+        """Every vector's gradient with respect to `W`, the sum over both kinds of layers."""
+        return self.direct.gradients() + self._with_bias_columns(self.turned.gradients().mT)
+
+    def inner_products(self, V: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*batch V N"]:
+        """The inner products of `V` with every gradient."""
+        weight = V[..., : self.turned.g.shape[-1]]
+        return self.direct.inner_products(V) + self.turned.inner_products(weight.mT)
+
+    def combination(self, c: Float[Tensor, "*batch V N"]) -> Float[Tensor, "*batch d_out d_in"]:
+        """The gradients' sum with given weights."""
+        turned = self._with_bias_columns(self.turned.combination(c).mT)
+        return self.direct.combination(c) + turned
+
+    def block(self) -> Float[Tensor, "D D"]:
+        """The exact curvature block on `vec(W)`, with the products of both sums."""
+        vectors = zip(self.direct.g.split(1), self.turned.g.split(1), strict=True)
+        pairs = ((replace(self.direct, g=g), replace(self.turned, g=h)) for g, h in vectors)
+        return reduce(torch.add, (TiedIO(*pair).folded().block() for pair in pairs))
+
+    def folded(self) -> LayerIO:
+        """The same gradients and block as a `LayerIO`: every vector of a sample is a sample.
+
+        Use it for what needs gradients. Not for KFAC: the vectors of the embedding stand among the
+        inputs of the linear layers, and have other units.
+
+        Cost: memory `V * N * (S + T) * (d_in + d_out)` for `S` positions of the linear layers and
+        `T` of the embeddings: inputs are repeated for every vector, and one-hot rows are formed.
+        """
+        V = len(self.direct.g)
+        inputs = self.direct.a.expand(V, *self.direct.a.shape)
+        words = self.turned.a
+        words = words.dense() if isinstance(words, OneHot) else words
+        a = torch.cat([inputs, self._with_bias_columns(self.turned.g)], dim=2)
+        g = torch.cat([self.direct.g, words.expand(V, *words.shape)], dim=2)
+        return LayerIO(a.flatten(0, 1), g.flatten(0, 1).unsqueeze(0))
+
+    def _with_bias_columns(self, W: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d_in"]:
+        """The columns of `W` that belong to the weight, and zeros for those of biases."""
+        return pad(W, (0, self.direct.a.shape[-1] - W.shape[-1]))
+
+
 def _check_zeros(a: Tensor, g: Tensor, counted: Tensor) -> None:
     """Refuse a mask of another shape, and rows or vectors that are not zero outside of it.
 
@@ -126,6 +231,16 @@ def _check_zeros(a: Tensor, g: Tensor, counted: Tensor) -> None:
                 f"The {what} at position {s} of sample {n} is not zero, but counted leaves the "
                 "position out: write zeros there, or count it."
             )
+
+
+def check_one_use(io: LayerIO) -> None:
+    """Refuse a weight that is applied as `W` and as its transpose where rows are needed.
+
+    Raises:
+        NotImplementedError: With the ways out.
+    """
+    if isinstance(io, TiedIO):
+        raise NotImplementedError(NO_ROWS)
 
 
 def counted_mean(

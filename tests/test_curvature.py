@@ -37,8 +37,6 @@ def without(name):
     return [net for net in NETS if str(net) != name]
 
 
-WITH_BLOCKS = without("tied_to_embedding")
-
 all_nets = pytest.mark.parametrize("net", NETS, ids=str)
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -219,7 +217,7 @@ def test_diagonal_of_the_ggn_is_that_of_backpack(net, loss, reduction):
     assert distance(ggn(*args).diagonal(), reference.diag_ggn(*args)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("net", WITH_BLOCKS, ids=str)
+@pytest.mark.parametrize("net", NETS, ids=str)
 def test_block_index_finds_every_covered_parameter_once(net):
     model, _, _, _ = problem(net)
     places = torch.cat([index.flatten() for index in block_index(model).values()])
@@ -230,7 +228,7 @@ def test_block_index_finds_every_covered_parameter_once(net):
     assert len(places) + missing == len(parameter_vector(model))
 
 
-@pytest.mark.parametrize("net", WITH_BLOCKS, ids=str)
+@pytest.mark.parametrize("net", NETS, ids=str)
 def test_block_index_is_laid_out_as_the_weight_and_bias_columns(net):
     model, _, _, _ = problem(net)
     theta = parameter_vector(model)
@@ -238,13 +236,13 @@ def test_block_index_is_laid_out_as_the_weight_and_bias_columns(net):
         layer, _, group = name.partition("[")
         block = next(b for b in layer_groups(model) if b.name == layer)
         weight = model.get_submodule(layer).weight.detach()
-        weight = weight.T if isinstance(model.get_submodule(layer), nn.Embedding) else weight
+        weight = weight.T if block.kind is nn.Embedding else weight
         columns = [weight.flatten(1)] + [b.detach().unsqueeze(1) for b in block.biases.values()]
         W = torch.cat(columns, 1).chunk(block.groups)[int(group.rstrip("]") or 0)]
         torch.testing.assert_close(theta[index], W, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("net", WITH_BLOCKS, ids=str)
+@pytest.mark.parametrize("net", NETS, ids=str)
 @losses
 @pytest.mark.filterwarnings("ignore:No block covers")
 def test_block_of_the_ggn_is_that_of_layer_io(net, loss):
@@ -328,16 +326,17 @@ def test_nothing_is_left_behind(function):
 
 
 @pytest.mark.filterwarnings("ignore:No block covers")
-@pytest.mark.parametrize("net", WITH_BLOCKS, ids=str)
+@pytest.mark.parametrize("net", NETS, ids=str)
 def test_sizes_of_the_nets_have_no_common_factor(net):
     """Except where the architecture makes two of them the same."""
     model, loss, X, y = problem(net)
     for name, io in layer_ios(model, loss, X, y).items():
         block = next(b for b in layer_groups(model) if name.startswith(b.name))
         square = str(net).startswith("tied")  # applied to its own output, S is the calls
-        S = 1 if square else io.a.shape[1]
-        sizes = {N, S, C, io.a.shape[2] - len(block.biases), io.g.shape[3]}
-        assert all(gcd(a, b) == 1 for a, b in combinations(sizes, 2)), (name, sizes)
+        for part, biases in zip(io.parts, (len(block.biases), 0), strict=False):
+            S = 1 if square else part.a.shape[1]
+            sizes = {N, S, C, part.a.shape[2] - biases, part.g.shape[3]}
+            assert all(gcd(a, b) == 1 for a, b in combinations(sizes, 2)), (name, sizes)
 
 
 def test_distance_sees_one_wrong_entry_and_nan():

@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kfac_scratch.approximations.kfac import tied_sum
 from kfac_scratch.border import check_function, check_result
-from kfac_scratch.layer_io import LayerIO, concatenate
+from kfac_scratch.layer_io import LayerIO, TiedIO, concatenate
 from kfac_scratch.linalg import gram
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.one_hot import OneHot
 
@@ -49,8 +51,11 @@ class Accumulator(Protocol[M_co]):
         """
         ...
 
-    def add_vectors(self, state: Any, g: Float[Tensor, "V N S d_out"]) -> Any:
-        """The state after further vectors of the last batch, whose inputs it has already."""
+    def add_vectors(self, state: Any, g: Any) -> Any:
+        """The state after further vectors `[V, N, S, d_out]` of the last batch.
+
+        It has their inputs already. For a `TiedIO` they are a pair, one of each part.
+        """
         ...
 
     def matrix(self, state: Any, divisor: float) -> M_co:
@@ -121,25 +126,34 @@ class FactorSums:
     Cost: that of `kfac` for each part; memory `d_in**2 + d_out**2`, for an embedding `d_in`.
     """
 
-    def add(self, state: "RunningFactors | None", io: LayerIO) -> "RunningFactors":
+    def add(self, state: "RunningFactors | TiedFactors | None", io: LayerIO) -> Any:
         """The sums with the outer products of a batch's inputs and of its first vectors."""
+        if isinstance(io, TiedIO):
+            before = state if isinstance(state, TiedFactors) else TiedFactors(None, None)
+            return TiedFactors(
+                self.add(before.direct, io.direct), self.add(before.turned, io.turned)
+            )
+        assert not isinstance(state, TiedFactors)
         A = io.a.counts() if isinstance(io.a, OneHot) else gram(io.a)
         B = gram(io.g.flatten(0, 1))
         if state is None:
             return RunningFactors(A, B, io.rows)
         return RunningFactors(A.add_(state.A), B.add_(state.B), state.rows + io.rows)
 
-    def add_vectors(
-        self, state: "RunningFactors", g: Float[Tensor, "V N S d_out"]
-    ) -> "RunningFactors":
+    def add_vectors(self, state: "RunningFactors | TiedFactors", g: Any) -> Any:
         """The sums with the outer products of more vectors of the last batch."""
+        if isinstance(state, TiedFactors):
+            parts = zip((state.direct, state.turned), g, strict=True)
+            return TiedFactors(*(self.add_vectors(*part) for part in parts))
         return replace(state, B=gram(g.flatten(0, 1)).add_(state.B))
 
-    def matrix(self, state: "RunningFactors", divisor: float) -> Kronecker | DiagonalKronecker:
+    def matrix(
+        self, state: "RunningFactors | TiedFactors", divisor: float
+    ) -> Kronecker | DiagonalKronecker | KroneckerSum:
         """`kfac` of all parts together, in the memory of the sums."""
-        if state.A.ndim == 1:
-            return DiagonalKronecker(state.A.div_(state.rows), state.B.div_(divisor))
-        return Kronecker(state.A.div_(state.rows), state.B.div_(divisor))
+        if isinstance(state, TiedFactors):
+            return tied_sum(state.direct.product(divisor), state.turned.product(divisor))
+        return state.product(divisor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +166,19 @@ class RunningFactors:
     A: Float[Tensor, "d_in ..."]
     B: Float[Tensor, "d_out d_out"]
     rows: int | Tensor
+
+    def product(self, divisor: float) -> Kronecker | DiagonalKronecker:
+        """The product of both factors, in the memory of the sums."""
+        make = DiagonalKronecker if self.A.ndim == 1 else Kronecker
+        return make(self.A.div_(self.rows), self.B.div_(divisor))
+
+
+@dataclass(frozen=True, eq=False)
+class TiedFactors:
+    """The sums of both parts of a `TiedIO`."""
+
+    direct: Any
+    turned: Any
 
 
 def accumulator(approximation: Callable[[LayerIO], M] | Accumulator[M]) -> Accumulator[M]:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.approximations.ekfac import second_moments
-from kfac_scratch.layer_io import LayerIO, check_not_reduced
+from kfac_scratch.layer_io import LayerIO, check_not_reduced, check_one_use
 from kfac_scratch.linalg import conjugate_gradient, eye_like
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker_sum import ConjugateGradientInverse
@@ -45,7 +45,9 @@ def cg_fac(io: LayerIO) -> "Gradients":
     Raises:
         ValueError: If rows stand for several positions (`flavour=REDUCE`): the gradient of a sample
             is not in them.
+        NotImplementedError: For a `TiedIO`.
     """
+    check_one_use(io)
     check_not_reduced(io, "CG-FAC")
     return Gradients(io)
 

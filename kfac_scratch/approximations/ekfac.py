@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.approximations.estimators import Estimator, MovingAverage
-from kfac_scratch.approximations.kfac import kfac, kfac_reduce
+from kfac_scratch.approximations.kfac import kfac, one_product
 from kfac_scratch.border import check_count, check_instance
 from kfac_scratch.layer_io import LayerIO, check_not_reduced
 from kfac_scratch.matrices.kronecker import KroneckerEigen
@@ -44,7 +44,7 @@ def ekfac(io: LayerIO) -> KroneckerEigen:
     Raises:
         ValueError: As `second_moments`.
     """
-    return rescaled(kfac(io).eigen(), io)
+    return rescaled(one_product(io).eigen(), io)
 
 
 def ekfac_reduce(io: LayerIO) -> KroneckerEigen:
@@ -63,7 +63,7 @@ def ekfac_reduce(io: LayerIO) -> KroneckerEigen:
     Raises:
         ValueError: If `flavour=REDUCE` has already lost the gradients of samples.
     """
-    return rescaled(kfac_reduce(io).eigen(), io)
+    return rescaled(one_product(io.reduced()).eigen(), io)
 
 
 def rescaled(M: KroneckerEigen, io: LayerIO, decay: float = 0.0) -> KroneckerEigen:

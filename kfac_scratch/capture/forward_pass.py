@@ -40,10 +40,10 @@ from kfac_scratch.capture.counted import (
     mask_of_batch,
 )
 from kfac_scratch.capture.flavours import EXPAND, Flavour
-from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
+from kfac_scratch.capture.layer_groups import LayerGroup, TiedGroup, layer_groups, parts_of
 from kfac_scratch.capture.plan import Plan, Plans, plan_of_groups
 from kfac_scratch.capture.refusals import check_calls, check_model, check_output
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, TiedIO
 from kfac_scratch.linalg import at_least_float32, stored_as_columns
 from kfac_scratch.losses import BackpropagatedVectors, Vectors, type2
 
@@ -114,10 +114,7 @@ def layer_ios(
     )
     if len(parts) == 1:
         return parts[0]
-    return {
-        name: replace(io, g=_joined([part[name].g for part in parts]))
-        for name, io in parts[0].items()
-    }
+    return {name: _with_all_vectors([part[name] for part in parts]) for name in parts[0]}
 
 
 def stream(
@@ -195,29 +192,45 @@ class ForwardPass:
     mask: Bool[Tensor, "N T"] | None = None
 
     def rows(self, group: LayerGroup) -> list[Rows]:
-        """The rows that entered a group of layers, for each of its blocks."""
-        calls = self.calls[group.name]
+        """The rows that entered a group of layers, for each matrix of its parts."""
+        return [rows for part in group.parts for rows in self._rows(part)]
+
+    def _rows(self, part: LayerGroup) -> list[Rows]:
+        calls = self.calls[part.name]
         with full_precision(self.f.device):
             if self.mask is None:
-                return [(a, None) for a in self.flavour.inputs(group, calls)]
-            return list(counted_rows(self.flavour, group, calls, self.mask))
+                return [(a, None) for a in self.flavour.inputs(part, calls)]
+            return list(counted_rows(self.flavour, part, calls, self.mask))
 
     def layer_ios(
         self, group: LayerGroup, rows: list[Rows], gs: list[Float[Tensor, "V N S d_out"]]
     ) -> dict[str, LayerIO]:
         """The `LayerIO` of each block of a group, by name, from its rows and some vectors."""
-        parts = zip(group.names, rows, gs, self.positions(group), strict=True)
-        return {name: LayerIO(a, g, S, counted) for name, (a, counted), g, S in parts}
+        of_matrices = zip(rows, gs, self.positions(group), strict=True)
+        ios = [LayerIO(a, g, S, counted) for (a, counted), g, S in of_matrices]
+        if isinstance(group, TiedGroup):
+            return {group.name: TiedIO(*ios)}
+        return dict(zip(group.names, ios, strict=True))
+
+    def vectors_by_block(
+        self, group: LayerGroup, gs: list[Float[Tensor, "V N S d_out"]]
+    ) -> dict[str, Any]:
+        """The vectors of each block of a group, by name; a pair where a weight is tied."""
+        if isinstance(group, TiedGroup):
+            return {group.name: tuple(gs)}
+        return dict(zip(group.names, gs, strict=True))
 
     def positions(self, group: LayerGroup) -> list[int]:
-        """The number of positions that every row stands for, for each of its blocks."""
-        return self.flavour.positions(group, self.calls[group.name])
+        """The number of positions that every row stands for, for each matrix of its parts."""
+        return [
+            S for part in group.parts for S in self.flavour.positions(part, self.calls[part.name])
+        ]
 
     def sent_back(
         self,
     ) -> Iterator[Iterator[tuple[LayerGroup, list[Float[Tensor, "V N S d_out"]]]]]:
         """The vectors at all layers, in parts; of every part, one group of layers at a time."""
-        calls = [call for group in self.groups for call in self.calls[group.name]]
+        calls = [call for part in parts_of(self.groups) for call in self.calls[part.name]]
         if self.chunk is None:
             parts = _batched_if_possible(self.f, calls, self.vectors)
         else:
@@ -228,11 +241,13 @@ class ForwardPass:
         self, sent: list[Tensor]
     ) -> Iterator[tuple[LayerGroup, list[Float[Tensor, "V N S d_out"]]]]:
         for group in self.groups:
-            calls = self.calls[group.name]
-            received = [sent.pop(0) for _ in calls]
-            if self.mask is not None:
-                check_unreached(group, calls, received, self.mask)
-            gs = self.flavour.outputs(group, calls, received)
+            gs = []
+            for part in group.parts:
+                calls = self.calls[part.name]
+                received = [sent.pop(0) for _ in calls]
+                if self.mask is not None:
+                    check_unreached(part, calls, received, self.mask)
+                gs += self.flavour.outputs(part, calls, received)
             yield group, [g.to(group.dtype) for g in gs]
 
 
@@ -264,17 +279,17 @@ def forward_pass(
     groups = layer_groups(model, checked_names("layers", layers))
     check_model(model, X, groups, layers)
     with torch.enable_grad():
-        f, calls = recorded(model, X, groups)
-    check_calls(check_output(f), groups, calls)
+        f, calls = recorded(model, X, parts_of(groups))
+    check_calls(check_output(f), parts_of(groups), calls)
     if not isinstance(plan, Plan):
         plan = plan_of_groups(model, X, groups) if plan is None else plan.of(model, X, groups)
     f, y = plan.unflattened(loss, f, y, X)
-    calls = plan.located(groups, calls, len(f))
+    calls = plan.located(parts_of(groups), calls, len(f))
     with full_precision(f.device):
         vectors = fisher(loss, at_least_float32(f), y)
     check_vectors(vectors, f)
     mask = mask_of_batch(counted, X, y, f)
-    check_some_layer_has(mask, [call for group in groups for call in calls[group.name]])
+    check_some_layer_has(mask, [call for part in parts_of(groups) for call in calls[part.name]])
     return ForwardPass(flavour, groups, calls, f, vectors, chunk, mask)
 
 
@@ -329,6 +344,17 @@ def _read(vectors: Vectors, part: slice, f: Tensor) -> Float[Tensor, "V N ..."]:
 def full_precision(device: torch.device) -> torch.autocast:
     """Suspend autocast, so that rows, vectors and factors keep their precision."""
     return torch.autocast(device.type, enabled=False)
+
+
+def _with_all_vectors(ios: list[LayerIO]) -> LayerIO:
+    """A layer with the vectors of several parts of `stream`."""
+    if isinstance(first := ios[0], TiedIO):
+        tied = [io for io in ios if isinstance(io, TiedIO)]
+        return TiedIO(
+            _with_all_vectors([io.direct for io in tied]),
+            _with_all_vectors([io.turned for io in tied]),
+        )
+    return replace(first, g=_joined([io.g for io in ios]))
 
 
 def _joined(gs: list[Tensor]) -> Float[Tensor, "V N S d_out"]:

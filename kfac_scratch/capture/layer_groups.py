@@ -10,6 +10,9 @@ bias, and frozen parameters have no columns. Named after the first of its layers
 and may use it for two or three of them at once, but their inputs are not the same in general. The
 fourth is its layer `out_proj`.
 
+An embedding and a linear layer may share a weight, as the first and the last layer of a language
+model do. They are one block with the `W` of the linear layer, which the embedding applies turned.
+
 The scale and shift of a normalisation are one column `W`, and its input is 1. So KFAC's block, of
 `2 * channels` rows, is the exact one. It takes as much as a factor of that width for few
 parameters, so it is made for normalisations that are named only.
@@ -23,7 +26,8 @@ from typing import Any
 import torch
 from jaxtyping import Num
 from torch import Tensor
-from torch.nn import Linear, Module, MultiheadAttention, Parameter
+from torch.nn import Embedding, Linear, Module, MultiheadAttention, Parameter
+from torch.nn.functional import pad
 
 from kfac_scratch.capture.layers import (
     LAYERS,
@@ -51,6 +55,11 @@ class LayerGroup:
     layers: tuple[Any, ...]
     weight: str | None
     biases: dict[str, Tensor]
+
+    @property
+    def parts(self) -> tuple["LayerGroup", ...]:
+        """The layers by the way in which they apply the weight, each with matrices of its own."""
+        return (self,)
 
     @cached_property
     def kind(self) -> type[Module]:
@@ -114,6 +123,48 @@ class LayerGroup:
         if self.weight is not None:
             values[self.weight] = weight_tensor(self.layers[0], W)
         return values
+
+    def joined(self, Ws: list[Num[Tensor, "d_out d_in"]]) -> list[Num[Tensor, "d_out d_in"]]:
+        """What the matrices of all parts give together, say their gradients, for each `W`."""
+        return Ws
+
+
+@dataclass(frozen=True, eq=False)
+class TiedGroup(LayerGroup):
+    """Linear layers, and embeddings that apply the same weight turned.
+
+    The `W` is that of the linear layers.
+
+    Attributes:
+        direct: The linear layers.
+        turned: The embeddings.
+    """
+
+    direct: LayerGroup
+    turned: LayerGroup
+
+    @property
+    def parts(self) -> tuple[LayerGroup, ...]:
+        """The linear layers, and the embeddings."""
+        return (self.direct, self.turned)
+
+    @cached_property
+    def kind(self) -> type[Module]:
+        """That of the layers whose `W` it is."""
+        return Linear
+
+    def matrices(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Arrange values of the parameters as the `W` of the linear layers."""
+        return self.direct.matrices(values)
+
+    def parameters(self, Ws: list[Tensor]) -> dict[str, Tensor]:
+        """The values of the parameters, given `W`: the inverse of `matrices`."""
+        return self.direct.parameters(Ws)
+
+    def joined(self, Ws: list[Tensor]) -> list[Tensor]:
+        """The sum of both matrices, the second one turned."""
+        W, other = Ws
+        return [W + pad(other.mT, (0, len(self.biases)))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +282,11 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
     return groups
 
 
+def parts_of(groups: list[LayerGroup]) -> list[LayerGroup]:
+    """The parts of all groups: layers that apply one weight in one way."""
+    return [part for group in groups for part in group.parts]
+
+
 def groups_of(model: Module, blocks: Collection[str]) -> list[LayerGroup]:
     """The groups of layers that some blocks belong to.
 
@@ -331,9 +387,13 @@ def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
         return _in_projection(family, trainable)
     if any(isinstance(layer, NORMS) for layer in family.values()):
         return _scale(family, trainable)
-    check_layer(name, first)
-    for other, layer in others:
+    for other, layer in family.items():
         check_layer(other, layer)
+    words = {n: layer for n, layer in family.items() if isinstance(layer, Embedding)}
+    linear = {n: layer for n, layer in family.items() if isinstance(layer, Linear)}
+    if words and linear and len(words) + len(linear) == len(family):
+        return _tied(family, linear, words, trainable)
+    for other, layer in others:
         same_groups = getattr(layer, "groups", 1) == getattr(first, "groups", 1)
         if USES[_kind(layer)] is not USES[_kind(first)] or not same_groups:
             raise NotImplementedError(
@@ -343,6 +403,19 @@ def _shared(family: dict[str, Any], trainable: dict[int, str]) -> LayerGroup:
             )
     biases = _by_name((layer._parameters.get("bias") for layer in family.values()), trainable)
     return LayerGroup(name, tuple(family.values()), trainable.get(id(first.weight)), biases)
+
+
+def _tied(
+    family: dict[str, Any],
+    linear: dict[str, Any],
+    words: dict[str, Any],
+    trainable: dict[int, str],
+) -> LayerGroup:
+    direct, turned = _shared(linear, trainable), _shared(words, trainable)
+    if direct.weight is None:
+        return direct
+    name, layers = next(iter(family)), tuple(family.values())
+    return TiedGroup(name, layers, direct.weight, direct.biases, direct, turned)
 
 
 def _by_name(parameters: Iterable[Any], trainable: dict[int, str]) -> dict[str, Tensor]:

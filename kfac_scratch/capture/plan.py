@@ -36,7 +36,7 @@ from torch.nn import CrossEntropyLoss, Module
 from kfac_scratch.border import check_instance, checked_names
 from kfac_scratch.capture.calls import Axis, Call, Calls, ScaleCall, recorded, sent_back
 from kfac_scratch.capture.flavours import EXPAND
-from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, parts_of
 from kfac_scratch.capture.refusals import (
     apart,
     check_calls,
@@ -186,9 +186,10 @@ def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
     most = min(max(N, 2), MOST)
     spread = [i * (N - 1) // (most - 1) for i in range(most)]
     chosen = {2: [0, N - 1], 3: [0, N - 1, N // 2], most: spread}
+    parts = parts_of(groups)
     with _untouched(model), torch.enable_grad():
-        runs = {n: _small_run(model, _cut(X, N, few), groups, n) for n, few in chosen.items()}
-        places = _places(groups, runs[2][1], runs[3][1])
+        runs = {n: _small_run(model, _cut(X, N, few), parts, n) for n, few in chosen.items()}
+        places = _places(parts, runs[2][1], runs[3][1])
         k = _positions_of_output({n: f for n, (f, _) in runs.items()})
         if k == 1:
             return _checked(groups, *runs[most], places, Axis())
@@ -361,44 +362,45 @@ def _checked(
     N = len(f) // (output.outer * output.inner)
     half = random_half(N, f.device)
     rows = half.repeat_interleave(output.inner).repeat(output.outer)
-    gs, gradients = _sent_to_halves(f, groups, calls, rows)
+    gs, gradients = _sent_to_halves(f, parts_of(groups), calls, rows)
     found: dict[str, tuple[Place, ...]] = {}
-    for group in groups:
-        here, orders = calls[group.name], places[group.name]
+    located: Calls = {}
+    for part in parts_of(groups):
+        here, orders = calls[part.name], places[part.name]
         if [of_call[0].kind for of_call in orders] != [call.kind for call in here]:
-            raise ValueError(apart(group, f"is called otherwise with two samples than with {N}"))
-        found[group.name] = tuple(
-            _place(group, *of_call, half)
-            for of_call in zip(orders, here, gs[group.name], strict=True)
+            raise ValueError(apart(part, f"is called otherwise with two samples than with {N}"))
+        found[part.name] = tuple(
+            _place(part, *of_call, half)
+            for of_call in zip(orders, here, gs[part.name], strict=True)
         )
-        located = [
-            replace(c, axis=place.axis) for c, place in zip(here, found[group.name], strict=True)
+        located[part.name] = [
+            replace(c, axis=place.axis) for c, place in zip(here, found[part.name], strict=True)
         ]
-        with torch.autocast(f.device.type, enabled=False):
-            sums = [g.sum(0, keepdim=True) for g in gs[group.name]]
-            _check_gradient(group, located, sums, gradients)
+    with torch.autocast(f.device.type, enabled=False):
+        for group in groups:
+            _check_gradient(group, located, gs, gradients)
     return Plan(found, output)
 
 
 def _sent_to_halves(
-    f: Tensor, groups: list[LayerGroup], calls: Calls, half: Bool[Tensor, " rows"]
+    f: Tensor, parts: list[LayerGroup], calls: Calls, half: Bool[Tensor, " rows"]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Random vectors at the layers, and gradients.
 
     Returns:
-        For every group's calls a tensor `[2, *z.shape]`: what is sent to the output's rows of one
+        For every part's calls a tensor `[2, *z.shape]`: what is sent to the output's rows of one
         half of the samples, and to those of the other. By name, the gradient of every parameter
         for both.
     """
     v = random_like(f)
-    used = [call for group in groups for call in calls[group.name]]
-    parameters = {name: p for group in groups for name, p in group.trainable.items()}
+    used = [call for part in parts for call in calls[part.name]]
+    parameters = {name: p for part in parts for name, p in part.trainable.items()}
     (of_half, gradients), (of_rest, others) = (
-        sent_back(f, used, v * part.view(-1, *[1] * (f.ndim - 1)), list(parameters.values()))
-        for part in (half, ~half)
+        sent_back(f, used, v * chosen.view(-1, *[1] * (f.ndim - 1)), list(parameters.values()))
+        for chosen in (half, ~half)
     )
     pairs = iter([torch.stack(pair) for pair in zip(of_half, of_rest, strict=True)])
-    gs = {group.name: [next(pairs) for _ in calls[group.name]] for group in groups}
+    gs = {part.name: [next(pairs) for _ in calls[part.name]] for part in parts}
     sums = [a + b for a, b in zip(gradients, others, strict=True)]
     return gs, dict(zip(parameters, sums, strict=True))
 
@@ -483,17 +485,20 @@ def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:
 
 def _check_gradient(
     group: LayerGroup,
-    calls: list[Call],
-    gs: list[Tensor],
+    calls: Calls,
+    gs: Mapping[str, list[Tensor]],
     gradients: Mapping[str, Tensor],
 ) -> None:
     """Compare the gradient of every parameter with the sum over recorded calls."""
-    rows = EXPAND.inputs(group, calls)  # [N, S, d_in] for every matrix of the group
-    vectors = [g[0].to(rows[0].dtype) for g in EXPAND.outputs(group, calls, gs)]
-    dtypes = [t.dtype for c in calls for t in (c.x, c.z) if t.is_floating_point()]
-    pairs = zip(calls, gs, strict=True)
-    sizes = [call.bound(g) for call, g in pairs if isinstance(call, ScaleCall)]
-    check_sums(group, rows, vectors, gradients, dtypes, math.fsum(sizes))
+    rows, vectors, dtypes, size = [], [], [], 0.0
+    for part in group.parts:
+        here, sums = calls[part.name], [g.sum(0, keepdim=True) for g in gs[part.name]]
+        rows += EXPAND.inputs(part, here)  # [N, S, d_in] for every matrix of the part
+        vectors += [g[0].to(rows[0].dtype) for g in EXPAND.outputs(part, here, sums)]
+        dtypes += [t.dtype for c in here for t in (c.x, c.z) if t.is_floating_point()]
+        pairs = zip(here, sums, strict=True)
+        size += math.fsum(c.bound(g) for c, g in pairs if isinstance(c, ScaleCall))
+    check_sums(group, rows, vectors, gradients, dtypes, size)
 
 
 def check_sums(
@@ -508,7 +513,7 @@ def check_sums(
 
     Args:
         group: The layers.
-        rows: For each of their matrices what enters it, `[N, S, d_in]`.
+        rows: For each matrix of their parts what enters it, `[N, S, d_in]`.
         vectors: What comes back to it, `[N, S, d_out]`.
         gradients: By name, the gradient of every parameter by autodiff.
         dtypes: The precisions of what was computed on the way; the coarsest counts.
@@ -518,7 +523,7 @@ def check_sums(
         NotImplementedError: Naming the parameter, its layers and the way out.
     """
     pairs = list(zip(vectors, rows, strict=True))
-    sums = group.parameters([_outer(g, a) for g, a in pairs])
+    sums = group.parameters(group.joined([_outer(g, a) for g, a in pairs]))
     bound = max(size, *(_bound(g, a) for g, a in pairs))
     eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, group.weights[0].dtype))
     for name, value in sums.items():

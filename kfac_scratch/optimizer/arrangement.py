@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter
 
 from kfac_scratch.capture.layer_groups import (
     LayerGroup,
+    TiedGroup,
     default_layers,
     layer_groups,
     layer_names,
@@ -101,6 +102,7 @@ def arranged(
     """
     trained = trainable(model, groups, ())
     blocks = covered(layer_groups(model, _with_parameters(model, layers)), trained)
+    _check_untied(blocks)
     values = {name: p.detach() for name, p in model.named_parameters()}
     found = Arrangement(
         trained,
@@ -123,6 +125,22 @@ def arranged(
             "torch.optim.AdamW(params, lr=1e-3), say, or do not give them to the optimizer."
         )
     return found
+
+
+def _check_untied(blocks: Sequence[LayerGroup]) -> None:
+    """Refuse a weight that is applied as `W` and as its transpose.
+
+    Raises:
+        NotImplementedError: Naming the layers and the ways out.
+    """
+    for block in blocks:
+        if isinstance(block, TiedGroup):
+            raise NotImplementedError(
+                f"Layers {block.direct.name!r} and {block.turned.name!r} share a weight that one "
+                "of them applies turned. Its KFAC is a sum of two Kronecker products, of which the "
+                "optimizer keeps no averages and no inverse. Leave both out with layers=[...] and "
+                "pass rest=lambda params: torch.optim.AdamW(params, lr=1e-3), say, or untie them."
+            )
 
 
 def seen(model: Module, groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:

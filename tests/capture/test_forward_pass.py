@@ -32,7 +32,6 @@ from tests.nets import LOSSES, NETS, REDUCTIONS, problem
 
 N, D, C = 5, 3, 2
 COVERED = [net for net in NETS if str(net) not in ("layer_norm", "batch_norm_in_eval_mode")]
-COVERED = [net for net in COVERED if str(net) != "tied_to_embedding"]
 
 
 # ---- exact ------------------------------------------------------------------------------------
@@ -90,9 +89,12 @@ def test_chunks_of_vectors_together_are_all_vectors(net, flavour, device):
     whole = layer_ios(model, *data, flavour=flavour, chunk=1000)
     for chunk in (1, 2):
         parts = list(stream(model, *data, flavour=flavour, chunk=chunk))
-        assert all(len(io.g) <= chunk for part in parts for io in part.values())
+        assert all(
+            len(io.g) <= chunk for part in parts for tied in part.values() for io in tied.parts
+        )
         for name, io in layer_ios(model, *data, flavour=flavour, chunk=chunk).items():
-            check_same(io, whole[name])
+            for part, of_whole in zip(io.parts, whole[name].parts, strict=True):
+                check_same(part, of_whole)
 
 
 @pytest.mark.parametrize("net", COVERED, ids=str)
@@ -100,8 +102,10 @@ def test_reduce_setting_is_the_reduced_view(net, device):
     model, *data = problem(net, CrossEntropyLoss, device=device)
     ios = layer_ios(model, *data, flavour=REDUCE)
     for name, io in layer_ios(model, *data).items():
-        assert (io.positions, ios[name].positions) == (1, io.a.shape[1])
-        check_same(ios[name], io.reduced(), size=io.g.abs().max())
+        reduced = zip(io.parts, ios[name].parts, io.reduced().parts, strict=True)
+        for part, reduced_part, view in reduced:
+            assert (part.positions, reduced_part.positions) == (1, part.a.shape[1])
+            check_same(reduced_part, view, size=part.g.abs().max())
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
@@ -112,9 +116,10 @@ def test_precision_is_the_models_whatever_the_default(net, flavour, dtype, defau
     data = problem(net, CrossEntropyLoss, device=device, dtype=dtype)
     torch.set_default_dtype(default)
     for io in layer_ios(*data, flavour=flavour).values():
-        M = kfac(io)
-        V = torch.ones(io.g.shape[-1], io.a.shape[-1], dtype=dtype, device=device)
-        for t in (io.a, io.g, M.A, M.B, M @ V, M.inverse(0.1) @ V):
+        M, first = kfac(io), io.parts[0]
+        V = torch.ones(first.g.shape[-1], first.a.shape[-1], dtype=dtype, device=device)
+        factors = [t for part in io.parts for t in (part.a, part.g, kfac(part).A, kfac(part).B)]
+        for t in (*factors, M @ V, M.inverse(0.1) @ V):
             assert t.dtype == dtype
             assert t.device.type == device.type
     assert all(M.dtype == dtype for M in diagonal_blocks(data[0], ggn(*data)).values())

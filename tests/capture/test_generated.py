@@ -160,6 +160,7 @@ def _hooked(layer):
     return layer
 
 
+FIRST = ("numbers", "words", "words that the head has, too")
 READ = {
     "mean": lambda h: h.mean(1),
     "first": lambda h: h[:, 0],
@@ -180,7 +181,9 @@ use = st.tuples(st.just("use"), st.integers(0, 3), st.sampled_from(sorted(USES))
 
 def networks(*steps):
     return st.tuples(
-        st.booleans(), st.lists(st.one_of(steps), max_size=6), st.sampled_from(sorted(READ))
+        st.sampled_from(FIRST),
+        st.lists(st.one_of(steps), max_size=6),
+        st.sampled_from(sorted(READ)),
     )
 
 
@@ -191,14 +194,17 @@ ANY = networks(layer_step, again, plain, attention, norm, meeting, use)
 class Network(Module):
     """What a list of operations says."""
 
-    def __init__(self, words, steps, read):
+    def __init__(self, first, steps, read):
         super().__init__()
         torch.manual_seed(0)
         self.steps, self.read = steps, READ[read]
-        first = Embedding(WORDS, D) if words else Linear(2, D)
+        tied = first == FIRST[2] and read != "flat"
+        first = Linear(2, D) if first == FIRST[0] else Embedding(WORDS, D)
         kinds = LAYERS | ATTENTIONS | NORMS
         made = {str(i): kinds[what]() for i, (_, what, _) in enumerate(steps) if what in kinds}
-        head = Linear(S * D if read == "flat" else D, C)
+        head = Linear(S * D if read == "flat" else D, WORDS if tied else C)
+        if tied:
+            head.weight = first.weight
         self.layers = ModuleDict({"first": first, **made, "head": head})
         self.linear = [m for m in made.values() if isinstance(m, Linear)]
 
@@ -242,8 +248,8 @@ def ggn_by_plain_autodiff(model, X):
 def is_refused(network):
     """Whether a network is refused; if not, its blocks are exact."""
     model = Network(*network)
-    X = torch.randint(WORDS, (N, S)) if network[0] else torch.randn(N, S, 2)
-    data = model, MSELoss(), X, torch.randn(N, C)
+    X = torch.randn(N, S, 2) if network[0] == FIRST[0] else torch.randint(WORDS, (N, S))
+    data = model, MSELoss(), X, torch.randn(N, model.layers["head"].out_features)
     names = [name for name, module in model.named_modules() if parameters_of(module)]
     try:
         ios = layer_ios(*data, layers=names)
@@ -296,4 +302,4 @@ def test_every_spoiler_alone_is_refused(kind):
     layer = ("layer", "linear", "batch first")
     for how in MEETING if kind == "meeting" else USES:
         spoiler = (kind, how, False) if kind == "meeting" else (kind, 0, how)
-        assert is_refused((False, [layer, ("plain", "tanh", False), spoiler], "mean")), how
+        assert is_refused((FIRST[0], [layer, ("plain", "tanh", False), spoiler], "mean")), how

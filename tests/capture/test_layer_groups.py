@@ -129,12 +129,21 @@ def test_named_layers_without_trainable_parameters_are_refused():
         layer_groups(model, ["0", "1"])
 
 
-def test_a_weight_used_transposed_is_refused():
+def test_an_embedding_and_a_linear_layer_of_one_weight_are_one_block():
+    """Its matrix is the linear layer's, which has a column for the bias."""
     model = Sequential(Embedding(3, 2), Linear(2, 3))
     model[1].weight = model[0].weight
-    with pytest.raises(NotImplementedError, match="'0' and '1' share a weight"):
-        layer_groups(model)
+    (block,) = layer_groups(model)
+    assert (block.names, [part.name for part in block.parts]) == (["0"], ["1", "0"])
+    values = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    (W,) = block.matrices(values)
+    assert torch.equal(W, torch.cat([values["0.weight"], values["1.bias"].unsqueeze(1)], 1))
+    back = block.parameters([W])
+    assert all(torch.equal(back[name], value) for name, value in values.items())
     assert names(model, layers=["1"]) == ["1"]
+    model[0].weight.requires_grad_(False)
+    (block,) = layer_groups(model)
+    assert (block.names, block.parameter_names) == (["1"], ("1.bias",))
 
 
 def test_a_bias_of_two_blocks_is_refused():

@@ -54,7 +54,7 @@ class Adapter:
 
 def matrices(
     request: Request,
-) -> Mapping[str, ks.Kronecker | ks.DiagonalKronecker | ks.KroneckerEigen]:
+) -> Mapping[str, ks.Matrix]:
     """The matrix of every block."""
     if request.coefficients is not None:
         reduced = request.flavour == "reduce"
