@@ -532,7 +532,9 @@ assert largest_error(input_rows(zeros, x), input_rows(circular, x)) > 0.1
 #
 # - **Shared weights.** Layers that share a weight are one block, as there is one $W$. Their positions
 #   are joined: $S$ adds up. If each has a bias of its own, $W$ has one column for each, and a row
-#   of $a$ contains a 1 for its own bias and a 0 for the others.
+#   of $a$ contains a 1 for its own bias and a 0 for the others. An embedding and a linear layer may
+#   share a weight, too, as in language models, and need two values
+#   ([Chapter 6](06_weight_sharing.py#one-weight-both-ways)).
 # - **Groups** of a convolution are blocks of their own, named `layer[0]`, `layer[1]`, …
 # - **Frozen parameters** have no columns: a frozen bias means no column of ones, a frozen weight
 #   leaves only that column.
@@ -609,9 +611,9 @@ refused(NotImplementedError, sloped, nn.MSELoss(), X, y, layers=["1"])
 normalised = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Linear(4, 3))
 refused(NotImplementedError, normalised, nn.MSELoss(), tokens, torch.randn(N, 2, 3))
 
-transposed = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
-transposed[1].weight = transposed[0].weight  # tied input and output embeddings
-refused(NotImplementedError, transposed, nn.MSELoss(), tokens, torch.randn(N, 2, 6))
+both_ways = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose1d(3, 2, 3))
+both_ways[1].weight = both_ways[0].weight  # one kernel for both directions
+refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torch.randn(N, 2, 5))
 
 # %% [markdown]
 # Two things have been taken for granted. In [Theorem 4.1], $f_n$ depends on no datum but $n$. And [(4.3)] is

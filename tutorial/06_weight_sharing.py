@@ -51,7 +51,7 @@ from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.capture.layers import _averaged_patches, averaged_rows, input_rows
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.curvature import diagonal_blocks, ggn
-from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.layer_io import LayerIO, TiedIO
 from kfac_scratch.losses import type2, type2_classwise
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.one_hot import OneHot
@@ -937,6 +937,104 @@ assert last["all positions"] > last["words alone"] + 0.1
 # %% [markdown]
 # Approximations that are functions of the gradients of data need no mask, as zero vectors are in
 # none of these. TKFAC ([chapter 11](11_tkfac.py)) weighs every row of $A$ with the square of its vector.
+
+# %% [markdown]
+# ## One weight, both ways
+#
+# Most language models keep one matrix $W$ for two purposes. The last layer, the head, multiplies its
+# input by $W$ and gets a number for every word. The first layer, the embedding, looks up a word's row
+# of the same $W$, and that is $W^\top$ times the one-hot row of the word. So the gradient of a datum is
+# a sum over both uses. Say that word $t$ of datum $n$ has the one-hot row $e_{nt}$, and that the vector
+# $h_{vnt}$ comes back to what the embedding gives for it. Then
+#
+# $$
+# G_{vn} = \sum_s g_{vns}\, a_{ns}^\top + \sum_t e_{nt}\, h_{vnt}^\top .
+# \tag{6.9}
+# $$
+#
+# In the first sum, the factor on the right is the same for all vectors $v$. In the second, it is the
+# factor on the left. So there are no rows that serve both, and the value of such a weight is a pair of
+# `LayerIO`. The exact block needs no more than [(6.9)]. It has the products of both sums, which no
+# layer of the two has alone. KFAC of the pair leaves these products out and takes one Kronecker product
+# for each use. In the second one the factors have changed places, as $W$ has:
+#
+# $$
+# K = B \otimes A + A' \otimes B',
+# \qquad
+# A' = \operatorname{diag}(\text{how often each word occurs}),
+# \quad
+# B' = \sum_{v,n,t} h_{vnt} h_{vnt}^\top .
+# \tag{6.10}
+# $$
+
+# %%
+VOCABULARY, SHORT = 7, 5
+
+
+class Tied(Module):
+    """A language model without a past: it says the next word by the present one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner = Embedding(VOCABULARY, 4), Linear(4, 4)
+        self.head = Linear(4, VOCABULARY, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.head(self.inner(self.words(X)).tanh()).movedim(2, 1)
+
+
+def sentences(number: int) -> tuple[Tensor, Tensor]:
+    text = torch.randint(VOCABULARY, (number, SHORT + 1))
+    return text[:, :-1], text[:, 1:]
+
+
+model, loss = Tied(), CrossEntropyLoss()
+X, y = sentences(20)
+io, exact = layer_ios(model, loss, X, y)["words"], diagonal_blocks(model, ggn(model, loss, X, y))
+assert isinstance(io, TiedIO)
+assert_exact(io.block(), exact["words"])
+
+K, of_head, of_words = kfac(io), kfac(io.direct), kfac(io.turned)
+frequencies = X.flatten().bincount(minlength=VOCABULARY) / X.numel()
+assert_exact(K.second.B, frequencies.diag())
+assert_exact(
+    K.dense(), torch.kron(of_head.B, of_head.A) + torch.kron(frequencies.diag(), of_words.B)
+)
+
+# %% [markdown]
+# Three things may be wrong with it, and they can be told apart: each use by itself, and the products
+# that are left out. The embedding alone has the second product of [(6.10)], and so on:
+
+# %% tags=["hide-input"]
+places = torch.arange(VOCABULARY * 4).reshape(VOCABULARY, 4).T.flatten()  # W^T, read as W is
+
+
+def turned(block: Tensor) -> Tensor:
+    """A block on the transpose of the weight as one on the weight."""
+    found = torch.empty_like(block)
+    found[places.unsqueeze(1), places] = block
+    return found
+
+
+kinds = ("KFAC", "KFAC of the head alone", "exact blocks of both uses, without their products")
+errors = {kind: [] for kind in kinds}
+for seed in range(10):
+    torch.manual_seed(seed)
+    model, (X, y) = Tied(), sentences(20)
+    io = layer_ios(model, loss, X, y)["words"]
+    apart = io.direct.block() + turned(io.turned.block())
+    for kind, M in zip(kinds, (kfac(io).dense(), kfac(io.direct).dense(), apart), strict=True):
+        errors[kind].append(relative_error(M, io.block()))
+for kind, found in errors.items():
+    print(f"{kind:50}{sum(found) / 10:5.0%} off ({min(found):.0%} to {max(found):.0%})")
+assert min(errors[kinds[2]]) > 0.05
+
+# %% [markdown]
+# The products of both uses are a large part of the block, and no Kronecker product per use has them. A
+# sum of two products is also harder to invert ([chapter 12](12_kpsvd.py)). So the optimizer does not
+# precondition such a weight: it asks for `layers=` without the two layers, and gives the weight to the
+# optimizer of the rest. Other approximations refuse the pair as well.
 
 # %% [markdown]
 # ## What goes wrong in practice

@@ -169,8 +169,9 @@ class RunningFactors:
 
     def product(self, divisor: float) -> Kronecker | DiagonalKronecker:
         """The product of both factors, in the memory of the sums."""
-        make = DiagonalKronecker if self.A.ndim == 1 else Kronecker
-        return make(self.A.div_(self.rows), self.B.div_(divisor))
+        if self.A.ndim == 1:
+            return DiagonalKronecker(self.A.div_(self.rows), self.B.div_(divisor))
+        return Kronecker(self.A.div_(self.rows), self.B.div_(divisor))
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,7 +125,7 @@ class LayerGroup:
         return values
 
     def joined(self, Ws: list[Num[Tensor, "d_out d_in"]]) -> list[Num[Tensor, "d_out d_in"]]:
-        """What the matrices of all parts give together, say their gradients, for each `W`."""
+        """Values for the matrices of all parts (say, gradients), added up to one for each `W`."""
         return Ws
 
 
@@ -150,7 +150,7 @@ class TiedGroup(LayerGroup):
 
     @cached_property
     def kind(self) -> type[Module]:
-        """That of the layers whose `W` it is."""
+        """The linear layers' kind, as the `W` is theirs."""
         return Linear
 
     def matrices(self, values: Mapping[str, Tensor]) -> list[Tensor]:

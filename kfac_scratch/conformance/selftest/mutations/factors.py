@@ -4,7 +4,7 @@ from kfac_scratch.conformance.selftest.mutations.mutant import Mutant
 from kfac_scratch.conformance.vocabulary import Flavour
 
 FACTORS = "return Kronecker(gram(io.a).div_(io.rows), gram(io.g.flatten(0, 1)))"
-SUMS = "return Kronecker(state.A.div_(state.rows), state.B.div_(divisor))"
+SUMS = "return Kronecker(self.A.div_(self.rows), self.B.div_(divisor))"
 
 
 def kfac(name: str, before: str, after: str, case: str, flavour: Flavour = "expand") -> Mutant:
@@ -93,7 +93,7 @@ MUTANTS = [
     ),
     ekfac(
         "KFAC's own eigenvalues",
-        "return rescaled(kfac(io).eigen(), io)",
+        "return rescaled(one_product(io).eigen(), io)",
         "return kfac(io).eigen()",
         "mlp-cross-entropy-sum",
     ),
