@@ -246,10 +246,11 @@ class Recorder(TorchFunctionMode):
         if biased is not None:
             self._add(*biased, z)
         if func in WEIGHT_RULES and self._is_used(*args, *kwargs.values()):
-            with torch.no_grad():
-                applied = WEIGHT_RULES[func](*args, **kwargs)
-            if applied is not None and (found := self._matrices(applied)):
-                return self._record(applied, *found, z)
+            for rule in WEIGHT_RULES[func]:
+                with torch.no_grad():
+                    applied = rule(*args, **kwargs)
+                if applied is not None and (found := self._matrices(applied)):
+                    return self._record(applied, *found, z)
         return z
 
     def _is_used(self, *args: Any) -> bool:
@@ -268,6 +269,9 @@ class Recorder(TorchFunctionMode):
         return None
 
     def _record(self, applied: Applied, group: LayerGroup, matrices: range, z: Tensor) -> Tensor:
+        if (order := applied.order) is not None:
+            z = self._record(applied._replace(order=None), group, matrices, z.permute(order))
+            return z.permute([order.index(i) for i in range(len(order))])
         if z.requires_grad and z._is_view():
             z = z.clone()  # writing into a view would cut it out of the graph
         bias = None if applied.bias is None else self._name(applied.bias, group, matrices)

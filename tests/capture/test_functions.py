@@ -21,7 +21,7 @@ from torch.nn.functional import conv1d, conv2d, conv_transpose1d, embedding, lin
 from kfac_scratch import EXPAND, KFAC, REDUCE, kfac, layer_groups, layer_ios, plan, type2
 from kfac_scratch.capture.calls import recorded
 from kfac_scratch.curvature import diagonal_blocks, ggn
-from tests.capture.test_plan import C, D, N, Net, S, check_exact, sequences, vectors
+from tests.capture.test_plan import C, D, N, Net, S, check_exact, sequences, two, vectors
 from tests.laws import check_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:No block covers")
@@ -258,6 +258,11 @@ def biased(layer, x):
     return z
 
 
+def for_all(matrix, x):
+    """A matrix for every sample, the same one."""
+    return matrix.expand(len(x), -1, -1)
+
+
 FUNCTIONS = {
     "linear": lambda m, x: linear(x, m.a.weight, m.a.bias),
     "by keywords": lambda m, x: linear(input=x, weight=m.a.weight, bias=m.a.bias),
@@ -265,6 +270,16 @@ FUNCTIONS = {
     "bias first": lambda m, x: m.a.bias + torch.matmul(x, m.a.weight.t()),
     "bias in place": lambda m, x: biased(m.a, x),
     "addmm": lambda m, x: torch.addmm(m.a.bias, x.flatten(0, -2), m.a.weight.mT).view_as(x),
+    "einsum": lambda m, x: torch.einsum("...i,oi->...o", x, m.a.weight) + m.a.bias,
+    "einsum of a weight first": lambda m, x: (
+        m.a.bias + torch.einsum("oi, ...i -> ...o", m.a.weight, x)
+    ),
+    "einsum of a turned weight": lambda m, x: (
+        torch.einsum("...i,io->...o", x, m.a.weight.T) + m.a.bias
+    ),
+    "bmm": lambda m, x: (
+        torch.bmm(x.view(len(x), -1, D), for_all(m.a.weight.T, x)) + m.a.bias
+    ).view_as(x),
     "called by parameters": lambda m, x: functional_call(m.a, dict(m.a.named_parameters()), x),
 }
 
@@ -282,6 +297,66 @@ def test_a_linear_layer_by_functions_is_the_layer(name, inputs, device):
         check_equal(io.a, expected[block].a)
         check_equal(io.g, expected[block].g)
         check_equal(kfac(io).dense(), kfac(expected[block]).dense())
+
+
+COLUMNS = {
+    "matmul from the left": lambda W, x: W @ x,
+    "bmm from the left": lambda W, x: torch.bmm(for_all(W, x), x),
+    "einsum": lambda W, x: torch.einsum("nis,oi->nos", x, W),
+    "einsum of a weight first": lambda W, x: torch.einsum("oi,nis->nos", W, x),
+    "einsum to positions first": lambda W, x: torch.einsum("nis,oi->sno", x, W).permute(1, 2, 0),
+    "einsum to outputs first": lambda W, x: torch.einsum("oi,nis->ons", W, x).movedim(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_weight_that_meets_columns_is_the_layer(name, device):
+    """What follows may write into the result, which is laid out as the function makes it."""
+    modules = {"a": Linear(D, D + 1, bias=False), "b": Linear(D + 1, C)}
+    X, y = sequences(device, N, S), torch.randn(N, S, C, device=device)
+    W = modules["a"].to(device).weight
+    assert [COLUMNS[name](W, X.mT).stride()] == seen_strides(COLUMNS[name], modules["a"], X)
+    model = Net(lambda m, x: m.b(relu_(COLUMNS[name](m.a.weight, x.mT)).mT), **modules).to(device)
+    layers = Net(lambda m, x: m.b(relu_(m.a(x))), **modules).to(device)
+    expected = layer_ios(layers, MSELoss(), X, y)
+    for block, io in layer_ios(model, MSELoss(), X, y).items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+
+
+def seen_strides(function, layer, X):
+    """Those of what a function gives while it is recorded."""
+    found = []
+
+    def forward(m, x):
+        z = function(m.a.weight, x.mT)
+        found.append(z.stride())
+        return z
+
+    recorded(model := Net(forward, a=layer), X, layer_groups(model))
+    return found
+
+
+def test_products_of_samples_columns_are_exact(device):
+    """The batch itself may be the columns."""
+    model = Net(
+        lambda m, x: m.b((m.a.weight @ x.T).T.tanh()), a=Linear(D, D, bias=False), b=Linear(D, C)
+    )
+    check_exact(model.to(device), vectors(device), device)
+
+
+EQUATIONS = {
+    "a sum over positions": lambda m, x: torch.einsum("nsi,oi->no", x, m.a.weight).unsqueeze(1),
+    "an entry for each output": lambda m, x: torch.einsum("nso,oi->nso", x, m.a.weight),
+    "three operands": lambda m, x: torch.einsum("nsi,oi,o->nso", x, m.a.weight, m.a.weight[0]),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_other_equations_are_refused(name, device):
+    model = Net(lambda m, x: m.b(m.a(x) + EQUATIONS[name](m, x)), **two()).to(device)
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), sequences(device), torch.randn(N, S, C, device=device))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
