@@ -20,6 +20,10 @@ that follow from it with those of autodiff, and refuses a wrong rule.
 
 `F.multi_head_attention_forward` is made of such functions, and is opened for them.
 
+Some rows of a weight, such as `w[:k]` or a `chunk`, count as the whole weight with vectors that are
+zero at the other rows. The block is exact. KFAC-expand then has no covariance between vectors of
+rows that are used apart; KFAC-reduce has.
+
 Source: `torch.overrides`, for the mechanism: a `TorchFunctionMode` sees every function that is
 called on tensors before it runs.
 """

@@ -299,6 +299,57 @@ def test_a_linear_layer_by_functions_is_the_layer(name, inputs, device):
         check_equal(kfac(io).dense(), kfac(expected[block]).dense())
 
 
+def by_rows(layer, x):
+    """As a projection to queries, keys and values is cut in three."""
+    weights, biases = layer.weight.split([1, 2, 1]), layer.bias.split([1, 2, 1])
+    first, second = (linear(x, w, b) for w, b in zip(weights[:2], biases[:2], strict=True))
+    return torch.cat([first, second, x @ weights[2].T + biases[2]], -1)
+
+
+PARTS = {
+    "rows one after another": lambda m, x: by_rows(m.a, x),
+    "rows that overlap": lambda m, x: (
+        m.a(x) + linear(x.sin(), m.a.weight[1:3]).repeat_interleave(2, -1)
+    ),
+    "some rows alone": lambda m, x: linear(x, m.a.weight[:2], m.a.bias[:2]).repeat_interleave(
+        2, -1
+    ),
+    "rows without their bias": lambda m, x: m.a(x) * linear(x, m.a.weight[1:2]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("inputs", [vectors, sequences])
+def test_rows_of_a_weight_are_exact(name, inputs, device):
+    def forward(m, x):
+        h = relu_(PARTS[name](m, x))
+        return m.b(h.mean(1) if h.ndim == 3 else h)
+
+    check_exact(Net(forward, **two()).to(device), inputs(device), device)
+
+
+def test_rows_of_a_layer_are_the_layer_in_the_reduced_flavour(device):
+    modules, X, y = two(), sequences(device), torch.randn(N, S, C, device=device)
+    found, expected = (
+        layer_ios(Net(way, **modules).to(device), MSELoss(), X, y, flavour=REDUCE)
+        for way in (lambda m, x: m.b(by_rows(m.a, x).tanh()), lambda m, x: m.b(m.a(x).tanh()))
+    )
+    for block, io in found.items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+
+
+def test_some_channels_of_a_kernel_are_exact(device):
+    def forward(m, x):
+        wide = m.a(x)
+        return m.b(
+            (wide + conv2d(x, m.a.weight[:2], m.a.bias[:2]).repeat(1, 2, 1, 1)).tanh().mean((2, 3))
+        )
+
+    model = Net(forward, a=Conv2d(2, 4, 2), b=Linear(4, C)).to(device)
+    check_exact(model, torch.randn(N, 2, 4, 3, device=device), device)
+
+
 COLUMNS = {
     "matmul from the left": lambda W, x: W @ x,
     "bmm from the left": lambda W, x: torch.bmm(for_all(W, x), x),

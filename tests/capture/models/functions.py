@@ -123,6 +123,11 @@ def flat_vector(m, x):
     return (x @ w1.view(D, D)).tanh() @ w2.view(D, C)
 
 
+def by_thirds(m, x):
+    parts = zip(m.qkv.weight.chunk(3), m.qkv.bias.chunk(3), strict=True)
+    return m.head(softmax_attention(*(functional.linear(x, w, b) for w, b in parts)).mean(1))
+
+
 FUNCTIONS = {
     "einsum": Case(
         lambda: two(
@@ -180,6 +185,9 @@ FUNCTIONS = {
         ),
         sequences,
         {"q": OF_NO_LAYER, "v": OF_NO_LAYER},
+    ),
+    "queries, keys and values of thirds of a layer": Case(
+        lambda: Made(by_thirds, qkv=Linear(D, 3 * D), head=Linear(D, C)), sequences
     ),
     "PReLU, Bilinear and EmbeddingBag": Case(
         lambda: Made(
