@@ -744,12 +744,16 @@ assert between > 0
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A part of a weight.** A function that uses some rows of a layer's weight uses no $W$ that has a block. The
-# recorder does not take the part for the whole, and the second check finds the gradient unexplained.
-# Two layers instead of one are the way out.
+# **A part of a weight.** Some rows of a layer's weight, as a `chunk` of it, give some of the layer's outputs. The
+# package records them as the whole layer with vectors that are zero at the other outputs, and the block is
+# exact. A function that uses some *columns* uses no $W$ that has a block. The recorder does not take the part
+# for the whole, and the second check finds the gradient unexplained. Two layers instead of one are the way out.
 
 # %%
-part = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
+rows = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
+assert max(errors(layer_ios(rows, loss, X, y), rows, loss, X, y).values()) <= EXACT
+
+part = Uses(lambda layer, x: layer(x) + functional.linear(x[:, :1], layer.weight[:, :1]))
 refused(NotImplementedError, part, loss, X, y)
 
 # %% [markdown]

@@ -9,13 +9,14 @@ that follow from it with those of autodiff, and refuses a wrong rule.
 | function | input | `W` | bias |
 |---|---|---|---|
 | `F.linear(x, w, b)` | `x` | `w` | `b` |
+| `torch.inner(x, w)` | `x` | `w` | added by the next function |
 | `x @ w`, `torch.matmul`, `torch.mm`, `torch.bmm` | `x` | `w.T` | added by the next function |
 | `w @ x` | columns of `x` | `w` | |
 | `torch.einsum("ni,oi->no", x, w)` and its kin | `x` | `w`, output letters first | as for `x @ w` |
 | `torch.addmm(b, x, w)` | `x` | `w.T` | `b` |
 | `F.conv1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups | `b` |
 | `F.conv_transpose1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups, `in` and `out` exchanged | `b` |
-| `F.embedding(t, w)` | words `t` | `w.T` | |
+| `F.embedding(t, w)`, `w[t]` | words `t` | `w.T` | |
 | `F.layer_norm(x, ..., w, b)` and its kin | 1 | `[w, b]` as one column | |
 
 `F.multi_head_attention_forward` is made of such functions, and is opened for them.
@@ -197,6 +198,14 @@ def _embedding(
     return Applied(input, weight.mT[None], None, use)
 
 
+def _indexed(input: Tensor, index: Any) -> Applied | None:
+    """Words, of which negative ones count from the end."""
+    if not isinstance(index, Tensor) or index.dtype is not torch.long or input.ndim != 2:
+        return None
+    words = index.remainder(len(input))
+    return Applied(words, input.mT[None], None, EmbeddingUse(input.dtype, len(input), None))
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -277,7 +286,7 @@ _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor
 _PRODUCT = (_matmul, _matmul_from_left)
 
 WEIGHT_RULES: dict[Callable[..., Any], tuple[Rule, ...]] = {
-    functional.linear: (_linear,),
+    **dict.fromkeys((functional.linear, torch.inner), (_linear,)),
     **dict.fromkeys((*_PRODUCTS, Tensor.__matmul__), _PRODUCT),
     **dict.fromkeys((torch.addmm, Tensor.addmm), (_addmm,)),
     torch.einsum: (partial(_einsum, weight=1), partial(_einsum, weight=0)),
@@ -287,6 +296,7 @@ WEIGHT_RULES: dict[Callable[..., Any], tuple[Rule, ...]] = {
     functional.conv_transpose2d: (_transposed_convolution,),
     functional.conv_transpose3d: (_transposed_convolution,),
     functional.embedding: (_embedding,),
+    Tensor.__getitem__: (_indexed,),
     functional.layer_norm: (_layer_norm,),
     functional.rms_norm: (_rms_norm,),
     functional.group_norm: (_group_norm,),

@@ -280,6 +280,7 @@ FUNCTIONS = {
     "bmm": lambda m, x: (
         torch.bmm(x.view(len(x), -1, D), for_all(m.a.weight.T, x)) + m.a.bias
     ).view_as(x),
+    "inner": lambda m, x: torch.inner(x, m.a.weight) + m.a.bias,
     "called by parameters": lambda m, x: functional_call(m.a, dict(m.a.named_parameters()), x),
 }
 
@@ -480,6 +481,36 @@ def test_an_embedding_by_functions_is_the_layer(device):
     exact = diagonal_blocks(model, ggn(model, MSELoss(), X, y))
     for block, io in layer_ios(model, MSELoss(), X, y).items():
         check_equal(io.block(), exact[block])
+
+
+def test_rows_of_a_table_by_numbers_are_an_embedding(device):
+    """Negative numbers count from the end."""
+    modules = {"a": nn.Embedding(7, D), "b": Linear(D, C)}
+    X, y = torch.randint(7, (N, S), device=device), torch.randn(N, C, device=device)
+    X[0] -= 7
+    ways = (lambda m, x: m.a(x % 7), lambda m, x: m.a.weight[x])
+    expected, found = (
+        layer_ios(
+            Net(lambda m, x, way=way: m.b(way(m, x).tanh().mean(1)), **modules).to(device),
+            MSELoss(),
+            X,
+            y,
+        )
+        for way in ways
+    )
+    for block, io in found.items():
+        check_equal(io.a + 0, expected[block].a + 0)
+        check_equal(io.g, expected[block].g)
+
+
+@pytest.mark.parametrize("index", [(0, 1), slice(2, 4), None, [0, 1], torch.ones(7) > 0])
+def test_other_parts_of_a_table_are_no_embedding(index):
+    def forward(m, x):
+        return m.b(m.a(x).mean(1)) + m.a.weight[index].square().sum()
+
+    model = Net(forward, a=nn.Embedding(7, D), b=Linear(D, C))
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), torch.randint(7, (N, S)), torch.randn(N, C))
 
 
 def test_a_weight_that_several_functions_use_is_one_block(device):

@@ -39,7 +39,7 @@ def gated(m, x):
 
 
 def by_a_kernel(m, x):
-    h, _ = m.lstm(m.inward(x))
+    h, _ = m.rnn(m.inward(x))
     return m.head(h[:, -1])
 
 
@@ -61,15 +61,15 @@ SEQUENCES = {
         lambda: Made(gated, inward=Linear(D, 4 * D), again=Linear(D, 4 * D), head=Linear(D, C)),
         sequences,
     ),
-    "LSTM": Case(
+    "RNN": Case(
         lambda: Made(
             by_a_kernel,
             inward=Linear(D, 2),
-            lstm=nn.LSTM(2, 2, batch_first=True),
+            rnn=nn.RNN(2, 2, batch_first=True),
             head=Linear(2, C),
         ),
         sequences,
-        {f"lstm.{p}_{of}_l0": "in a kernel" for p in ("weight", "bias") for of in ("ih", "hh")},
+        {f"rnn.{p}_{of}_l0": "in a kernel" for p in ("weight", "bias") for of in ("ih", "hh")},
     ),
     "a layer at two lengths": Case(
         lambda: Made(
