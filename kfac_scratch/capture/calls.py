@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
+from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from kfac_scratch.capture.functions import (
@@ -88,6 +89,7 @@ class Call:
         version: That of `x` when the function read it.
         z: The output.
         edge: Its place in the graph; None if no gradient reaches it.
+        unused: How many of the first and the last rows of `W` are not used.
         axis: Where the samples are.
     """
 
@@ -98,12 +100,13 @@ class Call:
     version: int
     z: Tensor
     edge: GradientEdge | None
+    unused: tuple[int, int] = (0, 0)
     axis: Axis = field(default=Axis())
 
     @property
-    def kind(self) -> tuple[Use, range, str | None, int]:
+    def kind(self) -> tuple[Use, range, tuple[int, int], str | None, int]:
         """The part that is the same in every forward pass."""
-        return self.use, self.matrices, self.bias, self.z.ndim
+        return self.use, self.matrices, self.unused, self.bias, self.z.ndim
 
     @property
     def leading(self) -> range:
@@ -136,6 +139,8 @@ class Call:
     def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "groups V N S d_out"]:
         """Vectors at the output, in the order of `rows`, for each of the matrices."""
         rows = self.axis.by_sample(output_rows(self.use, self.axis.in_front(g, 1)), 2)
+        if any(self.unused):
+            return pad(rows, self.unused)
         if len(rows) == len(self.matrices):
             return rows
         return rows[0].unflatten(-1, (len(self.matrices), -1)).movedim(-2, 0)
@@ -246,45 +251,62 @@ class Recorder(TorchFunctionMode):
         if biased is not None:
             self._add(*biased, z)
         if func in WEIGHT_RULES and self._is_used(*args, *kwargs.values()):
-            with torch.no_grad():
-                applied = WEIGHT_RULES[func](*args, **kwargs)
-            if applied is not None and (found := self._matrices(applied)):
-                return self._record(applied, *found, z)
+            for rule in WEIGHT_RULES[func]:
+                with torch.no_grad():
+                    applied = rule(*args, **kwargs)
+                if applied is not None and (found := self._matrices(applied)):
+                    return self._record(applied, *found, z)
         return z
 
     def _is_used(self, *args: Any) -> bool:
         return any(isinstance(t, Tensor) and id(_owner(t)) in self._weights for t in args)
 
-    def _matrices(self, applied: Applied) -> tuple[LayerGroup, range] | None:
-        """The group and its matrices that a function uses."""
+    def _matrices(self, applied: Applied) -> tuple[LayerGroup, range, tuple[int, int]] | None:
+        """The group and its matrices that a function uses, and the numbers of rows around."""
         W, candidates = applied.W, self._weights.get(id(_owner(applied.W)), [])
         for i, (group, number, view) in enumerate(candidates):
-            if type(applied.use) is not USES[group.kind] or not _begins(W[0], view):
+            if type(applied.use) is not USES[group.kind]:
                 continue
             rows = list(accumulate(len(matrix.view) for matrix in candidates[i:]))
             total = len(W) * W.shape[1]
-            if total in rows and len(W) in (1, rows.index(total) + 1):
-                return group, range(number, number + rows.index(total) + 1)
+            if _begins(W[0], view) and total in rows and len(W) in (1, rows.index(total) + 1):
+                return group, range(number, number + rows.index(total) + 1), (0, 0)
+            if len(W) == group.groups == 1 and (unused := _around(W[0], view)):
+                return group, range(1), unused
         return None
 
-    def _record(self, applied: Applied, group: LayerGroup, matrices: range, z: Tensor) -> Tensor:
+    def _record(
+        self,
+        applied: Applied,
+        group: LayerGroup,
+        matrices: range,
+        unused: tuple[int, int],
+        z: Tensor,
+    ) -> Tensor:
+        if (order := applied.order) is not None:
+            rows = z.permute(order)
+            z = self._record(applied._replace(order=None), group, matrices, unused, rows)
+            return z.permute([order.index(i) for i in range(len(order))])
         if z.requires_grad and z._is_view():
             z = z.clone()  # writing into a view would cut it out of the graph
-        bias = None if applied.bias is None else self._name(applied.bias, group, matrices)
+        bias = None if applied.bias is None else self._name(applied.bias, group, matrices, unused)
         x, use, make = applied.x, applied.use, Call
         if isinstance(use, ScaleUse):
             make = ScaleCall
             use = replace(use, scaled=group.weight is not None, shifted=bias is not None)
-        call = make(use, matrices, bias, x.detach(), x._version, z.detach(), _edge(z))
+        call = make(use, matrices, bias, x.detach(), x._version, z.detach(), _edge(z), unused)
         self.calls[group.name].append(call)
         return z
 
-    def _name(self, bias: Tensor, group: LayerGroup, matrices: range) -> str | None:
-        """The name of the group's bias whose entries for some matrices a function adds."""
+    def _name(
+        self, bias: Tensor, group: LayerGroup, matrices: range, unused: tuple[int, int]
+    ) -> str | None:
+        """The name of the group's bias whose entries for some rows a function adds."""
         owner, name, whole = self._biases.get(id(_owner(bias)), (None, "", bias))
         if owner is not group:
             return None
         part = whole.detach().unflatten(0, (group.groups, -1))[matrices.start : matrices.stop]
+        part = part[:, unused[0] : part.shape[1] - unused[1]]
         return name if _begins(bias, part[0]) and bias.numel() == part.numel() else None
 
     def _biased(self, *terms: Any) -> tuple[LayerGroup, str, Tensor] | None:
@@ -297,7 +319,7 @@ class Recorder(TorchFunctionMode):
                 continue
             call = self.calls[group.name][-1]
             if call.edge is not None and call.edge.node is product.grad_fn and call.bias is None:
-                name = self._name(bias, group, call.matrices)
+                name = self._name(bias, group, call.matrices, call.unused)
                 return None if name is None else (group, name, call.z)
         return None
 
@@ -321,6 +343,14 @@ def _begins(part: Tensor, view: Tensor) -> bool:
         and part.storage_offset() == view.storage_offset()
         and all(s == t for s, t, n, m in sizes if min(n, m) > 1)
     )
+
+
+def _around(part: Tensor, view: Tensor) -> tuple[int, int] | None:
+    """How many rows of a view are before and behind a part of it; None if it is no part."""
+    start = (part.storage_offset() - view.storage_offset()) // max(1, view.stride(0))
+    rows = view[max(0, start) : max(0, start) + len(part)]
+    found = len(rows) == len(part) and _begins(part, rows)
+    return (start, len(view) - start - len(part)) if found else None
 
 
 def _edge(z: Tensor) -> GradientEdge | None:

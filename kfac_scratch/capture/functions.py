@@ -9,14 +9,21 @@ that follow from it with those of autodiff, and refuses a wrong rule.
 | function | input | `W` | bias |
 |---|---|---|---|
 | `F.linear(x, w, b)` | `x` | `w` | `b` |
-| `x @ w`, `torch.matmul`, `torch.mm` | `x` | `w.T` | added by the next function |
+| `torch.inner(x, w)` | `x` | `w` | added by the next function |
+| `x @ w`, `torch.matmul`, `torch.mm`, `torch.bmm` | `x` | `w.T` | added by the next function |
+| `w @ x` | columns of `x` | `w` | |
+| `torch.einsum("ni,oi->no", x, w)` and its kin | `x` | `w`, output letters first | as for `x @ w` |
 | `torch.addmm(b, x, w)` | `x` | `w.T` | `b` |
 | `F.conv1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups | `b` |
 | `F.conv_transpose1d/2d/3d(x, w, b, ...)` | `x` | `w` by groups, `in` and `out` exchanged | `b` |
-| `F.embedding(t, w)` | words `t` | `w.T` | |
+| `F.embedding(t, w)`, `w[t]` | words `t` | `w.T` | |
 | `F.layer_norm(x, ..., w, b)` and its kin | 1 | `[w, b]` as one column | |
 
 `F.multi_head_attention_forward` is made of such functions, and is opened for them.
+
+Some rows of a weight, such as `w[:k]` or a `chunk`, count as the whole weight with vectors that are
+zero at the other rows. The block is exact. KFAC-expand then has no covariance between vectors of
+rows that are used apart; KFAC-reduce has.
 
 Source: `torch.overrides`, for the mechanism: a `TorchFunctionMode` sees every function that is
 called on tensors before it runs.
@@ -24,6 +31,7 @@ called on tensors before it runs.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from string import ascii_uppercase
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -50,12 +58,14 @@ class Applied(NamedTuple):
         W: The weight as matrices side by side, as a view of what the function got.
         bias: What is added; None if nothing is.
         use: The settings.
+        order: The output's axes in the order of the rows; None if they have it.
     """
 
     x: Tensor
     W: Num[Tensor, "groups d_out *d_in"]
     bias: Tensor | None
     use: Use
+    order: tuple[int, ...] | None = None
 
 
 Rule = Callable[..., Applied | None]
@@ -66,9 +76,53 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Applie
 
 
 def _matmul(input: Tensor, other: Tensor) -> Applied | None:
-    if other.ndim != 2 or input.ndim < 2:
+    W = _of_all_samples(other)
+    if W.ndim != 2 or input.ndim < 2:
         return None
-    return Applied(input, other.mT[None], None, LinearUse(other.dtype))
+    return Applied(input, W.mT[None], None, LinearUse(W.dtype))
+
+
+def _matmul_from_left(input: Tensor, other: Tensor) -> Applied | None:
+    """What enters are columns of `other`, and columns leave."""
+    W, lead = _of_all_samples(input), other.ndim - 2
+    if W.ndim != 2 or lead < 0:
+        return None
+    return Applied(other.mT, W[None], None, LinearUse(W.dtype), (*range(lead), lead + 1, lead))
+
+
+def _of_all_samples(matrices: Tensor) -> Tensor:
+    """One matrix of a stack if all are the same by `expand`."""
+    same = matrices.ndim == 3 and (matrices.stride(0) == 0 or len(matrices) == 1)
+    return matrices[0] if same else matrices
+
+
+def _einsum(equation: str, *operands: Tensor, weight: int) -> Applied | None:
+    """A matrix has a letter that leaves, for outputs, and one that does not, for inputs.
+
+    Args:
+        equation: The letters.
+        operands: Two tensors.
+        weight: The number of the one that is the weight.
+    """
+    if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
+        return None
+    W, x, letters = operands[weight], operands[1 - weight], equation.replace(" ", "")
+    known = letters.split("->")[0].split(",")[1 - weight].replace("...", "")
+    more = [s for s in ascii_uppercase if s not in letters][: x.ndim - len(known)]
+    terms, out = letters.replace("...", "".join(more)).split("->")
+    of_W, of_x = (terms.split(",")[i] for i in (weight, 1 - weight))
+    o, i = [s for s in of_W if s in out], [s for s in of_W if s not in out]
+    lead = [s for s in of_x if s in out]
+    if len(o) != 1 or len(i) != 1 or sorted(of_x) != sorted(lead + i) or len(lead + o) != len(out):
+        return None
+    order = tuple(out.index(s) for s in lead + o)
+    return Applied(
+        x.permute([of_x.index(s) for s in lead + i]),
+        (W if of_W == o[0] + i[0] else W.mT)[None],
+        None,
+        LinearUse(W.dtype),
+        None if order == tuple(range(len(out))) else order,
+    )
 
 
 def _addmm(
@@ -142,6 +196,14 @@ def _embedding(
         padding_idx += len(weight)
     use = EmbeddingUse(weight.dtype, len(weight), padding_idx)
     return Applied(input, weight.mT[None], None, use)
+
+
+def _indexed(input: Tensor, index: Any) -> Applied | None:
+    """Words, of which negative ones count from the end."""
+    if not isinstance(index, Tensor) or index.dtype is not torch.long or input.ndim != 2:
+        return None
+    words = index.remainder(len(input))
+    return Applied(words, input.mT[None], None, EmbeddingUse(input.dtype, len(input), None))
 
 
 def _layer_norm(
@@ -220,23 +282,28 @@ def _instance_norm(
     return Applied(normed, weight[None], bias, ScaleUse(weight.dtype, 0))
 
 
-WEIGHT_RULES: dict[Callable[..., Any], Rule] = {
-    functional.linear: _linear,
-    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
-    Tensor.__matmul__: _matmul,
-    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
-    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
-    functional.conv_transpose1d: _transposed_convolution,
-    functional.conv_transpose2d: _transposed_convolution,
-    functional.conv_transpose3d: _transposed_convolution,
-    functional.embedding: _embedding,
-    functional.layer_norm: _layer_norm,
-    functional.rms_norm: _rms_norm,
-    functional.group_norm: _group_norm,
-    functional.batch_norm: _batch_norm,
-    functional.instance_norm: _instance_norm,
+_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
+_PRODUCT = (_matmul, _matmul_from_left)
+
+WEIGHT_RULES: dict[Callable[..., Any], tuple[Rule, ...]] = {
+    **dict.fromkeys((functional.linear, torch.inner), (_linear,)),
+    **dict.fromkeys((*_PRODUCTS, Tensor.__matmul__), _PRODUCT),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), (_addmm,)),
+    torch.einsum: (partial(_einsum, weight=1), partial(_einsum, weight=0)),
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), (_convolution,)),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), (_convolution,)),
+    functional.conv_transpose1d: (_transposed_convolution,),
+    functional.conv_transpose2d: (_transposed_convolution,),
+    functional.conv_transpose3d: (_transposed_convolution,),
+    functional.embedding: (_embedding,),
+    Tensor.__getitem__: (_indexed,),
+    functional.layer_norm: (_layer_norm,),
+    functional.rms_norm: (_rms_norm,),
+    functional.group_norm: (_group_norm,),
+    functional.batch_norm: (_batch_norm,),
+    functional.instance_norm: (_instance_norm,),
 }
+"""The rules of a function: several if the weight may be one argument or another."""
 
 ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 

@@ -266,9 +266,12 @@ def layer_groups(model: Module, layers: Collection[str] | None = None) -> list[L
     for name, layer in chosen.items():
         by_weight.setdefault(id(_weights(layer)[0]), {})[name] = layer
     groups = [_shared(family, trainable) for family in by_weight.values()]
+    frozen = [group.name for group in groups if not group.parameter_names]
     groups = [group for group in groups if group.parameter_names]
-    if layers is not None and len(groups) < len(by_weight):
-        raise ValueError(f"Among the layers {sorted(layers)} one has no trainable parameter.")
+    if layers is not None and frozen:
+        raise ValueError(
+            f"Layer {frozen[0]!r} has no trainable parameter: leave it out of layers=[...]."
+        )
     _check_names(groups)
     owners: dict[str, str] = {}
     for group in groups:

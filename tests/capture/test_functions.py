@@ -21,7 +21,7 @@ from torch.nn.functional import conv1d, conv2d, conv_transpose1d, embedding, lin
 from kfac_scratch import EXPAND, KFAC, REDUCE, kfac, layer_groups, layer_ios, plan, type2
 from kfac_scratch.capture.calls import recorded
 from kfac_scratch.curvature import diagonal_blocks, ggn
-from tests.capture.test_plan import C, D, N, Net, S, check_exact, sequences, vectors
+from tests.capture.test_plan import C, D, N, Net, S, check_exact, sequences, two, vectors
 from tests.laws import check_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:No block covers")
@@ -258,6 +258,11 @@ def biased(layer, x):
     return z
 
 
+def for_all(matrix, x):
+    """A matrix for every sample, the same one."""
+    return matrix.expand(len(x), -1, -1)
+
+
 FUNCTIONS = {
     "linear": lambda m, x: linear(x, m.a.weight, m.a.bias),
     "by keywords": lambda m, x: linear(input=x, weight=m.a.weight, bias=m.a.bias),
@@ -265,6 +270,17 @@ FUNCTIONS = {
     "bias first": lambda m, x: m.a.bias + torch.matmul(x, m.a.weight.t()),
     "bias in place": lambda m, x: biased(m.a, x),
     "addmm": lambda m, x: torch.addmm(m.a.bias, x.flatten(0, -2), m.a.weight.mT).view_as(x),
+    "einsum": lambda m, x: torch.einsum("...i,oi->...o", x, m.a.weight) + m.a.bias,
+    "einsum of a weight first": lambda m, x: (
+        m.a.bias + torch.einsum("oi, ...i -> ...o", m.a.weight, x)
+    ),
+    "einsum of a turned weight": lambda m, x: (
+        torch.einsum("...i,io->...o", x, m.a.weight.T) + m.a.bias
+    ),
+    "bmm": lambda m, x: (
+        torch.bmm(x.view(len(x), -1, D), for_all(m.a.weight.T, x)) + m.a.bias
+    ).view_as(x),
+    "inner": lambda m, x: torch.inner(x, m.a.weight) + m.a.bias,
     "called by parameters": lambda m, x: functional_call(m.a, dict(m.a.named_parameters()), x),
 }
 
@@ -282,6 +298,117 @@ def test_a_linear_layer_by_functions_is_the_layer(name, inputs, device):
         check_equal(io.a, expected[block].a)
         check_equal(io.g, expected[block].g)
         check_equal(kfac(io).dense(), kfac(expected[block]).dense())
+
+
+def by_rows(layer, x):
+    """As a projection to queries, keys and values is cut in three."""
+    weights, biases = layer.weight.split([1, 2, 1]), layer.bias.split([1, 2, 1])
+    first, second = (linear(x, w, b) for w, b in zip(weights[:2], biases[:2], strict=True))
+    return torch.cat([first, second, x @ weights[2].T + biases[2]], -1)
+
+
+PARTS = {
+    "rows one after another": lambda m, x: by_rows(m.a, x),
+    "rows that overlap": lambda m, x: (
+        m.a(x) + linear(x.sin(), m.a.weight[1:3]).repeat_interleave(2, -1)
+    ),
+    "some rows alone": lambda m, x: linear(x, m.a.weight[:2], m.a.bias[:2]).repeat_interleave(
+        2, -1
+    ),
+    "rows without their bias": lambda m, x: m.a(x) * linear(x, m.a.weight[1:2]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("inputs", [vectors, sequences])
+def test_rows_of_a_weight_are_exact(name, inputs, device):
+    def forward(m, x):
+        h = relu_(PARTS[name](m, x))
+        return m.b(h.mean(1) if h.ndim == 3 else h)
+
+    check_exact(Net(forward, **two()).to(device), inputs(device), device)
+
+
+def test_rows_of_a_layer_are_the_layer_in_the_reduced_flavour(device):
+    modules, X, y = two(), sequences(device), torch.randn(N, S, C, device=device)
+    found, expected = (
+        layer_ios(Net(way, **modules).to(device), MSELoss(), X, y, flavour=REDUCE)
+        for way in (lambda m, x: m.b(by_rows(m.a, x).tanh()), lambda m, x: m.b(m.a(x).tanh()))
+    )
+    for block, io in found.items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+
+
+def test_some_channels_of_a_kernel_are_exact(device):
+    def forward(m, x):
+        wide = m.a(x)
+        return m.b(
+            (wide + conv2d(x, m.a.weight[:2], m.a.bias[:2]).repeat(1, 2, 1, 1)).tanh().mean((2, 3))
+        )
+
+    model = Net(forward, a=Conv2d(2, 4, 2), b=Linear(4, C)).to(device)
+    check_exact(model, torch.randn(N, 2, 4, 3, device=device), device)
+
+
+COLUMNS = {
+    "matmul from the left": lambda W, x: W @ x,
+    "bmm from the left": lambda W, x: torch.bmm(for_all(W, x), x),
+    "einsum": lambda W, x: torch.einsum("nis,oi->nos", x, W),
+    "einsum of a weight first": lambda W, x: torch.einsum("oi,nis->nos", W, x),
+    "einsum to positions first": lambda W, x: torch.einsum("nis,oi->sno", x, W).permute(1, 2, 0),
+    "einsum to outputs first": lambda W, x: torch.einsum("oi,nis->ons", W, x).movedim(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_weight_that_meets_columns_is_the_layer(name, device):
+    """What follows may write into the result, which is laid out as the function makes it."""
+    modules = {"a": Linear(D, D + 1, bias=False), "b": Linear(D + 1, C)}
+    X, y = sequences(device, N, S), torch.randn(N, S, C, device=device)
+    W = modules["a"].to(device).weight
+    assert [COLUMNS[name](W, X.mT).stride()] == seen_strides(COLUMNS[name], modules["a"], X)
+    model = Net(lambda m, x: m.b(relu_(COLUMNS[name](m.a.weight, x.mT)).mT), **modules).to(device)
+    layers = Net(lambda m, x: m.b(relu_(m.a(x))), **modules).to(device)
+    expected = layer_ios(layers, MSELoss(), X, y)
+    for block, io in layer_ios(model, MSELoss(), X, y).items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+
+
+def seen_strides(function, layer, X):
+    """Those of what a function gives while it is recorded."""
+    found = []
+
+    def forward(m, x):
+        z = function(m.a.weight, x.mT)
+        found.append(z.stride())
+        return z
+
+    recorded(model := Net(forward, a=layer), X, layer_groups(model))
+    return found
+
+
+def test_products_of_samples_columns_are_exact(device):
+    """The batch itself may be the columns."""
+    model = Net(
+        lambda m, x: m.b((m.a.weight @ x.T).T.tanh()), a=Linear(D, D, bias=False), b=Linear(D, C)
+    )
+    check_exact(model.to(device), vectors(device), device)
+
+
+EQUATIONS = {
+    "a sum over positions": lambda m, x: torch.einsum("nsi,oi->no", x, m.a.weight).unsqueeze(1),
+    "an entry for each output": lambda m, x: torch.einsum("nso,oi->nso", x, m.a.weight),
+    "three operands": lambda m, x: torch.einsum("nsi,oi,o->nso", x, m.a.weight, m.a.weight[0]),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_other_equations_are_refused(name, device):
+    model = Net(lambda m, x: m.b(m.a(x) + EQUATIONS[name](m, x)), **two()).to(device)
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), sequences(device), torch.randn(N, S, C, device=device))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -354,6 +481,36 @@ def test_an_embedding_by_functions_is_the_layer(device):
     exact = diagonal_blocks(model, ggn(model, MSELoss(), X, y))
     for block, io in layer_ios(model, MSELoss(), X, y).items():
         check_equal(io.block(), exact[block])
+
+
+def test_rows_of_a_table_by_numbers_are_an_embedding(device):
+    """Negative numbers count from the end."""
+    modules = {"a": nn.Embedding(7, D), "b": Linear(D, C)}
+    X, y = torch.randint(7, (N, S), device=device), torch.randn(N, C, device=device)
+    X[0] -= 7
+    ways = (lambda m, x: m.a(x % 7), lambda m, x: m.a.weight[x])
+    expected, found = (
+        layer_ios(
+            Net(lambda m, x, way=way: m.b(way(m, x).tanh().mean(1)), **modules).to(device),
+            MSELoss(),
+            X,
+            y,
+        )
+        for way in ways
+    )
+    for block, io in found.items():
+        check_equal(io.a + 0, expected[block].a + 0)
+        check_equal(io.g, expected[block].g)
+
+
+@pytest.mark.parametrize("index", [(0, 1), slice(2, 4), None, [0, 1], torch.ones(7) > 0])
+def test_other_parts_of_a_table_are_no_embedding(index):
+    def forward(m, x):
+        return m.b(m.a(x).mean(1)) + m.a.weight[index].square().sum()
+
+    model = Net(forward, a=nn.Embedding(7, D), b=Linear(D, C))
+    with pytest.raises(NotImplementedError, match=r"'a\.weight' is not"):
+        layer_ios(model, MSELoss(), torch.randint(7, (N, S)), torch.randn(N, C))
 
 
 def test_a_weight_that_several_functions_use_is_one_block(device):

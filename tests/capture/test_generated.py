@@ -101,6 +101,18 @@ def by_addmm(layer, h):
     return torch.addmm(layer.bias, h.flatten(0, 1), layer.weight.T).view_as(h)
 
 
+def by_einsum(layer, h):
+    z = torch.einsum("nsi,oi->nso", h, layer.weight)
+    return z if layer.bias is None else z + layer.bias
+
+
+def by_rows(layer, h):
+    """The first row of the weight, and the others."""
+    biases = [None, None] if layer.bias is None else layer.bias.split([1, D - 1])
+    pairs = zip(layer.weight.split([1, D - 1]), biases, strict=True)
+    return torch.cat([linear(h, w, b) for w, b in pairs], -1)
+
+
 WAYS = {  # to call a linear layer
     "batch first": lambda layer, h: layer(h),
     "positions first": on_positions_first,
@@ -114,6 +126,9 @@ WAYS = {  # to call a linear layer
     "matmul": by_matmul,
     "matmul of the other": lambda layer, h: h @ layer.weight.mT + layer(h),
     "addmm": by_addmm,
+    "einsum": by_einsum,
+    "rows": by_rows,
+    "from the left": lambda layer, h: (layer.weight @ h.mT).mT + layer(h),
 }
 PLAIN = {  # without parameters
     "tanh": torch.tanh,

@@ -439,8 +439,20 @@ BAD = {
     ),
     "second derivatives": (double_backward, two, vectors, OTHERWISE),
     "a bias in a function": (lambda m, x: m.b((m.a(x) + m.a.bias).tanh()), two, vectors, OTHERWISE),
-    "a row of a weight": (
-        lambda m, x: m.b((m.a(x) + linear(x, m.a.weight[:1])).tanh()),
+    "a column of a weight": (
+        lambda m, x: m.b((m.a(x) + linear(x[:, :1], m.a.weight[:, :1])).tanh()),
+        two,
+        vectors,
+        OTHERWISE,
+    ),
+    "every other row of a weight": (
+        lambda m, x: m.b((m.a(x) + linear(x, m.a.weight[::2]).repeat(1, 2)).tanh()),
+        two,
+        vectors,
+        OTHERWISE,
+    ),
+    "the bias of other rows": (
+        lambda m, x: m.b(m.a(x) + linear(x, m.a.weight[:2], m.a.bias[1:3]).repeat(1, 2)),
         two,
         vectors,
         OTHERWISE,
