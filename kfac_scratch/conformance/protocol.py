@@ -5,7 +5,7 @@ the raw numbers of the implementation, and how they are laid out. It never permu
 anything by itself: it says what the documentation says, and the harness does the rest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -44,6 +44,7 @@ class Capabilities:
         projections: Whether it has blocks for the four layers inside `nn.MultiheadAttention`:
             `NAME.q_proj`, `.k_proj`, `.v_proj`, which are no modules, and `NAME.out_proj`, which
             is a module that PyTorch never calls, so that no hook on it runs.
+        masks: Whether it takes masks of the positions that are part of the data.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Capabilities:
     damping: frozenset[DampingForm] = frozenset()
     operators: bool = False
     projections: bool = False
+    masks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,8 @@ class Request:
         gradient: By name of parameter.
         coefficients: `[N, d + 2]` if the loss sees `c_0 u + sum_i c_i du/dx_i + c_{d+1} Lap u` of
             the network's output `u`.
+        masks: For each mini-batch, which positions `[N, T]` are part of the data; empty if all are.
+            The others are padding: in no mean over positions.
     """
 
     case: str
@@ -92,6 +96,7 @@ class Request:
     damping: tuple[DampingForm, float] | None = None
     gradient: Mapping[str, Tensor] = field(default_factory=dict)
     coefficients: Tensor | None = None
+    masks: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)

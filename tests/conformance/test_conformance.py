@@ -15,7 +15,7 @@ from kfac_scratch.conformance.cases.ops import forward, held_parameters, layer_o
 from kfac_scratch.conformance.cases.selection import tasks
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.judging import truth
-from kfac_scratch.conformance.judging.harness import missing, verdict
+from kfac_scratch.conformance.judging.harness import missing, request, verdict
 from tests import reference
 from tests.laws import check_equal, error
 
@@ -164,6 +164,35 @@ def test_layers_inside_attention_modules_are_asked_of_those_who_claim_them(name)
         assert missing(claimed, CASES[name], flavour) == ""
         words = missing(replace(claimed, projections=False), CASES[name], flavour)
         assert words == "the projections of an attention module"
+
+
+def test_masks_come_by_mini_batch_to_those_who_take_them():
+    case = CASES["padded-sentences-in-batches"]
+    asked = request(case, case.build(), "expand")
+    assert [mask.shape for mask in asked.masks] == [(2, 3), (5, 3)]
+    assert [mask.sum(1).tolist() for mask in asked.masks] == [[3, 1], [2, 3, 1, 2, 3]]
+    assert all(
+        torch.equal(mask, y != -100)
+        for mask, (_, y) in zip(asked.masks, asked.batches, strict=True)
+    )
+    other = CASES["tokens-cross-entropy-ignored-mean"]
+    assert not request(other, other.build(), "expand").masks
+    modest = replace(Adapter().capabilities(), masks=False)
+    assert missing(modest, case, "expand") == "masks of positions"
+    assert missing(Adapter().capabilities(), case, "expand") == ""
+
+
+@pytest.mark.parametrize("flavour", ["expand", "reduce"])
+def test_padding_that_is_counted_is_wrong_and_named(flavour):
+    class Counting(Adapter):
+        def blocks(self, asked):
+            return super().blocks(replace(asked, masks=()))
+
+    found = verdict(Counting(), CASES["padded-sentences-cross-entropy"], flavour, "cpu")
+    assert found.verdict == "wrong"
+    assert "as if the padding were counted" in found.words
+    alone = verdict(Counting(), CASES["padded-one-position-cross-entropy"], flavour, "cpu")
+    assert not alone.passes
 
 
 def test_queries_keys_and_values_are_one_parameter_where_their_sizes_agree():

@@ -1,6 +1,6 @@
 """This package, as the oracle sees it: through its public functions only."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Adapter:
             damping=frozenset({"exact", "factored"}),
             operators=True,
             projections=True,
+            masks=True,
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
@@ -69,6 +70,7 @@ def matrices(
         flavour=FLAVOURS[request.flavour],
         layers=_modules(request),
         progress=False,
+        counted=_counted(request),
     )
 
 
@@ -82,6 +84,12 @@ def _modules(request: Request) -> list[str] | None:
     modules = dict(request.model.named_modules())
     names = [name if name in modules else name.rpartition(".")[0] for name in request.layers]
     return list(dict.fromkeys(names))
+
+
+def _counted(request: Request) -> Callable[[Any, Tensor], Tensor] | None:
+    """The masks of the batches, which come in their order."""
+    masks = iter(request.masks)
+    return (lambda X, y: next(masks)) if request.masks else None
 
 
 def _fisher(request: Request) -> ks.BackpropagatedVectors:

@@ -32,6 +32,9 @@ from kfac_scratch.conformance.vocabulary import (
 __all__ = ["DEFINITION", "EXACT", "TOLERANCES", "Case", "Data", "Loss"]
 
 
+IGNORED = -100  # the target that cross-entropy leaves out
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss of PyTorch as data.
@@ -114,6 +117,7 @@ class Case:
         batches: Sizes of the mini-batches; empty for one.
         damping: With it, the damped inverse times the loss's gradient is asked for: `exact`
             (of `B ⊗ A + damping`) or `factored` (each factor damped, with `pi`).
+        masked: Whether positions whose targets are ignored are padding, and in no mean.
         dtype: Of parameters and data.
         data: How to fill a case with numbers.
         tags: For selection.
@@ -132,6 +136,7 @@ class Case:
     batches: tuple[int, ...] = ()
     damping: tuple[DampingForm, float] | None = None
     operator: bool = False
+    masked: bool = False
     dtype: Precision = "float64"
     data: "Callable[[Case], Data]" = field(default=lambda case: spread(case))
     tags: tuple[str, ...] = ()
@@ -157,6 +162,10 @@ class Case:
     def build(self, device: torch.device | str = "cpu") -> Data:
         """The case's numbers."""
         return self.data(self).to(torch.device(device), getattr(torch, self.dtype))
+
+    def mask(self, y: Tensor) -> Tensor | None:
+        """Which positions `[N, T]` are part of the data, by the targets; None if all are."""
+        return y != IGNORED if self.masked else None
 
     def split(self, data: Data) -> list[tuple[Tensor, Tensor]]:
         """The data as mini-batches."""

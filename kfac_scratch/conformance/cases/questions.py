@@ -27,7 +27,7 @@ def question(case: Case, N: int) -> dict[str, Any]:
         case: The case.
         N: How many data its numbers have.
     """
-    return {
+    asked = {
         "id": case.id,
         "ops": [operation(i, op) for i, op in enumerate(case.ops)],
         "loss": _loss(case.loss),
@@ -41,6 +41,7 @@ def question(case: Case, N: int) -> dict[str, Any]:
         "dtype": case.dtype,
         "tolerance": case.tolerance,
     }
+    return asked | ({"masked": True} if case.masked else {})
 
 
 def _loss(loss: Loss) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
         or kinds <= offered.ops,
         "several mini-batches": offered.batches or len(case.batches) < 2,
         "damped inverses": not case.damping or case.damping[0] in offered.damping,
+        "masks of positions": offered.masks or not case.masked,
         "differential operators": offered.operators or not case.operator,
         "the projections of an attention module": offered.projections
         or not {*case.judged} & {*projections(case.ops)},
@@ -132,6 +133,7 @@ def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
 def request(case: Case, data: Data, flavour: Flavour, seed: int = 0) -> Request:
     """What an adapter is asked; a fresh module every time."""
     gradient = truth.gradients(case, data) if case.damping else {}
+    masks = [case.mask(y) for _, y in case.split(data)]
     return Request(
         case=case.id,
         model=network(case.ops, data.parameters),
@@ -145,6 +147,7 @@ def request(case: Case, data: Data, flavour: Flavour, seed: int = 0) -> Request:
         damping=case.damping,
         gradient=gradient,
         coefficients=data.coefficients,
+        masks=[mask for mask in masks if mask is not None],
     )
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.cases.case import EXACT, Case, Data
+from kfac_scratch.conformance.cases.case import EXACT, IGNORED, Case, Data
 from kfac_scratch.conformance.cases.ops import Op, calls, layer_ops
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.layout import places
 from kfac_scratch.conformance.judging.pieces import Pieces
 from kfac_scratch.conformance.judging.ways import (
-    IGNORED,
     Batch,
     Network,
     Question,
@@ -529,6 +528,11 @@ STEPS = [
         "like the same without the loss's weights",
         all_of(weights, TYPE2),
         term_weights=unweighted,
+    ),
+    step(
+        "as if the padding were counted",
+        lambda asked: asked.case.masked,
+        mask=lambda case, y: None,
     ),
     step(
         "as if ignored targets had curvature",

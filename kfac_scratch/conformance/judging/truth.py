@@ -10,8 +10,9 @@ B = \sum_{n,s} J_{ns}^\top H J_{ns} ,
 $$
 
 where the row $a_{ns}$ is itself a derivative, of $z_{ns}$ by $W$. KFAC-reduce has the mean of
-$a_{ns}$ and the sum of $J_{ns}$ over $s$. For the empirical Fisher, $H$ is the outer product of
-every datum's gradient. Nothing of the package's own capture, losses or matrices is used here.
+$a_{ns}$ and the sum of $J_{ns}$ over $s$. Means leave out positions that a mask does not count.
+For the empirical Fisher, $H$ is the outer product of every datum's gradient. Nothing of the
+package's own capture, losses or matrices is used here.
 
 Sources: Martens and Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (arXiv:2311.00636);
 George et al. 2018 (arXiv:1806.03884).
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
@@ -207,12 +208,40 @@ def factors(case: Case, data: Data, flavour: Flavour) -> dict[str, KroneckerFact
     H = output_curvature(case, output(case, data), data.y)
     for name in layer_ops(case.ops):
         a, J = layer_inputs(case, data, name), derivatives(case, data, name)
+        counted = counted_rows(a, case.mask(data.y))
         if flavour == "reduce":
-            a, J = a.mean(2, keepdim=True), J.sum(3, keepdim=True)
-        A = torch.einsum("gnsi,gnsj->gij", a, a) / (a.shape[1] * a.shape[2])
+            (a, counted), J = row_means(a, counted), J.sum(3, keepdim=True)
+        A = second_moment(a, counted)
         B = torch.einsum("fgnso,fh,hgnsp->gop", J, H, J)
         found[name] = KroneckerFactors(A, B)
     return found
+
+
+def counted_rows(
+    a: Float[Tensor, "groups N S d_in"], mask: Bool[Tensor, "N T"] | None
+) -> Bool[Tensor, "N S"] | None:
+    """Which rows of a layer a mask counts; all if the layer has another number of positions."""
+    return None if mask is None or mask.shape[1] != a.shape[2] else mask
+
+
+def row_means(
+    a: Float[Tensor, "groups N S d_in"], counted: Bool[Tensor, "N S"] | None
+) -> tuple[Float[Tensor, "groups N 1 d_in"], Bool[Tensor, "N 1"] | None]:
+    """Every datum's mean row over positions that are counted, and which data have any."""
+    if counted is None:
+        return a.mean(2, keepdim=True), None
+    numbers = counted.sum(1, keepdim=True)
+    total = (a * counted.unsqueeze(-1)).sum(2, keepdim=True)
+    return total / numbers.clamp(min=1).unsqueeze(-1), numbers > 0
+
+
+def second_moment(
+    a: Float[Tensor, "groups N S d_in"], counted: Bool[Tensor, "N S"] | None = None
+) -> Float[Tensor, "groups d_in d_in"]:
+    """The mean of `a a^T` over the rows that are counted."""
+    rows = a.shape[1] * a.shape[2] if counted is None else counted.sum()
+    a = a if counted is None else a * counted.unsqueeze(-1)
+    return torch.einsum("gnsi,gnsj->gij", a, a) / rows
 
 
 def layer_inputs(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S d_in"]:

@@ -15,18 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.func import grad
 
-from kfac_scratch.conformance.cases.case import DEFINITION, Case, Data
+from kfac_scratch.conformance.cases.case import DEFINITION, IGNORED, Case, Data
 from kfac_scratch.conformance.cases.ops import Op, calls, layer_ops
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.pieces import LayerParts, PieceKey
 from kfac_scratch.conformance.vocabulary import Flavour
 
 Of = Callable[..., Any]
-IGNORED = -100  # the target that cross-entropy leaves out
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +35,14 @@ class Batch:
     a: Float[Tensor, "groups N rows d_in"]
     g: Float[Tensor, "V groups N S d_out"]
     terms: float
+    counted: Bool[Tensor, "N rows"] | None = None
 
     @property
     def rows(self) -> float:
-        """How many rows there are."""
-        return float(self.a.shape[1] * self.a.shape[2])
+        """How many rows are counted."""
+        if self.counted is None:
+            return float(self.a.shape[1] * self.a.shape[2])
+        return float(self.counted.sum())
 
 
 # ---- the steps -----------------------------------------------------------------------------------
@@ -103,7 +105,8 @@ def apart(S: Float[Tensor, "T K N T2 C"]) -> Float[Tensor, "V N T C"]:
 
 def reduced(batch: Batch) -> Batch:
     """KFAC-reduce: the mean of the rows, the sum of the vectors."""
-    return replace(batch, a=batch.a.mean(2, keepdim=True), g=batch.g.sum(3, keepdim=True))
+    a, counted = truth.row_means(batch.a, batch.counted)
+    return replace(batch, a=a, g=batch.g.sum(3, keepdim=True), counted=counted)
 
 
 def input_factor(a: Tensor) -> Tensor:
@@ -239,6 +242,7 @@ class Way:
     vector_shares: Of = by_size
     averaged: Of = averaged
     solved: Of = right
+    mask: Of = Case.mask
 
     def pieces(self, asked: Question) -> dict[PieceKey, Tensor]:
         """The answer, computed this way.
@@ -267,8 +271,11 @@ class Way:
 
     def factors(self, batch: Batch) -> truth.KroneckerFactors:
         """Both factors of one mini-batch, of the mean of the loss's terms."""
-        B = self.vector_factor(batch.g) / batch.terms
-        return truth.KroneckerFactors(self.input_factor(batch.a), B)
+        B, a = self.vector_factor(batch.g) / batch.terms, batch.a
+        if batch.counted is None:
+            return truth.KroneckerFactors(self.input_factor(a), B)
+        A = self.input_factor(a * batch.counted.unsqueeze(-1))  # of which many rows are zero
+        return truth.KroneckerFactors(A * (batch.counted.numel() / batch.rows), B)
 
     def batch(self, case: Case, network: Network) -> dict[str, Batch]:
         """Every judged layer on one mini-batch."""
@@ -281,7 +288,9 @@ class Way:
             rows = [network.rows(i, self.op(case.ops[i])) for i in self.used_inputs(places)]
             a = torch.cat([self.cut(op, of_call) for of_call in rows], 2)
             J = torch.cat([network.slopes(op, self.result_of(case, i)) for i in places], 3)
-            found[name] = self.seen(Batch(a, torch.einsum("vf,fgnso->vgnso", root, J), divisor))
+            g = torch.einsum("vf,fgnso->vgnso", root, J)
+            counted = truth.counted_rows(a, self.mask(case, y))
+            found[name] = self.seen(Batch(a, g, divisor, counted))
         return found
 
     def root(self, case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "V ..."]:

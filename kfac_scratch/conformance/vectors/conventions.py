@@ -53,6 +53,10 @@ CONVENTIONS = {
         "type2: H is the loss's Hessian. empirical: H is, for every datum, g g^T / D, with g the "
         "gradient by its outputs of the sum of the loss's terms."
     ),
+    "masked": (
+        "If true, positions whose targets are ignored (-100) are padding: the means of a a^T and, "
+        "for reduce, of a are over the other positions, in layers with as many as the targets."
+    ),
     "batches": "Sizes of the mini-batches. The curvature is that of the loss over all data.",
     "damping": (
         "exact: block + value * identity. factored: (B + sqrt(value) / pi) (x) "

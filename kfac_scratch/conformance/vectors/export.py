@@ -189,6 +189,7 @@ def manifest_entry(case: Case) -> dict[str, Any]:
             for name, value in case.flavours.items()
         },
         **{key: asked[key] for key in ("layers", "part", "batches", "damping", "operator")},
+        **({"masked": True} if case.masked else {}),
         "dtype": case.dtype,
         "tolerance": case.tolerance,
         "loss_hessian": hessian_number(case, truth.output(case, data)),

@@ -95,6 +95,7 @@ class Reference:
     def digest(self) -> str:
         """What it asks and its numbers: the digest of the case that it was written from."""
         question = {key: self.entry[key] for key in ASKED} | {"flavours": self.flavours}
+        question |= {"masked": True} if self.entry.get("masked") else {}
         numbers = {name: x for name, x in self.tensors.items() if name.startswith(GIVEN)}
         return content_digest(question, numbers)
 

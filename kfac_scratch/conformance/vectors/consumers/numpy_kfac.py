@@ -4,7 +4,7 @@
 Usage: `python numpy_kfac.py VECTORS RESULTS`. It knows nothing but the files: the derivatives are
 written by hand. Linear layers with and without shared weights, pools, residuals, all losses, the
 empirical Fisher, EKFAC and damped inverses are there; convolutions, attention, normalisations,
-embeddings and differential operators are not.
+embeddings, masks and differential operators are not.
 """
 
 import json
@@ -278,6 +278,8 @@ def check(case):
     """Refuse what is not written here."""
     if case["operator"]:
         raise NotImplementedError("differential operators")
+    if case.get("masked"):
+        raise NotImplementedError("masks of positions")
     for op in case["ops"]:
         if op["kind"] in ("conv", "attention", "mean-space"):
             raise NotImplementedError(f"the operation {op['kind']}")

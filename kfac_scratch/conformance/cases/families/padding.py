@@ -1,0 +1,89 @@
+"""Padded sentences: positions that a mask leaves out are in no mean.
+
+Their targets are ignored, so that no gradient depends on them. Only KFAC's `A` does, if it is a
+mean over all positions.
+"""
+
+from kfac_scratch.conformance.cases.case import IGNORED, Case, Data, spread
+from kfac_scratch.conformance.cases.families.common import (
+    ALL_DEFINITION,
+    ALL_EXACT,
+    BOTH_DEFINITION,
+    chain,
+    in_single_precision,
+    loss,
+)
+from kfac_scratch.conformance.cases.ops import classes_first, tanh
+
+PLACE = 14  # in reports and vectors
+TAGS = ("sequence", "padding", "cross-entropy")
+FLAGS = ("padding that is counted", "positions that are ignored")
+
+
+def padded(case: Case) -> Data:
+    """Sentences of 3, 1 and 2 words in turn; what is behind the last word is ignored."""
+    data = spread(case)
+    y = data.y.clone()
+    for n, targets in enumerate(y):
+        targets[(3, 1, 2)[n % 3] :] = IGNORED
+    return Data(data.parameters, data.X, y)
+
+
+def second_alone(case: Case) -> Data:
+    """Of every datum, the second position alone is part of the data."""
+    data = spread(case)
+    y = data.y.clone()
+    y[:, [0, 2]] = IGNORED
+    return Data(data.parameters, data.X, y)
+
+
+ONE = Case(
+    "padded-one-position-cross-entropy",
+    "one-datum",
+    (*chain(4, 6, 5, between=tanh()), classes_first()),
+    loss("cross-entropy"),
+    (1, 3, 4),
+    ALL_EXACT,
+    masked=True,
+    data=second_alone,
+    tags=TAGS,
+    flags=FLAGS,
+)
+SENTENCES = Case(
+    "padded-sentences-cross-entropy",
+    "definition",
+    (*chain(4, 6, 5, between=tanh()), classes_first()),
+    loss("cross-entropy"),
+    (7, 3, 4),
+    ALL_DEFINITION,
+    masked=True,
+    data=padded,
+    tags=TAGS,
+    flags=FLAGS,
+)
+SUMMED = Case(
+    "padded-sentences-cross-entropy-sum",
+    "definition",
+    (*chain(4, 6, 5, between=tanh()), classes_first()),
+    loss("cross-entropy", "sum"),
+    (7, 3, 4),
+    ALL_DEFINITION,
+    masked=True,
+    data=padded,
+    tags=TAGS,
+    flags=FLAGS,
+)
+BATCHES = Case(
+    "padded-sentences-in-batches",
+    "definition",
+    (*chain(4, 6, 5, between=tanh()), classes_first()),
+    loss("cross-entropy"),
+    (7, 3, 4),
+    BOTH_DEFINITION,
+    batches=(2, 5),
+    masked=True,
+    data=padded,
+    tags=(*TAGS, "batches"),
+    flags=(*FLAGS, "batches weighted by data instead of words"),
+)
+CASES = [ONE, SENTENCES, SUMMED, BATCHES, in_single_precision(SENTENCES)]
