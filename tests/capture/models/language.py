@@ -106,6 +106,12 @@ class Bert(Module):
         return self.head(self.norm_3(functional.gelu(self.dense(h)))).movedim(-1, 1)
 
 
+def tied(model, words, head):
+    """A model whose head has the weight of its words."""
+    getattr(model, head).weight = getattr(model, words).weight
+    return model
+
+
 class Float32Norm(Module):
     """The root-mean-square norm of Llama and T5, in float32 inside."""
 
@@ -231,6 +237,13 @@ MAMBA = {
 
 LANGUAGE = {
     "GPT-2 with addmm": Case(lambda: Gpt2(Addmm, every_position), words),
+    "GPT-2 with a tied head": Case(
+        lambda: tied(Gpt2(Addmm, every_position), "wte", "lm_head"), words
+    ),
+    "GPT-2 with a tied head and a mask in a dict": Case(
+        lambda: tied(Gpt2(Addmm, every_position), "wte", "lm_head"), masked_words
+    ),
+    "BERT for masked words, tied": Case(lambda: tied(Bert(False), "word", "head"), masked_words),
     "GPT-2 with a mask in a dict": Case(lambda: Gpt2(Addmm, every_position), masked_words),
     "GPT-2 with a weight of a layer of its own": Case(
         lambda: Gpt2(Conv1D, every_position), words, CONV1D
