@@ -35,6 +35,7 @@ from kfac_scratch.capture.layers import (
     Use,
     averaged_rows,
     input_rows,
+    mean_of_positions,
     one_hot_rows,
     output_rows,
     positions,
@@ -131,7 +132,7 @@ class Call:
         """The mean of `rows` over positions, and how many there are."""
         rows, S = averaged_rows(self.use, self.axis.in_front(self.x))
         rows = self.axis.by_sample(rows, 1)
-        return rows.mean(2, keepdim=True) if rows.shape[2] > 1 else rows, S * rows.shape[2]
+        return mean_of_positions(rows), S * rows.shape[2]
 
     def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "groups V N S d_out"]:
         """Vectors at the output, in the order of `rows`, for each of the matrices."""
@@ -259,11 +260,11 @@ class Recorder(TorchFunctionMode):
         """The group and its matrices that a function uses."""
         W, candidates = applied.W, self._weights.get(id(_owner(applied.W)), [])
         for i, (group, number, view) in enumerate(candidates):
-            if type(applied.use) is not USES[group.kind] or not _begins(W[0], view):
+            if type(applied.use) is not USES[group.kind] or not _begins(W, view):
                 continue
-            rows = list(accumulate(len(matrix.view) for matrix in candidates[i:]))
-            total = len(W) * W.shape[1]
-            if total in rows and len(W) in (1, rows.index(total) + 1):
+            rows = list(accumulate(matrix.view.shape[0] for matrix in candidates[i:]))
+            groups, total = W.shape[0], W.shape[0] * W.shape[1]
+            if total in rows and groups in (1, rows.index(total) + 1):
                 return group, range(number, number + rows.index(total) + 1)
         return None
 
@@ -284,8 +285,8 @@ class Recorder(TorchFunctionMode):
         owner, name, whole = self._biases.get(id(_owner(bias)), (None, "", bias))
         if owner is not group:
             return None
-        part = whole.detach().unflatten(0, (group.groups, -1))[matrices.start : matrices.stop]
-        return name if _begins(bias, part[0]) and bias.numel() == part.numel() else None
+        all_of_it = bias is whole and len(matrices) == group.groups
+        return name if all_of_it or _is_part(bias, whole, group.groups, matrices) else None
 
     def _biased(self, *terms: Any) -> tuple[LayerGroup, str, Tensor] | None:
         """The group, the bias and the output, if a bias is added to what its weight gave."""
@@ -314,13 +315,23 @@ def _owner(t: Tensor) -> Tensor:
 
 
 def _begins(part: Tensor, view: Tensor) -> bool:
-    """Whether rows begin at the same entry of their owner and go on in the same way."""
-    sizes = zip(part.stride(), view.stride(), part.shape, view.shape, strict=False)
+    """Whether rows begin at the same entry of their owner and go on in the same way.
+
+    Of several matrices side by side, it is the first one's rows that are compared.
+    """
+    shape, stride = part.shape[-view.ndim :], part.stride()[-view.ndim :]
+    axes = zip(stride, view.stride(), shape, view.shape, strict=False)
     return (
-        part.shape[1:] == view.shape[1:]
-        and part.storage_offset() == view.storage_offset()
-        and all(s == t for s, t, n, m in sizes if min(n, m) > 1)
+        part.storage_offset() == view.storage_offset()
+        and shape[1:] == view.shape[1:]
+        and all(s == t for s, t, n, m in axes if min(n, m) > 1)
     )
+
+
+def _is_part(bias: Tensor, whole: Tensor, groups: int, matrices: range) -> bool:
+    """Whether a tensor is the part of a bias that belongs to some of a group's matrices."""
+    part = whole.detach().unflatten(0, (groups, -1))[matrices.start : matrices.stop]
+    return _begins(bias, part[0]) and bias.numel() == part.numel()
 
 
 def _edge(z: Tensor) -> GradientEdge | None:

@@ -121,7 +121,7 @@ class Plan:
             if [place.kind for place in places] != [call.kind for call in here]:
                 raise ValueError(unlike(group, f"was called otherwise ({len(here)} times)"))
             located[group.name] = [
-                replace(call, axis=_fitted(group, place, call, N))
+                _at(call, _fitted(group, place, call, N))
                 for place, call in zip(places, here, strict=True)
             ]
         return located
@@ -371,9 +371,7 @@ def _checked(
             _place(group, *of_call, half)
             for of_call in zip(orders, here, gs[group.name], strict=True)
         )
-        located = [
-            replace(c, axis=place.axis) for c, place in zip(here, found[group.name], strict=True)
-        ]
+        located = [_at(c, place.axis) for c, place in zip(here, found[group.name], strict=True)]
         with torch.autocast(f.device.type, enabled=False):
             sums = [g.sum(0, keepdim=True) for g in gs[group.name]]
             _check_gradient(group, located, sums, gradients)
@@ -462,6 +460,11 @@ def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, " N"]) -> bool:
     """Whether vectors for each half of the samples are zero at the other half, exactly."""
     by_sample = axis.by_sample(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
     return not (by_sample[0, ~half].any() or by_sample[1, half].any())
+
+
+def _at(call: Call, axis: Axis) -> Call:
+    """A call with its axis of the samples."""
+    return call if call.axis == axis else replace(call, axis=axis)
 
 
 def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:
