@@ -221,9 +221,13 @@ def write(path: Path, result: dict) -> None:
     path.write_text(written(result))
 
 
-def arguments(description: str, argv: list[str] | None, rounds: int) -> argparse.Namespace:
-    """The options that the benchmarks share; sets the number of threads."""
+def arguments(
+    description: str, argv: list[str] | None, rounds: int, paths: Iterable[str] = ()
+) -> argparse.Namespace:
+    """The options that the benchmarks share, and paths that one needs; sets the threads."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    for name in paths:
+        parser.add_argument(f"--{name}", type=Path, required=True, help="see the docstring")
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--rows", default="", help="only rows whose name has this pattern")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: does it run?")

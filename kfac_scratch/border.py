@@ -10,6 +10,7 @@ them before anything is computed.
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from numbers import Integral
+from types import FunctionType
 from typing import Any, get_origin
 
 
@@ -59,6 +60,8 @@ def check_callable(parameter: str, value: object, example: str) -> None:
 
 def makes_a_function(function: Any) -> bool:
     """Whether a function's annotation says that it returns a function."""
+    if isinstance(function, FunctionType):  # as below, but much faster
+        return get_origin(function.__annotations__.get("return")) is Callable
     try:
         returned = inspect.signature(function).return_annotation
     except (TypeError, ValueError):  # built-in functions may have no signature

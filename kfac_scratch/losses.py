@@ -309,8 +309,10 @@ def _weight_of_labels(loss: CrossEntropyLoss, f: Tensor, y: Tensor) -> float:
         return 1.0
     kept, C = y != loss.ignore_index, f.shape[1]
     wrong = kept & ((y < 0) | (y >= C))
-    weights = f.new_ones(C, dtype=torch.float64) if loss.weight is None else loss.weight.double()
-    D = (weights[y.where(kept & ~wrong, 0)] * kept).sum()
+    if loss.weight is None:
+        D = kept.sum()
+    else:
+        D = (loss.weight.double()[y.where(kept & ~wrong, 0)] * kept).sum()
     D, any_wrong = torch.stack([D, wrong.any().to(D)]).tolist()
     if any_wrong:
         raise ValueError(

@@ -36,6 +36,7 @@ from kfac_scratch.capture.layers import (
     Use,
     averaged_rows,
     input_rows,
+    mean_of_positions,
     one_hot_rows,
     output_rows,
     positions,
@@ -134,7 +135,7 @@ class Call:
         """The mean of `rows` over positions, and how many there are."""
         rows, S = averaged_rows(self.use, self.axis.in_front(self.x))
         rows = self.axis.by_sample(rows, 1)
-        return rows.mean(2, keepdim=True) if rows.shape[2] > 1 else rows, S * rows.shape[2]
+        return mean_of_positions(rows), S * rows.shape[2]
 
     def vectors(self, g: Float[Tensor, "V ..."]) -> Float[Tensor, "groups V N S d_out"]:
         """Vectors at the output, in the order of `rows`, for each of the matrices."""
@@ -267,11 +268,11 @@ class Recorder(TorchFunctionMode):
         for i, (group, number, view) in enumerate(candidates):
             if type(applied.use) is not USES[group.kind]:
                 continue
-            rows = list(accumulate(len(matrix.view) for matrix in candidates[i:]))
-            total = len(W) * W.shape[1]
-            if _begins(W[0], view) and total in rows and len(W) in (1, rows.index(total) + 1):
+            groups, total = W.shape[0], W.shape[0] * W.shape[1]
+            rows = list(accumulate(matrix.view.shape[0] for matrix in candidates[i:]))
+            if _begins(W, view) and total in rows and groups in (1, rows.index(total) + 1):
                 return group, range(number, number + rows.index(total) + 1), (0, 0)
-            if len(W) == group.groups == 1 and (unused := _around(W[0], view)):
+            if groups == group.groups == 1 and (unused := _around(W[0], view)):
                 return group, range(1), unused
         return None
 
@@ -305,9 +306,9 @@ class Recorder(TorchFunctionMode):
         owner, name, whole = self._biases.get(id(_owner(bias)), (None, "", bias))
         if owner is not group:
             return None
-        part = whole.detach().unflatten(0, (group.groups, -1))[matrices.start : matrices.stop]
-        part = part[:, unused[0] : part.shape[1] - unused[1]]
-        return name if _begins(bias, part[0]) and bias.numel() == part.numel() else None
+        all_of_it = bias is whole and len(matrices) == group.groups and unused == (0, 0)
+        part = all_of_it or _is_part(bias, whole, group.groups, matrices, unused)
+        return name if part else None
 
     def _biased(self, *terms: Any) -> tuple[LayerGroup, str, Tensor] | None:
         """The group, the bias and the output, if a bias is added to what its weight gave."""
@@ -336,12 +337,16 @@ def _owner(t: Tensor) -> Tensor:
 
 
 def _begins(part: Tensor, view: Tensor) -> bool:
-    """Whether rows begin at the same entry of their owner and go on in the same way."""
-    sizes = zip(part.stride(), view.stride(), part.shape, view.shape, strict=False)
+    """Whether rows begin at the same entry of their owner and go on in the same way.
+
+    Of several matrices side by side, it is the first one's rows that are compared.
+    """
+    shape, stride = part.shape[-view.ndim :], part.stride()[-view.ndim :]
+    axes = zip(stride, view.stride(), shape, view.shape, strict=False)
     return (
-        part.shape[1:] == view.shape[1:]
-        and part.storage_offset() == view.storage_offset()
-        and all(s == t for s, t, n, m in sizes if min(n, m) > 1)
+        part.storage_offset() == view.storage_offset()
+        and shape[1:] == view.shape[1:]
+        and all(s == t for s, t, n, m in axes if min(n, m) > 1)
     )
 
 
@@ -351,6 +356,15 @@ def _around(part: Tensor, view: Tensor) -> tuple[int, int] | None:
     rows = view[max(0, start) : max(0, start) + len(part)]
     found = len(rows) == len(part) and _begins(part, rows)
     return (start, len(view) - start - len(part)) if found else None
+
+
+def _is_part(
+    bias: Tensor, whole: Tensor, groups: int, matrices: range, unused: tuple[int, int]
+) -> bool:
+    """Whether a tensor is the part of a bias that belongs to some of a group's matrices."""
+    part = whole.detach().unflatten(0, (groups, -1))[matrices.start : matrices.stop]
+    part = part[:, unused[0] : part.shape[1] - unused[1]]
+    return _begins(bias, part[0]) and bias.numel() == part.numel()
 
 
 def _edge(z: Tensor) -> GradientEdge | None:

@@ -14,6 +14,7 @@ from torch.nn import Embedding
 
 from kfac_scratch.capture.calls import Call
 from kfac_scratch.capture.layer_groups import LayerGroup, ScaleGroup
+from kfac_scratch.capture.layers import with_ends
 from kfac_scratch.one_hot import OneHot
 
 T = TypeVar("T")
@@ -58,10 +59,14 @@ def _expanded_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor,
         return [_joined_words(calls)]
     rows = []
     for call in calls:
-        ends = group.bias_inputs(call.bias)
-        row = call.rows(ends)
-        rows.append(list(row if group.weight is not None else row[..., -len(ends) :]))
+        row = _of_trainable(group, call.rows(group.bias_inputs(call.bias)))
+        rows.append(row.unbind())
     return [_joined(of_matrix, 1) for of_matrix in by_matrix(group, calls, rows)]
+
+
+def _of_trainable(group: LayerGroup, row: Tensor) -> Tensor:
+    """The columns of trainable parameters: those of biases alone if the weight is frozen."""
+    return row if group.weight is not None else row[..., -len(group.biases) :]
 
 
 def _joined_words(calls: list[Call]) -> OneHot:
@@ -75,7 +80,7 @@ def _expanded_outputs(
 ) -> list[Float[Tensor, "V N S d_out"]]:
     if isinstance(group, ScaleGroup):
         return _summed_outputs(group, calls, gs)
-    rows = [list(c.vectors(g)) for c, g in zip(calls, gs, strict=True)]
+    rows = [c.vectors(g).unbind() for c, g in zip(calls, gs, strict=True)]
     return [_joined(of_matrix, 2) for of_matrix in by_matrix(group, calls, rows)]
 
 
@@ -85,9 +90,8 @@ def _averaged_inputs(group: LayerGroup, calls: list[Call]) -> list[Float[Tensor,
     means = []
     for call in calls:
         row, S = call.averaged_rows()
-        ends = row.new_tensor(group.bias_inputs(call.bias)).expand(*row.shape[:-1], -1)
-        row = torch.cat([row, ends] if group.weight is not None else [ends], dim=-1)
-        means.append([(mean, S) for mean in row])
+        row = _of_trainable(group, with_ends(row, group.bias_inputs(call.bias)))
+        means.append([(mean, S) for mean in row.unbind()])
     return [_mean(of_matrix) for of_matrix in by_matrix(group, calls, means)]
 
 
@@ -102,9 +106,10 @@ def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
 def _summed_outputs(
     group: LayerGroup, calls: list[Call], gs: list[Tensor]
 ) -> list[Float[Tensor, "V N 1 d_out"]]:
+    vectors = [c.vectors(g) for c, g in zip(calls, gs, strict=True)]
     sums = [
-        list(c.vectors(g).sum(3, keepdim=True, dtype=group.dtype))
-        for c, g in zip(calls, gs, strict=True)
+        (g if g.shape[3] == 1 else g.sum(3, keepdim=True, dtype=group.dtype)).unbind()
+        for g in vectors
     ]
     return [
         of_matrix[0] if len(of_matrix) == 1 else torch.stack(of_matrix).sum(0)

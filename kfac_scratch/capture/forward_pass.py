@@ -16,6 +16,7 @@ Source: Eschenhagen et al. 2023 (arXiv:2311.00636), §3, for both flavours.
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -317,7 +318,7 @@ def check_capture(
         check_function("counted", counted, "counted=lambda X, y: X != pad")
 
 
-def check_vectors(vectors: object, f: Tensor) -> None:
+def check_vectors(vectors: Vectors, f: Tensor) -> None:
     """Refuse what a Fisher returned if it is no stack of vectors for the model's output.
 
     Raises:
@@ -326,7 +327,6 @@ def check_vectors(vectors: object, f: Tensor) -> None:
             none.
     """
     check_result("fisher", vectors, Vectors, f"vectors, a tensor of shape [V, *{[*f.shape]}]")
-    assert isinstance(vectors, Vectors)
     if len(vectors) == 0 or vectors.shape[1:] != f.shape:
         raise ValueError(
             f"The vectors of fisher have shape {tuple(vectors.shape)}, not [V, *{tuple(f.shape)}] "
@@ -341,8 +341,10 @@ def _read(vectors: Vectors, part: slice, f: Tensor) -> Float[Tensor, "V N ..."]:
     return read.to(f.dtype)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Suspend autocast, so that rows, vectors and factors keep their precision."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # every layer asks, and the other one takes ten times as long
     return torch.autocast(device.type, enabled=False)
 
 

@@ -89,7 +89,7 @@ class LayerGroup:
 
     def views(self) -> list[Num[Tensor, " d_out *d_in"]]:
         """The weight of every `W`, as a view of its parameter."""
-        return list(weight_view(self.layers[0], self.weights[0].detach()))
+        return [*weight_view(self.layers[0], self.weights[0].detach()).unbind()]
 
     @cached_property
     def names(self) -> list[str]:
@@ -360,18 +360,19 @@ def _in_projection_weights(layer: Module) -> tuple[Any, ...]:
     return tuple(layer._parameters.get(name) for name in names)
 
 
-def _supported(model: Module) -> dict[str, Module]:
-    return {name: layer for name, layer in model.named_modules() if _weights(layer)}
+def _supported(modules: Iterable[tuple[str, Module]]) -> dict[str, Module]:
+    return {name: layer for name, layer in modules if _weights(layer)}
 
 
 def default_layers(model: Module) -> dict[str, Module]:
     """The layers that have blocks without being named: all supported ones but normalisations."""
-    found = _supported(model).items()
+    found = _supported(model.named_modules()).items()
     return {name: layer for name, layer in found if not isinstance(layer, NORMS)}
 
 
 def _named(model: Module, layers: Collection[str]) -> dict[str, Module]:
-    modules, supported = dict(model.named_modules()), _supported(model)
+    modules = dict(model.named_modules())
+    supported = _supported(modules.items())
     for name in layers:
         if name not in modules:
             raise ValueError(f"The model has no layer {name!r}; it has {sorted(modules)}.")

@@ -165,10 +165,8 @@ def input_rows(
     if isinstance(layer, Convolution):
         return _written_patches(layer, x.to(row_dtype(layer)), ends)
     if isinstance(layer, Words):
-        rows = _written(one_hot_rows(layer, x).dense(), 1, ends)
-    else:
-        rows = _written(x.to(row_dtype(layer)), 1, ends)
-    return rows.reshape(1, len(x), -1, rows.shape[-1])
+        x = one_hot_rows(layer, x).dense()
+    return with_ends(x.to(row_dtype(layer)).reshape(1, len(x), -1, x.shape[-1]), ends)
 
 
 def one_hot_rows(layer: Words, tokens: Int[Tensor, "N ..."]) -> OneHot:
@@ -196,7 +194,12 @@ def averaged_rows(layer: Layer | Use, x: Tensor) -> tuple[Float[Tensor, "groups 
         S = tokens.shape[1]
         return (counts / S).reshape(1, len(x), 1, -1), S
     rows = input_rows(layer, x)
-    return rows.mean(2, keepdim=True), rows.shape[2]
+    return mean_of_positions(rows), rows.shape[2]
+
+
+def mean_of_positions(rows: Float[Tensor, "groups N S d"]) -> Float[Tensor, "groups N 1 d"]:
+    """The mean over positions: the rows themselves if there is one."""
+    return rows if rows.shape[2] == 1 else rows.mean(2, keepdim=True)
 
 
 def scale_gradients(
@@ -307,14 +310,13 @@ def _patches(layer: Convolution, x: Float[Tensor, "N C *space"]) -> Float[Tensor
     return x.permute(1, 0, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
 
 
-def _written(x: Tensor, axes: int, ends: Sequence[float]) -> Float[Tensor, "*rows d_in"]:
-    """Copy the last axes of a tensor into rows once, with some more numbers behind each row."""
-    d = prod(x.shape[-axes:])
-    if not ends:
-        return x.reshape(*x.shape[:-axes], d)
-    rows = x.new_empty(*x.shape[:-axes], d + len(ends))
-    rows[..., :d].unflatten(-1, x.shape[-axes:]).copy_(x)
-    rows[..., d:] = x.new_tensor(ends)
+def with_ends(rows: Float[Tensor, "*rows d"], ends: Sequence[float]) -> Float[Tensor, "*rows d_in"]:
+    """Rows with some more numbers behind each of them, for bias columns; nearly always one 1."""
+    d = rows.shape[-1]
+    rows = pad(rows, (0, len(ends)), value=1.0) if ends else rows
+    for i, end in enumerate(ends):
+        if end != 1:
+            rows[..., d + i] = end
     return rows
 
 

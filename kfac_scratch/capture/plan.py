@@ -121,7 +121,7 @@ class Plan:
             if [place.kind for place in places] != [call.kind for call in here]:
                 raise ValueError(unlike(group, f"was called otherwise ({len(here)} times)"))
             located[group.name] = [
-                replace(call, axis=_fitted(group, place, call, N))
+                _at(call, _fitted(group, place, call, N))
                 for place, call in zip(places, here, strict=True)
             ]
         return located
@@ -373,9 +373,8 @@ def _checked(
             _place(part, *of_call, half)
             for of_call in zip(orders, here, gs[part.name], strict=True)
         )
-        located[part.name] = [
-            replace(c, axis=place.axis) for c, place in zip(here, found[part.name], strict=True)
-        ]
+        places_here = zip(here, found[part.name], strict=True)
+        located[part.name] = [_at(c, place.axis) for c, place in places_here]
     with torch.autocast(f.device.type, enabled=False):
         for group in groups:
             _check_gradient(group, located, gs, gradients)
@@ -464,6 +463,11 @@ def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, " N"]) -> bool:
     """Whether vectors for each half of the samples are zero at the other half, exactly."""
     by_sample = axis.by_sample(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
     return not (by_sample[0, ~half].any() or by_sample[1, half].any())
+
+
+def _at(call: Call, axis: Axis) -> Call:
+    """A call with its axis of the samples."""
+    return call if call.axis == axis else replace(call, axis=axis)
 
 
 def _fitted(group: LayerGroup, place: Place, call: Call, N: int) -> Axis:

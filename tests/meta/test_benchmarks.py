@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import factors, growth, step
+import kfac_scratch
+from benchmarks import capture, factors, growth, step
 from benchmarks.contenders import FLAVOURS, Contender, contenders, disagreements, ours
 from benchmarks.defaults import BOUND, SEARCHED, row_of, tuned_steps
 from benchmarks.defaults import SEEDS as DEFAULT_SEEDS
@@ -400,6 +403,50 @@ def test_the_default_chunk_is_held_against_the_best_of_the_others():
     assert not growth.judged(row | {"seconds": {"default": 1.3, "1": 9.0, "8": 1.0}})["within"]
 
 
+def test_capture_is_held_against_the_release_and_a_plan_against_capture():
+    row = {"name": "x", "seconds": 2.2, "limit": {"release": 2.0}, "plan": {"seconds": 1.1}}
+    found = capture.judged(row)
+    assert found["within"]
+    assert found["plan"]["captures"] == pytest.approx(0.5)
+    assert not capture.judged(row | {"seconds": 2.21})["within"]
+
+
+class Answers:
+    """In place of a version's process: known seconds, and who was asked in which order."""
+
+    def __init__(self, asked, who, *seconds):
+        self.asked, self.who, self.left = asked, who, iter(seconds)
+
+    def seconds(self, what):
+        self.asked.append(self.who)
+        return None if what == "plan" and self.who == "a" else next(self.left)
+
+
+def test_versions_take_turns_and_the_median_after_the_first_round_counts():
+    asked: list[str] = []
+    answers = {"a": (9.0, 1.0, 5.0, 2.0), "b": (4.0,) * 8}
+    versions = {who: Answers(asked, who, *seconds) for who, seconds in answers.items()}
+    found = capture.times(versions, ["row", "plan"], rounds=3)
+    assert found == {"row": {"a": 2.0, "b": 4.0}, "plan": {"b": 4.0}}
+    assert asked == ["a", "b", "a", "b", "b", "a", "b", "a"] * 2
+
+
+@pytest.mark.slow
+def test_capture_of_two_checkouts_is_measured_and_stored(tmp_path, capsys):
+    release, path = tmp_path / "release", tmp_path / "result.json"
+    shutil.copytree(Path(kfac_scratch.__file__).parent, release / "kfac_scratch")
+    options = ["--quick", "--rows", "mlp MC-1", "--json", str(path)]
+    capture.main(["--release", str(release), *options])
+    result = json.loads(path.read_text())
+    assert [row["name"] for row in result["rows"]] == ["mlp MC-1 expand", "mlp MC-1 reduce"]
+    assert set(result["commits"]) == {"release", "this"}
+    for row in result["rows"]:
+        assert json.loads(written(capture.judged(row))) == row
+        assert row["name"] in capsys.readouterr().out or row is not result["rows"][0]
+    with pytest.raises(SystemExit):
+        capture.main(options)
+
+
 COMMANDS = {
     factors: ("mlp MC-1 reduce", ["mlp MC-1 reduce"]),
     growth: ("^layers|chunks", ["layers", "chunks"]),
@@ -536,11 +583,12 @@ SPEED = {
     "step": (step, list(map(str, step.rows()))),
     "growth": (growth, [*SWEEPS, "chunks"]),
 }
+SPEEDS = SPEED | {"capture": (capture, list(map(str, capture.ROWS)))}
 
 
-@pytest.mark.parametrize("name", SPEED)
+@pytest.mark.parametrize("name", SPEEDS)
 def test_stored_speeds_hold_every_row_and_what_follows_from_their_numbers(name):
-    command, names = SPEED[name]
+    command, names = SPEEDS[name]
     result = stored(RESULTS / f"{name}-cpu.json")
     assert [row["name"] for row in result["rows"]] == names
     assert all(json.loads(written(command.judged(row))) == row for row in result["rows"])

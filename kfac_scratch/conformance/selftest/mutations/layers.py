@@ -106,20 +106,20 @@ MUTANTS = [
     ),
     layers(
         "zeros for the input of a linear layer's bias",
-        "rows[..., d:] = x.new_tensor(ends)",
-        "rows[..., d:] = 0",
+        "rows = pad(rows, (0, len(ends)), value=1.0)",
+        "rows = pad(rows, (0, len(ends)), value=0.0)",
         "bias-mse-mean",
     ),
     layers(
         "the bias's input as large as the layer",
-        "rows[..., d:] = x.new_tensor(ends)",
-        "rows[..., d:] = d * x.new_tensor(ends)",
+        "rows = pad(rows, (0, len(ends)), value=1.0)",
+        "rows = pad(rows, (0, len(ends)), value=float(d))",
         "bias-cross-entropy-sum",
     ),
     layers(
         "float32 buffers in a float64 model",
-        "rows = x.new_empty(*x.shape[:-axes], d + len(ends))",
-        "rows = x.new_empty(*x.shape[:-axes], d + len(ends), dtype=torch.float32)",
+        "rows = pad(rows, (0, len(ends)), value=1.0)",
+        "rows = pad(rows.float(), (0, len(ends)), value=1.0)",
         "attention-tokens-mse",
     ),
     layers(
@@ -131,8 +131,8 @@ MUTANTS = [
     ),
     layers(
         "a sum over positions for their mean",
-        "return rows.mean(2, keepdim=True), rows.shape[2]",
-        "return rows.sum(2, keepdim=True), rows.shape[2]",
+        "return rows if rows.shape[2] == 1 else rows.mean(2, keepdim=True)",
+        "return rows if rows.shape[2] == 1 else rows.sum(2, keepdim=True)",
         "mean-pooled-mse-mean-bias",
         "reduce",
     ),

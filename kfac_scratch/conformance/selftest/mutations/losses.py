@@ -101,8 +101,8 @@ MUTANTS = [
     ),
     losses(
         "ignored positions counted",
-        "D = (weights[y.where(kept & ~wrong, 0)] * kept).sum()",
-        "D = weights[y.where(kept & ~wrong, 0)].sum()",
+        "D = kept.sum()",
+        "D = torch.ones_like(kept).sum()",
         "tokens-cross-entropy-ignored-mean",
     ),
     losses(
@@ -113,8 +113,8 @@ MUTANTS = [
     ),
     losses(
         "class weights left out of the divisor",
-        "if loss.weight is None else loss.weight.double()",
-        "if True else loss.weight.double()",
+        "if loss.weight is None:\n        D = kept",
+        "if True:\n        D = kept",
         "class-weights-mlp-mean",
     ),
     losses(
