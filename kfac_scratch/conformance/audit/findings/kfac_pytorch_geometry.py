@@ -35,7 +35,7 @@ or refuse such layers in `get_module_helper`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
@@ -63,7 +63,6 @@ def patch() -> Iterator[None]:
     """Pad in the layer's way, and cut with holes; and the scale, which is another finding."""
     conv = import_module("kfac.layers.modules").Conv2dModuleHelper
     scale = import_module(f"{__name__.rpartition('.')[0]}.kfac_pytorch_positions")
-    also = nullcontext() if hasattr(conv.get_g_factor, "mended_source") else scale.patch()
     changes = (
         ("padding[0] + padding[1] > 0", "any(self.module._reversed_padding_repeated_twice)"),
         (
@@ -80,5 +79,5 @@ def patch() -> Iterator[None]:
             for i, axis in enumerate((2, 3))
         ),
     )
-    with also, mended(conv, "_extract_patches", *changes):
+    with scale.patch(), mended(conv, "_extract_patches", *changes):
         yield

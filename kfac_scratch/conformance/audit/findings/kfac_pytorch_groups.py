@@ -29,7 +29,7 @@ not known; or keep one pair of factors per group.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -59,13 +59,12 @@ def patch() -> Iterator[None]:
     """One pair of factors per group; and the scale, which is another finding."""
     conv = import_module("kfac.layers.modules").Conv2dModuleHelper
     scale = import_module(f"{__name__.rpartition('.')[0]}.kfac_pytorch_positions")
-    also = nullcontext() if hasattr(conv.get_g_factor, "mended_source") else scale.patch()
     layer = import_module("kfac.layers.base").KFACBaseLayer
     first = [
         mended(layer, f"update_{x}_factor", (f"{x}_new.shape[0]", f"{x}_new.shape[-1]"))
         for x in "ag"
     ]  # the identity that an average begins with
-    with also, first[0], first[1]:
+    with scale.patch(), first[0], first[1]:
         whole = conv.get_a_factor, conv.get_g_factor
 
         def of_inputs(self: Any, a: Tensor) -> Tensor:

@@ -61,20 +61,26 @@ THREAD = ""
 def patch() -> Iterator[None]:
     """Sums over data, divided by the number of data."""
     layer = import_module("kfac.layers.base").KFACBaseLayer
-    names = (
-        ("save_layer_input", "a", "input_[0]"),
-        ("save_layer_grad_output", "g", "grad_output[0]"),
-    )
-    (inputs, a), (outputs, g) = (
-        (
-            name,
-            (
-                (f"get_{x}_factor({x})", f"get_{x}_factor({x}) * len({raw})"),
-                (f"self._{x}_count = 1", f"self._{x}_count = len({raw})"),
-                (f"self._{x}_count += 1", f"self._{x}_count += len({raw})"),
-            ),
-        )
-        for name, x, raw in names
-    )
-    with mended(layer, inputs, *a), mended(layer, outputs, *g):
+    outputs = weighted("g", "len(grad_output[0])")
+    with weighted_inputs(), mended(layer, "save_layer_grad_output", *outputs):
         yield
+
+
+@contextmanager
+def weighted_inputs() -> Iterator[None]:
+    """The factors of inputs by their numbers of rows, if nobody has done it."""
+    layer = import_module("kfac.layers.base").KFACBaseLayer
+    if hasattr(layer.save_layer_input, "mended_source"):
+        yield
+        return
+    with mended(layer, "save_layer_input", *weighted("a", "input_[0][..., 0].numel()")):
+        yield
+
+
+def weighted(x: str, rows: str) -> tuple[tuple[str, str], ...]:
+    """What is added, and counted, once becomes as often as there are rows."""
+    return (
+        (f"get_{x}_factor({x})", f"get_{x}_factor({x}) * {rows}"),
+        (f"self._{x}_count = 1", f"self._{x}_count = {rows}"),
+        (f"self._{x}_count += 1", f"self._{x}_count += {rows}"),
+    )

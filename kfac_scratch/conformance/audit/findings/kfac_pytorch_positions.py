@@ -72,6 +72,9 @@ def patch() -> Iterator[None]:
     """Means over data and positions, and sums over positions of what is sent back."""
     modules = import_module("kfac.layers.modules")
     linear, conv = modules.LinearModuleHelper, modules.Conv2dModuleHelper
+    if hasattr(linear.get_g_factor, "mended_source"):  # by another finding, which needs this one
+        yield
+        return
     rows = "g = g.reshape(-1, g.size(-1))"
     with (
         mended(

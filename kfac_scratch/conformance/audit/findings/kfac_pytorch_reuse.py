@@ -41,7 +41,7 @@ factor of the gradients by the latter alone; or refuse a layer whose hook fires 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
@@ -68,20 +68,16 @@ THREAD = ""
 def patch() -> Iterator[None]:
     """A sum over the calls of one pass, as these cases have, and inputs weighted by positions."""
     folder = __name__.rpartition(".")[0]
-    linear = import_module("kfac.layers.modules").LinearModuleHelper
-    scale = import_module(f"{folder}.kfac_pytorch_positions")
-    also = nullcontext() if hasattr(linear.get_g_factor, "mended_source") else scale.patch()
-    layer = import_module("kfac.layers.base").KFACBaseLayer
-    rows = "input_[0][..., 0].numel()"
-    weights = (
-        ("self._a_batch = a\n", f"self._a_batch = a * {rows}\n"),
-        ("self._a_batch + a", f"self._a_batch + a * {rows}"),
-        ("self._a_count = 1", f"self._a_count = {rows}"),
-        ("self._a_count += 1", f"self._a_count += {rows}"),
+    scale, batches = (
+        import_module(f"{folder}.kfac_pytorch_{name}") for name in ("positions", "micro_batches")
     )
+    layer = import_module("kfac.layers.base").KFACBaseLayer
+    received = "g = grad_output[0].to(self.factor_dtype)"
+    counted = f"self._calls = getattr(self, '_calls', 0) + 1; {received}"
     with (
-        also,
-        mended(layer, "save_layer_input", *weights),
-        mended(layer, "update_g_factor", ("(1 / self._g_count) * ", "")),
+        scale.patch(),
+        batches.weighted_inputs(),
+        mended(layer, "save_layer_grad_output", (received, counted)),
+        mended(layer, "update_g_factor", ("(1 / self._g_count)", "(self._calls / self._g_count)")),
     ):
         yield

@@ -26,7 +26,7 @@ Suggestion: `a.reshape(-1, a.size(-1))`, as for the gradients.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
@@ -49,6 +49,5 @@ def patch() -> Iterator[None]:
     """Reshape; and the scale of positions, which is another finding."""
     linear = import_module("kfac.layers.modules").LinearModuleHelper
     scale = import_module(f"{__name__.rpartition('.')[0]}.kfac_pytorch_positions")
-    also = nullcontext() if hasattr(linear.get_g_factor, "mended_source") else scale.patch()
-    with also, mended(linear, "get_a_factor", ("a.view", "a.reshape")):
+    with scale.patch(), mended(linear, "get_a_factor", ("a.view", "a.reshape")):
         yield
