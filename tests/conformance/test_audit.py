@@ -213,6 +213,13 @@ def test_of_patches_that_mend_together_those_that_are_not_needed_are_not_named(m
     assert explained_by(monkeypatch, modules, environment()) == ["+larger", "+said"]
 
 
+def test_a_finding_that_contains_another_is_not_named_beside_it(monkeypatch):
+    modules = {name: finding_that_patches(documented=2.0) for name in ("larger", "said")}
+    assert explained_by(monkeypatch, modules, environment()) == ["larger", "said"]
+    modules["larger"].WITH = ("said",)
+    assert explained_by(monkeypatch, modules, environment()) == ["said"]
+
+
 def test_a_finding_about_another_adapter_explains_nothing(monkeypatch):
     modules = {"said": finding_that_patches(documented=2.0)}
     asked = {"adapter": "tests.faulty:Scaled"}

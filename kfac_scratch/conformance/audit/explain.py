@@ -43,6 +43,7 @@ def explain(run: Report) -> Reasons:
     """For every failure of a run, `case flavour`, the findings whose patch mends it.
 
     Several names that begin with `+` mend it only together, and without any of them they do not.
+    A finding whose patch contains another finding's (`WITH`) is not named beside that.
 
     Raises:
         ValueError: Naming failing cases that there are not.
@@ -56,6 +57,8 @@ def explain(run: Report) -> Reasons:
     for name, module in found.items():
         for r in _mended(failures, {name: module}):
             reasons[failure_key(r)].append(name)
+    for names in reasons.values():
+        names[:] = [n for n in names if not {*getattr(found[n], "WITH", ())} & {*names}]
     left = [r for r in failures if not reasons[failure_key(r)]]
     for r in _mended(left, found):
         reasons[failure_key(r)] = [f"+{name}" for name in _needed(r, found)]

@@ -52,6 +52,7 @@ DOCUMENTED = (
     "kfe with several passes"
 )
 THREAD = ""
+WITH = ("asdfghjkl_ekfac_basis",)
 
 
 @contextmanager

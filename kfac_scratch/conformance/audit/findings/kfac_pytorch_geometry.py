@@ -56,6 +56,7 @@ CAUSE = (
 )
 DOCUMENTED = "silent"
 THREAD = ""
+WITH = ("kfac_pytorch_positions",)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ CAUSE = (
 )
 DOCUMENTED = "silent"
 THREAD = ""
+WITH = ("kfac_pytorch_positions",)
 
 
 @contextmanager

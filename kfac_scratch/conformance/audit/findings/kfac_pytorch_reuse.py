@@ -62,6 +62,7 @@ CAUSE = (
 )
 DOCUMENTED = "silent"
 THREAD = ""
+WITH = ("kfac_pytorch_positions",)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ CASES = (
 CAUSE = "kfac/layers/modules.py, line 129, LinearModuleHelper.get_a_factor: view for reshape."
 DOCUMENTED = "silent"
 THREAD = ""
+WITH = ("kfac_pytorch_positions",)
 
 
 @contextmanager
