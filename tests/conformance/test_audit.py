@@ -115,6 +115,9 @@ def test_pages_are_made_from_the_files():
 # ---- the machinery, on an adapter whose mistake is known ----------------------------------------
 
 
+FAULTY = {"name": "faulty", "version": "1"}
+
+
 def made_finding():
     @contextmanager
     def patch():
@@ -166,11 +169,63 @@ def test_failures_are_explained_by_what_mends_them(made):
         Result("deep-linear-mse-mean-nobias", "ekfac", "error"),
         Result("deep-linear-mse-sum-bias", "reduce", "exact"),
     ]
-    run = Report({"name": "faulty", "version": "1"}, results, {}, {}, environment())
+    run = Report(FAULTY, results, {}, {}, environment())
     assert explain.explain(run) == {
         "deep-linear-mse-mean-nobias expand": ["twice"],
         "deep-linear-mse-mean-nobias ekfac": [],
     }
+
+
+def finding_that_patches(adapter="tests.faulty:Scaled", **attributes):
+    """A finding whose patch gives `Scaled` other attributes."""
+    found = made_finding()
+    before = {name: vars(faulty.Scaled)[name] for name in attributes}
+
+    @contextmanager
+    def patch():
+        try:
+            for name, value in attributes.items():
+                setattr(faulty.Scaled, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(faulty.Scaled, name, value)
+
+    vars(found).update(patch=patch, ADAPTER=adapter)
+    return found
+
+
+def explained_by(monkeypatch, modules, about):
+    monkeypatch.setattr(explain, "finding", modules.get)
+    monkeypatch.setattr(explain, "finding_names", lambda: [*modules])
+    results = [Result("deep-linear-mse-mean-nobias", "expand", "undocumented-scale")]
+    (found,) = explain.explain(Report(FAULTY, results, {}, {}, about)).values()
+    return found
+
+
+def test_of_patches_that_mend_together_those_that_are_not_needed_are_not_named(monkeypatch):
+    modules = {
+        "idle": finding_that_patches(),
+        "larger": finding_that_patches(factor=lambda self, request, name: 6.0),
+        "said": finding_that_patches(documented=6.0),
+        "unused": finding_that_patches(),
+    }
+    assert explained_by(monkeypatch, modules, environment()) == ["+larger", "+said"]
+
+
+def test_a_finding_that_contains_another_is_not_named_beside_it(monkeypatch):
+    modules = {name: finding_that_patches(documented=2.0) for name in ("larger", "said")}
+    assert explained_by(monkeypatch, modules, environment()) == ["larger", "said"]
+    modules["larger"].WITH = ("said",)
+    assert explained_by(monkeypatch, modules, environment()) == ["said"]
+
+
+def test_a_finding_about_another_adapter_explains_nothing(monkeypatch):
+    modules = {"said": finding_that_patches(documented=2.0)}
+    asked = {"adapter": "tests.faulty:Scaled"}
+    assert explained_by(monkeypatch, modules, asked) == ["said"]
+    modules = {"said": finding_that_patches("tests.faulty:Other", documented=2.0)}
+    assert explained_by(monkeypatch, modules, asked) == []
 
 
 def test_proofs_and_explanations_are_stored(made, monkeypatch, tmp_path):
@@ -187,7 +242,7 @@ def test_explanations_are_stored_with_versions_and_digests(made, monkeypatch, tm
     monkeypatch.setattr(explain, "EXPLAINED", tmp_path / "explained")
     results = [Result("deep-linear-mse-mean-nobias", "expand", "undocumented-scale")]
     families = {"deep-linear-mse-mean-nobias": "dense"}
-    run = Report({"name": "faulty", "version": "1"}, results, families, {}, environment())
+    run = Report(FAULTY, results, families, {}, environment())
     write(run, tmp_path / "faulty.json", None)
     key = "deep-linear-mse-mean-nobias expand"
     assert explain.store_explanations(tmp_path / "faulty.json") == {key: ["twice"]}
@@ -200,6 +255,6 @@ def test_explanations_are_stored_with_versions_and_digests(made, monkeypatch, tm
 def test_a_failure_that_nobody_looked_into_is_unexplained(monkeypatch, tmp_path):
     monkeypatch.setattr(explain, "EXPLAINED", tmp_path)
     results = [Result("deep-linear-mse-mean-nobias", "expand", "wrong")]
-    run = Report({"name": "faulty", "version": "1"}, results, {}, {}, environment())
+    run = Report(FAULTY, results, {}, {}, environment())
     assert explain.reasons_of("faulty", run) == {"deep-linear-mse-mean-nobias expand": []}
     assert page.unexplained({"faulty": run}) == [("faulty", "deep-linear-mse-mean-nobias expand")]

@@ -5,19 +5,20 @@ information" (`PreconditioningConfig`); the squared error is that of a Gaussian 
 is 1 by default (`KfacGradientMaker`), half of PyTorch's. The empirical Fisher is that of the loss
 with the reduction `sum`.
 
-Not asked for: dilated convolutions, which are refused with an error; EKFAC with other Fishers than
-the empirical one, for the same reason, and of layers with a bias, because weight and bias have
-eigenbases of their own.
+Not asked for: dilated convolutions, which are refused with an error, and EKFAC with other Fishers
+than the empirical one, which `EkfacGradientMaker` refuses. The `FisherMaker` below it does not
+refuse them: `Unguarded` asks it.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from asdl.fisher import FisherConfig, get_fisher_maker
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
@@ -40,6 +41,8 @@ FISHERS: dict[Fisher, str] = {
 class Adapter:
     """What a `FisherMaker` leaves in the modules."""
 
+    guarded = True
+
     def capabilities(self) -> Capabilities:
         """Linear layers and 2d convolutions."""
         return Capabilities(
@@ -52,6 +55,8 @@ class Adapter:
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """Weight and bias by themselves."""
         layers = {name: request.model.get_submodule(name) for name in request.layers}
+        if request.flavour == "ekfac" and request.fisher != "empirical" and self.guarded:
+            raise NotSupported("EkfacGradientMaker supports only fisher_emp")
         _check(request, layers)
         _run(request, "kfe" if request.flavour == "ekfac" else "kron")
         part = _products if request.flavour == "ekfac" else _factors
@@ -63,18 +68,20 @@ class Adapter:
         return drivers.total_divisor(request) / _size(request) / (2 if half else 1)
 
 
+class Unguarded(Adapter):
+    """The same, also for what `EkfacGradientMaker` refuses and `FisherMaker` does not."""
+
+    guarded = False
+
+
 def _check(request: Request, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise NotSupported(f"{name}: only Linear and Conv2d")
         if getattr(layer, "dilation", (1, 1)) != (1, 1):
             raise NotSupported(f"{name}: dilated convolutions are refused")
-        if request.flavour == "ekfac" and layer.bias is not None:
-            raise NotSupported(f"{name}: EKFAC of weight and bias in eigenbases of their own")
     if request.fisher == "empirical":
         return
-    if request.flavour == "ekfac":
-        raise NotSupported("EKFAC only of the empirical Fisher")
     if getattr(request.loss, "weight", None) is not None:
         raise NotSupported("a type of loss, without class weights")
     if getattr(request.loss, "label_smoothing", 0):
@@ -105,16 +112,31 @@ def _run(request: Request, shape: str) -> None:
 def _factors(layer: Any) -> LayerBlock:
     """`Kron.mvp` multiplies a bias by the factor of the outputs."""
     A, B = layer.fisher.kron.A, layer.fisher.kron.B
-    bias = None if layer.bias is None else KroneckerAnswer(B.new_ones(1, 1), B)
+    one = B.new_ones(*B.shape[:-2], 1, 1)
+    bias = None if layer.bias is None else KroneckerAnswer(one, B)
     return LayerBlock(weight=KroneckerAnswer(A, B), bias=bias)
 
 
 def _products(layer: Any) -> LayerBlock:
-    """`KFE.mvp` solves with the EKFAC matrix: here for all unit vectors."""
-    D = layer.weight.numel()
-    units = torch.eye(D, dtype=layer.weight.dtype).reshape(D, *layer.weight.shape)
-    columns = [layer.fisher.kfe.mvp(unit, eps=0.0).flatten() for unit in units]
-    return LayerBlock(weight=DenseAnswer(torch.linalg.inv(torch.stack(columns, 1))))
+    """`KFE.mvp` solves with the EKFAC matrix plus `eps`: here for all unit vectors, with 1."""
+    W, b = layer.weight, layer.bias
+    solve = partial(layer.fisher.kfe.mvp, eps=1.0)
+    if b is None:
+        return LayerBlock(weight=_inverse([solve(unit) for unit in _units(W)]))
+    nothing, none = torch.zeros_like(W), torch.zeros_like(b)
+    return LayerBlock(
+        weight=_inverse([solve(unit, none.clone())[0] for unit in _units(W)]),
+        bias=_inverse([solve(nothing.clone(), unit)[1] for unit in _units(b)]),
+    )
+
+
+def _units(p: Tensor) -> Tensor:
+    return torch.eye(p.numel(), dtype=p.dtype).reshape(-1, *p.shape)
+
+
+def _inverse(columns: list[Tensor]) -> DenseAnswer:
+    M = torch.linalg.inv(torch.stack([c.flatten() for c in columns], 1))
+    return DenseAnswer(M - torch.eye(len(M)).to(M))
 
 
 def _size(request: Request) -> int:

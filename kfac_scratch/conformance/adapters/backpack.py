@@ -92,6 +92,9 @@ class Recursive(Adapter):
 def _run(request: Request, extension: Any) -> dict[str, LayerBlock]:
     ((X, y),) = request.batches
     model, loss = _chain(request, X), extend(request.loss)
+    for child in model.children():
+        if type(child) not in extension._BackpropExtension__module_extensions:
+            raise NotSupported(f"no extension for {type(child).__name__}")
     try:
         f = extend(model)(X)
         with backpack(extension):

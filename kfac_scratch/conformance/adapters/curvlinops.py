@@ -1,10 +1,14 @@
 """curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1.
 
 Scale: the operator represents the Fisher or GGN of the loss that it is given, mean or sum included
-(docstrings of `KFACLinearOperator` and `GGNLinearOperator`), so that every scale is 1.
+(docstrings of `KFACLinearOperator` and `GGNLinearOperator`), so that every scale is 1, except for
+the empirical Fisher of a mean with class weights: `EFLinearOperator` documents a mean over data of
+terms whose mean is the loss, where the canonical one divides by the sum of the targets' weights.
 
 Not asked for: grouped convolutions. `kfac_utils.extract_patches` documents that it averages patches
-over the groups, which is an approximation of its own.
+over the groups, which is an approximation of its own. What the library refuses with a
+NotImplementedError is not supported: `extract_patches` documents one for a padding that is not the
+same on both sides.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -20,6 +24,7 @@ from curvlinops import (
 )
 from torch import nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     EigenAnswer,
@@ -50,7 +55,10 @@ class Adapter:
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
-        """The loss's own."""
+        """The loss's own; for a weighted mean of the empirical Fisher, terms by their weights."""
+        weighted = isinstance(request.loss, nn.CrossEntropyLoss) and request.loss.weight is not None
+        if request.fisher == "empirical" and weighted and request.loss.reduction == "mean":
+            return sum(y.numel() for _, y in request.batches) / drivers.total_divisor(request)
         return 1.0
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
@@ -59,9 +67,12 @@ class Adapter:
         for name, layer in layers.items():
             _check(name, layer)
         _check_output(request)
+        try:
+            made = _operator(request)
+        except NotImplementedError as reason:
+            raise NotSupported(str(reason)) from reason
         if request.damping:
-            return _solved(request, _operator(request), request.damping)
-        made = _operator(request)
+            return _solved(request, made, request.damping)
         return {name: LayerBlock(joint=_part(made, name)) for name in layers}
 
 

@@ -7,8 +7,10 @@ gradients are those of that mean: the mode "will introduce an additional normali
 
 Not asked for: class weights, which `weight` cannot express; convolutions over one or three axes and
 grouped ones, for which other blocks than Kronecker ones are made; layers that are used twice, for
-the same reason; the empirical Fisher of several mini-batches, each of which is normalized alone;
-float32, which does not work while JAX's 64-bit mode is on.
+the same reason; masked positions and ignored targets, which the default `use_masking=True` of
+`RepeatedDenseKroneckerFactored` leaves out of the inputs' factor, an approximation of its own; the
+empirical Fisher of several mini-batches, each of which is normalized alone; float32, which does not
+work while JAX's 64-bit mode is on.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc, no-untyped-call"
 
@@ -61,12 +63,13 @@ class Adapter:
         """Weight and bias together."""
         _check(request)
         estimate = port.estimate(_problem(request))
-        if request.damping:
-            return _solved(request, estimate)
         found, factors = {}, estimate.factors()
         for name in request.layers:
             if isinstance(factors[name], str):
                 raise NotSupported(f"{name}: its block is a {factors[name]}")
+        if request.damping:
+            return _solved(request, estimate)
+        for name in request.layers:
             A, B = (torch.tensor(M) for M in factors[name])
             found[name] = LayerBlock(joint=KroneckerAnswer(A, B), axes=_axes(request, name))
         return found
@@ -80,6 +83,9 @@ def _check(request: Request) -> None:
         raise NotSupported("cross-entropy of labels")
     if unknown := port.unknown(_operations(request)):
         raise NotSupported(f"this port of a network has no {', '.join(sorted(unknown))}")
+    masked = any(op["kind"] == "mask" for op in _operations(request))
+    if masked or any(bool((y == port.IGNORED).any()) for _, y in request.batches):
+        raise NotSupported("use_masking leaves positions without vectors out of the inputs' factor")
     if request.fisher == "empirical" and len(request.batches) > 1:
         raise NotSupported("mini-batches are normalized one by one, as documented")
     for name, layer in request.model.named_modules():

@@ -10,7 +10,8 @@ over examples: `D / N` if `D` is what the loss divides its terms by. That severa
 example change the scale of `kfac`, and not of `ekfac`, is not documented.
 
 Not asked for: grouped convolutions. `extract_patches` documents that it averages patches over the
-groups, which is an approximation of its own.
+groups, which is an approximation of its own. What the library refuses with an
+`UnsupportableModuleError` is not supported.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -23,6 +24,7 @@ from kronfluence.analyzer import prepare_model
 from kronfluence.arguments import FactorArguments
 from kronfluence.factor import covariance, eigen
 from kronfluence.task import Task
+from kronfluence.utils.exceptions import UnsupportableModuleError
 from kronfluence.utils.state import State
 from torch import Tensor, nn
 
@@ -63,7 +65,10 @@ class Adapter:
                 raise NotSupported(f"{name}: only Linear and Conv2d, as the documentation says")
             if getattr(request.model.get_submodule(name), "groups", 1) > 1:
                 raise NotSupported(f"{name}: documented to average patches over groups")
-        return _fitted(request)
+        try:
+            return _fitted(request)
+        except UnsupportableModuleError as reason:
+            raise NotSupported(str(reason)) from reason
 
 
 class _Sampled(Task):

@@ -8,7 +8,8 @@ For example, 1/2 to get to N(f, 1) from MSELoss" (`CurvatureInterface`). So it i
 the sum of PyTorch's squared errors; and a quarter of its empirical Fisher, which is quadratic in
 the loss.
 
-Not asked for: grouped convolutions, which the backend documents to average over groups.
+Not asked for: grouped convolutions, which the backend documents to average over groups. What the
+backend refuses with a NotImplementedError is not supported.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -105,5 +106,8 @@ def _fitted(request: Request) -> Any:
         backend_kwargs={"stochastic": True} if request.fisher == "mc" else {},
         asdl_fisher_kwargs=options,
     )
-    fitted.fit(Loader(request.batches))
+    try:
+        fitted.fit(Loader(request.batches))
+    except NotImplementedError as reason:
+        raise NotSupported(str(reason)) from reason
     return fitted

@@ -8,6 +8,10 @@ empirical Fisher is the same formula for every datum's loss.
 
 `FIM(..., "classif_logits")` builds its constants in PyTorch's default precision, which is therefore
 set to the model's; `AsItIs` leaves it alone.
+
+A `LayerCollection` names the layers whose blocks are wanted: normalisations have other blocks than
+Kronecker ones, and would be asked for them. Not asked for: embeddings, which no `LayerCollection`
+takes ("I do not know what to do with layer").
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -20,6 +24,7 @@ from typing import Any
 import torch
 from nngeometry import metrics
 from nngeometry.backend import TorchHooksJacobianBackend
+from nngeometry.layercollection import LayerCollection
 from nngeometry.object import PMatEKFAC, PMatKFAC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -63,7 +68,7 @@ class Adapter:
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """The factors; the bias is the last input."""
         _check(request)
-        with _default_precision(request.batches[0][0].dtype):
+        with _default_precision(next(request.model.parameters()).dtype):
             return _fitted(request)
 
 
@@ -94,8 +99,6 @@ def _check(request: Request) -> None:
     loss = request.loss
     if any(getattr(loss, name, None) is not None for name in ("weight", "pos_weight")):
         raise NotSupported("weights in a loss")
-    if any(isinstance(m, nn.Conv3d) for m in request.model.modules()):
-        raise NotSupported("Conv3d")
     f, linear = _axes(request)
     if linear > 2:
         raise NotSupported("linear layers on more than two axes")
@@ -123,14 +126,30 @@ def _axes(request: Request) -> tuple[int, int]:
 
 
 def _matrix(request: Request, kind: Any, loader: DataLoader[Any]) -> Any:
+    layers = _layers(request)
     if request.fisher == "empirical":
         function = _losses(request.model, request.loss)
-        return kind(generator=TorchHooksJacobianBackend(request.model, function), examples=loader)
-    variant = VARIANTS[type(request.loss)]
+        backend = TorchHooksJacobianBackend(request.model, function, layer_collection=layers)
+        return kind(generator=backend, examples=loader)
+    model, variant = request.model, VARIANTS[type(request.loss)]
     if request.fisher == "mc":
         torch.manual_seed(request.seed)
-        return metrics.FIM_MonteCarlo(request.model, loader, kind, variant, request.samples)
-    return metrics.FIM(request.model, loader, kind, variant)
+        return metrics.FIM_MonteCarlo(
+            model, loader, kind, variant, request.samples, layer_collection=layers
+        )
+    return metrics.FIM(model, loader, kind, variant, layer_collection=layers)
+
+
+def _layers(request: Request) -> LayerCollection:
+    """The layers whose blocks are wanted."""
+    layers = LayerCollection()
+    for name in request.layers:
+        module = request.model.get_submodule(name)
+        try:
+            layers.add_layer_from_model(request.model, module)
+        except NotImplementedError as reason:
+            raise NotSupported(f"{name}: no block for {type(module).__name__}") from reason
+    return layers
 
 
 def _losses(model: nn.Module, loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

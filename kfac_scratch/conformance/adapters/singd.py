@@ -9,7 +9,12 @@ loss". With `batch`, the loss is "a mean over per-sample losses", and a sample's
 PyTorch's mean over its C outputs: the empirical Fisher of C such terms is 1/C of the canonical one.
 
 Several mini-batches are accumulated as in the library's example: a mean loss is multiplied by the
-share of the data. Not asked for: grouped convolutions, documented to average patches over groups.
+share of the data.
+
+Not asked for: grouped convolutions, documented to average patches over groups; the empirical Fisher
+of a mean with class weights, which PyTorch divides by the sum of the targets' weights: it is no
+"mean over as many terms as the size of the mini-batch". What the library refuses with a
+NotImplementedError is not supported.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -46,13 +51,17 @@ class Adapter:
         """Weight and bias together, the bias as last input."""
         for name in request.layers:
             _check(name, request.model.get_submodule(name))
+        _check_mean(request)
         optimizer = SINGD(
             request.model,
             kfac_approx=request.flavour,
             loss_average=_average(request),
             warn_unsupported=False,
         )
-        _backward(request)
+        try:
+            _backward(request)
+        except NotImplementedError as reason:
+            raise NotSupported(str(reason)) from reason
         K, C = optimizer.H_Ks, optimizer.H_Cs
         return {
             name: LayerBlock(joint=KroneckerAnswer(K[name].to_dense(), C[name].to_dense()))
@@ -72,6 +81,12 @@ def _check(name: str, layer: nn.Module) -> None:
         raise NotSupported(f"{name}: only Linear and Conv2d")
     if getattr(layer, "groups", 1) > 1:
         raise NotSupported(f"{name}: documented to average patches over groups")
+
+
+def _check_mean(request: Request) -> None:
+    weighted = isinstance(request.loss, nn.CrossEntropyLoss) and request.loss.weight is not None
+    if request.fisher == "empirical" and weighted and _average(request):
+        raise NotSupported("a mean over as many terms as data, without class weights")
 
 
 def _average(request: Request) -> str | None:

@@ -18,6 +18,7 @@ r"""The audit of other people's implementations: what the oracle says of them, a
   | `DOCUMENTED` | what the library's documentation says about it, or "silent" |
   | `THREAD` | a public thread about it, or "" |
   | `patch()` | a context manager that mends the line in memory |
+  | `WITH` | optional: other findings of whose patches this one is made, too |
 
 A case is an identifier, or a `Case` of the finding's own where the catalogue has none.
 `prove` runs the adapter on `CASES` without and within `patch()`: a finding is proven if the verdict

@@ -1,8 +1,8 @@
 """Which finding explains which failure: the one whose patch mends it.
 
 `python -m kfac_scratch.conformance explain RESULTS.json`, run where the library is, asks every case
-that fails again, once within the patch of each finding, and within all of them together. What no
-patch mends is unexplained, and the audit says so.
+that fails again, once within the patch of each finding, and within all of them together, of which
+those that are not needed are left out. What no patch mends is unexplained, and the audit says so.
 """
 
 from contextlib import ExitStack
@@ -28,21 +28,27 @@ def runs() -> dict[str, Report]:
     return {file.stem: read_report(file) for file in sorted(RESULTS.glob("*.json"))}
 
 
-def about_library(library: str) -> dict[str, ModuleType]:
-    """The findings about a library."""
+def about_run(run: Report) -> dict[str, ModuleType]:
+    """The findings about a library, as far as they ask the adapter that made a run."""
     found = {name: finding(name) for name in finding_names()}
-    return {name: module for name, module in found.items() if library == module.LIBRARY}
+    library, made_by = run.capabilities["name"], run.about.get("adapter", "")
+    return {
+        name: module
+        for name, module in found.items()
+        if library == module.LIBRARY and made_by in ("", module.ADAPTER)
+    }
 
 
 def explain(run: Report) -> Reasons:
     """For every failure of a run, `case flavour`, the findings whose patch mends it.
 
-    Several names that begin with `+` mend it only together.
+    Several names that begin with `+` mend it only together, and without any of them they do not.
+    A finding whose patch contains another finding's (`WITH`) is not named beside that.
 
     Raises:
         ValueError: Naming failing cases that there are not.
     """
-    found = about_library(str(run.capabilities["name"]))
+    found = about_run(run)
     failures = [r for r in run.results if not r.passes]
     unknown = sorted({r.case for r in failures} - CASES.keys())
     if unknown:
@@ -51,9 +57,11 @@ def explain(run: Report) -> Reasons:
     for name, module in found.items():
         for r in _mended(failures, {name: module}):
             reasons[failure_key(r)].append(name)
+    for names in reasons.values():
+        names[:] = [n for n in names if not {*getattr(found[n], "WITH", ())} & {*names}]
     left = [r for r in failures if not reasons[failure_key(r)]]
     for r in _mended(left, found):
-        reasons[failure_key(r)] = [f"+{name}" for name in found]
+        reasons[failure_key(r)] = [f"+{name}" for name in _needed(r, found)]
     return reasons
 
 
@@ -96,8 +104,20 @@ def failure_key(r: Result) -> str:
     return f"{r.case} {r.flavour}"
 
 
+def _needed(failure: Result, patches: dict[str, ModuleType]) -> list[str]:
+    """Of patches that mend a failure together, some without any of which they do not."""
+    kept = dict(patches)
+    for name in patches:
+        fewer = {other: module for other, module in kept.items() if other != name}
+        if _mended([failure], fewer):
+            kept = fewer
+    return list(kept)
+
+
 def _mended(failures: list[Result], patches: dict[str, ModuleType]) -> list[Result]:
-    """Failures that pass within some patches."""
+    """Failures that pass within some patches; without patches, none does."""
+    if not patches:
+        return []
     passing = []
     with ExitStack() as stack:
         for module in patches.values():

@@ -38,7 +38,11 @@ from kfac_scratch.conformance.audit.mending import mended
 LIBRARY, VERSION = "asdfghjkl", "0.1a5"
 ADAPTER = "kfac_scratch.conformance.adapters.asdfghjkl:Adapter"
 TITLE = "Two transposes are missing where EKFAC solves"
-CASES = (("empirical-mlp-nobias-mse", "ekfac"),)
+CASES = (
+    ("empirical-mlp-nobias-mse", "ekfac"),
+    ("empirical-mlp-mse-mean", "ekfac"),
+    ("empirical-mlp-cross-entropy-mean", "ekfac"),
+)
 CAUSE = (
     "asdl/symmatrix.py, lines 602 and 604, KFE.mvp: Ub from the left and Ua from the right, into "
     "the eigenbasis as well as out of it; lines 608 and 610 for the bias."
@@ -49,9 +53,10 @@ THREAD = ""
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """In by the transpose from the left, out by the transpose from the right."""
+    """In by the transpose from the left, out by the transpose from the right; the bias, too."""
     kfe = import_module("asdl.symmatrix").KFE
     there = ("Ub.mm(vec_weight_2d).mm(Ua)", "Ub.T.mm(vec_weight_2d).mm(Ua)")
     back = ("Ub.mm(vec_weight_2d_kfe).mm(Ua)", "Ub.mm(vec_weight_2d_kfe).mm(Ua.T)")
-    with mended(kfe, "mvp", there, back):
+    bias = ("Ub.mv(vec_bias)", "Ub.T.mv(vec_bias)")
+    with mended(kfe, "mvp", there, back, bias):
         yield

@@ -69,14 +69,15 @@ THREAD = ""
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """Keep a running mean over calls."""
+    """Keep a running mean over calls, with the weights of their numbers of positions."""
     operation = import_module("asdl.operations.operation").Operation
     added = "A = self.cov_kron_A(module, in_data).mul_(cov_scale)"
     mean = (
-        "calls = self._calls = getattr(self, '_calls', 0) + 1\n"
-        f"            {added}.div_(calls)\n"
-        "            if calls > 1:\n"
-        "                self._op_results[OP_COV_KRON]['A'].mul_((calls - 1) / calls)"
+        "own = out_data[0].numel() // len(module.weight)\n"
+        "            total = self._positions = getattr(self, '_positions', 0) + own\n"
+        f"            {added}.mul_(own / total)\n"
+        "            if total > own:\n"
+        "                self._op_results[OP_COV_KRON]['A'].mul_((total - own) / total)"
     )
     with mended(operation, "forward_post_process", (added, mean)):
         yield

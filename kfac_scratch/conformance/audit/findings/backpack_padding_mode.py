@@ -1,4 +1,4 @@
-"""Second-order extensions ignore `padding_mode` of a convolution.
+"""Second-order extensions ignore `padding_mode`, and raise an error for `padding="same"`.
 
 The input is unfolded with zeros around it, whatever the layer's `padding_mode` is. One datum and
 one position per output pixel, squared error per pixel: the input factor is the sum of the patches'
@@ -28,11 +28,13 @@ for mode in ("zeros", "circular", "reflect", "replicate"):
 #   replicate 4.8e-01
 ```
 
-Expected: rounding errors for all modes. `HBPConvNd` refuses grouped convolutions; `padding_mode`
-is not looked at anywhere, so that vectors sent back through such a layer (`_jac_t_mat_prod`) are
-wrong, too, and with them all extensions that use them.
+Expected: rounding errors for all modes. With `padding="same"`, KFLR and KFAC raise "TypeError:
+im2col(): argument 'padding' must be tuple of ints". `HBPConvNd` refuses grouped convolutions;
+`padding_mode` is not looked at anywhere, so that vectors sent back through such a layer
+(`_jac_t_mat_prod`) are wrong, too, and with them all extensions that use them.
 
-Suggestion: pad first if the mode is not `zeros`, or raise NotImplementedError as for groups.
+Suggestion: pad first, by `module._reversed_padding_repeated_twice`, if the mode is not `zeros` or
+the padding is a string, or raise NotImplementedError as for groups.
 """
 
 from collections.abc import Iterator
@@ -43,10 +45,13 @@ from kfac_scratch.conformance.audit.mending import mended
 
 LIBRARY, VERSION = "BackPACK", "1.7.1"
 ADAPTER = "kfac_scratch.conformance.adapters.backpack:Adapter"
-TITLE = "padding_mode of a convolution is ignored"
+TITLE = "padding_mode of a convolution is ignored, and padding='same' raises an error"
 CASES = tuple(
-    (f"conv2d-{mode}-per-location-mse-mean", "expand")
-    for mode in ("circular", "reflect", "replicate")
+    (f"conv2d-{name}", "expand")
+    for name in (
+        *(f"{mode}-per-location-mse-mean" for mode in ("circular", "reflect", "replicate")),
+        *(f"{same}-per-location-mse" for same in ("same", "same-dilation", "same-circular")),
+    )
 )
 CAUSE = (
     "backpack/utils/conv.py, line 71, unfold_input: module.padding is used, module.padding_mode "
@@ -61,15 +66,13 @@ def patch() -> Iterator[None]:
     """Pad first, in the layer's own way."""
     start = "if input.dim() == 4:"
     padded = (
-        "if module.padding_mode != 'zeros':\n"
+        "zeros = module.padding_mode == 'zeros' and not isinstance(module.padding, str)\n"
+        "    if not zeros:\n"
         "        from torch.nn.functional import pad\n"
         "        around = module._reversed_padding_repeated_twice\n"
-        "        input = pad(input, around, module.padding_mode)\n"
+        "        input = pad(input, around, module.padding_mode.replace('zeros', 'constant'))\n"
         f"    {start}"
     )
-    cut = (
-        "padding=module.padding",
-        "padding=module.padding if module.padding_mode == 'zeros' else 0",
-    )
+    cut = ("padding=module.padding", "padding=module.padding if zeros else 0")
     with mended(import_module("backpack.utils.conv"), "unfold_input", (start, padded), cut):
         yield

@@ -59,13 +59,14 @@ def patch() -> Iterator[None]:
     """No curvature where the target is ignored, and the mean over the others."""
     kfac = import_module("curvlinops.kfac")
     kept = "(y != self._loss_func.ignore_index).sum().item()"
-    has = "hasattr(self._loss_func, 'ignore_index')"
+    has = "hasattr(self._loss_func, 'ignore_index') and not y.is_floating_point()"
+    label = "target_one_datum.is_floating_point() or target_one_datum.item()"
     terms = f"(num_loss_terms * ({kept} if {has} else num_loss_terms)) ** -0.5"
     with (
         mended(
             kfac,
             "loss_hessian_matrix_sqrt",
-            ("c = 1.0", "c = 1.0 * float(target_one_datum.item() != loss_func.ignore_index)"),
+            ("c = 1.0", f"c = 1.0 * float({label} != loss_func.ignore_index)"),
         ),
         mended(
             kfac.KFACLinearOperator,

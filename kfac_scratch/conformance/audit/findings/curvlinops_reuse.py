@@ -47,7 +47,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor, nn, stack
+from torch import Tensor, cat, nn
 
 LIBRARY, VERSION = "curvlinops", "3.0.1"
 ADAPTER = "kfac_scratch.conformance.adapters.curvlinops:Adapter"
@@ -59,6 +59,10 @@ CASES = (
     ("used-in-a-row-mse", "reduce"),
     ("used-in-a-row-cross-entropy", "expand"),
     ("used-in-a-row-cross-entropy", "reduce"),
+    ("used-at-other-positions-mse", "expand"),
+    ("used-at-other-positions-mse", "reduce"),
+    ("used-at-other-positions-cross-entropy", "expand"),
+    ("used-at-other-positions-cross-entropy", "reduce"),
     ("ekfac-used-in-a-row-mse", "ekfac"),
     ("ekfac-used-in-a-row-cross-entropy", "ekfac"),
 )
@@ -155,5 +159,5 @@ def _replaced(operator: Any, methods: dict[str, Any]) -> Iterator[None]:
 
 
 def _joined(calls: list[Tensor]) -> Tensor:
-    """Calls along an axis of their own, as positions have it."""
-    return stack(calls, 1) if len(calls) > 1 else calls[0]
+    """The positions of all calls behind each other."""
+    return cat([x.reshape(len(x), -1, x.shape[-1]) for x in calls], 1) if calls[1:] else calls[0]

@@ -21,7 +21,8 @@ for target in (y, nn.functional.one_hot(y, 4).double()):
 ```
 
 Expected: equal numbers. With `reduction="sum"` they are. `mc` is too large in the same way;
-`empirical` raises an error, since the targets are flattened.
+`empirical` raises an error, since
+the targets are flattened as if they were indices.
 
 Suggestion: count `y.numel() // y.shape[1]` if `y` is a floating-point tensor, or refuse it.
 """
@@ -38,7 +39,8 @@ TITLE = "Cross-entropy with probabilities: too large by the number of classes"
 CASES = (("probabilities-cross-entropy-mean", "expand"),)
 CAUSE = (
     "curvlinops/kfac.py, line 325, _set_num_per_example_loss_terms: y.numel() is taken for the "
-    "number of loss terms of CrossEntropyLoss."
+    "number of loss terms of CrossEntropyLoss; line 545, _rearrange_for_larger_than_2d_output: "
+    "the classes of a target are flattened into the batch."
 )
 DOCUMENTED = "silent about probabilities as targets"
 THREAD = ""
@@ -49,5 +51,10 @@ def patch() -> Iterator[None]:
     """A datum with probabilities is one term."""
     operator = import_module("curvlinops.kfac").KFACLinearOperator
     terms = "(y.numel() // (y.shape[1] if y.is_floating_point() else 1))"
-    with mended(operator, "_set_num_per_example_loss_terms", ("y.numel()", terms)):
+    flat = 'y = rearrange(y, "batch ... -> (batch ...)")'
+    kept = f"{flat} if not y.is_floating_point() else rearrange(y, 'batch c ... -> (batch ...) c')"
+    with (
+        mended(operator, "_set_num_per_example_loss_terms", ("y.numel()", terms)),
+        mended(operator, "_rearrange_for_larger_than_2d_output", (flat, kept)),
+    ):
         yield

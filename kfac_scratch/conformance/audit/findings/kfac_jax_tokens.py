@@ -56,6 +56,7 @@ CAUSE = (
 )
 DOCUMENTED = "'The input logits of the loss as an ND array of floats'"
 THREAD = ""
+WITH = ("kfac_jax_masked_bias",)
 
 
 @contextmanager

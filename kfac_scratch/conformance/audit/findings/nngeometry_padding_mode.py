@@ -1,4 +1,4 @@
-"""`padding_mode` of a convolution is ignored.
+"""`padding_mode` of a convolution is ignored, and `padding="same"` raises an error.
 
 Patches are cut with zeros around the image. With an output per pixel, the Fisher matrix of a
 regression is the Jacobian's Gram matrix, which autodiff gives:
@@ -27,10 +27,12 @@ for mode in ("zeros", "circular", "reflect", "replicate"):
 
 Expected: rounding errors for all modes. `conv2d_backward_using_unfold`, `kfac_xx` and `kfe_diag`
 of one- and two-dimensional convolutions call `unfold` with `mod.padding` alone. In the same
-places, `padding="same"` raises a TypeError, and `groups` is not looked at: the factors are those
-of a convolution without groups, whose weight has another shape.
+places, `padding="same"` raises "TypeError: im2col(): argument 'padding' must be tuple of ints",
+and `groups` is not looked at: the factors are those of a convolution without groups, whose weight
+has another shape.
 
-Suggestion: pad first if the mode is not `zeros`; raise an error for `groups > 1`.
+Suggestion: pad first, by `mod._reversed_padding_repeated_twice`, if the mode is not `zeros` or the
+padding is a string; raise an error for `groups > 1`.
 """
 
 from collections.abc import Iterator
@@ -41,12 +43,17 @@ from kfac_scratch.conformance.audit.mending import mended
 
 LIBRARY, VERSION = "nngeometry", "0.4"
 ADAPTER = "kfac_scratch.conformance.adapters.nngeometry:Adapter"
-TITLE = "padding_mode of a convolution is ignored"
+TITLE = "padding_mode of a convolution is ignored, and padding='same' raises an error"
 CASES = (
     *((f"conv2d-{mode}-pooled-mse", "expand") for mode in ("circular", "reflect", "replicate")),
     *(
         (f"conv2d-{mode}-per-location-mse-mean", "expand")
         for mode in ("circular", "reflect", "replicate")
+    ),
+    *(
+        (f"conv2d-{name}-{end}-mse", "expand")
+        for name in ("same", "same-dilation", "same-circular")
+        for end in ("per-location", "pooled")
     ),
     ("circular-convolutions-mean", "expand"),
     ("circular-convolutions-sum", "expand"),
@@ -66,8 +73,8 @@ def patch() -> Iterator[None]:
     grads = import_module("nngeometry.backend.torch_hooks.grads")
     padded = (
         "\n    around = mod._reversed_padding_repeated_twice"
-        "\n    zeros = mod.padding_mode == 'zeros'"
-        "\n    x = x if zeros else F.pad(x, around, mod.padding_mode)"
+        "\n    zeros = mod.padding_mode == 'zeros' and not isinstance(mod.padding, str)"
+        "\n    x = x if zeros else F.pad(x, around, mod.padding_mode.replace('zeros', 'constant'))"
     )
     sizes = [f"ks = ({n}, mod.weight.size({i}))" for n, i in (("mod.weight.size(2)", 3), ("1", 2))]
     with (

@@ -48,7 +48,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor, is_grad_enabled, nn, stack
+from torch import Tensor, cat, is_grad_enabled, nn
 
 LIBRARY, VERSION = "singd", "0.0.5"
 ADAPTER = "kfac_scratch.conformance.adapters.singd:Adapter"
@@ -60,6 +60,10 @@ CASES = (
     ("used-in-a-row-mse", "reduce"),
     ("used-in-a-row-cross-entropy", "expand"),
     ("used-in-a-row-cross-entropy", "reduce"),
+    ("used-at-other-positions-mse", "expand"),
+    ("used-at-other-positions-mse", "reduce"),
+    ("used-at-other-positions-cross-entropy", "expand"),
+    ("used-at-other-positions-cross-entropy", "reduce"),
 )
 CAUSE = (
     "singd/optim/optimizer.py, line 631, _accumulate_H_terms: every call of a module adds its "
@@ -87,7 +91,7 @@ def patch() -> Iterator[None]:
         if len(pairs[module]) == calls[module]:
             x, g = zip(*pairs.pop(module), strict=True)
             several = calls.pop(module) > 1
-            joint = (stack(x, 1), stack(g, 1)) if several else (x[0], g[0])
+            joint = (_positions(x), _positions(g)) if several else (x[0], g[0])
             accumulate(self, module, joint[:1], joint[1])
 
     for name, function in zip(names, (counted, joined), strict=True):
@@ -97,3 +101,8 @@ def patch() -> Iterator[None]:
     finally:
         for name, function in zip(names, before, strict=True):
             setattr(optimizer, name, function)
+
+
+def _positions(calls: tuple[Tensor, ...]) -> Tensor:
+    """The positions of all calls behind each other."""
+    return cat([x.reshape(len(x), -1, x.shape[-1]) for x in calls], 1)
