@@ -44,6 +44,9 @@ class Capabilities:
         projections: Whether it has blocks for the four layers inside `nn.MultiheadAttention`:
             `NAME.q_proj`, `.k_proj`, `.v_proj`, which are no modules, and `NAME.out_proj`, which
             is a module that PyTorch never calls, so that no hook on it runs.
+        ties: Whether it has a block for the weight of an embedding that a linear layer has, too:
+            one, under the embedding's name, in the layout of its weight. It is the sum of KFAC of
+            both, each as if it were alone.
         masks: Whether it takes masks of the positions that are part of the data.
     """
 
@@ -58,6 +61,7 @@ class Capabilities:
     damping: frozenset[DampingForm] = frozenset()
     operators: bool = False
     projections: bool = False
+    ties: bool = False
     masks: bool = False
 
 

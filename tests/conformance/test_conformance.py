@@ -7,15 +7,16 @@ from math import gcd
 import pytest
 import torch
 
-from kfac_scratch import curvature
+from kfac_scratch import curvature, kfac, layer_ios
 from kfac_scratch.conformance.adapters.ours import Adapter
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
-from kfac_scratch.conformance.cases.ops import forward, held_parameters, layer_ops, network
+from kfac_scratch.conformance.cases.ops import forward, held_parameters, layer_ops, network, ties
 from kfac_scratch.conformance.cases.selection import tasks
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.harness import missing, request, verdict
+from kfac_scratch.conformance.protocol import DenseAnswer, LayerBlock
 from tests import reference
 from tests.laws import check_equal, error
 
@@ -76,8 +77,16 @@ def test_the_module_computes_what_the_operations_say(case):
     data = case.build()
     model = network(case.ops, data.parameters)
     check_equal(model(data.X.clone()), forward(case.ops, data.parameters, data.X))
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert names == set(held_parameters(case.ops, data.parameters))
+
+
+def as_in_the_package(case, name, M):
+    """The block of a weight that is applied both ways is numbered as the linear layer's there."""
+    if name not in ties(case.ops):
+        return M
+    d_out, d_in = layer_ops(case.ops)[name].matrix_shape()
+    return M.reshape(d_out, d_in, d_out, d_in).permute(1, 0, 3, 2).reshape(M.shape)
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -88,7 +97,7 @@ def test_the_exact_blocks_are_those_of_the_whole_networks_matrix(case):
     of = curvature.empirical_fisher if case.fisher == "empirical" else curvature.ggn
     blocks = curvature.diagonal_blocks(model, of(model, loss, data.X, data.y))
     for name, M in truth.exact(case, data).items():
-        check_equal(M[0], blocks[name])
+        check_equal(as_in_the_package(case, name, M[0]), blocks[name])
 
 
 @pytest.mark.parametrize("case", [c for c in PLAIN if c.fisher == "type2"][::3], ids=str)
@@ -98,7 +107,7 @@ def test_the_exact_blocks_are_those_of_curvlinops(case):
     M = reference.ggn(model, loss, data.X, data.y)
     blocks = curvature.diagonal_blocks(model, M)
     for name, F in truth.exact(case, data).items():
-        check_equal(F[0], blocks[name])
+        check_equal(as_in_the_package(case, name, F[0]), blocks[name])
 
 
 def test_a_groups_block_is_a_diagonal_block_of_the_whole_convolution():
@@ -193,6 +202,31 @@ def test_padding_that_is_counted_is_wrong_and_named(flavour):
     assert "as if the padding were counted" in found.words
     alone = verdict(Counting(), CASES["padded-one-position-cross-entropy"], flavour, "cpu")
     assert not alone.passes
+
+
+@pytest.mark.parametrize("use", ["embedding", "head"])
+@pytest.mark.parametrize("name", ["tied-head-tokens-cross-entropy", "tied-head-pooled-mse"])
+def test_one_use_of_a_tied_weight_alone_is_wrong_and_named(name, use):
+    class Half(Adapter):
+        def blocks(self, asked):
+            ios = layer_ios(asked.model, asked.loss, *asked.batches[0])
+            inner = super().blocks(asked)["inner"]
+            K = kfac(ios["words"])
+            half = K.second if use == "embedding" else K.first
+            return {"words": LayerBlock(joint=DenseAnswer(half.dense())), "inner": inner}
+
+    found = verdict(Half(), CASES[name], "expand", "cpu")
+    assert found.verdict == "wrong"
+    assert f"as if the {use} alone had the weight" in found.words
+
+
+def test_a_tied_weight_is_asked_of_those_who_claim_it():
+    case, claimed = CASES["tied-head-tokens-cross-entropy"], Adapter().capabilities()
+    assert missing(claimed, case, "expand") == ""
+    words = missing(replace(claimed, ties=False), case, "expand")
+    assert words == "a weight that layers apply both ways"
+    model = network(case.ops, case.build().parameters)
+    assert model.head.weight is model.words.weight
 
 
 def test_queries_keys_and_values_are_one_parameter_where_their_sizes_agree():

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 import kfac_scratch as ks
 from kfac_scratch.conformance.protocol import (
     Capabilities,
+    DenseAnswer,
     EigenAnswer,
     KroneckerAnswer,
     LayerBlock,
@@ -36,6 +37,7 @@ class Adapter:
             damping=frozenset({"exact", "factored"}),
             operators=True,
             projections=True,
+            ties=True,
             masks=True,
         )
 
@@ -120,6 +122,8 @@ def _part(request: Request, name: str, groups: list[Any]) -> Part:
     """One matrix per group, with a leading axis of groups; or their inverses on the gradient."""
     if request.damping:
         return VectorAnswer(torch.cat([_solved(request, name, M, i) for i, M in enumerate(groups)]))
+    if isinstance(groups[0], ks.KroneckerSum):
+        return DenseAnswer(groups[0].dense())
     if isinstance(groups[0], ks.Kronecker | ks.DiagonalKronecker):
         return KroneckerAnswer(
             torch.stack([M.A for M in groups]), torch.stack([M.B for M in groups])

@@ -123,6 +123,27 @@ def embedding(name: str, words: int, d_out: int) -> Op:
     return Op("embedding", name, (), (("d_in", words), ("d_out", d_out), ("bias", False)))
 
 
+def tied_linear(name: str, words: str, d_in: int, d_out: int) -> Op:
+    """`W x` with the weight of the embedding `words`, as the head of a language model has it."""
+    return Op("tied-linear", name, (), (("words", words), ("d_in", d_in), ("d_out", d_out)))
+
+
+def ties(ops: Sequence[Op]) -> dict[str, list[int]]:
+    """For every embedding whose weight linear layers have, too, the places of these."""
+    found: dict[str, list[int]] = {}
+    for i, op in enumerate(ops):
+        if op.kind == "tied-linear":
+            found.setdefault(op["words"], []).append(i)
+    return found
+
+
+def as_layer(op: Op) -> Op:
+    """An operation as the layer that holds its weight: itself, but for a tied one."""
+    if op.kind != "tied-linear":
+        return op
+    return linear(op["words"], op["d_in"], op["d_out"], bias=False)
+
+
 def layer_norm(name: str, features: int) -> Op:
     """Mean 0 and variance 1 over the last axis, then a scale and a shift of every entry."""
     return Op("layer-norm", name, (), (("features", features), ("eps", EPSILON)))
@@ -290,6 +311,8 @@ def apply(op: Op, parameters: Parameters, x: Tensor, *others: Tensor) -> Tensor:
             return functional.linear(x, *_weight_and_bias(op, parameters))
         case "embedding":
             return functional.embedding(x, parameters[f"{op.name}.weight"])
+        case "tied-linear":
+            return functional.linear(x, parameters[f"{op['words']}.weight"])
         case "layer-norm" | "group-norm" | "batch-norm":
             return _normalised(op, parameters, x)
         case "conv":
@@ -410,6 +433,9 @@ def network(ops: Sequence[Op], parameters: Parameters) -> nn.Module:
     chain = len(modules) == len(ops) and not any(op.inputs for op in ops)
     net = nn.Sequential(modules) if chain else Graph(ops, modules)
     first = next(iter(parameters.values()))
+    for name, places in ties(ops).items():
+        for i in places:
+            net.get_submodule(ops[i].name).weight = net.get_parameter(f"{name}.weight")
     net.to(first.device, first.dtype)
     net.load_state_dict(dict(net.named_buffers()) | held_parameters(ops, parameters))
     return net
@@ -419,6 +445,8 @@ def held_parameters(ops: Sequence[Op], parameters: Parameters) -> dict[str, Tens
     """Parameters by their names in `network`: an attention module joins those of three layers."""
     values = {name: p.detach() for name, p in parameters.items()}
     for op in ops:
+        if op.kind == "tied-linear":
+            values[f"{op.name}.weight"] = values[f"{op['words']}.weight"]
         if op.kind == "multihead":
             layers = [f"{op.name}.{projection}" for projection in PROJECTIONS[:3]]
             weights = [values.pop(f"{layer}.weight") for layer in layers]
@@ -453,6 +481,8 @@ def _module(op: Op) -> nn.Module:
             )
         case "embedding":
             return nn.Embedding(op["d_in"], op["d_out"])
+        case "tied-linear":
+            return nn.Linear(op["d_in"], op["d_out"], bias=False)
         case "layer-norm":
             return nn.LayerNorm(op["features"], eps=op["eps"])
         case "group-norm":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import TOLERANCES, Data
+from kfac_scratch.conformance.cases.ops import ties
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
 from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
@@ -55,6 +56,10 @@ def explanations(asked: Question, right: Pieces, sizes: Mapping[str, Sizes]) -> 
     if asked.case.operator:  # KFAC has no definition by autodiff there
         yield from layouts(asked, right)
         return
+    if ties(asked.case.ops):
+        yield from uses_alone(asked)
+        yield from layouts(asked, right)
+        return
     for mistake in MISTAKES:
         try:
             if mistake.concerns(asked):
@@ -64,6 +69,22 @@ def explanations(asked: Question, right: Pieces, sizes: Mapping[str, Sizes]) -> 
     yield from layouts(asked, right)
     if asked.case.damping:
         yield from scaled(asked, sizes)
+
+
+def uses_alone(asked: Question) -> Iterator[Explained]:
+    """One of both uses of a weight that is applied both ways."""
+    case, flavour = asked.case, asked.flavour
+    K, F = truth.factors(case, asked.data, flavour), truth.exact(case, asked.data)
+    for what in ("the embedding", "the head"):
+        alone = dict(K)
+        for name in ties(case.ops):
+            pair = K[name]
+            assert pair.turned is not None
+            zero = replace(pair, A=0 * pair.A)
+            alone[name] = replace(pair, turned=None) if what == "the embedding" else zero
+        found = truth.asked_columns(case, flavour, asked.parts, F, alone)
+        answer = {key: piece.right(asked.data) for key, piece in found.items()}
+        yield f"as if {what} alone had the weight", answer
 
 
 def scaled(asked: Question, sizes: Mapping[str, Sizes]) -> Iterator[Explained]:

@@ -307,9 +307,8 @@ def only(place: int) -> Callable[[Sequence[float]], list[float]]:
 def bases_averaged(of_batches: Sequence[truth.KroneckerFactors], A: Any, B: Any) -> Any:
     """The mean of eigenvectors, in the place of factors."""
     bases = [[torch.linalg.eigh(M)[1] for M in (K.A, K.B)] for K in of_batches]
-    return truth.KroneckerFactors(
-        *(torch.stack(of_factor).mean(0) for of_factor in zip(*bases, strict=True))
-    )
+    A_basis, B_basis = (torch.stack(of_factor).mean(0) for of_factor in zip(*bases, strict=True))
+    return truth.KroneckerFactors(A_basis, B_basis)
 
 
 def in_given_basis(piece: truth.Columns, data: Data) -> Tensor:

@@ -34,6 +34,7 @@ CAPABILITY_KINDS = {
     "batches": bool,
     "operators": bool,
     "projections": bool,
+    "ties": bool,
     "masks": bool,
 }
 INTO_THE_CHANNEL = "did something else write into the channel of its answers?"

@@ -28,7 +28,16 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
 from kfac_scratch.conformance.cases.case import EXACT, Case, Data
-from kfac_scratch.conformance.cases.ops import Op, Parameters, apply, calls, forward, layer_ops
+from kfac_scratch.conformance.cases.ops import (
+    Op,
+    Parameters,
+    apply,
+    as_layer,
+    calls,
+    forward,
+    layer_ops,
+    ties,
+)
 from kfac_scratch.conformance.judging.pieces import LayerParts, PieceKey
 from kfac_scratch.conformance.vocabulary import Flavour, PartName
 
@@ -37,15 +46,25 @@ Blocks = dict[str, Float[Tensor, "groups D D"]]
 
 @dataclass(frozen=True, eq=False)
 class KroneckerFactors:
-    """A layer's Kronecker factors, one pair per group."""
+    """A layer's Kronecker factors, one pair per group.
+
+    Attributes:
+        A: Of the inputs.
+        B: Of the vectors.
+        turned: Those of layers that apply the transpose, which add a product of their own.
+    """
 
     A: Float[Tensor, "groups d_in d_in"]
     B: Float[Tensor, "groups d_out d_out"]
+    turned: "KroneckerFactors | None" = None
 
     def dense(self) -> Float[Tensor, "groups D D"]:
-        """`B ⊗ A` of every group."""
+        """`B ⊗ A` of every group, and `A ⊗ B` of what is turned."""
         D = self.A.shape[-1] * self.B.shape[-1]
-        return torch.einsum("gop,gij->goipj", self.B, self.A).reshape(-1, D, D)
+        M = torch.einsum("gop,gij->goipj", self.B, self.A).reshape(-1, D, D)
+        if self.turned is None:
+            return M
+        return M + KroneckerFactors(self.turned.B, self.turned.A).dense()
 
 
 def expected(
@@ -136,7 +155,8 @@ class Columns:
     def factors(self) -> "KroneckerFactors":
         """KFAC's factors for these columns."""
         assert self.K is not None
-        return KroneckerFactors(self.K.A[:, self.columns][:, :, self.columns], self.K.B)
+        A = self.K.A[:, self.columns][:, :, self.columns]
+        return KroneckerFactors(A, self.K.B, self.K.turned)
 
     def exact(self) -> Float[Tensor, "groups D D"]:
         """The exact block of these columns."""
@@ -205,16 +225,24 @@ def matrix(op: Op, values: dict[str, Tensor], batch: int = 0) -> Float[Tensor, "
 def factors(case: Case, data: Data, flavour: Flavour) -> dict[str, KroneckerFactors]:
     """Every layer's Kronecker factors, of KFAC-expand or KFAC-reduce."""
     found = {}
-    H = output_curvature(case, output(case, data), data.y)
-    for name in layer_ops(case.ops):
-        a, J = layer_inputs(case, data, name), derivatives(case, data, name)
-        counted = counted_rows(a, case.mask(data.y))
-        if flavour == "reduce":
-            (a, counted), J = row_means(a, counted), J.sum(3, keepdim=True)
-        A = second_moment(a, counted)
-        B = torch.einsum("fgnso,fh,hgnsp->gop", J, H, J)
-        found[name] = KroneckerFactors(A, B)
+    H, tied = output_curvature(case, output(case, data), data.y), ties(case.ops)
+    uses = {name: calls(case.ops, name) for name in layer_ops(case.ops)}
+    for name, places in uses.items():
+        pair = factors_of(case, data, flavour, places, H)
+        turned = factors_of(case, data, flavour, tied[name], H) if name in tied else None
+        found[name] = KroneckerFactors(pair.A, pair.B, turned)
     return found
+
+
+def factors_of(
+    case: Case, data: Data, flavour: Flavour, places: Sequence[int], H: Float[Tensor, "F F"]
+) -> KroneckerFactors:
+    """The factors of the operations at some places, which are the positions of one layer."""
+    a, J = inputs_at(case, data, places), derivatives_at(case, data, places)
+    counted = counted_rows(a, case.mask(data.y))
+    if flavour == "reduce":
+        (a, counted), J = row_means(a, counted), J.sum(3, keepdim=True)
+    return KroneckerFactors(second_moment(a, counted), torch.einsum("fgnso,fh,hgnsp->gop", J, H, J))
 
 
 def counted_rows(
@@ -246,8 +274,13 @@ def second_moment(
 
 def layer_inputs(case: Case, data: Data, name: str) -> Float[Tensor, "groups N S d_in"]:
     """What a layer's matrix multiplies, at all its calls."""
+    return inputs_at(case, data, calls(case.ops, name))
+
+
+def inputs_at(case: Case, data: Data, places: Sequence[int]) -> Float[Tensor, "groups N S d_in"]:
+    """What the matrices of operations multiply, as the positions of one layer."""
     record = recorded(case, data)
-    return torch.cat([rows_of(case.ops[i], record[i][0], data) for i in calls(case.ops, name)], 2)
+    return torch.cat([rows_of(as_layer(case.ops[i]), record[i][0], data) for i in places], 2)
 
 
 def recorded(case: Case, data: Data) -> list[tuple[Tensor, Tensor]]:
@@ -270,8 +303,15 @@ def _first_output(op: Op, x: Tensor, theta: Parameters) -> Float[Tensor, "groups
 
 def derivatives(case: Case, data: Data, name: str) -> Float[Tensor, "F groups N S d_out"]:
     """Every output entry's derivative by what a layer returns at each datum and position."""
-    op = layer_ops(case.ops)[name]
-    return torch.cat([positions(op, J) for J in slopes(case, data, calls(case.ops, name))], 3)
+    return derivatives_at(case, data, calls(case.ops, name))
+
+
+def derivatives_at(
+    case: Case, data: Data, places: Sequence[int]
+) -> Float[Tensor, "F groups N S d_out"]:
+    """Every output entry's derivative by what operations return, as the positions of one layer."""
+    op = as_layer(case.ops[places[0]])
+    return torch.cat([positions(op, J) for J in slopes(case, data, places)], 3)
 
 
 def slopes(case: Case, data: Data, places: Sequence[int]) -> list[Tensor]:
