@@ -16,8 +16,8 @@ from kfac_scratch.conformance.cases.families.common import (
 from kfac_scratch.conformance.cases.ops import classes_first, tanh
 
 PLACE = 14  # in reports and vectors
-TAGS = ("sequence", "padding", "cross-entropy")
-FLAGS = ("padding that is counted", "positions that are ignored")
+PADDING_TAGS = ("sequence", "padding", "cross-entropy")
+PADDING_FLAGS = ("padding that is counted", "positions that are ignored")
 
 
 def padded(case: Case) -> Data:
@@ -37,7 +37,7 @@ def second_alone(case: Case) -> Data:
     return Data(data.parameters, data.X, y)
 
 
-ONE = Case(
+ONE_WORD = Case(
     "padded-one-position-cross-entropy",
     "one-datum",
     (*chain(4, 6, 5, between=tanh()), classes_first()),
@@ -46,10 +46,10 @@ ONE = Case(
     ALL_EXACT,
     masked=True,
     data=second_alone,
-    tags=TAGS,
-    flags=FLAGS,
+    tags=PADDING_TAGS,
+    flags=PADDING_FLAGS,
 )
-SENTENCES = Case(
+PADDED_SENTENCES = Case(
     "padded-sentences-cross-entropy",
     "definition",
     (*chain(4, 6, 5, between=tanh()), classes_first()),
@@ -58,10 +58,10 @@ SENTENCES = Case(
     ALL_DEFINITION,
     masked=True,
     data=padded,
-    tags=TAGS,
-    flags=FLAGS,
+    tags=PADDING_TAGS,
+    flags=PADDING_FLAGS,
 )
-SUMMED = Case(
+PADDED_SUM = Case(
     "padded-sentences-cross-entropy-sum",
     "definition",
     (*chain(4, 6, 5, between=tanh()), classes_first()),
@@ -70,10 +70,10 @@ SUMMED = Case(
     ALL_DEFINITION,
     masked=True,
     data=padded,
-    tags=TAGS,
-    flags=FLAGS,
+    tags=PADDING_TAGS,
+    flags=PADDING_FLAGS,
 )
-BATCHES = Case(
+PADDED_BATCHES = Case(
     "padded-sentences-in-batches",
     "definition",
     (*chain(4, 6, 5, between=tanh()), classes_first()),
@@ -83,7 +83,13 @@ BATCHES = Case(
     batches=(2, 5),
     masked=True,
     data=padded,
-    tags=(*TAGS, "batches"),
-    flags=(*FLAGS, "batches weighted by data instead of words"),
+    tags=(*PADDING_TAGS, "batches"),
+    flags=(*PADDING_FLAGS, "batches weighted by data instead of words"),
 )
-CASES = [ONE, SENTENCES, SUMMED, BATCHES, in_single_precision(SENTENCES)]
+CASES = [
+    ONE_WORD,
+    PADDED_SENTENCES,
+    PADDED_SUM,
+    PADDED_BATCHES,
+    in_single_precision(PADDED_SENTENCES),
+]

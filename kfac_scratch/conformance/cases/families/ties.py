@@ -21,42 +21,42 @@ from kfac_scratch.conformance.cases.ops import (
 )
 
 PLACE = 15  # in reports and vectors
-BODY = (embedding("words", 5, 4), linear("inner", 4, 4), tanh())
-HEAD = tied_linear("head", "words", 4, 5)
-FLAGS = ("one of two uses of a weight", "a weight and its transpose")
+TIED_BODY = (embedding("words", 5, 4), linear("inner", 4, 4), tanh())
+TIED_HEAD = tied_linear("head", "words", 4, 5)
+TIED_FLAGS = ("one of two uses of a weight", "a weight and its transpose")
 
-TOKENS = Case(
+TIED_TOKENS = Case(
     "tied-head-tokens-cross-entropy",
     "definition",
-    (*BODY, HEAD, classes_first()),
+    (*TIED_BODY, TIED_HEAD, classes_first()),
     loss("cross-entropy"),
     (7, 3),
     BOTH_DEFINITION,
     data=words,
     tags=("embedding", "tied", "sequence", "cross-entropy"),
-    flags=FLAGS,
+    flags=TIED_FLAGS,
 )
-POOLED = Case(
+TIED_POOL = Case(
     "tied-head-pooled-mse",
     "definition",
-    (*BODY, mean_positions(), HEAD),
+    (*TIED_BODY, mean_positions(), TIED_HEAD),
     loss("mse"),
     (7, 3),
     BOTH_DEFINITION,
     data=words,
     tags=("embedding", "tied", "pool", "mse"),
-    flags=FLAGS,
+    flags=TIED_FLAGS,
 )
-BATCHES = Case(
+TIED_BATCHES = Case(
     "tied-head-in-batches",
     "definition",
-    (*BODY, HEAD, classes_first()),
+    (*TIED_BODY, TIED_HEAD, classes_first()),
     loss("cross-entropy"),
     (7, 3),
     BOTH_DEFINITION,
     batches=(2, 5),
     data=words,
     tags=("embedding", "tied", "sequence", "cross-entropy", "batches"),
-    flags=(*FLAGS, "equal weights for unequal batches"),
+    flags=(*TIED_FLAGS, "equal weights for unequal batches"),
 )
-CASES = [TOKENS, POOLED, BATCHES, in_single_precision(TOKENS)]
+CASES = [TIED_TOKENS, TIED_POOL, TIED_BATCHES, in_single_precision(TIED_TOKENS)]
