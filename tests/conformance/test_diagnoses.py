@@ -168,6 +168,7 @@ SOME = [
     ("ekfac-flattened-cross-entropy", "ekfac"),
     ("inverse-exact-0.25-mlp", "expand"),
     ("inverse-factored-0.25-mlp", "expand"),
+    ("padded-sentences-cross-entropy", "expand"),
 ]
 
 
