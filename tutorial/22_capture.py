@@ -280,8 +280,8 @@ for name, net in (("a weight used twice", twice), ("a hook of somebody else", ho
 #
 # The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
 # into it. An edge makes most copies unnecessary: it is a place in the graph, and it stays the same place
-# when the tensor gets new values. Views are the exception. For inputs with positions, `functional.linear` computes one large matrix
-# product and returns a view of it. If something writes into a view, autograd attaches the new
+# when the tensor gets new values. Views are the exception. For inputs with positions, `functional.linear`
+# computes one large matrix product and returns a view of it. If something writes into a view, autograd attaches the new
 # value to what the view was taken from, and cuts the old edge out of the graph.
 
 
@@ -306,7 +306,7 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
     assert is_view == (as_it_is is None) == (kind != "samples")
 
 # %% [markdown]
-# A recorder takes a missing derivative for zero, because an output may be unused. Without a copy it would
+# The package takes a missing derivative for zero, because an output may be unused. Without a copy it would
 # get a block of zeros here. So views are copied, and no other outputs are.
 #
 # ### A function that hides others
