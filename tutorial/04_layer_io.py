@@ -20,8 +20,9 @@
 # error or a cross-entropy, summed or averaged. A method that had to know about all of them at once
 # would be a long list of special cases. This chapter finds the narrow place that all of them pass
 # through: what goes *into* a layer's matrix, called $a$, and what comes *back* to its output,
-# called $g$. We derive that these two give the exact curvature block of the layer, build the code
-# that records them, and then look at everything that can go wrong on the way.
+# called $g$. The *block* of a layer is the part of the curvature matrix whose rows and columns belong
+# to the layer's parameters. We derive that $a$ and $g$ give this block exactly, build the code
+# that records them, and then look at what can go wrong on the way.
 
 # %%
 import copy
@@ -141,8 +142,10 @@ matrices(terms | {"$G$, their sum": gradient})
 # ## From gradients to curvature
 #
 # Now take $N$ data and a loss, $L = \frac{1}{D} \sum_n \ell_n(f_n)$, where $f_n$ is the network's
-# output for datum $n$ and $D$ what the loss divides by. [Chapter 2](02_curvature.py) defines the
-# generalised Gauss-Newton matrix (GGN). Datum $n$ only enters through $f_n$, so
+# output for datum $n$ and $D$ is the number that the loss divides by. The vector $\theta$ has all
+# parameters of the network. [Chapter 2](02_curvature.py) defines the generalised Gauss-Newton matrix
+# (GGN), with the Hessian of $L$ with respect to all outputs in the middle. Each term of $L$ depends on
+# one $f_n$ only, so this Hessian has one block $H_n$ for each datum and zeros elsewhere:
 #
 # $$
 # \operatorname{GGN} = \sum_n J_n^\top H_n J_n,
@@ -151,8 +154,8 @@ matrices(terms | {"$G$, their sum": gradient})
 # \tag{4.4}
 # $$
 #
-# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. For
-# `type2`, the vectors $\sigma_{vn}$ are the columns of a square root:
+# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. The vectors
+# $\sigma_{vn}$ of its function `type2` are the columns of a square root of $H_n$:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
@@ -169,18 +172,19 @@ matrices(terms | {"$G$, their sum": gradient})
 # \tag{4.6}
 # $$
 #
-# The vector $J_n^\top \sigma_{vn}$ is familiar. It is the gradient with respect to $\theta$ of the
-# number $\sigma_{vn}^\top f_n$ with $\sigma_{vn}$ held fixed: what one backward pass computes that
-# starts at the network's output with $\sigma_{vn}$ instead of with the gradient of a loss. And
-# gradients we know. Use [(4.3)] with $\ell = \sigma_{vn}^\top f_n$:
+# The vector $J_n^\top \sigma_{vn}$ is a gradient: that of the number $\sigma_{vn}^\top f_n$ with
+# respect to $\theta$, with $\sigma_{vn}$ held fixed. A backward pass computes it if it starts at the
+# network's output with $\sigma_{vn}$ in place of the gradient of a loss. For the gradient of a layer we
+# have [(4.3)], and we use it with $\ell = \sigma_{vn}^\top f_n$:
 #
 # <div class="admonition theorem" markdown="1" id="thm-4.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 4.1 (the block of a layer)</b></p>
 #
-# Let a layer compute $z_{ns} = W a_{ns}$, let $f_n$ depend on no datum but $n$, and let
+# Let a layer compute $z_{ns} = W a_{ns}$, and let the network use $W$ nowhere else. Let $f_n$ depend on
+# no datum but $n$, and let
 # $g_{vns} = (\partial f_n / \partial z_{ns})^\top \sigma_{vn}$ be what arrives at $z_{ns}$ when
 # $\sigma_{vn}$ is sent backward. Then the block of the GGN that belongs to
-# $\operatorname{vec}(W)$ is
+# $\operatorname{vec}(W)$, the entries of $W$ row by row, is
 #
 # $$
 # \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top,
@@ -202,11 +206,12 @@ matrices(terms | {"$G$, their sum": gradient})
 # %% [markdown]
 # ### In the package
 #
-# So a layer on a batch is two tensors. They form one immutable value, the `LayerIO`. Every
-# approximation in this package is a function of it: none of them sees a network.
+# The curvature of a layer on a batch thus needs two tensors. They form one immutable value, the
+# `LayerIO`. Every approximation in this package is a function of this value and sees no network.
 #
-# The two methods are [(4.3)] and [(4.7)]. `block` is the definition, not a method for large layers.
-# It goes through the vectors one by one, so that the gradients of all of them never exist at once.
+# The method `gradients` is [(4.3)], and the method `block` is [(4.7)]. The block is computed by its
+# definition, which is too expensive for large layers. The loop goes through the vectors one by one,
+# so that the gradients of all of them never exist at once.
 
 # %% tags=["beside", "remove-input"]
 code(LayerIO.gradients, LayerIO.block)
@@ -219,7 +224,8 @@ code(LayerIO.gradients, LayerIO.block)
 #
 # The `a` has no axis $V$: whatever is sent backward, the forward pass is the same. And `g` has all
 # of the scale: if the loss is multiplied by $c$, type-2 vectors are multiplied by $\sqrt{c}$ and
-# the block by $c$, while `a` does not notice.
+# the block by $c$, while `a` stays the same. Two more fields, `positions` and `counted`, are for layers
+# with several positions ([Chapter 6](06_weight_sharing.py)) and are not needed here.
 
 # %% [markdown]
 # ## Recording, by hand
@@ -229,11 +235,11 @@ code(LayerIO.gradients, LayerIO.block)
 # the very tensor $z$ that the computation goes on with, so we may ask for derivatives with respect
 # to it.
 #
-# For $g$ we need $V$ vectors for each of $N$ data. The data come for free: as $f_n$ depends on
-# datum $n$ only, one backward pass that starts with $\sigma_{v1}, \dots, \sigma_{vN}$ at all
-# outputs gives $g_{vns}$ at all $z_{ns}$, and no datum disturbs another. The vectors do not:
-# their results would be added up. Hence $V$ backward passes, which `is_grads_batched=True` runs
-# as one.
+# For $g$ we need $V$ vectors for each of $N$ data. All data can share a backward pass: as $f_n$
+# depends on datum $n$ only, a pass that starts with $\sigma_{v1}, \dots, \sigma_{vN}$ at all
+# outputs gives $g_{vns}$ at all $z_{ns}$, and no datum disturbs another. Several vectors of one datum
+# cannot share a pass, because their results would be added up. So there are $V$ backward passes,
+# which `is_grads_batched=True` runs as one.
 
 
 # %%
@@ -251,7 +257,8 @@ def capture_by_hand(model, loss, X, y, pass_on=torch.clone) -> dict[str, LayerIO
         hook.remove()
 
     outputs = [calls[layer][1] for layer in linear.values()]
-    gs = torch.autograd.grad(f, outputs, type2(loss, f, y)[:], is_grads_batched=True)
+    vectors = type2(loss, f, y)[:]  # [V, N, C], all of them
+    gs = torch.autograd.grad(f, outputs, vectors, is_grads_batched=True)
 
     ios = {}
     for (name, layer), g in zip(linear.items(), gs, strict=True):
@@ -270,9 +277,10 @@ for name, io in capture_by_hand(model, loss, X, y).items():
     print(f"layer {name}: a {tuple(io.a.shape)}, g {tuple(io.g.shape)}")
 
 # %% [markdown]
-# Is it right? [Chapter 2](02_curvature.py)'s `curvature.ggn` builds the whole matrix [(4.4)] from
-# full Jacobians. It knows nothing of layers, hooks or vectors; `diagonal_blocks` cuts a layer's
-# rows and columns out of it.
+# Are these the right $a$ and $g$? [Chapter 2](02_curvature.py)'s `curvature.ggn` builds the whole matrix
+# [(4.4)] from full Jacobians. It uses no layers, hooks or vectors; `diagonal_blocks` cuts a layer's
+# rows and columns out of it. All errors in this chapter are shares of the largest exact entry. The last
+# lines check that the scale of the loss is in `g` alone.
 
 
 # %%
@@ -294,9 +302,8 @@ assert_exact(total.g, N**0.5 * mean.g)
 # %% [markdown]
 # ## Why the hook returns a copy
 #
-# The hook above returns `output.clone()`, which looks like a waste. Pass on the output itself
-# instead, and nothing changes for the network above. But many networks save memory by activations
-# that write *into* their input:
+# The hook above returns a copy of the output, which looks like a waste: the network above would do
+# without it. But many networks save memory by activations that write *into* their input:
 
 # %%
 in_place = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
@@ -310,9 +317,9 @@ assert max(with_copy.values()) <= EXACT
 assert without_copy["0"] > 0.1
 
 # %% [markdown]
-# No error, no warning, and a wrong block for the first layer. The tensor that we recorded as $z$
-# has been overwritten, and for autograd the name now stands for $\operatorname{relu}(z)$: the
-# derivative that we get is the one *after* the activation. The factor $\operatorname{relu}'(z)$
+# Without the copy, the block of the first layer is wrong, and there is no error and no warning. The
+# tensor that we recorded as $z$ has been overwritten. For autograd it now stands for
+# $\operatorname{relu}(z)$, so we get the derivative *after* the activation. The factor $\operatorname{relu}'(z)$
 # is missing, so all units look active. With the copy, the activation overwrites the copy. The price
 # is memory: a layer's output may be there twice until the backward pass is over.
 
@@ -329,20 +336,21 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 #
 # The package does the same in three pieces. The first one records. It looks at functions instead of modules:
 # every linear layer calls `functional.linear` in the end, and so does code that has weights but no layers. A
-# `TorchFunctionMode` of PyTorch sees each such call with its arguments, and the recorder keeps those that get
-# a layer's weight. What it keeps is what our hook kept, with two more details. It keeps a list of calls, as
-# a weight may be used several times. And it notes the version of the input, a counter that PyTorch
+# `TorchFunctionMode` of PyTorch sees each such call with its arguments, and the recorder keeps those calls
+# that get a layer's weight. Each is kept as our hook did, with two differences. There is a list of calls,
+# as a weight may be used several times. And the version of the input is noted, a counter that PyTorch
 # increases whenever a tensor is written to, so that a later change of the *input* is noticed as well.
-# [Chapter 22](22_capture.py) builds such a recorder by hand and says what hooks miss.
+# [Chapter 22](22_capture.py) builds such a recorder by hand. It also has the details of `_record`: when
+# a copy is needed, functions that use a part of a weight (`unused`), and products from the left (`order`).
 
 # %% tags=["remove-input"]
 code(calls.recorded, calls.Recorder._record)
 
 # %% [markdown]
-# The second piece sends vectors backward. Recorded outputs that the network's output does not
-# depend on get zeros, which is their derivative. A single vector goes without batching, because a
-# few operations cannot be batched. Without a `chunk`, the first vectors show whether this network
-# contains one.
+# The second piece sends vectors backward, at most `chunk` of them at once. Recorded outputs that the
+# network's output does not depend on get zeros, which is their derivative. A single vector is sent
+# without batching, because a few operations of PyTorch cannot be batched. If the user gives no `chunk`,
+# the first vectors show whether the network contains such an operation.
 
 # %% tags=["remove-input"]
 code(capture._backward, capture._batched_if_possible)
@@ -350,8 +358,9 @@ code(capture._backward, capture._batched_if_possible)
 # %% [markdown]
 # The third is the whole procedure: find the layers, run forward and record, ask the loss for its
 # vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
-# refuse what would give a wrong block; we will meet some of them. The rows and vectors of one group of
-# layers can be had at a time, which is what a loop over a data set does. `layer_ios` joins the parts.
+# refuse networks that would get a wrong block; we will meet some of them. A `ForwardPass` makes the
+# tensors of one layer at a time, so that a loop over a data set need not hold those of all layers.
+# `stream` gives all layers, part by part, and `layer_ios` joins the parts.
 
 # %% tags=["remove-input"]
 code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
@@ -359,9 +368,9 @@ code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
 # %% [markdown]
 # ## The theorem, checked
 #
-# A perceptron, a convolutional network with an in-place activation, and a network that applies one
-# layer twice, each with a squared error and a cross-entropy, averaged and summed. The layers of all
-# of them get their exact block:
+# Three networks are tried: a perceptron, a convolutional network with an in-place activation, and a
+# network that applies one layer twice. Each has a squared error and a cross-entropy, averaged and
+# summed. All layers get their exact block; the largest error of each network is printed:
 
 
 # %%
@@ -414,11 +423,11 @@ model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 4))
 X, y = torch.randn(N, 5), torch.randint(4, (N,))
 
 ios = layer_ios(model, loss, X, y)
-G = torch.cat([io.gradients().flatten(2) for io in ios.values()], dim=2)  # [V, N, D]
+G = torch.cat([io.gradients().flatten(2) for io in ios.values()], dim=2)  # [V, N, parameters]
 full = torch.einsum("vnd,vne->de", G, G)
 
 order = torch.cat([W.flatten() for W in curvature.block_index(model).values()])
-exact = curvature.ggn(model, loss, X, y)[order][:, order]  # bias columns in place
+exact = curvature.ggn(model, loss, X, y)[order][:, order]  # each bias behind its row of W
 print(f"relative error of the full GGN: {largest_error(full, exact):.0e}")
 assert_exact(full, exact)
 
@@ -432,8 +441,10 @@ matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
 # %% [markdown]
 # ## Layers as rows
 #
-# To be covered by all of this, a layer has to be brought into the form $z_{ns} = W a_{ns}$. Here
-# are three kinds that can be.
+# [Theorem 4.1] is for layers of the form $z_{ns} = W a_{ns}$. The inputs $a_{ns}^\top$ are then called
+# the layer's *rows*: they are the rows of the matrices `a[n]`. Here are three kinds of layers and their
+# rows. (A transposed convolution is one more. It spreads every pixel of its input over a patch of its
+# output, so the row of an output pixel has the input pixels that reach it, and zeros elsewhere.)
 #
 # **A linear layer** on an input of shape $[N, \ast, d]$ treats all axes in between alike: every
 # entry of them is a position.
@@ -487,9 +498,9 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 #
 # ### In the package
 #
-# The functions are short; what they state is the definition above. Groups of a convolution are a
-# leading axis: each is a layer of its own, with its own channels in and out and its own $W$. The
-# `ends` are what bias columns hold; they are written together with the rows, to save a copy.
+# The package's functions follow the definitions above. Groups of a convolution are a leading axis: each
+# group is a layer of its own, with its own channels in and out and its own $W$. The argument `ends` has
+# the entries of the bias columns, which are written together with the rows to save a copy.
 
 # %% tags=["remove-input"]
 code(input_rows, output_rows, weight_matrix, weight_view)
@@ -533,7 +544,8 @@ assert largest_error(input_rows(zeros, x), input_rows(circular, x)) > 0.1
 # - **Shared weights.** Layers that share a weight are one block, as there is one $W$. Their positions
 #   are joined: $S$ adds up. If each has a bias of its own, $W$ has one column for each, and a row
 #   of $a$ contains a 1 for its own bias and a 0 for the others. An embedding and a linear layer may
-#   share a weight, too, as in language models, and need two values
+#   share a weight, too, as in language models. This weight is one block as well, but one of the layers
+#   applies $W^\top$, so that the block needs a pair of `LayerIO`
 #   ([Chapter 6](06_weight_sharing.py#one-weight-both-ways)).
 # - **Groups** of a convolution are blocks of their own, named `layer[0]`, `layer[1]`, …
 # - **Frozen parameters** have no columns: a frozen bias means no column of ones, a frozen weight
@@ -570,11 +582,14 @@ shapes(frozen, torch.randn(N, 4))
 # %% [markdown]
 # ### What is not covered
 #
-# A layer norm has parameters, but they are not a matrix that is applied to rows. It has a block only if it is
-# named, and [Chapter 22](22_capture.py#a-real-transformer) says which. Other parameters are used in ways that
-# no rule describes. Leaving them out silently would be the worst answer: the caller would believe that a step
-# is taken for the whole network. So uncovered parameters are named in a warning, and whatever would give a
-# wrong block is an error that says what to do.
+# A layer norm has parameters, but they are not a matrix that is applied to rows. It gets a block only if
+# `layers=[...]` names it, and [Chapter 22](22_capture.py#a-real-transformer) derives that block. For the
+# parameters of some other layers, such as `nn.PReLU`, the package has no block. Leaving parameters
+# out silently would be the worst answer: the caller would believe that a step is taken for the whole
+# network. So a warning names the parameters without a block. A layer that is known to get a wrong block
+# is refused with an error that says what to do. After the warning, the cells show three such errors: for a layer
+# of an unknown kind that is asked for by name, for an embedding that changes its own weight, and for two
+# convolutions in opposite directions with one kernel.
 
 # %%
 normed = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
@@ -617,17 +632,18 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 
 # %% [markdown]
 # Two things have been taken for granted. In [Theorem 4.1], $f_n$ depends on no datum but $n$. And [(4.3)] is
-# the whole gradient only if the recorded calls are all that the network does with $W$. The package does not
-# trust a network in either: it tries it on a few data first, and refuses it if data meet each other or if
-# the recorded calls do not explain the gradient of every parameter. Both checks, and the theorem that one
-# random vector is enough, are in [Chapter 22](22_capture.py#two-checks).
+# the whole gradient only if the recorded calls are all that the network does with $W$. The package tests
+# both on a few data first. A network is refused if the vector of one datum arrives at the rows of another,
+# or if the recorded calls do not explain the gradient of every parameter. Both checks, the theorem that one
+# random vector is enough for the second, and what the checks can miss are in
+# [Chapter 22](22_capture.py#two-checks).
 
 # %% [markdown]
 # ## What capture leaves behind
 #
-# Nothing. No hook is registered; the function mode ends with the forward pass, also when that fails;
-# `torch.autograd.grad` returns derivatives and writes no `.grad`; no parameter's gradient is computed
-# at all; modes and flags stay as they were.
+# Capture leaves nothing behind. No hook is registered. The function mode ends with the forward pass, also
+# when that fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
+# training modes and the parameters' `requires_grad` stay as they were.
 
 
 # %%
@@ -661,14 +677,15 @@ assert traces(model) == before
 # $$
 #
 # numbers. For a linear layer the first part is as large as what training keeps for its backward
-# pass, and a column of ones.
-# For a convolution it is more, as an entry of the image stands in every patch that it is part of
-# ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided). The second part is $V$
-# times the size of the layer's output, and for the exact vectors $V$ is the number of outputs $C$, or
-# $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With a thousand classes this soon does not
-# fit. But the block and the factors of KFAC are *sums* over vectors: `stream` yields a `LayerIO`
-# with at most `chunk` of them at a time, and one adds up. Fewer vectors at a time need less memory
-# and more backward passes. Without a `chunk`, there is a budget of bytes:
+# pass, and a column of ones. For a convolution it is more, as an entry of the image is repeated in
+# every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided).
+# The second part is $V$ times the size of the layer's output. For the exact vectors, $V$ is the number of
+# outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With many
+# classes, `g` soon does not fit into memory. But the block is a *sum* over vectors, and so is
+# $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$, the factor that KFAC takes from `g`
+# ([Chapter 5](05_kfac.py)). So `stream` yields a `LayerIO` with at most `chunk` vectors at a time, and the
+# caller adds up. Fewer vectors at a time need less memory and more backward passes. Without a `chunk`,
+# the package chooses one from a budget of bytes:
 
 # %% tags=["remove-input"]
 code(capture.default_chunk)
@@ -716,9 +733,9 @@ plt.show()
 # ### Many vectors or one
 #
 # The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from
-# the model and sends one vector, whatever $V$ is for type-2. That makes $g$ smaller by that factor, and
-# the block random: right on average, but not for the one sample in hand. More samples approach
-# the exact block slowly, at the rate of one over the square root of their number.
+# the model and sends one vector, whatever $V$ is for type-2. So $g$ is smaller by the factor $V$, and
+# the block is random: its mean is exact, but a single sample is not. The average over more samples
+# approaches the exact block slowly: the error falls as one over the square root of their number.
 
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -741,8 +758,7 @@ assert errors[-1] < errors[0] / 3  # about 1 / sqrt(1000) on average
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# Some of the following has happened in public code, as linked. Most mistakes share one property:
-# the code runs.
+# Some of the following mistakes have happened in public code, as linked. Most of them give no error.
 #
 # **Per-datum gradients of a mean loss.** The gradient of $L = \frac1N \sum_n \ell_n$ with respect
 # to $z_n$ is $\frac1N \nabla \ell_n$. Take it for the gradient of datum $n$, average the outer
@@ -769,8 +785,9 @@ assert_exact(divisor(loss, model(X), y) ** 0.5 * of_mean, right)
 # linear layer. Its forward pass is never called: the parent reads its weight and computes by
 # itself. A library that registers hooks for all linear layers waits for a call that does not come
 # ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267), with an error at the first
-# step). Note that the weight *is* used. The package follows the weight into the function that uses it
-# ([Chapter 22](22_capture.py)), so that all four projections have their exact blocks:
+# step). Yet the weight of `out_proj` is used. The package follows it into the function that uses it
+# ([Chapter 22](22_capture.py)), so that all four projections (to queries, keys, values and the output)
+# have their exact blocks:
 
 
 # %%
@@ -811,9 +828,9 @@ assert last_only["4"] <= EXACT  # runs once
 assert max(check(layer_ios(tied, loss, X, y), tied, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# **A bias column of zeros.** `a.new_zeros` in place of `a.new_ones`, or ones that are appended
-# before a step that changes them, such as padding. The weight's part of the block remains right,
-# so a test without biases passes, and the bias has no curvature at all:
+# **A bias column of zeros.** It comes about by `a.new_zeros` in place of `a.new_ones`, or by a step that
+# changes the ones after they are appended, such as padding. The weight's part of the block remains right,
+# so a test without biases passes. The bias has no curvature at all:
 
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -827,7 +844,7 @@ assert block[:, -1].abs().max() > 0
 # %% [markdown]
 # **Batch normalisation in training mode** breaks the assumption of [Theorem 4.1] that $f_n$
 # depends on datum $n$ only. The vectors of all data, sent backward together, then get mixed on
-# their way. One can run the code, but what comes out is not the block:
+# their way. The code by hand runs, but its result is not the block. The package refuses the network:
 
 
 # %%

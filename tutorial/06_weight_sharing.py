@@ -24,6 +24,7 @@
 # ([Eschenhagen et al. 2023](bibliography.md#weight-sharing)). Each is exact where the other fails.
 
 # %%
+import textwrap
 import time
 
 import matplotlib.pyplot as plt
@@ -45,6 +46,7 @@ from torch.nn import (
 from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfac_scratch.approximations.ekfac import ekfac
 from kfac_scratch.approximations.kfac import kfac, kfac_in_full
 from kfac_scratch.capture.flavours import REDUCE
 from kfac_scratch.capture.forward_pass import layer_ios
@@ -846,21 +848,26 @@ assert_exact(kfac(io).dense(), kfac_in_full(io).dense())
 # ## Padded sentences
 #
 # Sentences of different lengths make a rectangular batch when the short ones are padded with a
-# token that stands for nothing. The loss ignores what the network says there. So the vectors are
-# zero at these positions, and the exact block does not depend on them. Expand does. Its $B$ is a sum,
-# to which zero vectors add nothing, but its $A$ is a *mean over all rows*. Where most rows are
-# padding, $A$ is mostly the outer product of the padding token's row with itself:
+# token that stands for nothing. The loss ignores what the network says there. If no other position reads
+# the padding either, the vectors are zero at these positions, and the exact block does not depend on them.
+# Expand does depend on them. Its $B$ is a sum, to which zero vectors add nothing, but its $A$ is a *mean
+# over all rows*. Let $A_\text{words}$ be the mean of $a a^\top$ over the rows of words, and
+# $A_\text{padding}$ over those of the padding, which has a share $p$ of all rows. Then
 #
 # $$
 # A_\text{expand} = (1 - p)\, A_\text{words} + p\, A_\text{padding},
 # \tag{6.8}
 # $$
 #
-# where $p$ is the share of the padding. The mean must be taken over the words alone. Only the user
-# knows which positions are words, so `layer_ios`, `over_loader` and the optimizer take a function
-# `counted` from the batch to a mask. The mask is checked: a vector that is not zero
-# where nothing is counted is an error. That happens when other positions read the padding, as they
-# do in attention without `key_padding_mask`. Then the padding is data.
+# and if most rows are padding, $A$ is mostly $A_\text{padding}$. Reduce has the same problem, as its mean
+# over the positions of a sentence contains the padding. The means must be taken over the words
+# alone. Only the user knows which positions are words, so `layer_ios`, `over_loader` and the optimizer take
+# a function `counted(X, y)`. It returns a mask with one entry for each position, true for words.
+#
+# The mask is checked: a vector that is not zero at a position that is not counted is an error. This
+# happens if the loss does not ignore the padding, as in the last lines of the cell. It also happens if
+# other positions read the padding, as they do in attention without `key_padding_mask`. Then the block
+# depends on the padding, which must be counted.
 
 # %%
 PAD, IGNORED, WORDS, LENGTH = 0, -100, 12, 16  # cross-entropy ignores targets of -100
@@ -899,11 +906,19 @@ padding = of_all.a[:, -1:]  # the last position of every sentence
 A_padding = torch.einsum("nsi,nsj->ij", padding, padding) / len(X)
 assert_exact(kfac(of_all).A, (1 - p) * kfac(of_words).A + p * A_padding)
 assert relative_error(kfac(of_all).A, kfac(of_words).A) > 0.1
+assert relative_error(kfac(of_all.reduced()).A, kfac(of_words.reduced()).A) > 0.1
+
+try:  # targets at the padding, too: the loss does not ignore it
+    layer_ios(tagger, tags, X, y.clamp(min=0), counted=is_word)
+except ValueError as reason:
+    print(textwrap.fill(f"ValueError: {reason}", width=90))
+else:
+    raise AssertionError("this should have been refused")
 
 # %% [markdown]
-# How much it matters depends on the embedding of the padding token. It gets no gradient, so it stays
-# as it was initialised. Below it has the size of the others. Ten networks with data of their own
-# stand behind every point.
+# How much the padding matters depends on the embedding of its token. This embedding gets no gradient, so it
+# stays as it was initialised. In the figure it has the size of the other embeddings. Every point is
+# the mean of ten networks, each with data of its own.
 
 # %% tags=["hide-input"] alt="Two lines over the share of padding, from zero to fifteen sixteenths. The relative error of KFAC with the words alone stays level, that of KFAC with all positions rises." caption="Distance of KFAC-expand from the exact block of the first linear layer, mean and range of ten networks."
 lengths = [16, 12, 8, 4, 2, 1]
@@ -935,33 +950,40 @@ assert first["words alone"] == first["all positions"]
 assert last["all positions"] > last["words alone"] + 0.1
 
 # %% [markdown]
-# Approximations that are functions of the gradients of data need no mask, as zero vectors are in
-# none of these. TKFAC ([chapter 11](11_tkfac.py)) weighs every row of $A$ with the square of its vector.
+# An approximation that is a function of the gradients of data needs no mask, because a zero vector adds
+# nothing to a gradient. TKFAC ([Chapter 11](11_tkfac.py)) needs none either: it weights every row of $A$
+# with the square of its vector's norm, which is zero for padding.
 
 # %% [markdown]
 # ## One weight, both ways
 #
-# Most language models keep one matrix $W$ for two purposes. The last layer, the head, multiplies its
-# input by $W$ and gets a number for every word. The first layer, the embedding, looks up a word's row
-# of the same $W$, and that is $W^\top$ times the one-hot row of the word. So the gradient of a datum is
-# a sum over both uses. Say that word $t$ of datum $n$ has the one-hot row $e_{nt}$, and that the vector
-# $h_{vnt}$ comes back to what the embedding gives for it. Then
+# Many language models use one matrix $W$ in two layers. The last layer, the head, multiplies its
+# input by $W$ and gets a number for every word of the vocabulary. The first layer, the embedding, looks up
+# a word's row of the same $W$. For the word at position $t$ of datum $n$ this is $W^\top e_{nt}$, where
+# $e_{nt}$ is the one-hot vector of the word. Let $h_{vnt}$ be the vector that comes back to the output
+# of the embedding there. By [(4.3)], the gradient with respect to $W^\top$ has the terms
+# $h_{vnt} e_{nt}^\top$, and the one with respect to $W$ has their transposes. The gradient of a datum is
+# the sum over both uses:
 #
 # $$
 # G_{vn} = \sum_s g_{vns}\, a_{ns}^\top + \sum_t e_{nt}\, h_{vnt}^\top .
 # \tag{6.9}
 # $$
 #
-# In the first sum, the factor on the right is the same for all vectors $v$. In the second, it is the
-# factor on the left. So there are no rows that serve both, and the value of such a weight is a pair of
-# `LayerIO`. The exact block needs no more than [(6.9)]. It has the products of both sums, which no
-# layer of the two has alone. KFAC of the pair leaves these products out and takes one Kronecker product
-# for each use. In the second one the factors have changed places, as $W$ has:
+# A `LayerIO` has one `a` for all vectors $v$, and `a` is the factor on the right of each outer product. In
+# the second sum, the factor on the right is $h_{vnt}$, which depends on $v$. So one `LayerIO` cannot hold
+# both sums, and capture gives a pair of them, the `TiedIO`.
+#
+# Inserting [(6.9)] into [(4.7)] gives the exact block. The outer product of a sum has four parts: the block of
+# the head, that of the embedding, and two with a term of one sum and a term of the other. KFAC of
+# the pair leaves out these *mixed parts* and takes one Kronecker product for each use. Let $A$ and $B$ be the
+# head's factors ([Chapter 5](05_kfac.py)). The embedding's factors $A'$ and $B'$ change places, as it
+# applies $W^\top$:
 #
 # $$
 # K = B \otimes A + A' \otimes B',
 # \qquad
-# A' = \operatorname{diag}(\text{how often each word occurs}),
+# A' = \operatorname{diag}(\text{share of each word in the text}),
 # \quad
 # B' = \sum_{v,n,t} h_{vnt} h_{vnt}^\top .
 # \tag{6.10}
@@ -1003,8 +1025,9 @@ assert_exact(
 )
 
 # %% [markdown]
-# Three things may be wrong with it, and they can be told apart: each use by itself, and the products
-# that are left out. The embedding alone has the second product of [(6.10)], and so on:
+# How far is $K$ from the exact block, and why? The next cell prints four errors: of $K$, of each of its
+# two products alone, and of the sum of the *exact* blocks of both uses. The last error is due to the mixed
+# parts only. It would remain if both Kronecker products were exact.
 
 # %% tags=["hide-input"]
 places = torch.arange(VOCABULARY * 4).reshape(VOCABULARY, 4).T.flatten()  # W^T, read as W is
@@ -1017,24 +1040,40 @@ def turned(block: Tensor) -> Tensor:
     return found
 
 
-kinds = ("KFAC", "KFAC of the head alone", "exact blocks of both uses, without their products")
+kinds = (
+    "KFAC of both uses",
+    "KFAC of the head alone",
+    "KFAC of the embedding alone",
+    "exact blocks of both uses, no mixed parts",
+)
 errors = {kind: [] for kind in kinds}
 for seed in range(10):
     torch.manual_seed(seed)
     model, (X, y) = Tied(), sentences(20)
     io = layer_ios(model, loss, X, y)["words"]
+    both, head = kfac(io).dense(), kfac(io.direct).dense()
+    embedding = turned(kfac(io.turned).dense())
+    assert_exact(head + embedding, both)
     apart = io.direct.block() + turned(io.turned.block())
-    for kind, M in zip(kinds, (kfac(io).dense(), kfac(io.direct).dense(), apart), strict=True):
+    for kind, M in zip(kinds, (both, head, embedding, apart), strict=True):
         errors[kind].append(relative_error(M, io.block()))
 for kind, found in errors.items():
-    print(f"{kind:50}{sum(found) / 10:5.0%} off ({min(found):.0%} to {max(found):.0%})")
-assert min(errors[kinds[2]]) > 0.05
+    print(f"{kind:42}{sum(found) / 10:5.0%} off ({min(found):.0%} to {max(found):.0%})")
+assert min(errors[kinds[-1]]) > 0.05
+
+try:
+    ekfac(io)
+except NotImplementedError as reason:
+    print("\n" + textwrap.fill(f"NotImplementedError: {reason}", width=90))
+else:
+    raise AssertionError("this should have been refused")
 
 # %% [markdown]
-# The products of both uses are a large part of the block, and no Kronecker product per use has them. A
-# sum of two products is also harder to invert ([chapter 12](12_kpsvd.py)). So the optimizer does not
-# precondition such a weight: it asks for `layers=` without the two layers, and gives the weight to the
-# optimizer of the rest. Other approximations refuse the pair as well.
+# The mixed parts are a large part of the block, and no Kronecker product for one use contains them. A
+# sum of two products is also harder to invert than one ([Chapter 12](12_kpsvd.py)). So the optimizer does
+# not precondition such a weight. It raises an error, which asks to leave both layers out with `layers=[...]`
+# and to give their weight to another optimizer with `rest`. Approximations that need rows, such as EKFAC,
+# refuse the pair, as the last lines above show.
 
 # %% [markdown]
 # ## What goes wrong in practice

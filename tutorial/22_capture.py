@@ -13,13 +13,14 @@
 # %% [markdown]
 # # 22. Capture: how a program finds a and g
 #
-# **Part VI: Scale and trust.** How does a program find the rows and vectors of a network that somebody
-# else wrote, and how does it know that it found all of them?
+# **Part VI: Scale and trust.** How does a program find the inputs $a$ and the vectors $g$ of every weight
+# in a network that somebody else wrote, and how does it know that it found all of them?
 #
 # [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward
-# hooks, and that is enough for networks that consist of layers. Many networks do not. PyTorch's own
-# attention reads the weight of a layer and never calls the layer. This chapter records *functions* instead
-# of layers, at first by hand. It then proves that a single random vector shows whether anything was missed.
+# hooks. That is enough if every weight is used by calling its layer. In many networks it is not: PyTorch's
+# own attention reads the weight of a layer and never calls the layer. This chapter records *functions*
+# instead of layers, at first by hand. It then proves that a single random vector shows whether a use of a
+# weight was missed.
 # At the end stands a transformer made of PyTorch's modules, with every block compared with the exact
 # one.
 
@@ -92,8 +93,8 @@ def errors(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
 
 # %% [markdown]
 # Three networks follow. In the first, the weight of a layer is used a second time, by a function. In the
-# second, somebody else's hook doubles the output of a layer. It was registered before ours and runs before
-# ours, so what we record as $z$ is $2 W a$. The third is an attention module between an input and a head.
+# second, somebody else's hook doubles the output of a layer. That hook was registered before ours and runs
+# before ours, so our hook records $2 W a$ as $z$. The third is an attention module between an input and a head.
 
 
 # %%
@@ -161,8 +162,8 @@ assert seen == []
 # ## Functions instead of modules
 #
 # Every layer computes by calling a function, `nn.Linear` by `functional.linear`. Code without layers calls
-# the same functions. PyTorch lets a program stand between: a `TorchFunctionMode` is asked whenever a function
-# is called on tensors, gets the function and its arguments, and returns what the caller will get.
+# the same functions. PyTorch lets a program intercept them: whenever a function is called on tensors, a
+# `TorchFunctionMode` gets the function and its arguments, and returns the result for the caller.
 
 
 # %%
@@ -185,16 +186,17 @@ for net in (twice, hooked):
     assert mode.names.count("torch.nn.functional.linear") == (3 if net is twice else 2)
 
 # %% [markdown]
-# The second use of the weight is there, and the doubling follows the layer's function as any other function
-# does. A recorder therefore needs three things:
+# The second use of the weight is in the list, and the doubling comes after the layer's function, as any other
+# function does. A recorder needs three things from every call:
 #
 # - *The input* is the first argument of `functional.linear`. If a third argument, the bias, is given, the row
 #   ends with a one, and otherwise with a zero.
 # - *The weight* is the second argument: a parameter, or a view of one. PyTorch knows what a view is a view
 #   of, `_base`, and where in it the view begins, `storage_offset`. Both together tell which rows of which
-#   parameter a function used.
+#   parameter a function used, if it used whole rows.
 # - *The place to ask for derivatives* is the output's edge in the graph of autograd, `get_gradient_edge`.
-#   An edge stays the same if the tensor is overwritten later. (The next section explains the copy of a view.)
+#   An edge stays the same if the tensor is overwritten later. An output that is a view is copied first;
+#   the next section explains why.
 
 
 # %%
@@ -225,10 +227,12 @@ class Recorder(TorchFunctionMode):
 
 
 # %% [markdown]
-# The recorder does not know the model. So a second function says which matrices $W$ the model has, by the
-# parameter that holds each and its rows there, and a third one brings everything together. A call that
-# uses the rows of several matrices counts for each of them, with its part of the vector. In what attention
-# computes, positions come before the samples. The program is told so, and puts the samples first. Both networks without attention get their exact blocks:
+# The recorder does not know the model. So `matrices_of` lists the matrices $W$ of the model: for each its
+# name, the parameter that holds it, and its rows there. Then `by_functions` brings matrices and calls
+# together. A call that uses the rows of several matrices counts for each of them, with its part of the
+# vector. Inside of attention, the axis of the positions comes before the axis of the data. The argument
+# `positions_first` says so, and the data are put first. Both networks without attention get their exact
+# blocks:
 
 
 # %%
@@ -275,9 +279,9 @@ for name, net in (("a weight used twice", twice), ("a hook of somebody else", ho
 # ### A view is copied
 #
 # The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
-# into it. An edge makes most copies unnecessary: it is a place in the graph, and stays there when the tensor
-# moves on. Views are the exception. For inputs with positions, `functional.linear` computes one large matrix
-# product and returns a view of it. If something writes into a view, autograd attaches the new
+# into it. An edge makes most copies unnecessary: it is a place in the graph, and it stays the same place
+# when the tensor gets new values. Views are the exception. For inputs with positions, `functional.linear`
+# computes one large matrix product and returns a view of it. If something writes into a view, autograd attaches the new
 # value to what the view was taken from, and cuts the old edge out of the graph.
 
 
@@ -302,15 +306,15 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
     assert is_view == (as_it_is is None) == (kind != "samples")
 
 # %% [markdown]
-# A recorder that takes a missing derivative for zero would find a block of zeros there. So views are
-# copied, and nothing else is.
+# The package takes a missing derivative for zero, because an output may be unused. Without a copy it would
+# get a block of zeros here. So views are copied, and no other outputs are.
 #
 # ### A function that hides others
 #
-# Attention is still out of reach. A mode is switched off while it runs a function, or else it would be asked
-# about its own work. Most functions are a single step, and nothing is lost. A few are Python code that asks the
-# mode once, at the first line, and then calls other functions, which the mode does not see. One of
-# these is `functional.multi_head_attention_forward`:
+# The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else
+# the mode would get its own calls again. Most functions are a single step, so nothing is missed. A few are
+# Python code. Their first line asks whether a mode is on and gives it the call; the lines after it
+# call other functions, while the mode is off. One of these is `functional.multi_head_attention_forward`:
 
 # %%
 with Names() as mode:
@@ -321,8 +325,9 @@ print(f"calls of linear: {names.count('linear')}, behind the attention: {names[a
 assert names.count("linear") == 1  # the head
 
 # %% [markdown]
-# The function calls `linear` for its projections. To switch the mode on again before it runs is not enough:
-# the function asks the mode at its first line, the mode runs the function, and so on for ever.
+# The function calls `linear` for its projections. It is not enough that the mode switches itself on again
+# and then runs the function: the first line gives the call to the mode, the mode runs the function, and so
+# on for ever.
 
 
 # %%
@@ -345,9 +350,9 @@ else:
     raise AssertionError("this should have run for ever")
 
 # %% [markdown]
-# The package therefore opens the function. It makes a copy of the function with the same code, in which the
-# question for a mode is always answered with "no". The mode sees everything that the copy calls. The exact
-# blocks of all four projections follow, with no rule for attention anywhere.
+# The package therefore opens the function: it makes a copy with the same code, in which the question for a
+# mode is always answered with "no". The mode sees everything that the copy calls. This gives the exact
+# blocks of all four projections, and the recorder needs nothing else that is special to attention.
 
 # %% tags=["remove-input"]
 code(functions.opened)
@@ -389,33 +394,39 @@ assert max(found.values()) <= EXACT
 # ## What ships
 #
 # The package has a recorder like this one, with more functions. For each there is a *rule*, which says what a
-# function's arguments mean: the input, the weight as $W$, and the bias.
+# function's arguments mean: the input, the weight as $W$, and the bias. A function whose weight may be
+# either of two arguments has two rules. The cell below the source checks four rules against their functions.
 
 # %% tags=["remove-input"]
-code(functions._linear, functions._matmul, functions._addmm)
+code(functions._linear, functions._matmul, functions._matmul_from_left, functions._addmm)
 
 # %%
 x, W, b = torch.randn(N, 4), torch.randn(6, 4), torch.randn(6)
 for func, rule, arguments in (
     (functional.linear, functions._linear, (x, W, b)),
     (torch.matmul, functions._matmul, (x, W.T)),
+    (torch.matmul, functions._matmul_from_left, (W, x.T)),
     (torch.addmm, functions._addmm, (b, x, W.T)),
 ):
-    applied = rule(*arguments)
-    z = applied.x @ applied.W[0].T
-    assert_exact(z if applied.bias is None else z + applied.bias, func(*arguments))
+    applied, z = rule(*arguments), func(*arguments)
+    if applied.order is not None:
+        z = z.permute(applied.order)  # outputs last
+    rows = applied.x @ applied.W[0].T  # W[0]: one matrix, not several side by side
+    assert_exact(rows if applied.bias is None else rows + applied.bias, z)
 
 # %% [markdown]
-# The other rules are for products from the left and by `einsum`, for convolutions, plain and transposed, for
-# embeddings and for normalisations ([all of them](api/capture.functions.md)). A convolution has its stride, padding and groups in the arguments of the
-# function, so that one kernel may be used with several settings. A product without a bias may be followed by
-# an addition, as in `x @ W.T + b`: a bias that is added to the output of the last recorded call belongs to
-# this call, if nothing came between.
+# The other rules are for `einsum` of two operands, for convolutions, plain and transposed, for embeddings, also
+# as `weight[t]`, and for normalisations ([all of them](api/capture.functions.md)). A convolution has its
+# stride, padding and groups in the arguments of the function, so that one kernel may be used with several
+# settings. A product without a bias may be followed by an addition, as in `x @ W.T + b`: a bias that is
+# added to the output of the last recorded call belongs to this call, if nothing came between.
 #
-# The recorder runs a function, asks its rules, and looks for the weight. A matrix is found if a function's
-# weight begins at the matrix's first entry in the same parameter and has the same strides. An optimised
-# model (`torch.compile`) runs its functions in one piece that no mode sees; capture runs such a model as
-# ordinary Python.
+# The recorder runs a function, tries its rules, and looks for the weight. A matrix is found if a function's
+# weight begins at the matrix's first entry in the same parameter and has the same strides. If a function
+# uses some consecutive rows of a matrix, `unused` has the numbers of rows before and after them, where the
+# vectors get zeros. If the outputs are not on the last axis, as in `W @ x`, `order` moves them there, and the
+# result is moved back. An optimised model (`torch.compile`) runs its functions in one piece that no mode
+# sees; capture runs such a model as ordinary Python.
 
 # %% tags=["remove-input"]
 code(calls.Recorder.__torch_function__, calls.Recorder._matrices, calls.Recorder._record)
@@ -443,15 +454,31 @@ for spelling, between in spellings.items():
     print(f"{spelling:>20}: the same a and g")
 
 # %% [markdown]
-# The three networks that hooks get wrong are exact, and so is one that writes into the views of its layer.
+# The three networks that hooks get wrong are exact. So are one that writes into the views of its layer,
+# one with a product from the left, and one that looks up an embedding as `weight[t]`.
+
 
 # %%
+class LooksUp(nn.Module):
+    """An embedding that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(12, 4), nn.Linear(4, 3)
+
+    def forward(self, t):  # [N, S]
+        return self.head(self.words.weight[t].tanh().mean(1))
+
+
+left = Uses(lambda layer, x: layer(x) + (layer.weight @ x.sin().T).T)
 in_place = Uses(lambda layer, x: layer(x).relu_())
 networks = {
     "a weight used twice": (twice, X, y),
     "a hook of somebody else": (hooked, X, y),
     "attention": (attends, sequences, y),
     "an activation in place": (in_place, sequences, torch.randn(N, S, 3)),
+    "a product from the left": (left, X, y),
+    "rows by number": (LooksUp(), torch.randint(12, (N, S)), y),
 }
 for name, (net, *data) in networks.items():
     found = errors(layer_ios(net, loss, *data), net, loss, *data)
@@ -467,13 +494,15 @@ for name, (net, *data) in networks.items():
 # behind a layer, by a mean over the batch, say. A weight may be used by a function that has no rule. Then the
 # network trains as usual, capture runs as usual, and the block is wrong.
 #
-# The package therefore tries a network before it trusts it, on up to eight data, and only once for
-# every kind of batch:
+# The package therefore tries a network on a few of the data before it trusts it. This is done once for
+# every kind of batch, where a kind is the shapes and types of the inputs (but for the number of data) and
+# the modes of the modules:
 #
-# 1. *Data do not meet.* Send vectors to the outputs of half of the data. The rows of the other half must
-#    receive zeros, exactly: what does not depend on an output has derivative zero, without rounding.
-#    Where the batch lies is not assumed. It is the axis that changes between two and three
-#    data, and the zeros tell the order within it.
+# 1. *Data do not meet.* Data meet if the output of one has a derivative with respect to the rows of another.
+#    Send random vectors to the outputs of a random half of the data. The rows of the other half must
+#    receive zeros, exactly: no path leads there, so nothing is computed that could be rounded. The axis of
+#    the data is not assumed. It is the one whose size changes between two and three data. If it also
+#    contains positions, the zeros tell whether those of one datum are neighbours or far apart.
 # 2. *The calls explain the gradient.* Send a random vector $v$ to all outputs. For every parameter, the
 #    gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls.
 #
@@ -488,19 +517,24 @@ for name, (net, *data) in networks.items():
 # \tag{22.1}
 # $$
 #
-# holds for one $v$ that is drawn from a continuous distribution, it holds for all $v$, with
+# holds for one $v$ that is drawn from a distribution with a density, it holds for all $v$, with
 # probability one.
 #
 # </div>
 #
-# **Proof.** The derivative with respect to $W$ sums over all paths from $W$ to $f$. Sort them by their first
-# edge. Paths that begin at $z_c$ contribute $g_c a_c^\top$, because $g_c$ is the derivative along all paths
-# from $z_c$ on. All other paths are the difference of both sides. It is a linear function of $v$, and a
-# linear function that is not zero is zero on a subspace only, which has probability zero. $\blacksquare$
+# **Proof.** The derivative with respect to $W$ sums over all paths from $W$ to $f$. Sort the paths by their
+# first edge. Those that go from $W$ to $z_c$ first contribute $g_c a_c^\top$, because $g_c$ is the derivative
+# along all paths from $z_c$ to $f$. All other paths together contribute the difference between both sides of
+# [(22.1)]. This difference is a linear function of $v$. If it is not zero for all $v$, it is zero on a
+# proper subspace only, and the drawn $v$ lies in that subspace with probability zero. $\blacksquare$
 #
-# The check is end to end: a mistake in a rule, in the rows, in the order of positions or in a bias column
-# would make the two sides differ as well. So no rule needs to be trusted. By hand, both checks are a few
-# lines:
+# Why does this make blocks exact? Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and zero at the
+# others. If data do not meet, only calls on datum $n$ have a vector, and [(22.1)] says that their sum is the
+# gradient $G_{vn}$ of [Theorem 4.1].
+#
+# The second check covers all steps: a mistake in a rule, in the rows, in the order of positions or in a bias
+# column would make the two sides differ as well. So no rule needs to be trusted. By hand, both checks are a
+# few lines. (The half is the first half of the data here.)
 
 
 # %%
@@ -528,8 +562,9 @@ def two_checks(net: Uses, X: Tensor, v: Tensor | None = None) -> tuple[float, fl
 
 
 # %% [markdown]
-# Two sound networks and three that train without complaint show what the checks are for. The package refuses
-# the three:
+# Two sound networks and three unsound ones show what the checks find. In two of the unsound networks data
+# meet; in the third, `written_out` uses the weight in a way that no rule describes. The last column is the
+# error of the block. The package refuses all three:
 
 
 # %%
@@ -585,8 +620,8 @@ assert arriving["a layer"][:3].abs().max() == 0
 assert arriving["centred"][:3].abs().min() > 0
 
 # %% [markdown]
-# What is detached from the gradient is no meeting, and needs no special case. With the mean detached, data
-# influence the rows of others, but no vector crosses over, and the block is exact:
+# A value that is detached from the gradient needs no special case. With the mean detached, a datum has an
+# influence on the outputs of others, but their vectors do not arrive at its rows. The block is exact:
 
 # %%
 detached = Uses(lambda layer, x: (z := layer(x)) - z.mean(0).detach())
@@ -638,8 +673,8 @@ print(f"{len(blocks)} blocks; parameters without one: {len(uncovered(transformer
 assert len(blocks) == 2 + 2 * 6
 
 # %% [markdown]
-# The exact GGN of the whole network is built by plain autodiff from Jacobians, which knows nothing of
-# layers. It is cut into blocks and compared with what capture gives.
+# The exact GGN of the whole network is built from Jacobians by plain autodiff, without any knowledge of
+# layers. Its diagonal blocks are compared with those from capture.
 
 # %%
 with warnings.catch_warnings(record=True) as caught:
@@ -697,7 +732,8 @@ assert abs(table["head"][0] - table["head"][1]) <= EXACT  # S = 1
 # %% [markdown]
 # **A bias without curvature.** The bias of the keys adds the same number to all scores of a query, and a
 # softmax ignores such a number. So its rows and columns of the exact block are zero. KFAC cannot know this.
-# The input of the bias is the constant one, and a Kronecker product gives the bias all of the factor $B$:
+# The input of the bias is the constant one, so the bias's entry of $A$ is 1, and the bias gets $1 \cdot B$ as
+# its part of $B \otimes A$:
 
 # %%
 for name in keys:
@@ -710,11 +746,12 @@ for name in keys:
 
 # %% [markdown]
 # **What is left out.** The scale and the shift of a layer norm are vectors that are multiplied and added
-# entry by entry. There is a matrix all the same: the column of all their entries, whose input is the
-# number 1. Then the vectors of a datum are its gradient, and $B \otimes A$ with $A = 1$ is the exact
-# block, whatever the network. It has two rows for every channel, as many as a factor of a wide layer, for
-# few parameters. So a normalisation has a block if `layers=[...]` names it. Otherwise a warning names its
-# parameters, and the optimizer of [Chapter 9](09_optimizer.py) moves them by a first-order rule.
+# entry by entry. The package makes them a matrix with a single column, whose input $a$ is the number 1. By
+# [(4.1)] the gradient is then $g$ itself, so $g$ is a datum's gradient with respect to scale and shift.
+# KFAC's $B \otimes A$ with $A = 1$ is the exact block, whatever the network. The block has two rows for every
+# channel, so it is as large as a factor of a wide layer, for few parameters. That is why a normalisation
+# has a block only if `layers=[...]` names it. Otherwise a warning names its parameters, and the optimizer of
+# [Chapter 9](09_optimizer.py) moves them by a first-order rule.
 
 # %%
 left_out = uncovered(transformer, groups)
@@ -733,7 +770,8 @@ for name, io in layer_ios(transformer, cross_entropy, texts, labels, layers=norm
     assert_exact(kfac(io).dense(), of_norms[name])
 
 # %% [markdown]
-# And blocks say nothing about pairs of layers. This is how much of the GGN lies outside of all of them:
+# Blocks also leave out all pairs of layers. The next cell prints how much of the sum of the GGN's squared
+# entries lies outside of all blocks:
 
 # %%
 blocks_of_all = [*exact.values(), *of_norms.values()]
@@ -744,10 +782,11 @@ assert between > 0
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A part of a weight.** Some rows of a layer's weight, as a `chunk` of it, give some of the layer's outputs. The
-# package records them as the whole layer with vectors that are zero at the other outputs, and the block is
-# exact. A function that uses some *columns* uses no $W$ that has a block. The recorder does not take the part
-# for the whole, and the second check finds the gradient unexplained. Two layers instead of one are the way out.
+# **A part of a weight.** A function may use some rows of a layer's weight, as `weight[:k]` or as a part from
+# `torch.chunk`, and so give some of the layer's outputs. The package records a use of the whole weight with
+# vectors that are zero at the other outputs, and the block is exact. There is no such rule for some
+# *columns*. The recorder skips that call, the second check finds the gradient unexplained, and the
+# network is refused. The way out is to make two layers of the one.
 
 # %%
 rows = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
@@ -836,8 +875,9 @@ assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 # %% [markdown]
 # **What no trial sees.** A use of a weight may be zero on every datum that is tried, such as a use behind a
 # gate that is closed for all of them. Then nothing is unexplained, and capture is wrong for the datum whose gate
-# is open. The data that are tried are spread over the batch, which makes this unlikely for gates that
-# open often, and no more. Put first, the same datum is among those that are tried:
+# is open. The tried data are spread over the batch. So a gate that opens often is probably noticed, but
+# there is no guarantee. Below, one gate is open. If its datum is not tried, the block is wrong. If it
+# is put first in the batch, it is tried, and the network is refused:
 
 
 # %%
@@ -853,6 +893,23 @@ missed = errors(layer_ios(net, loss, many, many_targets), net, loss, many, many_
 print(f"an open gate that is not tried: error {missed['layer']:.2f}\n")
 assert missed["layer"] > 0.01
 refused(NotImplementedError, net, loss, many.roll(-1, 0), many_targets.roll(-1, 0))
+
+# %% [markdown]
+# The first check has a gap, too. Data that meet within one half only send no vector to the other half. Here
+# the output of the last datum but one depends on the last one, and both are in the same half:
+
+
+# %%
+def last_two_meet(layer, x):
+    z = layer(x)
+    return z + functional.pad(z[-1:], (0, 0, len(z) - 2, 1))
+
+
+net = Uses(last_two_meet)
+assert two_checks(net, X)[0] == 0
+missed = errors(layer_ios(net, loss, X, y), net, loss, X, y)
+print(f"two data that meet within one half: error {missed['layer']:.2f}")
+assert missed["layer"] > 0.01
 
 # %% [markdown]
 # ## Exercises
@@ -905,7 +962,7 @@ refused(NotImplementedError, net, loss, many.roll(-1, 0), many_targets.roll(-1, 
 # respect to the mean as the sum of two numbers that differ in their sign alone, and that sum is exactly
 # zero. If the mean is added after a detour that multiplies by 3 and divides by 3, rounding may
 # leave something behind. The check would then refuse a network that is sound. The other mistake, to accept a
-# network whose data meet among those that are tried, has probability zero.
+# network in which tried data of one half meet those of the other, has probability zero over the vectors.
 #
 # </details>
 #
