@@ -11,7 +11,13 @@ from kfac_scratch import curvature, kfac, layer_ios
 from kfac_scratch.conformance.adapters.ours import Adapter
 from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
-from kfac_scratch.conformance.cases.ops import forward, held_parameters, layer_ops, network, ties
+from kfac_scratch.conformance.cases.ops import (
+    forward,
+    held_parameters,
+    layer_ops,
+    network,
+    tied_uses,
+)
 from kfac_scratch.conformance.cases.selection import tasks
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.judging import truth
@@ -83,7 +89,7 @@ def test_the_module_computes_what_the_operations_say(case):
 
 def as_in_the_package(case, name, M):
     """The block of a weight that is applied both ways is numbered as the linear layer's there."""
-    if name not in ties(case.ops):
+    if name not in tied_uses(case.ops):
         return M
     d_out, d_in = layer_ops(case.ops)[name].matrix_shape()
     return M.reshape(d_out, d_in, d_out, d_in).permute(1, 0, 3, 2).reshape(M.shape)

@@ -128,7 +128,7 @@ def tied_linear(name: str, words: str, d_in: int, d_out: int) -> Op:
     return Op("tied-linear", name, (), (("words", words), ("d_in", d_in), ("d_out", d_out)))
 
 
-def ties(ops: Sequence[Op]) -> dict[str, list[int]]:
+def tied_uses(ops: Sequence[Op]) -> dict[str, list[int]]:
     """For every embedding whose weight linear layers have, too, the places of these."""
     found: dict[str, list[int]] = {}
     for i, op in enumerate(ops):
@@ -433,7 +433,7 @@ def network(ops: Sequence[Op], parameters: Parameters) -> nn.Module:
     chain = len(modules) == len(ops) and not any(op.inputs for op in ops)
     net = nn.Sequential(modules) if chain else Graph(ops, modules)
     first = next(iter(parameters.values()))
-    for name, places in ties(ops).items():
+    for name, places in tied_uses(ops).items():
         for i in places:
             net.get_submodule(ops[i].name).weight = net.get_parameter(f"{name}.weight")
     net.to(first.device, first.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import TOLERANCES, Data
-from kfac_scratch.conformance.cases.ops import ties
+from kfac_scratch.conformance.cases.ops import tied_uses
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
 from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
@@ -56,7 +56,7 @@ def explanations(asked: Question, right: Pieces, sizes: Mapping[str, Sizes]) -> 
     if asked.case.operator:  # KFAC has no definition by autodiff there
         yield from layouts(asked, right)
         return
-    if ties(asked.case.ops):
+    if tied_uses(asked.case.ops):
         yield from uses_alone(asked)
         yield from layouts(asked, right)
         return
@@ -77,7 +77,7 @@ def uses_alone(asked: Question) -> Iterator[Explained]:
     K, F = truth.factors(case, asked.data, flavour), truth.exact(case, asked.data)
     for what in ("the embedding", "the head"):
         alone = dict(K)
-        for name in ties(case.ops):
+        for name in tied_uses(case.ops):
             pair = K[name]
             assert pair.turned is not None
             zero = replace(pair, A=0 * pair.A)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import Case, Data
-from kfac_scratch.conformance.cases.ops import Op, layer_ops, network, projections, ties
+from kfac_scratch.conformance.cases.ops import Op, layer_ops, network, projections, tied_uses
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.diagnoses import diagnosis, diagnosis_in_expectation
 from kfac_scratch.conformance.judging.judge import (
@@ -122,7 +122,7 @@ def missing(offered: Capabilities, case: Case, flavour: Flavour) -> str:
         or kinds <= offered.ops,
         "several mini-batches": offered.batches or len(case.batches) < 2,
         "damped inverses": not case.damping or case.damping[0] in offered.damping,
-        "a weight that layers apply both ways": offered.ties or not ties(case.ops),
+        "a weight that layers apply both ways": offered.ties or not tied_uses(case.ops),
         "masks of positions": offered.masks or not case.masked,
         "differential operators": offered.operators or not case.operator,
         "the projections of an attention module": offered.projections

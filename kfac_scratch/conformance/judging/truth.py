@@ -36,7 +36,7 @@ from kfac_scratch.conformance.cases.ops import (
     calls,
     forward,
     layer_ops,
-    ties,
+    tied_uses,
 )
 from kfac_scratch.conformance.judging.pieces import LayerParts, PieceKey
 from kfac_scratch.conformance.vocabulary import Flavour, PartName
@@ -225,7 +225,7 @@ def matrix(op: Op, values: dict[str, Tensor], batch: int = 0) -> Float[Tensor, "
 def factors(case: Case, data: Data, flavour: Flavour) -> dict[str, KroneckerFactors]:
     """Every layer's Kronecker factors, of KFAC-expand or KFAC-reduce."""
     found = {}
-    H, tied = output_curvature(case, output(case, data), data.y), ties(case.ops)
+    H, tied = output_curvature(case, output(case, data), data.y), tied_uses(case.ops)
     uses = {name: calls(case.ops, name) for name in layer_ops(case.ops)}
     for name, places in uses.items():
         pair = factors_of(case, data, flavour, places, H)

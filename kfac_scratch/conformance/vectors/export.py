@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import EXACT, Case, Data
 from kfac_scratch.conformance.cases.families import CASES, family
-from kfac_scratch.conformance.cases.ops import calls, ties
+from kfac_scratch.conformance.cases.ops import calls, tied_uses
 from kfac_scratch.conformance.cases.questions import given, question
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.json_files import read_object
@@ -140,7 +140,7 @@ def expected_tensors(case: Case, data: Data) -> Tensors:
         if place.startswith("expected/"):
             blocks = truth.expected(case, data, flavour)
             found |= {f"{place}/{name}": M for (name, _), M in blocks.items()}
-        if case.needs_factors(flavour) and not ties(case.ops):
+        if case.needs_factors(flavour) and not tied_uses(case.ops):
             found |= kronecker(case, data, "reduce" if flavour == "reduce" else "expand")
     return found
 
@@ -159,7 +159,7 @@ def place_of(case: Case, flavour: Flavour) -> str:
     """Where in a file a flavour's expectation is."""
     if case.flavours[flavour] == EXACT:
         return "expected/ggn"
-    kronecker = flavour != "ekfac" and not case.damping and not ties(case.ops)
+    kronecker = flavour != "ekfac" and not case.damping and not tied_uses(case.ops)
     return f"factors/{flavour}" if kronecker else f"expected/{flavour}"
 
 
