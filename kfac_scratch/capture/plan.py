@@ -6,8 +6,9 @@ parameter's gradient only if the recorded calls are its only uses. Neither can b
 layers. So both are tried, on a few of the samples:
 
 1. *The axis of the samples* has two thirds as many entries for two samples as for three, and no
-   other axis changes. Vectors at the outputs of one half of the samples tell the order of the axis:
-   at the rows of the other half, they are zero, exactly. If no order has this, samples meet.
+   other axis changes. Vectors at the outputs of some of the samples tell the order of the axis: at
+   the rows of the others, they are zero, exactly. If no order has this, samples meet. For any two
+   samples there is a set of these vectors that has the first sample and not the second.
 2. *The gradient is explained.* For a random vector $v$ and every parameter $W$,
    $\partial (v^\top f) / \partial W = \sum_s g_s a_s^\top$, where the sum is over the recorded
    calls. Split every path from $W$ to $f$ by its first edge: those that begin at a recorded call
@@ -22,6 +23,7 @@ Source: curvlinops checks that every path from a parameter in a traced graph is 
 This checks the same on numbers, without a trace.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,8 +161,8 @@ def plan(model: Module, X: Any, *, layers: Collection[str] | None = None) -> Pla
     `layer_ios` makes one.
 
     Law: with a plan, `layer_ios` gives exactly what it gives without.
-    Cost: forward passes with two, with three and with up to eight of the samples, and two reverse
-    passes. Buffers and sources of randomness are as before.
+    Cost: forward passes with two, with three and with up to eight of the samples, and up to five
+    reverse passes. Buffers and sources of randomness are as before.
 
     Args:
         model: Any module; axis 0 of its output is the batch.
@@ -360,9 +362,9 @@ def _checked(
 ) -> Plan:
     """The plan, if both checks pass with this order of the output."""
     N = len(f) // (output.outer * output.inner)
-    half = random_half(N, f.device)
-    rows = half.repeat_interleave(output.inner).repeat(output.outer)
-    gs, gradients = _sent_to_halves(f, parts_of(groups), calls, rows)
+    sets = separating_sets(N, f.device)
+    rows = sets.repeat_interleave(output.inner, 1).repeat(1, output.outer)
+    gs, gradients = _sent_from_sets(f, parts_of(groups), calls, rows)
     found: dict[str, tuple[Place, ...]] = {}
     located: Calls = {}
     for part in parts_of(groups):
@@ -370,7 +372,7 @@ def _checked(
         if [of_call[0].kind for of_call in orders] != [call.kind for call in here]:
             raise ValueError(apart(part, f"is called otherwise with two samples than with {N}"))
         found[part.name] = tuple(
-            _place(part, *of_call, half)
+            _place(part, *of_call, sets)
             for of_call in zip(orders, here, gs[part.name], strict=True)
         )
         places_here = zip(here, found[part.name], strict=True)
@@ -381,31 +383,44 @@ def _checked(
     return Plan(found, output)
 
 
-def _sent_to_halves(
-    f: Tensor, parts: list[LayerGroup], calls: Calls, half: Bool[Tensor, " rows"]
+def _sent_from_sets(
+    f: Tensor, parts: list[LayerGroup], calls: Calls, sets: Bool[Tensor, "sets rows"]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Random vectors at the layers, and gradients.
 
     Returns:
-        For every part's calls a tensor `[2, *z.shape]`: what is sent to the output's rows of one
-        half of the samples, and to those of the other. By name, the gradient of every parameter
-        for both.
+        For every part's calls a tensor `[sets, *z.shape]`: what is sent to the output's rows of
+        each set. By name, the sum of every parameter's gradients.
     """
     v = random_like(f)
     used = [call for part in parts for call in calls[part.name]]
     parameters = {name: p for part in parts for name, p in part.trainable.items()}
-    (of_half, gradients), (of_rest, others) = (
-        sent_back(f, used, v * chosen.view(-1, *[1] * (f.ndim - 1)), list(parameters.values()))
-        for chosen in (half, ~half)
-    )
-    pairs = iter([torch.stack(pair) for pair in zip(of_half, of_rest, strict=True)])
-    gs = {part.name: [next(pairs) for _ in calls[part.name]] for part in parts}
-    sums = [a + b for a, b in zip(gradients, others, strict=True)]
+    sent = [
+        sent_back(f, used, v * rows.view(-1, *[1] * (f.ndim - 1)), list(parameters.values()))
+        for rows in sets
+    ]
+    at_calls = iter([torch.stack(of_call) for of_call in zip(*(gs for gs, _ in sent), strict=True)])
+    gs = {part.name: [next(at_calls) for _ in calls[part.name]] for part in parts}
+    sums = [torch.stack(of_one).sum(0) for of_one in zip(*(g for _, g in sent), strict=True)]
     return gs, dict(zip(parameters, sums, strict=True))
 
 
+def separating_sets(N: int, device: torch.device) -> Bool[Tensor, "sets N"]:
+    """Sets of samples or points: for any two, there is a set with the first and without the second.
+
+    Every sample is in as many sets as every other, so that the sets of none are all among those of
+    another. Two samples need 2 sets, eight need 5.
+    """
+    sets = next(m for m in itertools.count(1) if math.comb(m, (m + 1) // 2) >= N)
+    chosen = itertools.combinations(range(sets), (sets + 1) // 2)
+    members = torch.zeros(sets, N, dtype=torch.bool)
+    for n, of_sample in zip(range(N), chosen, strict=False):
+        members[list(of_sample), n] = True
+    return members.to(device)
+
+
 def random_half(N: int, device: torch.device) -> Bool[Tensor, " N"]:
-    """Half of `N` samples or points, the same at every call and on every device."""
+    """Half of `N` points, the same at every call and on every device."""
     return (torch.randperm(N, generator=_seeded(), device="cpu") < N // 2).to(device)
 
 
@@ -445,13 +460,13 @@ def _disagreement(axis: Axis, two: Call, three: Call) -> float:
 
 
 def _place(
-    group: LayerGroup, orders: list[Place], call: Call, g: Tensor, half: Bool[Tensor, " N"]
+    group: LayerGroup, orders: list[Place], call: Call, g: Tensor, sets: Bool[Tensor, "sets N"]
 ) -> Place:
-    """The order in which the vectors for one half of the samples are zero at the other half."""
-    axis, N = orders[0].axis, len(half)
+    """The order in which the vectors for some of the samples are zero at all others."""
+    axis, N = orders[0].axis, sets.shape[1]
     if call.z.shape[axis.axis] != axis.outer * N * axis.inner:
         raise ValueError(apart(group, f"has other positions for two samples than for {N}"))
-    fitting = [place for place in orders if _is_apart(place.axis, g, half)]
+    fitting = [place for place in orders if _is_apart(place.axis, g, sets)]
     if not fitting:
         raise ValueError(apart(group, "gets vectors of one sample at the rows of another"))
     best = min(place.off for place in fitting)
@@ -459,10 +474,10 @@ def _place(
     return replace(places[0], several=len(places) > 1)
 
 
-def _is_apart(axis: Axis, g: Tensor, half: Bool[Tensor, " N"]) -> bool:
-    """Whether vectors for each half of the samples are zero at the other half, exactly."""
-    by_sample = axis.by_sample(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [2, N, S, rest]
-    return not (by_sample[0, ~half].any() or by_sample[1, half].any())
+def _is_apart(axis: Axis, g: Tensor, sets: Bool[Tensor, "sets N"]) -> bool:
+    """Whether the vectors for each set of samples are zero at all samples outside, exactly."""
+    by_sample = axis.by_sample(axis.in_front(g, 1).flatten(2).unsqueeze(2), 1)  # [sets, N, ...]
+    return not by_sample[~sets].any()
 
 
 def _at(call: Call, axis: Axis) -> Call:

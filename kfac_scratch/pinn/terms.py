@@ -24,13 +24,18 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.border import check_function, check_instance
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
-from kfac_scratch.capture.plan import check_sums, random_half, random_like
+from kfac_scratch.capture.plan import (
+    check_sums,
+    random_half,
+    random_like,
+    separating_sets,
+)
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.taylor.expansions import Expansion
 from kfac_scratch.taylor.faa_di_bruno import Multiset
@@ -210,8 +215,16 @@ def _cat(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def _operator(part: Term, c: Float[Tensor, "N S k"]) -> tuple[Tensor, Float[Tensor, "M N S k"]]:
-    """Residuals, and their derivatives with respect to the coefficients of the output."""
+def _operator(
+    part: Term, c: Float[Tensor, "N S k"], sets: Bool[Tensor, "sets N"] | None = None
+) -> tuple[Tensor, Float[Tensor, "M N S k"]]:
+    """Residuals, and their derivatives with respect to the coefficients of the output.
+
+    Args:
+        part: What the residuals are.
+        c: The coefficients.
+        sets: Points that are tried apart from the others. Default: one half of them.
+    """
     leaves = [coefficient.clone().requires_grad_() for coefficient in c.unbind(1)]
     r = _residuals(part, leaves)
     if not r.isfinite().all():
@@ -228,28 +241,30 @@ def _operator(part: Term, c: Float[Tensor, "N S k"]) -> tuple[Tensor, Float[Tens
                 f"The residual ignores {part.expansion.names[s]} (a tuple: a derivative, a number: "
                 "a sum), which the expansion computes only for it: declare a smaller expansion."
             )
-    _check_apart(r, leaves)
+    _check_apart(r, leaves, random_half(len(r), r.device)[None] if sets is None else sets)
     zero = torch.zeros_like(c[:, 0])
     slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]
     return r.detach(), torch.stack(slopes)
 
 
-def _check_apart(r: Float[Tensor, "N M"], leaves: list[Tensor]) -> None:
+def _check_apart(
+    r: Float[Tensor, "N M"], leaves: list[Tensor], sets: Bool[Tensor, "sets N"]
+) -> None:
     """Refuse residuals that depend on the field at other points than their own.
 
-    What is sent to the residuals of one half of the points must be zero, exactly, at the other.
+    What is sent to the residuals of a set of points must be zero, exactly, at all others.
     """
     if not r.requires_grad:
         return
-    half = random_half(len(r), r.device)
-    sent = torch.autograd.grad(
-        r, leaves, random_like(r) * half.unsqueeze(1), retain_graph=True, allow_unused=True
-    )
-    if any(bool(g[~half].any()) for g in sent if g is not None):
-        raise ValueError(
-            "A residual depends on the field at other points than its own, as u.value.mean() does, "
-            "so that it has no Jacobian point by point: make it a function of each point alone."
-        )
+    for points in sets:
+        v = random_like(r) * points.unsqueeze(1)
+        sent = torch.autograd.grad(r, leaves, v, retain_graph=True, allow_unused=True)
+        if any(bool(g[~points].any()) for g in sent if g is not None):
+            raise ValueError(
+                "A residual depends on the field at other points than its own, as u.value.mean() "
+                "does, so that it has no Jacobian point by point: make it a function of each point "
+                "alone."
+            )
 
 
 CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
@@ -259,12 +274,14 @@ CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
 def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     """Check that the recorded calls explain the gradient of every parameter, see `capture.plan`.
 
-    It is tried on few points, once for each kind of network and expansion.
+    And that no residual depends on another point. Both are tried on few points, once for each kind
+    of network, residual and expansion.
     """
     kind = (
         tuple(type(module) for module in model.modules()),
         tuple((group.name, group.parameter_names) for group in groups),
         type(term.expansion),
+        getattr(term.residual, "__code__", type(term.residual)),
     )
     known = CHECKED.setdefault(model, set())
     if kind in known:
@@ -272,6 +289,7 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     few = slice(0, 8)
     part = replace(term, X=term.X[few], expansion=term.expansion.part(few))
     c, calls = _forward(model, groups, part)
+    _operator(part, c.detach(), separating_sets(len(part.X), c.device))
     parameters = {name: p for group in groups for name, p in group.trainable.items()}
     ends = [*(z for group in groups for _, z in calls[group.name]), *parameters.values()]
     sent = iter(

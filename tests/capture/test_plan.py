@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from dataclasses import dataclass
+from itertools import permutations
 from math import prod
 
 import pytest
@@ -298,6 +299,31 @@ def test_flattened_outputs_are_unflattened(forward, targets, reduction, device):
     for name, io in layer_ios(*data).items():
         assert io.g.shape[1] == n
         check_equal(io.block(), exact[name])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_any_two_samples_that_meet_are_refused(n, device):
+    """The output of one depends on what one other gives, and on no other sample."""
+    for i, j in permutations(range(n), 2):
+
+        def meeting(m, x, i=i, j=j):
+            z = m.a(x).tanh()
+            others = torch.zeros_like(z[i : i + 1])
+            rows = [z[j : j + 1] if k == i else others for k in range(len(z))]
+            return m.b(z + torch.cat(rows) if len(z) == n else z)
+
+        model, X = Net(meeting, **two()).to(device), sequences(device, n)
+        with pytest.raises(ValueError, match=MEET[1]):
+            layer_ios(model, MSELoss(), X, torch.randn(n, S, C, device=device))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 50])
+def test_sets_tell_any_two_samples_apart(n, device):
+    sets = plans.separating_sets(n, device)
+    for i, j in permutations(range(n), 2):
+        assert (sets[:, i] & ~sets[:, j]).any()
+    assert len(sets.sum(0).unique()) == 1
+    assert sets.any()
 
 
 def test_flattened_outputs_of_samples_that_meet_are_refused(device):

@@ -1,6 +1,6 @@
 """KFAC on PINNs: identities for any network and operator, and where it is exact."""
 
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
 
 import pytest
 import torch
@@ -617,6 +617,20 @@ OTHER_POINTS = {
 @pytest.mark.parametrize("name", OTHER_POINTS)
 def test_a_residual_that_depends_on_other_points_is_refused(name):
     refused(OTHER_POINTS[name], "field at other points", model=mlp(2, 3, 1))
+
+
+def test_a_residual_that_depends_on_one_other_point_is_refused(device):
+    """Whichever points they are."""
+    X = torch.randn(5, 2, device=device)
+    for i, j in permutations(range(5), 2):
+        model = mlp(2, 3, 1).to(device)
+
+        def residual(u, x, i=i, j=j):
+            others = torch.zeros_like(u.lap)
+            return u.lap + others.index_add(0, torch.tensor([i], device=device), u.value[j : j + 1])
+
+        with pytest.raises(ValueError, match="field at other points"):
+            linearize(model, [Term(residual, X, laplacian(2))])
 
 
 def test_a_residual_may_depend_on_detached_values_of_other_points(device):
