@@ -191,7 +191,9 @@ def check_terms(terms: object) -> None:
 
 def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: float) -> Linearization:
     c, calls = _forward(model, groups, part)
-    r, slopes = _operator(part, c.detach())
+    tried = TRIED.setdefault(model, set())
+    r, slopes = _operator(part, c.detach(), _sets(part, tried))
+    tried.add(_code(part.residual))
     outputs = [z for group in groups for _, z in calls[group.name]]
     sent = [  # one reverse pass for each residual at a point
         torch.autograd.grad(
@@ -216,14 +218,14 @@ def _cat(tensors: list[Tensor], dim: int) -> Tensor:
 
 
 def _operator(
-    part: Term, c: Float[Tensor, "N S k"], sets: Bool[Tensor, "sets N"] | None = None
+    part: Term, c: Float[Tensor, "N S k"], sets: Bool[Tensor, "sets N"]
 ) -> tuple[Tensor, Float[Tensor, "M N S k"]]:
     """Residuals, and their derivatives with respect to the coefficients of the output.
 
     Args:
         part: What the residuals are.
         c: The coefficients.
-        sets: Points that are tried apart from the others. Default: one half of them.
+        sets: Points that are tried apart from the others.
     """
     leaves = [coefficient.clone().requires_grad_() for coefficient in c.unbind(1)]
     r = _residuals(part, leaves)
@@ -241,7 +243,7 @@ def _operator(
                 f"The residual ignores {part.expansion.names[s]} (a tuple: a derivative, a number: "
                 "a sum), which the expansion computes only for it: declare a smaller expansion."
             )
-    _check_apart(r, leaves, random_half(len(r), r.device)[None] if sets is None else sets)
+    _check_apart(r, leaves, sets)
     zero = torch.zeros_like(c[:, 0])
     slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]
     return r.detach(), torch.stack(slopes)
@@ -267,6 +269,25 @@ def _check_apart(
             )
 
 
+TRIED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
+"""For every network, of which residuals any two points were told apart."""
+
+
+def _sets(part: Term, tried: set[Hashable]) -> Bool[Tensor, "sets N"]:
+    """Sets that tell any two points apart, for a residual that is new; for others, one half."""
+    N, device = len(part.X), part.X.device
+    if _code(part.residual) in tried:
+        return random_half(N, device).unsqueeze(0)
+    return separating_sets(N, device)
+
+
+def _code(residual: Callable[..., Any]) -> Hashable:
+    """What a residual computes, the same for functions that are made again and again."""
+    kind: Any = type(residual)
+    code: Hashable = getattr(residual, "__code__", kind)
+    return code
+
+
 CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
 """For every network, with which layers, parameters and expansions it was checked."""
 
@@ -274,14 +295,12 @@ CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
 def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     """Check that the recorded calls explain the gradient of every parameter, see `capture.plan`.
 
-    And that no residual depends on another point. Both are tried on few points, once for each kind
-    of network, residual and expansion.
+    It is tried on few points, once for each kind of network and expansion.
     """
     kind = (
         tuple(type(module) for module in model.modules()),
         tuple((group.name, group.parameter_names) for group in groups),
         type(term.expansion),
-        getattr(term.residual, "__code__", type(term.residual)),
     )
     known = CHECKED.setdefault(model, set())
     if kind in known:
@@ -289,7 +308,6 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     few = slice(0, 8)
     part = replace(term, X=term.X[few], expansion=term.expansion.part(few))
     c, calls = _forward(model, groups, part)
-    _operator(part, c.detach(), separating_sets(len(part.X), c.device))
     parameters = {name: p for group in groups for name, p in group.trainable.items()}
     ends = [*(z for group in groups for _, z in calls[group.name]), *parameters.values()]
     sent = iter(
