@@ -312,12 +312,13 @@ def _patches(layer: Convolution, x: Float[Tensor, "N C *space"]) -> Float[Tensor
 
 def with_ends(rows: Float[Tensor, "*rows d"], ends: Sequence[float]) -> Float[Tensor, "*rows d_in"]:
     """Rows with some more numbers behind each of them, for bias columns; nearly always one 1."""
-    d = rows.shape[-1]
-    rows = pad(rows, (0, len(ends)), value=1.0) if ends else rows
+    if not ends:
+        return rows
+    columns = rows.new_ones(*rows.shape[:-1], len(ends))
     for i, end in enumerate(ends):
         if end != 1:
-            rows[..., d + i] = end
-    return rows
+            columns[..., i] = end
+    return torch.cat([rows, columns], dim=-1)
 
 
 def _averaged_patches(

@@ -106,20 +106,20 @@ MUTANTS = [
     ),
     layers(
         "zeros for the input of a linear layer's bias",
-        "rows = pad(rows, (0, len(ends)), value=1.0)",
-        "rows = pad(rows, (0, len(ends)), value=0.0)",
+        "columns = rows.new_ones(*rows.shape[:-1], len(ends))",
+        "columns = rows.new_zeros(*rows.shape[:-1], len(ends))",
         "bias-mse-mean",
     ),
     layers(
         "the bias's input as large as the layer",
-        "rows = pad(rows, (0, len(ends)), value=1.0)",
-        "rows = pad(rows, (0, len(ends)), value=float(d))",
+        "columns = rows.new_ones(*rows.shape[:-1], len(ends))",
+        "columns = rows.shape[-1] * rows.new_ones(*rows.shape[:-1], len(ends))",
         "bias-cross-entropy-sum",
     ),
     layers(
         "float32 buffers in a float64 model",
-        "rows = pad(rows, (0, len(ends)), value=1.0)",
-        "rows = pad(rows.float(), (0, len(ends)), value=1.0)",
+        "return torch.cat([rows, columns], dim=-1)",
+        "return torch.cat([rows.float(), columns.float()], dim=-1)",
         "attention-tokens-mse",
     ),
     layers(
