@@ -28,6 +28,7 @@ import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -401,7 +402,7 @@ def _sent_from_sets(
     ]
     at_calls = iter([torch.stack(of_call) for of_call in zip(*(gs for gs, _ in sent), strict=True)])
     gs = {part.name: [next(at_calls) for _ in calls[part.name]] for part in parts}
-    sums = [torch.stack(of_one).sum(0) for of_one in zip(*(g for _, g in sent), strict=True)]
+    sums = [reduce(torch.add, of_one) for of_one in zip(*(g for _, g in sent), strict=True)]
     return gs, dict(zip(parameters, sums, strict=True))
 
 
