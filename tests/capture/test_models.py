@@ -14,6 +14,7 @@ from kfac_scratch.capture.layers import NORMS
 from kfac_scratch.capture.plan import Plan
 from kfac_scratch.curvature import block_index, loss_hessian
 from tests.capture.models import MODELS
+from tests.thinned import thinned
 
 LOSS = CrossEntropyLoss()
 
@@ -64,7 +65,7 @@ def worst(ios, exact):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 2))
 def test_a_model_is_exact_or_refused_with_a_way_out(name, device):
     case = MODELS[name]
     model, X, y = problem(case, device)

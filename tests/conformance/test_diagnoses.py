@@ -187,6 +187,7 @@ def witnesses():
     return found
 
 
+@pytest.mark.slow
 def test_every_mistake_is_recognised_by_its_own_numbers():
     found = witnesses()
     about_draws = {"as if labels were drawn uniformly"}

@@ -27,6 +27,7 @@ from tests.capture.test_counted import (
     sentences,
 )
 from tests.laws import check_differs, check_equal
+from tests.thinned import thinned
 
 pytestmark = pytest.mark.long
 
@@ -177,6 +178,7 @@ def test_padded_batches_train_as_sentences_one_by_one(device):
     check_same_training(padded, torch.stack(one_by_one))
 
 
+@pytest.mark.slow
 def test_padded_batches_of_one_length_train_as_batches_without_padding(device):
     """With averages over batches and momentum: a batch for each length, padded to the longest."""
     T, lengths = 7, [7, 3, 4, 2] * 3
@@ -227,7 +229,7 @@ class ByHand(Module):
         return self.head(self.norm(h)).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("norms", ["in blocks", "in the rest"])
+@pytest.mark.parametrize("norms", thinned(["in blocks", "in the rest"]))
 def test_a_language_model_of_pytorchs_layers_trains_as_one_of_linear_layers(norms, device):
     model = gpt2_of_pytorch()
     by_hand = ByHand(model)
