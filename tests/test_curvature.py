@@ -27,6 +27,7 @@ from kfac_scratch.losses import divisor
 from tests import reference
 from tests.nets import BY_NAME, LOSSES, NETS, REDUCTIONS, C, N, Unused, problem
 from tests.reference import distance
+from tests.thinned import thinned
 
 TOLERANCE = 1e-10
 FIXED = "fixed upstream, remove this exception"
@@ -37,7 +38,7 @@ def without(name):
     return [net for net in NETS if str(net) != name]
 
 
-all_nets = pytest.mark.parametrize("net", NETS, ids=str)
+all_nets = pytest.mark.parametrize("net", thinned(NETS, 2), ids=str)
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 

@@ -25,6 +25,7 @@ from kfac_scratch.curvature import block_index, diagonal_blocks
 from tests import reference
 from tests.nets import BY_NAME, LOSSES, REDUCTIONS, N, problem, targets
 from tests.reference import distance
+from tests.thinned import thinned
 
 TOLERANCE = 1e-10
 FIXED = "fixed upstream, remove this exception"
@@ -37,7 +38,7 @@ NETS = [
     for name, net in BY_NAME.items()
     if name not in ("tied_calls", "tied_weights", "tied_to_embedding", "circular_conv2d")
 ]
-nets = pytest.mark.parametrize("net", NETS, ids=str)
+nets = pytest.mark.parametrize("net", thinned(NETS, 2), ids=str)
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)

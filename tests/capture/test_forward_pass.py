@@ -29,6 +29,7 @@ from kfac_scratch import (
 from kfac_scratch.curvature import diagonal_blocks, empirical_fisher, ggn
 from tests.laws import check_equal
 from tests.nets import LOSSES, NETS, REDUCTIONS, problem
+from tests.thinned import thinned
 
 N, D, C = 5, 3, 2
 COVERED = [net for net in NETS if str(net) not in ("layer_norm", "batch_norm_in_eval_mode")]
@@ -111,7 +112,7 @@ def test_reduce_setting_is_the_reduced_view(net, device):
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
-@pytest.mark.parametrize("net", COVERED, ids=str)
+@pytest.mark.parametrize("net", thinned(COVERED, 2), ids=str)
 def test_precision_is_the_models_whatever_the_default(net, flavour, dtype, default, device):
     data = problem(net, CrossEntropyLoss, device=device, dtype=dtype)
     torch.set_default_dtype(default)
