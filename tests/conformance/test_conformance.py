@@ -126,7 +126,9 @@ def test_a_groups_block_is_a_diagonal_block_of_the_whole_convolution():
         check_equal(M, blocks[f"conv[{i}]"])
 
 
-@pytest.mark.parametrize("case", thinned([c for c in DOUBLE if len(c.shape) > 1]), ids=str)
+@pytest.mark.parametrize(
+    "case", thinned([c for c in DOUBLE if len(c.shape) > 1], kind=family), ids=str
+)
 def test_sizes_are_coprime_so_that_a_scale_names_its_cause(case):
     """The number of data, of positions and of outputs of the network."""
     data = case.build()
