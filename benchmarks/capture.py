@@ -25,12 +25,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import about, all_within, arguments, at_most, chosen, write
+from benchmarks.nets import Row
 
 BOUND = 1.1  # times the release's seconds
 HERE = Path(__file__).parents[1]
@@ -40,18 +40,6 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is captured."""
-
-    net: str
-    fisher: str
-    flavour: str
-
-    def __str__(self) -> str:
-        return f"{self.net} {self.fisher} {self.flavour}"
 
 
 ROWS = [Row(*names) for names in product(NETS, FISHERS, FLAVOURS)]

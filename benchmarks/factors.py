@@ -17,7 +17,6 @@ in the rows.
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -34,23 +33,11 @@ from benchmarks.measure import (
     peak,
     write,
 )
-from benchmarks.nets import FULL, TINY, NetsOfASize, Problem, problem_of
+from benchmarks.nets import FULL, TINY, NetsOfASize, Problem, Row, problem_of
 
 LIMIT, MEDIAN = 1.25, 1.15  # times the limit, on every row and in the median
 ROOM, AHEAD = 0.7, 0.8  # where the limit is below so much of a peer, we are below so much of it
 MEMORY = {"curvlinops": 1.1, "backpack": 1.0}  # times the peer's
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is computed."""
-
-    net: str
-    fisher: str
-    flavour: str
-
-    def __str__(self) -> str:
-        return f"{self.net} {self.fisher} {self.flavour}"
 
 
 ROWS = [Row(*names) for names in product(FULL, FISHERS, FLAVOURS)]

@@ -62,6 +62,18 @@ TINY = {
 NetsOfASize = dict[str, Callable[[], tuple[nn.Module, Tensor]]]
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is computed."""
+
+    net: str
+    fisher: str
+    flavour: str
+
+    def __str__(self) -> str:
+        return f"{self.net} {self.fisher} {self.flavour}"
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A network, a classification loss, and a batch."""

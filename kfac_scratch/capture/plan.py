@@ -363,12 +363,12 @@ def _checked(
 ) -> Plan:
     """The plan, if both checks pass with this order of the output."""
     N = len(f) // (output.outer * output.inner)
-    sets = separating_sets(N, f.device)
+    sets, parts = separating_sets(N, f.device), parts_of(groups)
     rows = sets.repeat_interleave(output.inner, 1).repeat(1, output.outer)
-    gs, gradients = _sent_from_sets(f, parts_of(groups), calls, rows)
+    gs, gradients = _sent_from_sets(f, parts, calls, rows)
     found: dict[str, tuple[Place, ...]] = {}
     located: Calls = {}
-    for part in parts_of(groups):
+    for part in parts:
         here, orders = calls[part.name], places[part.name]
         if [of_call[0].kind for of_call in orders] != [call.kind for call in here]:
             raise ValueError(apart(part, f"is called otherwise with two samples than with {N}"))

@@ -191,7 +191,7 @@ def check_terms(terms: object) -> None:
 
 def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: float) -> Linearization:
     c, calls = _forward(model, groups, part)
-    tried = TRIED.setdefault(model, set())
+    tried = CHECKED.setdefault(model, set())
     r, slopes = _operator(part, c.detach(), _sets(part, tried))
     tried.add(_code(part.residual))
     outputs = [z for group in groups for _, z in calls[group.name]]
@@ -269,10 +269,6 @@ def _check_apart(
             )
 
 
-TRIED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
-"""For every network, of which residuals any two points were told apart."""
-
-
 def _sets(part: Term, tried: set[Hashable]) -> Bool[Tensor, "sets N"]:
     """Sets that tell any two points apart, for a residual that is new; for others, one half."""
     N, device = len(part.X), part.X.device
@@ -289,7 +285,8 @@ def _code(residual: Callable[..., Any]) -> Hashable:
 
 
 CHECKED: WeakKeyDictionary[Module, set[Hashable]] = WeakKeyDictionary()
-"""For every network, with which layers, parameters and expansions it was checked."""
+"""For every network, with which layers, parameters and expansions it was checked, and of which
+residuals any two points were told apart."""
 
 
 def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:

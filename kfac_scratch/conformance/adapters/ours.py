@@ -55,9 +55,7 @@ class Adapter:
         }
 
 
-def matrices(
-    request: Request,
-) -> Mapping[str, ks.Matrix]:
+def matrices(request: Request) -> Mapping[str, ks.Matrix]:
     """The matrix of every block."""
     if request.coefficients is not None:
         reduced = request.flavour == "reduce"

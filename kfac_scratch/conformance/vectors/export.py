@@ -188,8 +188,11 @@ def manifest_entry(case: Case) -> dict[str, Any]:
             name: {"expectation": value, "stored": place_of(case, name)}
             for name, value in case.flavours.items()
         },
-        **{key: asked[key] for key in ("layers", "part", "batches", "damping", "operator")},
-        **({"masked": True} if case.masked else {}),
+        **{
+            key: asked[key]
+            for key in ("layers", "part", "batches", "damping", "operator", "masked")
+            if key in asked
+        },
         "dtype": case.dtype,
         "tolerance": case.tolerance,
         "loss_hessian": hessian_number(case, truth.output(case, data)),

@@ -34,7 +34,7 @@ from kfac_scratch.conformance.vocabulary import (
 )
 
 SHIPPED = Path(__file__).with_name("kfac-vectors-1")
-ASKED = (  # fields of an entry that a verdict depends on: those of `questions.question`
+ASKED = (  # fields that an entry may have and a verdict depends on: those of `questions.question`
     "id",
     "ops",
     "loss",
@@ -44,6 +44,7 @@ ASKED = (  # fields of an entry that a verdict depends on: those of `questions.q
     "batches",
     "damping",
     "operator",
+    "masked",
     "dtype",
     "tolerance",
 )
@@ -94,8 +95,8 @@ class Reference:
     @cached_property
     def digest(self) -> str:
         """What it asks and its numbers: the digest of the case that it was written from."""
-        question = {key: self.entry[key] for key in ASKED} | {"flavours": self.flavours}
-        question |= {"masked": True} if self.entry.get("masked") else {}
+        asked = {key: self.entry[key] for key in ASKED if key in self.entry}
+        question = asked | {"flavours": self.flavours}
         numbers = {name: x for name, x in self.tensors.items() if name.startswith(GIVEN)}
         return content_digest(question, numbers)
 

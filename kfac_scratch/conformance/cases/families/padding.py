@@ -4,6 +4,8 @@ Their targets are ignored, so that no gradient depends on them. Only KFAC's `A` 
 mean over all positions.
 """
 
+from dataclasses import replace
+
 from kfac_scratch.conformance.cases.case import IGNORED, Case, Data, spread
 from kfac_scratch.conformance.cases.families.common import (
     ALL_DEFINITION,
@@ -16,8 +18,6 @@ from kfac_scratch.conformance.cases.families.common import (
 from kfac_scratch.conformance.cases.ops import classes_first, tanh
 
 PLACE = 14  # in reports and vectors
-PADDING_TAGS = ("sequence", "padding", "cross-entropy")
-PADDING_FLAGS = ("padding that is counted", "positions that are ignored")
 
 
 def padded(case: Case) -> Data:
@@ -37,18 +37,6 @@ def second_alone(case: Case) -> Data:
     return Data(data.parameters, data.X, y)
 
 
-ONE_WORD = Case(
-    "padded-one-position-cross-entropy",
-    "one-datum",
-    (*chain(4, 6, 5, between=tanh()), classes_first()),
-    loss("cross-entropy"),
-    (1, 3, 4),
-    ALL_EXACT,
-    masked=True,
-    data=second_alone,
-    tags=PADDING_TAGS,
-    flags=PADDING_FLAGS,
-)
 PADDED_SENTENCES = Case(
     "padded-sentences-cross-entropy",
     "definition",
@@ -58,33 +46,29 @@ PADDED_SENTENCES = Case(
     ALL_DEFINITION,
     masked=True,
     data=padded,
-    tags=PADDING_TAGS,
-    flags=PADDING_FLAGS,
+    tags=("sequence", "padding", "cross-entropy"),
+    flags=("padding that is counted", "positions that are ignored"),
 )
-PADDED_SUM = Case(
-    "padded-sentences-cross-entropy-sum",
-    "definition",
-    (*chain(4, 6, 5, between=tanh()), classes_first()),
-    loss("cross-entropy", "sum"),
-    (7, 3, 4),
-    ALL_DEFINITION,
-    masked=True,
-    data=padded,
-    tags=PADDING_TAGS,
-    flags=PADDING_FLAGS,
+ONE_WORD = replace(
+    PADDED_SENTENCES,
+    id="padded-one-position-cross-entropy",
+    theorem="one-datum",
+    shape=(1, 3, 4),
+    flavours=ALL_EXACT,
+    data=second_alone,
 )
-PADDED_BATCHES = Case(
-    "padded-sentences-in-batches",
-    "definition",
-    (*chain(4, 6, 5, between=tanh()), classes_first()),
-    loss("cross-entropy"),
-    (7, 3, 4),
-    BOTH_DEFINITION,
+PADDED_SUM = replace(
+    PADDED_SENTENCES,
+    id="padded-sentences-cross-entropy-sum",
+    loss=loss("cross-entropy", "sum"),
+)
+PADDED_BATCHES = replace(
+    PADDED_SENTENCES,
+    id="padded-sentences-in-batches",
+    flavours=BOTH_DEFINITION,
     batches=(2, 5),
-    masked=True,
-    data=padded,
-    tags=(*PADDING_TAGS, "batches"),
-    flags=(*PADDING_FLAGS, "batches weighted by data instead of words"),
+    tags=(*PADDED_SENTENCES.tags, "batches"),
+    flags=(*PADDED_SENTENCES.flags, "batches weighted by data instead of words"),
 )
 CASES = [
     ONE_WORD,

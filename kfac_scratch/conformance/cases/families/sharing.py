@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, Case, Data, spread
+from kfac_scratch.conformance.cases.case import DEFINITION, EXACT, IGNORED, Case, Data, spread
 from kfac_scratch.conformance.cases.families.common import (
     BOTH_DEFINITION,
     LOSSES,
@@ -103,7 +103,7 @@ def ignored(case: Case) -> Data:
     """Targets of which some are -100, which cross-entropy ignores."""
     data = spread(case)
     y = data.y.flatten().clone()
-    y[::3] = -100
+    y[::3] = IGNORED
     return Data(data.parameters, data.X, y.reshape(data.y.shape))
 
 

@@ -4,6 +4,8 @@ The embedding looks rows of it up, the head multiplies by it. Its exact block ha
 uses, which no product of two factors has. KFAC is the sum of two Kronecker products.
 """
 
+from dataclasses import replace
+
 from kfac_scratch.conformance.cases.case import Case
 from kfac_scratch.conformance.cases.families.common import (
     BOTH_DEFINITION,
@@ -23,7 +25,6 @@ from kfac_scratch.conformance.cases.ops import (
 PLACE = 15  # in reports and vectors
 TIED_BODY = (embedding("words", 5, 4), linear("inner", 4, 4), tanh())
 TIED_HEAD = tied_linear("head", "words", 4, 5)
-TIED_FLAGS = ("one of two uses of a weight", "a weight and its transpose")
 
 TIED_TOKENS = Case(
     "tied-head-tokens-cross-entropy",
@@ -34,29 +35,20 @@ TIED_TOKENS = Case(
     BOTH_DEFINITION,
     data=words,
     tags=("embedding", "tied", "sequence", "cross-entropy"),
-    flags=TIED_FLAGS,
+    flags=("one of two uses of a weight", "a weight and its transpose"),
 )
-TIED_POOL = Case(
-    "tied-head-pooled-mse",
-    "definition",
-    (*TIED_BODY, mean_positions(), TIED_HEAD),
-    loss("mse"),
-    (7, 3),
-    BOTH_DEFINITION,
-    data=words,
+TIED_POOL = replace(
+    TIED_TOKENS,
+    id="tied-head-pooled-mse",
+    ops=(*TIED_BODY, mean_positions(), TIED_HEAD),
+    loss=loss("mse"),
     tags=("embedding", "tied", "pool", "mse"),
-    flags=TIED_FLAGS,
 )
-TIED_BATCHES = Case(
-    "tied-head-in-batches",
-    "definition",
-    (*TIED_BODY, TIED_HEAD, classes_first()),
-    loss("cross-entropy"),
-    (7, 3),
-    BOTH_DEFINITION,
+TIED_BATCHES = replace(
+    TIED_TOKENS,
+    id="tied-head-in-batches",
     batches=(2, 5),
-    data=words,
-    tags=("embedding", "tied", "sequence", "cross-entropy", "batches"),
-    flags=(*TIED_FLAGS, "equal weights for unequal batches"),
+    tags=(*TIED_TOKENS.tags, "batches"),
+    flags=(*TIED_TOKENS.flags, "equal weights for unequal batches"),
 )
 CASES = [TIED_TOKENS, TIED_POOL, TIED_BATCHES, in_single_precision(TIED_TOKENS)]
