@@ -1,5 +1,6 @@
 """Every test runs with the annotated shapes checked, on every device there is."""
 
+import gc
 from collections import defaultdict
 from contextlib import nullcontext
 
@@ -14,6 +15,10 @@ MISSING = second_device.why_missing()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 QUICK = 4  # so many cases of a test with parameters are in the quick tier
 DEVICES += [] if MISSING else [second_device.NAME]
+
+for accelerator in (torch.cuda, torch.xpu, torch.mtia):
+    if not accelerator.is_available():  # it would keep the stack of every call of manual_seed
+        accelerator.manual_seed_all = lambda seed: None
 
 
 def pytest_configure(config):
@@ -59,6 +64,12 @@ def pytest_collection_modifyitems(items):
             cases[index].add_marker("quick")
 
 
+def pytest_collection_finish():
+    """Let the garbage collector pass over what stays until the end: a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     with second_device.in_use() if request.param == second_device.NAME else nullcontext():
@@ -68,9 +79,7 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _defaults():
     """Float64 and a fixed seed in every test; float32 where a test asks for it."""
-    torch.default_generator.manual_seed(0)  # torch.manual_seed takes long where CUDA is missing
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(0)
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -38,7 +38,7 @@ def without(name):
     return [net for net in NETS if str(net) != name]
 
 
-all_nets = pytest.mark.parametrize("net", thinned(NETS, 2), ids=str)
+all_nets = pytest.mark.parametrize("net", thinned(NETS), ids=str)
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 

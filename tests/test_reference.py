@@ -38,7 +38,7 @@ NETS = [
     for name, net in BY_NAME.items()
     if name not in ("tied_calls", "tied_weights", "tied_to_embedding", "circular_conv2d")
 ]
-nets = pytest.mark.parametrize("net", thinned(NETS, 2), ids=str)
+nets = pytest.mark.parametrize("net", thinned(NETS), ids=str)
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)

@@ -1,6 +1,9 @@
 """Text of others, such that every terminal, JSON file and XML file can hold it."""
 
+import re
+
 MOST = 2000  # characters of a reason
+_BREAKS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def printable(text: str, most: int = MOST) -> str:
@@ -12,10 +15,4 @@ def printable(text: str, most: int = MOST) -> str:
     left_out = len(text) - most
     if left_out > 0:
         text = f"{text[:most]}… ({left_out} characters left out)"
-    return "".join(c if _is_printable(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _is_printable(c: str) -> bool:
-    return c in "\n\t" or not (
-        c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" or c in "\ufffe\uffff"
-    )
+    return _BREAKS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)

@@ -31,6 +31,7 @@ from tests.cases import (
     Case,
 )
 from tests.laws import check_differs, check_equal, check_matrix, check_spectrum
+from tests.thinned import thinned
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -108,13 +109,13 @@ def test_after_a_pool_both_are_exact(case, flavour, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CONV_PER_LOCATION, ids=str)
+@pytest.mark.parametrize("case", thinned(CONV_PER_LOCATION), ids=str)
 def test_expand_exact_on_the_last_conv_with_squared_error_per_location(case, dtype, device):
     check_exact(case, expand, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CONV_GLOBAL_POOL, ids=str)
+@pytest.mark.parametrize("case", thinned(CONV_GLOBAL_POOL), ids=str)
 def test_reduce_exact_on_conv_with_global_average_pooling(case, dtype, device):
     check_exact(case, reduce, device, dtype)
 
@@ -127,7 +128,7 @@ def test_exact_for_one_datum_without_sharing(case, flavour, device):
 
 
 @pytest.mark.parametrize("flavour", BOTH)
-@pytest.mark.parametrize("case", CONSTANT_HESSIAN, ids=str)
+@pytest.mark.parametrize("case", thinned(CONSTANT_HESSIAN), ids=str)
 def test_exact_on_the_constant_hessian_family(case, flavour, device):
     a = layer_ios(*case.build(device))["net.0"].a[:, 0]
     assert len(a) > 1

@@ -112,7 +112,7 @@ def test_reduce_setting_is_the_reduced_view(net, device):
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
-@pytest.mark.parametrize("net", thinned(COVERED, 2), ids=str)
+@pytest.mark.parametrize("net", thinned(COVERED), ids=str)
 def test_precision_is_the_models_whatever_the_default(net, flavour, dtype, default, device):
     data = problem(net, CrossEntropyLoss, device=device, dtype=dtype)
     torch.set_default_dtype(default)

@@ -20,6 +20,7 @@ from kfac_scratch import (
     two_level,
 )
 from tests.laws import check_differs, check_equal
+from tests.thinned import thinned
 
 pytestmark = pytest.mark.long
 
@@ -62,7 +63,7 @@ def test_rows_vectors_and_factors_of_a_half_model_are_float32(name, flavour, dty
 
 @DTYPES
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", thinned(NETS))
 def test_factors_of_a_half_model_are_right_to_its_precision_whatever_the_batches(
     name, flavour, dtype, device
 ):

@@ -65,7 +65,7 @@ def worst(ios, exact):
     )
 
 
-@pytest.mark.parametrize("name", thinned(MODELS, 2))
+@pytest.mark.parametrize("name", thinned(MODELS))
 def test_a_model_is_exact_or_refused_with_a_way_out(name, device):
     case = MODELS[name]
     model, X, y = problem(case, device)

@@ -222,7 +222,10 @@ def asked_about(
 
 @dataclass(frozen=True)
 class Way:
-    """How KFAC is computed: every field is a step, and right by default."""
+    """How KFAC is computed: every field is a step, and right by default.
+
+    A weight has one product: what applies it both ways, or a differential operator, has no way.
+    """
 
     op: Of = itself
     used: Of = itself
