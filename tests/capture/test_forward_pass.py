@@ -84,7 +84,7 @@ def check_same(io, expected, size=1.0):
 
 
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
-@pytest.mark.parametrize("net", COVERED, ids=str)
+@pytest.mark.parametrize("net", thinned(COVERED, 2), ids=str)
 def test_chunks_of_vectors_together_are_all_vectors(net, flavour, device):
     model, *data = problem(net, CrossEntropyLoss, device=device)
     whole = layer_ios(model, *data, flavour=flavour, chunk=1000)

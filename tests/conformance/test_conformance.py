@@ -27,7 +27,7 @@ from tests import reference
 from tests.laws import check_equal, error
 from tests.thinned import thinned
 
-each = pytest.mark.parametrize("case", thinned(CASES.values(), kind=family), ids=str)
+each = pytest.mark.parametrize("case", thinned(CASES.values(), 6, kind=family), ids=str)
 DOUBLE = [case for case in CASES.values() if case.dtype == "float64"]
 GROUPED = [case for case in DOUBLE if any(op.is_layer and op.groups > 1 for op in case.ops)]
 PLAIN = [c for c in DOUBLE if not (c.operator or c.batches or c in GROUPED)]
@@ -96,7 +96,7 @@ def as_in_the_package(case, name, M):
     return M.reshape(d_out, d_in, d_out, d_in).permute(1, 0, 3, 2).reshape(M.shape)
 
 
-@pytest.mark.parametrize("case", thinned(PLAIN, kind=family), ids=str)
+@pytest.mark.parametrize("case", thinned(PLAIN, 6, kind=family), ids=str)
 def test_the_exact_blocks_are_those_of_the_whole_networks_matrix(case):
     """The same matrix by `curvature`, which knows nothing of operations."""
     data = case.build()
@@ -107,7 +107,9 @@ def test_the_exact_blocks_are_those_of_the_whole_networks_matrix(case):
         check_equal(as_in_the_package(case, name, M[0]), blocks[name])
 
 
-@pytest.mark.parametrize("case", [c for c in PLAIN if c.fisher == "type2"][::3], ids=str)
+@pytest.mark.parametrize(
+    "case", thinned([c for c in PLAIN if c.fisher == "type2"], 9, kind=family), ids=str
+)
 def test_the_exact_blocks_are_those_of_curvlinops(case):
     data = case.build()
     model, loss = network(case.ops, data.parameters), case.loss.module(data.X)

@@ -47,7 +47,7 @@ def test_every_module_that_the_adapter_needs_has_mutants():
     assert modules >= {"matrices.damping", "pinn.terms", "taylor.jets", "taylor.expansions"}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS[::10], ids=named)
+@pytest.mark.parametrize("mutant", MUTANTS[::20], ids=named)
 def test_some_mutants_are_rejected_by_the_case_that_they_name(mutant):
     (rejection,) = run_mutants([mutant])
     assert rejection.as_named, str(rejection)
