@@ -307,7 +307,22 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
 
 # %% [markdown]
 # The package takes a missing derivative for zero, because an output may be unused. Without a copy it would
-# get a block of zeros here. So views are copied, and no other outputs are.
+# get a block of zeros here.
+#
+# A copy takes time, and there is another place to ask: the matrix product itself, `z._base`. It stays in the
+# graph. If the view has all of its entries, the derivative there is the output's in another shape:
+
+# %%
+z = layer(sequences)
+edge = get_gradient_edge(z._base)
+f = torch.relu_(z).sin().sum()
+(at_product,) = torch.autograd.grad(f, [edge])
+print(f"output {tuple(z.shape)}, matrix product {tuple(at_product.shape)}")
+assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
+
+# %% [markdown]
+# The package asks there. It copies only views of a part, or with the axes in another order. The recorder of
+# this chapter copies every view, because that is shorter.
 #
 # ### A function that hides others
 #

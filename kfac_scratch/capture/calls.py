@@ -288,7 +288,7 @@ class Recorder(TorchFunctionMode):
             rows = z.permute(order)
             z = self._record(applied._replace(order=None), group, matrices, unused, rows)
             return z.permute([order.index(i) for i in range(len(order))])
-        if z.requires_grad and z._is_view():
+        if z.requires_grad and z._is_view() and not _is_reshaped(z):
             z = z.clone()  # writing into a view would cut it out of the graph
         bias = None if applied.bias is None else self._name(applied.bias, group, matrices, unused)
         x, use, make = applied.x, applied.use, Call
@@ -319,7 +319,8 @@ class Recorder(TorchFunctionMode):
             if group is None or not self.calls[group.name]:
                 continue
             call = self.calls[group.name][-1]
-            if call.edge is not None and call.edge.node is product.grad_fn and call.bias is None:
+            edge = _edge(product)
+            if edge and call.edge and edge.node is call.edge.node and call.bias is None:
                 name = self._name(bias, group, call.matrices, call.unused)
                 return None if name is None else (group, name, call.z)
         return None
@@ -367,8 +368,26 @@ def _is_part(
     return _begins(bias, part[0]) and bias.numel() == part.numel()
 
 
+def _is_reshaped(z: Tensor) -> bool:
+    """Whether a view is all that a function computed, in another shape, as `F.linear` returns.
+
+    A view of a parameter is not: no function computed that.
+    """
+    base = z._base
+    return (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == z.numel()
+        and base.is_contiguous()
+        and z.is_contiguous()
+    )
+
+
 def _edge(z: Tensor) -> GradientEdge | None:
-    return get_gradient_edge(z) if z.requires_grad else None
+    """Its place in the graph, or that of what it reshapes: in-place functions leave that there."""
+    if not z.requires_grad:
+        return None
+    return get_gradient_edge(cast(Tensor, z._base) if _is_reshaped(z) else z)
 
 
 def sent_back(
@@ -414,4 +433,5 @@ def sent_back(
 
 
 def _or_zeros(g: Tensor | None, like: Tensor, stack: torch.Size) -> Tensor:
-    return like.new_zeros(1).expand(*stack, *like.shape) if g is None else g
+    shape = (*stack, *like.shape)
+    return like.new_zeros(1).expand(shape) if g is None else g.reshape(shape)

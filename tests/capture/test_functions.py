@@ -19,7 +19,7 @@ from torch.nn import (
 from torch.nn.functional import conv1d, conv2d, conv_transpose1d, embedding, linear, relu_
 
 from kfac_scratch import EXPAND, KFAC, REDUCE, kfac, layer_groups, layer_ios, plan, type2
-from kfac_scratch.capture.calls import recorded
+from kfac_scratch.capture.calls import _is_reshaped, recorded
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.capture.test_plan import C, D, N, Net, S, check_exact, sequences, two, vectors
 from tests.laws import check_equal
@@ -617,11 +617,75 @@ def modes():
     return torch._C._len_torch_function_stack()
 
 
-def test_only_outputs_that_are_views_are_copied(device):
-    """A view that is written to later would be cut out of the graph."""
-    model = Sequential(Linear(D, D), Tanh(), Linear(D, C)).to(device)
-    for X, copied in ((vectors(device), False), (sequences(device), True)):
+def turned(layer, x):
+    """A linear layer whose result has its axes in another order."""
+    return torch.einsum("...i,oi->o...", x, layer.weight).movedim(0, -1) + layer.bias
+
+
+@pytest.mark.parametrize("inputs", [vectors, sequences])
+def test_only_outputs_that_are_views_in_another_order_are_copied(inputs, device):
+    """A view that is written to later would be cut out of the graph, but what it reshapes not."""
+    X, copies = inputs(device), []
+    for output in (lambda m, x: m.a(x), lambda m, x: turned(m.a, x)):
+        model = Net(output, a=Linear(D, C)).to(device)
         f, calls = recorded(model, X, layer_groups(model))
-        last = calls["2"][-1]
-        assert (f.grad_fn.name() == "CloneBackward0") == copied
-        assert last.edge.node is f.grad_fn
+        copies.append([n for n in nodes(f) if n.name() == "CloneBackward0"])
+        assert calls["a"][-1].edge.node in nodes(f)
+    assert not copies[0]
+    assert copies[1]
+
+
+def nodes(f):
+    """All nodes of a graph."""
+    found, todo = [], [f.grad_fn]
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        todo += [n for n, _ in node.next_functions if n is not None]
+    return found
+
+
+WRITTEN = {
+    "all": relu_,
+    "scaled": lambda z: z.mul_(2.0),
+    "a part": lambda z: (z[:, :1].mul_(3.0), z)[1],
+    "a part of another view": lambda z: (z.view(-1, C)[::2].sin_(), z)[1],
+    "a part twice": lambda z: (z[:, 1:].mul_(2.0), z[..., 1:].sin_(), z)[2],
+    "replaced in part": lambda z: (z[:, 1].zero_(), z)[1],
+    "and a view is used": lambda z: z.view(-1, C).mul_(z.detach().clone().view(-1, C)).view_as(z),
+    "after a use": lambda z: z + z.view(-1, C).sum(-1).exp().view(*z.shape[:-1], 1) + z.cos_(),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_into_an_output_of_several_axes_is_no_part_of_the_layer(
+    name, chunk, device
+):
+    """As if the output had been copied first."""
+    modules, X = {"a": Linear(D, C), "b": Linear(C, C)}, sequences(device)
+    y, write = torch.randn(*X.shape[:-1], C, device=device), WRITTEN[name]
+    model = Net(lambda m, x: m.b(write(m.a(x))), **modules).to(device)
+    copied = Net(lambda m, x: m.b(write(m.a(x).clone())), **modules).to(device)
+    expected = layer_ios(copied, MSELoss(), X, y)
+    for block, io in layer_ios(model, MSELoss(), X, y, chunk=chunk).items():
+        check_equal(io.a, expected[block].a)
+        check_equal(io.g, expected[block].g)
+        check_equal(io.block(), diagonal_blocks(copied, ggn(copied, MSELoss(), X, y))[block])
+
+
+@pytest.mark.parametrize(
+    ("view", "whole"),
+    [
+        (lambda p, z: z.view(2, -1), True),
+        (lambda p, z: z.unsqueeze(1), True),
+        (lambda p, z: z, False),
+        (lambda p, z: z[:2], False),
+        (lambda p, z: z.mT, False),
+        (lambda p, z: z.mT.mT.diagonal(), False),
+        (lambda p, z: p.view(2, -1), False),
+    ],
+)
+def test_a_view_of_all_that_was_computed_is_told_from_a_part_and_a_parameter(view, whole):
+    p = nn.Parameter(torch.randn(4, 4))
+    assert _is_reshaped(view(p, p * 2)) == whole
