@@ -25,6 +25,7 @@
 
 # %%
 import math
+import runpy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -53,13 +54,14 @@ from kfac_scratch.conformance.cases import selection
 from kfac_scratch.conformance.cases.case import EXACT
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
 from kfac_scratch.conformance.cases.theorems import THEOREMS
+from kfac_scratch.conformance.commands.skeletons import write_skeleton
 from kfac_scratch.conformance.judging import harness, judge, report, scalars, truth
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.selftest.museum import PIECES
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
 from kfac_scratch.conformance.vocabulary import PASSING
 from kfac_scratch.matrices.kronecker import Kronecker as KroneckerMatrix
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import Source, code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 device = torch.get_default_device().type
@@ -243,6 +245,59 @@ assert distinct(coprime) == 1 > 0.1 > distinct(equal)
 # %%
 print(PASSING)
 assert PASSING == ("exact", "definition", "scaled", "not-supported")
+
+# %% [markdown]
+# ## What your code shows
+#
+# The oracle compares matrices, and your code may not show any. Four shapes are common. For each of
+# them, `python -m kfac_scratch.conformance skeleton adapter NAME --shape SHAPE` writes an adapter
+# that runs as it stands, for a small implementation in the same file. Put yours in its place.
+#
+# | Your code has, for each layer | Shape | The adapter returns |
+# | --- | --- | --- |
+# | two factors | `factors` | `KroneckerAnswer(A, B)` |
+# | a whole matrix | `dense` | `DenseAnswer(M)` |
+# | a product with a vector | `product` | `drivers.from_products(product, like)` |
+# | nothing but gradients that it changes | `preconditioner` | `drivers.from_preconditioner(...)` |
+#
+# The last shape is that of most optimizers. An optimizer gives no matrix, and it is never told what
+# the loss is. It can be asked all the same:
+#
+# - **No loss.** An optimizer sees what arrives in the backward pass. With the linear loss $\langle f,
+#   v \rangle$, the vector $v$ arrives at the output. `drivers.rows` repeats the batch for every column
+#   $v$ of a square root of the loss's Hessian. Then the sum over rows is the Fisher of the *real*
+#   loss, exactly, whatever that is.
+# - **Running averages.** Most start at the identity. Show them the same rows
+#   `drivers.updates_to_forget(decay)` times, and the start is gone. For code whose factors can be read,
+#   `drivers.without_start` takes it out of them after a single update.
+# - **Scales.** Code may divide by the number of rows, for example. Multiply the vectors by the root of
+#   what it divides by; or let `scale` state the factor if it is documented.
+# - **No matrix.** The preconditioner's effect on every unit vector is the inverse
+#   $P = (M + \delta I)^{-1}$. So $M = P^{-1} - \delta I$. If the code damps its factors instead of the
+#   block, there is no such $M$: read the factors.
+#
+# This is the whole adapter of the last shape. Its implementation has hooks and running averages, and
+# its only effect is on `.grad`.
+
+# %%
+with TemporaryDirectory() as folder:
+    path, _ = write_skeleton("adapter", "stranger", Path(folder), shape="preconditioner")
+    Stranger, text = runpy.run_path(str(path))["Adapter"], path.read_text()
+
+# %% tags=["remove-input"]
+Source(text[text.index("class Adapter:") :].rstrip())
+
+# %%
+stranger = Stranger()
+questions = [
+    (i, f)
+    for i, f in selection.tasks()
+    if not harness.missing(stranger.capabilities(), CASES[i], f)
+]
+some = [harness.verdict(stranger, CASES[i], f, device) for i, f in questions[::6]]
+print(f"{len(questions)} questions are asked of it; every sixth:", Counter(r.verdict for r in some))
+assert len(questions) >= 150
+assert all(r.passes for r in some)
 
 # %% [markdown]
 # ## A first KFAC

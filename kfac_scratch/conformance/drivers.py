@@ -2,35 +2,52 @@ r"""Drive code that has no loss argument, or that draws labels by itself: make i
 
 An optimizer sees gradients only. If the loss is replaced by the linear function $\langle f, v
 \rangle$, the vector sent backward is $v$; with the columns $v$ of a square root of every datum's
-loss Hessian, one after the other, the sum of what it collects is the type-2 curvature, exactly.
+loss Hessian, one after the other, the sum of what it collects is the type-2 curvature, exactly. For
+the empirical Fisher, the one column is the loss's gradient.
 
 - `rows`: every mini-batch is repeated for all columns, so that a row of the batch is one pair of
   datum and column. One pass; right also for code that squares gradients of rows (EKFAC).
 - `columns`: one pass per column, with the batch as it is.
 
+Both run the model, without gradients: call them before your code puts hooks into it.
+
 What such code divides by (the number of rows, say) is its own affair: an adapter multiplies the
 vectors by the root of it, or states it as a scale.
+
+What comes back need not be a matrix:
+
+- `from_products` asks code that multiplies with its curvature for every column.
+- `from_preconditioner` finds the curvature of code that only changes gradients, by which it takes
+  as many questions as code that shows its matrix.
+- `updates_to_forget` says how often to drive code with a running average until its start, say the
+  identity, is forgotten; `without_start` takes the start out of a factor.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import hessian, vmap
+from torch.func import grad, hessian, vmap
 
-from kfac_scratch.conformance.protocol import Request
+from kfac_scratch.conformance.protocol import DenseAnswer, Request
 
 
 def roots(request: Request) -> list[Tensor]:
     """For every mini-batch, vectors `[V, N, *output]` whose outer products sum to Hessians.
 
-    The Hessian of a datum's part in the loss over all mini-batches, by its own outputs.
+    The Hessian of a datum's part in the loss over all mini-batches, by its own outputs. For the
+    empirical Fisher there is one vector, the gradient of that part, in the oracle's scale.
     """
     terms, divisor = sum_of(request.loss), total_divisor(request)
     found = []
     for X, y in request.batches:
         with torch.no_grad():
             f = request.model(X.clone())
+        if request.fisher == "empirical":
+            found.append(grad(terms)(f, y).unsqueeze(0) / divisor**0.5)
+            continue
         shape = f.shape[1:]
 
         def of_datum(v: Tensor, t: Tensor, shape: torch.Size = shape) -> Tensor:
@@ -75,3 +92,83 @@ def total_divisor(request: Request) -> float:
     with torch.no_grad():
         f = torch.cat([request.model(X.clone()) for X, _ in request.batches])
     return float(sum_of(request.loss)(f, y) / request.loss(f, y))
+
+
+# ---- what comes back ----------------------------------------------------------------------------
+
+
+def from_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "..."]) -> DenseAnswer:
+    """The block of code that multiplies something shaped like a gradient with its curvature.
+
+    Use it for matrix-free code. Not where the matrix or its factors are there: return these.
+
+    Cost: a product for each of the gradient's entries.
+
+    Args:
+        product: The code: of the gradient's shape, and so is its result. It must be linear.
+        like: A gradient, in the order in which the answer's rows are numbered, see `LayerBlock`.
+    """
+    units = torch.eye(like.numel()).to(like).reshape(-1, *like.shape)
+    return DenseAnswer(torch.stack([product(unit).detach().flatten() for unit in units], 1))
+
+
+def from_preconditioner(
+    precondition: Callable[[Tensor], Tensor], like: Float[Tensor, "..."], damping: float
+) -> DenseAnswer:
+    """The block `M` of code that only returns `(M + damping I)^-1` times a gradient.
+
+    Use it for gradient preconditioners whose matrices cannot be read. Not for code that damps its
+    factors instead of the block: that has no `M` to be found; read its factors, or answer only
+    the cases of damped inverses.
+
+    Cost: as many gradients as one has entries, and the inverse of a matrix of that size. The
+    rounding of `M` is about the machine precision times its largest eigenvalue / `damping`: choose
+    a damping of the order of 1.
+
+    Args:
+        precondition: The code: of the gradient's shape, and so is its result.
+        like: A gradient, in the order in which the answer's rows are numbered, see `LayerBlock`.
+        damping: What the code adds to the diagonal.
+
+    Raises:
+        ValueError: If `damping` is not positive.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping is {damping}: pass the positive number that your code adds.")
+    M = torch.linalg.inv(from_products(precondition, like).M)
+    return DenseAnswer(M - damping * torch.eye(len(M)).to(M))
+
+
+def updates_to_forget(decay: float) -> int:
+    """How many updates with the same data leave nothing of where a running average started.
+
+    Use it for code that starts with the identity and cannot be told otherwise. Not where the decay
+    can be set to 0: then one update is enough.
+
+    Args:
+        decay: The share of the old value that an update keeps, from 0 to below 1.
+
+    Raises:
+        ValueError: If `decay` is not in this range.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}: it must be from 0 to below 1.")
+    rounding = torch.finfo(torch.float64).eps
+    return 1 if decay == 0 else math.ceil(math.log(rounding) / math.log(decay))
+
+
+def without_start(
+    average: Float[Tensor, "d d"], start: Float[Tensor, "d d"], decay: float, updates: int
+) -> Float[Tensor, "d d"]:
+    """The mean that a running average is of, without the share that its start still has in it.
+
+    Use it on factors, of updates that all had the same data. Not on inverses.
+
+    Args:
+        average: After all updates `average = decay * average + (1 - decay) * new`.
+        start: Before the first.
+        decay: The share of the old value that an update keeps.
+        updates: How many there were, at least one.
+    """
+    left = decay**updates
+    return (average - left * start) / (1 - left)

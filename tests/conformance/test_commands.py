@@ -10,10 +10,12 @@ from kfac_scratch.conformance.__main__ import main
 from kfac_scratch.conformance.cases.digests import Staleness
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.questions import case_digest
+from kfac_scratch.conformance.cases.selection import tasks
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.commands import authors
 from kfac_scratch.conformance.commands.skeletons import FOLDERS, KINDS, write_skeleton
-from kfac_scratch.conformance.judging.harness import run
+from kfac_scratch.conformance.commands.templates import SHAPES
+from kfac_scratch.conformance.judging.harness import missing, run
 from kfac_scratch.conformance.vectors import export, grid
 
 
@@ -42,11 +44,37 @@ def test_a_skeleton_of_a_family_has_cases(command, tmp_path):
     assert case.theorem in THEOREMS
 
 
-def test_a_skeleton_of_an_adapter_passes_or_refuses_every_case(command, tmp_path):
-    assert command("skeleton", "adapter", "toy", "--folder", tmp_path)[0] == 0
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_skeleton_of_an_adapter_passes_or_refuses_every_case(shape, command, tmp_path):
+    words = ("skeleton", "adapter", "toy", "--folder", tmp_path, "--shape", shape)
+    assert command(*words)[0] == 0
     adapter = runpy.run_path(str(tmp_path / "toy.py"))["Adapter"]()
     verdicts = {r.verdict for r in run(adapter, list(CASES.values())[:40:3])}
     assert verdicts == {"exact", "definition", "not-supported"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_skeleton_of_an_adapter_passes_or_refuses_all_cases(shape, tmp_path):
+    path, _ = write_skeleton("adapter", "toy", tmp_path, shape)
+    results = run(runpy.run_path(str(path))["Adapter"](), list(CASES.values()))
+    assert not [r for r in results if not r.passes]
+
+
+def test_a_stranger_without_a_loss_or_a_matrix_is_judged_on_many_questions(tmp_path):
+    """Of the same questions that are asked of who shows factors, and by any loss."""
+    path, _ = write_skeleton("adapter", "toy", tmp_path, "preconditioner")
+    offered = runpy.run_path(str(path))["Adapter"]().capabilities()
+    asked = [task for task in tasks() if not missing(offered, CASES[task[0]], task[1])]
+    assert len(asked) >= 150
+
+
+def test_only_adapters_have_shapes(command, tmp_path):
+    words = ("skeleton", "case", "toy", "--folder", tmp_path, "--shape", "dense")
+    status, _, error = command(*words)
+    assert status == 2
+    assert "leave out --shape dense" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_skeleton_of_a_finding_runs(command, tmp_path):

@@ -25,6 +25,8 @@ NAMES = [
     "attention-tokens-cross-entropy",
     "conv2d-plain-per-location-mse-mean",
     "batches-unequal-mse-mean",
+    "empirical-mlp-cross-entropy-mean",
+    "empirical-batches-cross-entropy",
 ]
 
 
@@ -75,3 +77,59 @@ def test_the_whole_batchs_gradient_mixes_data_and_is_something_else():
         G = torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1).flatten()
         found = found + torch.outer(G, G)
     check_differs(found, exact["fc1"][0], by=0.1)
+
+
+# ---- what comes back ----------------------------------------------------------------------------
+
+
+def psd(d):
+    R = torch.randn(d, d + 1)
+    return R @ R.T
+
+
+def test_products_with_unit_vectors_are_the_matrix():
+    A, B = psd(4), psd(3)
+    check_equal(drivers.from_products(lambda W: B @ W @ A, torch.randn(3, 4)).M, torch.kron(B, A))
+
+
+@pytest.mark.parametrize("damping", [0.1, 1.0, 10.0])
+def test_the_matrix_of_a_preconditioner_is_found(damping):
+    M = torch.kron(psd(3), psd(4))
+
+    def precondition(W):
+        return torch.linalg.solve(M + damping * torch.eye(12), W.flatten()).reshape(3, 4)
+
+    check_equal(drivers.from_preconditioner(precondition, torch.randn(3, 4), damping).M, M)
+    off = drivers.from_preconditioner(precondition, torch.randn(3, 4), 2 * damping).M
+    check_equal(off, M - damping * torch.eye(12))
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
+def test_a_preconditioner_without_damping_is_refused(damping):
+    with pytest.raises(ValueError, match=f"damping is {damping}: pass the positive number"):
+        drivers.from_preconditioner(lambda W: W, torch.ones(2, 2), damping)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 0.95])
+def test_a_running_average_forgets_its_start(decay):
+    M, average, updates = psd(4), 1e3 * torch.eye(4), drivers.updates_to_forget(decay)
+    for i in range(updates):
+        if i == updates // 2 and decay:
+            check_differs(average, M, by=1e-11)
+        average = decay * average + (1 - decay) * M
+    check_equal(average, M)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_a_running_average_that_never_forgets_is_refused(decay):
+    with pytest.raises(ValueError, match=f"decay is {decay}: it must be"):
+        drivers.updates_to_forget(decay)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 7])
+def test_the_start_of_a_running_average_can_be_taken_out(updates):
+    M, start, average = psd(4), torch.eye(4), torch.eye(4)
+    for _ in range(updates):
+        average = 0.9 * average + 0.1 * M
+    check_differs(average, M)
+    check_equal(drivers.without_start(average, start, 0.9, updates), M)

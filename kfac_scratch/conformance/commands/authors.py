@@ -14,6 +14,7 @@ from kfac_scratch.conformance.cases.families import CASES, family
 from kfac_scratch.conformance.cases.questions import case_digest
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.commands.skeletons import KINDS, write_skeleton
+from kfac_scratch.conformance.commands.templates import SHAPES
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.vectors.export import TIES, exported, known_ties, new_ties
 
@@ -24,6 +25,8 @@ def add_authoring_commands(commands: Any) -> None:
     command.add_argument("kind", choices=KINDS)
     command.add_argument("name", help="of the module: letters, digits and _")
     command.add_argument("--folder", type=Path, help="where; default: where this package looks")
+    words = "what an adapter's implementation shows; default: its factors"
+    command.add_argument("--shape", choices=SHAPES, default="factors", help=words)
     command.set_defaults(call=skeleton_command)
 
     command = commands.add_parser("show", help="what a case asks, and why it is exact")
@@ -41,7 +44,7 @@ def add_authoring_commands(commands: Any) -> None:
 
 def skeleton_command(args: argparse.Namespace) -> int:
     """Write a case family, an adapter or a finding that runs as it stands."""
-    path, further = write_skeleton(args.kind, args.name, args.folder)
+    path, further = write_skeleton(args.kind, args.name, args.folder, args.shape)
     print(f"{path}\n\nIt runs as it stands. Change it, then:\n")
     print("\n".join(f"    {line}" for line in further))
     return 0

@@ -11,27 +11,30 @@ from kfac_scratch.conformance import adapters
 from kfac_scratch.conformance.audit import findings
 from kfac_scratch.conformance.audit.stale import AUDIT, COMMAND
 from kfac_scratch.conformance.cases import families
-from kfac_scratch.conformance.commands.templates import ADAPTER, FAMILY, FINDING
+from kfac_scratch.conformance.commands.templates import FAMILY, FINDING, SHAPES
 
 FOLDERS: dict[str, Path] = {
     "case": Path(families.__file__).parent,
     "adapter": Path(adapters.__file__).parent,
     "finding": Path(findings.__file__).parent,
 }
-TEMPLATES = {"case": FAMILY, "adapter": ADAPTER, "finding": FINDING}
-KINDS = tuple(TEMPLATES)
+TEMPLATES = {"case": FAMILY, "finding": FINDING}
+KINDS = tuple(FOLDERS)
 
 
-def write_skeleton(kind: str, name: str, folder: Path | None = None) -> tuple[Path, list[str]]:
+def write_skeleton(
+    kind: str, name: str, folder: Path | None = None, shape: str = "factors"
+) -> tuple[Path, list[str]]:
     """Write a file that runs as it stands; its path, and the commands that come next.
 
     Args:
         kind: One of `KINDS`.
         name: Of the module. A finding's begins with its library's, `library_slug`.
         folder: Where; by default the folder in which this package finds it without being told.
+        shape: What an adapter's implementation shows, one of `SHAPES`.
 
     Raises:
-        ValueError: If the name is no module's, or the file exists.
+        ValueError: If the name is no module's, the file exists, or what is no adapter has a shape.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{name!r} is no name: lower-case letters, digits and _, a letter first.")
@@ -42,7 +45,10 @@ def write_skeleton(kind: str, name: str, folder: Path | None = None) -> tuple[Pa
         raise ValueError(f"{path} exists already.")
     module = FURTHER_MODULE[kind](name) if folder is None else name
     words = {"name": name, "dashed": name.replace("_", "-"), "library": name.split("_")[0]}
-    text = TEMPLATES[kind].substitute(words | {"module": module})
+    if kind != "adapter" and shape != "factors":
+        raise ValueError(f"A {kind} has no shape: leave out --shape {shape}, which adapters have.")
+    template = SHAPES[shape] if kind == "adapter" else TEMPLATES[kind]
+    text = template.substitute(words | {"module": module})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path, FURTHER[kind](name, module)

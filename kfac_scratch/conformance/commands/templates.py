@@ -1,4 +1,7 @@
-"""What skeletons are written from: Python with `$$name`, `$$dashed`, `$$library` and `$$module`."""
+"""What skeletons are written from: Python with `$$name`, `$$dashed`, `$$library` and `$$module`.
+
+An adapter comes in the four shapes that an implementation's numbers have: `SHAPES`.
+"""
 
 from string import Template
 
@@ -26,7 +29,7 @@ CASES = [
 ]
 ''')
 
-ADAPTER = Template('''\
+WITH_NUMBERS = '''\
 """$name: KFAC for linear layers under squared error, in forty lines.
 
 Scale: the curvature is that of the loss exactly as PyTorch computes it, so that every scale is 1.
@@ -36,18 +39,12 @@ cover (positions, a layer that is used twice) it refuses with a reason.
 """
 
 from collections.abc import Mapping
-from typing import Any
+${partial}from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfac_scratch.conformance.protocol import (
-    Capabilities,
-    KroneckerAnswer,
-    LayerBlock,
-    NotSupported,
-    Request,
-)
+$imports
 
 
 class Adapter:
@@ -64,16 +61,17 @@ class Adapter:
         return 1.0
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
-        """Both factors of every layer."""
+        """Every layer's block, as $shape."""
         inputs, outputs, f = recorded(request)
         grads = sent_back(request, f, list(outputs.values()))
         found = {}
         for name, g in zip(outputs, grads, strict=True):
             a = with_bias(request, name, inputs[name])
             A, B = a.T @ a / len(a), torch.einsum("vno,vnp->op", g, g)
-            found[name] = LayerBlock(joint=KroneckerAnswer(A, B))
+            answer = $answer
+            found[name] = LayerBlock(joint=answer)
         return found
-
+$product
 
 def recorded(request: Request) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Inputs and outputs of all layers by name, and the network's output."""
@@ -118,7 +116,179 @@ def with_bias(request: Request, name: str, x: Tensor) -> Tensor:
     """A layer's inputs, with a 1 behind them if it has a bias."""
     has_bias = request.model.get_submodule(name).bias is not None
     return torch.cat([x, torch.ones_like(x[:, :1])], 1) if has_bias else x
-''')
+'''
+
+PRECONDITIONER = '''\
+"""$name: an optimizer's preconditioner, which knows no loss and shows no matrix.
+
+As it stands, the implementation is the class `Preconditioner` below: put yours in its place. It is
+driven with linear losses, see `drivers`; what it does to every unit vector tells its matrix.
+
+Scale: with a linear loss, what is summed over rows is the curvature as it is: every scale is 1.
+
+Not asked for: convolutions, several mini-batches, whose running average is not that of all data.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kfac_scratch.conformance import drivers
+from kfac_scratch.conformance.protocol import (
+    Capabilities,
+    LayerBlock,
+    NotSupported,
+    Request,
+    VectorAnswer,
+)
+
+DAMPING = 1.0
+
+
+class Preconditioner:
+    """KFAC for linear layers: hooks see inputs and gradients, and `step` changes `.grad`.
+
+    The averages start at the identity.
+    """
+
+    def __init__(self, model: nn.Module, damping: float, decay: float = 0.1) -> None:
+        self.damping, self.decay = damping, decay
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        self.inputs: dict[nn.Linear, Tensor] = {}
+        self.A = {m: torch.eye(matrix(m).shape[1]).to(m.weight) for m in self.layers}
+        self.B = {m: torch.eye(m.out_features).to(m.weight) for m in self.layers}
+        for m in self.layers:
+            m.register_forward_hook(self.forward)
+
+    def forward(self, layer: nn.Linear, args: tuple[Tensor, ...], z: Tensor) -> Tensor:
+        """What a layer gets; what it returns is watched."""
+        if layer in self.inputs:
+            raise NotSupported("a layer that is used twice")
+        a = args[0].detach().flatten(0, -2)
+        ones = a.new_ones(len(a), int(layer.bias is not None))
+        self.inputs[layer] = torch.cat([a, ones], 1)
+        z = z.clone()  # the next layer may write in place
+        z.register_hook(lambda g: self.backward(layer, g))
+        return z
+
+    def backward(self, layer: nn.Linear, g: Tensor) -> None:
+        """The running averages: of a mean over rows for `A`, and of a sum for `B`."""
+        a, g = self.inputs.pop(layer), g.flatten(0, -2)
+        for factors, new in ((self.A, a.mT @ a / len(a)), (self.B, g.mT @ g)):
+            factors[layer] = self.decay * factors[layer] + (1 - self.decay) * new
+
+    def step(self) -> None:
+        """Every layer's gradient becomes `(B x A + damping)^-1` times it."""
+        for m in self.layers:
+            (a, QA), (b, QB) = torch.linalg.eigh(self.A[m]), torch.linalg.eigh(self.B[m])
+            W = QB.mT @ matrix(m) @ QA / (torch.outer(b, a) + self.damping)
+            set_matrix(m, QB @ W @ QA.mT)
+
+
+def matrix(layer: nn.Linear) -> Tensor:
+    """A layer's gradient, or its values if there is none, with the bias as last column."""
+    parts = [p if p.grad is None else p.grad for p in layer.parameters()]
+    return torch.cat([p.detach().reshape(len(p), -1) for p in parts], 1)
+
+
+def set_matrix(layer: nn.Linear, W: Tensor) -> None:
+    """The inverse of `matrix`."""
+    parts = W.split([layer.in_features, W.shape[1] - layer.in_features], 1)
+    for p, part in zip(layer.parameters(), parts, strict=False):
+        p.grad = part.reshape(p.shape).clone()
+
+
+class Adapter:
+    """What the preconditioner does to every unit vector."""
+
+    def capabilities(self) -> Capabilities:
+        """Linear layers, any loss, one batch, and what it does to a gradient."""
+        return Capabilities(
+            "$name",
+            "1",
+            fishers=frozenset({"type2", "empirical"}),
+            ops=frozenset({"linear"}),
+            losses=frozenset({"mse", "cross-entropy", "bce"}),
+            batches=False,
+            damping=frozenset({"exact"}),
+        )
+
+    def scale(self, request: Request, layer: str, part: str) -> float | None:
+        """The loss's own."""
+        return 1.0
+
+    def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
+        """Every layer's block, or its preconditioned gradient if that is asked for."""
+        damping = request.damping[1] if request.damping else DAMPING
+        [(X, v)] = drivers.rows(request)  # runs the model, so before there are hooks
+        implementation = Preconditioner(request.model, damping)
+        for _ in range(drivers.updates_to_forget(implementation.decay)):
+            (request.model(X) * v).sum().backward()
+        for name, p in request.model.named_parameters():
+            p.grad = request.gradient[name].clone() if request.damping else p.grad
+        if request.damping:
+            implementation.step()
+        return {name: self.block(implementation, request, name) for name in request.layers}
+
+    def block(self, implementation: Preconditioner, request: Request, name: str) -> LayerBlock:
+        """One layer's."""
+        layer = request.model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+
+        def precondition(W: Tensor) -> Tensor:
+            set_matrix(layer, W)
+            implementation.step()
+            return matrix(layer)
+
+        if request.damping:
+            return LayerBlock(joint=VectorAnswer(matrix(layer)))
+        return LayerBlock(joint=drivers.from_preconditioner(precondition, matrix(layer), DAMPING))
+'''
+
+
+def with_numbers(
+    shape: str, answer: str, imports: str, partial: str = "", product: str = ""
+) -> Template:
+    """An adapter's template, with the lines in which the shapes differ."""
+    found = {"shape": shape, "answer": answer, "imports": imports}
+    found |= {"partial": partial, "product": product}
+    return Template(Template(WITH_NUMBERS).safe_substitute(found))
+
+
+PROTOCOL = """\
+from kfac_scratch.conformance.protocol import (
+    Capabilities,
+    LayerBlock,
+    NotSupported,
+    Request,
+)"""
+PRODUCT = '''
+
+def product(A: Tensor, B: Tensor, W: Tensor) -> Tensor:
+    """The block times a gradient `[d_out, d_in]`, as code without matrices has it."""
+    return B @ W @ A
+'''
+SHAPES = {
+    "factors": with_numbers(
+        "its two factors",
+        "KroneckerAnswer(A, B)",
+        PROTOCOL.replace("Capabilities,", "Capabilities,\n    KroneckerAnswer,"),
+    ),
+    "dense": with_numbers(
+        "a whole matrix",
+        "DenseAnswer(torch.kron(B, A))",
+        PROTOCOL.replace("Capabilities,", "Capabilities,\n    DenseAnswer,"),
+    ),
+    "product": with_numbers(
+        "its products with unit vectors",
+        "drivers.from_products(partial(product, A, B), torch.outer(B[0], A[0]))",
+        f"from kfac_scratch.conformance import drivers\n{PROTOCOL}",
+        partial="from functools import partial\n",
+        product=PRODUCT,
+    ),
+    "preconditioner": Template(PRECONDITIONER),
+}
 
 FINDING = Template('''\
 """The squared error is taken with one half in front of it.
