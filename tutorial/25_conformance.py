@@ -21,7 +21,9 @@
 # And no two codes agree on what they divide by, where the bias stands and in which order weights
 # are numbered. This chapter is for somebody with an implementation of their own, in whatever
 # framework. It shows an **oracle** that tells what is wrong with it, and in which way; then it
-# takes a first KFAC, as people really write it, from no case passing to all.
+# takes a first KFAC, as people really write it, from no case passing to all. If you only want to
+# run it on your code, read [What your code shows](#what-your-code-shows) and
+# [How to use it](#how-to-use-it).
 
 # %%
 import math
@@ -249,9 +251,16 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # %% [markdown]
 # ## What your code shows
 #
-# The oracle compares matrices, and your code may not show any. Four shapes are common. For each of
-# them, `python -m kfac_scratch.conformance skeleton adapter NAME --shape SHAPE` writes an adapter
-# that runs as it stands, for a small implementation in the same file. Put yours in its place.
+# What you write for the oracle is an **adapter**: a class that says what your code offers
+# (`capabilities`), returns its numbers for a request (`blocks`), and says what its documentation
+# states about their scale (`scale`). The oracle compares matrices, and your code may not show any.
+# Four shapes are common. This command writes an adapter of a shape into the folder where you are; it
+# runs as it stands, for a small implementation in the same file. Put yours in its place.
+#
+# ```sh
+# python -m kfac_scratch.conformance skeleton adapter mine --folder . --shape preconditioner
+# python -m kfac_scratch.conformance run --adapter mine:Adapter -k "deep-linear*"
+# ```
 #
 # | Your code has, for each layer | Shape | The adapter returns |
 # | --- | --- | --- |
@@ -260,21 +269,38 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # | a product with a vector | `product` | `drivers.from_products(product, like)` |
 # | nothing but gradients that it changes | `preconditioner` | `drivers.from_preconditioner(...)` |
 #
+# Questions come in *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and
+# EKFAC ([Chapter 10](10_ekfac.py)). They ask for one of three *Fishers*: `type2` is the Fisher over the
+# model's own labels, computed exactly ([Chapter 3](03_losses.py)), `mc` draws labels, and `empirical`
+# takes those of the data. An adapter claims what it has of both. Hooks look through any network, so leave
+# `ops` empty for them, and raise `NotSupported` for a layer that your code has nothing for.
+#
 # The last shape is that of most optimizers. An optimizer gives no matrix, and it is never told what
-# the loss is. It can be asked all the same:
+# the loss is. It can be asked all the same, with `kfac_scratch.conformance.drivers`:
 #
 # - **No loss.** An optimizer sees what arrives in the backward pass. With the linear loss $\langle f,
-#   v \rangle$, the vector $v$ arrives at the output. `drivers.rows` repeats the batch for every column
-#   $v$ of a square root of the loss's Hessian. Then the sum over rows is the Fisher of the *real*
-#   loss, exactly, whatever that is.
-# - **Running averages.** Most start at the identity. Show them the same rows
-#   `drivers.updates_to_forget(decay)` times, and the start is gone. For code whose factors can be read,
-#   `drivers.without_start` takes it out of them after a single update.
-# - **Scales.** Code may divide by the number of rows, for example. Multiply the vectors by the root of
-#   what it divides by; or let `scale` state the factor if it is documented.
+#   v \rangle$, the vector $v$ arrives at the output. `drivers.rows` returns the batch once for every
+#   column $v$ of a square root of the loss's Hessian, one below the other. The Hessian contains what the
+#   loss divides by. So the right $B$ is the plain sum of $g g^\top$ over all these rows, and the right
+#   $A$ is the mean of $a a^\top$.
+# - **Your code's own divisor.** If it takes the mean of $g g^\top$ where the sum is right, multiply the
+#   vectors by the root of the number of rows in the batch. Do this only with a number that is the same
+#   for all layers. What differs between layers, such as their positions, must stay visible: it is a
+#   finding.
+# - **What users get.** Linear losses do not show what the code makes of a *mean* loss, where the factor
+#   $1 / N^2$ of the first section hides. Drive the `empirical` questions with the loss itself, as your
+#   users do, and state the scale that your documentation gives. This is what the skeleton does.
+# - **Running averages.** Most start at the identity. Set the decay to 0 if you can. Otherwise show the
+#   same rows `drivers.updates_to_forget(decay)` times, and the start is gone. For code whose factors can
+#   be read, `drivers.without_start` takes it out of them.
+# - **Everything else in a step.** Switch off clipping, momentum and whatever is not linear in the
+#   gradient. Keep the inverse as it is while you ask.
 # - **No matrix.** The preconditioner's effect on every unit vector is the inverse
-#   $P = (M + \delta I)^{-1}$. So $M = P^{-1} - \delta I$. If the code damps its factors instead of the
-#   block, there is no such $M$: read the factors.
+#   $P = (M + \delta I)^{-1}$. So $M = P^{-1} - \delta I$. `drivers.from_preconditioner` does this twice, the
+#   second time with a damping of the size of $M$, where rounding is smallest. If your code damps its
+#   factors instead of the block, there is no such $M$: read the factors.
+# - **Single precision inside.** Code that computes its eigenvectors in `float32`, whatever it is given,
+#   is told so. Claim `dtypes={"float32"}`, or let the adapter replace that line, and say that it does.
 #
 # This is the whole adapter of the last shape. Its implementation has hooks and running averages, and
 # its only effect is on `.grad`.
@@ -352,10 +378,9 @@ class FirstTry:
 #
 # ### The adapter
 #
-# The oracle knows nothing of your classes. What you write for it is an **adapter** of three
-# methods: what you offer, your raw numbers for a request, and by what your documentation says that
-# they exceed the canonical ones (`None` if it says nothing). It never permutes or rescales by
-# itself.
+# The oracle knows nothing of your classes. The adapter's three methods say what you offer, your raw
+# numbers for a request, and by what your documentation says that they exceed the canonical ones
+# (`None` if it says nothing). An adapter never permutes or rescales by itself.
 
 
 # %%
@@ -830,8 +855,8 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # %% [markdown]
 # ## How to use it
 #
-# **From the command line.** An adapter is a class in a module that can be imported. It runs in a
-# process of its own, so that a crash or a hang is a verdict and not the end. Only its numbers come
+# **From the command line.** An adapter is a class in a module that can be imported, from the folder
+# where you are, for example. It runs in a process of its own, so that a crash or a hang is a verdict and not the end. Only its numbers come
 # back, and the verdict is made outside of that process. `-k` takes part of an identifier or a
 # pattern, `--tag` a tag or a family. The exit status is 0 if everything is as expected, 1 if
 # something is not, and 2 if an option or a file makes no sense.

@@ -2,8 +2,7 @@ r"""Drive code that has no loss argument, or that draws labels by itself: make i
 
 An optimizer sees gradients only. If the loss is replaced by the linear function $\langle f, v
 \rangle$, the vector sent backward is $v$; with the columns $v$ of a square root of every datum's
-loss Hessian, one after the other, the sum of what it collects is the type-2 curvature, exactly. For
-the empirical Fisher, the one column is the loss's gradient.
+loss Hessian, one after the other, the sum of what it collects is the type-2 curvature, exactly.
 
 - `rows`: every mini-batch is repeated for all columns, so that a row of the batch is one pair of
   datum and column. One pass; right also for code that squares gradients of rows (EKFAC).
@@ -12,7 +11,9 @@ the empirical Fisher, the one column is the loss's gradient.
 Both run the model, without gradients: call them before your code puts hooks into it.
 
 What such code divides by (the number of rows, say) is its own affair: an adapter multiplies the
-vectors by the root of it, or states it as a scale.
+vectors by the root of it, or states it as a scale. It must be one number for all layers: what
+differs between layers is a finding and stays visible. What the code makes of a mean loss is not
+seen with linear losses. For the empirical Fisher, use the loss itself, as its users do.
 
 What comes back need not be a matrix:
 
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import grad, hessian, vmap
+from torch.func import hessian, vmap
 
 from kfac_scratch.conformance.protocol import DenseAnswer, Request
 
@@ -37,17 +38,13 @@ from kfac_scratch.conformance.protocol import DenseAnswer, Request
 def roots(request: Request) -> list[Tensor]:
     """For every mini-batch, vectors `[V, N, *output]` whose outer products sum to Hessians.
 
-    The Hessian of a datum's part in the loss over all mini-batches, by its own outputs. For the
-    empirical Fisher there is one vector, the gradient of that part, in the oracle's scale.
+    The Hessian of a datum's part in the loss over all mini-batches, by its own outputs.
     """
     terms, divisor = sum_of(request.loss), total_divisor(request)
     found = []
     for X, y in request.batches:
         with torch.no_grad():
             f = request.model(X.clone())
-        if request.fisher == "empirical":
-            found.append(grad(terms)(f, y).unsqueeze(0) / divisor**0.5)
-            continue
         shape = f.shape[1:]
 
         def of_datum(v: Tensor, t: Tensor, shape: torch.Size = shape) -> Tensor:
@@ -113,30 +110,45 @@ def from_products(product: Callable[[Tensor], Tensor], like: Float[Tensor, "..."
 
 
 def from_preconditioner(
-    precondition: Callable[[Tensor], Tensor], like: Float[Tensor, "..."], damping: float
+    precondition: Callable[[Tensor, float], Tensor], like: Float[Tensor, "..."]
 ) -> DenseAnswer:
     """The block `M` of code that only returns `(M + damping I)^-1` times a gradient.
 
-    Use it for gradient preconditioners whose matrices cannot be read. Not for code that damps its
-    factors instead of the block: that has no `M` to be found; read its factors, or answer only
-    the cases of damped inverses.
+    Use it for gradient preconditioners whose matrices cannot be read. Switch off whatever is not
+    linear in the gradient, clipping for example, and let the matrices stay as they are meanwhile.
+    Not for code that damps its factors instead of the block: that has no `M` to be found; read its
+    factors, or answer only the cases of damped inverses.
 
-    Cost: as many gradients as one has entries, and the inverse of a matrix of that size. The
-    rounding of `M` is about the machine precision times its largest eigenvalue / `damping`: choose
-    a damping of the order of 1.
+    Cost: as many gradients as one has entries, and the inverse of a matrix of that size; twice
+    that if `M` is far from 1. The rounding of `M` is the smallest with a damping near its largest
+    eigenvalue, which is tried second.
 
     Args:
-        precondition: The code: of the gradient's shape, and so is its result.
+        precondition: The code, of a gradient and a damping. What it returns has the gradient's
+            shape.
         like: A gradient, in the order in which the answer's rows are numbered, see `LayerBlock`.
-        damping: What the code adds to the diagonal.
 
     Raises:
-        ValueError: If `damping` is not positive.
+        ValueError: If what is found has no positive eigenvalue.
     """
-    if not damping > 0:
-        raise ValueError(f"damping is {damping}: pass the positive number that your code adds.")
-    M = torch.linalg.inv(from_products(precondition, like).M)
-    return DenseAnswer(M - damping * torch.eye(len(M)).to(M))
+    M = _undamped(precondition, like, 1.0)
+    if torch.linalg.matrix_norm(M) < 1e-6:  # below its rounding nothing can be seen
+        M = _undamped(precondition, like, 1e-6)
+    largest = float(torch.linalg.eigvalsh((M + M.mT) / 2)[-1])
+    if not largest > 0:
+        raise ValueError(
+            f"The largest eigenvalue that was found is {largest}: precondition(W, damping) must "
+            "return the damped inverse times W, and must not be the identity."
+        )
+    return DenseAnswer(_undamped(precondition, like, largest))
+
+
+def _undamped(
+    precondition: Callable[[Tensor, float], Tensor], like: Tensor, damping: float
+) -> Tensor:
+    P = from_products(lambda W: precondition(W, damping), like).M
+    M = torch.linalg.inv(P)
+    return M - damping * torch.eye(len(M)).to(M)
 
 
 def updates_to_forget(decay: float) -> int:

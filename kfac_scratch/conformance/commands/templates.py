@@ -124,7 +124,8 @@ PRECONDITIONER = '''\
 As it stands, the implementation is the class `Preconditioner` below: put yours in its place. It is
 driven with linear losses, see `drivers`; what it does to every unit vector tells its matrix.
 
-Scale: with a linear loss, what is summed over rows is the curvature as it is: every scale is 1.
+Scale: sums over rows, so that with linear losses every scale is 1. With a mean loss as its users
+pass it, gradients are divided by `D`, what the mean divides by, and the block is too small by `D`.
 
 Not asked for: convolutions, several mini-batches, whose running average is not that of all data.
 """
@@ -143,8 +144,6 @@ from kfac_scratch.conformance.protocol import (
     VectorAnswer,
 )
 
-DAMPING = 1.0
-
 
 class Preconditioner:
     """KFAC for linear layers: hooks see inputs and gradients, and `step` changes `.grad`.
@@ -152,7 +151,7 @@ class Preconditioner:
     The averages start at the identity.
     """
 
-    def __init__(self, model: nn.Module, damping: float, decay: float = 0.1) -> None:
+    def __init__(self, model: nn.Module, damping: float = 1.0, decay: float = 0.1) -> None:
         self.damping, self.decay = damping, decay
         self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
         self.inputs: dict[nn.Linear, Tensor] = {}
@@ -215,19 +214,22 @@ class Adapter:
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
-        """The loss's own."""
-        return 1.0
+        """As the documentation says."""
+        return 1.0 if request.fisher == "type2" else 1 / self.divisor
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """Every layer's block, or its preconditioned gradient if that is asked for."""
-        damping = request.damping[1] if request.damping else DAMPING
-        [(X, v)] = drivers.rows(request)  # runs the model, so before there are hooks
-        implementation = Preconditioner(request.model, damping)
+        self.divisor = drivers.total_divisor(request)  # runs the model: before there are hooks
+        [(X, v)] = drivers.rows(request) if request.fisher == "type2" else request.batches
+        implementation = Preconditioner(request.model)
         for _ in range(drivers.updates_to_forget(implementation.decay)):
-            (request.model(X) * v).sum().backward()
+            f = request.model(X)
+            loss = (f * v).sum() if request.fisher == "type2" else request.loss(f, v)
+            loss.backward()
         for name, p in request.model.named_parameters():
             p.grad = request.gradient[name].clone() if request.damping else p.grad
         if request.damping:
+            implementation.damping = request.damping[1]
             implementation.step()
         return {name: self.block(implementation, request, name) for name in request.layers}
 
@@ -236,14 +238,15 @@ class Adapter:
         layer = request.model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
 
-        def precondition(W: Tensor) -> Tensor:
+        def precondition(W: Tensor, damping: float) -> Tensor:
             set_matrix(layer, W)
+            implementation.damping = damping
             implementation.step()
             return matrix(layer)
 
         if request.damping:
             return LayerBlock(joint=VectorAnswer(matrix(layer)))
-        return LayerBlock(joint=drivers.from_preconditioner(precondition, matrix(layer), DAMPING))
+        return LayerBlock(joint=drivers.from_preconditioner(precondition, matrix(layer)))
 '''
 
 
