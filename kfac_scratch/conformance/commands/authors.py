@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from textwrap import fill
@@ -15,7 +15,9 @@ from kfac_scratch.conformance.cases.questions import case_digest
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.commands.skeletons import KINDS, write_skeleton
 from kfac_scratch.conformance.judging import truth
+from kfac_scratch.conformance.judging.flags import MEANINGS, flags
 from kfac_scratch.conformance.vectors.export import TIES, exported, known_ties, new_ties
+from kfac_scratch.conformance.vocabulary import Flavour
 
 
 def add_authoring_commands(commands: Any) -> None:
@@ -110,9 +112,18 @@ def described_case(case: Case) -> str:
         f"  loss      {_loss(case)}, inputs {list(data.X.shape)}{batches}",
         *[f"  sizes     {name}: {_letters(sizes[name])}" for name in case.judged],
         f"  tags      {', '.join(case.tags) or '-'}",
-        f"  flags     {', '.join(case.flags) or '-'}",
+        f"  theorem   {case.theorem}:",
+        _indented(THEOREMS[case.theorem]),
+        "  flags     mistakes that it catches, and the change relative to the largest entry:",
+        *[_flag(key, changes) for key, changes in flags(case).items()],
     ]
-    return "\n".join([*lines, f"  theorem   {case.theorem}:", _indented(THEOREMS[case.theorem])])
+    return "\n".join(lines)
+
+
+def _flag(key: str, changes: Mapping[Flavour, float]) -> str:
+    """A flag with its meaning, and its effect on every flavour that catches it."""
+    by_flavour = ", ".join(f"{flavour} {change:.2g}" for flavour, change in changes.items())
+    return _indented(f"{key} ({by_flavour}): {MEANINGS[key]}")
 
 
 def _network(case: Case) -> list[str]:
