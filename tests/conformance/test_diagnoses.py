@@ -171,6 +171,14 @@ SOME = [
     ("inverse-exact-0.25-mlp", "expand"),
     ("inverse-factored-0.25-mlp", "expand"),
     ("padded-sentences-cross-entropy", "expand"),
+    ("entry-weights-constant-mean", "expand"),
+    ("label-smoothing-class-weights-one-datum-mean", "expand"),
+    ("layer-norm-mlp-mse", "expand"),
+    ("layer-norm-last-layer-mse", "expand"),
+    ("used-at-other-positions-mse", "expand"),
+    ("ekfac-used-in-a-row-mse", "ekfac"),
+    ("inverse-factored-cnn-groups", "expand"),
+    ("tied-head-pooled-mse", "reduce"),
 ]
 
 
@@ -225,7 +233,7 @@ def test_what_leaves_a_case_right_is_never_named_on_any_case():
         ("padding_mode", lambda op: op.kind == "conv" and op["padding_mode"] != "zeros"),
         ("dilation", lambda op: op.kind == "conv" and op["dilation"] > 1),
         ("stride", lambda op: op.kind == "conv" and op["stride"] > 1),
-        ("groups", lambda op: op.groups > 1),
+        ("groups of a convolution", lambda op: op.groups > 1),
         ("patches", lambda op: op.kind == "conv"),
         ("input of the bias", lambda op: op["bias"]),
     ],

@@ -435,7 +435,7 @@ def inverted(M: Tensor, W: Tensor) -> Tensor:
     """An inverse times a vector; not a number where there is none, on every machine alike."""
     try:
         return torch.linalg.solve(M, W)
-    except torch.linalg.LinAlgError:  # a rounding decides whether a pivot is exactly zero
+    except RuntimeError:  # a rounding decides whether a pivot is exactly zero
         return torch.full_like(W, torch.nan)
 
 
