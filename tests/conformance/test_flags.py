@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kfac_scratch.conformance.adapters.ours import Adapter
-from kfac_scratch.conformance.cases.families import CASES, family
+from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.judging import harness, truth
-from kfac_scratch.conformance.judging.flags import MEANINGS, changes, difference, flags
+from kfac_scratch.conformance.judging.flags import MEANINGS, difference, flags
 from kfac_scratch.conformance.judging.judge import judge
 from kfac_scratch.conformance.judging.mistakes import MISTAKES, answers, inverted
 from kfac_scratch.conformance.judging.pieces import Answer
@@ -25,9 +25,9 @@ SHIPPED = json.loads((files.SHIPPED / "manifest.json").read_text(encoding="utf-8
 FLAGS = {entry["id"]: entry["flags"] for entry in SHIPPED["cases"]}
 
 
-def flagged(case):
-    """Keys of mistakes and flavours that catch them."""
-    return {(key, flavour) for key, by_flavour in flags(case).items() for flavour in by_flavour}
+def listed(case):
+    """A case's flags as the vectors list them."""
+    return {key: list(by_flavour) for key, by_flavour in flags(case).items()}
 
 
 def made(case):
@@ -42,41 +42,37 @@ def made(case):
 # ---- the mistake of a flag fails -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", thinned(OTHERS, 40, kind=family), ids=str)
+@pytest.mark.parametrize("case", thinned(OTHERS, 16), ids=str)
 def test_the_judge_rejects_a_mistake_exactly_where_its_flag_says(case):
-    rejected, letters = set(), truth.letters(case, case.build())
+    """And no flag hangs on a rounding: the vectors' flags are the same on every machine."""
+    rejected, letters = {}, truth.letters(case, case.build())
     for key, flavour, got, right in made(case):
+        change = difference(got, right)
+        assert not case.tolerance / 10 < change < 10 * case.tolerance, (key, flavour)
         if not judge(case, flavour, got, right, dict.fromkeys(right, 1.0), letters).passes:
-            rejected.add((key, flavour))
-    assert flagged(case) == rejected
+            rejected.setdefault(key, []).append(flavour)
     assert rejected
+    assert rejected == (FLAGS[case.id] if case.id in FLAGS else listed(case))
 
 
-@pytest.mark.parametrize("case", thinned(SAMPLED, 4), ids=str)
+@pytest.mark.parametrize("case", thinned(SAMPLED, 8), ids=str)
 def test_random_draws_with_a_flagged_mistake_are_rejected(case):
     """Draws that are right, moved to the mean that the mistake gives."""
     (flavour,) = case.flavours
-    given, said = harness.answered(Adapter(), case, flavour), flagged(case)
+    given, said = harness.answered(Adapter(), case, flavour), flags(case)
     assert harness.judged(case, flavour, given).passes
     for key, _, got, right in made(case):
-        if (key, flavour) in said:
+        if key in said:
             shift = {at: got[at] - M for at, M in right.items()}
             moved = [{at: M + shift[at] for at, M in draw.items()} for draw in given.draws]
             assert not harness.judged(case, flavour, Answer(moved, given.scales)).passes, key
-
-
-@pytest.mark.parametrize("case", thinned(OTHERS, 40, kind=family), ids=str)
-def test_no_flag_hangs_on_a_rounding(case):
-    """So that the vectors' flags are the same on every machine."""
-    for key, flavour, change in changes(case):
-        assert not case.tolerance / 10 < change < 10 * case.tolerance, (key, flavour)
 
 
 def test_a_mistake_that_leaves_a_case_right_is_no_flag():
     assert "padding-mode" in flags(CASES["conv2d-circular-pooled-mse"])
     assert "padding-mode" not in flags(CASES["conv2d-padding-pooled-mse"])
     assert "weights" not in flags(CASES["class-weights-one-datum-mean"])  # they cancel
-    assert "weights" in flags(CASES["class-weights-one-datum-sum"])
+    assert "weights" in flags(CASES["class-weights-mlp-mean"])
 
 
 def test_where_there_is_no_inverse_the_answer_is_no_number():
@@ -142,7 +138,7 @@ def test_most_pieces_of_the_museum_are_flags():
 
 @pytest.mark.parametrize("slug", [slug for slug, tasks in TASKS.items() if tasks])
 def test_a_piece_of_the_museum_fails_where_the_flag_of_its_name_says(slug):
-    check_piece(slug, TASKS[slug][:1] + TASKS[slug][1::40])
+    check_piece(slug, TASKS[slug][:1] + TASKS[slug][1::120])
 
 
 @pytest.mark.slow

@@ -884,13 +884,13 @@ STEPS = [
         "as if different data were summed before the square",
         lambda asked: asked.case.fisher != "mc",  # whose labels are independent
         vector_factor=data_joined,
-        squares=gradients_joined,
     ),
     step(
-        "cross-terms-in-eigenvectors",
-        "as if different data were summed before the square, in EKFAC's eigenvectors alone",
+        "cross-terms-in-scales",
+        "as if different data were summed before the square, also in EKFAC's scales",
         flavour("ekfac"),
         vector_factor=data_joined,
+        squares=gradients_joined,
     ),
     step(
         "mean-inputs",
