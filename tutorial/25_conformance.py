@@ -54,6 +54,7 @@ from kfac_scratch.conformance.cases.case import EXACT
 from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.judging import harness, judge, report, scalars, truth
+from kfac_scratch.conformance.judging.flags import MEANINGS, flags
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.selftest.museum import PIECES
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
@@ -788,7 +789,7 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # python -m kfac_scratch.conformance report results.json
 # ```
 #
-# `show` says what a case asks and why it is exact. `skeleton` writes an adapter, a family of cases or
+# `show` says what a case asks, why it is exact, and which mistakes it catches. `skeleton` writes an adapter, a family of cases or
 # a finding that runs as it stands, to be changed from there.
 #
 # ```sh
@@ -984,6 +985,22 @@ symmetric = harness.verdict(
 print(symmetric.verdict)
 assert symmetric.verdict == "exact"
 assert not rounds["positions"]["class-weights-constant-sum"].passes
+
+# %% [markdown]
+# So which mistakes a case catches is computed and not claimed. Its **flags** are those well-known
+# mistakes that change its answer by more than it tolerates, each with the flavours that catch it.
+# `show` prints them, and the manifest of the vectors lists them.
+
+# %%
+caught = {
+    sum_or_mean: flags(CASES[f"class-weights-constant-{sum_or_mean}"])
+    for sum_or_mean in ("sum", "mean")
+}
+for key, meaning in MEANINGS.items():
+    if key in caught["sum"]:
+        print(f"{key:24}{'sum' if key not in caught['mean'] else 'both':6}{meaning}")
+assert "weights" in caught["sum"]
+assert "weights" not in caught["mean"]
 
 # %% [markdown]
 # ## What goes wrong in practice

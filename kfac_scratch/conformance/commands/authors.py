@@ -28,7 +28,9 @@ def add_authoring_commands(commands: Any) -> None:
     command.add_argument("--folder", type=Path, help="where; default: where this package looks")
     command.set_defaults(call=skeleton_command)
 
-    command = commands.add_parser("show", help="what a case asks, and why it is exact")
+    command = commands.add_parser(
+        "show", help="what a case asks, why it is exact, and which mistakes it catches"
+    )
     command.add_argument("case", nargs="+", help="an identifier, or a pattern with *")
     command.set_defaults(call=show_command)
 

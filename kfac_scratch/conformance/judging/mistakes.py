@@ -2,8 +2,9 @@
 
 Each is a computation by `ways` with one step replaced, another question, or the right answer in
 another layout. It is tried only on a case that it concerns: `padding_mode` where a convolution has
-one, say. To add a mistake, write the step and one line of `MISTAKES`. Its key is published, as a
-case's flag (see `flags`): it never changes its meaning.
+one, say. To add a mistake, write the step and one line of `MISTAKES`, and export the vectors, which
+list it. Its key is published, as the flag of cases that catch it (see `flags`): it never changes
+its meaning.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
