@@ -789,8 +789,8 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # python -m kfac_scratch.conformance report results.json
 # ```
 #
-# `show` says what a case asks, why it is exact, and which mistakes it catches. `skeleton` writes an adapter, a family of cases or
-# a finding that runs as it stands, to be changed from there.
+# `show` says what a case asks, why it is exact, and which mistakes it catches. `skeleton` writes an
+# adapter, a family of cases or a finding that runs as it stands, to be changed from there.
 #
 # ```sh
 # python -m kfac_scratch.conformance show "conv2d-circular*"
@@ -992,15 +992,10 @@ assert not rounds["positions"]["class-weights-constant-sum"].passes
 # `show` prints them, and the manifest of the vectors lists them.
 
 # %%
-caught = {
-    sum_or_mean: flags(CASES[f"class-weights-constant-{sum_or_mean}"])
-    for sum_or_mean in ("sum", "mean")
-}
-for key, meaning in MEANINGS.items():
-    if key in caught["sum"]:
-        print(f"{key:24}{'sum' if key not in caught['mean'] else 'both':6}{meaning}")
-assert "weights" in caught["sum"]
-assert "weights" not in caught["mean"]
+of_sum, of_mean = (flags(CASES[f"class-weights-constant-{kind}"]) for kind in ("sum", "mean"))
+for key in of_sum:
+    print(f"{key:24}{'both' if key in of_mean else 'sum':6}{MEANINGS[key]}")
+assert of_sum.keys() - of_mean.keys() == {"weights"}
 
 # %% [markdown]
 # ## What goes wrong in practice

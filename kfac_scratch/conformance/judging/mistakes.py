@@ -654,7 +654,7 @@ QUESTIONS = [
         Mistake(
             fisher,
             f"like the {fisher} Fisher",
-            all_of(defined, other_fisher(fisher)),
+            other_fisher(fisher),
             partial(of_fisher, fisher=fisher),
         )
         for fisher in ("empirical", "type2")
@@ -752,7 +752,7 @@ STEPS = [
     ),
     step("bias-zeros", "as if the input of the bias were 0", biases, cut=without_ones),
     step(
-        "bias-scale",
+        "bias-summed",
         "as if the 1 of the bias were summed over positions",
         all_of(biases, has_positions),
         input_factor=ones_summed,
