@@ -987,9 +987,9 @@ assert symmetric.verdict == "exact"
 assert not rounds["positions"]["class-weights-constant-sum"].passes
 
 # %% [markdown]
-# So which mistakes a case catches is computed and not claimed. Its **flags** are those well-known
-# mistakes that change its answer by more than it tolerates, each with the flavours that catch it.
-# `show` prints them, and the manifest of the vectors lists them.
+# The oracle therefore computes which mistakes a case catches. The **flags** of a case are the
+# well-known mistakes that change its answer by more than the tolerance, each with the flavours that
+# catch it. `show` prints the flags, and the manifest of the vectors lists them.
 
 # %%
 of_sum, of_mean = (flags(CASES[f"class-weights-constant-{kind}"]) for kind in ("sum", "mean"))

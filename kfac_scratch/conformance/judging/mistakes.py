@@ -622,13 +622,11 @@ def of_other_layer(asked: Question) -> Pieces:
     return found
 
 
-def use_alone(asked: Question, *, turned: bool) -> Pieces:
-    """One of both uses of a weight that is applied both ways."""
+def use_alone(asked: Question, kept: Callable[[Any], Any]) -> Pieces:
+    """One of both uses of a weight that is applied both ways, by what is kept of its factors."""
     case, flavour = asked.case, asked.flavour
     K = truth.factors(case, asked.data, flavour)
-    for name in tied_uses(case.ops):
-        pair = K[name]
-        K[name] = replace(pair, A=0 * pair.A) if turned else replace(pair, turned=None)
+    K |= {name: kept(K[name]) for name in tied_uses(case.ops)}
     F = truth.exact(case, asked.data)
     found = truth.asked_columns(case, flavour, asked.parts, F, K)
     return {key: piece.right(asked.data) for key, piece in found.items()}
@@ -705,10 +703,13 @@ QUESTIONS = [
         "embedding-alone",
         "as if the embedding alone had the weight",
         tied,
-        partial(use_alone, turned=False),
+        partial(use_alone, kept=lambda K: replace(K, turned=None)),
     ),
     Mistake(
-        "head-alone", "as if the head alone had the weight", tied, partial(use_alone, turned=True)
+        "head-alone",
+        "as if the head alone had the weight",
+        tied,
+        partial(use_alone, kept=lambda K: replace(K, A=0 * K.A)),
     ),
 ]
 
