@@ -58,6 +58,7 @@ from kfac_scratch.conformance.cases.families import CASES, FAMILIES, family
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.commands.skeletons import write_skeleton
 from kfac_scratch.conformance.judging import harness, judge, report, scalars, truth
+from kfac_scratch.conformance.judging.flags import MEANINGS, flags
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.selftest.museum import PIECES
 from kfac_scratch.conformance.selftest.mutations import MUTANTS
@@ -868,8 +869,8 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # python -m kfac_scratch.conformance report results.json
 # ```
 #
-# `show` says what a case asks and why it is exact. `skeleton` writes an adapter, a family of cases or
-# a finding that runs as it stands, to be changed from there.
+# `show` says what a case asks, why it is exact, and which mistakes it catches. `skeleton` writes an
+# adapter, a family of cases or a finding that runs as it stands, to be changed from there.
 #
 # ```sh
 # python -m kfac_scratch.conformance show "conv2d-circular*"
@@ -1064,6 +1065,17 @@ symmetric = harness.verdict(
 print(symmetric.verdict)
 assert symmetric.verdict == "exact"
 assert not rounds["positions"]["class-weights-constant-sum"].passes
+
+# %% [markdown]
+# The oracle therefore computes which mistakes a case catches. The **flags** of a case are the
+# well-known mistakes that change its answer by more than the tolerance, each with the flavours that
+# catch it. `show` prints the flags, and the manifest of the vectors lists them.
+
+# %%
+of_sum, of_mean = (flags(CASES[f"class-weights-constant-{kind}"]) for kind in ("sum", "mean"))
+for key in of_sum:
+    print(f"{key:24}{'both' if key in of_mean else 'sum':6}{MEANINGS[key]}")
+assert of_sum.keys() - of_mean.keys() == {"weights"}
 
 # %% [markdown]
 # ## What goes wrong in practice

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from shutil import copytree
 
@@ -37,6 +38,15 @@ SOME = [  # one of each kind of content
     "inverse-exact-0.001-mlp",
     "operator-expand-1d-mean",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flags_once():
+    """Flags are computed once for each case: no test here changes what they depend on."""
+    with pytest.MonkeyPatch.context() as patch:
+        by_id = cache(lambda name, compute=export.flags: compute(CASES[name]))
+        patch.setattr(export, "flags", lambda case: by_id(case.id))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +140,7 @@ def test_the_manifest_obeys_its_schema():
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(manifest, schema)
     assert {case["theorem"] for case in manifest["cases"]} <= set(manifest["theorems"])
+    assert {key for case in manifest["cases"] for key in case["flags"]} <= set(manifest["flags"])
     del manifest["cases"][0]["sha256"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(manifest, schema)

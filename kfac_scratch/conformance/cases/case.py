@@ -121,7 +121,6 @@ class Case:
         dtype: Of parameters and data.
         data: How to fill a case with numbers.
         tags: For selection.
-        flags: Mistakes that the case is made to catch.
     """
 
     id: str
@@ -140,7 +139,6 @@ class Case:
     dtype: Precision = "float64"
     data: "Callable[[Case], Data]" = field(default=lambda case: spread(case))
     tags: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.id

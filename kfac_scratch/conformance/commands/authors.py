@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from textwrap import fill
@@ -16,7 +16,9 @@ from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.commands.skeletons import KINDS, write_skeleton
 from kfac_scratch.conformance.commands.templates import SHAPES
 from kfac_scratch.conformance.judging import truth
+from kfac_scratch.conformance.judging.flags import MEANINGS, flags
 from kfac_scratch.conformance.vectors.export import TIES, exported, known_ties, new_ties
+from kfac_scratch.conformance.vocabulary import Flavour
 
 
 def add_authoring_commands(commands: Any) -> None:
@@ -29,7 +31,9 @@ def add_authoring_commands(commands: Any) -> None:
     command.add_argument("--shape", choices=SHAPES, default="factors", help=words)
     command.set_defaults(call=skeleton_command)
 
-    command = commands.add_parser("show", help="what a case asks, and why it is exact")
+    command = commands.add_parser(
+        "show", help="what a case asks, why it is exact, and which mistakes it catches"
+    )
     command.add_argument("case", nargs="+", help="an identifier, or a pattern with *")
     command.set_defaults(call=show_command)
 
@@ -113,9 +117,18 @@ def described_case(case: Case) -> str:
         f"  loss      {_loss(case)}, inputs {list(data.X.shape)}{batches}",
         *[f"  sizes     {name}: {_letters(sizes[name])}" for name in case.judged],
         f"  tags      {', '.join(case.tags) or '-'}",
-        f"  flags     {', '.join(case.flags) or '-'}",
+        f"  theorem   {case.theorem}:",
+        _indented(THEOREMS[case.theorem]),
+        "  flags     mistakes that it catches, and the change relative to the largest entry:",
+        *[_flag(key, changes) for key, changes in flags(case).items()],
     ]
-    return "\n".join([*lines, f"  theorem   {case.theorem}:", _indented(THEOREMS[case.theorem])])
+    return "\n".join(lines)
+
+
+def _flag(key: str, changes: Mapping[Flavour, float]) -> str:
+    """A flag with its meaning, and its effect on every flavour that catches it."""
+    by_flavour = ", ".join(f"{flavour} {change:.2g}" for flavour, change in changes.items())
+    return _indented(f"{key} ({by_flavour}): {MEANINGS[key]}")
 
 
 def _network(case: Case) -> list[str]:

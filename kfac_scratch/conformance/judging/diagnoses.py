@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.conformance.cases.case import TOLERANCES, Data
-from kfac_scratch.conformance.cases.ops import tied_uses
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
-from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
+from kfac_scratch.conformance.judging.mistakes import answers, layouts
 from kfac_scratch.conformance.judging.pieces import Pieces
 from kfac_scratch.conformance.judging.scalars import Sizes, off_by
 from kfac_scratch.conformance.judging.ways import Question, Way
@@ -53,38 +52,10 @@ def diagnosis(asked: Question, got: Pieces, sizes: Mapping[str, Sizes]) -> str:
 
 def explanations(asked: Question, right: Pieces, sizes: Mapping[str, Sizes]) -> Iterator[Explained]:
     """Mistakes that a question is about, and what is got with them."""
-    if asked.case.operator:  # KFAC has no definition by autodiff there
-        yield from layouts(asked, right)
-        return
-    if tied_uses(asked.case.ops):
-        yield from uses_alone(asked)
-        yield from layouts(asked, right)
-        return
-    for mistake in MISTAKES:
-        try:
-            if mistake.concerns(asked):
-                yield mistake.words, mistake.answer(asked)
-        except (RuntimeError, ValueError):  # the steps do not fit together on this case
-            continue
+    yield from ((mistake.words, answer) for mistake, answer in answers(asked))
     yield from layouts(asked, right)
     if asked.case.damping:
         yield from scaled(asked, sizes)
-
-
-def uses_alone(asked: Question) -> Iterator[Explained]:
-    """One of both uses of a weight that is applied both ways."""
-    case, flavour = asked.case, asked.flavour
-    K, F = truth.factors(case, asked.data, flavour), truth.exact(case, asked.data)
-    for what in ("the embedding", "the head"):
-        alone = dict(K)
-        for name in tied_uses(case.ops):
-            pair = K[name]
-            assert pair.turned is not None
-            zero = replace(pair, A=0 * pair.A)
-            alone[name] = replace(pair, turned=None) if what == "the embedding" else zero
-        found = truth.asked_columns(case, flavour, asked.parts, F, alone)
-        answer = {key: piece.right(asked.data) for key, piece in found.items()}
-        yield f"as if {what} alone had the weight", answer
 
 
 def scaled(asked: Question, sizes: Mapping[str, Sizes]) -> Iterator[Explained]:

@@ -58,6 +58,16 @@ def result_of(case: Case, place: int) -> int:
     return place
 
 
+def input_of(case: Case, place: int) -> int:
+    """Where inputs are collected: at the layer itself."""
+    return place
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of all calls, one behind the other."""
+    return torch.cat([*rows], 2)
+
+
 def cut(op: Op, rows: Tensor) -> Tensor:
     """Rows as they are."""
     return rows
@@ -230,6 +240,8 @@ class Way:
     op: Of = itself
     used: Of = itself
     used_inputs: Of = itself
+    input_of: Of = input_of
+    joined: Of = joined
     result_of: Of = result_of
     cut: Of = cut
     probabilities: Of = class_probabilities
@@ -288,8 +300,11 @@ class Way:
         for name in case.judged:
             op = layer_ops(case.ops)[name]
             places = self.used(calls(case.ops, name))
-            rows = [network.rows(i, self.op(case.ops[i])) for i in self.used_inputs(places)]
-            a = torch.cat([self.cut(op, of_call) for of_call in rows], 2)
+            rows = [
+                network.rows(self.input_of(case, i), self.op(case.ops[i]))
+                for i in self.used_inputs(places)
+            ]
+            a = self.joined([self.cut(op, of_call) for of_call in rows])
             J = torch.cat([network.slopes(op, self.result_of(case, i)) for i in places], 3)
             g = torch.einsum("vf,fgnso->vgnso", root, J)
             counted = truth.counted_rows(a, self.mask(case, y))

@@ -22,6 +22,7 @@ from kfac_scratch.conformance.cases.questions import given, question
 from kfac_scratch.conformance.cases.theorems import THEOREMS
 from kfac_scratch.conformance.json_files import read_object
 from kfac_scratch.conformance.judging import truth
+from kfac_scratch.conformance.judging.flags import MEANINGS, flags
 from kfac_scratch.conformance.vectors import grid
 from kfac_scratch.conformance.vectors.conventions import CONVENTIONS, VECTORS_FORMAT
 from kfac_scratch.conformance.vocabulary import Flavour
@@ -166,6 +167,7 @@ def place_of(case: Case, flavour: Flavour) -> str:
 def manifest(entries: Sequence[Mapping[str, Any]]) -> str:
     """All that is not a tensor, one case per line."""
     head = {"format": VECTORS_FORMAT, "conventions": CONVENTIONS, "theorems": THEOREMS}
+    head |= {"flags": MEANINGS}
     text = json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
     return f'{text},\n "cases": [\n{lines}\n ]\n}}\n'
@@ -198,5 +200,5 @@ def manifest_entry(case: Case) -> dict[str, Any]:
         "loss_hessian": hessian_number(case, truth.output(case, data)),
         "sizes": {name: letters for name, letters in sizes.items() if name in case.judged},
         "tags": case.tags,
-        "flags": case.flags,
+        "flags": {key: list(changes) for key, changes in flags(case).items()},
     }

@@ -41,7 +41,6 @@ TRANSPOSED = [
         (7, 5, 4),
         {"expand": DEFINITION},
         tags=("sequence", "transpose", "mse"),
-        flags=("positions of another layer", "strides of an input"),
     ),
     Case(
         "transposed-last-layer-mse",
@@ -52,7 +51,6 @@ TRANSPOSED = [
         {"expand": EXACT},
         layers=("fc2",),
         tags=("sequence", "transpose", "mse"),
-        flags=("positions of another layer", "strides of an input"),
     ),
     Case(
         "transposed-pooled-cross-entropy",
@@ -62,7 +60,6 @@ TRANSPOSED = [
         (7, 5, 4),
         ALL_DEFINITION,
         tags=("sequence", "transpose", "pool", "cross-entropy"),
-        flags=("positions of another layer", "strides of an input"),
     ),
 ]
 SAME: dict[str, Geometry] = {
@@ -86,7 +83,6 @@ SAME_PADDING = [
         (7, 2, 5, 8),
         {"expand": EXACT},
         tags=("conv", name, "mse"),
-        flags=("geometry", "the side of an odd padding"),
     )
     for name, geometry in SAME.items()
 ]
@@ -99,7 +95,6 @@ SAME_PADDING += [
         (7, 2, 5, 8),
         {"reduce": EXACT, "expand": DEFINITION},
         tags=("conv", name, "pool", "mse"),
-        flags=("geometry", "the side of an odd padding"),
     )
     for name, geometry in SAME.items()
 ]
@@ -120,7 +115,6 @@ OTHER_POSITIONS = [
         (7, 5, 4),
         {"reduce": EXACT, "expand": DEFINITION},
         tags=("reused", "sequence", "mse"),
-        flags=("calls averaged without their numbers of positions",),
     ),
     Case(
         "used-at-other-positions-cross-entropy",
@@ -139,7 +133,6 @@ OTHER_POSITIONS = [
         (7, 5, 4),
         BOTH_DEFINITION,
         tags=("reused", "sequence", "cross-entropy"),
-        flags=("calls averaged without their numbers of positions",),
     ),
 ]
 BESIDE = [
@@ -151,7 +144,6 @@ BESIDE = [
         (7, 2, 4, 3),
         ALL_DEFINITION,
         tags=("conv", "cnn", kind),
-        flags=("a scale of its own for each kind of layer",),
     )
     for end, tail in (
         ("flat", (flatten(), linear("head", 8, 5))),
@@ -168,7 +160,6 @@ EMPIRICAL_PER_LOCATION = Case(
     {"expand": DEFINITION},
     fisher="empirical",
     tags=("empirical", "conv", "cross-entropy"),
-    flags=("a layer's positions for those of the loss",),
 )
 EMPIRICAL_WITHOUT_BIAS = Case(
     "empirical-mlp-nobias-mse",
@@ -179,7 +170,6 @@ EMPIRICAL_WITHOUT_BIAS = Case(
     {"ekfac": DEFINITION},
     fisher="empirical",
     tags=("empirical", "ekfac", "mse"),
-    flags=("a basis for its transpose",),
 )
 CASES = [
     *TRANSPOSED,

@@ -50,7 +50,6 @@ PER_LOCATION = [
         (7, 2, *SPACE[dims]),
         {"expand": EXACT},
         tags=("conv", name, "mse"),
-        flags=("geometry", "number of positions"),
     )
     for dims, (name, geometry), reduction in product(SPACE, GEOMETRY.items(), REDUCTIONS)
     if (dims == 2 or name in ("plain", "stride")) and (reduction == "mean" or name == "plain")
@@ -64,7 +63,6 @@ POOLED_CONVOLUTIONS = [
         (7, 2, *SPACE[2]),
         {"reduce": EXACT, "expand": DEFINITION},
         tags=("conv", name, "pool", "mse"),
-        flags=("geometry", "number of positions"),
     )
     for name, geometry in GEOMETRY.items()
 ]
@@ -77,7 +75,6 @@ GROUPED = [
         (7, 6, *SPACE[2]),
         {"expand": EXACT},
         tags=("conv", "groups", "mse"),
-        flags=("groups",),
     ),
     Case(
         "conv1d-groups-pooled-mse",
@@ -87,7 +84,6 @@ GROUPED = [
         (7, 6, *SPACE[1]),
         {"reduce": EXACT, "expand": DEFINITION},
         tags=("conv", "groups", "pool", "mse"),
-        flags=("groups",),
     ),
 ]
 INVARIANT = [
@@ -149,7 +145,6 @@ NETWORKS = [
         (7, 2, 4, 3),
         BOTH_DEFINITION,
         tags=("conv", "cnn", kind),
-        flags=("in-place activation", "geometry"),
     )
     for end, tail in (
         ("flat", (flatten(), linear("head", 8, 5))),
@@ -166,7 +161,6 @@ ONE_POSITION = [
         (1, 2, 2, 2),
         {"expand": EXACT, "reduce": EXACT, "ekfac": EXACT},
         tags=("conv", kind),
-        flags=("order of a patch's entries",),
     )
     for kind in LOSSES[:2]
 ]

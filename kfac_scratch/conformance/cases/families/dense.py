@@ -29,7 +29,6 @@ DEEP_LINEAR = [
         (7, 5),
         ALL_EXACT,
         tags=("linear", "mse"),
-        flags=("scale of the loss", "bias column", "output entries of a mean"),
     )
     for end, reduction, bias in reductions_and_biases()
 ]
@@ -54,7 +53,6 @@ ONE_DATUM = [
         (1, 4),
         ALL_EXACT,
         tags=(kind, name),
-        flags=("in-place activation", "softmax axis", "loss Hessian"),
     )
     for kind, name, reduction in product(LOSSES, ACTIVATIONS, REDUCTIONS)
     if reduction == "mean" or name == "tanh"
@@ -69,7 +67,6 @@ CONSTANT_HESSIAN = [
         ALL_EXACT,
         data=constant_output,
         tags=(kind, "sigmoid"),
-        flags=("scale of the loss", "cross terms between data", "softmax axis"),
     )
     for kind in LOSSES
     for end, reduction, bias in reductions_and_biases()
@@ -98,7 +95,6 @@ BIAS = [
         BOTH_EXACT,
         part="bias",
         tags=(kind, "tanh"),
-        flags=("bias column of zeros", "scale of weight and bias"),
     )
     for kind, reduction in product(LOSSES, REDUCTIONS)
 ]
@@ -111,7 +107,6 @@ NOT_EXACT = [
         (7, 4),
         ALL_DEFINITION,
         tags=(kind, "tanh"),
-        flags=("first datum's prediction for all", "cross terms between data"),
     )
     for kind, reduction in product(LOSSES, REDUCTIONS)
 ]

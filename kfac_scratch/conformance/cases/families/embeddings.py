@@ -57,7 +57,6 @@ SINGLE_WORDS = [
         ALL_EXACT,
         data=words,
         tags=("embedding", "mse"),
-        flags=("layout of an embedding's weight", "words that do not occur"),
     )
     for reduction in REDUCTIONS
 ]
@@ -95,7 +94,6 @@ EMBEDDED_TOKENS = Case(
     {"expand": DEFINITION},
     data=words,
     tags=("embedding", "sequence", "cross-entropy"),
-    flags=("number of positions",),
 )
 EMBEDDED_POOL = Case(
     "embedding-pooled-mse",
@@ -107,7 +105,6 @@ EMBEDDED_POOL = Case(
     layers=("embedding",),
     data=words,
     tags=("embedding", "sequence", "pool", "mse"),
-    flags=("number of positions", "a diagonal factor where words of a datum meet"),
 )
 EMBEDDED_POOL_TANH = replace(
     EMBEDDED_POOL,

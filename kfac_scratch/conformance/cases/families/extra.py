@@ -19,7 +19,6 @@ from kfac_scratch.conformance.cases.ops import conv, flatten, linear, mean_posit
 PLACE = 8  # in reports and vectors
 SOME_LOSSES = LOSSES[:2]
 EKFAC: Expected = {"ekfac": DEFINITION}
-FLAGS = ("squares of positions for squares of data",)
 
 FLATTENED = [
     Case(
@@ -31,7 +30,6 @@ FLATTENED = [
         EKFAC,
         layers=("fc1",),
         tags=("ekfac", "sequence", kind),
-        flags=FLAGS,
     )
     for kind in SOME_LOSSES
 ]
@@ -43,7 +41,6 @@ EKFAC_POOLED = Case(
     (7, 2, 4),
     EKFAC,
     tags=("ekfac", "sequence", "pool", "cross-entropy"),
-    flags=FLAGS,
 )
 EKFAC_ATTENTION = Case(
     "ekfac-attention-tokens-mse",
@@ -54,7 +51,6 @@ EKFAC_ATTENTION = Case(
     EKFAC,
     layers=("query", "value", "out"),
     tags=("ekfac", "attention", "sequence", "mse"),
-    flags=FLAGS,
 )
 CNN = [
     Case(
@@ -73,7 +69,6 @@ CNN = [
         EKFAC,
         layers=("conv1", "conv2"),
         tags=("ekfac", "conv", "cnn", kind),
-        flags=FLAGS,
     )
     for kind in SOME_LOSSES
 ]
@@ -87,7 +82,6 @@ EKFAC_REUSED = [
         EKFAC,
         layers=("fc",),
         tags=("ekfac", "reused", kind),
-        flags=("calls in another order", *FLAGS),
     )
     for kind in SOME_LOSSES
 ]
@@ -106,7 +100,6 @@ CNN_GROUPS = [
         {"expand": DEFINITION, "reduce": DEFINITION, "ekfac": DEFINITION},
         layers=("conv",),
         tags=("conv", "groups", kind),
-        flags=("groups", "channels of another group"),
     )
     for kind in SOME_LOSSES
 ]

@@ -24,7 +24,6 @@ SAMPLED = [
         EXPAND_DEFINITION,
         fisher="mc",
         tags=("mc", kind),
-        flags=("1/sqrt(M)", "uniform labels", "empirical Fisher instead"),
     )
     for kind in LOSSES
     for reduction in REDUCTIONS
@@ -59,7 +58,6 @@ EMPIRICAL = [
         {"expand": expected, "reduce": expected, "ekfac": expected},
         fisher="empirical",
         tags=("empirical", kind),
-        flags=("gradients of the mean loss for those of a datum",),
         data=data,
     )
     for name, theorem, sizes, N, expected, data in (

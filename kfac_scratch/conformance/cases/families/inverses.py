@@ -23,7 +23,6 @@ MLP = [
         {"expand": DEFINITION, "ekfac": DEFINITION} if form == "exact" else {"expand": DEFINITION},
         damping=(form, damping),
         tags=("inverse", form, "cross-entropy"),
-        flags=("pi and its square", "damping of the two factors", "damping that accumulates"),
     )
     for form, damping in DAMPINGS
 ]
@@ -37,7 +36,6 @@ EXACT_BLOCKS = [
         {"expand": EXACT, "reduce": EXACT, "ekfac": EXACT},
         damping=("exact", 0.25),
         tags=("inverse", "exact", "mse"),
-        flags=("scale of the loss",),
     )
     for reduction in REDUCTIONS
 ]
@@ -72,7 +70,6 @@ INVERSE_GROUPS = [
         {"expand": EXACT},
         damping=("exact", 0.25),
         tags=("inverse", "exact", "conv", "groups", "mse"),
-        flags=("the gradient of another group",),
     ),
     Case(
         "inverse-factored-cnn-groups",
@@ -89,7 +86,6 @@ INVERSE_GROUPS = [
         layers=("conv",),
         damping=("factored", 0.25),
         tags=("inverse", "factored", "conv", "groups", "cross-entropy"),
-        flags=("one pi for all groups", "the gradient of another group"),
     ),
 ]
 CASES = [*MLP, *EXACT_BLOCKS, CONSTANT, INVERSE_POOLED, *INVERSE_GROUPS]

@@ -29,8 +29,6 @@ SELF = multihead("attention", 4, 2)
 ATTENDED_POOL = (*SELF, mean_positions(), linear("head", 4, 5))
 WITHOUT_KEYS = ("attention.q_proj", "attention.v_proj", "attention.out_proj", "head")
 OUT = ("attention.out_proj",)
-SILENT = ("a hook that never fires",)
-PACKED = ("queries, keys and values as one matrix", "matrices of the wrong projection")
 
 ATTENDED_TOKENS = Case(
     "multihead-tokens-cross-entropy",
@@ -40,7 +38,6 @@ ATTENDED_TOKENS = Case(
     (7, 3, 4),
     {"expand": DEFINITION, "ekfac": DEFINITION},
     tags=("attention", "multihead", "sequence", "cross-entropy"),
-    flags=PACKED,
 )
 MEMORY = Case(
     "multihead-memory-mse",
@@ -50,7 +47,6 @@ MEMORY = Case(
     (7, 3, 4),
     {"expand": DEFINITION},
     tags=("attention", "multihead", "sequence", "mse"),
-    flags=("queries that have other inputs than keys", *PACKED),
 )
 OTHER_SIZES = Case(
     "multihead-other-sizes-cross-entropy",
@@ -66,7 +62,6 @@ OTHER_SIZES = Case(
     (7, 3, 4),
     {"expand": DEFINITION},
     tags=("attention", "multihead", "sequence", "cross-entropy"),
-    flags=("weights of three shapes", "other positions for keys than for queries"),
 )
 ATTENDED_POOLS = [
     Case(
@@ -78,7 +73,6 @@ ATTENDED_POOLS = [
         BOTH_DEFINITION,
         layers=WITHOUT_KEYS,
         tags=("attention", "multihead", "pool", "cross-entropy"),
-        flags=PACKED,
     ),
     Case(
         "multihead-pooled-bias",
@@ -90,7 +84,6 @@ ATTENDED_POOLS = [
         part="bias",
         layers=WITHOUT_KEYS,
         tags=("attention", "multihead", "pool", "cross-entropy"),
-        flags=("a bias that three layers share",),
     ),
 ]
 OUT_PROJECTION = [
@@ -103,7 +96,6 @@ OUT_PROJECTION = [
         {"expand": EXACT, "ekfac": EXACT},
         layers=OUT,
         tags=("attention", "multihead", "sequence", "mse"),
-        flags=SILENT,
     ),
     Case(
         "multihead-out-pooled-mse",
@@ -114,7 +106,6 @@ OUT_PROJECTION = [
         {"reduce": EXACT, "expand": DEFINITION},
         layers=OUT,
         tags=("attention", "multihead", "pool", "mse"),
-        flags=SILENT,
     ),
 ]
 CASES = [ATTENDED_TOKENS, MEMORY, OTHER_SIZES, *ATTENDED_POOLS, *OUT_PROJECTION]

@@ -33,8 +33,6 @@ from kfac_scratch.conformance.cases.ops import (
 
 PLACE = 10  # in reports and vectors
 KNOWN = batch_norm("norm", (0.5, -1.0, 0.25), (2.0, 0.25, 0.5))
-STATISTICS = ("statistics of the batch for known ones", "scale of a norm")
-THROUGH = ("vectors that do not pass through a norm",)
 
 
 def mlp(d_in: int, d_out: int, norm: Op, activation: Op) -> tuple[Op, ...]:
@@ -51,7 +49,6 @@ LAYER_NORM = [
         (7, 4),
         ALL_DEFINITION,
         tags=("norm", "layer-norm", kind),
-        flags=THROUGH,
     )
     for kind in LOSSES[:2]
 ]
@@ -65,7 +62,6 @@ LAYER_NORM_EXACT = [
         ALL_EXACT,
         data=constant_output,
         tags=("norm", "layer-norm", "cross-entropy"),
-        flags=THROUGH,
     ),
     Case(
         "layer-norm-bias-cross-entropy",
@@ -76,7 +72,6 @@ LAYER_NORM_EXACT = [
         BOTH_EXACT,
         part="bias",
         tags=("norm", "layer-norm", "cross-entropy"),
-        flags=THROUGH,
     ),
     Case(
         "layer-norm-last-layer-mse",
@@ -87,7 +82,6 @@ LAYER_NORM_EXACT = [
         ALL_EXACT,
         layers=("fc2",),
         tags=("norm", "layer-norm", "mse"),
-        flags=("inputs from before a norm",),
     ),
 ]
 PRE_NORM = Case(
@@ -105,7 +99,6 @@ PRE_NORM = Case(
     (7, 5, 4),
     {"expand": DEFINITION},
     tags=("norm", "layer-norm", "sequence", "cross-entropy"),
-    flags=("inputs from before a norm",),
 )
 GROUP_NORM = [
     Case(
@@ -116,7 +109,6 @@ GROUP_NORM = [
         (7, 2, 4, 3),
         BOTH_DEFINITION,
         tags=("norm", "group-norm", "conv", "cnn", kind),
-        flags=THROUGH,
     )
     for end, tail in (
         ("flat", (flatten(), linear("head", 24, 5))),
@@ -133,7 +125,6 @@ BATCH_NORM = [
         (7, 5),
         ALL_EXACT,
         tags=("norm", "batch-norm", "linear", "mse"),
-        flags=STATISTICS,
     )
     for reduction in REDUCTIONS
 ]
@@ -153,7 +144,6 @@ BATCH_NORM_CONVOLUTIONS = [
         {"reduce": EXACT, "expand": DEFINITION},
         layers=("conv1", "conv2"),
         tags=("norm", "batch-norm", "conv", "pool", "mse"),
-        flags=STATISTICS,
     ),
     Case(
         "batch-norm-cnn-cross-entropy",
@@ -169,7 +159,6 @@ BATCH_NORM_CONVOLUTIONS = [
         (7, 2, 4, 3),
         ALL_DEFINITION,
         tags=("norm", "batch-norm", "conv", "cnn", "cross-entropy"),
-        flags=STATISTICS,
     ),
 ]
 CASES = [*LAYER_NORM, *LAYER_NORM_EXACT, PRE_NORM, *GROUP_NORM, *BATCH_NORM]

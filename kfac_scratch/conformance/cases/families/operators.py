@@ -48,7 +48,6 @@ OPERATOR_REDUCE = [
         operator=True,
         data=with_coefficients(equal),
         tags=("operator", "mse"),
-        flags=("bias of derivatives", "number of Taylor coefficients"),
     )
     for d in (1, 2)
     for reduction in REDUCTIONS
@@ -64,7 +63,6 @@ OPERATOR_EXPAND = [
         operator=True,
         data=with_coefficients(signs),
         tags=("operator", "mse"),
-        flags=("bias of derivatives", "number of Taylor coefficients"),
     )
     for d in (1, 2)
     for reduction in REDUCTIONS

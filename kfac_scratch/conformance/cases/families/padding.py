@@ -47,7 +47,6 @@ PADDED_SENTENCES = Case(
     masked=True,
     data=padded,
     tags=("sequence", "padding", "cross-entropy"),
-    flags=("padding that is counted", "positions that are ignored"),
 )
 ONE_WORD = replace(
     PADDED_SENTENCES,
@@ -68,7 +67,6 @@ PADDED_BATCHES = replace(
     flavours=BOTH_DEFINITION,
     batches=(2, 5),
     tags=(*PADDED_SENTENCES.tags, "batches"),
-    flags=(*PADDED_SENTENCES.flags, "batches weighted by data instead of words"),
 )
 CASES = [
     ONE_WORD,

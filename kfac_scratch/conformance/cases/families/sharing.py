@@ -40,7 +40,6 @@ POSITIONS = [
         (7, 5, 4),
         EXPAND_EXACT,
         tags=("sequence", "mse"),
-        flags=("number of positions", "output entries of a mean"),
     )
     for end, reduction, bias in reductions_and_biases()
 ]
@@ -53,7 +52,6 @@ ND_TARGETS = [
         (5, 3, 3, 4),
         EXPAND_EXACT,
         tags=("sequence", "mse", "n-d"),
-        flags=("axis 1 for axis -1",),
     )
     for reduction in REDUCTIONS
 ]
@@ -67,7 +65,6 @@ POOLED = [
         REDUCE_EXACT,
         layers=("fc1",),
         tags=("sequence", "pool", "mse"),
-        flags=("number of positions", "order of mean and product"),
     )
     for pool, (end, reduction, bias) in product(POOLS, reductions_and_biases())
 ]
@@ -117,7 +114,6 @@ TOKENS = [
         {"expand": DEFINITION},
         data=data,
         tags=("sequence", "cross-entropy", name),
-        flags=("positions that are ignored", "axis of the classes", "number of positions"),
     )
     for name, N, S, data in (
         ("all", 7, 2, spread),
@@ -135,7 +131,6 @@ MASKED = [
         (7, 3, 4),
         BOTH_DEFINITION,
         tags=("sequence", "mask", kind),
-        flags=("padded positions",),
     )
     for pool, kind in product(POOLS, LOSSES[:2])
 ]
@@ -163,7 +158,6 @@ ATTENTION = [
         (5, 3, 4),
         {"expand": DEFINITION},
         tags=("attention", "sequence", "mse"),
-        flags=("one vector for all positions",),
     ),
     Case(
         "attention-tokens-cross-entropy",
@@ -173,7 +167,6 @@ ATTENTION = [
         (5, 3, 4),
         {"expand": DEFINITION},
         tags=("attention", "sequence", "cross-entropy"),
-        flags=("one vector for all positions",),
     ),
     Case(
         "attention-pooled-cross-entropy",
@@ -213,7 +206,6 @@ REUSED = [
         {"reduce": EXACT, "expand": DEFINITION},
         layers=("fc",),
         tags=("reused", "mse"),
-        flags=("last call only",),
     ),
     *[
         Case(
@@ -224,7 +216,6 @@ REUSED = [
             (7, 3),
             BOTH_DEFINITION,
             tags=("reused", kind),
-            flags=("last call only", "sum of calls"),
         )
         for kind in LOSSES[:2]
     ],
@@ -238,7 +229,6 @@ ND_LOSS = [
         (7, 5, 4),
         BOTH_DEFINITION,
         tags=("sequence", kind),
-        flags=("positions that are told apart later",),
     )
     for kind in LOSSES[:2]
 ]

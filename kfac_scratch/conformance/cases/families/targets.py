@@ -59,13 +59,9 @@ SMOOTHING = [
         (N, sizes[0]),
         flavours,
         tags=("cross-entropy", "label-smoothing"),
-        flags=("label smoothing", *flags),
         data=data,
     )
-    for words, smoothed, flags in (
-        ("", SMOOTHED, ()),
-        ("class-weights-", SMOOTHED_WEIGHTS, ("class weights",)),
-    )
+    for words, smoothed in (("", SMOOTHED), ("class-weights-", SMOOTHED_WEIGHTS))
     for name, theorem, sizes, N, flavours, data in REGIMES
     for reduction in REDUCTIONS
     if reduction == "mean" or words
@@ -79,7 +75,6 @@ EMPIRICAL_SMOOTHED = Case(
     {"expand": DEFINITION},
     fisher="empirical",
     tags=("empirical", "cross-entropy", "label-smoothing"),
-    flags=("label smoothing", "class weights"),
 )
 ENTRY_WEIGHTS = [
     Case(
@@ -90,7 +85,6 @@ ENTRY_WEIGHTS = [
         (N, sizes[0]),
         flavours,
         tags=("bce", "entry-weights"),
-        flags=("weights of entries",),
         data=data,
     )
     for words, weighted in (("", ENTRIES), ("pos-weight-", ENTRIES_POSITIVE))
@@ -108,7 +102,6 @@ PROBABILITIES = [
         {"expand": DEFINITION},
         data=probabilities,
         tags=("cross-entropy", "probabilities"),
-        flags=("every class as a term",),
     )
     for reduction in REDUCTIONS
 ]
@@ -122,7 +115,6 @@ PROBABILITIES += [
         ALL_DEFINITION,
         data=probabilities,
         tags=("cross-entropy", "probabilities", "class-weights"),
-        flags=("every class as a term", "class weights"),
     )
     for reduction in REDUCTIONS
 ]
@@ -135,7 +127,6 @@ CONFIDENT = Case(
     {"expand": DEFINITION},
     data=confident,
     tags=("cross-entropy", "confident"),
-    flags=("one minus a sum of probabilities",),
 )
 CASES = [*SMOOTHING, EMPIRICAL_SMOOTHED, *ENTRY_WEIGHTS, *PROBABILITIES, CONFIDENT]
 CASES += [in_single_precision(CONFIDENT)]

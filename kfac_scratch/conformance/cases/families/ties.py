@@ -35,7 +35,6 @@ TIED_TOKENS = Case(
     BOTH_DEFINITION,
     data=words,
     tags=("embedding", "tied", "sequence", "cross-entropy"),
-    flags=("one of two uses of a weight", "a weight and its transpose"),
 )
 TIED_POOL = replace(
     TIED_TOKENS,
@@ -49,6 +48,5 @@ TIED_BATCHES = replace(
     id="tied-head-in-batches",
     batches=(2, 5),
     tags=(*TIED_TOKENS.tags, "batches"),
-    flags=(*TIED_TOKENS.flags, "equal weights for unequal batches"),
 )
 CASES = [TIED_TOKENS, TIED_POOL, TIED_BATCHES, in_single_precision(TIED_TOKENS)]

@@ -25,7 +25,6 @@ CLASS_WEIGHTS = [
         (N, sizes[0]),
         flavours,
         tags=("cross-entropy", "class-weights"),
-        flags=() if theorem != "definition" and reduction == "mean" else ("class weights",),
         data=data,
     )
     for name, theorem, sizes, N, flavours, data in (
@@ -43,7 +42,6 @@ WEIGHTED_TOKENS = Case(
     (7, 5, 4),
     {"expand": DEFINITION},
     tags=("cross-entropy", "class-weights", "sequence"),
-    flags=("class weights",),
 )
 POS_WEIGHT = [
     Case(
@@ -54,7 +52,6 @@ POS_WEIGHT = [
         (N, sizes[0]),
         flavours,
         tags=("bce", "pos-weight"),
-        flags=("pos_weight",),
         data=data,
     )
     for name, theorem, sizes, N, flavours, data in (
@@ -74,7 +71,6 @@ BATCHES = [
         {"expand": EXACT, "reduce": EXACT} if kind == "mse" else {"expand": DEFINITION},
         batches=sizes,
         tags=("batches", kind),
-        flags=("number of mini-batches", "equal weights for unequal batches"),
     )
     for word, sizes in (("equal", (3, 3)), ("unequal", (2, 5)))
     for kind in LOSSES[:2]
@@ -89,7 +85,6 @@ CONV_BATCHES = Case(
     {"expand": DEFINITION, "reduce": DEFINITION},
     batches=(2, 5),
     tags=("batches", "conv", "cross-entropy"),
-    flags=("equal weights for unequal batches",),
 )
 EKFAC_BATCHES = Case(
     "batches-unequal-ekfac",
@@ -100,7 +95,6 @@ EKFAC_BATCHES = Case(
     {"ekfac": DEFINITION},
     batches=(2, 5),
     tags=("batches", "cross-entropy"),
-    flags=("eigenvectors averaged",),
 )
 WEIGHTED_BATCHES = Case(
     "batches-class-weights",
@@ -111,7 +105,6 @@ WEIGHTED_BATCHES = Case(
     {"expand": DEFINITION},
     batches=(2, 5),
     tags=("batches", "cross-entropy", "class-weights"),
-    flags=("class weights", "equal weights for unequal batches"),
 )
 CASES = [*CLASS_WEIGHTS, WEIGHTED_TOKENS, *POS_WEIGHT, *BATCHES, CONV_BATCHES, EKFAC_BATCHES]
 CASES += [WEIGHTED_BATCHES, in_single_precision(BATCHES[2])]
