@@ -46,6 +46,7 @@ from kfac_scratch.losses import BackpropagatedVectors, type2
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 
+BOUNDS = 1e-8, 1e8  # of what MacKay's step makes of a prior precision
 Prior = float | Float[Tensor, "..."]
 """The prior precision of one block: one number, or a vector with one for each column of `W`."""
 
@@ -72,7 +73,7 @@ class BlockPosterior(Protocol):
         ...
 
     def determined(self) -> Float[Tensor, " k"]:
-        """How many parameters the data determine, for each number of the prior."""
+        """The number of parameters that the data determine, for each number of the prior."""
         ...
 
     def covariance(self) -> LinearMap:
@@ -281,7 +282,7 @@ def log_evidence(posterior: Laplace) -> Float[Tensor, ""]:
 
 
 def effective_parameters(posterior: Laplace) -> dict[str, Float[Tensor, " k"]]:
-    """How many parameters the data determine, by block, for each number of the prior.
+    """The number of parameters that the data determine, by block and number of the prior.
 
     A direction counts by the share of its precision that the data give, from 0 to 1.
     """
@@ -318,18 +319,23 @@ def evidence_gradient(posterior: Laplace) -> EvidenceGradient:
 def mackay(posterior: Laplace) -> Laplace:
     r"""One step towards the prior of the largest evidence: $\delta = \gamma / \lVert W \rVert^2$.
 
-    Every number of the prior has its own. Use it in turn with training: weights and curvature move
-    with the prior. Not as if it were ascent: the evidence of retrained weights may fall, so keep
-    the best.
+    Every number of the prior has its own. It stays within `BOUNDS`, of which the larger one says
+    that a column is switched off. Use it in turn with training: weights and curvature move with the
+    prior. Not as if it were ascent: the evidence of retrained weights may fall, so keep the best.
     """
     gamma, squares = effective_parameters(posterior), _squares(posterior)
+    steps = {name: _bounded(g, squares[name]) for name, g in gamma.items()}
     prior = {
-        name: g / squares[name]
-        if isinstance(posterior.prior[name], Tensor)
-        else float(g / squares[name])
-        for name, g in gamma.items()
+        name: step if isinstance(posterior.prior[name], Tensor) else float(step)
+        for name, step in steps.items()
     }
     return replace(posterior, prior=prior)
+
+
+def _bounded(gamma: Tensor, squares: Tensor) -> Tensor:
+    """Their ratio, within `BOUNDS`: the largest where the weights are zero."""
+    least, most = BOUNDS
+    return torch.where(squares * most > gamma, gamma / squares, most).clamp(least, most)
 
 
 def mackay_shared(posterior: Laplace) -> Laplace:
@@ -339,7 +345,8 @@ def mackay_shared(posterior: Laplace) -> Laplace:
     one layer's weights is traded for another's.
     """
     total = sum(float(g.sum()) for g in effective_parameters(posterior).values())
-    delta = total / sum(float(s.sum()) for s in _squares(posterior).values())
+    squares = sum(float(s.sum()) for s in _squares(posterior).values())
+    delta = float(_bounded(torch.tensor(total), torch.tensor(squares)))
     return replace(posterior, prior=dict.fromkeys(posterior.prior, delta))
 
 

@@ -1,4 +1,4 @@
-r"""What a Laplace approximation predicts: mean and covariance of a linearised network's outputs.
+r"""Predictions with a Laplace approximation: mean and covariance of a linearised network's outputs.
 
 $f(x, W + \Delta) \approx f(x, W) + J(x) \Delta$ makes the outputs normal, with covariance
 $J \Sigma J^\top$. The Jacobian's rows are gradients $\sum_s g_s a_s^\top$, so that a `LayerIO`
@@ -25,7 +25,7 @@ from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import LinearMap
 
-MOST = 2**24  # numbers of a chunk of gradients
+CHUNK = 2**24  # numbers of gradients that are formed at once
 
 
 def output_vectors(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "C N C"]:
@@ -51,14 +51,14 @@ def functional_covariance(covariance: LinearMap, io: LayerIO) -> Float[Tensor, "
     Use it with `output_vectors`, for the part of a layer's weights in the outputs' covariance.
 
     Cost: a product with the covariance for each vector of each sample. Gradients are formed for a
-    chunk of the samples at a time, of at most `MOST` numbers.
+    chunk of the samples at a time, of at most `CHUNK` numbers.
 
     Args:
         covariance: Of the block's weights.
         io: The layer, with vectors `u` and `v`.
     """
     V, N, _, d_out = io.g.shape
-    chunk = max(1, MOST // (V * d_out * io.a.shape[-1]))
+    chunk = max(1, CHUNK // (V * d_out * io.a.shape[-1]))
     found = []
     for n in range(0, N, chunk):
         G = LayerIO(io.a[n : n + chunk], io.g[:, n : n + chunk]).gradients()

@@ -12,6 +12,7 @@ from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, MSELoss, Sequent
 
 from kfac_scratch import REDUCE, Dense, Diagonal, LayerIO, ekfac, kfac, kfac_reduce
 from kfac_scratch.applications.laplace import (
+    BOUNDS,
     Laplace,
     effective_parameters,
     evidence_gradient,
@@ -93,7 +94,7 @@ def test_the_evidence_of_a_linear_model_is_that_of_bayesian_regression(prior, be
 
 @pytest.mark.parametrize("structure", EXACT)
 def test_the_covariance_of_a_linear_model_is_that_of_bayesian_regression(structure, device):
-    model, X, y, Phi, P = fitted(0.3, 1.7, device)
+    model, X, y, _, P = fitted(0.3, 1.7, device)
     p = laplace(model, SQUARES, [(X, y)], 0.3, 1.7, STRUCTURES[structure])
     eye = torch.eye(3, device=device)
     check_equal(as_matrix(p.covariances()["0"], p.weights["0"]), kron(eye, P.inverse()))
@@ -330,6 +331,19 @@ def test_mackays_step_is_the_zero_of_the_gradient_at_fixed_effective_parameters(
     total = sum(float(g.sum()) for g in gamma.values())
     squares = sum(float(W.square().sum()) for W in p.weights.values())
     assert math.isclose(shared.prior["0"] * squares, total, rel_tol=1e-12)
+
+
+def test_an_input_that_is_always_zero_is_switched_off():
+    """Its weights are zero at the minimum, and the data determine none of them."""
+    model, X, y = classifier()
+    X[:, 1] = 0
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0
+    p = mackay(laplace(model, SUM, [(X, y)], {"0": torch.ones(6), "2": 1.0}))
+    assert p.prior["0"][1] == BOUNDS[1]
+    assert (p.prior["0"][[0, 2, 3, 4, 5]] < BOUNDS[1]).all()
+    assert log_evidence(p).isfinite()
+    assert effective_parameters(p)["0"][1].abs() < 1e-12
 
 
 # ---- predictions --------------------------------------------------------------------------------
