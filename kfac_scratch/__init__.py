@@ -6,6 +6,25 @@ under short names is used with its module: `from kfac_scratch import curvature`,
 `curvature.ggn(...)`; likewise `checks`, `linalg`, `show`, `taylor.activations` and `pinn.problems`.
 """
 
+from kfac_scratch.applications.laplace import (
+    EvidenceGradient,
+    Laplace,
+    effective_parameters,
+    evidence_gradient,
+    laplace,
+    log_evidence,
+    mackay,
+    mackay_noise,
+    mackay_shared,
+    sampled_weights,
+)
+from kfac_scratch.applications.predictive import (
+    functional_covariance,
+    output_vectors,
+    predicted_outputs,
+    probit,
+    sampled_probabilities,
+)
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
@@ -66,7 +85,7 @@ from kfac_scratch.matrices.damping import (
     levenberg_marquardt,
     relative_damping,
 )
-from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.dense import Dense, DenseEigen
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker, DiagonalKroneckerEigen
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
@@ -121,11 +140,13 @@ __all__ = [
     "BlockDiagonal",
     "Brand",
     "Dense",
+    "DenseEigen",
     "Diagonal",
     "DiagonalKronecker",
     "DiagonalKroneckerEigen",
     "Elementwise",
     "Estimator",
+    "EvidenceGradient",
     "FactorSums",
     "Field",
     "Flavour",
@@ -140,6 +161,7 @@ __all__ = [
     "KroneckerColumns",
     "KroneckerEigen",
     "KroneckerSum",
+    "Laplace",
     "Latest",
     "LayerGroup",
     "LayerIO",
@@ -179,14 +201,17 @@ __all__ = [
     "deflation",
     "directional",
     "divisor",
+    "effective_parameters",
     "ekfac",
     "ekfac_reduce",
     "ekpsvd",
     "empirical",
+    "evidence_gradient",
     "exact_inverse",
     "factored_inverse",
     "foof",
     "forward_laplacian",
+    "functional_covariance",
     "graft",
     "guarded",
     "guarded_inverse",
@@ -200,11 +225,16 @@ __all__ = [
     "kpsvd",
     "krylov_space",
     "lanczos",
+    "laplace",
     "laplacian",
     "layer_groups",
     "layer_ios",
     "levenberg_marquardt",
     "linearize",
+    "log_evidence",
+    "mackay",
+    "mackay_noise",
+    "mackay_shared",
     "mean_over_positions",
     "mini_block",
     "mini_block_filters",
@@ -216,10 +246,13 @@ __all__ = [
     "nicolaides_space",
     "norm_constraint",
     "nystrom",
+    "output_vectors",
     "over_loader",
     "pinn_loss",
     "plan",
     "preconditioner",
+    "predicted_outputs",
+    "probit",
     "quadratic_model",
     "randomized",
     "refreshed",
@@ -227,6 +260,8 @@ __all__ = [
     "rescaled",
     "residual_space",
     "rsvd",
+    "sampled_probabilities",
+    "sampled_weights",
     "second_order_sum",
     "skfac",
     "smallest_kept",

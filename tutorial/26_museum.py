@@ -203,7 +203,7 @@ assert ask("never-called").verdict == "error"
 
 # %% [markdown]
 # (The attention in our cases calls its layers. This piece exchanges the call, as PyTorch does. How the
-# package finds such a weight all the same is the subject of [Chapter 22](22_capture.py).)
+# package finds such a weight all the same is the subject of [Chapter 24](24_capture.py).)
 #
 # ### Positions of the input
 #

@@ -104,7 +104,7 @@ for V in (1, 3):
     narrow = [20, 16, 12, 5]
     model, X, y = chain(narrow, R=32)
     needs = operations(narrow, 32, V)
-    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 22
+    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 24
     data = [(X, y)]
     count = counted(kfac_over, model, loss, data, monte_carlo(V), progress=False, plan=tried)
     print(

@@ -53,6 +53,10 @@ class Diagonal:
         """Diagonal entries in the order of `vec(V)`."""
         return self.scale.flatten()
 
+    def eigen(self) -> "Diagonal":
+        """Itself: the unit vectors are its eigenvectors."""
+        return self
+
     def eigenvalues(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending."""
         return self.scale.flatten().sort().values

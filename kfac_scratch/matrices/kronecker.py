@@ -40,6 +40,10 @@ class KroneckerEigen:
         """Rotate into the eigenbasis, scale, rotate back."""
         return scale_in_basis(self.QA, self.QB, self.scale, V)
 
+    def eigen(self) -> "KroneckerEigen":
+        """Itself."""
+        return self
+
     def eigenvector(self, o: int, i: int) -> Float[Tensor, "d_out d_in"]:
         """The eigenvector that belongs to `scale[o, i]`."""
         return torch.outer(self.QB[:, o], self.QA[:, i])
