@@ -484,7 +484,7 @@ model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
 X, y = images[:200], labels[:200]
 train(model, lambda: CROSS(model(X), y) + 0.05 * squares(model), 200)
 p = laplace(model, CROSS, [(X, y)], prior=0.1)
-samples = sampled_weights(p, 30)
+samples = sampled_weights(p, 300)
 X_test, y_test = images[200:600], labels[200:600]
 
 
@@ -498,16 +498,15 @@ def accuracy(f: Tensor) -> float:
     return (f.argmax(1) == y_test).double().mean().item()
 
 
-through, tangent = [], []
-for i in range(30):
-    sampled = {name: W[i] for name, W in samples.items()}
+def both_ways(sampled: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Class probabilities with sampled weights, in the network and in its tangent."""
     moved = {name: sampled[name] - W for name, W in p.weights.items()}
     f, change = torch.func.jvp(outputs, (dict(p.weights),), (moved,))
-    through.append(outputs(sampled).softmax(1).detach())
-    tangent.append((f + change).softmax(1).detach())
-trained, sent, linearised = (
-    accuracy(f) for f in (f, torch.stack(through).mean(0), torch.stack(tangent).mean(0))
-)
+    return outputs(sampled).softmax(1), (f + change).softmax(1)
+
+
+through, tangent = (t.mean(0) for t in torch.vmap(both_ways)(samples))
+trained, sent, linearised = map(accuracy, (model(X_test), through, tangent))
 print(
     f"accuracy: trained weights {trained:.3f}, samples through the tangent {linearised:.3f},",
     end=" ",
