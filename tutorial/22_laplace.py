@@ -22,7 +22,7 @@
 # without validation data. Nothing is trained again; all that is needed is a matrix for each layer, which the
 # chapters before have made.
 
-# %%
+# %% tags=["hide-input"]
 import math
 from collections.abc import Callable
 from functools import partial
