@@ -13,12 +13,18 @@ vectors by the root of it, or states it as a scale.
 """
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 from torch.func import hessian, vmap
 
 from kfac_scratch.conformance.protocol import Request
+
+
+def installed(*names: str) -> frozenset[str]:
+    """Names of installed packages with their versions, for `Capabilities.libraries`."""
+    return frozenset(f"{name} {version(name)}" for name in names)
 
 
 def roots(request: Request) -> list[Tensor]:

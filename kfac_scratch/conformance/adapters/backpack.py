@@ -20,6 +20,7 @@ from backpack import backpack, extend
 from backpack.extensions import KFAC, KFLR, KFRA
 from torch import Tensor, nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     KroneckerAnswer,
@@ -44,6 +45,7 @@ class Adapter:
             fishers=frozenset({"type2", "mc"}),
             losses=frozenset({"mse", "cross-entropy", "bce"}),
             batches=False,
+            libraries=drivers.installed("unfoldNd"),
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:

@@ -52,6 +52,7 @@ class Adapter:
             fishers=frozenset({"type2", "mc", "empirical"}),
             flavours=frozenset({"expand", "ekfac"}),
             losses=frozenset({"mse", "cross-entropy", "bce"}),
+            libraries=drivers.installed("einconv"),
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:

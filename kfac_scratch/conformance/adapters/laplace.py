@@ -21,6 +21,7 @@ from laplace import Laplace
 from laplace.curvature import CurvlinopsEF, CurvlinopsGGN
 from torch import Tensor, nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     KroneckerAnswer,
@@ -50,6 +51,7 @@ class Adapter:
             version("laplace-torch"),
             fishers=frozenset({"type2", "mc", "empirical"}),
             flavours=frozenset({"expand", "reduce"}),
+            libraries=drivers.installed("curvlinops-for-pytorch"),
         )
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:

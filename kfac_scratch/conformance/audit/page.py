@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from kfac_scratch.conformance.audit import explain
 from kfac_scratch.conformance.audit.prove import finding, finding_names
@@ -12,6 +13,24 @@ from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.judging.report import Report
 from kfac_scratch.conformance.vocabulary import VERDICTS
 from kfac_scratch.show import Markdown
+
+
+def implementation(run: Report) -> str:
+    """Name and version."""
+    return f"{run.capabilities['name']} {run.capabilities['version']}"
+
+
+def libraries(run: Report) -> str:
+    """What an implementation's numbers depend on beside PyTorch, if the file says it."""
+    return ", ".join(run.capabilities.get("libraries", ()))
+
+
+def newest(runs: Mapping[str, Report]) -> dict[str, Report]:
+    """Of every implementation the run with the newest version."""
+    found: dict[str, str] = {}
+    for stem in sorted(runs, key=lambda stem: _release(runs[stem])):
+        found[runs[stem].capabilities["name"]] = stem
+    return {stem: run for stem, run in runs.items() if stem in found.values()}
 
 
 def judged_results(run: Report, family: str = "") -> list[Result]:
@@ -38,7 +57,7 @@ def overview(runs: Mapping[str, Report]) -> Markdown:
     for stem, run in runs.items():
         cells = [_share(judged_results(run, family)) for family in (*FAMILIES, "")]
         mark = " (stale)" if f"results/{stem}.json" in old else ""
-        rows.append([f"{run.capabilities['name']} {run.capabilities['version']}{mark}", *cells])
+        rows.append([f"{implementation(run)}{mark}", *cells])
     return markdown_table(["implementation", *FAMILIES, "all"], rows)
 
 
@@ -55,7 +74,7 @@ def verdicts(runs: Mapping[str, Report]) -> Markdown:
     """How often each verdict occurs."""
     counts = {stem: Counter(r.verdict for r in run.results) for stem, run in runs.items()}
     rows = [
-        [str(run.capabilities["name"]), *(str(counts[stem][v] or "") for v in VERDICTS)]
+        [implementation(run), *(str(counts[stem][v] or "") for v in VERDICTS)]
         for stem, run in runs.items()
     ]
     return markdown_table(["implementation", *VERDICTS], rows)
@@ -68,7 +87,7 @@ def documented_scales(runs: Mapping[str, Report]) -> Markdown:
         scaled = Counter(_scale(r.words) for r in run.results if r.verdict == "scaled")
         words = "; ".join(words for words, _ in scaled.most_common(3))
         if scaled:
-            rows.append([str(run.capabilities["name"]), words, str(scaled.total())])
+            rows.append([implementation(run), words, str(scaled.total())])
     return markdown_table(
         ["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2
     )
@@ -89,7 +108,48 @@ def unexplained(runs: Mapping[str, Report]) -> list[tuple[str, str]]:
     ]
 
 
-def card(name: str, explains: int) -> str:
+@dataclass(frozen=True)
+class Occurrence:
+    """What stored results say of a finding in the versions of its library that were asked.
+
+    Attributes:
+        seen: Versions in which its patch mends a verdict.
+        passing: Versions in which all of its verdicts pass without it.
+        explains: How many verdicts it explains, in the version that it is about.
+    """
+
+    seen: list[str]
+    passing: list[str]
+    explains: int
+
+    def __str__(self) -> str:
+        words = f"Seen in {_enumerated(self.seen)}" if self.seen else "Not seen in a stored result"
+        if self.passing:
+            words += f"; its cases pass in {_enumerated(self.passing)}"
+        return f"{words}."
+
+
+def occurrence(name: str, runs: Mapping[str, Report]) -> Occurrence:
+    """In which versions a finding is seen, and in which it is not."""
+    found, seen, passing, explains = finding(name), [], [], 0
+    for stem, run in sorted(runs.items(), key=lambda item: _release(item[1])):
+        version = run.capabilities["version"]
+        if not explain.is_about(found, run):
+            continue
+        reasons = explain.reasons_of(stem, run)
+        mended = sum(name in {n.removeprefix("+") for n in names} for names in reasons.values())
+        own = {(str(case), flavour) for case, flavour in found.CASES}
+        judged = [r for r in judged_results(run) if (r.case, r.flavour) in own]
+        if mended:
+            seen.append(version)
+        elif judged and all(r.passes for r in judged):
+            passing.append(version)
+        if version == found.VERSION:
+            explains += mended
+    return Occurrence(seen, passing, explains)
+
+
+def card(name: str, where: Occurrence) -> str:
     """A finding for people: what, where, what the documentation says, and the text for upstream."""
     found = finding(name)
     thread = f"[public thread]({found.THREAD})" if found.THREAD else "no public thread known"
@@ -100,16 +160,26 @@ def card(name: str, explains: int) -> str:
     return (
         f"#### {found.LIBRARY} {found.VERSION}: {title}\n\n"
         f"*Cause.* {cause}\n\n*Documentation.* {documented}; {thread}.\n\n"
-        f"*Explains* {explains} of the verdicts that do not pass.\n\n"
+        f"*Versions.* {where}\n\n"
+        f"*Explains* {where.explains} of the verdicts that do not pass in {found.VERSION}.\n\n"
         f'<details markdown="1">\n<summary>For the maintainer</summary>\n\n{text}\n\n</details>\n'
     )
 
 
 def all_cards(runs: Mapping[str, Report]) -> Markdown:
     """All findings, by library."""
-    reasons = [found for stem in failures(runs).values() for found in stem.values()]
-    explains = Counter(name.removeprefix("+") for found in reasons for name in found)
-    return Markdown("\n\n".join(card(name, explains[name]) for name in finding_names()))
+    return Markdown("\n\n".join(card(name, occurrence(name, runs)) for name in finding_names()))
+
+
+def _release(run: Report) -> list[int]:
+    """The numbers of a version, by which versions are ordered."""
+    return [*map(int, re.findall(r"\d+", run.capabilities["version"]))]
+
+
+def _enumerated(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _scale(words: str) -> str:
