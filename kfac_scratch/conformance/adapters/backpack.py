@@ -1,4 +1,4 @@
-"""BackPACK (https://backpack.pt), release 1.7: KFLR (exact), KFAC (sampled), and KFRA.
+"""BackPACK (https://backpack.pt), releases 1.6 and 1.7: KFLR (exact), KFAC (sampled), KFRA.
 
 Scale: that of the loss it is given (docstrings of `MSELossDerivatives` and others). For the weights
 of convolutions, the docstring of `HBPConvNd.weight` says that the factor of the vectors differs

@@ -1,4 +1,4 @@
-"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1, and 3.0.0 and 2.0.1 before it.
+"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1, and releases before it.
 
 Scale: the operator represents the Fisher or GGN of the loss that it is given, mean or sum included
 (docstrings of `KFACLinearOperator` and `GGNLinearOperator`), so that every scale is 1, except for
@@ -10,7 +10,7 @@ over the groups, which is an approximation of its own. What the library refuses 
 NotImplementedError is not supported: `extract_patches` documents one for a padding that is not the
 same on both sides.
 
-Release 2 has no EKFAC, and other names for computing the factors and for a product with tensors.
+Release 2 has no EKFAC, and other names for what computes factors, and for products with tensors.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 

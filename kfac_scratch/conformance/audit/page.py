@@ -4,8 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kfac_scratch.conformance.audit import explain
+from kfac_scratch.conformance.audit.proofs import proven
 from kfac_scratch.conformance.audit.prove import finding, finding_names
 from kfac_scratch.conformance.audit.stale import all_stale, stale_results
 from kfac_scratch.conformance.cases.families import FAMILIES
@@ -13,6 +15,17 @@ from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.judging.report import Report
 from kfac_scratch.conformance.vocabulary import VERDICTS
 from kfac_scratch.show import Markdown
+
+# What a verdict can become from one release to the next, in the words of a table's head.
+CHANGES = {
+    "mended": {("fails", "passes")},
+    "broken": {("passes", "fails")},
+    "offered now, passes": {("refused", "passes")},
+    "offered now, fails": {("refused", "fails")},
+    "no longer offered": {("passes", "refused"), ("fails", "refused")},
+    "passes as before": {("passes", "passes")},
+    "fails as before": {("fails", "fails")},
+}
 
 
 def implementation(run: Report) -> str:
@@ -80,6 +93,29 @@ def verdicts(runs: Mapping[str, Report]) -> Markdown:
     return markdown_table(["implementation", *VERDICTS], rows)
 
 
+def changes(runs: Mapping[str, Report]) -> Markdown:
+    """What differs between a release and the next one that was asked, in numbers of verdicts."""
+    releases: dict[str, list[Report]] = {}
+    for run in sorted(runs.values(), key=_release):
+        releases.setdefault(run.capabilities["name"], []).append(run)
+    rows = []
+    for name, asked in sorted(releases.items()):
+        for old, new in pairwise(asked):
+            before = {(r.case, r.flavour): _state(r) for r in old.results}
+            now = {(r.case, r.flavour): _state(r) for r in new.results}
+            pairs = Counter((before[task], now[task]) for task in before.keys() & now.keys())
+            counts = [sum(pairs[pair] for pair in kind) for kind in CHANGES.values()]
+            between = f"{old.capabilities['version']} → {new.capabilities['version']}"
+            rows.append([name, between, *(str(n or "") for n in counts)])
+    return markdown_table(["implementation", "releases", *CHANGES], rows, text_columns=2)
+
+
+def _state(r: Result) -> str:
+    if r.verdict == "not-supported":
+        return "refused"
+    return "passes" if r.passes else "fails"
+
+
 def documented_scales(runs: Mapping[str, Report]) -> Markdown:
     """Scales that are documented and real: conventions, not mistakes."""
     rows = []
@@ -113,7 +149,7 @@ class Occurrence:
     """What stored results say of a finding in the versions of its library that were asked.
 
     Attributes:
-        seen: Versions in which its patch mends a verdict.
+        seen: Versions in which its patch mends a verdict, of a stored result or of its proof.
         passing: Versions in which all of its verdicts pass without it.
         explains: How many verdicts it explains, in the version that it is about.
     """
@@ -123,7 +159,7 @@ class Occurrence:
     explains: int
 
     def __str__(self) -> str:
-        words = f"Seen in {_enumerated(self.seen)}" if self.seen else "Not seen in a stored result"
+        words = f"Seen in {_enumerated(self.seen)}" if self.seen else "Not proven yet"
         if self.passing:
             words += f"; its cases pass in {_enumerated(self.passing)}"
         return f"{words}."
@@ -131,28 +167,30 @@ class Occurrence:
 
 def occurrence(name: str, runs: Mapping[str, Report]) -> Occurrence:
     """In which versions a finding is seen, and in which it is not."""
-    found, seen, passing, explains = finding(name), [], [], 0
-    for stem, run in sorted(runs.items(), key=lambda item: _release(item[1])):
-        version = run.capabilities["version"]
+    found, explains = finding(name), 0
+    seen, passing = {found.VERSION} if name in proven() else set(), set()
+    own = {(str(case), flavour) for case, flavour in found.CASES}
+    for stem, run in runs.items():
         if not explain.is_about(found, run):
             continue
-        reasons = explain.reasons_of(stem, run)
-        mended = sum(name in {n.removeprefix("+") for n in names} for names in reasons.values())
-        own = {(str(case), flavour) for case, flavour in found.CASES}
+        version = run.capabilities["version"]
+        reasons = explain.reasons_of(stem, run).values()
+        mended = sum(name in {n.removeprefix("+") for n in names} for names in reasons)
         judged = [r for r in judged_results(run) if (r.case, r.flavour) in own]
         if mended:
-            seen.append(version)
+            seen.add(version)
         elif judged and all(r.passes for r in judged):
-            passing.append(version)
+            passing.add(version)
         if version == found.VERSION:
             explains += mended
-    return Occurrence(seen, passing, explains)
+    return Occurrence(sorted(seen, key=_numbers), sorted(passing, key=_numbers), explains)
 
 
 def card(name: str, where: Occurrence) -> str:
     """A finding for people: what, where, what the documentation says, and the text for upstream."""
     found = finding(name)
     thread = f"[public thread]({found.THREAD})" if found.THREAD else "no public thread known"
+    upstream = f"*Upstream.* {found.UPSTREAM}.\n\n" if hasattr(found, "UPSTREAM") else ""
     text = (found.__doc__ or "").strip()
     title, cause, documented = (
         part.replace("__", r"\_\_") for part in (found.TITLE, found.CAUSE, found.DOCUMENTED)
@@ -160,7 +198,7 @@ def card(name: str, where: Occurrence) -> str:
     return (
         f"#### {found.LIBRARY} {found.VERSION}: {title}\n\n"
         f"*Cause.* {cause}\n\n*Documentation.* {documented}; {thread}.\n\n"
-        f"*Versions.* {where}\n\n"
+        f"{upstream}*Versions.* {where}\n\n"
         f"*Explains* {where.explains} of the verdicts that do not pass in {found.VERSION}.\n\n"
         f'<details markdown="1">\n<summary>For the maintainer</summary>\n\n{text}\n\n</details>\n'
     )
@@ -172,8 +210,12 @@ def all_cards(runs: Mapping[str, Report]) -> Markdown:
 
 
 def _release(run: Report) -> list[int]:
-    """The numbers of a version, by which versions are ordered."""
-    return [*map(int, re.findall(r"\d+", run.capabilities["version"]))]
+    return _numbers(run.capabilities["version"])
+
+
+def _numbers(version: str) -> list[int]:
+    """The numbers in a version, by which versions are ordered."""
+    return [*map(int, re.findall(r"\d+", version))]
 
 
 def _enumerated(words: Sequence[str]) -> str:
