@@ -118,10 +118,10 @@ assert share_of("dense") > 0.95 > 0.8 > max(share_of("sharing"), share_of("convo
 # %% [markdown]
 # ## One release and the next
 #
-# A finding ages: the next release of a library may mend it, or bring another one. So some libraries are asked in
-# two releases, with the same cases and the same adapter. The table counts verdicts, by what they were in the
-# earlier release and what they are in the later one. An empty row but for the last two columns means that
-# nothing changed in what the oracle asks about.
+# A finding ages: the next release of a library may mend it, or bring another one. So several libraries are asked
+# in more than one release, with the same cases and the same adapter. The table counts verdicts by what they were
+# in the earlier release and what they are in the later one. Where only the last two columns have numbers, nothing
+# changed in what the oracle asks about.
 
 # %% tags=["remove-input"]
 page.changes(others)
@@ -134,9 +134,13 @@ for name in finding_names():
 assert any(page.occurrence(name, others).passing for name in finding_names())
 
 # %% [markdown]
-# An earlier release also shows what it takes to run it today. Releases of BackPACK before 1.7 import
-# `pkg_resources`, which `setuptools` dropped; laplace-torch 0.2.2 uses methods that curvlinops renamed in
-# release 3, so that it is asked with curvlinops 2. What a result was made with stands in its file.
+# The printed finding is young. An earlier release took a root of the softmax's curvature that has one column more
+# than it needs; the later one takes a smaller root, which saves a backward pass and divides by probabilities that
+# can be zero. Both are the same matrix on paper. No other verdict of that library changed.
+#
+# An earlier release does not always run as it is. BackPACK 1.6.0 imports `pkg_resources`, which the present
+# `setuptools` no longer has; laplace-torch 0.2.2.2 imports a module that curvlinops dropped in release 3, so that
+# it is asked with curvlinops 2. Which other libraries a result depends on is written in its file.
 #
 # ## Conventions
 #

@@ -1,6 +1,8 @@
 """The audit is complete and up to date: results, findings, proofs, explanations."""
 
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -12,6 +14,7 @@ from kfac_scratch.conformance.audit import explain, findings, page, proofs, prov
 from kfac_scratch.conformance.audit.mending import mended
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.questions import case_digest
+from kfac_scratch.conformance.drivers import installed
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.judging.report import Report, environment, write
 from tests import faulty
@@ -55,6 +58,13 @@ def test_a_result_file_is_of_the_version_that_it_is_named_after(stem):
     run, newest = RUNS[stem], page.newest(RUNS)
     assert (stem in newest) == ("-" not in stem)
     assert stem in newest or stem.partition("-")[2] == run.capabilities["version"]
+
+
+def test_a_result_says_which_libraries_it_depends_on():
+    assert page.libraries(RUNS["laplace-0.2.2.2"]) == "curvlinops-for-pytorch 2.0.1"
+    without = replace(RUNS["singd"], capabilities={"name": "singd", "version": "0.0.5"})
+    assert page.libraries(without) == ""  # a file from before the field
+    assert installed("torch") == {f"torch {version('torch')}"}
 
 
 def test_many_implementations_and_versions_are_judged():
@@ -269,9 +279,9 @@ def test_a_patch_that_does_not_fit_the_version_that_it_is_for_is_an_error(monkey
         explained_by(monkeypatch, {"twice": without_its_line()}, environment())
 
 
-def in_version(version, verdict):
+def in_version(release, verdict):
     return Report(
-        FAULTY | {"version": version},
+        FAULTY | {"version": release},
         [Result("deep-linear-mse-mean-nobias", "expand", verdict)],
         {"deep-linear-mse-mean-nobias": "dense"},
         {},

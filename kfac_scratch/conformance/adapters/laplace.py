@@ -1,7 +1,7 @@
 """laplace-torch (https://github.com/aleximmer/Laplace), release 0.3: `KronLaplace`.
 
 With its default backend, which is curvlinops: what the oracle says of that it says of this, too.
-Release 0.2.2.2 calls methods that curvlinops renamed in release 3, and is asked with release 2.
+Release 0.2.2.2 imports a module of curvlinops that release 3 has not, and is asked with release 2.
 
 Scale: the curvature is that of the sum over data of negative log-likelihoods, for regression of a
 Gaussian with unit variance: "factor: conversion factor between torch losses and base likelihoods.

@@ -19,7 +19,7 @@ r"""The audit of other people's implementations: what the oracle says of them, a
   | `DOCUMENTED` | what the library's documentation says about it, or "silent" |
   | `THREAD` | a public thread about it, or "" |
   | `patch()` | a context manager that mends the line in memory |
-  | `UPSTREAM` | optional: what that thread says and when, and what became of it |
+  | `UPSTREAM` | optional: what became of it, in releases or in that thread, with dates |
   | `WITH` | optional: other findings of whose patches this one is made, too |
 
 A case is an identifier, or a `Case` of the finding's own where the catalogue has none.
