@@ -43,7 +43,7 @@ from kfac_scratch.show import code
 runs = explain.runs()
 for run in runs.values():
     about, libraries = run.about, page.libraries(run)
-    print(f"{page.implementation(run):22} {about['date']}, torch {about['torch']}", libraries)
+    print(f"{page.name_and_version(run):22} {about['date']}, torch {about['torch']}", libraries)
 
 # %% [markdown]
 # Cases are added, and results stay where they are until somebody runs the library again. Every result file
@@ -64,7 +64,7 @@ page.notices()
 page.overview(runs)
 
 # %% tags=["hide-input"] alt="A heat map with one row per implementation and one column per family of cases; most cells are full." caption="Share of the verdicts that pass, by implementation and family. Empty: not offered. Dense layers are right nearly everywhere; shared weights and the geometry of convolutions are where implementations differ."
-rows = [page.implementation(run) for run in runs.values()]
+rows = [page.name_and_version(run) for run in runs.values()]
 share = [
     [
         sum(r.passes for r in judged) / len(judged)

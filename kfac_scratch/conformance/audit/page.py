@@ -28,8 +28,8 @@ CHANGES = {
 }
 
 
-def implementation(run: Report) -> str:
-    """Name and version."""
+def name_and_version(run: Report) -> str:
+    """Of the implementation that was run."""
     return f"{run.capabilities['name']} {run.capabilities['version']}"
 
 
@@ -70,7 +70,7 @@ def overview(runs: Mapping[str, Report]) -> Markdown:
     for stem, run in runs.items():
         cells = [_share(judged_results(run, family)) for family in (*FAMILIES, "")]
         mark = " (stale)" if f"results/{stem}.json" in old else ""
-        rows.append([f"{implementation(run)}{mark}", *cells])
+        rows.append([f"{name_and_version(run)}{mark}", *cells])
     return markdown_table(["implementation", *FAMILIES, "all"], rows)
 
 
@@ -87,7 +87,7 @@ def verdicts(runs: Mapping[str, Report]) -> Markdown:
     """How often each verdict occurs."""
     counts = {stem: Counter(r.verdict for r in run.results) for stem, run in runs.items()}
     rows = [
-        [implementation(run), *(str(counts[stem][v] or "") for v in VERDICTS)]
+        [name_and_version(run), *(str(counts[stem][v] or "") for v in VERDICTS)]
         for stem, run in runs.items()
     ]
     return markdown_table(["implementation", *VERDICTS], rows)
@@ -123,7 +123,7 @@ def documented_scales(runs: Mapping[str, Report]) -> Markdown:
         scaled = Counter(_scale(r.words) for r in run.results if r.verdict == "scaled")
         words = "; ".join(words for words, _ in scaled.most_common(3))
         if scaled:
-            rows.append([implementation(run), words, str(scaled.total())])
+            rows.append([name_and_version(run), words, str(scaled.total())])
     return markdown_table(
         ["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2
     )
