@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kfac_scratch.conformance.audit import explain
-from kfac_scratch.conformance.audit.proofs import proven
+from kfac_scratch.conformance.audit.proofs import proven, stored_proofs
 from kfac_scratch.conformance.audit.prove import finding, finding_names
 from kfac_scratch.conformance.audit.stale import all_stale, stale_results
 from kfac_scratch.conformance.cases.families import FAMILIES
@@ -198,7 +198,7 @@ def card(name: str, where: Occurrence) -> str:
     return (
         f"#### {found.LIBRARY} {found.VERSION}: {title}\n\n"
         f"*Cause.* {cause}\n\n*Documentation.* {documented}; {thread}.\n\n"
-        f"{upstream}*Versions.* {where}\n\n"
+        f"{upstream}*Versions.* {where}{_proven_on(name)}\n\n"
         f"*Explains* {where.explains} of the verdicts that do not pass in {found.VERSION}.\n\n"
         f'<details markdown="1">\n<summary>For the maintainer</summary>\n\n{text}\n\n</details>\n'
     )
@@ -207,6 +207,14 @@ def card(name: str, where: Occurrence) -> str:
 def all_cards(runs: Mapping[str, Report]) -> Markdown:
     """All findings, by library."""
     return Markdown("\n\n".join(card(name, occurrence(name, runs)) for name in finding_names()))
+
+
+def _proven_on(name: str) -> str:
+    """When a finding was last proven, in words."""
+    if name not in proven():
+        return ""
+    stored = stored_proofs(name)
+    return f" Proven in {stored['version']} on {stored['about']['date']}."
 
 
 def _release(run: Report) -> list[int]:
