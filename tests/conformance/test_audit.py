@@ -138,7 +138,7 @@ def test_pages_are_made_from_the_files():
     cards = page.all_cards(OTHERS).text
     assert all(prove.finding(name).TITLE in cards for name in prove.finding_names())
     date = proofs.stored_proofs("singd_reuse")["about"]["date"]
-    assert f"Proven in 0.0.5 on {date}." in cards
+    assert f"Proven in {prove.finding('singd_reuse').VERSION} on {date}." in cards
     assert "*Upstream.* New in release 0.4." in cards
 
 
