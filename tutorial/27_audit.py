@@ -63,7 +63,7 @@ page.notices()
 # %% tags=["remove-input"]
 page.overview(runs)
 
-# %% tags=["hide-input"] alt="A heat map with one row per implementation and one column per family of cases; most cells are full." caption="Share of the verdicts that pass, by implementation and family. Empty: not offered. Dense layers are right nearly everywhere; shared weights and the geometry of convolutions are where implementations differ."
+# %% tags=["hide-input"] alt="A heat map with one row per implementation and release and one column per family of cases; most cells are full." caption="Share of the verdicts that pass, by release of an implementation and family. Empty: not offered. Dense layers are right nearly everywhere; shared weights and the geometry of convolutions are where implementations differ."
 rows = [page.name_and_version(run) for run in runs.values()]
 share = [
     [

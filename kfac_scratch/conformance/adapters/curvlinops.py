@@ -1,4 +1,4 @@
-"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1, and releases before it.
+"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1, and releases 3.0.0 and 2.0.1.
 
 Scale: the operator represents the Fisher or GGN of the loss that it is given, mean or sum included
 (docstrings of `KFACLinearOperator` and `GGNLinearOperator`), so that every scale is 1, except for
