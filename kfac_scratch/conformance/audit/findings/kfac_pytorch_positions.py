@@ -66,7 +66,7 @@ DOCUMENTED = (
 )
 THREAD = "https://github.com/tensorflow/kfac/issues/41"
 UPSTREAM = (
-    "The thread of June 2020, closed in the same year, is about TensorFlow's KFAC: its factor of "
+    "The thread of June 2020, which is closed, is about TensorFlow's KFAC: its factor of "
     "the inputs is a mean over positions, too, and a coefficient of the block makes up for it"
 )
 
