@@ -26,6 +26,7 @@ What comes back need not be a matrix:
 
 import math
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,11 @@ from torch import Tensor, nn
 from torch.func import hessian, vmap
 
 from kfac_scratch.conformance.protocol import DenseAnswer, Request
+
+
+def installed(*names: str) -> frozenset[str]:
+    """Names of installed packages with their versions, for `Capabilities.libraries`."""
+    return frozenset(f"{name} {version(name)}" for name in names)
 
 
 def roots(request: Request) -> list[Tensor]:

@@ -48,6 +48,7 @@ class Capabilities:
             one, under the embedding's name, in the layout of its weight. It is the sum of KFAC of
             both, each as if it were alone.
         masks: Whether it takes masks of the positions that are part of the data.
+        libraries: Those that its numbers depend on beside PyTorch, with versions (`jax 0.8.2`).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Capabilities:
     projections: bool = False
     ties: bool = False
     masks: bool = False
+    libraries: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,6 +42,16 @@ def test_every_result_file_says_that_the_new_case_is_missing(toy):
     )
 
 
+def test_a_file_that_is_named_after_a_version_says_which_one_is_needed(toy):
+    run = replace(STORED["singd"], capabilities={"name": "singd", "version": "0.0.1"})
+    (old,) = stale.stale_results({"singd-0.0.1": run})
+    assert old.command.endswith("results/singd-0.0.1.json  # with singd 0.0.1")
+    (old,) = stale.stale_explanations({"singd-0.0.1": run})
+    assert old.command.endswith(
+        "explain kfac_scratch/conformance/audit/results/singd-0.0.1.json  # with singd 0.0.1"
+    )
+
+
 def test_the_page_says_so(toy):
     overview, notices = page.overview(STORED).text, page.notices().text
     for run in STORED.values():

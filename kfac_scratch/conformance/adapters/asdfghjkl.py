@@ -1,4 +1,4 @@
-"""ASDL (https://github.com/kazukiosawa/asdl), on the package index `asdfghjkl`, release 0.1a5.
+"""ASDL (https://github.com/kazukiosawa/asdl), on the package index `asdfghjkl`, 0.1a4 and 0.1a5.
 
 Scale: factors are sums divided by `data_size`, "the size of data to be used for averaging curvature
 information" (`PreconditioningConfig`); the squared error is that of a Gaussian whose variance `var`

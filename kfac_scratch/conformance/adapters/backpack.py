@@ -1,4 +1,4 @@
-"""BackPACK (https://backpack.pt), release 1.7: KFLR (exact), KFAC (sampled), and KFRA.
+"""BackPACK (https://backpack.pt), releases 1.6 and 1.7: KFLR (exact), KFAC (sampled), KFRA.
 
 Scale: that of the loss it is given (docstrings of `MSELossDerivatives` and others). For the weights
 of convolutions, the docstring of `HBPConvNd.weight` says that the factor of the vectors differs
@@ -20,6 +20,7 @@ from backpack import backpack, extend
 from backpack.extensions import KFAC, KFLR, KFRA
 from torch import Tensor, nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     KroneckerAnswer,
@@ -44,6 +45,7 @@ class Adapter:
             fishers=frozenset({"type2", "mc"}),
             losses=frozenset({"mse", "cross-entropy", "bce"}),
             batches=False,
+            libraries=drivers.installed("unfoldNd"),
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:

@@ -1,4 +1,4 @@
-"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1.
+"""curvlinops (https://github.com/f-dangel/curvlinops), release 3.0.1, and releases 3.0.0 and 2.0.1.
 
 Scale: the operator represents the Fisher or GGN of the loss that it is given, mean or sum included
 (docstrings of `KFACLinearOperator` and `GGNLinearOperator`), so that every scale is 1, except for
@@ -9,6 +9,8 @@ Not asked for: grouped convolutions. `kfac_utils.extract_patches` documents that
 over the groups, which is an approximation of its own. What the library refuses with a
 NotImplementedError is not supported: `extract_patches` documents one for a padding that is not the
 same on both sides.
+
+Release 2 has no EKFAC, and other names for what computes factors, and for products with tensors.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
@@ -16,12 +18,9 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import curvlinops
 import torch
-from curvlinops import (
-    EKFACLinearOperator,
-    KFACInverseLinearOperator,
-    KFACLinearOperator,
-)
+from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 from torch import nn
 
 from kfac_scratch.conformance import drivers
@@ -35,8 +34,9 @@ from kfac_scratch.conformance.protocol import (
     Request,
     VectorAnswer,
 )
-from kfac_scratch.conformance.vocabulary import Fisher
+from kfac_scratch.conformance.vocabulary import Fisher, Flavour
 
+EKFACLinearOperator = getattr(curvlinops, "EKFACLinearOperator", None)
 FISHERS: dict[Fisher, str] = {"type2": "type-2", "mc": "mc", "empirical": "empirical"}
 
 
@@ -45,13 +45,15 @@ class Adapter:
 
     def capabilities(self) -> Capabilities:
         """Linear layers and 2d convolutions."""
+        kfac: frozenset[Flavour] = frozenset({"expand", "reduce"})
         return Capabilities(
             "curvlinops",
             version("curvlinops-for-pytorch"),
             fishers=frozenset(FISHERS),
-            flavours=frozenset({"expand", "reduce", "ekfac"}),
+            flavours=kfac | {"ekfac"} if EKFACLinearOperator else kfac,
             losses=frozenset({"mse", "cross-entropy", "bce"}),
             damping=frozenset({"exact", "factored"}),
+            libraries=drivers.installed("einconv"),
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:
@@ -73,7 +75,8 @@ class Adapter:
             raise NotSupported(str(reason)) from reason
         if request.damping:
             return _solved(request, made, request.damping)
-        return {name: LayerBlock(joint=_part(made, name)) for name in layers}
+        part = _eigen if request.flavour == "ekfac" else _kronecker
+        return {name: LayerBlock(joint=part(made, name)) for name in layers}
 
 
 def _check(name: str, layer: nn.Module) -> None:
@@ -104,10 +107,15 @@ def _operator(request: Request) -> Any:
         kfac_approx="reduce" if request.flavour == "reduce" else "expand",
         separate_weight_and_bias=False,
     )
-    operator.compute_kronecker_factors()
+    _method(operator, "compute_kronecker_factors", "_compute_kfac")()
     if request.flavour == "ekfac":
         operator.compute_eigenvalue_correction()
     return operator
+
+
+def _method(owner: Any, *names: str) -> Any:
+    """The first method of these that a release has."""
+    return next(getattr(owner, name) for name in names if hasattr(owner, name))
 
 
 def _check_output(request: Request) -> None:
@@ -117,15 +125,17 @@ def _check_output(request: Request) -> None:
         raise NotSupported("EKFAC with more than two axes of the output, as the documentation says")
 
 
-def _part(operator: Any, name: str) -> Part:
-    if isinstance(operator, EKFACLinearOperator):
-        scale = operator._corrected_eigenvalues[name]
-        return EigenAnswer(
-            operator._input_covariances_eigenvectors[name],
-            operator._gradient_covariances_eigenvectors[name],
-            next(iter(scale.values())) if isinstance(scale, dict) else scale,  # without a bias
-        )
+def _kronecker(operator: Any, name: str) -> Part:
     return KroneckerAnswer(operator._input_covariances[name], operator._gradient_covariances[name])
+
+
+def _eigen(operator: Any, name: str) -> Part:
+    scale = operator._corrected_eigenvalues[name]
+    return EigenAnswer(
+        operator._input_covariances_eigenvectors[name],
+        operator._gradient_covariances_eigenvectors[name],
+        next(iter(scale.values())) if isinstance(scale, dict) else scale,  # without a bias
+    )
 
 
 def _solved(request: Request, operator: Any, damping: tuple[str, float]) -> dict[str, LayerBlock]:
@@ -134,7 +144,8 @@ def _solved(request: Request, operator: Any, damping: tuple[str, float]) -> dict
     flag = "use_exact_damping" if form == "exact" else "use_heuristic_damping"
     inverse = KFACInverseLinearOperator(operator, damping=value, **{flag: True})
     names = list(_parameters(request))
-    vectors = dict(zip(names, inverse @ [request.gradient[n] for n in names], strict=True))
+    times = _method(inverse, "torch_matvec", "__matmul__")
+    vectors = dict(zip(names, times([request.gradient[n] for n in names]), strict=True))
     found = {}
     for name in request.layers:
         parts = [vectors[key].flatten() for key in names if key.rpartition(".")[0] == name]

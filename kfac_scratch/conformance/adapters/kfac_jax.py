@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.protocol import (
     Capabilities,
@@ -53,6 +54,7 @@ class Adapter:
             losses=frozenset(LOSSES.values()),
             dtypes=frozenset({"float64"}),
             damping=frozenset({"exact", "factored"}),
+            libraries=drivers.installed("jax", "jaxlib"),
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:

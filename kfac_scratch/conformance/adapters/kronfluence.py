@@ -1,4 +1,4 @@
-"""Kronfluence (https://github.com/pomonam/kronfluence), release 1.0.1.
+"""Kronfluence (https://github.com/pomonam/kronfluence), releases 1.0.0 and 1.0.1.
 
 A task tells it the loss, so that every kind of Fisher is a loss: the empirical one is the sum over
 all terms, as the documentation demands; a sampled one draws the targets, as its examples do, the
@@ -52,6 +52,7 @@ class Adapter:
             fishers=frozenset({"type2", "mc", "empirical"}),
             flavours=frozenset({"expand", "ekfac"}),
             losses=frozenset({"mse", "cross-entropy", "bce"}),
+            libraries=drivers.installed("einconv"),
         )
 
     def scale(self, request: Request, layer: str, part: str) -> float | None:

@@ -1,6 +1,7 @@
 """laplace-torch (https://github.com/aleximmer/Laplace), release 0.3: `KronLaplace`.
 
 With its default backend, which is curvlinops: what the oracle says of that it says of this, too.
+Release 0.2.2.2 imports a module of curvlinops that release 3 has not, and is asked with release 2.
 
 Scale: the curvature is that of the sum over data of negative log-likelihoods, for regression of a
 Gaussian with unit variance: "factor: conversion factor between torch losses and base likelihoods.
@@ -21,6 +22,7 @@ from laplace import Laplace
 from laplace.curvature import CurvlinopsEF, CurvlinopsGGN
 from torch import Tensor, nn
 
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     KroneckerAnswer,
@@ -50,6 +52,7 @@ class Adapter:
             version("laplace-torch"),
             fishers=frozenset({"type2", "mc", "empirical"}),
             flavours=frozenset({"expand", "reduce"}),
+            libraries=drivers.installed("curvlinops-for-pytorch"),
         )
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:

@@ -1,4 +1,4 @@
-r"""NNGeometry (https://github.com/tfjgeorge/nngeometry), release 0.4.
+r"""NNGeometry (https://github.com/tfjgeorge/nngeometry), release 0.4, and 0.3.2 before it.
 
 Scale: the docstring of `TorchHooksJacobianBackend` says
 $F = \frac1n \sum_{i,j} J_{ij} J_{ij}^\top$ of the functions that `FIM` makes: a normal distribution

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from singd.optim.optimizer import SINGD
 from torch import nn
 
-from kfac_scratch.conformance.drivers import rows
+from kfac_scratch.conformance import drivers
 from kfac_scratch.conformance.protocol import (
     Capabilities,
     KroneckerAnswer,
@@ -45,6 +45,7 @@ class Adapter:
             fishers=frozenset({"type2", "empirical"}),
             flavours=frozenset({"expand", "reduce"}),
             losses=frozenset({"mse", "cross-entropy", "bce"}),
+            libraries=drivers.installed("einconv"),
         )
 
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
@@ -107,7 +108,7 @@ def _backward(request: Request) -> None:
             share = y.numel() / total if mean else 1.0
             (share * request.loss(request.model(X), y)).backward()
         return
-    pairs = rows(request)
+    pairs = drivers.rows(request)
     data = sum(len(X) for X, _ in pairs)
     for X, v in pairs:  # a mean over rows of <f, v> sqrt(rows)
         total_loss = (request.model(X) * v).sum()

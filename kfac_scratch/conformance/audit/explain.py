@@ -3,6 +3,9 @@
 `python -m kfac_scratch.conformance explain RESULTS.json`, run where the library is, asks every case
 that fails again, once within the patch of each finding, and within all of them together, of which
 those that are not needed are left out. What no patch mends is unexplained, and the audit says so.
+
+A patch is written for one version of a library. In another version the finding may still be there,
+which its patch proves if it fits; a patch that does not fit explains nothing.
 """
 
 from contextlib import ExitStack
@@ -31,12 +34,13 @@ def runs() -> dict[str, Report]:
 def about_run(run: Report) -> dict[str, ModuleType]:
     """The findings about a library, as far as they ask the adapter that made a run."""
     found = {name: finding(name) for name in finding_names()}
-    library, made_by = run.capabilities["name"], run.about.get("adapter", "")
-    return {
-        name: module
-        for name, module in found.items()
-        if library == module.LIBRARY and made_by in ("", module.ADAPTER)
-    }
+    return {name: module for name, module in found.items() if is_about(module, run)}
+
+
+def is_about(module: ModuleType, run: Report) -> bool:
+    """Whether a finding is about the library, in whatever version, and the adapter of a run."""
+    made_by = run.about.get("adapter", "")
+    return run.capabilities["name"] == module.LIBRARY and made_by in ("", module.ADAPTER)
 
 
 def explain(run: Report) -> Reasons:
@@ -48,7 +52,7 @@ def explain(run: Report) -> Reasons:
     Raises:
         ValueError: Naming failing cases that there are not.
     """
-    found = about_run(run)
+    found = {name: module for name, module in about_run(run).items() if _fits(module, run)}
     failures = [r for r in run.results if not r.passes]
     unknown = sorted({r.case for r in failures} - CASES.keys())
     if unknown:
@@ -65,10 +69,18 @@ def explain(run: Report) -> Reasons:
     return reasons
 
 
-def store_explanations(results: Path) -> Reasons:
-    """Explain a result file, and write what was found beside it, with versions and digests."""
+def store_explanations(results: Path) -> tuple[Reasons, Path | None]:
+    """Explain a result file, and store what was found if the file is one of the audit's.
+
+    It is stored in `EXPLAINED`, with versions and digests.
+
+    Returns:
+        The reasons, and the path that they are stored at; None for a file of someone else's.
+    """
     run = read_report(results)
     reasons = explain(run)
+    if results.resolve().parent != RESULTS.resolve():
+        return reasons, None
     asked = dict.fromkeys(key.split()[0] for key in reasons)
     value = {
         "about": environment(),
@@ -78,7 +90,7 @@ def store_explanations(results: Path) -> Reasons:
         "explained": reasons,
     }
     write_object(EXPLAINED / results.name, value)
-    return reasons
+    return reasons, EXPLAINED / results.name
 
 
 def stored_explanations(stem: str) -> dict[str, Any]:
@@ -102,6 +114,21 @@ def reasons_of(stem: str, run: Report) -> Reasons:
 def failure_key(r: Result) -> str:
     """A verdict's name in files: `case flavour`."""
     return f"{r.case} {r.flavour}"
+
+
+def _fits(module: ModuleType, run: Report) -> bool:
+    """Whether what a finding's patch replaces is there in the version that was run.
+
+    Raises:
+        Exception: Whatever the patch raises in the version that it is written for.
+    """
+    try:
+        with module.patch():
+            return True
+    except (ValueError, KeyError, AttributeError, ImportError):
+        if run.capabilities["version"] == module.VERSION:
+            raise
+        return False
 
 
 def _needed(failure: Result, patches: dict[str, ModuleType]) -> list[str]:

@@ -34,7 +34,8 @@ class Stale:
     Attributes:
         what: The thing, as its path in the audit.
         words: By which cases, or that there is none yet.
-        command: What makes it again, from the root of the repository.
+        command: What makes it again, from the root of the repository. Behind `#`: the version of
+            the library that has to be installed, for a file that is named after one.
     """
 
     what: str
@@ -94,7 +95,8 @@ def stale_explanations(
         others = {*map(failure_key, failing)} != {*value.get("explained", {})}
         if failing and (state or others):
             words = str(state or "stale: it explains other verdicts") if value else NOTHING
-            found.append(Stale(path, words, f"{COMMAND} explain {AUDIT}/results/{stem}.json"))
+            command = f"{COMMAND} explain {AUDIT}/results/{stem}.json{_of_version(stem, run)}"
+            found.append(Stale(path, words, command))
     return found
 
 
@@ -135,7 +137,14 @@ def all_stale() -> list[Stale]:
 
 
 def _run_again(stem: str, run: Report) -> str:
-    return _run(run.about.get("adapter", f"{adapters.__name__}.{stem}"), stem)
+    adapter = run.about.get("adapter", f"{adapters.__name__}.{stem}")
+    return _run(adapter, stem) + _of_version(stem, run)
+
+
+def _of_version(stem: str, run: Report) -> str:
+    """A comment in a command: the version that a file is named after."""
+    name, version = run.capabilities["name"], run.capabilities["version"]
+    return f"  # with {name} {version}" if stem.endswith(f"-{version}") else ""
 
 
 def _run(adapter: str, stem: str) -> str:

@@ -45,9 +45,11 @@ def prove_command(args: argparse.Namespace) -> int:
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    """Say which finding explains which failure of a result file of the audit."""
-    for key, reasons in explain.store_explanations(args.results).items():
+    """Say which finding explains which failure of a result file; one of the audit's is stored."""
+    found, stored = explain.store_explanations(args.results)
+    for key, reasons in found.items():
         print(f"{key}: {', '.join(reasons) or 'unexplained'}")
+    print(f"stored in {stored}" if stored else "not stored: this is no result file of the audit")
     return 0
 
 

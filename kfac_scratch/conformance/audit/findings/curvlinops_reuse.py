@@ -43,8 +43,9 @@ covariances are made; or refuse a layer whose hook fires twice.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, cat, nn
@@ -77,38 +78,39 @@ THREAD = ""
 @contextmanager
 def patch() -> Iterator[None]:
     """Calls are positions: join them, then let the library's own functions work."""
-    kfac, ekfac = import_module("curvlinops.kfac"), import_module("curvlinops.ekfac")
-    with _factors(kfac.KFACLinearOperator), _eigenvalues(ekfac.EKFACLinearOperator):
+    with ExitStack() as stack:
+        stack.enter_context(_factors(import_module("curvlinops.kfac").KFACLinearOperator))
+        if find_spec("curvlinops.ekfac"):  # since release 3
+            ekfac = import_module("curvlinops.ekfac").EKFACLinearOperator
+            stack.enter_context(_eigenvalues(ekfac))
         yield
 
 
 @contextmanager
 def _factors(operator: Any) -> Iterator[None]:
-    """Covariances of the inputs and vectors of all calls."""
-    names = (
-        "_hook_accumulate_input_covariance",
-        "_accumulate_gradient_covariance",
-        "_compute_loss_and_backward",
-    )
-    of_input, of_vector, run = (vars(operator)[name] for name in names)
-    inputs: dict[str, list[tuple[nn.Module, Tensor]]] = defaultdict(list)
+    """Covariances of the inputs and vectors of all calls, as soon as every call has its vector."""
+    names = ("_hook_accumulate_input_covariance", "_accumulate_gradient_covariance")
+    of_input, of_vector = (vars(operator)[name] for name in names)
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
     vectors: dict[str, list[Tensor]] = defaultdict(list)
+    done: set[str] = set()
 
     def keep(self: Any, module: nn.Module, args: tuple[Tensor], module_name: str) -> None:
-        inputs[module_name].append((module, args[0].detach().clone()))
+        if module_name in done:  # by the data before
+            inputs.pop(module_name)
+            done.remove(module_name)
+        inputs[module_name].append(args[0].detach().clone())
 
     def joined(self: Any, grad_output: Tensor, module: nn.Module, module_name: str) -> None:
         vectors[module_name].append(grad_output)
-        if len(vectors[module_name]) == len(inputs[module_name]):
-            of_vector(self, _joined(vectors.pop(module_name)), module, module_name)
+        if len(vectors[module_name]) < len(inputs[module_name]):
+            return
+        if module_name not in done:
+            of_input(self, module, (_joined(inputs[module_name]),), module_name)
+            done.add(module_name)
+        of_vector(self, _joined(vectors.pop(module_name)), module, module_name)
 
-    def covariances(self: Any, output: Tensor, y: Tensor) -> None:
-        for name, calls in inputs.items():
-            of_input(self, calls[0][0], (_joined([x for _, x in calls]),), name)
-        run(self, output, y)
-        inputs.clear()
-
-    with _replaced(operator, dict(zip(names, (keep, joined, covariances), strict=True))):
+    with _replaced(operator, dict(zip(names, (keep, joined), strict=True))):
         yield
 
 

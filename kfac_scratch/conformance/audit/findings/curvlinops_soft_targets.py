@@ -53,8 +53,10 @@ def patch() -> Iterator[None]:
     terms = "(y.numel() // (y.shape[1] if y.is_floating_point() else 1))"
     flat = 'y = rearrange(y, "batch ... -> (batch ...)")'
     kept = f"{flat} if not y.is_floating_point() else rearrange(y, 'batch c ... -> (batch ...) c')"
+    by_itself = "_rearrange_for_larger_than_2d_output"  # since release 3
+    rows = by_itself if hasattr(operator, by_itself) else "_compute_loss_and_backward"
     with (
         mended(operator, "_set_num_per_example_loss_terms", ("y.numel()", terms)),
-        mended(operator, "_rearrange_for_larger_than_2d_output", (flat, kept)),
+        mended(operator, rows, (flat, kept)),
     ):
         yield

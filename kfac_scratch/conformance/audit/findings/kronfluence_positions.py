@@ -90,6 +90,10 @@ DOCUMENTED = (
     "(DOCUMENTATION.md); silent about the scale of several positions"
 )
 THREAD = "https://github.com/tensorflow/kfac/issues/41"
+UPSTREAM = (
+    "The thread of June 2020, which is closed, is about TensorFlow's KFAC: its factor of "
+    "the inputs is a mean over positions, too, and a coefficient of the block makes up for it"
+)
 
 
 @contextmanager

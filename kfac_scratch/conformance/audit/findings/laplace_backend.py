@@ -38,7 +38,7 @@ from importlib import import_module
 
 LIBRARY, VERSION = "laplace-torch", "0.3"
 ADAPTER = "kfac_scratch.conformance.adapters.laplace:Adapter"
-TITLE = "Inherited from curvlinops 3.0.1"
+TITLE = "Inherited from curvlinops"
 INHERITED = ("ignore_index", "padding_mode", "positions", "reuse")
 CASES = (
     *((f"conv2d-{mode}-pooled-mse", "reduce") for mode in ("circular", "reflect", "replicate")),
