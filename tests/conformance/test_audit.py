@@ -298,6 +298,7 @@ def versions(made, monkeypatch, tmp_path):
     monkeypatch.setattr(page, "finding", lambda name: made)
     monkeypatch.setattr(page, "proven", list)
     monkeypatch.setattr(explain, "EXPLAINED", tmp_path / "explained")
+    monkeypatch.setattr(explain, "RESULTS", tmp_path)
     made.VERSION = "0.9"
     found = {
         "faulty-0.8": in_version("0.8", "exact"),
@@ -367,7 +368,9 @@ def test_explanations_are_stored_with_versions_and_digests(made, monkeypatch, tm
     run = Report(FAULTY, results, families, {}, environment())
     write(run, tmp_path / "faulty.json", None)
     key = "deep-linear-mse-mean-nobias expand"
-    assert explain.store_explanations(tmp_path / "faulty.json") == {key: ["twice"]}
+    monkeypatch.setattr(explain, "RESULTS", tmp_path)
+    place = tmp_path / "explained" / "faulty.json"
+    assert explain.store_explanations(tmp_path / "faulty.json") == ({key: ["twice"]}, place)
     stored = explain.stored_explanations("faulty")
     assert stored["version"] == "1"
     assert stored["cases"] == {key.split()[0]: case_digest(CASES[key.split()[0]])}
