@@ -18,8 +18,8 @@ from kfac_scratch.conformance.drivers import installed
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.judging.report import Report, environment, write
 from tests import faulty
+from tests.conformance.stored import RUNS
 
-RUNS = explain.runs()
 OTHERS = {stem: run for stem, run in RUNS.items() if stem != "ours"}
 VERSIONS = {(run.capabilities["name"], run.capabilities["version"]) for run in RUNS.values()}
 LIBRARIES = {name for name, _ in VERSIONS}

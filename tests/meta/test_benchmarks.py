@@ -457,7 +457,7 @@ COMMANDS = {
 @pytest.mark.long
 @pytest.mark.parametrize(
     "command",
-    [growth, *(pytest.param(command, marks=pytest.mark.slow) for command in (factors, step))],
+    [pytest.param(command, marks=pytest.mark.slow) for command in (growth, factors, step)],
     ids=lambda command: command.__name__,
 )
 def test_a_command_stores_its_rows_with_everything_they_depend_on(command, tmp_path, capsys):

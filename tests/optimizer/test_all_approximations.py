@@ -33,6 +33,7 @@ from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction, two_level
 from tests.laws import check_equal
+from tests.thinned import thinned
 
 pytestmark = pytest.mark.long
 PLAIN = {"lr": 0.03, "momentum": 0.9, "damping": 1e-3, "decay": 0.95, "controls": [graft()]}
@@ -133,7 +134,7 @@ def test_with_one_position_both_views_are_the_same_for_every_approximation(name,
         check_equal(reduce.matrices[key].dense(), M.dense())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", thinned(VARIANTS))
 def test_checkpoint_restores_matrices_and_inverses(name, device):
     optimizer, _ = trained(VARIANTS[name], device, 4)
     file = files.BytesIO()

@@ -53,6 +53,7 @@ from kfac_scratch.pinn.solvers import (
 from kfac_scratch.pinn.terms import Linearization
 from tests.matrices.test_every_damped_inverse import in_float64
 from tests.spectra import few_samples, images, relu, tabular
+from tests.thinned import thinned
 
 FRACTIONS = [1e3, 1e-2, 1e-4, 1e-6, 1e-7]
 DTYPES = [torch.float32, torch.float64]
@@ -345,7 +346,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", thinned(EXAMPLES, 2))
 def test_every_damped_solve_obeys_the_law_at_small_widths(name, dtype):
     for spectrum in (images, few_samples, tabular):
         for fraction in FRACTIONS:
