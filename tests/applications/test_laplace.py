@@ -108,7 +108,7 @@ def test_the_covariance_of_a_linear_model_is_that_of_bayesian_regression(structu
 
 def test_mackay_with_refits_reaches_the_largest_evidence_of_a_linear_model():
     prior, beta = 1.0, 1.0
-    for _ in range(300):
+    for _ in range(60):
         model, X, y, Phi, _ = fitted(prior, beta)
         p = laplace(model, SQUARES, [(X, y)], prior, beta)
         p = replace(mackay_shared(p), beta=mackay_noise(p).beta)
