@@ -207,9 +207,11 @@ else:
 # parabola's Hessian. The prior's normaliser divides it, which leaves, at $\hat W$,
 #
 # $$
-# \log Z = -\beta L - \tfrac{n}{2} \log \tfrac{\pi}{\beta}
-# - \sum_l \Bigl[ \tfrac{\delta_l}{2} \lVert W_l \rVert^2
+# \begin{aligned}
+# \log Z = {} & -\beta L - \tfrac{n}{2} \log \tfrac{\pi}{\beta} \\
+# & - \sum_l \Bigl[ \tfrac{\delta_l}{2} \lVert W_l \rVert^2
 # + \tfrac12 \log \det \bigl( I + \tfrac{\beta}{\delta_l} M_l \bigr) \Bigr] .
+# \end{aligned}
 # \tag{22.2}
 # $$
 #
@@ -217,6 +219,8 @@ else:
 # fit. The third one asks for weights that the prior expects. The last one is the price of complexity: it grows with
 # every direction of the weights that the data have narrowed down. A large $\delta$ makes the price small and the
 # fit bad, and the evidence weighs one against the other.
+#
+# ### By eigenvalues
 #
 # With the eigenvalues $s_i$ of $M$ the last term is $\tfrac12 \sum_i \log(1 + \beta s_i / \delta)$. A singular $M$
 # is no trouble. For $B \otimes A$ the eigenvalues are the products of the factors', so that two
