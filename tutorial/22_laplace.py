@@ -226,7 +226,7 @@ else:
 # is no trouble. For $B \otimes A$ the eigenvalues are the products of the factors', so that two
 # small decompositions are enough.
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(log_evidence)
 
 # %% [markdown]
@@ -514,7 +514,7 @@ for seed in (0, 1):
 # gradient of one output, and a `LayerIO` whose vectors are unit vectors holds these gradients. So the
 # covariance is a sum of quadratic forms over layers:
 
-# %% tags=["beside", "remove-input"]
+# %% tags=["remove-input"]
 code(functional_covariance, output_vectors)
 
 # %% [markdown]
