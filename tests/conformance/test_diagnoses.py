@@ -125,8 +125,9 @@ def test_no_piece_is_called_by_the_name_of_another(piece):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece.slug)
-def test_no_piece_is_called_by_the_name_of_another_on_any_case(piece):
-    check_names(piece, list(CASES.values()))
+def test_no_piece_is_called_by_the_name_of_another_on_a_third_of_all_cases(piece):
+    """Every case is asked of a third of the pieces."""
+    check_names(piece, list(CASES.values())[PIECES.index(piece) % 3 :: 3])
 
 
 # ---- every mistake -------------------------------------------------------------------------------
