@@ -488,7 +488,7 @@ p, _ = found[0, "a prior each"]
 pixels = p.prior["0"][:128].log10().cpu()
 picture = torch.cat([pixels[:64].reshape(8, 8), pixels[64:].reshape(8, 8)], 1)
 fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
-shown = ax.imshow(picture, cmap="viridis")
+shown = ax.imshow(picture.numpy(), cmap="viridis")
 ax.set_xticks([3.5, 11.5], ["digit", "noise"])
 ax.set_yticks([])
 fig.colorbar(shown, ax=ax, label="log10 of the precision")
