@@ -45,6 +45,7 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, type2
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
+from kfac_scratch.optimizer.preconditioner import block_matrices
 
 BOUNDS = 1e-8, 1e8  # of what MacKay's step makes of a prior precision
 Prior = float | Float[Tensor, "..."]
@@ -250,15 +251,8 @@ def laplace(
         )
     gather = FactorSums() if approximation is None else approximation
     matrices: dict[str, Matrix] = over_loader(gather, model, loss, data, fisher, **options)
-    weights = {
-        name: W
-        for group in layer_groups(model, options.get("layers"))
-        for name, W in zip(
-            group.names,
-            group.matrices({name: p.detach() for name, p in group.trainable.items()}),
-            strict=True,
-        )
-    }
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    weights = block_matrices(layer_groups(model, options.get("layers")), values)
     priors = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(weights, prior)
     for name, M in matrices.items():
         if name in priors and not isinstance(priors[name], Tensor):
@@ -311,7 +305,7 @@ def evidence_gradient(posterior: Laplace) -> EvidenceGradient:
     """
     gamma, squares = effective_parameters(posterior), _squares(posterior)
     by_prior = {name: (gamma[name] - posterior.prior[name] * squares[name]) / 2 for name in squares}
-    total = sum(float(g.sum()) for g in gamma.values())
+    total = _total(gamma)
     by_beta = -posterior.beta * posterior.loss + (posterior.numbers - total) / 2
     return EvidenceGradient(by_prior, by_beta)
 
@@ -344,9 +338,8 @@ def mackay_shared(posterior: Laplace) -> Laplace:
     Use it first: the priors of single layers have a nearly flat direction, in which the scale of
     one layer's weights is traded for another's.
     """
-    total = sum(float(g.sum()) for g in effective_parameters(posterior).values())
-    squares = sum(float(s.sum()) for s in _squares(posterior).values())
-    delta = float(_bounded(torch.tensor(total), torch.tensor(squares)))
+    gamma, squares = _total(effective_parameters(posterior)), _total(_squares(posterior))
+    delta = float(_bounded(torch.tensor(gamma), torch.tensor(squares)))
     return replace(posterior, prior=dict.fromkeys(posterior.prior, delta))
 
 
@@ -361,7 +354,7 @@ def mackay_noise(posterior: Laplace) -> Laplace:
     """
     if not posterior.numbers:
         raise ValueError("Only a squared error has noise: with another loss, choose beta yourself.")
-    total = sum(float(g.sum()) for g in effective_parameters(posterior).values())
+    total = _total(effective_parameters(posterior))
     if not total < posterior.numbers:
         raise ValueError(
             f"The data determine {total:.4g} parameters, but have {posterior.numbers} numbers: "
@@ -389,6 +382,10 @@ def sampled_weights(
         noise = torch.randn(samples, *W.shape, generator=generator, device=W.device, dtype=W.dtype)
         found[name] = W + block.root() @ noise
     return found
+
+
+def _total(by_block: Mapping[str, Tensor]) -> float:
+    return math.fsum(float(values.sum()) for values in by_block.values())
 
 
 def _squares(posterior: Laplace) -> dict[str, Tensor]:
