@@ -100,7 +100,7 @@ def over_loader(
         "plan": Plans() if plan is None else plan,
         "counted": counted,
     }
-    for X, y in _batches(data, progress):
+    for X, y in batches(data, progress):
         run = forward_pass(model, loss, X, y, of_sum, **options)
         parts = run.sent_back()
         for group, gs in next(parts):
@@ -109,8 +109,6 @@ def over_loader(
             for group, gs in part:
                 for name, g in run.vectors_by_block(group, gs).items():
                     states[name] = gather.add_vectors(states[name], g)
-    if not states:
-        raise ValueError("The data loader yielded no batch.")
     D = of_sum.terms if getattr(loss, "reduction", None) == "mean" else 1.0
     return {name: gather.matrix(state, D) for name, state in states.items()}
 
@@ -148,27 +146,37 @@ def _with_inputs(
     return {name: gather.add(states.get(name), io) for name, io in ios.items()}
 
 
-def _batches(
-    data: Iterable[tuple[Any, Tensor]], progress: bool | None
+def batches(
+    data: Iterable[tuple[Any, Tensor]], progress: bool | None = None, name: str = "data"
 ) -> Iterator[tuple[Any, Tensor]]:
     """The batches, each of which must be a pair, behind a progress bar.
 
+    Args:
+        data: Pairs `(X, y)`.
+        progress: Show the bar. Default: on a terminal only.
+        name: The parameter's name, as the user wrote it.
+
     Raises:
         TypeError: For a tensor, or another thing that is not a list of pairs.
+        ValueError: If there is none.
     """
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(
-            f"data must yield batches (X, y), as a DataLoader does, got a {type(data).__name__}: "
-            "for one batch, pass [(X, y)]."
+            f"{name} must yield batches (X, y), as a DataLoader does, got a "
+            f"{type(data).__name__}: for one batch, pass [(X, y)]."
         )
     bar = tqdm(data, desc="KFAC", disable=None if progress is None else not progress)
-    for i, batch in enumerate(bar):
+    count = 0
+    for batch in bar:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(
-                f"Batch {i} of data is a {type(batch).__name__}, not a pair (X, y). Yield pairs, "
-                "for example ((batch['x'], batch['y']) for batch in loader)."
+                f"Batch {count} of {name} is a {type(batch).__name__}, not a pair (X, y). Yield "
+                "pairs, for example ((batch['x'], batch['y']) for batch in loader)."
             )
+        count += 1
         yield batch[0], batch[1]
+    if count == 0:
+        raise ValueError(f"{name} yielded no batch.")
 
 
 def kfac_over(

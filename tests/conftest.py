@@ -4,6 +4,7 @@ import gc
 from collections import defaultdict
 from contextlib import nullcontext
 
+import jaxtyping
 import pytest
 import torch
 
@@ -74,6 +75,14 @@ def pytest_collection_finish():
 def device(request):
     with second_device.in_use() if request.param == second_device.NAME else nullcontext():
         yield torch.device(request.param)
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Without the checks of annotations that this suite adds."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

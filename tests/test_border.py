@@ -5,7 +5,6 @@ The other tests run with annotations checked, which would refuse first. Users ha
 
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from torch.nn import CrossEntropyLoss, Linear, MSELoss, ReLU, Sequential
@@ -19,12 +18,7 @@ from kfac_scratch.pinn.solvers import kernel_solver
 LOSS = CrossEntropyLoss()
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it():
-    """Without the checks of annotations that this suite adds."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def model():

@@ -37,8 +37,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import Module, MSELoss
 
+from kfac_scratch.applications.trained import check_sum
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums
-from kfac_scratch.border import check_instance
 from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.data_loader import LoaderOptions, over_loader
 from kfac_scratch.layer_io import LayerIO
@@ -242,13 +242,11 @@ def laplace(
             refuses.
         TypeError: For an approximation whose matrices have no eigenvalues.
     """
-    check_instance("loss", loss, Module, 'nn.CrossEntropyLoss(reduction="sum")')
-    if getattr(loss, "reduction", None) != "sum":
-        raise ValueError(
-            f"loss is {loss} with reduction={getattr(loss, 'reduction', None)!r}: a posterior "
-            f'belongs to the sum over all data. Pass {type(loss).__name__}(reduction="sum"), and '
-            "as prior the decay of that sum: the decay of a mean, times what the mean divides by."
-        )
+    check_sum(
+        loss,
+        "a posterior belongs to the sum over all data, and so does its prior: the decay of a mean, "
+        "times what the mean divides by.",
+    )
     gather = FactorSums() if approximation is None else approximation
     matrices: dict[str, Matrix] = over_loader(gather, model, loss, data, fisher, **options)
     values = {name: p.detach() for name, p in model.named_parameters()}
