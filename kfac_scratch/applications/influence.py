@@ -1,7 +1,7 @@
-r"""Influence: how leaving out a training datum changes what a network says.
+r"""Influence: the change of a network's answers if a training sample is left out.
 
 Training minimises $L(W) + \tfrac{\delta}{2} \lVert W \rVert^2$ with the *sum* $L$ of the losses
-$\ell_n$. Without datum $n$, the minimum moves, to first order, by
+$\ell_n$. Without sample $n$, the minimum moves, to first order, by
 $(M + \delta I)^{-1} \nabla \ell_n$ with the curvature $M$ of $L$. So the loss of a query $q$, or
 any other number that the network computes from $q$, grows by
 
@@ -9,10 +9,10 @@ $$
 s_{qn} = \langle \nabla \ell_q, \, (M + \delta I)^{-1} \nabla \ell_n \rangle .
 $$
 
-A positive score says that the datum helps: without it, the query's loss is larger. The damping
+A positive score says that the sample helps: without it, the query's loss is larger. The damping
 $\delta$ is no knob: it is the weight decay of the sum of the losses.
 
-Gradients are those of single data, without a factor, and no score contains the number of data. All
+Gradients are those of single samples, without a factor. The number of samples is in no score. All
 functions take inverses by name of block: `{name: M.inverse(decay) for name, M in ...}`. With a
 factor `beta` in front of the loss, the damping is `decay / beta`.
 
@@ -54,11 +54,11 @@ def influence_scores(
     *,
     progress: bool | None = None,
 ) -> Float[Tensor, "Q N"]:
-    """The influence of every datum on every query: `influence_by_block`, summed over blocks.
+    """The influence of every training sample on every query, summed over blocks.
 
-    Use it to find the training data that a prediction rests on. Not for the whole effect of data
-    that matter much: the score is the first order of that. For a linear model it is too small by
-    the datum's leverage.
+    Use it to find the training samples that a prediction rests on. Not for the whole effect of
+    samples that matter much, of which a score is the first order. For a linear model it is too
+    small by the sample's leverage.
 
     See `influence_by_block` for arguments, errors and cost.
     """
@@ -76,7 +76,7 @@ def influence_by_block(
     *,
     progress: bool | None = None,
 ) -> dict[str, Float[Tensor, "Q N"]]:
-    """The part that the weights of every block have in the influence of data on queries.
+    """The part of every block's weights in the influence of training samples on queries.
 
     Cost: a forward and a reverse pass for each batch, and `Q N D` operations for a block with `D`
     weights. Memory: the gradients of all queries, `Q` times the number of weights, and those of one
@@ -123,7 +123,7 @@ def self_influence(
     *,
     progress: bool | None = None,
 ) -> Float[Tensor, " N"]:
-    """The influence of every datum on its own loss: how far the network follows it alone.
+    """The influence of every sample on its own loss.
 
     Use it to look for wrong labels, beside the losses themselves, which often find as many. It is
     the diagonal of `influence_scores(..., data, data)`, at the cost of `N` products.
@@ -187,11 +187,11 @@ def inverse_as_sum(
 
     In the eigenbasis the inverse is $1 / (s_{oi} + \delta)$, which is nearly of low rank: a
     singular value decomposition makes each term a product of a function of `o` and one of `i`.
-    Errors are weighed by the curvature, $s_{oi}$: the gradients of a query and of a datum along
+    Errors are weighed by the curvature, $s_{oi}$: the gradients of a query and of a sample along
     an eigenvector are each as large as its root. The weight is at least `FLOOR` of the largest, for
-    queries with directions that no datum has.
+    data with directions that were not in those of the curvature.
 
-    Use it with `product_kernels`, where many queries meet many data. Not for few: one product with
+    Use it with `product_kernels`, where many queries meet many samples. Not for few: one product with
     the inverse is cheaper.
 
     Cost: that of `M.eigen()` and of one decomposition of a matrix `[d_out, d_in]`, then
@@ -243,10 +243,13 @@ class _Measured:
 
 
 class _Gradients:
-    """The gradients of single data by block."""
+    """The gradients of single samples by block."""
 
     def __init__(self, model: Module, loss: Module, inverses: Mapping[str, LinearMap]) -> None:
-        check_sum(loss, "scores belong to gradients of single data and the curvature of their sum.")
+        check_sum(
+            loss,
+            "scores belong to gradients of single samples and the curvature of the sum of their losses.",
+        )
         check_instance("inverses", inverses, Mapping, "{name: M.inverse(decay) for ...}")
         for name, inverse in inverses.items():
             check_instance(f"inverses[{name!r}]", inverse, LinearMap, "M.inverse(decay)")

@@ -37,15 +37,13 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import Module, MSELoss
 
-from kfac_scratch.applications.trained import check_sum
+from kfac_scratch.applications.trained import check_sum, trained_weights
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums
-from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.data_loader import LoaderOptions, over_loader
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import BackpropagatedVectors, type2
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
-from kfac_scratch.optimizer.preconditioner import block_matrices
 
 BOUNDS = 1e-8, 1e8  # of what MacKay's step makes of a prior precision
 Prior = float | Float[Tensor, "..."]
@@ -249,8 +247,7 @@ def laplace(
     )
     gather = FactorSums() if approximation is None else approximation
     matrices: dict[str, Matrix] = over_loader(gather, model, loss, data, fisher, **options)
-    values = {name: p.detach() for name, p in model.named_parameters()}
-    weights = block_matrices(layer_groups(model, options.get("layers")), values)
+    weights = trained_weights(model, matrices)
     priors = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(weights, prior)
     for name, M in matrices.items():
         if name in priors and not isinstance(priors[name], Tensor):

@@ -95,7 +95,9 @@ def lowest(
     share: float,
     prunable: Mapping[str, Bool[Tensor, "d_out d_in"]],
 ) -> dict[str, Bool[Tensor, "d_out d_in"]]:
-    """Which weights to keep, if a share of those that may go is set to zero: the cheapest.
+    """A mask of the weights to keep, if a share of those that may go is set to zero.
+
+    The cheapest go.
 
     There is one threshold for all blocks. The costs are in units of the loss, so that they may be
     compared between layers.
@@ -200,7 +202,7 @@ def row_costs(W: Float[Tensor, "d_out d_in"], K: Kronecker) -> Float[Tensor, " d
 
     Args:
         W: Trained weights.
-        K: The curvature with both factors damped, see `damped_factors`.
+        K: The curvature with both factors damped, see `factored_damping`.
 
     Raises:
         ValueError: If `B` is not positive definite.
@@ -268,11 +270,11 @@ def without_column(
     return _zero_at(W - torch.outer(W[:, column], row / row[column]), (slice(None), column))
 
 
-def damped_factors(K: Kronecker, decay: float) -> Kronecker:
+def factored_damping(K: Kronecker, decay: float) -> Kronecker:
     r"""`(B + sqrt(decay) / pi * I) ⊗ (A + sqrt(decay) * pi * I)`: factored damping as a product.
 
-    Use it for whole rows and columns, whose formulas need a Kronecker product. Not where the exact
-    damping can be had: single weights.
+    Use it for whole rows and columns, whose formulas need a Kronecker product. Not for single
+    weights, whose formulas take the exact damping.
 
     Law: its inverse is `factored_inverse(K, decay)`.
 

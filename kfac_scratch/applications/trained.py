@@ -36,7 +36,7 @@ def trained_weights(
     Raises:
         ValueError: If the model has no such block.
     """
-    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    values = {name: p.detach() for name, p in model.named_parameters()}
     found = block_matrices(_groups(model, blocks), values)
     return {name: found[name] for name in blocks}
 
@@ -80,7 +80,7 @@ def parameters_from(
 def weights_without_biases(
     model: Module, blocks: Collection[str]
 ) -> dict[str, Bool[Tensor, "d_out d_in"]]:
-    """Where the blocks `[W | b]` hold weights, and not biases.
+    """Masks that tell weights from biases in the blocks `[W | b]`: True for weights.
 
     Args:
         model: The model.

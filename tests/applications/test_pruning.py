@@ -22,8 +22,8 @@ from kfac_scratch.applications.pruning import (
     column_costs,
     costs_with_reply,
     costs_without_reply,
-    damped_factors,
     eigenbasis_costs,
+    factored_damping,
     lowest,
     predicted_increase,
     reply,
@@ -156,9 +156,9 @@ def test_the_reply_to_a_row_does_not_depend_on_the_inputs(device):
 @pytest.mark.parametrize("decay", [0.2, 1e-4])
 def test_damped_factors_are_those_of_the_factored_inverse(decay, device):
     K, V = kronecker(device), weights(device)
-    check_equal(factored_inverse(K, decay) @ (damped_factors(K, decay) @ V), V)
-    check_differs(K.inverse(decay) @ (damped_factors(K, decay) @ V), V)
-    check_equal(damped_factors(K, 0.0).dense(), K.dense())
+    check_equal(factored_inverse(K, decay) @ (factored_damping(K, decay) @ V), V)
+    check_differs(K.inverse(decay) @ (factored_damping(K, decay) @ V), V)
+    check_equal(factored_damping(K, 0.0).dense(), K.dense())
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "ekfac"])
@@ -241,6 +241,8 @@ def test_one_threshold_serves_all_blocks_and_biases_stay(device):
     new = parameters_from(model, found)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert set(new) == set(before)
+    trained_weights(model, Ms)["2"].zero_()  # a copy
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     model.load_state_dict(new, strict=False)
     for name, W in trained_weights(model, Ms).items():
         check_equal(W, found[name])
@@ -324,7 +326,7 @@ BAD = {
         lambda: costs(costs={"0": torch.full((2, 2), math.nan)}),
         "cost of block '0' is not a number",
     ),
-    "a negative decay of factors": (lambda: damped_factors(kronecker(), -0.1), "at least 0"),
+    "a negative decay of factors": (lambda: factored_damping(kronecker(), -0.1), "at least 0"),
     "a block that is not there": (lambda: nothing_of(head=weights()), r"no blocks \['head'\]"),
     "a block of another shape": (
         lambda: parameters_from(network()[0], {"0": weights().T}),
