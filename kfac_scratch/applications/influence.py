@@ -60,7 +60,8 @@ def influence_scores(
     samples that matter much, of which a score is the first order. For a linear model it is too
     small by the sample's leverage.
 
-    See `influence_by_block` for arguments, errors and cost.
+    It has many parameters, because queries and data are of different kinds. See
+    `influence_by_block` for them, for errors and cost.
     """
     found = influence_by_block(model, loss, inverses, queries, data, measurement, progress=progress)
     return reduce(torch.add, found.values())
@@ -191,8 +192,8 @@ def inverse_as_sum(
     an eigenvector are each as large as its root. The weight is at least `FLOOR` of the largest, for
     data with directions that were not in those of the curvature.
 
-    Use it with `product_kernels`, where many queries meet many samples. Not for few: one product with
-    the inverse is cheaper.
+    Use it with `product_kernels`, where many queries meet many samples. Not for few: one product
+    with the inverse is cheaper.
 
     Cost: that of `M.eigen()` and of one decomposition of a matrix `[d_out, d_in]`, then
     `Q N (d_in + d_out)` operations for each term.
@@ -248,7 +249,7 @@ class _Gradients:
     def __init__(self, model: Module, loss: Module, inverses: Mapping[str, LinearMap]) -> None:
         check_sum(
             loss,
-            "scores belong to gradients of single samples and the curvature of the sum of their losses.",
+            "scores need the gradients of single samples, and the curvature of the sum of losses.",
         )
         check_instance("inverses", inverses, Mapping, "{name: M.inverse(decay) for ...}")
         for name, inverse in inverses.items():
