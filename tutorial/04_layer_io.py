@@ -340,7 +340,7 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # that get a layer's weight. Each is kept as our hook did, with two differences. There is a list of calls,
 # as a weight may be used several times. And the version of the input is noted, a counter that PyTorch
 # increases whenever a tensor is written to, so that a later change of the *input* is noticed as well.
-# [Chapter 24](24_capture.py) builds such a recorder by hand. It also has the details of `_record`: when
+# [Chapter 26](26_capture.py) builds such a recorder by hand. It also has the details of `_record`: when
 # a copy is needed, functions that use a part of a weight (`unused`), and products from the left (`order`).
 
 # %% tags=["remove-input"]
@@ -583,7 +583,7 @@ shapes(frozen, torch.randn(N, 4))
 # ### What is not covered
 #
 # A layer norm has parameters, but they are not a matrix that is applied to rows. It gets a block only if
-# `layers=[...]` names it, and [Chapter 24](24_capture.py#a-real-transformer) derives that block. For the
+# `layers=[...]` names it, and [Chapter 26](26_capture.py#a-real-transformer) derives that block. For the
 # parameters of some other layers, such as `nn.PReLU`, the package has no block. Leaving parameters
 # out silently would be the worst answer: the caller would believe that a step is taken for the whole
 # network. So a warning names the parameters without a block. A layer that is known to get a wrong block
@@ -636,7 +636,7 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 # both on a few data first. A network is refused if the vector of one datum arrives at the rows of another,
 # or if the recorded calls do not explain the gradient of every parameter. Both checks, the theorem that one
 # random vector is enough for the second, and what the checks can miss are in
-# [Chapter 24](24_capture.py#two-checks).
+# [Chapter 26](26_capture.py#two-checks).
 
 # %% [markdown]
 # ## What capture leaves behind
@@ -786,7 +786,7 @@ assert_exact(divisor(loss, model(X), y) ** 0.5 * of_mean, right)
 # itself. A library that registers hooks for all linear layers waits for a call that does not come
 # ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267), with an error at the first
 # step). Yet the weight of `out_proj` is used. The package follows it into the function that uses it
-# ([Chapter 24](24_capture.py)), so that all four projections (to queries, keys, values and the output)
+# ([Chapter 26](26_capture.py)), so that all four projections (to queries, keys, values and the output)
 # have their exact blocks:
 
 
@@ -876,7 +876,7 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 
 # %% [markdown]
 # Mistakes that are about finding $a$ and $g$, such as a batch that is not on axis 0 or an input that is
-# overwritten, are told in [Chapter 24](24_capture.py#what-goes-wrong-in-practice).
+# overwritten, are told in [Chapter 26](26_capture.py#what-goes-wrong-in-practice).
 
 # %% [markdown]
 # ## Exercises

@@ -1141,7 +1141,7 @@ for mistake, (wrong, right) in mistakes.items():
 # [LBANN #2010](https://github.com/LBANN/lbann/pull/2010).)
 #
 # **Layers that are never called**, such as the output projection of `torch.nn.MultiheadAttention`, whose
-# weight a function uses: see [Chapter 24](24_capture.py).
+# weight a function uses: see [Chapter 26](26_capture.py).
 
 # %% [markdown]
 # ## Exercises

@@ -207,7 +207,7 @@ code(KFAC.observe, KFAC.update_curvature, KFAC.step)
 # `inverse_every`, which are numbers, or functions of the steps so far. The default, `Growing(10)`,
 # is 1 in the first twenty steps, where everything changes, and 10 from step 180 on. We count passes
 # of whole batches through the network for two constant periods, and compare what is reached. (Before
-# the first update, capture tries the network on up to eight samples, see [Chapter 24](24_capture.py).)
+# the first update, capture tries the network on up to eight samples, see [Chapter 26](26_capture.py).)
 
 
 # %%

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 26. The bug museum: mistakes that looked right
+# # 28. The bug museum: mistakes that looked right
 #
 # **Part VI: Scale and trust.** What goes wrong in implementations of KFAC, why does nobody notice,
 # and which test would have told?
@@ -21,7 +21,7 @@
 # years. They have something in common: the shapes fit, the matrix is positive definite, the network
 # trains. This chapter collects such mistakes. Each one is rebuilt as a change to *one* function of a
 # KFAC that is right, stands beside that function, and is shown to the oracle of
-# [Chapter 25](25_conformance.py), which has to say what is wrong with it.
+# [Chapter 27](27_conformance.py), which has to say what is wrong with it.
 #
 # Everything here is in our own words. Where a mistake was made in public, the thread is named, and
 # so is what the thread says in the other's favour: a convention that is documented is no mistake, and
@@ -203,7 +203,7 @@ assert ask("never-called").verdict == "error"
 
 # %% [markdown]
 # (The attention in our cases calls its layers. This piece exchanges the call, as PyTorch does. How the
-# package finds such a weight all the same is the subject of [Chapter 24](24_capture.py).)
+# package finds such a weight all the same is the subject of [Chapter 26](26_capture.py).)
 #
 # ### Positions of the input
 #
@@ -562,7 +562,7 @@ plt.show()
 # $$
 # \bigl( c\, B \otimes A + \delta I \bigr)^{-1}
 # = \frac1c \Bigl( B \otimes A + \frac{\delta}{c} I \Bigr)^{-1} ,
-# \tag{26.1}
+# \tag{28.1}
 # $$
 #
 # so that a damping $c\,\delta$ and a learning rate $c\,\eta$ give *exactly* the same training as
@@ -643,7 +643,7 @@ assert len(needed) >= 2
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 26.1.** A library has the factor $A$ too large by $S$ and $B$ too small by $S$. Which verdict
+# **Exercise 28.1.** A library has the factor $A$ too large by $S$ and $B$ too small by $S$. Which verdict
 # does it get, for a layer's block and for the inverse with factored damping?
 #
 # <details class="solution" markdown="1">
@@ -656,7 +656,7 @@ assert len(needed) >= 2
 #
 # </details>
 #
-# **Exercise 26.2.** Which pieces of the museum does a test with a single datum, a single position, and
+# **Exercise 28.2.** Which pieces of the museum does a test with a single datum, a single position, and
 # a cross-entropy with reduction `mean` let pass that a test with two data rejects? Why is "one
 # datum" nevertheless among the cases?
 #
@@ -670,7 +670,7 @@ assert len(needed) >= 2
 #
 # </details>
 #
-# **Exercise 26.3.** In [(26.1)], let the scale be wrong by $c$ in one layer only. Is there still a
+# **Exercise 28.3.** In [(28.1)], let the scale be wrong by $c$ in one layer only. Is there still a
 # damping and a learning rate that repair it?
 #
 # <details class="solution" markdown="1">
@@ -684,7 +684,7 @@ assert len(needed) >= 2
 #
 # </details>
 #
-# **Exercise 26.4.** Make a piece of your own: vectors of KFAC-expand that are averaged over positions,
+# **Exercise 28.4.** Make a piece of your own: vectors of KFAC-expand that are averaged over positions,
 # not summed. Which cases reject it, and which scale do they name?
 #
 # <details class="solution" markdown="1">
@@ -699,16 +699,16 @@ assert len(needed) >= 2
 
 # %% tags=["hide-input"]
 S = 5
-A, B = (M @ M.T for M in (torch.randn(4, 6), torch.randn(3, 6)))  # 26.1
+A, B = (M @ M.T for M in (torch.randn(4, 6), torch.randn(3, 6)))  # 28.1
 damped = [naive.damped_factors(F, H, naive.balance(F, H), 0.1) for F, H in ((A, B), (S * A, B / S))]
 one, other = (torch.kron(H, F) for F, H in damped)
 torch.testing.assert_close(one, other)
 
-single = ("one-datum-cross-entropy-tanh-mean", "expand")  # 26.2
+single = ("one-datum-cross-entropy-tanh-mean", "expand")  # 28.2
 for slug in ("first-datum", "cross-terms", "mean-gradients", "equal", "wrong-side", "local"):
     assert judged(museum[slug].adapter(), single).passes
 
-c, delta = 0.01, 0.3  # 26.3
+c, delta = 0.01, 0.3  # 28.3
 M = torch.kron(B, A)
 one = torch.linalg.inv(c * M + delta * torch.eye(12))
 other = torch.linalg.inv(M + delta / c * torch.eye(12)) / c
@@ -720,7 +720,7 @@ def mean_over_positions(g: Tensor, terms: float) -> Tensor:
 
 
 yours = Piece("yours", "a mean over positions", "vector_factor", mean_over_positions, "", single)
-result = judged(yours.adapter(), ("positions-mse-mean-bias", "expand"))  # 26.4
+result = judged(yours.adapter(), ("positions-mse-mean-bias", "expand"))  # 28.4
 assert result.verdict == "undocumented-scale"
 assert judged(yours.adapter(), ("deep-linear-mse-mean-bias", "expand")).passes
 say(result)
@@ -732,4 +732,4 @@ say(result)
 # [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) for the two scales of a shared layer;
 # [Kunstner et al. (2019)](bibliography.md#empirical-fisher) on the empirical Fisher taken for the Fisher;
 # [Dangel et al. (2025)](bibliography.md#from-scratch), a tutorial on KFAC with tests in every section.
-# The cases and the judge are the subject of [Chapter 25](25_conformance.py).
+# The cases and the judge are the subject of [Chapter 27](27_conformance.py).

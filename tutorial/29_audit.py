@@ -11,14 +11,14 @@
 # ---
 
 # %% [markdown]
-# # 27. The audit: what the oracle says of others
+# # 29. The audit: what the oracle says of others
 #
 # **Part VI: Scale and trust.** Several public implementations of KFAC, the same cases: where do they
 # agree with the definition, and what is the reason where they do not?
 #
 # An oracle that has only ever judged its author proves little. So this page asks it about code that
 # others wrote, read and use. Each library runs in an environment of its own, through an adapter that
-# does what the library's documentation says ([Chapter 25](25_conformance.py)). The same adapter asks some
+# does what the library's documentation says ([Chapter 27](27_conformance.py)). The same adapter asks some
 # libraries in an earlier release, too. Nothing on this page is typed: tables and texts are made from stored
 # result files and from findings, which are programs.
 #
@@ -231,13 +231,13 @@ assert len(padding) >= 3
 #
 # ## Your turn
 #
-# To have an implementation judged, write an adapter ([Chapter 25](25_conformance.py)) and run
+# To have an implementation judged, write an adapter ([Chapter 27](27_conformance.py)) and run
 # `python -m kfac_scratch.conformance run --adapter pkg.mod:Adapter`. If the oracle is wrong about yours,
 # that is a mistake here: the case's theorem is in its file, and the truth is plain autodiff.
 #
 # ## Exercises
 #
-# **Exercise 27.1.** A library's factor of the vectors is a mean over data and positions, that of the inputs
+# **Exercise 29.1.** A library's factor of the vectors is a mean over data and positions, that of the inputs
 # too. On which families of cases does this show, and as which verdict? Find a library in the stored results
 # for which this is so.
 #
@@ -250,7 +250,7 @@ assert len(padding) >= 3
 #
 # </details>
 #
-# **Exercise 27.2.** Why does the page count `not-supported` neither for nor against a library?
+# **Exercise 29.2.** Why does the page count `not-supported` neither for nor against a library?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -267,7 +267,7 @@ small = [
     for r in run.results
     if r.verdict == "undocumented-scale" and any(text in r.words for text in ("1/S", "small by S"))
 ]
-print(f"Exercise 27.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
+print(f"Exercise 29.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
 refused = sum(r.verdict == "not-supported" for run in others.values() for r in run.results)
 assert all(
     r not in page.judged_results(run)
@@ -275,11 +275,11 @@ assert all(
     for r in run.results
     if r.verdict == "not-supported"
 )
-print(f"Exercise 27.2: {refused} questions were answered with a reason instead of a number")
+print(f"Exercise 29.2: {refused} questions were answered with a reason instead of a number")
 
 # %% [markdown]
 # ## Further reading
 #
-# The protocol and the verdicts are in [Chapter 25](25_conformance.py), mistakes that people made and mended
-# long ago in [Chapter 26](26_museum.py). Result files and findings are in
+# The protocol and the verdicts are in [Chapter 27](27_conformance.py), mistakes that people made and mended
+# long ago in [Chapter 28](28_museum.py). Result files and findings are in
 # `kfac_scratch/conformance/audit`, with the commands that made them.

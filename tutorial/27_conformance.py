@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 25. Is your KFAC right?
+# # 27. Is your KFAC right?
 #
 # **Part VI: Scale and trust.** You have a KFAC, and it trains. How do you find out whether it
 # computes what it should?
@@ -77,7 +77,7 @@ device = torch.get_default_device().type
 #
 # $$
 # (c B \otimes A + \delta I)^{-1} = \tfrac1c \bigl( B \otimes A + \tfrac{\delta}{c} I \bigr)^{-1} .
-# \tag{25.1}
+# \tag{27.1}
 # $$
 #
 # A wrong scale is a right KFAC with another damping and another learning rate. Both are tuned
@@ -936,7 +936,7 @@ assert {r.case for r in made(again, known).surprises()} == {r.case for r in left
 # package. And the oracle is tested by **mutation**: a catalogue of small changes to our own code,
 # and of mistakes that people made in public, each of which at least one case must reject. A mutant
 # that survives is a case that is missing. The public ones are the bug museum of
-# [Chapter 26](26_museum.py).
+# [Chapter 28](28_museum.py).
 
 # %%
 print(f"{len(MUTANTS)} mutants, {len(PIECES)} mistakes from public code")
@@ -1111,7 +1111,7 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # ## Exercises
 #
-# **Exercise 25.1.** Somebody averages the factors of mini-batches with equal weights. Which cases
+# **Exercise 27.1.** Somebody averages the factors of mini-batches with equal weights. Which cases
 # of the panel pass? Which verdict do the others get, and can a scale explain it?
 #
 # <details class="solution" markdown="1">
@@ -1123,7 +1123,7 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # </details>
 #
-# **Exercise 25.2.** A code fills the bias column with zeros. What does the judge say in the cases
+# **Exercise 27.2.** A code fills the bias column with zeros. What does the judge say in the cases
 # that judge the bias alone, and why is there no scale?
 #
 # <details class="solution" markdown="1">
@@ -1135,7 +1135,7 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # </details>
 #
-# **Exercise 25.3.** Make the KFAC support cross-entropy with a label at every position, `[N, C,
+# **Exercise 27.3.** Make the KFAC support cross-entropy with a label at every position, `[N, C,
 # T]`. How many vectors does a datum need, and which cases decide?
 #
 # <details class="solution" markdown="1">
@@ -1152,7 +1152,7 @@ for j, group in enumerate(groups[3:], start=3):
 
 
 # %% tags=["hide-input"]
-class AveragedBatches(Weighted):  # 25.1
+class AveragedBatches(Weighted):  # 27.1
     def __init__(self, model: Module) -> None:
         super().__init__(model)
         self.kept: list[tuple[dict, dict]] = []
@@ -1176,7 +1176,7 @@ assert asked(AveragedBatches, "batches-unequal-mse-mean").verdict == "wrong"
 assert "batches" in asked(AveragedBatches, "batches-equal-cross-entropy-sum").words
 
 
-class Zeros(Counted):  # 25.2
+class Zeros(Counted):  # 27.2
     def with_bias(self, name: str, a: Tensor) -> Tensor:
         a = super().with_bias(name, a).clone()
         a[..., 0] = 0
@@ -1188,7 +1188,7 @@ assert zero.verdict == "wrong"
 assert set(zero.scales.values()) == {0.0}
 
 
-class Tokens(Refusing):  # 25.3
+class Tokens(Refusing):  # 27.3
     def square_root(self, loss: Module, f: Tensor, y: Tensor) -> Tensor:
         if f.ndim == 2 or isinstance(loss, MSELoss):
             return super().square_root(loss, f, y)

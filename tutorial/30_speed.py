@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 28. Speed: what KFAC must cost
+# # 30. Speed: what KFAC must cost
 #
 # **Part VI: Scale and trust.** How long do KFAC's factors take at least, how long do they take here, and with
 # what does the cost grow?
@@ -50,7 +50,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 #
 # $$
 # A = \frac1R \sum_r a_r a_r^\top, \qquad B = \sum_{v, r} g_{vr} g_{vr}^\top.
-# \tag{28.1}
+# \tag{30.1}
 # $$
 #
 # The rows are those of one forward pass, with $2 R m n$ operations in this layer. Every vector takes one
@@ -62,7 +62,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 # F = \underbrace{\sum_\ell 2 R m_\ell n_\ell}_{\text{forward}}
 # + V \underbrace{\sum_{\ell > 1} 2 R m_\ell n_\ell}_{\text{backward}}
 # + \underbrace{\sum_\ell R \bigl(n_\ell^2 + V m_\ell^2\bigr)}_{\text{half of the products}}.
-# \tag{28.2}
+# \tag{30.2}
 # $$
 #
 # In code, for a chain of layers with a bias, whose input is one more column:
@@ -70,7 +70,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 # %%
 def operations(widths: list[int], R: int, V: int) -> dict[str, int]:
-    """The three parts of (28.2) for linear layers of these widths."""
+    """The three parts of (30.2) for linear layers of these widths."""
     forward, backward, half = 0, 0, 0
     for number, (n, m) in enumerate(pairwise(widths)):
         forward += 2 * R * m * n
@@ -96,7 +96,7 @@ def chain(widths: list[int], R: int) -> tuple[nn.Module, torch.Tensor, torch.Ten
 # ## Counted, not timed
 #
 # PyTorch can count the operations of its matrix products. For narrow layers, `kfac_over` computes plain products.
-# Then it has the operations of (28.2), with the last part doubled, and not one more:
+# Then it has the operations of (30.2), with the last part doubled, and not one more:
 
 # %%
 loss = nn.CrossEntropyLoss()
@@ -104,7 +104,7 @@ for V in (1, 3):
     narrow = [20, 16, 12, 5]
     model, X, y = chain(narrow, R=32)
     needs = operations(narrow, 32, V)
-    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 24
+    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 26
     data = [(X, y)]
     count = counted(kfac_over, model, loss, data, monte_carlo(V), progress=False, plan=tried)
     print(
@@ -131,13 +131,13 @@ assert step == 2 * needs["forward"] + needs["backward"]
 #
 # $$
 # X^\top X = \begin{pmatrix} P^\top P & P^\top Q \\ (P^\top Q)^\top & Q^\top Q \end{pmatrix},
-# \tag{28.3}
+# \tag{30.3}
 # $$
 #
 # so that one of the four quarters is a copy. The two on the diagonal are products of the same kind.
 #
-# <div class="admonition theorem" markdown="1" id="thm-28.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 28.1 (quarters)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-30.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 30.1 (quarters)</b></p>
 #
 # After $k$ halvings of $d$ columns in $R$ rows, the product has $(1 + 2^{-k}) R d^2$ operations.
 #
@@ -150,7 +150,7 @@ assert step == 2 * needs["forward"] + needs["backward"]
 
 # %%
 def by_quarters(X: torch.Tensor, halvings: int) -> torch.Tensor:
-    """The product of (28.3), written down."""
+    """The product of (30.3), written down."""
     if halvings == 0:
         return X.T @ X
     P, Q = X.chunk(2, dim=1)
@@ -184,7 +184,7 @@ for d, R in ((64, 256), (1024, 2048)):
 # ## The limit in seconds
 #
 # Operations are not seconds: a matrix product of few columns waits for memory. So `benchmarks.limit` measures the
-# three parts of (28.2) by themselves, in turns with what they are compared with, on the same data: a forward
+# three parts of (30.2) by themselves, in turns with what they are compared with, on the same data: a forward
 # pass; $V$ backward passes to the outputs; and for all rows the plain products of these shapes, of which half the
 # time counts. The sum is the **limit**. For the exact Fisher of $C$ classes, $V = C - 1$ vectors are needed,
 # because the Hessian of cross-entropy has this rank.
@@ -305,7 +305,7 @@ for row in step_rows:
 # %% [markdown]
 # ## Growth
 #
-# From (28.2), time should grow linearly with samples, positions, vectors, layers and batches, and with the square of
+# From (30.2), time should grow linearly with samples, positions, vectors, layers and batches, and with the square of
 # the width. Memory should not grow with vectors or batches at all, since both arrive in parts. An embedding's
 # input factor is diagonal, so that a vocabulary should cost memory in proportion to its words. Fitted powers
 # say whether it is so:
@@ -388,7 +388,7 @@ assert all(
 #
 # ## Exercises
 #
-# **Exercise 28.1.** In a chain of equal layers of width $d$ with $R$ rows, which part of (28.2) is the largest for one
+# **Exercise 30.1.** In a chain of equal layers of width $d$ with $R$ rows, which part of (30.2) is the largest for one
 # vector?
 #
 # <details class="solution" markdown="1">
@@ -399,7 +399,7 @@ assert all(
 #
 # </details>
 #
-# **Exercise 28.2.** From how many classes on does the exact Fisher cost ten times the factors of one sampled vector, if
+# **Exercise 30.2.** From how many classes on does the exact Fisher cost ten times the factors of one sampled vector, if
 # all layers are equal?
 #
 # <details class="solution" markdown="1">
@@ -410,7 +410,7 @@ assert all(
 #
 # </details>
 #
-# **Exercise 28.3.** How many halvings get within a tenth of the half?
+# **Exercise 30.3.** How many halvings get within a tenth of the half?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 24. Capture: how a program finds a and g
+# # 26. Capture: how a program finds a and g
 #
 # **Part VI: Scale and trust.** How does a program find the inputs $a$ and the vectors $g$ of every weight
 # in a network that somebody else wrote, and how does it know that it found all of them?
@@ -522,15 +522,15 @@ for name, (net, *data) in networks.items():
 # 2. *The calls explain the gradient.* Send a random vector $v$ to all outputs. For every parameter, the
 #    gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls.
 #
-# <div class="admonition theorem" markdown="1" id="thm-24.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 24.1 (the calls explain the gradient)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-26.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 26.1 (the calls explain the gradient)</b></p>
 #
 # Let recorded calls $z_c = W a_c$ be among the uses of $W$ in a network with output $f$, and let $g_c$ be
 # the derivative of $v^\top f$ with respect to $z_c$. If
 #
 # $$
 # \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top
-# \tag{24.1}
+# \tag{26.1}
 # $$
 #
 # holds for one $v$ that is drawn from a distribution with a density, it holds for all $v$, with
@@ -541,11 +541,11 @@ for name, (net, *data) in networks.items():
 # **Proof.** The derivative with respect to $W$ sums over all paths from $W$ to $f$. Sort the paths by their
 # first edge. Those that go from $W$ to $z_c$ first contribute $g_c a_c^\top$, because $g_c$ is the derivative
 # along all paths from $z_c$ to $f$. All other paths together contribute the difference between both sides of
-# [(24.1)]. This difference is a linear function of $v$. If it is not zero for all $v$, it is zero on a
+# [(26.1)]. This difference is a linear function of $v$. If it is not zero for all $v$, it is zero on a
 # proper subspace only, and the drawn $v$ lies in that subspace with probability zero. $\blacksquare$
 #
 # Why does this make blocks exact? Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and zero at the
-# others. If data do not meet, only calls on datum $n$ have a vector, and [(24.1)] says that their sum is the
+# others. If data do not meet, only calls on datum $n$ have a vector, and [(26.1)] says that their sum is the
 # gradient $G_{vn}$ of [Theorem 4.1].
 #
 # The second check covers all steps: a mistake in a rule, in the rows, in the order of positions or in a bias
@@ -931,7 +931,7 @@ refused(ValueError, net, loss, X, y)
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 24.1.** How many calls of `linear` does PyTorch's attention need for queries, keys, values and
+# **Exercise 26.1.** How many calls of `linear` does PyTorch's attention need for queries, keys, values and
 # output, if all three inputs are one tensor, if keys and values share one, and if there are three? How
 # many blocks are there in each case?
 #
@@ -945,7 +945,7 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 24.2.** The vector $v$ of [Theorem 24.1] must be random. Find a network with an unexplained use of
+# **Exercise 26.2.** The vector $v$ of [Theorem 26.1] must be random. Find a network with an unexplained use of
 # a weight, and a $v$ that is not zero and does not find it.
 #
 # <details class="solution" markdown="1">
@@ -957,7 +957,7 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 24.3.** The package has a rule for `torch.einsum`. Teach this chapter's recorder the equation
+# **Exercise 26.3.** The package has a rule for `torch.einsum`. Teach this chapter's recorder the equation
 # `torch.einsum("ni,oi->no", x, W)`.
 #
 # <details class="solution" markdown="1">
@@ -969,7 +969,7 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 24.4.** A network subtracts the mean over the batch after a layer and adds it again before the
+# **Exercise 26.4.** A network subtracts the mean over the batch after a layer and adds it again before the
 # next. Do data meet?
 #
 # <details class="solution" markdown="1">
@@ -1001,7 +1001,7 @@ inputs = {
     3: lambda x: (x, *[x.sin()] * 2),
     4: lambda x: (x, x.sin(), x.cos()),
 }
-for expected_calls, chosen in inputs.items():  # 24.1
+for expected_calls, chosen in inputs.items():  # 26.1
     net, recorder = Attention(chosen), Opening()
     ios = by_functions(net, loss, sequences, torch.randn(N, 4), recorder, positions_first=True)
     assert len(recorder.calls) == expected_calls
@@ -1014,7 +1014,7 @@ class AtTheLastOutput(Uses):
         return super().forward(x) + functional.pad(unseen, (2, 0))
 
 
-net = AtTheLastOutput(lambda layer, x: layer(x))  # 24.2
+net = AtTheLastOutput(lambda layer, x: layer(x))  # 26.2
 v = torch.randn(N, 3)
 assert two_checks(net, X, v)[1] > 0.01
 v[:, -1] = 0
@@ -1028,7 +1028,7 @@ class WithEinsum(Recorder):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-net = Uses(lambda layer, x: layer(x) + torch.einsum("ni,oi->no", x.sin(), layer.weight))  # 24.3
+net = Uses(lambda layer, x: layer(x) + torch.einsum("ni,oi->no", x.sin(), layer.weight))  # 26.3
 assert errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)["layer"] > 0.01
 for ios in (by_functions(net, loss, X, y, WithEinsum()), layer_ios(net, loss, X, y)):
     assert max(errors(ios, net, loss, X, y).values()) <= EXACT
@@ -1040,7 +1040,7 @@ def there_and_back(layer, x):
     return (z - mean) + mean
 
 
-net = Uses(there_and_back)  # 24.4
+net = Uses(there_and_back)  # 26.4
 assert two_checks(net, X)[0] == 0
 assert max(errors(layer_ios(net, loss, X, y), net, loss, X, y).values()) <= EXACT
 print("all hold")
@@ -1054,4 +1054,4 @@ print("all hold")
 # weights; [curvlinops](bibliography.md#curvlinops), which traces a network and checks that every path from a
 # parameter in the graph is one that it knows.
 #
-# [Chapter 25](25_conformance.py) asks the same question from the outside: is what a program gives right?
+# [Chapter 27](27_conformance.py) asks the same question from the outside: is what a program gives right?
