@@ -596,7 +596,7 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 
 
 # %%
-def two_checks(net: Uses, X: Tensor, v: Tensor | None = None, by=Recorder) -> tuple[float, float]:
+def two_checks(net: Uses, X: Tensor, v=None, by=Recorder) -> tuple[float, float]:
     """What crosses from one datum to others, and what the calls leave unexplained."""
     recorder = by()
     with recorder:
@@ -635,7 +635,8 @@ assert torch.equal(alone.any(0), ~torch.eye(8, dtype=torch.bool))
 # %% [markdown]
 # Two sound networks and three unsound ones show what the checks find. In two of the unsound networks data
 # meet; in the third, `written_out` uses the weight in a way that no rule describes. The last column is the
-# error of the block. The package refuses all three; its messages call a datum a sample:
+# error of the block. The package refuses all three. Its messages call a datum a sample, and the last one ends
+# with the functions that got the weight. One of these is the multiplication in `written_out`.
 
 
 # %%
