@@ -22,7 +22,13 @@ from kfac_scratch.capture.forward_pass import ForwardPass, check_vectors, forwar
 from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.capture.plan import Plan, Plans
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.losses import BackpropagatedVectors, ScaledVectors, divisor, type2
+from kfac_scratch.losses import (
+    LIKELIHOODS,
+    BackpropagatedVectors,
+    ScaledVectors,
+    divisor,
+    type2,
+)
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
@@ -88,6 +94,7 @@ def over_loader(
 
     Raises:
         ValueError: If there is no batch, and for everything that `layer_ios` refuses.
+        NotImplementedError: For another loss than the three, without `count_terms`.
     """
     check_function("fisher", fisher, "fisher=type2")
     check_function("count_terms", count_terms, "count_terms=divisor")
@@ -124,10 +131,16 @@ class _OfSum:
         self.fisher, self.count_terms, self.terms = fisher, count_terms, 0.0
 
     def __call__(self, loss: Module, f: Tensor, y: Tensor) -> ScaledVectors:
-        here = self.count_terms(loss, f, y)
-        self.terms += here
         vectors = self.fisher(loss, f, y)
         check_vectors(vectors, f)
+        if self.count_terms is divisor and type(loss) not in LIKELIHOODS:
+            raise NotImplementedError(
+                f"To join batches of {type(loss).__name__}, the number of terms of each is needed: "
+                "pass a function count_terms(loss, f, y), for example lambda loss, f, y: f.numel() "
+                "for a mean over all entries, or one that returns 1 for a sum."
+            )
+        here = self.count_terms(loss, f, y)
+        self.terms += here
         return ScaledVectors(vectors, here**0.5)
 
 

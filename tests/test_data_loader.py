@@ -4,7 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn import BCEWithLogitsLoss, Conv1d, CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
+from torch.nn import (
+    BCEWithLogitsLoss,
+    Conv1d,
+    CrossEntropyLoss,
+    HuberLoss,
+    L1Loss,
+    Linear,
+    MSELoss,
+    Sequential,
+    Tanh,
+)
 
 from kfac_scratch import (
     EXPAND,
@@ -83,6 +93,35 @@ def test_monte_carlo_over_a_loader_draws_anew_in_every_batch(device):
     parts = [kfac(layer_ios(model, loss, X, y, again)["2"]).B for _ in range(2)]
     check_equal(twice["2"].B, parts[0] + parts[1])
     check_differs(parts[0], parts[1])
+
+
+def gradients_of_terms(loss, f, y):
+    """An own Fisher: the gradient of every sample, with the scale of its batch's loss."""
+    terms = f.numel() if loss.reduction == "mean" else 1
+    with torch.enable_grad():
+        f = f.detach().requires_grad_()
+        total = type(loss)(reduction="sum")(f, y)
+    return (torch.autograd.grad(total, f)[0] / terms**0.5).unsqueeze(0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [HuberLoss, L1Loss])
+def test_another_loss_needs_an_own_fisher_and_the_number_of_its_terms(kind, reduction, device):
+    loss = kind(reduction=reduction)
+    model, X, y = problem_for(loss, device)
+    batches = [(X[:4], y[:4]), (X[4:], y[4:])]
+    with pytest.raises(NotImplementedError, match=r"fisher\(loss, f, y\)"):
+        kfac_over(model, loss, batches)
+    with pytest.raises(NotImplementedError, match=r"count_terms\(loss, f, y\).*f\.numel\(\)"):
+        kfac_over(model, loss, batches, gradients_of_terms)
+
+    def count_terms(loss, f, y):
+        return f.numel() if loss.reduction == "mean" else 1
+
+    options = {"fisher": gradients_of_terms, "count_terms": count_terms}
+    found = kfac_over(model, loss, batches, **options)
+    for name, io in layer_ios(model, loss, X, y, gradients_of_terms).items():
+        check_equal(found[name].dense(), kfac(io).dense())
 
 
 def test_a_loader_without_batches_is_an_error():

@@ -13,16 +13,19 @@
 # %% [markdown]
 # # 4. LayerIO: what flows through a layer
 #
-# **Part II: KFAC.** Why do two tensors per layer hold everything that KFAC, and every method like
-# it, needs to know about a network and its loss?
+# **Part II: KFAC.** Why do two tensors per layer hold everything that KFAC, Kronecker-factored
+# approximate curvature, and every method like it need to know about a network and its loss?
 #
 # A network can be a perceptron, a convolutional network or a transformer. The loss can be a squared
 # error or a cross-entropy, summed or averaged. A method that had to know about all of them at once
-# would be a long list of special cases. This chapter finds the narrow place that all of them pass
-# through: what goes *into* a layer's matrix, called $a$, and what comes *back* to its output,
-# called $g$. The *block* of a layer is the part of the curvature matrix whose rows and columns belong
-# to the layer's parameters. We derive that $a$ and $g$ give this block exactly, build the code
-# that records them, and then look at what can go wrong on the way.
+# would be a long list of special cases. Two things about each layer are enough instead: the vector that
+# the layer's matrix $W$ multiplies, called $a$, and the derivatives that a backward pass brings to the
+# layer's output, called $g$.
+#
+# The curvature matrix of this chapter is the generalised Gauss-Newton matrix (GGN) of
+# [Chapter 2](02_curvature.py). The *block* of a layer is the part whose rows and columns belong to the
+# layer's parameters. We derive that $a$ and $g$ give this block exactly, build the code that records them,
+# and then look at what can go wrong on the way.
 
 # %%
 import copy
@@ -39,6 +42,7 @@ from kfac_scratch.capture import forward_pass as capture
 from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 from kfac_scratch.capture.layers import input_rows, output_rows, weight_matrix, weight_view
+from kfac_scratch.capture.plan import plan
 from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2
@@ -49,11 +53,33 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 EXACT = 1e-10  # what we call equal in float64
 
+# %% tags=["hide-input"] alt="A network from left to right: input x, matrix W1, its output z1, tanh, matrix W2, the network's output f, and the loss. Blue arrows to the right carry the inputs a1 and a2 into the two matrices. Orange arrows to the left bring g1 and g2 back to the outputs of the two matrices." caption="A network with two layers. The forward pass (blue) brings $a$ to every matrix. A backward pass (orange) brings $g$ to every matrix's output. Capture records both."
+fig, ax = plt.subplots(figsize=(7.2, 1.9))
+boxes = {0.0: "$x$", 2.0: "$W_1$", 4.0: "tanh", 6.0: "$W_2$", 8.0: "loss"}
+for at, text in boxes.items():
+    frame = {"boxstyle": "round,pad=0.5", "fc": "none"}
+    ax.text(at, 0, text, ha="center", va="center", bbox=frame)
+forward, backward = ["$a_1$", "$z_1$", "$a_2$", "$f = z_2$"], [None, "$g_1$", None, "$g_2$"]
+for start, there, back in zip(boxes, forward, backward, strict=False):
+    ends = (start + 0.6, start + 1.4)
+    for height, (tail, head), colour, text in (
+        (0.25, ends, "C0", there),
+        (-0.25, ends[::-1], "C1", back),
+    ):
+        if text is None:
+            continue
+        arrow = {"arrowstyle": "->", "color": colour, "lw": 1.6}
+        ax.annotate("", xy=(head, height), xytext=(tail, height), arrowprops=arrow)
+        ax.text(start + 1, 2.2 * height, text, ha="center", va="center", color=colour)
+ax.set(xlim=(-0.7, 8.8), ylim=(-0.9, 0.9))
+ax.axis("off")
+plt.show()
+
 # %% [markdown]
 # ## A gradient is an outer product
 #
 # Begin with one datum and one layer, $z = W a$ with $W \in \mathbb{R}^{d_\text{out} \times
-# d_\text{in}}$. Something happens to $z$ afterwards, and a number $\ell$ comes out at the end.
+# d_\text{in}}$. The rest of the network and the loss turn $z$ into a number $\ell$.
 # Entry $W_{oi}$ occurs in one output only, $z_o = \sum_i W_{oi} a_i$, so
 # $\partial z_k / \partial W_{oi}$ is $a_i$ for $k = o$ and zero for all other $k$. The chain rule
 # sums over all entries of $z$ through which $W_{oi}$ can act, and just one term is left:
@@ -67,9 +93,8 @@ EXACT = 1e-10  # what we call equal in float64
 # $$
 #
 # The gradient of a matrix with $d_\text{out} d_\text{in}$ entries is the outer product
-# $g a^\top$ of two vectors. It has rank one, whatever the rest of the network looks like: all that
-# the layers before have to say is in $a$, all that the layers after and the loss have to say is
-# in $g$.
+# $g a^\top$ of two vectors. It has rank one, whatever the rest of the network looks like. The layers before
+# this one enter the gradient through $a$ alone, the layers after it and the loss through $g$ alone.
 
 # %%
 d_out, d_in = 3, 4
@@ -89,10 +114,11 @@ print("rank of the gradient:", torch.linalg.matrix_rank(gradient).item())
 assert torch.linalg.matrix_rank(gradient) == 1
 
 # %% [markdown]
-# **Where is the bias?** As in [Chapter 1](01_flattening.py), it is the last column of $W$, and the
-# last entry of $a$ is the constant one: $z = W' a' + b = [W'\; b] \begin{pmatrix} a' \\ 1
-# \end{pmatrix}$. Then [(4.1)] contains the bias as well: its gradient is $g \cdot 1$, the last
-# column of $g a^\top$. From here on $a$ includes the one and $d_\text{in}$ counts it.
+# **Where is the bias?** A layer with weight $W'$, input $a'$ and bias $b$ computes $z = W' a' + b = [W'\; b]
+# \begin{pmatrix} a' \\ 1 \end{pmatrix}$. As in [Chapter 1](01_flattening.py), we call the first factor $W$
+# and the second one $a$: the bias is the last column of $W$, and the last entry of $a$ is the constant one.
+# Then [(4.1)] contains the bias as well: its gradient is $g \cdot 1$, the last column of $g a^\top$. From
+# here on $a$ includes the one and $d_\text{in}$ counts it.
 
 # %% [markdown]
 # ## The same matrix at several positions
@@ -105,10 +131,11 @@ assert torch.linalg.matrix_rank(gradient) == 1
 # \tag{4.2}
 # $$
 #
-# To differentiate, pretend that each position has a copy $W_s$ of its own. By [(4.1)] the
-# derivative with respect to copy $s$ is $g_s a_s^\top$, where $g_s = \partial \ell / \partial z_s$.
-# The copies are all equal to $W$, so $W$ acts through each of them, and the chain rule adds up
-# what they contribute:
+# To differentiate, pretend that each position has a copy $W_s$ of its own, so that $z_s = W_s a_s$. The copy
+# occurs in $z_s$ alone, and its own input $a_s$ does not depend on it. So [(4.1)] holds: the derivative with
+# respect to copy $s$ is $g_s a_s^\top$, where $g_s = \partial \ell / \partial z_s$. All copies are equal to
+# $W$. By the chain rule, the derivative with respect to $W$ is the sum of the derivatives with respect to
+# the copies:
 #
 # $$
 # G := \frac{\partial \ell}{\partial W} = \sum_{s=1}^{S} g_s a_s^\top .
@@ -116,14 +143,15 @@ assert torch.linalg.matrix_rank(gradient) == 1
 # $$
 #
 # The positions may even feed into each other, as in a recurrent network where $a_2$ depends on
-# $z_1$. Nothing changes: $g_1$ then is the derivative along all paths from $z_1$ to $\ell$,
-# including those through $z_2$. This is what backpropagation computes anyway.
+# $z_1$. Equation [(4.3)] still holds: $g_1$ is the derivative along all paths from $z_1$ to $\ell$,
+# including those through $z_2$. Backpropagation computes this derivative. In the example, the second input
+# depends on the first output.
 
 # %%
 S = 3
 xs = torch.randn(S, d_in)
 z1 = W @ xs[0]
-a2 = torch.cat([z1.sin(), xs[1, :1]])  # the second input depends on the first output
+a2 = torch.cat([z1.sin(), xs[1, :1]])
 z2 = W @ a2
 z3 = W @ xs[2]
 ell = (z1 * z3).sum() + z2.exp().sum() + (z2 * z3).prod()
@@ -141,11 +169,12 @@ matrices(terms | {"$G$, their sum": gradient})
 # %% [markdown]
 # ## From gradients to curvature
 #
-# Now take $N$ data and a loss, $L = \frac{1}{D} \sum_n \ell_n(f_n)$, where $f_n$ is the network's
-# output for datum $n$ and $D$ is the number that the loss divides by. The vector $\theta$ has all
-# parameters of the network. [Chapter 2](02_curvature.py) defines the generalised Gauss-Newton matrix
-# (GGN), with the Hessian of $L$ with respect to all outputs in the middle. Each term of $L$ depends on
-# one $f_n$ only, so this Hessian has one block $H_n$ for each datum and zeros elsewhere:
+# Now take $N$ data and a loss, $L = \frac{1}{D} \sum_n \ell_n(f_n)$. Here $f_n \in \mathbb{R}^C$ is the
+# network's output for datum $n$, and $\ell_n$ is the loss of datum $n$ as a function of this output. The
+# number $D$ is what the loss divides by: $N$ for the mean of a cross-entropy, 1 for a sum. The vector
+# $\theta$ has all parameters of the network. The GGN of [Chapter 2](02_curvature.py) has the Hessian of $L$
+# with respect to all outputs in the middle. Each term of $L$ depends on one $f_n$ only, so this Hessian has
+# one block $H_n$ for each datum and zeros elsewhere:
 #
 # $$
 # \operatorname{GGN} = \sum_n J_n^\top H_n J_n,
@@ -155,7 +184,7 @@ matrices(terms | {"$G$, their sum": gradient})
 # $$
 #
 # [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. The vectors
-# $\sigma_{vn}$ of its function `type2` are the columns of a square root of $H_n$:
+# $\sigma_{vn} \in \mathbb{R}^C$ of its function `type2` are the columns of a square root of $H_n$:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
@@ -198,10 +227,10 @@ matrices(terms | {"$G$, their sum": gradient})
 # entries of $J_n^\top \sigma_{vn}$ that belong to $\operatorname{vec}(W)$. These are the derivative
 # of $\sigma_{vn}^\top f_n$ with respect to $W$, which is $G_{vn}$ by [(4.3)]. $\blacksquare$
 #
-# Nothing has been approximated. If the vectors are not a square root but random with $\mathbb{E}
-# [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, [(4.7)] holds in expectation; if they are
-# gradients at the data's labels, the same sum is the empirical Fisher's block. Only the vectors
-# change, never the formula.
+# Nothing has been approximated. Other vectors in the same formula give other matrices. If the vectors are
+# random with $\mathbb{E} [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, the sum [(4.7)] is random and its
+# expectation is the block of the GGN. If there is one vector per datum, $\nabla \ell_n / \sqrt{D}$ at the
+# label of the data, the sum is the block of the empirical Fisher. Cells below check both.
 
 # %% [markdown]
 # ### In the package
@@ -225,7 +254,7 @@ code(LayerIO.gradients, LayerIO.block)
 # The `a` has no axis $V$: whatever is sent backward, the forward pass is the same. And `g` has all
 # of the scale: if the loss is multiplied by $c$, type-2 vectors are multiplied by $\sqrt{c}$ and
 # the block by $c$, while `a` stays the same. Two more fields, `positions` and `counted`, are for layers
-# with several positions ([Chapter 6](06_weight_sharing.py)) and are not needed here.
+# with several positions ([Chapter 6](06_weight_sharing.py)); this chapter does not need them.
 
 # %% [markdown]
 # ## Recording, by hand
@@ -239,15 +268,16 @@ code(LayerIO.gradients, LayerIO.block)
 # depends on datum $n$ only, a pass that starts with $\sigma_{v1}, \dots, \sigma_{vN}$ at all
 # outputs gives $g_{vns}$ at all $z_{ns}$, and no datum disturbs another. Several vectors of one datum
 # cannot share a pass, because their results would be added up. So there are $V$ backward passes,
-# which `is_grads_batched=True` runs as one.
+# which `is_grads_batched=True` runs as one. PyTorch stores one datum in each row, so the code's inputs `a`
+# have the shape $[N, d_\text{in}]$.
 
 
 # %%
 def capture_by_hand(model, loss, X, y, pass_on=torch.clone) -> dict[str, LayerIO]:
-    calls = {}
+    ran = {}
 
     def record(layer, inputs, output):
-        calls[layer] = inputs[0].detach(), output
+        ran[layer] = inputs[0].detach(), output
         return pass_on(output)  # what the next layer gets: a copy, see below
 
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -256,13 +286,13 @@ def capture_by_hand(model, loss, X, y, pass_on=torch.clone) -> dict[str, LayerIO
     for hook in hooks:
         hook.remove()
 
-    outputs = [calls[layer][1] for layer in linear.values()]
+    outputs = [ran[layer][1] for layer in linear.values()]
     vectors = type2(loss, f, y)[:]  # [V, N, C], all of them
     gs = torch.autograd.grad(f, outputs, vectors, is_grads_batched=True)
 
     ios = {}
     for (name, layer), g in zip(linear.items(), gs, strict=True):
-        a = calls[layer][0]
+        a = ran[layer][0]
         a = torch.cat([a, torch.ones(len(a), 1)], dim=1)  # the bias column
         ios[name] = LayerIO(a.unsqueeze(1), g.unsqueeze(2))  # S = 1
     return ios
@@ -302,10 +332,12 @@ assert_exact(total.g, N**0.5 * mean.g)
 # %% [markdown]
 # ## Why the hook returns a copy
 #
-# The hook above returns a copy of the output, which looks like a waste: the network above would do
-# without it. But many networks save memory by activations that write *into* their input:
+# The hook above returns a copy of the output. The network above gets the same blocks without a copy, as the
+# first lines of the cell check. But many networks save memory by activations that write *into* their input:
 
 # %%
+not_copied = capture_by_hand(model, loss, X, y, pass_on=lambda z: z)
+assert max(check(not_copied, model, loss, X, y).values()) <= EXACT
 in_place = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
 
 with_copy = check(capture_by_hand(in_place, loss, X, y), in_place, loss, X, y)
@@ -318,10 +350,11 @@ assert without_copy["0"] > 0.1
 
 # %% [markdown]
 # Without the copy, the block of the first layer is wrong, and there is no error and no warning. The
-# tensor that we recorded as $z$ has been overwritten. For autograd it now stands for
+# tensor that we recorded as $z$ has been overwritten. Autograd now takes it for
 # $\operatorname{relu}(z)$, so we get the derivative *after* the activation. The factor $\operatorname{relu}'(z)$
-# is missing, so all units look active. With the copy, the activation overwrites the copy. The price
-# is memory: a layer's output may be there twice until the backward pass is over.
+# is missing: it is 1 for active units and 0 for the others, so a multiplication with it repairs the
+# vectors. With the copy, the activation overwrites the copy. The price is memory: a layer's output may be
+# there twice until the backward pass is over.
 
 # %%
 correct = capture_by_hand(in_place, loss, X, y)["0"].g
@@ -337,11 +370,15 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # The package does the same in three pieces. The first one records. It looks at functions instead of modules:
 # every linear layer calls `functional.linear` in the end, and so does code that has weights but no layers. A
 # `TorchFunctionMode` of PyTorch sees each such call with its arguments, and the recorder keeps those calls
-# that get a layer's weight. Each is kept as our hook did, with two differences. There is a list of calls,
-# as a weight may be used several times. And the version of the input is noted, a counter that PyTorch
-# increases whenever a tensor is written to, so that a later change of the *input* is noticed as well.
-# [Chapter 26](26_capture.py) builds such a recorder by hand. It also has the details of `_record`: when
-# a copy is needed, functions that use a part of a weight (`unused`), and products from the left (`order`).
+# that get a layer's weight. There are three differences from our hook. There is a list of calls,
+# as a weight may be used several times. The recorder notes the output's place in autograd's graph, `edge`,
+# which survives an overwriting, so that most copies are not needed. And it notes the version of the input, a
+# counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input* is
+# noticed as well.
+#
+# [Chapter 26](26_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
+# this chapter passes over: when a copy is needed, functions that use a part of a weight (`unused`), products
+# from the left (`order`), and normalisations (`ScaleUse`).
 
 # %% tags=["remove-input"]
 code(calls.recorded, calls.Recorder._record)
@@ -414,9 +451,8 @@ print("\n".join(report))
 #
 # Equation [(4.6)] was about the whole GGN; only then did we pick a layer. So line up the
 # gradients of *all* layers for one pair $(v, n)$ as one long vector, and the sum of outer
-# products is the full matrix, including the blocks that couple two layers. These are what
-# block-diagonal methods throw away, and nothing but two tensors per layer is needed to get them
-# back.
+# products is the full matrix, including the blocks that couple two layers. Block-diagonal methods drop
+# these blocks. Two tensors per layer are enough to compute them, if every parameter belongs to a layer.
 
 # %%
 model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 4))
@@ -446,8 +482,8 @@ matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
 # rows. (A transposed convolution is one more. It spreads every pixel of its input over a patch of its
 # output, so the row of an output pixel has the input pixels that reach it, and zeros elsewhere.)
 #
-# **A linear layer** on an input of shape $[N, \ast, d]$ treats all axes in between alike: every
-# entry of them is a position.
+# **A linear layer** on an input of shape $[N, \ast, d]$ multiplies each vector along the last axis with $W$.
+# Every index into the axes $\ast$ is one position $s$.
 #
 # **A convolution** takes a patch of its input, as large as the kernel, and multiplies it with the
 # kernel; then it moves on to the next patch. With the patch and the kernel both flattened in the
@@ -500,7 +536,7 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 #
 # The package's functions follow the definitions above. Groups of a convolution are a leading axis: each
 # group is a layer of its own, with its own channels in and out and its own $W$. The argument `ends` has
-# the entries of the bias columns, which are written together with the rows to save a copy.
+# the numbers behind each row that belong to bias columns, such as the single 1 of one bias.
 
 # %% tags=["remove-input"]
 code(input_rows, output_rows, weight_matrix, weight_view)
@@ -576,8 +612,11 @@ shapes(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten()), torch.randn(N,
 frozen = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2))
 frozen[0].weight.requires_grad = False
 frozen[2].bias.requires_grad = False
-print("frozen weight of layer 0: one column; frozen bias of layer 2: 6 columns, not 7")
+frozen[4].requires_grad_(False)
+print("frozen weight of layer 0: one column; frozen bias of layer 2: 6 columns, not 7;")
+print("all of layer 4 frozen: no block")
 shapes(frozen, torch.randn(N, 4))
+assert "4" not in layer_ios(frozen, nn.MSELoss(), torch.randn(N, 4), torch.randn(N, 2))
 
 # %% [markdown]
 # ### What is not covered
@@ -643,7 +682,9 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 #
 # Capture leaves nothing behind. No hook is registered. The function mode ends with the forward pass, also
 # when that fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
-# training modes and the parameters' `requires_grad` stay as they were.
+# training modes and the parameters' `requires_grad` stay as they were. The trial runs of `plan` put buffers
+# and the state of the random generator back. (The forward pass of the batch itself changes them as any
+# forward pass does.)
 
 
 # %%
@@ -666,6 +707,14 @@ assert not X.requires_grad
 refused(RuntimeError, model, nn.MSELoss(), torch.randn(N, 5), y)  # one input too many
 assert traces(model) == before
 
+noisy = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+state = torch.get_rng_state()
+plan(noisy, X)
+assert torch.equal(torch.get_rng_state(), state)
+noisy(X)
+if not X.is_cuda:  # a GPU has a generator of its own
+    assert not torch.equal(torch.get_rng_state(), state)
+
 # %% [markdown]
 # ## Memory, and chunks
 #
@@ -679,8 +728,8 @@ assert traces(model) == before
 # numbers. For a linear layer the first part is as large as what training keeps for its backward
 # pass, and a column of ones. For a convolution it is more, as an entry of the image is repeated in
 # every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided).
-# The second part is $V$ times the size of the layer's output. For the exact vectors, $V$ is the number of
-# outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With many
+# The second part is $V$ times the size of the layer's output. For the vectors of `type2`, $V$ is the number
+# of outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With many
 # classes, `g` soon does not fit into memory. But the block is a *sum* over vectors, and so is
 # $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$, the factor that KFAC takes from `g`
 # ([Chapter 5](05_kfac.py)). So `stream` yields a `LayerIO` with at most `chunk` vectors at a time, and the
@@ -733,9 +782,11 @@ plt.show()
 # ### Many vectors or one
 #
 # The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from
-# the model and sends one vector, whatever $V$ is for type-2. So $g$ is smaller by the factor $V$, and
+# the model and sends one vector, whatever $V$ is for `type2`. So $g$ is smaller by the factor $V$, and
 # the block is random: its mean is exact, but a single sample is not. The average over more samples
-# approaches the exact block slowly: the error falls as one over the square root of their number.
+# approaches the exact block slowly. The error is a mean of independent terms, so its standard deviation
+# falls as one over the square root of their number. The gradients at the data's labels, `empirical`,
+# are one vector per datum as well, and give the block of the empirical Fisher exactly.
 
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -755,17 +806,22 @@ for samples in (1, 10, 100, 1000):
 assert min(errors) > EXACT
 assert errors[-1] < errors[0] / 3  # about 1 / sqrt(1000) on average
 
+io = layer_ios(model, loss, X, y, empirical)["0"]
+matrix = curvature.empirical_fisher(model, loss, X, y)
+assert_exact(io.block(), curvature.diagonal_blocks(model, matrix)["0"])
+
 # %% [markdown]
 # ## What goes wrong in practice
 #
 # Some of the following mistakes have happened in public code, as linked. Most of them give no error.
 #
 # **Per-datum gradients of a mean loss.** The gradient of $L = \frac1N \sum_n \ell_n$ with respect
-# to $z_n$ is $\frac1N \nabla \ell_n$. Take it for the gradient of datum $n$, average the outer
-# products over data, and the result is $N^2$ times too small ([an
-# example](https://github.com/wiseodd/natural-gradients/issues/2)). Even a sum instead of an
-# average leaves it $N$ times too small, as curvature is quadratic in gradients but linear in the
-# loss. The scale that is right is $g = \nabla \ell_n / \sqrt{D}$:
+# to $z_n$ is $\frac1N \nabla \ell_n$. A program that takes it for the gradient of datum $n$ and averages the
+# outer products over data gets a result that is $N^2$ times too small ([an
+# example](https://github.com/wiseodd/natural-gradients/issues/2)). Even with a sum instead of an
+# average, the result is $N$ times too small, as curvature is quadratic in gradients but linear in the
+# loss. The right scale is $g = \nabla \ell_n / \sqrt{D}$. The function `divisor` of
+# [Chapter 3](03_losses.py) computes $D$.
 
 # %%
 z = model[0](X).detach().requires_grad_()
@@ -815,8 +871,8 @@ assert max(errors.values()) <= EXACT
 
 # %% [markdown]
 # **The last call only.** A dictionary from layer to recording, as in `capture_by_hand`, keeps the
-# last call of a layer that runs twice. The first one is overwritten and its part of every
-# gradient is lost:
+# last call of a layer that runs twice. The first call is overwritten, and its term of every
+# gradient [(4.3)] is lost:
 
 # %%
 tied, shape = networks["tied"]
@@ -828,9 +884,9 @@ assert last_only["4"] <= EXACT  # runs once
 assert max(check(layer_ios(tied, loss, X, y), tied, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# **A bias column of zeros.** It comes about by `a.new_zeros` in place of `a.new_ones`, or by a step that
-# changes the ones after they are appended, such as padding. The weight's part of the block remains right,
-# so a test without biases passes. The bias has no curvature at all:
+# **A bias column of zeros.** The ones are lost by `a.new_zeros` in place of `a.new_ones`, or by a step that
+# changes them after they are appended, such as padding. The weight's part of the block remains right,
+# so a test without biases passes. The block's rows and columns of the bias are zero:
 
 # %%
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -875,8 +931,8 @@ normed.eval()
 assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# Mistakes that are about finding $a$ and $g$, such as a batch that is not on axis 0 or an input that is
-# overwritten, are told in [Chapter 26](26_capture.py#what-goes-wrong-in-practice).
+# [Chapter 26](26_capture.py#what-goes-wrong-in-practice) shows mistakes in finding $a$ and $g$, such as a
+# batch that is not on axis 0 or an input that is overwritten.
 
 # %% [markdown]
 # ## Exercises

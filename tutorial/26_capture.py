@@ -19,10 +19,12 @@
 # [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward
 # hooks. That is enough if every weight is used by calling its layer. In many networks it is not: PyTorch's
 # own attention reads the weight of a layer and never calls the layer. This chapter records *functions*
-# instead of layers, at first by hand. It then proves that a single random vector shows whether a use of a
-# weight was missed.
-# At the end stands a transformer made of PyTorch's modules, with every block compared with the exact
-# one.
+# instead of layers, at first by hand. It then proves that a single random vector shows with probability one
+# whether a use of a weight was missed. The last part takes a transformer made of PyTorch's modules and
+# compares every block with the exact one.
+#
+# *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back
+# for every $g$.
 
 # %%
 import textwrap
@@ -55,7 +57,8 @@ EXACT = 1e-10  # what we call equal in float64
 # ## Why hooks are not enough
 #
 # A forward hook belongs to a module. PyTorch calls it after the module's `forward`, with the module's
-# input and output. The following program has one hook for every linear layer, as in Chapter 4.
+# input and output. The following program has one hook for every linear layer, as in Chapter 4. It accepts
+# inputs with positions, too: all axes between the first and the last are joined to one axis of positions.
 
 
 # %%
@@ -94,7 +97,8 @@ def errors(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
 # %% [markdown]
 # Three networks follow. In the first, the weight of a layer is used a second time, by a function. In the
 # second, somebody else's hook doubles the output of a layer. That hook was registered before ours and runs
-# before ours, so our hook records $2 W a$ as $z$. The third is an attention module between an input and a head.
+# before ours, so our hook records $2 W a$ as $z$. In the third, an attention module reads the input, and a
+# linear layer, the head, reads the attention's output.
 
 
 # %%
@@ -110,7 +114,7 @@ class Uses(nn.Module):
 
 
 class Attends(nn.Module):
-    """Attention over positions, which come first on the inside."""
+    """Attention, whose module has positions on axis 0 and data on axis 1."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +128,7 @@ class Attends(nn.Module):
 
 # %% [markdown]
 # For the first two, the blocks by hooks are compared with the exact ones of [Chapter 2](02_curvature.py). For
-# the third, we look whether the output projection, which is a linear layer, runs at all.
+# the third, the cell counts the calls of `out_proj`, a linear layer inside the attention.
 
 # %%
 N, S = 5, 3
@@ -153,8 +157,8 @@ assert gradient > 0
 assert seen == []
 
 # %% [markdown]
-# All three networks train as usual. Hooks give two wrong blocks without a warning, and for the output
-# projection of the attention they give nothing ([a public
+# Hooks give two wrong blocks without a warning. For the output projection of the attention they give nothing,
+# although its weight has a gradient ([a public
 # example](https://github.com/gpauloski/kfac-pytorch/issues/267)). The projections to queries, keys and values
 # are not even layers: their weights are rows of one parameter, `in_proj_weight`.
 
@@ -186,17 +190,18 @@ for net in (twice, hooked):
     assert mode.names.count("torch.nn.functional.linear") == (3 if net is twice else 2)
 
 # %% [markdown]
-# The second use of the weight is in the list, and the doubling comes after the layer's function, as any other
-# function does. A recorder needs three things from every call:
+# The second use of the weight is in the list. The doubling by the other hook is in the list, too, as
+# `Tensor.mul` behind the layer's `linear`. A recorder needs three things from every call:
 #
 # - *The input* is the first argument of `functional.linear`. If a third argument, the bias, is given, the row
-#   ends with a one, and otherwise with a zero.
-# - *The weight* is the second argument: a parameter, or a view of one. PyTorch knows what a view is a view
-#   of, `_base`, and where in it the view begins, `storage_offset`. Both together tell which rows of which
-#   parameter a function used, if it used whole rows.
-# - *The place to ask for derivatives* is the output's edge in the graph of autograd, `get_gradient_edge`.
-#   An edge stays the same if the tensor is overwritten later. An output that is a view is copied first;
-#   the next section explains why.
+#   ends with a one. Otherwise it ends with a zero, because this call does not use the bias.
+# - *The weight* is the second argument: a parameter, or a view of one. A view has the tensor that it was taken
+#   from as `_base`, and its first entry's place there as `storage_offset()`. Both together tell which rows of
+#   which parameter a function used, if it used whole rows.
+# - *The place to ask for derivatives* is the output's edge in the graph of autograd. An edge is an
+#   operation in this graph and the number of one of its outputs; `get_gradient_edge` returns it. It stays the
+#   same if the tensor is overwritten later. An output that is a view is copied first; the next section
+#   explains why.
 
 
 # %%
@@ -229,10 +234,10 @@ class Recorder(TorchFunctionMode):
 # %% [markdown]
 # The recorder does not know the model. So `matrices_of` lists the matrices $W$ of the model: for each its
 # name, the parameter that holds it, and its rows there. Then `by_functions` brings matrices and calls
-# together. A call that uses the rows of several matrices counts for each of them, with its part of the
-# vector. Inside of attention, the axis of the positions comes before the axis of the data. The argument
-# `positions_first` says so, and the data are put first. Both networks without attention get their exact
-# blocks:
+# together. A call that uses the rows of several matrices counts for each of them, with the entries of $g$
+# that belong to its rows. Inside of attention, the axis of the positions comes before the axis of the data.
+# The argument `positions_first` says so, and the data are put first. Both networks without attention get
+# their exact blocks:
 
 
 # %%
@@ -281,8 +286,9 @@ for name, net in (("a weight used twice", twice), ("a hook of somebody else", ho
 # The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
 # into it. An edge makes most copies unnecessary: it is a place in the graph, and it stays the same place
 # when the tensor gets new values. Views are the exception. For inputs with positions, `functional.linear`
-# computes one large matrix product and returns a view of it. If something writes into a view, autograd attaches the new
-# value to what the view was taken from, and cuts the old edge out of the graph.
+# computes one large matrix product and returns a view of it. If a function writes into a view, autograd
+# attaches the new value to the tensor that the view was taken from. The view's old edge is then no longer part
+# of the graph. The cell asks for the derivative at the edge of $z$, with an activation in place behind it.
 
 
 # %%
@@ -290,7 +296,7 @@ layer = nn.Linear(4, 6)
 
 
 def derivative(x: Tensor, passed_on) -> Tensor | None:
-    """At the recorded edge, with an activation in place behind it."""
+    """The derivative at the recorded edge."""
     z = passed_on(layer(x))
     edge = get_gradient_edge(z)
     f = torch.relu_(z).sin().sum()
@@ -309,8 +315,9 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
 # The package takes a missing derivative for zero, because an output may be unused. Without a copy it would
 # get a block of zeros here.
 #
-# A copy takes time, and there is another place to ask: the matrix product itself, `z._base`. It stays in the
-# graph. If the view has all of its entries, the derivative there is the output's in another shape:
+# A copy takes time, and there is another place to ask: the matrix product itself, `z._base`, which stays in
+# the graph. If the view $z$ has all entries of the product, the derivative with respect to the product is the
+# derivative with respect to $z$, in another shape:
 
 # %%
 z = layer(sequences)
@@ -321,15 +328,16 @@ print(f"output {tuple(z.shape)}, matrix product {tuple(at_product.shape)}")
 assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
 
 # %% [markdown]
-# The package asks there. It copies only views of a part, or with the axes in another order. The recorder of
-# this chapter copies every view, because that is shorter.
+# The package asks for the derivative there. It copies only those views that have a part of the entries, or
+# their axes in another order. The recorder of this chapter copies every view, because that is shorter.
 #
 # ### A function that hides others
 #
 # The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else
-# the mode would get its own calls again. Most functions are a single step, so nothing is missed. A few are
-# Python code. Their first line asks whether a mode is on and gives it the call; the lines after it
-# call other functions, while the mode is off. One of these is `functional.multi_head_attention_forward`:
+# the mode would get its own calls again. Most functions call no other, so nothing is missed. A few are
+# written in Python. Their first line asks whether a mode is on, and if so, gives the whole call to the mode.
+# The mode runs the function again, now switched off itself, and so it does not see which other functions are
+# called. One of these is `functional.multi_head_attention_forward`:
 
 # %%
 with Names() as mode:
@@ -340,9 +348,9 @@ print(f"calls of linear: {names.count('linear')}, behind the attention: {names[a
 assert names.count("linear") == 1  # the head
 
 # %% [markdown]
-# The function calls `linear` for its projections. It is not enough that the mode switches itself on again
-# and then runs the function: the first line gives the call to the mode, the mode runs the function, and so
-# on for ever.
+# The function calls `linear` for its projections, and none of these calls is in the list. It does not help if
+# the mode switches itself on again and then runs the function: the first line gives the call to the mode, the
+# mode runs the function, and so on for ever.
 
 
 # %%
@@ -365,7 +373,7 @@ else:
     raise AssertionError("this should have run for ever")
 
 # %% [markdown]
-# The package therefore opens the function: it makes a copy with the same code, in which the question for a
+# The package therefore *opens* the function: it makes a copy with the same code, in which the question for a
 # mode is always answered with "no". The mode sees everything that the copy calls. This gives the exact
 # blocks of all four projections, and the recorder needs nothing else that is special to attention.
 
@@ -401,9 +409,9 @@ assert list(found) == [
 assert max(found.values()) <= EXACT
 
 # %% [markdown]
-# Here the queries have an input of their own, and keys and values share one. So PyTorch multiplies with two
-# parts of `in_proj_weight`, which are views of it. Each projection is a block, however many of
-# them one function computes.
+# Here the queries have an input of their own, and keys and values share one. So PyTorch calls `linear` with
+# two parts of `in_proj_weight`, which are views of it: the rows of the queries, and the rows of keys and
+# values. The second call computes two projections. Each of them still has a block of its own.
 
 # %% [markdown]
 # ## What ships
@@ -434,14 +442,16 @@ for func, rule, arguments in (
 # as `weight[t]`, and for normalisations ([all of them](api/capture.functions.md)). A convolution has its
 # stride, padding and groups in the arguments of the function, so that one kernel may be used with several
 # settings. A product without a bias may be followed by an addition, as in `x @ W.T + b`: a bias that is
-# added to the output of the last recorded call belongs to this call, if nothing came between.
+# added to the output of the last recorded call belongs to this call, if no other function came between.
 #
-# The recorder runs a function, tries its rules, and looks for the weight. A matrix is found if a function's
-# weight begins at the matrix's first entry in the same parameter and has the same strides. If a function
-# uses some consecutive rows of a matrix, `unused` has the numbers of rows before and after them, where the
-# vectors get zeros. If the outputs are not on the last axis, as in `W @ x`, `order` moves them there, and the
-# result is moved back. An optimised model (`torch.compile`) runs its functions in one piece that no mode
-# sees; capture runs such a model as ordinary Python.
+# The recorder runs a function, tries its rules, and looks for the weight among the matrices $W$ of the model,
+# `_matrices`. A function may use whole matrices: then its weight begins at the first entry of one of them, in
+# the same parameter, and goes on with the same strides. Or it may use some consecutive rows of one matrix:
+# then `unused` has the numbers of rows before and after them, where the vectors get zeros.
+#
+# The outputs may be on another axis than the last, as in `W @ x`. Then `order` moves them to the last axis,
+# and the result is moved back. A model from `torch.compile` runs its functions in one piece that no mode
+# sees, so capture runs such a model without compilation.
 
 # %% tags=["remove-input"]
 code(calls.Recorder.__torch_function__, calls.Recorder._matrices, calls.Recorder._record)
@@ -469,8 +479,10 @@ for spelling, between in spellings.items():
     print(f"{spelling:>20}: the same a and g")
 
 # %% [markdown]
-# The three networks that hooks get wrong are exact. So are one that writes into the views of its layer,
-# one with a product from the left, and one that looks up an embedding as `weight[t]`.
+# The blocks of the three networks that hooks get wrong are exact. Four more networks are tried: one that
+# writes into the views of its layer, one with a product from the left, one that looks up an embedding as
+# `weight[t]`, and one that uses a kernel with two strides. The last lines compile a network and compare its
+# rows and vectors with those of the network itself.
 
 
 # %%
@@ -485,6 +497,18 @@ class LooksUp(nn.Module):
         return self.head(self.words.weight[t].tanh().mean(1))
 
 
+class TwoStrides(nn.Module):
+    """A convolution, and its kernel with another stride."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(3, 4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):  # [N, 3, positions]
+        far = functional.conv1d(x, self.conv.weight, self.conv.bias, stride=2)
+        return self.head(self.conv(x).tanh().mean(2) + far.tanh().mean(2))
+
+
 left = Uses(lambda layer, x: layer(x) + (layer.weight @ x.sin().T).T)
 in_place = Uses(lambda layer, x: layer(x).relu_())
 networks = {
@@ -494,39 +518,53 @@ networks = {
     "an activation in place": (in_place, sequences, torch.randn(N, S, 3)),
     "a product from the left": (left, X, y),
     "rows by number": (LooksUp(), torch.randint(12, (N, S)), y),
+    "two strides": (TwoStrides(), sequences, y),
 }
 for name, (net, *data) in networks.items():
     found = errors(layer_ios(net, loss, *data), net, loss, *data)
     print(f"{name:>24}: {len(found)} blocks, error {max(found.values()):.0e}")
     assert max(found.values()) <= EXACT
 
+compiled = layer_ios(torch.compile(plain, backend="eager"), loss, X, y)
+for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
+    assert_exact(io.a, by_plain.a)
+    assert_exact(io.g, by_plain.g)
+
 # %% [markdown]
 # ## Two checks
 #
-# So far a program has found *some* uses of $W$, and has taken two things for granted. In [Theorem 4.1], $f_n$
-# depends on no datum but $n$. And the gradient is $\sum_s g_s a_s^\top$, [(4.3)], only if the recorded calls
-# are all that the network does with $W$. Neither can be read off a network's layers. Data may meet each other
-# behind a layer, by a mean over the batch, say. A weight may be used by a function that has no rule. Then the
-# network trains as usual, capture runs as usual, and the block is wrong.
+# So far a program has found *some* uses of $W$, and two conditions have been taken for granted. First,
+# [Theorem 4.1] assumes that $f_n$ depends on no datum but $n$. Second, the gradient is $\sum_s g_s a_s^\top$,
+# [(4.3)], only if the recorded calls are all that the network does with $W$. Neither condition can be read off
+# a network's layers. Data may meet each other behind a layer, by a mean over the batch, say. A weight may be
+# used by a function that has no rule. Then the network can be trained, capture without checks raises no
+# error, and the block is wrong.
 #
-# The package therefore tries a network on a few of the data before it trusts it. This is done once for
-# every kind of batch, where a kind is the shapes and types of the inputs (but for the number of data) and
-# the modes of the modules:
+# The package therefore tries a network on a few of the data before the first capture. One trial serves all
+# batches of one kind: with the same shapes and types of the inputs (the number of data may differ), the same
+# modes of the modules, and the same trainable parameters.
 #
-# 1. *Data do not meet.* Data meet if the output of one has a derivative with respect to the rows of another.
-#    Send random vectors to the outputs of some of the data. The rows of all others must receive zeros,
-#    exactly: no path leads there, so nothing is computed that could be rounded. Do so for a few sets of
-#    data, such that for any two data there is a set with the first and without the second. The axis of
-#    the data is not assumed. It is the one whose size changes between two and three data. If it also
-#    contains positions, the zeros tell whether those of one datum are neighbours or far apart.
-# 2. *The calls explain the gradient.* Send a random vector $v$ to all outputs. For every parameter, the
-#    gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls.
+# 1. *Data do not meet.* Data meet if the output $f_n$ of one has a derivative with respect to a layer's
+#    output $z_{ms}$ for another. The package sends random vectors to the network's outputs for some of the
+#    data. At all other data, the $g$ of every layer must be zero, exactly: no path leads there, so there is
+#    nothing to round. This is done for a few sets of data. For any two data there is a set with the first and
+#    without the second.
+# 2. *The calls explain the gradient.* The package sends a random vector $v$ to all outputs. For every
+#    parameter, the gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls, up to
+#    rounding. The tolerance is a bound on the terms of this sum times the square root of the machine
+#    precision. It is not a share of the gradient, since a gradient may be zero, such as that of a bias whose
+#    effect cancels.
+#
+# The first check also finds the axis of the data, which the package does not assume. It is the axis of $z$
+# whose size changes between two and three data. If this axis also contains positions, the zeros tell whether
+# the positions of one datum are neighbours on it or far apart.
 #
 # <div class="admonition theorem" markdown="1" id="thm-26.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 26.1 (the calls explain the gradient)</b></p>
 #
-# Let recorded calls $z_c = W a_c$ be among the uses of $W$ in a network with output $f$, and let $g_c$ be
-# the derivative of $v^\top f$ with respect to $z_c$. If
+# Let a network with weight $W$ be given at fixed parameters and inputs, with the outputs of all data in one
+# vector $f$. Let $c$ number the rows of all recorded calls, $z_c = W a_c$, and let $g_c$ be the derivative of
+# $v^\top f$ with respect to $z_c$. If
 #
 # $$
 # \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top
@@ -538,26 +576,29 @@ for name, (net, *data) in networks.items():
 #
 # </div>
 #
-# **Proof.** The derivative with respect to $W$ sums over all paths from $W$ to $f$. Sort the paths by their
-# first edge. Those that go from $W$ to $z_c$ first contribute $g_c a_c^\top$, because $g_c$ is the derivative
-# along all paths from $z_c$ to $f$. All other paths together contribute the difference between both sides of
-# [(26.1)]. This difference is a linear function of $v$. If it is not zero for all $v$, it is zero on a
-# proper subspace only, and the drawn $v$ lies in that subspace with probability zero. $\blacksquare$
+# **Proof.** Both sides of [(26.1)] are linear in $v$: the left side by the rules of differentiation, the
+# right side because every $g_c$ is, and the $a_c$ do not depend on $v$. So the difference of both sides is a
+# linear function of $v$. If it is not zero for all $v$, it is zero on a proper subspace only, and the drawn
+# $v$ lies in that subspace with probability zero. $\blacksquare$
+#
+# What is the difference? The derivative with respect to $W$ is a sum over all paths from $W$ to $f$ in the
+# graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute $g_c a_c^\top$,
+# because $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the
+# difference is the contribution of all other paths, those through uses of $W$ that were not recorded.
 #
 # Why does this make blocks exact? Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and zero at the
-# others. If data do not meet, only calls on datum $n$ have a vector, and [(26.1)] says that their sum is the
-# gradient $G_{vn}$ of [Theorem 4.1].
+# others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(26.1)] is over
+# the rows of datum $n$, and by [(26.1)] it is the gradient $G_{vn}$ of [Theorem 4.1].
 #
-# The second check covers all steps: a mistake in a rule, in the rows, in the order of positions or in a bias
-# column would make the two sides differ as well. So no rule needs to be trusted. By hand, both checks are a
-# few lines. (Every set is one datum here. Five sets are enough for eight data, if each datum is in three
-# of them and no two data are in the same three.)
+# The proof does not ask where $a_c$ and $g_c$ come from. A mistake in a rule, in the rows or in a bias
+# column makes the two sides differ as well, so the check finds it, and no rule needs to be trusted. By hand,
+# both checks are a few lines.
 
 
 # %%
-def two_checks(net: Uses, X: Tensor, v: Tensor | None = None) -> tuple[float, float]:
+def two_checks(net: Uses, X: Tensor, v=None, by=Recorder) -> tuple[float, float]:
     """What crosses from one datum to others, and what the calls leave unexplained."""
-    recorder = Recorder()
+    recorder = by()
     with recorder:
         f = net(X)
     v = torch.randn_like(f) if v is None else v
@@ -580,9 +621,22 @@ def two_checks(net: Uses, X: Tensor, v: Tensor | None = None) -> tuple[float, fl
 
 
 # %% [markdown]
+# Every set is one datum here. The package needs fewer sets, five for eight data: each datum is in three of
+# the five, and no two data are in the same three. So for any two data, one of the three sets of the first does
+# not contain the second.
+
+# %%
+sets = plan.separating_sets(8, X.device)  # [sets, data]
+print(sets.int())
+assert len(sets) == 5
+alone = sets.unsqueeze(2) & ~sets.unsqueeze(1)  # the first of two data, and not the second
+assert torch.equal(alone.any(0), ~torch.eye(8, dtype=torch.bool))
+
+# %% [markdown]
 # Two sound networks and three unsound ones show what the checks find. In two of the unsound networks data
 # meet; in the third, `written_out` uses the weight in a way that no rule describes. The last column is the
-# error of the block. The package refuses all three:
+# error of the block. The package refuses all three. Its messages call a datum a sample, and the last one ends
+# with the functions that got the weight. One of these is the multiplication in `written_out`.
 
 
 # %%
@@ -622,9 +676,38 @@ for net, reason in zip(
     refused(reason, net, loss, X, y)
 
 # %% [markdown]
+# Three wrong recorders show that the second check finds mistakes in the recording as well. Each changes what
+# the recorder above has written down: the input's entries in another order, no bias column, or the first call
+# left out. The network is sound.
+
+
+# %%
+def wrong(change):
+    class Wrong(Recorder):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            z = super().__torch_function__(func, types, args, kwargs)
+            if func is functional.linear:
+                self.calls[-1:] = change(len(self.calls), *self.calls[-1])
+            return z
+
+    return Wrong
+
+
+mistakes = {
+    "entries in another order": lambda number, W, r, a, edge: [(W, r, a.roll(1, -1), edge)],
+    "no bias column": lambda number, W, r, a, edge: [(W, r, with_ones(a[..., :-1]) - 1, edge)],
+    "a call left out": lambda number, W, r, a, edge: [(W, r, a * (number > 1), edge)],
+}
+for mistake, change in mistakes.items():
+    crossing, unexplained = two_checks(plain, X, by=wrong(change))
+    print(f"{mistake:>25}: unexplained {unexplained:.2f}")
+    assert crossing == 0
+    assert unexplained > 0.01
+
+# %% [markdown]
 # The first check as a picture: vectors are sent to the outputs of the last two data only.
 
-# %% tags=["hide-input"] alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. Without a meeting, the first three rows are zero. If the mean over the batch is subtracted, they are not."
+# %% tags=["hide-input"] alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. If data do not meet, the first three rows are zero. If the mean over the batch is subtracted, they are not."
 arriving = {}
 for title, name in {"a layer": "a layer", "centred": "centred by the batch's mean"}.items():
     with Recorder() as recorder:
@@ -639,7 +722,8 @@ assert arriving["centred"][:3].abs().min() > 0
 
 # %% [markdown]
 # A value that is detached from the gradient needs no special case. With the mean detached, a datum has an
-# influence on the outputs of others, but their vectors do not arrive at its rows. The block is exact:
+# influence on the outputs of others, but no derivative passes there. Autodiff gives the exact matrix of this
+# network without these derivatives, too, and the blocks agree:
 
 # %%
 detached = Uses(lambda layer, x: (z := layer(x)) - z.mean(0).detach())
@@ -649,8 +733,9 @@ assert two_checks(detached, X)[0] == 0
 
 # %% [markdown]
 # `plan` does both checks and returns what it found: the axis and the order of the data in every call.
-# `layer_ios(..., plan=...)` takes it, and then nothing is tried again. Loops over a data set and the
-# optimizer keep their plans.
+# `layer_ios(..., plan=...)` takes this plan and tries nothing. Loops over a data set and the optimizer keep
+# their plans. The source has four of its functions: `_orders` finds the axis by sizes, `_place` and
+# `_is_apart` are the first check, `_check_gradient` is the second.
 
 # %% tags=["remove-input"]
 code(plan._orders, plan._place, plan._is_apart, plan._check_gradient)
@@ -659,9 +744,9 @@ code(plan._orders, plan._place, plan._is_apart, plan._check_gradient)
 # ## A real transformer
 #
 # The following classifier consists of PyTorch's own modules: an embedding, two layers of
-# `nn.TransformerEncoder`, a mean over positions, and a linear head. Nothing of it was written for this
-# package. (Its layers call a fused attention whose derivative PyTorch cannot batch on a CPU without a
-# warning. So the chapter asks for the variant that is made of products.)
+# `nn.TransformerEncoder`, a mean over positions, and a linear head. (Its layers call a fused attention whose
+# derivative PyTorch cannot batch on a CPU without a warning. So the chapter asks for the variant that is made
+# of products.)
 
 
 # %%
@@ -716,11 +801,11 @@ for name, io in ios.items():
     assert min(expand, reduce) > 0.01
 
 # %% [markdown]
-# Every block is exact. KFAC is an approximation of it, in its two flavours from
-# [Chapter 6](06_weight_sharing.py): *expand* takes positions for data, *reduce* averages them. The loss of
-# this network belongs to the mean over positions, and there reduce is nearer for words, values, output
-# projections and feed-forward layers. For queries both are off by more than a third. For keys reduce is
-# zero ([Theorem 6.2]).
+# Every block is exact. The last two columns are the relative errors of KFAC, an approximation of the block,
+# in its two flavours from [Chapter 6](06_weight_sharing.py): *expand* treats positions as if they were data,
+# *reduce* averages over them. The head of this network reads a mean over positions. Reduce is nearer than
+# expand for all blocks but two kinds: at the head both agree, and for keys reduce is zero ([Theorem 6.2]), so
+# that its relative error is 1. A later cell asserts these statements.
 
 # %% tags=["hide-input"] alt="Dot plot with one line for each of the 14 blocks of the transformer and two marks on each: the relative error of KFAC-expand, large for all blocks but the head, and of KFAC-reduce, which is clearly smaller for most blocks but 1 for the two key projections." caption="Relative errors of KFAC, block by block, from the input at the top to the head at the bottom. Both flavours agree at the head, which comes after the mean. For keys, reduce is zero and its relative error is 1."
 fig, ax = plt.subplots(figsize=(6.4, 4.2))
@@ -740,18 +825,17 @@ plt.show()
 
 # %%
 keys = [name for name in table if name.endswith("k_proj")]
-queries = [name for name in table if name.endswith("q_proj")]
 assert all(abs(table[name][1] - 1) <= EXACT for name in keys)
-assert all(min(table[name]) > 1 / 3 for name in queries)
-others = table.keys() - {*keys, *queries, "head"}
+others = table.keys() - {*keys, "head"}
 assert all(table[name][1] < table[name][0] for name in others)
 assert abs(table["head"][0] - table["head"][1]) <= EXACT  # S = 1
 
 # %% [markdown]
-# **A bias without curvature.** The bias of the keys adds the same number to all scores of a query, and a
-# softmax ignores such a number. So its rows and columns of the exact block are zero. KFAC cannot know this.
-# The input of the bias is the constant one, so the bias's entry of $A$ is 1, and the bias gets $1 \cdot B$ as
-# its part of $B \otimes A$:
+# **A bias without curvature.** The score of query $q_s$ and key $k_t$ is proportional to $q_s^\top k_t$. The
+# bias $b$ of the keys adds $q_s^\top b$ to it, the same number for all $t$, and the softmax over $t$ does not
+# change if such a number is added. So the bias's rows and columns of the exact block are zero. KFAC has
+# numbers there. The factor $A$ is the mean of $a a^\top$, and the bias's entry of $a$ is the constant one, so
+# its entry of $A$ is 1. So the bias's part of $B \otimes A$ is $1 \cdot B$:
 
 # %%
 for name in keys:
@@ -764,12 +848,13 @@ for name in keys:
 
 # %% [markdown]
 # **What is left out.** The scale and the shift of a layer norm are vectors that are multiplied and added
-# entry by entry. The package makes them a matrix with a single column, whose input $a$ is the number 1. By
-# [(4.1)] the gradient is then $g$ itself, so $g$ is a datum's gradient with respect to scale and shift.
-# KFAC's $B \otimes A$ with $A = 1$ is the exact block, whatever the network. The block has two rows for every
-# channel, so it is as large as a factor of a wide layer, for few parameters. That is why a normalisation
-# has a block only if `layers=[...]` names it. Otherwise a warning names its parameters, and the optimizer of
-# [Chapter 9](09_optimizer.py) moves them by a first-order rule.
+# entry by entry. The package treats both together as a matrix with a single column. Its input $a$ is the
+# number 1, and its $g$ is the gradient of $\sigma_{vn}^\top f_n$ with respect to scale and shift, so that
+# $g a^\top$ is the gradient. The factor $A$ is 1, and KFAC's $B \otimes A = B$ is the exact block in every
+# network. The block has two rows for every channel, so it is as large as a factor of a wide layer, for few
+# parameters. That is why a normalisation has a block only if `layers=[...]` names it. Otherwise a warning
+# names its parameters, and the optimizer of [Chapter 9](09_optimizer.py) moves them by a first-order rule.
+# The next cell prints how many parameters have no block, and what share of the GGN's trace is theirs.
 
 # %%
 left_out = uncovered(transformer, groups)
@@ -788,8 +873,8 @@ for name, io in layer_ios(transformer, cross_entropy, texts, labels, layers=norm
     assert_exact(kfac(io).dense(), of_norms[name])
 
 # %% [markdown]
-# Blocks also leave out all pairs of layers. The next cell prints how much of the sum of the GGN's squared
-# entries lies outside of all blocks:
+# Blocks also leave out all entries of the GGN that couple two layers. The next cell prints their share of
+# the sum of the GGN's squared entries. The blocks of the normalisations are counted as blocks here.
 
 # %%
 blocks_of_all = [*exact.values(), *of_norms.values()]
@@ -802,9 +887,9 @@ assert between > 0
 #
 # **A part of a weight.** A function may use some rows of a layer's weight, as `weight[:k]` or as a part from
 # `torch.chunk`, and so give some of the layer's outputs. The package records a use of the whole weight with
-# vectors that are zero at the other outputs, and the block is exact. There is no such rule for some
-# *columns*. The recorder skips that call, the second check finds the gradient unexplained, and the
-# network is refused. The way out is to make two layers of the one.
+# vectors that are zero at the other outputs, and the block is exact. For a use of some *columns* there is no
+# rule. The recorder skips such a call, the second check finds the gradient unexplained, and the network is
+# refused. The way out is to split the layer into two.
 
 # %%
 rows = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
@@ -815,8 +900,9 @@ refused(NotImplementedError, part, loss, X, y)
 
 # %% [markdown]
 # **A table that all data share.** Many transformers look up an embedding of *positions* once, for the whole
-# batch, and add the result to every datum's words. Then no datum has a vector of its own at the
-# table. Looked up for every datum, the same numbers have a block:
+# batch, and add the result to every datum's words. Then the table's output has no axis for data, and no datum
+# has a $g$ of its own there. If the network looks the positions up once for every datum, it computes the same
+# numbers and has a block:
 
 
 # %%
@@ -837,14 +923,16 @@ class Placed(nn.Module):
 
 targets = torch.randn(len(texts), 3)
 refused(ValueError, Placed(of_everyone=True), loss, texts, targets)
-net = Placed(of_everyone=False)
+shared, net = Placed(of_everyone=True), Placed(of_everyone=False)
+net.load_state_dict(shared.state_dict())
+assert_exact(net(texts), shared(texts))
 found = errors(layer_ios(net, loss, texts, targets), net, loss, texts, targets)
 assert max(found.values()) <= EXACT
 
 # %% [markdown]
-# **An input that is overwritten.** The input $a$ is recorded as it is, to save memory. If it is changed
-# later, say by a residual connection that is added in place, the version number that was noted with it
-# tells:
+# **An input that is overwritten.** The input $a$ is recorded without a copy, to save memory. It may be changed
+# later, say by a residual connection that is added in place. Then its version number differs from the one that
+# was noted at the call, and the network is refused:
 
 
 # %%
@@ -864,10 +952,10 @@ refused(ValueError, InPlaceResidual(), loss, X, torch.randn(N, 4))
 
 # %% [markdown]
 # **The batch is not on axis 0.** Recurrent code often puts time first, and attention does so on the inside.
-# Then axis 0 of the layer's input counts positions, and whoever takes it for the batch adds up gradients of
-# different data. Shapes cannot tell if there are as many positions as data, which is a reason to test with
-# sizes that are all different. The package finds the axis by trying. A plan that assumes axis 0
-# shows what happens without that:
+# Then axis 0 of the layer's input counts positions, and a program that takes it for the batch adds up
+# gradients of different data. If there are as many positions as data, no shape shows the mistake. So tests
+# need sizes that are all different. The package finds the axis by trying. A plan that assumes axis 0, made by
+# hand in this cell, shows the error that this avoids:
 
 
 # %%
@@ -913,8 +1001,8 @@ assert missed["layer"] > 0.01
 refused(NotImplementedError, net, loss, many.roll(-1, 0), many_targets.roll(-1, 0))
 
 # %% [markdown]
-# The first check has no gap among the data that are tried, as there is a set for any two of them. Here the
-# output of the last datum but one depends on the last one, and nothing else meets:
+# Among the data that are tried, the first check misses no pair, as there is a set for any two of them. Here
+# only the last two data meet: the output of the last but one depends on the last one.
 
 
 # %%
@@ -977,9 +1065,10 @@ refused(ValueError, net, loss, X, y)
 #
 # No: the two terms cancel, in the output as in the derivative. Autograd computes the derivative with
 # respect to the mean as the sum of two numbers that differ in their sign alone, and that sum is exactly
-# zero. If the mean is added after a detour that multiplies by 3 and divides by 3, rounding may
-# leave something behind. The check would then refuse a network that is sound. The other mistake, to accept a
-# network in which tried data meet, has probability zero over the vectors.
+# zero. If the mean is multiplied by 3 and divided by 3 before it is added, rounding may leave a small number
+# instead of zero. The check would then refuse a network that is sound. The other mistake is to accept a
+# network in which tried data meet. Its probability is zero, as in [Theorem 26.1]: what arrives at the other
+# data is a linear function of the vectors that were sent.
 #
 # </details>
 #

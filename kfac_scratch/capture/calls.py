@@ -7,7 +7,7 @@ is left of it when the forward pass ends.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Module
 from torch.nn.functional import pad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 
 from kfac_scratch.capture.functions import (
     ADDITIONS,
@@ -193,12 +194,27 @@ def recorded(model: Module, X: Any, groups: list[LayerGroup]) -> tuple[Any, Call
     Nothing is left behind, also after an exception.
     """
     recorder = Recorder(groups)
-    with ExitStack() as stack:
-        if any(map(_is_compiled, model.modules())):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(recorder)
+    with _not_compiled(model), recorder:
         f = model(X)
     return f, recorder.calls
+
+
+def functions_that_get(parameter: Tensor, model: Module, X: Any) -> list[str]:
+    """The names of the functions in a forward pass that get a parameter or a view of it.
+
+    Functions that only make another view are not among them.
+    """
+    readers = Readers(parameter)
+    with _not_compiled(model), readers:
+        model(X)
+    return readers.names
+
+
+def _not_compiled(model: Module) -> AbstractContextManager[Any]:
+    """Run a compiled model as ordinary Python, whose functions a mode sees."""
+    if any(map(_is_compiled, model.modules())):
+        return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
+    return nullcontext()
 
 
 def _is_compiled(module: Module) -> bool:
@@ -330,6 +346,46 @@ class Recorder(TorchFunctionMode):
         if z.shape == product.shape:
             *_, call = self.calls[group.name]
             self.calls[group.name][-1] = replace(call, bias=name, z=z.detach(), edge=_edge(z))
+
+
+class Readers(TorchFunctionMode):
+    """Note which functions compute with a parameter or a view of it.
+
+    Attributes:
+        names: Their names, in the order of the forward pass.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._parameter = parameter
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function, and note its name if it gets the parameter and computes with it."""
+        kwargs = kwargs or {}
+        if func in MADE_OF_FUNCTIONS:
+            with self:
+                return opened(func)(*args, **kwargs)
+        z = func(*args, **kwargs)
+        if any(map(self._is_part, tree_leaves((args, kwargs)))) and self._computes(z):
+            name = resolve_name(func) or func.__name__
+            if name not in self.names:
+                self.names.append(name)
+        return z
+
+    def _is_part(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and _owner(t) is self._parameter
+
+    def _computes(self, z: Any) -> bool:
+        """Whether a result is new: no view of the parameter, and no size or other property."""
+        found = [t for t in tree_leaves(z) if isinstance(t, Tensor)]
+        return bool(found) and not any(map(self._is_part, found))
 
 
 def _owner(t: Tensor) -> Tensor:

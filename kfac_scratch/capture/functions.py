@@ -200,7 +200,8 @@ def _embedding(
 
 def _indexed(input: Tensor, index: Any) -> Applied | None:
     """Words, of which negative ones count from the end."""
-    if not isinstance(index, Tensor) or index.dtype is not torch.long or input.ndim != 2:
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.long)
+    if not whole or input.ndim != 2:
         return None
     words = index.remainder(len(input))
     return Applied(words, input.mT[None], None, EmbeddingUse(input.dtype, len(input), None))

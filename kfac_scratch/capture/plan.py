@@ -37,10 +37,19 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 
 from kfac_scratch.border import check_instance, checked_names
-from kfac_scratch.capture.calls import Axis, Call, Calls, ScaleCall, recorded, sent_back
+from kfac_scratch.capture.calls import (
+    Axis,
+    Call,
+    Calls,
+    ScaleCall,
+    functions_that_get,
+    recorded,
+    sent_back,
+)
 from kfac_scratch.capture.flavours import EXPAND
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, parts_of
 from kfac_scratch.capture.refusals import (
+    UnexplainedGradientError,
     apart,
     check_calls,
     check_explained,
@@ -194,9 +203,14 @@ def plan_of_groups(model: Module, X: Any, groups: list[LayerGroup]) -> Plan:
         runs = {n: _small_run(model, _cut(X, N, few), parts, n) for n, few in chosen.items()}
         places = _places(parts, runs[2][1], runs[3][1])
         k = _positions_of_output({n: f for n, (f, _) in runs.items()})
-        if k == 1:
-            return _checked(groups, *runs[most], places, Axis())
-        return _best([Axis(0, 1, k), Axis(0, k, 1)], groups, *runs[most], places)
+        try:
+            if k == 1:
+                return _checked(groups, *runs[most], places, Axis())
+            return _best([Axis(0, 1, k), Axis(0, k, 1)], groups, *runs[most], places)
+        except UnexplainedGradientError as error:
+            parameters = {name: p for part in parts for name, p in part.trainable.items()}
+            names = functions_that_get(parameters[error.parameter], model, _cut(X, N, spread))
+            raise error.with_functions(names) from None
 
 
 def _positions_of_output(outputs: Mapping[int, Tensor]) -> int:

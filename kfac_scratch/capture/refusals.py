@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import Module, MultiheadAttention
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +34,11 @@ def check_model(
                 f"Layer {name!r} ({type(module).__name__}) uses the statistics of the batch, so no "
                 "sample has a gradient of its own: call model.eval() first."
             )
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Capture needs derivatives, which torch.inference_mode() forbids: leave that mode. "
+            "torch.no_grad() may stay on."
+        )
     if isinstance(X, Tensor):
         if len(X) == 0:
             raise ValueError("The batch is empty.")
@@ -111,6 +117,23 @@ def unlike(group: LayerGroup, what: str) -> str:
     )
 
 
+class UnexplainedGradientError(NotImplementedError):
+    """The gradient of a parameter is not the sum over the recorded calls.
+
+    Attributes:
+        parameter: The name of the parameter.
+    """
+
+    def __init__(self, message: str, parameter: str = "") -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+    def with_functions(self, names: list[str]) -> NotImplementedError:
+        """The same error, with the functions that got the parameter."""
+        found = ", ".join(names) or "none that a mode sees"
+        return NotImplementedError(f"{self} Functions that got it: {found}.")
+
+
 def check_explained(group: LayerGroup, name: str, off: float, tolerance: float) -> None:
     """Refuse a parameter whose gradient is not that of the recorded calls.
 
@@ -118,12 +141,13 @@ def check_explained(group: LayerGroup, name: str, off: float, tolerance: float) 
         NotImplementedError: Naming the parameter, its layers and the way out.
     """
     if not off <= tolerance:
-        raise NotImplementedError(
+        raise UnexplainedGradientError(
             f"The gradient of {name!r} is not the sum of g a^T over the calls of {_kind(group)}: "
             f"it is off by {off:.1e}, where rounding explains {tolerance:.1e}. The parameter is "
             "used somewhere else, by a function that has no rule or not as this layer's matrix; or "
             "a second derivative or a hook changes its gradient. Use a layer there, or leave this "
-            "one out with layers=[...]."
+            "one out with layers=[...].",
+            name,
         )
 
 

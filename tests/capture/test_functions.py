@@ -483,11 +483,23 @@ def test_an_embedding_by_functions_is_the_layer(device):
         check_equal(io.block(), exact[block])
 
 
-def test_rows_of_a_table_by_numbers_are_an_embedding(device):
+@pytest.mark.parametrize("flavour", [EXPAND, REDUCE], ids=["expand", "reduce"])
+def test_words_of_int32_are_words(flavour, device):
+    model = Sequential(nn.Embedding(7, D), Tanh(), Linear(D, C)).to(device)
+    X, y = torch.randint(7, (N, S), device=device), torch.randn(N, S, C, device=device)
+    expected = layer_ios(model, MSELoss(), X, y, flavour=flavour)
+    for block, io in layer_ios(model, MSELoss(), X.int(), y, flavour=flavour).items():
+        check_equal(io.a + 0, expected[block].a + 0)
+        check_equal(io.g, expected[block].g)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.long])
+def test_rows_of_a_table_by_numbers_are_an_embedding(dtype, device):
     """Negative numbers count from the end."""
     modules = {"a": nn.Embedding(7, D), "b": Linear(D, C)}
     X, y = torch.randint(7, (N, S), device=device), torch.randn(N, C, device=device)
     X[0] -= 7
+    X = X.to(dtype)
     ways = (lambda m, x: m.a(x % 7), lambda m, x: m.a.weight[x])
     expected, found = (
         layer_ios(

@@ -18,7 +18,7 @@ from torch.nn import (
 )
 from torch.nn.functional import linear
 
-from kfac_scratch import KFAC, kfac, layer_ios, over_loader
+from kfac_scratch import KFAC, kfac, layer_ios, over_loader, plan
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from tests.capture.test_forward_pass import C, D, N, simple
 from tests.laws import check_differs, check_equal
@@ -87,6 +87,16 @@ def test_batch_statistics_are_refused(device):
     no_statistics = BatchNorm1d(C, affine=False, track_running_stats=False).eval()
     with pytest.raises(ValueError, match="statistics of the batch"):
         layer_ios(Sequential(Linear(D, C), no_statistics).to(device), *data)
+
+
+def test_inference_mode_is_refused_with_the_way_out():
+    model, loss, X, y = simple("cpu")
+    with torch.inference_mode():
+        for capture in (lambda: layer_ios(model, loss, X, y), lambda: plan(model, X)):
+            with pytest.raises(ValueError, match=r"inference_mode.*no_grad\(\) may stay"):
+                capture()
+    with torch.no_grad():
+        layer_ios(model, loss, X, y)
 
 
 def test_another_device_than_the_data_is_refused():

@@ -3,7 +3,10 @@
 from torch import nn
 from torch.nn import (
     Conv2d,
+    Identity,
     Linear,
+    Module,
+    ModuleDict,
     Sequential,
     Tanh,
     functional,
@@ -23,6 +26,30 @@ def parametrized(kind, layer, x):
 def low_rank(m, x):
     """Unmerged, as libraries write it: a frozen layer, and two small ones beside it."""
     return m.head((m.base(x) + 0.5 * m.B(m.A(x))).tanh())
+
+
+class Adapted(Module):
+    """A linear layer with an adapter, as the library peft arranges it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.scaling = base, {"default": 0.5}
+        self.lora_dropout = ModuleDict({"default": Identity()})
+        self.lora_A = ModuleDict({"default": Linear(D, 2, bias=False)})
+        self.lora_B = ModuleDict({"default": Linear(2, D, bias=False)})
+
+    def forward(self, x):
+        result = self.base_layer(x)
+        for name, A in self.lora_A.items():
+            low = A(self.lora_dropout[name](x))
+            result = result + self.lora_B[name](low) * self.scaling[name]
+        return result
+
+
+def adapted():
+    model = Sequential(Adapted(Linear(D, D)), Tanh(), Linear(D, C))
+    model[0].base_layer.requires_grad_(False)
+    return model
 
 
 def merged(m, x):
@@ -69,6 +96,7 @@ COMPUTED = {
     "LoRA": Case(
         lambda: lora(low_rank, Linear(D, 2, bias=False), Linear(2, D, bias=False)), vectors
     ),
+    "LoRA in modules of peft's structure": Case(adapted, vectors),
     "LoRA of layers, merged": Case(
         lambda: lora(merged, Linear(D, 2, bias=False), Linear(2, D, bias=False)),
         vectors,

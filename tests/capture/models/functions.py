@@ -265,6 +265,14 @@ FUNCTIONS = {
     "with and without gradients": Case(
         lambda: two(lambda m, x: m.head(m.a(x).tanh() + without_gradient(m.a, x))), vectors
     ),
+    "a copy that shares its entries but no gradient": Case(
+        lambda: two(
+            lambda m, x: m.head(
+                (m.a(x) + functional.linear(x, m.a.weight.detach().requires_grad_())).tanh()
+            )
+        ),
+        vectors,
+    ),
     "one sample": Case(
         lambda: two(lambda m, x: m.head(m.a(x).tanh().mean(1))), lambda: torch.randn(1, S, D)
     ),

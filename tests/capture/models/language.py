@@ -161,9 +161,9 @@ FLOAT32_NORMS = {
 class T5(Module):
     """An encoder and a decoder of T5, with an embedding of distances for each."""
 
-    def __init__(self, for_all):
+    def __init__(self, for_all, fused=False):
         super().__init__()
-        self.for_all = for_all
+        self.for_all, self.fused = for_all, fused
         self.shared, self.head = Embedding(WORDS, D), Linear(D, WORDS, bias=False)
         self.far, self.back = Embedding(2 * S, HEADS), Embedding(2 * S, HEADS)
         self.encoder = ModuleList(Linear(D, D, bias=False) for _ in range(4))
@@ -180,7 +180,11 @@ class T5(Module):
 
     def attend(self, layers, x, y, bias=0.0):
         q, k, v = (heads_apart(f(t)) for f, t in zip(layers, (x, y, y), strict=False))
-        return layers[3](heads_joined((q @ k.mT + bias).softmax(-1) @ v))
+        if self.fused and isinstance(bias, torch.Tensor):
+            z = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        else:
+            z = (q @ k.mT + bias).softmax(-1) @ v
+        return layers[3](heads_joined(z))
 
     def forward(self, ids):
         h, z = self.shared(ids), self.shared(ids.roll(1, 1))
@@ -275,6 +279,9 @@ LANGUAGE = {
     ),
     "T5 with distances for every sample": Case(
         lambda: T5(False), words, FLOAT32_NORMS, tolerance=1e-6
+    ),
+    "T5 with distances for every sample, in a fused attention": Case(
+        lambda: T5(False, fused=True), words, FLOAT32_NORMS, tolerance=1e-6
     ),
     "Mamba": Case(
         lambda: Made(mamba, **{name: make() for name, make in MAMBA.items()}),

@@ -28,6 +28,21 @@ def recurrent(m, x):
     return m.head(h)
 
 
+def recurrent_over_time(m, x):
+    """One call for the inputs of all positions, which come first; the rest goes through them."""
+    h = torch.zeros_like(x[:, 0])
+    for entering in m.inward(x.transpose(0, 1)):
+        h = (entering + m.again(h)).tanh()
+    return m.head(h)
+
+
+def by_a_cell(m, x):
+    h = torch.zeros_like(x[:, 0, :2])
+    for s in range(x.shape[1]):
+        h = m.cell(m.inward(x[:, s]), h)
+    return m.head(h)
+
+
 def gated(m, x):
     """An LSTM by hand: four gates from two linear layers."""
     h = c = torch.zeros_like(x[:, 0])
@@ -50,10 +65,7 @@ SEQUENCES = {
     ),
     "recurrent, positions first": Case(
         lambda: Made(
-            lambda m, x: recurrent(m, x.transpose(0, 1).contiguous().transpose(0, 1)),
-            inward=Linear(D, D),
-            again=Linear(D, D),
-            head=Linear(D, C),
+            recurrent_over_time, inward=Linear(D, D), again=Linear(D, D), head=Linear(D, C)
         ),
         sequences,
     ),
@@ -70,6 +82,21 @@ SEQUENCES = {
         ),
         sequences,
         {f"rnn.{p}_{of}_l0": "in a kernel" for p in ("weight", "bias") for of in ("ih", "hh")},
+    ),
+    "LSTM": Case(
+        lambda: Made(
+            by_a_kernel,
+            inward=Linear(D, 2),
+            rnn=nn.LSTM(2, 2, batch_first=True),
+            head=Linear(2, C),
+        ),
+        sequences,
+        {f"rnn.{p}_{of}_l0": "in a kernel" for p in ("weight", "bias") for of in ("ih", "hh")},
+    ),
+    "a recurrent cell": Case(
+        lambda: Made(by_a_cell, inward=Linear(D, 2), cell=nn.RNNCell(2, 2), head=Linear(2, C)),
+        sequences,
+        {f"cell.{p}_{of}": "in a kernel" for p in ("weight", "bias") for of in ("ih", "hh")},
     ),
     "a layer at two lengths": Case(
         lambda: Made(
