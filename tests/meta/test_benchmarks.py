@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_scratch
-from benchmarks import capture, factors, growth, step
+from benchmarks import applications, capture, factors, growth, step
 from benchmarks.contenders import FLAVOURS, Contender, contenders, disagreements, ours
 from benchmarks.defaults import BOUND, SEARCHED, row_of, tuned_steps
 from benchmarks.defaults import SEEDS as DEFAULT_SEEDS
@@ -448,6 +448,7 @@ def test_capture_of_two_checkouts_is_measured_and_stored(tmp_path, capsys):
 
 
 COMMANDS = {
+    applications: ("^(laplace|influence)$", ["laplace", "influence"]),
     factors: ("mlp MC-1 reduce", ["mlp MC-1 reduce"]),
     growth: ("^layers|chunks", ["layers", "chunks"]),
     step: ("T4: (sgd|kfac f.*d)$", ["T4: sgd", "T4: kfac factored"]),
@@ -457,7 +458,10 @@ COMMANDS = {
 @pytest.mark.long
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(command, marks=pytest.mark.slow) for command in (growth, factors, step)],
+    [
+        pytest.param(command, marks=pytest.mark.slow)
+        for command in (applications, growth, factors, step)
+    ],
     ids=lambda command: command.__name__,
 )
 def test_a_command_stores_its_rows_with_everything_they_depend_on(command, tmp_path, capsys):
