@@ -283,7 +283,7 @@ def calls_alike_reduced(batch: Batch) -> Batch:
     """KFAC-reduce of the mean of the calls' means; `calls_alike` has taken half of the way."""
     total, calls = sum(batch.calls), len(batch.calls)
     shares = [(total / (calls * S)) ** 0.5 for S in batch.calls for _ in range(S)]
-    return reduced(replace(batch, a=batch.a * torch.tensor(shares).to(batch.a).unsqueeze(-1)))
+    return reduced(replace(batch, a=batch.a * batch.a.new_tensor(shares).unsqueeze(-1)))
 
 
 def calls_reduced(batch: Batch) -> Batch:
