@@ -92,6 +92,28 @@ def test_a_finding_says_everything(name):
         assert flavour in asked[str(case)].flavours
 
 
+# These show only with an option that the default adapter does not use, for the sake of all others.
+WITH_AN_OPTION = {"asdfghjkl_ekfac_passes": "Unguarded", "nngeometry_float64": "AsItIs"}
+
+
+@each_finding
+def test_who_has_the_same_mistake_fails_the_public_suite(name):
+    """A finding is proven with public cases, which fail with the library's default adapter."""
+    found = prove.finding(name)
+    module, _, made = found.ADAPTER.partition(":")
+    public = [task for task in found.CASES if isinstance(task[0], str)]
+    assert public
+    assert {p["case"] for p in proofs.stored_proofs(name)["proofs"]} >= {case for case, _ in public}
+    assert made == WITH_AN_OPTION.get(name, "Adapter")
+    if name not in WITH_AN_OPTION:
+        run = RUNS[module.rpartition(".")[2]]
+        assert run.capabilities["version"] == found.VERSION
+        results = {(r.case, r.flavour): r for r in run.results}
+        assert not any(results[task].passes for task in public)
+        reasons = explain.reasons_of(module.rpartition(".")[2], run)
+        assert any(name in {n.removeprefix("+") for n in names} for names in reasons.values())
+
+
 @pytest.mark.parametrize("name", proofs.proven())
 def test_a_stored_proof_holds(name):
     stored, found = proofs.stored_proofs(name), prove.finding(name)
@@ -182,6 +204,20 @@ def test_a_proof_holds_if_and_only_if_the_patch_mends(made):
     assert proof.after.verdict == "exact"
     made.CASES = (("class-weights-mlp-mean", "ekfac"),)  # fails for another reason: no factors
     (proof,) = prove.prove("twice")
+    assert not proof.holds
+
+
+def test_what_a_finding_stands_beside_is_mended_before_and_after(monkeypatch):
+    said = finding_that_patches(documented=6.0)
+    larger = finding_that_patches(factor=lambda self, request, name: 6.0)
+    said.BESIDE = ("larger",)
+    monkeypatch.setattr(prove, "finding", {"said": said, "larger": larger}.get)
+    (proof,) = prove.prove("said")
+    assert proof.holds
+    assert "too large by 6" in proof.before.words
+    assert proof.after.verdict == "scaled"
+    said.BESIDE = ()  # alone it mends nothing
+    (proof,) = prove.prove("said")
     assert not proof.holds
 
 
