@@ -276,6 +276,11 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # takes those of the data. An adapter claims what it has of both. Hooks look through any network, so leave
 # `ops` empty for them, and raise `NotSupported` for a layer that your code has nothing for.
 #
+# EKFAC means the eigenvectors of KFAC-expand and the second moments of every datum's gradient. EKFAC of a
+# layer that KFAC-reduce has averaged is not asked for. The gradients of data are lost there, so that no
+# theorem holds, and `ekfac` of this package refuses such a layer. EKFAC with the eigenvectors of
+# KFAC-reduce is another method ([Chapter 10](10_ekfac.py)). It has no questions here.
+#
 # The last shape is that of most optimizers. An optimizer gives no matrix, and it is never told what
 # the loss is. It can be asked all the same, with `kfac_scratch.conformance.drivers`:
 #

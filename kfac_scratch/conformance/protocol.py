@@ -78,7 +78,7 @@ class Request:
         loss: `MSELoss`, `CrossEntropyLoss` or `BCEWithLogitsLoss`, with all its weights.
         batches: Pairs `(X, y)`. The curvature is that of the loss over all of them.
         layers: Names of the layers whose blocks are wanted.
-        flavour: `expand`, `reduce` or `ekfac`.
+        flavour: `expand`, `reduce` or `ekfac`, which has the eigenvectors of `expand`.
         fisher: `type2`, `mc` or `empirical`.
         samples: Labels drawn per datum, for `mc`.
         seed: For `mc`: other seeds must give other, independent draws.

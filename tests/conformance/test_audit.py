@@ -17,6 +17,7 @@ from kfac_scratch.conformance.cases.questions import case_digest
 from kfac_scratch.conformance.drivers import installed
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.judging.report import Report, environment, write
+from kfac_scratch.conformance.judging.scalars import UNEXPLAINED
 from tests import faulty
 from tests.conformance.stored import RUNS
 
@@ -92,6 +93,28 @@ def test_a_finding_says_everything(name):
         assert flavour in asked[str(case)].flavours
 
 
+# These show only with an option that the default adapter does not use, for the sake of all others.
+WITH_AN_OPTION = {"asdfghjkl_ekfac_passes": "Unguarded", "nngeometry_float64": "AsItIs"}
+
+
+@each_finding
+def test_who_has_the_same_mistake_fails_the_public_suite(name):
+    """A finding is proven with public cases, which fail with the library's default adapter."""
+    found = prove.finding(name)
+    module, _, made = found.ADAPTER.partition(":")
+    public = [task for task in found.CASES if isinstance(task[0], str)]
+    assert public
+    assert {p["case"] for p in proofs.stored_proofs(name)["proofs"]} >= {case for case, _ in public}
+    assert made == WITH_AN_OPTION.get(name, "Adapter")
+    if name not in WITH_AN_OPTION:
+        run = RUNS[module.rpartition(".")[2]]
+        assert run.capabilities["version"] == found.VERSION
+        results = {(r.case, r.flavour): r for r in run.results}
+        assert not any(results[task].passes for task in public)
+        reasons = explain.reasons_of(module.rpartition(".")[2], run)
+        assert any(name in {n.removeprefix("+") for n in names} for names in reasons.values())
+
+
 @pytest.mark.parametrize("name", proofs.proven())
 def test_a_stored_proof_holds(name):
     stored, found = proofs.stored_proofs(name), prove.finding(name)
@@ -124,6 +147,83 @@ def test_what_explains_a_failure_is_a_finding(stem):
 def test_nothing_that_is_stored_is_older_than_the_cases():
     """After a case was added: each line says what to make again, and by which command."""
     assert [str(old) for old in stale.all_stale()] == []
+
+
+# ---- causes in words -----------------------------------------------------------------------------
+
+LAST_CALL = ("inputs of the last",)
+CALLS = ("KFAC-expand", "number of positions", "call", "too large by 2", "too large by S")
+# What a finding's patch confirms: one of these, wherever a verdict that it mends has a cause.
+CONFIRMED = {
+    "asdfghjkl_ekfac_basis": (),
+    "asdfghjkl_groups": ("A has shape",),
+    "asdfghjkl_linear_positions": ("too large by 2 or S", "too large by S"),
+    "asdfghjkl_mse_outputs": ("IndexError: index 3 is out of bounds",),
+    "asdfghjkl_padding_mode": ("padding_mode were ignored", "ValueError: too many values"),
+    "asdfghjkl_reuse": ("fc weight: too large by",),
+    "asdfghjkl_samples": ("too small by M", "or M."),
+    "asdfghjkl_tokens": ("one vector were sent back for all positions",),
+    "backpack_conv_factors": ("summed over positions before the product", "too large by 4 or S"),
+    "backpack_float64": ("expected scalar type Double but found Float",),
+    "backpack_padding_mode": ("padding_mode were ignored", "argument 'padding'"),
+    "curvlinops_ignore_index": ("ignored targets had curvature",),
+    "curvlinops_loss_weights": ("without the loss's weights", "entries", "too large by 4"),
+    "curvlinops_padding_mode": ("padding_mode were ignored",),
+    "curvlinops_positions": ("one vector were sent back for all",),
+    "curvlinops_reuse": (*CALLS, *LAST_CALL),
+    "curvlinops_soft_targets": ("too large by C",),
+    "kfac_jax_dilation": ("dilation were ignored",),
+    "kfac_jax_masked_bias": ("the 1 of the bias were summed over positions",),
+    "kfac_jax_tokens": ("vector of one position reached all others",),
+    "kfac_pytorch_geometry": ("padding_mode were", "dilation were ignored", "TypeError: '>'"),
+    "kfac_pytorch_groups": ("A has shape",),
+    "kfac_pytorch_micro_batches": ("mini-batches had one size",),
+    "kfac_pytorch_positions": ("too small by S", "too small by 2 or S"),
+    "kfac_pytorch_reuse": ("too small by S", "too small by 2 or S", "number of positions"),
+    "kfac_pytorch_strides": ("view size is not compatible",),
+    "kronfluence_padding_mode": ("padding_mode were ignored",),
+    "kronfluence_positions": ("too small by S", "too small by 2 or S"),
+    "laplace_backend": (
+        *("padding_mode were ignored", "ignored targets", "one vector were sent back for all"),
+        *CALLS,
+    ),
+    "laplace_empirical_regression": ("too large by 2.",),
+    "nngeometry_confident": ("numbers are not finite",),
+    "nngeometry_groups": ("A has shape",),
+    "nngeometry_padding_mode": ("padding_mode were ignored", "argument 'padding'"),
+    "nngeometry_reuse": LAST_CALL,
+    "singd_micro_batches": ("for the inputs", "too large by 2 or batches"),
+    "singd_padding_mode": ("padding_mode were ignored",),
+    "singd_reuse": CALLS,
+    "singd_sequence_terms": ("too large by S/",),
+}
+
+
+def failing(run):
+    return [r for r in run.results if not r.passes]
+
+
+def has_a_cause(r):
+    """A mistake in words, or a scale with a reading; not an exception's text."""
+    if r.verdict in ("undocumented-scale", "inconsistent-scale"):
+        return UNEXPLAINED not in r.words or " It looks " in r.words
+    return " It looks " in r.words
+
+
+def test_most_wrong_numbers_have_a_cause_in_words():
+    found = [has_a_cause(r) for run in RUNS.values() for r in failing(run) if r.verdict != "error"]
+    assert len(found) > 500
+    assert sum(found) / len(found) >= 0.8
+
+
+@each_run
+def test_no_cause_is_one_that_the_finding_does_not_confirm(stem):
+    reasons = explain.reasons_of(stem, RUNS[stem])
+    for r in failing(RUNS[stem]):
+        names = [name.removeprefix("+") for name in reasons[explain.failure_key(r)]]
+        if has_a_cause(r) or r.verdict == "error":
+            words = [words for name in names for words in CONFIRMED[name]]
+            assert any(w in r.words for w in words), (names, r)
 
 
 def test_pages_are_made_from_the_files():
@@ -182,6 +282,20 @@ def test_a_proof_holds_if_and_only_if_the_patch_mends(made):
     assert proof.after.verdict == "exact"
     made.CASES = (("class-weights-mlp-mean", "ekfac"),)  # fails for another reason: no factors
     (proof,) = prove.prove("twice")
+    assert not proof.holds
+
+
+def test_what_a_finding_stands_beside_is_mended_before_and_after(monkeypatch):
+    said = finding_that_patches(documented=6.0)
+    larger = finding_that_patches(factor=lambda self, request, name: 6.0)
+    said.BESIDE = ("larger",)
+    monkeypatch.setattr(prove, "finding", {"said": said, "larger": larger}.get)
+    (proof,) = prove.prove("said")
+    assert proof.holds
+    assert "too large by 6" in proof.before.words
+    assert proof.after.verdict == "scaled"
+    said.BESIDE = ()  # alone it mends nothing
+    (proof,) = prove.prove("said")
     assert not proof.holds
 
 

@@ -5,13 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kfac_scratch.conformance import DenseAnswer, LayerBlock, VectorAnswer
+from kfac_scratch.conformance import DenseAnswer, KroneckerAnswer, LayerBlock, VectorAnswer
 from kfac_scratch.conformance.adapters.ours import Adapter
 from kfac_scratch.conformance.cases.case import DEFINITION
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.ops import layer_ops, tied_uses
+from kfac_scratch.conformance.drivers import columns
 from kfac_scratch.conformance.judging import truth
-from kfac_scratch.conformance.judging.diagnoses import EQUAL, agree, diagnosis, explanations
+from kfac_scratch.conformance.judging.diagnoses import (
+    EQUAL,
+    agree,
+    diagnosis,
+    explanations,
+    merged,
+)
 from kfac_scratch.conformance.judging.harness import run, verdict
 from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
 from kfac_scratch.conformance.judging.narrowing import narrowed
@@ -179,6 +186,9 @@ SOME = [
     ("layer-norm-mlp-mse", "expand"),
     ("layer-norm-last-layer-mse", "expand"),
     ("used-at-other-positions-mse", "expand"),
+    ("used-at-other-positions-mse", "reduce"),
+    ("tokens-cross-entropy-all-mean", "expand"),
+    ("conv2d-plain-per-location-mse-mean", "expand"),
     ("ekfac-used-in-a-row-mse", "ekfac"),
     ("inverse-factored-cnn-groups", "expand"),
     ("tied-head-pooled-mse", "reduce"),
@@ -274,6 +284,91 @@ def test_mistakes_about_calls_batches_and_losses_are_tried_where_they_can_be_mad
     assert "ignored targets" not in tried("tokens-cross-entropy-all-sum")
     assert "pi" not in tried("inverse-exact-0.25-mlp").split()
     assert "pi²" in tried("inverse-factored-0.25-mlp")
+
+
+# ---- several causes ------------------------------------------------------------------------------
+
+
+def test_what_a_cause_has_beyond_another_is_a_part_of_it():
+    both = ["as if a", "as if b", "as if a, for c alone"]
+    assert merged(both) == ["as if a (perhaps for c alone)", "as if b"]
+    assert merged(both[::-1]) == ["as if b", "as if a (perhaps for c alone)"]
+    assert merged(both[2:]) == ["as if a, for c alone"]
+    assert merged(both[::2], "up to d") == ["as if a (perhaps for c alone; up to d)"]
+    assert merged(both[:2], "up to d") == ["as if a", "as if b (each up to d)"]
+    assert merged(["as if diag(p)"], "up to d") == ["as if diag(p) (up to d)"]
+    scales = ["as if x were too large by 2", "as if x were too large by C"]
+    assert merged([*scales, "as if x were too small by C"]) == [
+        "as if x were too large by 2 or C",
+        "as if x were too small by C",
+    ]
+
+
+def test_no_cause_is_named_beside_one_that_contains_it():
+    """The vectors' factor is the same in all mini-batches, so that this case cannot tell."""
+    words = named(judged(PIECE["equal"].adapter(), "batches-unequal-mse-mean").words)
+    assert words == "as if all mini-batches had one size (perhaps for the inputs alone)."
+
+
+def of_mistake(key, case, scale=1.0):
+    """What is said of numbers with a mistake of `MISTAKES`, and a scale."""
+    (mistake,) = [mistake for mistake in MISTAKES if mistake.key == key]
+    asked = asked_about(case, case.build(), "expand", whole(case))
+    got = {at: scale * M for at, M in mistake.answer(asked).items()}
+    return diagnosed(case, "expand", got)
+
+
+def test_a_scale_beside_a_mistake_has_a_simple_formula_or_none():
+    """With a few powers of a few sizes one can make nearly any round number."""
+    case = CASES["conv2d-dilation-pooled-mse"]
+    S = truth.letters(case, case.build())["conv"]["S"]
+    said = " It looks as if dilation were ignored"
+    assert of_mistake("dilation", case, 1 / 6.48e8) == f"{said} (up to one scale)."
+    assert of_mistake("dilation", case, S**-5.0).startswith(
+        f"{said} (with every block too small by S⁵"
+    )
+    assert of_mistake("dilation", case) == f"{said}."
+
+
+def test_a_mistake_whose_scale_has_a_formula_is_named_before_those_without():
+    case = CASES["batches-unequal-mse-mean"]
+    words = of_mistake("equal-and-squared", case, 2.0)
+    assert words.startswith(
+        " It looks as if mini-batches had equal shares for the inputs, and squared"
+    )
+    assert "one size" not in words
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+class Overwriting(Adapter):
+    """Hooks that keep one thing for each module: the last that came, forward and backward."""
+
+    def blocks(self, request):
+        found = super().blocks(request)
+        fc, kept = request.model.get_submodule("fc"), {}
+        A, B = 0.0, 0.0
+        for X, v in columns(request):
+            hooks = [
+                fc.register_forward_hook(lambda m, i, o: kept.update(a=i[0].detach())),
+                fc.register_full_backward_hook(lambda m, i, o: kept.update(g=o[0])),
+            ]
+            (request.model(X) * v).sum().backward()
+            for hook in hooks:
+                hook.remove()
+            a = torch.cat([kept["a"], torch.ones(len(X), 1).to(X)], 1)
+            A, B = a.T @ a / len(X), B + kept["g"].T @ kept["g"]
+        return {**found, "fc": LayerBlock(KroneckerAnswer(A[None], B[None]))}
+
+
+@pytest.mark.parametrize("case", ["used-in-a-row-mse", "used-in-a-row-cross-entropy"])
+def test_the_inputs_of_one_call_with_the_vectors_of_another_have_a_name(case):
+    """Backward, calls come in the opposite order."""
+    words = named(judged(Overwriting(), case).words)
+    assert words == (
+        "as if a layer had the inputs of its last call alone, and the vectors of its first."
+    )
 
 
 # ---- layouts -------------------------------------------------------------------------------------

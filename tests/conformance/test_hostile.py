@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-import jaxtyping
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,14 +93,6 @@ def test_a_reason_of_any_length_arrives():
     assert found.words.endswith("characters left out)")
 
 
-@pytest.fixture
-def as_users_run():
-    """Without the checks of annotations that this suite adds."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 # ---- scales --------------------------------------------------------------------------------------
 
 
@@ -158,7 +149,9 @@ def noted(file):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="processes are guarded on POSIX only")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGABRT", "SIGUSR1"]
+)
 def test_no_signal_to_the_parent_leaves_a_process(name, tmp_path):
     pids, number = tmp_path / "pids", getattr(signal, name)
     environment = os.environ | {"FAULTY_PIDS": str(pids)}

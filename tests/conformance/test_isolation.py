@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from threading import Event
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -11,9 +14,11 @@ from kfac_scratch.conformance.__main__ import main
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.cases.questions import digests
 from kfac_scratch.conformance.cases.selection import expected_failures, tasks
-from kfac_scratch.conformance.judging import report
+from kfac_scratch.conformance.judging import isolation, report
 from kfac_scratch.conformance.judging.isolation import AdapterFailed, Isolated, Place
 from kfac_scratch.conformance.judging.judge import Result
+from kfac_scratch.conformance.judging.sending import complaint_file
+from kfac_scratch.conformance.protocol import NotSupported
 
 TESTS = Path(__file__).resolve().parents[1]
 OURS = "kfac_scratch.conformance.adapters.ours:Adapter"
@@ -45,6 +50,64 @@ def test_a_hang_is_that_cases_verdict_and_the_run_goes_on():
 
 def test_what_an_adapter_prints_is_no_answer():
     assert [r.verdict for r in run("Talking")] == ["exact"] * 3
+
+
+def test_the_next_question_is_asked_while_an_answer_is_judged(monkeypatch):
+    asked = {case: Event() for case, _ in TASKS}
+
+    def answer(self, case, flavour):
+        asked[case.id].set()
+        raise NotSupported("on Sundays")
+
+    def judge(case, flavour, ask):
+        following = [name for name, _ in TASKS][1:][[*asked].index(case.id) :][:1]
+        assert all(asked[name].wait(10) for name in following)
+        with pytest.raises(NotSupported):
+            ask()
+        return Result(case.id, flavour, "not-supported", seconds=0.25)
+
+    monkeypatch.setattr(Isolated, "answer", answer)
+    monkeypatch.setattr(isolation, "concluded", judge)
+    found = list(Isolated(Place("faulty:Scaled")).run(TASKS))
+    assert [(r.case, r.flavour) for r in found] == TASKS
+    assert all(r.seconds > 0.25 for r in found)  # asking and judging
+    assert list(Isolated(Place("faulty:Scaled")).run([])) == []
+
+
+class Started(isolation.Process):
+    """A process that dies of the first question; the second one starts only when told to."""
+
+    every: ClassVar[list["Started"]] = []
+    told = Event()
+
+    def __init__(self, place):
+        self.stopped, self.first = False, not self.every
+        self.every.append(self)
+        assert self.first or self.told.wait(10)
+
+    def ask(self, question, *_):
+        if self.first:
+            raise EOFError
+        return complaint_file("not-supported", "", question[2])
+
+    def last_words(self):
+        return ""
+
+    def stop(self):
+        self.stopped = True
+
+
+def test_who_stops_early_leaves_no_process(monkeypatch):
+    """Not even one that is started at that moment, for the next question."""
+    monkeypatch.setattr(isolation, "start", Started)
+    isolated, before = Isolated(Place("faulty:Scaled")), threading.enumerate()
+    verdicts = isolated.run(TASKS)
+    assert next(verdicts).verdict == "error"
+    (asking,) = {*threading.enumerate()} - {*before}
+    verdicts.close()
+    Started.told.set()
+    asking.join(10)
+    assert [process.stopped for process in Started.every] == [True, True]
 
 
 @pytest.mark.slow

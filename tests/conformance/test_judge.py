@@ -10,7 +10,7 @@ from kfac_scratch.conformance.cases.ops import conv, linear
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.harness import verdict
 from kfac_scratch.conformance.judging.layout import Malformed, canonical
-from kfac_scratch.conformance.judging.scalars import formulas, in_words, readings
+from kfac_scratch.conformance.judging.scalars import formulas, in_words, off_by, readings
 from tests import faulty
 from tests.laws import check_equal
 
@@ -130,8 +130,45 @@ def test_no_reading_contradicts_a_layer_of_the_same_model():
     assert "d_in" not in found.words
 
 
-def test_a_scale_within_the_rounding_of_float32_is_said_to_be_one():
-    assert "1 up to the rounding of float32" in in_words(1 + 3e-8, SIZES, 1e-10)
+@pytest.mark.parametrize("scale", [1 + 3e-8, 1 + 2e-10, 1 - 3e-8])
+def test_a_scale_within_the_rounding_of_float32_is_said_to_be_one(scale):
+    """With the digits in which it differs: it is not 1."""
+    number = f"1 {'-' if scale < 1 else '+'} {abs(scale - 1):.0e}"
+    assert in_words(scale, SIZES, 1e-10) == f"{number}, which is 1 up to the rounding of float32"
+    words = f"right up to the rounding of float32, as it is {number} times as large"
+    assert off_by(scale, SIZES, 1e-10) == words
+    assert off_by(1 + 5e-11, SIZES, 1e-10) == "right"
+
+
+@pytest.mark.parametrize(
+    ("case", "scale", "formula"),
+    [
+        ("empirical-label-smoothing-mean", lambda N, W: W, "large by W = 12.25"),
+        ("empirical-label-smoothing-mean", lambda N, W: 1 / (N * W), "small by N·W = 85.75"),
+        ("class-weights-mlp-mean", lambda N, W: N / W, "small by W/N = 1.75"),
+        ("tokens-cross-entropy-ignored-mean", lambda N, W: W / (3 * N), "small by K/W = 1.5"),
+    ],
+)
+def test_a_scale_is_made_of_the_sum_of_the_weights_where_a_mean_divides_by_it(case, scale, formula):
+    """Not of other sizes with a product that happens to be equal, as N²/4 or N³/4 are here."""
+    data = CASES[case].build()
+    W = CASES[case].loss.divisor(truth.output(CASES[case], data), data.y)
+    found = judged(by(lambda request, name: scale(len(data.X), W)), case)
+    assert found.verdict == "undocumented-scale"
+    assert f"every block: too {formula}" in found.words
+    assert (
+        f"W = {W:.6g}: the number of those that count, or the sum of their weights" in found.words
+    )
+
+
+def test_a_sum_of_weights_is_no_size_where_all_positions_count_alike():
+    letters = {"N", "S", "C", "T", "d_in", "d_out", "batches"}
+    for name in (
+        "mlp-cross-entropy-mean",
+        "class-weights-mlp-sum",
+        "tokens-cross-entropy-all-mean",
+    ):
+        assert letters == truth.letters(CASES[name], CASES[name].build())["fc1"].keys()
 
 
 def test_a_documented_scale_is_no_mistake():

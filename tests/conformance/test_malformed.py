@@ -6,6 +6,7 @@ Status 1 means that something was judged and failed.
 import json
 import shutil
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from kfac_scratch.conformance.__main__ import main
 from kfac_scratch.conformance.cases.families import CASES
+from kfac_scratch.conformance.cases.selection import expected_failures
 from kfac_scratch.conformance.judging import isolation, report
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.vectors import files
@@ -265,6 +267,20 @@ def test_an_about_that_makes_no_sense(content, words, vectors, manifest, monkeyp
     assert words in refused(capsys, monkeypatch, *judging(vectors))
 
 
+@anything
+@given(data=st.data())
+def test_an_about_with_anything_in_it_is_no_traceback(data, vectors, manifest, monkeypatch):
+    put(vectors / "manifest.json", manifest)
+    about = {
+        "name": "port",
+        "version": "1",
+        "scales": {"*": 2.0, f"{CASE} expand fc1 joint": 1.0},
+        "not_supported": {EKFAC: "no EKFAC"},
+    }
+    put(vectors.parent / "results" / "about.json", json.dumps(replaced(data, about)))
+    assert status(monkeypatch, *judging(vectors)) in (1, 2)
+
+
 def test_results_that_are_no_folder(vectors, manifest, monkeypatch, capsys):
     put(vectors / "manifest.json", manifest)
     results = vectors.parent / "results"
@@ -309,6 +325,35 @@ def test_expected_failures_that_make_no_sense(content, words, tmp_path, monkeypa
     said = refused(capsys, monkeypatch, *RUN, path)
     assert "expected.toml: " in said
     assert words in said
+
+
+VALUES = st.one_of(
+    st.integers(-3, 3).map(str),
+    st.booleans().map(lambda truth: str(truth).lower()),
+    st.text(max_size=6).map(json.dumps),
+    st.just("[]"),
+    st.just("{}"),
+    st.just("1979-05-27"),
+    st.just("nan"),
+)
+KEYS = st.sampled_from(["case", "flavour", "reason", "link", "expected", "x"])
+HEADS = st.sampled_from(["[[expected]]", "[expected]", "[[expected.x]]", "[x]", ""])
+LINES = st.one_of(
+    HEADS,
+    st.tuples(KEYS, VALUES).map(" = ".join),
+    st.just(ENTRY("*")),
+    st.text(max_size=8),
+)
+
+
+@anything
+@given(lines=st.lists(LINES, max_size=8))
+def test_expected_failures_with_anything_in_them_are_read_or_refused(lines, tmp_path):
+    """The reasons are texts; whatever makes no sense is refused by one kind of error."""
+    path = put(tmp_path / "expected.toml", "\n".join(lines).encode("utf-8", "replace"))
+    with suppress(ValueError):
+        found = expected_failures(path)
+        assert all(task[0] in CASES and isinstance(reason, str) for task, reason in found.items())
 
 
 @pytest.mark.usefixtures("_no_run")

@@ -7,9 +7,16 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kfac_scratch.conformance import (
+    DenseAnswer,
+    EigenAnswer,
+    KroneckerAnswer,
+    LayerBlock,
+    VectorAnswer,
+)
 from kfac_scratch.conformance.adapters.ours import Adapter as Ours
 from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.judging import isolation, receiving, sending
@@ -250,6 +257,69 @@ def test_a_file_of_any_tensors_is_an_error(sent, scales):
     found = judged(sending.file(tensors, about))
     assert found.verdict == "error"
     assert not A_FAULT.match(found.words)
+
+
+NUMBERS = st.sampled_from([0.0, 1.0, -1.0, float("nan"), float("inf"), 1e308, 1e-308])
+TENSORS = st.one_of(
+    st.tuples(SHAPES, st.sampled_from(list(sending.DTYPES)), NUMBERS).map(
+        lambda drawn: (
+            torch.full(drawn[0], 1).to(drawn[1]) * (drawn[2] if drawn[1].is_floating_point else 1)
+        )
+    ),
+    st.integers(0, 3).map(lambda n: torch.eye(6).repeat(n, 1, 1)),
+    st.just(torch.eye(3).to_sparse()),
+    st.just(torch.zeros(1, 18, 18, dtype=torch.complex128)),
+)
+THINGS = st.none() | st.integers() | st.text(max_size=3) | TENSORS | st.just([1]) | st.just(object)
+MATRICES = st.one_of(
+    st.builds(KroneckerAnswer, TENSORS | THINGS, TENSORS | THINGS),
+    st.builds(DenseAnswer, TENSORS | THINGS),
+    st.builds(VectorAnswer, TENSORS | THINGS),
+    st.builds(EigenAnswer, TENSORS | THINGS, TENSORS | THINGS, TENSORS | THINGS),
+    THINGS,
+)
+BLOCKS = st.one_of(
+    st.builds(
+        LayerBlock,
+        MATRICES,
+        weight=MATRICES,
+        bias=MATRICES,
+        bias_at=st.sampled_from(["last", "first", "behind", "middle", "", None]),
+        axes=st.sampled_from(["", "o i", "i o", "o", "o i h w", "x y", 5]),
+    ),
+    THINGS,
+)
+RETURNED = st.dictionaries(st.sampled_from(["fc1", "fc2", "x", ""]), BLOCKS) | THINGS
+
+
+class Returning(Ours):
+    """Whatever it is given, in the place of blocks and of scales."""
+
+    returned, documented = None, None
+
+    def blocks(self, request):
+        right = super().blocks(request)
+        return {**right, **self.returned} if isinstance(self.returned, dict) else self.returned
+
+    def scale(self, request, layer, part):
+        return self.documented
+
+
+@settings(
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(returned=RETURNED, documented=THINGS | NUMBERS)
+def test_an_adapter_that_returns_anything_has_a_verdict(returned, documented, as_users_run):
+    """Never an exception, never a pass: no generated block of a layer is right."""
+    adapter = Returning()
+    adapter.returned, adapter.documented = returned, documented
+    found = verdict(adapter, CASES[CASE], "expand")
+    replaced = not isinstance(returned, dict) or {"fc1", "fc2"} & returned.keys()
+    is_one = documented is None or (type(documented) in (int, float) and documented == 1)
+    assert found.verdict == "exact" if is_one and not replaced else not found.passes
 
 
 @pytest.mark.parametrize(

@@ -601,6 +601,13 @@ def test_a_field_knows_its_derivatives_by_name():
     assert u.lap is u.sums[0] is u.parts[3]
 
 
+def test_a_derivative_has_no_order_of_directions():
+    mixed = Partials(torch.eye(2), [(0, 0, 1)])
+    u = Field(list(torch.randn(len(mixed.names), 4, 1)), mixed)
+    expected = u.parts[mixed.names.index((0, 0, 1))]
+    assert u.partial(0, 0, 1) is u.partial(0, 1, 0) is u.partial(1, 0, 0) is expected
+
+
 # ---- nothing wrong in silence ------------------------------------------------------------------
 
 OTHER_POINTS = {

@@ -178,6 +178,23 @@ def test_mixed_partials_are_those_of_autodiff(device):
         close(c[:, s], derivative(model, X, [V[r] for r in alpha]))
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, b: torch.add(torch.tanh(x), x[:, :1] * x, alpha=0.3),
+        lambda x, b: torch.add(torch.tanh(x), b, alpha=0.3),
+        lambda x, b: torch.add(b, torch.tanh(x), alpha=0.3),
+    ],
+    ids=["two jets", "a constant", "to a constant"],
+)
+def test_a_sum_has_the_factor_of_its_second_term(add, device):
+    X, b, V = (torch.randn(*shape, device=device) for shape in ((4, 3), (3,), (2, 3)))
+    model, expansion = partial(add, b=b), Partials(V, [(0, 1)])
+    c = taylor_coefficients(model, X, expansion)
+    for s, alpha in enumerate(expansion.names):
+        close(c[:, s], derivative(model, X, [V[r] for r in alpha]))
+
+
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_the_biharmonic_is_that_of_autodiff(d, device):
     model, X = net(d=d).to(device), torch.randn(4, d, device=device)

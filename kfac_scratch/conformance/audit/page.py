@@ -214,7 +214,9 @@ def _proven_on(name: str) -> str:
     if name not in proven():
         return ""
     stored = stored_proofs(name)
-    return f" Proven in {stored['version']} on {stored['about']['date']}."
+    beside = [finding(other).TITLE for other in getattr(finding(name), "BESIDE", ())]
+    mended = "".join(f", with another mended: '{title}'" for title in beside)
+    return f" Proven in {stored['version']} on {stored['about']['date']}{mended}."
 
 
 def _release(run: Report) -> list[int]:

@@ -1,6 +1,7 @@
 """Prove a finding: its cases fail, and pass once the line that is blamed is mended in memory."""
 
 import importlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pkgutil import iter_modules
 from types import ModuleType
@@ -57,12 +58,18 @@ def asked_cases(module: ModuleType) -> dict[str, Case]:
 
 
 def prove(name: str) -> list[Proof]:
-    """The proofs of a finding, one for each of its cases."""
+    """The proofs of a finding, one for each of its cases.
+
+    If a case shows other findings, too (`BESIDE`), these are mended before and after.
+    """
     found, proofs = finding(name), []
-    for case, flavour in found.CASES:
-        asked = case if isinstance(case, Case) else CASES[case]
-        before = verdict(adapter(found.ADAPTER), asked, flavour)
-        with found.patch():
-            after = verdict(adapter(found.ADAPTER), asked, flavour)
-        proofs.append(Proof(before, after))
+    with ExitStack() as stack:
+        for other in getattr(found, "BESIDE", ()):
+            stack.enter_context(finding(other).patch())
+        for case, flavour in found.CASES:
+            asked = case if isinstance(case, Case) else CASES[case]
+            before = verdict(adapter(found.ADAPTER), asked, flavour)
+            with found.patch():
+                after = verdict(adapter(found.ADAPTER), asked, flavour)
+            proofs.append(Proof(before, after))
     return proofs

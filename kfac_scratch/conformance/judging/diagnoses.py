@@ -6,7 +6,7 @@ numbers, else equal up to one scale, else up to a scale for every piece. A mista
 agrees as well with what is right is never named.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,9 +17,10 @@ from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
 from kfac_scratch.conformance.judging.mistakes import answers, layouts
 from kfac_scratch.conformance.judging.pieces import Pieces
-from kfac_scratch.conformance.judging.scalars import Sizes, off_by
+from kfac_scratch.conformance.judging.scalars import SINGLE, Sizes, off_by, readings
 from kfac_scratch.conformance.judging.ways import Question, Way
 
+SIMPLE = 2  # parts of a formula: beside a mistake, a longer one fits by chance
 EQUAL, ONE_SCALE, OWN_SCALES = range(3)  # how well numbers agree, the best first
 Agreement = tuple[int, float]  # one of these, and the scale
 Explained = tuple[str, Pieces]  # in words, and the answer that there would be
@@ -102,14 +103,59 @@ def agree(answer: Pieces, got: Pieces, tolerance: float) -> Agreement | None:
 
 
 def _sentence(fitting: Mapping[str, Agreement], sizes: list[Sizes], tolerance: float) -> str:
+    """The best causes, in words; of some that need a scale, those whose scale has a reading."""
     best = min(level for level, _ in fitting.values())
     kept = {words: scale for words, (level, scale) in fitting.items() if level == best}
-    causes = []
-    for words, scale in kept.items():
-        if best == ONE_SCALE:
-            words += f" (with every block {off_by(scale, sizes, tolerance)})"
-        causes.append(words + ("" if best < OWN_SCALES else " (up to a scale for every piece)"))
-    return f" It looks {', or '.join(causes)}."
+    if best != ONE_SCALE:
+        return sentence(merged(kept, "" if best == EQUAL else "up to a scale for every piece"))
+    told = {words: _scale_beside(scale, sizes, tolerance) for words, scale in kept.items()}
+    told = {words: scale for words, scale in told.items() if scale} or told
+    by_scale: dict[str, list[str]] = {}
+    for words, scale in told.items():
+        by_scale.setdefault(scale, []).append(words)
+    causes = [
+        merged(words, f"with every block {scale}" if scale else "up to one scale")
+        for scale, words in by_scale.items()
+    ]
+    return sentence([words for of_scale in causes for words in of_scale])
+
+
+def _scale_beside(scale: float, sizes: list[Sizes], tolerance: float) -> str:
+    """A scale beside a mistake, as `off_by` says it; empty if no `SIMPLE` formula gives it."""
+    large = [(scale if scale > 1 else 1 / scale, of_layer) for of_layer in sizes]
+    known = readings(large, tolerance, SIMPLE)
+    return off_by(scale, sizes, tolerance, known) if known or abs(scale - 1) <= SINGLE else ""
+
+
+def merged(causes: Iterable[str], up_to: str = "") -> list[str]:
+    """Causes without repetition: what one has beyond another is said as a part of that.
+
+    Args:
+        causes: What follows "It looks".
+        up_to: What all of them need beside.
+    """
+    by_scale: dict[str, list[str]] = {}  # "as if ... too large by": 2, C
+    for cause in causes:
+        start, by, factor = cause.rpartition(" by ")
+        is_scale = start.endswith(("too large", "too small"))
+        by_scale.setdefault(start + by if is_scale else cause, []).append(factor)
+    joined = [
+        start + " or ".join(factors) if start.endswith(" by ") else start
+        for start, factors in by_scale.items()
+    ]
+    notes: dict[str, list[str]] = {}
+    for cause in joined:
+        if not any(cause.startswith(f"{other}, ") for other in joined):
+            further = [o.removeprefix(f"{cause}, ") for o in joined if o.startswith(f"{cause}, ")]
+            notes[cause] = [f"perhaps {' or '.join(further)}"] if further else []
+    if up_to:
+        notes[[*notes][-1]].append(f"each {up_to}" if len(notes) > 1 else up_to)
+    return [cause + (f" ({'; '.join(of)})" if of else "") for cause, of in notes.items()]
+
+
+def sentence(causes: Sequence[str]) -> str:
+    """Causes that a case cannot tell apart; empty if there is none."""
+    return f" It looks {', or '.join(causes)}." if causes else ""
 
 
 def diagnosis_in_expectation(
@@ -123,11 +169,10 @@ def diagnosis_in_expectation(
         sizes: Every layer's sizes, and `M`, how many labels are drawn for a datum.
     """
     right = truth.expected(asked.case, asked.data, asked.flavour, asked.parts)
-    causes = dict.fromkeys(
+    causes: dict[str, None] = dict.fromkeys(
         words for words, answer in explanations(asked, right, sizes) if near(answer)
     )
-    found = list(causes)
     for words, factor in wrong_scales([sizes[name] for name in asked.case.judged]):
         if near({key: factor * M for key, M in right.items()}):
-            found.append(f"as if every block were {words}")
-    return f" It looks {', or '.join(found)}." if found else ""
+            causes[f"as if every block were {words}"] = None
+    return sentence(merged(causes))

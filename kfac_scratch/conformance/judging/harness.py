@@ -34,7 +34,7 @@ from kfac_scratch.conformance.judging.layout import (
     wrong_parts,
 )
 from kfac_scratch.conformance.judging.pieces import Answer, PieceKey, Pieces
-from kfac_scratch.conformance.judging.scalars import UNEXPLAINED
+from kfac_scratch.conformance.judging.scalars import UNEXPLAINED, Sizes
 from kfac_scratch.conformance.judging.ways import asked_about
 from kfac_scratch.conformance.protocol import (
     Adapter,
@@ -226,17 +226,17 @@ def judged(case: Case, flavour: Flavour, given: Answer, device: str = "cpu") -> 
     return replace(result, words=result.words + cause)
 
 
-class OnDemand(Mapping[str, Mapping[str, int]]):
+class OnDemand(Mapping[str, Sizes]):
     """The sizes of layers, computed when one is asked for: a verdict without a scale needs none."""
 
-    def __init__(self, compute: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+    def __init__(self, compute: Callable[[], Mapping[str, Sizes]]) -> None:
         self._compute = compute
 
     @cached_property
-    def _sizes(self) -> Mapping[str, Mapping[str, int]]:
+    def _sizes(self) -> Mapping[str, Sizes]:
         return self._compute()
 
-    def __getitem__(self, layer: str) -> Mapping[str, int]:
+    def __getitem__(self, layer: str) -> Sizes:
         return self._sizes[layer]
 
     def __iter__(self) -> Iterator[str]:

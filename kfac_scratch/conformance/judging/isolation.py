@@ -5,6 +5,7 @@ in, the verdict is ours. It is not locked up: it runs with the user's rights, an
 code that may do harm needs a container or a machine for it.
 
 A crash or a hang ends the process and becomes that case's verdict; the next case gets a new one.
+While an answer is judged here, the process already works on the next question: two cores are busy.
 Nothing stays: a worker and the processes that it has started are one group, which ends with it. A
 guard ends the group if this process dies, by whatever signal.
 """
@@ -16,15 +17,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
 from queue import Empty, Queue
-from threading import Thread
-from typing import Any
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 from kfac_scratch.conformance.cases.case import Case
 from kfac_scratch.conformance.cases.families import CASES
@@ -46,6 +49,7 @@ from kfac_scratch.conformance.vocabulary import Flavour, Task
 PACKAGE = Path(__file__).resolve().parents[3]
 START = 120.0  # seconds that an adapter may take to be imported
 ENDING = 5.0  # seconds that a process may take to end when it has closed its pipe
+T = TypeVar("T")
 TAIL = 2**16  # bytes of the error stream that are looked at for its last line
 
 
@@ -180,14 +184,38 @@ class Isolated:
         return self.process
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """A verdict for each pair of case and flavour."""
-        for case, flavour in tasks:
-            yield self.verdict(case, flavour)
-        self.stop()
+        """A verdict for each pair of case and flavour; the next is asked while one is judged.
+
+        Whoever stops early has the process ended, and with it the question that it has.
+        """
+        ended = Event()
+        asking = [partial(self._asked, CASES[case], flavour, ended) for case, flavour in tasks]
+        following = begun(asking[0]) if asking else None
+        try:
+            for i, (case, flavour) in enumerate(tasks):
+                assert following is not None
+                answer, seconds = following.result()
+                following = begun(asking[i + 1]) if i + 1 < len(asking) else None
+                result = concluded(CASES[case], flavour, answer.result)
+                yield replace(result, seconds=result.seconds + seconds)
+        finally:
+            ended.set()
+            self.stop()
 
     def verdict(self, case: str, flavour: Flavour) -> Result:
         """A verdict, whatever the adapter does."""
         return concluded(CASES[case], flavour, partial(self.answer, CASES[case], flavour))
+
+    def _asked(self, case: Case, flavour: Flavour, ended: Event) -> "tuple[Future[Answer], float]":
+        """What comes of a question, an answer or an exception, and how many seconds it took."""
+        start, answer = time.perf_counter(), Future[Answer]()
+        try:
+            answer.set_result(self.answer(case, flavour))
+        except Exception as error:  # it becomes the case's verdict
+            answer.set_exception(error)
+        if ended.is_set():  # meanwhile: a process that was started since is of no use
+            self.stop()
+        return answer, time.perf_counter() - start
 
     def answer(self, case: Case, flavour: Flavour) -> Answer:
         """The adapter's numbers, on the CPU; a process that is of no more use is ended.
@@ -219,6 +247,13 @@ class Isolated:
         if self.process:
             self.process.stop()
         self.process = None
+
+
+def begun(compute: Callable[[], T]) -> "Future[T]":
+    """A computation in a thread of its own, which does not keep this process alive."""
+    found = Future[T]()
+    Thread(target=lambda: found.set_result(compute()), daemon=True).start()
+    return found
 
 
 def _guard_of(worker: subprocess.Popen[bytes]) -> "subprocess.Popen[bytes] | None":

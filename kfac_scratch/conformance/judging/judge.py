@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kfac_scratch.conformance.cases.expectations import Judged
 from kfac_scratch.conformance.judging.pieces import PieceKey, Pieces
-from kfac_scratch.conformance.judging.scalars import in_words, meanings, off_by, readings
+from kfac_scratch.conformance.judging.scalars import Sizes, in_words, meanings, off_by, readings
 from kfac_scratch.conformance.printable import printable
 from kfac_scratch.conformance.vocabulary import EXACT, PASSING, Flavour, Verdict
 
@@ -80,7 +80,7 @@ def judge(
     got: Pieces,
     expected: Pieces,
     documented: Mapping[PieceKey, float | None],
-    sizes: Mapping[str, Mapping[str, int]],
+    sizes: Mapping[str, Sizes],
 ) -> Result:
     """Compare canonical pieces of an implementation with the truth's.
 
@@ -149,7 +149,7 @@ def _verdict(
     fits: Mapping[PieceKey, Fit],
     stated: bool,
     documented: Mapping[PieceKey, float | None],
-    sizes: Mapping[str, Mapping[str, int]],
+    sizes: Mapping[str, Sizes],
 ) -> tuple[Verdict, str]:
     if all(f.error <= case.tolerance for f in fits.values()):
         if any(d is not None and abs(d - 1) > 1e-12 for d in documented.values()):
@@ -166,9 +166,7 @@ def _verdict(
     return "undocumented-scale", f"every block: {claim}{words}."
 
 
-def _differing(
-    case: Judged, fits: Mapping[PieceKey, Fit], sizes: Mapping[str, Mapping[str, int]]
-) -> str:
+def _differing(case: Judged, fits: Mapping[PieceKey, Fit], sizes: Mapping[str, Sizes]) -> str:
     """Scales that differ between pieces: by one formula if there is one, else one by one."""
     words = {key: off_by(f.scale, sizes[key[0]], case.tolerance) for key, f in fits.items()}
     small = all(f.scale <= 1 + case.tolerance for f in fits.values())
@@ -192,9 +190,7 @@ def _wrong(bad: Mapping[PieceKey, Fit]) -> str:
     return f"{' '.join(key)}: {found}; wrong pieces: {pieces}."
 
 
-def _documented(
-    documented: Mapping[PieceKey, float | None], sizes: Mapping[str, Mapping[str, int]]
-) -> str:
+def _documented(documented: Mapping[PieceKey, float | None], sizes: Mapping[str, Sizes]) -> str:
     words = {key: in_words(d or 1.0, sizes[key[0]]) for key, d in documented.items()}
     if len(set(words.values())) == 1:
         return f"documented: {next(iter(words.values()))}."

@@ -27,8 +27,10 @@ from kfac_scratch.conformance.judging.ways import (
     Question,
     Way,
     averaged,
+    classes_last,
     input_factor,
     itself,
+    reduced,
     term_weights,
     vector_factor,
 )
@@ -128,6 +130,14 @@ def uneven_calls(asked: Question) -> bool:
     )
 
 
+def longer_calls(asked: Question) -> bool:
+    """Whether a call of a layer has several positions."""
+    network, ops = asked.networks[0], asked.case.ops
+    return any(
+        network.rows(i, op).shape[2] > 1 for op in layers(asked) for i in calls(ops, op.name)
+    )
+
+
 def elsewhere(place_of: Callable[[Case, int], int]) -> Holds:
     """Whether some function of a place is another place than that of a layer that is judged."""
 
@@ -184,6 +194,17 @@ def output_positions(asked: Question) -> bool:
     """Whether the loss has several terms, or blocks of outputs, for a datum."""
     f = asked.networks[0].output()
     return f[0].numel() > f.shape[truth.class_axis(asked.case)]
+
+
+def images(asked: Question) -> bool:
+    """Whether the output is an image, channels first."""
+    f = asked.networks[0].output()
+    return f.ndim == 4 and truth.class_axis(asked.case) == 1
+
+
+def unweighted_terms(asked: Question) -> bool:
+    """Whether all terms of the loss have the same weight."""
+    return not weights(asked) and not has_ignored(asked)
 
 
 def batches(asked: Question) -> bool:
@@ -258,6 +279,21 @@ def calls_alike(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([share * of_call for share, of_call in zip(shares, rows, strict=True)], 2)
 
 
+def calls_alike_reduced(batch: Batch) -> Batch:
+    """KFAC-reduce of the mean of the calls' means; `calls_alike` has taken half of the way."""
+    total, calls = sum(batch.calls), len(batch.calls)
+    shares = [(total / (calls * S)) ** 0.5 for S in batch.calls for _ in range(S)]
+    return reduced(replace(batch, a=batch.a * batch.a.new_tensor(shares).unsqueeze(-1)))
+
+
+def calls_reduced(batch: Batch) -> Batch:
+    """KFAC-reduce of every call by itself."""
+    a, g = (x.split([*batch.calls], axis) for x, axis in ((batch.a, 2), (batch.g, 3)))
+    means = torch.cat([of_call.mean(2, keepdim=True) for of_call in a], 2)
+    sums = torch.cat([of_call.sum(3, keepdim=True) for of_call in g], 3)
+    return replace(batch, a=means, g=sums, counted=None)
+
+
 def reshaped(op: Op, rows: Tensor) -> Tensor:
     """Patches `[d_in, S]` that are reshaped, not transposed."""
     if op.kind != "conv":
@@ -322,6 +358,11 @@ def squares_of_positions(a: Tensor, g: Tensor) -> Tensor:
     return torch.einsum("vgnsd,vgnse->gde", G, G)
 
 
+def of_last_inputs(a: Tensor, g: Tensor) -> Tensor:
+    """Squares of calls at one position, each with the inputs of the last one."""
+    return squares_of_positions(a[:, :, -1:].expand(a.shape), g)
+
+
 def unweighted(case: Case, f: Tensor, y: Tensor) -> Tensor:
     """The weights of terms without those of the loss."""
     return term_weights(replace(case, loss=replace(case.loss, weight=(), entry_weight=())), f, y)
@@ -332,9 +373,25 @@ def not_ignored(case: Case, f: Tensor, y: Tensor) -> Tensor:
     return term_weights(case, f, y.clamp_min(0))
 
 
-def together(S: Tensor) -> Tensor:
+def together(case: Case, S: Tensor, f: Tensor) -> Tensor:
     """One vector for all positions."""
     return S.sum(0)
+
+
+def by_last_axis(case: Case, S: Tensor, f: Tensor) -> Tensor:
+    """Of an image, one vector for each column of pixels: for all channels and rows."""
+    width = f.shape[-1]
+    total = S.sum((0, 1))  # [N, height width, C]
+    pixels = torch.eye(width).to(f).repeat(1, total.shape[1] // width)
+    return torch.stack([total * of_column.unsqueeze(-1) for of_column in pixels])
+
+
+def all_positions_subtracted(case: Case, S: Tensor, f: Tensor) -> Tensor:
+    """The root of a softmax's Hessian, every column with the probabilities of all positions."""
+    p = classes_last(case, f).softmax(-1)
+    own = torch.einsum("tu,kc->tkuc", *(torch.eye(n).to(f) for n in p.shape[1:]))
+    columns = own.unsqueeze(2) - p  # [T, K, N, T2, C]
+    return (p.sqrt().permute(1, 2, 0)[..., None, None] * columns).flatten(0, 1)
 
 
 def by_data(batch: Batch) -> Batch:
@@ -360,6 +417,11 @@ def of_all_groups(factor: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 def equally(sizes: Sequence[float]) -> list[float]:
     """One share for all mini-batches."""
     return [1 / len(sizes)] * len(sizes)
+
+
+def squared(sizes: Sequence[float]) -> list[float]:
+    """The squares of the shares."""
+    return [(size / sum(sizes)) ** 2 for size in sizes]
 
 
 def on_the_wrong_side(sizes: Sequence[float]) -> list[float]:
@@ -808,6 +870,33 @@ STEPS = [
         "as if all calls had one number of positions",
         uneven_calls,
         joined=calls_alike,
+        reduced=calls_alike_reduced,
+    ),
+    step(
+        "calls-reduced",
+        "as if every call were reduced to one position by itself",
+        all_of(reuse, flavour("reduce"), longer_calls),
+        reduced=calls_reduced,
+    ),
+    step(
+        "last-inputs-first-vectors",
+        "as if a layer had the inputs of its last call alone, and the vectors of its first",
+        reuse,
+        used_inputs=lambda places: places[-1:],
+        used_vectors=lambda places: places[:1],
+    ),
+    step(
+        "calls-squared",
+        "as if every call had the inputs of the last everywhere, and a square of its own",
+        all_of(reuse, flavour("ekfac")),
+        used_inputs=each_by_last,
+        squares=squares_of_positions,
+    ),
+    step(
+        "last-inputs-in-scales",
+        "as if every call had the inputs of the last in EKFAC's scales, and a square of its own",
+        all_of(reuse, flavour("ekfac")),
+        squares=of_last_inputs,
     ),
     step(
         "batch-axis",
@@ -859,7 +948,7 @@ STEPS = [
     ),
     step(
         "weights-in-curvature",
-        "like the same without the loss's weights, but divided by their sum",
+        "like the same without the loss's weights, divided by their sum all the same",
         all_of(has_setting("weight"), SOFTMAX, lambda asked: asked.case.loss.reduction == "mean"),
         term_weights=unweighted,
     ),
@@ -880,6 +969,18 @@ STEPS = [
         "as if one vector were sent back for all positions",
         all_of(root_is_chosen, output_positions),
         columns=together,
+    ),
+    step(
+        "one-vector-for-channels",
+        "as if one vector were sent back for all channels and rows of an image",
+        all_of(root_is_chosen, output_positions, images, has_loss("mse")),
+        columns=by_last_axis,
+    ),
+    step(
+        "all-positions-subtracted",
+        "as if the softmax's vector of one position reached all others",
+        all_of(root_is_chosen, SOFTMAX, output_positions, unweighted_terms),
+        columns=all_positions_subtracted,
     ),
     step(
         "cross-terms",
@@ -937,6 +1038,13 @@ STEPS = [
         "as if all mini-batches had one size, for the vectors alone",
         unequal,
         vector_shares=equally,
+    ),
+    step(
+        "equal-and-squared",
+        "as if mini-batches had equal shares for the inputs, and squared ones for the vectors",
+        unequal,
+        input_shares=equally,
+        vector_shares=squared,
     ),
     step(
         "wrong-side",

@@ -27,7 +27,7 @@ def narrowed(results: Sequence[Result], cases: Mapping[str, Case]) -> list[Resul
             continue
         for r in group:
             if r.case not in sizes:
-                sizes[r.case] = truth.sizes(cases[r.case], cases[r.case].build())
+                sizes[r.case] = truth.letters(cases[r.case], cases[r.case].build())
         found |= {id(r): words for r, words in _words_of(group, cases, sizes)}
     return [replace(r, words=found.get(id(r), r.words)) for r in results]
 

@@ -24,6 +24,8 @@ MEANING = {
     "batches": "the number of mini-batches",
     "S_in": "the number of positions of a convolution's input",
     "M": "the number of labels drawn for a datum",
+    "K": "the number of all data's positions",
+    "W": "the number of those that count, or the sum of their weights",
 }
 HALF = Fraction(1, 2)
 FEW = [Fraction(p) for p in (1, -1, 2, -2)]
@@ -34,7 +36,7 @@ ROUGH = 1e-6  # with a larger tolerance, products of many sizes fit by chance
 SINGLE = 1e-4  # how far from 1 a number can be by rounding in float32
 UNEXPLAINED = "which no simple product of the case's sizes gives"
 
-Sizes = Mapping[str, int]
+Sizes = Mapping[str, int | float]
 Product = tuple[Fraction, tuple[tuple[str, Fraction], ...]]  # a constant, and powers by letter
 
 
@@ -46,9 +48,17 @@ def formulas(scale: float, sizes: Sizes, tolerance: float = 1e-8) -> list[str]:
     return readings([(scale, sizes)], tolerance)
 
 
-def readings(scales: Sequence[tuple[float, Sizes]], tolerance: float = 1e-8) -> list[str]:
-    """The simplest formulas that fit all scales, each with the sizes of its own layer or case."""
-    most = 2 if tolerance > ROUGH else len(MEANING)
+def readings(
+    scales: Sequence[tuple[float, Sizes]], tolerance: float = 1e-8, most: int = 10**6
+) -> list[str]:
+    """The simplest formulas that fit all scales, each with the sizes of its own layer or case.
+
+    Args:
+        scales: With sizes.
+        tolerance: Relative.
+        most: How complicated a formula may be: of how many parts.
+    """
+    most_sizes = 2 if tolerance > ROUGH else len(MEANING)
     letters = [x for x in scales[0][1] if all(x in sizes for _, sizes in scales)]
     letters = [x for x in letters if any(sizes[x] > 1 for _, sizes in scales)]
     logs = torch.tensor(
@@ -56,12 +66,15 @@ def readings(scales: Sequence[tuple[float, Sizes]], tolerance: float = 1e-8) -> 
     ).log()
     wanted = torch.tensor([scale for scale, _ in scales], dtype=torch.float64).log()
     found: list[Product] = []
-    for count in range(min(most, len(letters)) + 1):
+    for count in range(min(most_sizes, len(letters)) + 1):
         if found and min(map(_terms, found)) < count:
             break  # whatever follows is more complicated
         found += _fitting(count, letters, logs, wanted, tolerance)
     simplest = max(1, min(map(_terms, found), default=0))
-    return [formula(c, dict(powers)) for c, powers in found if _terms((c, powers)) <= simplest][:3]
+    kept = [reading for reading in found if _terms(reading) <= min(simplest, most)]
+    if any(c == 1 and "W" in dict(powers) for c, powers in kept):  # which is no plain number
+        kept = [(c, powers) for c, powers in kept if c == 1]
+    return [formula(c, dict(powers)) for c, powers in kept][:3]
 
 
 def _fitting(
@@ -117,6 +130,8 @@ def off_by(
     """In which direction a block is wrong and by how much: "too small by N² = 49 ..."."""
     if abs(scale - 1) <= tolerance:
         return "right"
+    if _is_rounding(scale, sizes, tolerance, known):
+        return f"right up to the rounding of float32, as it is {_near_one(scale)} times as large"
     if scale < 1:
         return f"too small by {in_words(1 / scale, sizes, tolerance, known)}"
     return f"too large by {in_words(scale, sizes, tolerance, known)}"
@@ -139,9 +154,9 @@ def in_words(
     several = [sizes] if isinstance(sizes, Mapping) else list(sizes)
     if abs(scale - 1) <= tolerance:
         return "1"
+    if _is_rounding(scale, several, tolerance, known):
+        return f"{_near_one(scale)}, which is 1 up to the rounding of float32"
     found = list(known) or readings([(scale, of_layer) for of_layer in several], tolerance)
-    if not found and abs(scale - 1) <= SINGLE:
-        return f"{scale:.10g}, which is 1 up to the rounding of float32"
     if not found:
         return f"{scale:.6g}, {UNEXPLAINED}"
     if found == [f"{scale:.6g}"]:  # a plain number
@@ -150,10 +165,25 @@ def in_words(
     return f"{' or '.join(found)} = {scale:.6g}" + (f" ({meaning})" if meaning else "")
 
 
+def _is_rounding(
+    scale: float, sizes: Sizes | Sequence[Sizes], tolerance: float, known: Sequence[str]
+) -> bool:
+    """Whether a scale is 1 but for what float32 rounds away, and nothing else explains it."""
+    several = [sizes] if isinstance(sizes, Mapping) else list(sizes)
+    if known or abs(scale - 1) > SINGLE:
+        return False
+    return not readings([(scale, of_layer) for of_layer in several], tolerance)
+
+
+def _near_one(scale: float) -> str:
+    """Such as `1 + 3e-08`, of which no digit is lost."""
+    return f"1 {'-' if scale < 1 else '+'} {abs(scale - 1):.1g}"
+
+
 def meanings(texts: Sequence[str], several: Sequence[Sizes]) -> str:
     """What the letters of some formulas mean, with their values."""
     used = [x for x in MEANING if x in several[0] and any(_mentions(f, x) for f in texts)]
-    values = {x: " or ".join(map(str, sorted({sizes[x] for sizes in several}))) for x in used}
+    values = {x: " or ".join(f"{n:.6g}" for n in sorted({s[x] for s in several})) for x in used}
     return ", ".join(f"{x} = {values[x]}: {MEANING[x]}" for x in used)
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
-from kfac_scratch.conformance.cases.case import EXACT, Case, Data
+from kfac_scratch.conformance.cases.case import EXACT, TOLERANCES, Case, Data
 from kfac_scratch.conformance.cases.ops import (
     Op,
     Parameters,
@@ -383,14 +383,33 @@ def sizes(case: Case, data: Data) -> dict[str, dict[str, int]]:
     return found
 
 
-def letters(case: Case, data: Data) -> dict[str, dict[str, int]]:
-    """Every layer's sizes, and `S_in` where a convolution's input has other positions than `S`."""
-    all_sizes = sizes(case, data)
+def letters(case: Case, data: Data) -> dict[str, dict[str, int | float]]:
+    """Every layer's sizes, and what else a scale may be made of where it is another number.
+
+    `S_in` are the positions of a convolution's input. `W` is what a mean over positions is divided
+    by, or over data where there is one position; `K` is how many there are if none is left out.
+    """
+    all_sizes: dict[str, dict[str, int | float]] = {
+        name: {**of_layer} for name, of_layer in sizes(case, data).items()
+    }
     for name, op in layer_ops(case.ops).items():
         if op.kind == "conv":
             S_in = recorded(case, data)[calls(case.ops, name)[0]][0][0, 0].numel()
             all_sizes[name] |= {"S_in": S_in} if S_in != all_sizes[name]["S"] else {}
-    return all_sizes
+    counted = _counted(case, data)
+    return {name: of_layer | counted for name, of_layer in all_sizes.items()}
+
+
+def _counted(case: Case, data: Data) -> dict[str, int | float]:
+    """`W`, and `K` unless it is the number of data; nothing if all positions count alike."""
+    f, mask = output(case, data), case.mask(data.y)
+    K = f.numel() // f.shape[class_axis(case)]
+    W = float(K if mask is None else mask.sum())
+    if case.loss.kind == "cross-entropy" and case.loss.reduction == "mean":
+        W = case.loss.divisor(f, data.y)
+    if abs(W - K) <= TOLERANCES["float32"] * K:
+        return {}
+    return {"W": W} | ({"K": K} if len(data.X) != K else {})
 
 
 def class_axis(case: Case) -> int:

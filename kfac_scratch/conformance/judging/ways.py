@@ -36,6 +36,7 @@ class Batch:
     g: Float[Tensor, "V groups N S d_out"]
     terms: float
     counted: Bool[Tensor, "N rows"] | None = None
+    calls: Sequence[int] = ()  # how many rows each call has
 
     @property
     def rows(self) -> float:
@@ -108,7 +109,7 @@ def class_shares(case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "N ... C"]:
     return (1 - smoothing) * shares + smoothing / C * shares.sum(-1, keepdim=True)
 
 
-def apart(S: Float[Tensor, "T K N T2 C"]) -> Float[Tensor, "V N T C"]:
+def apart(case: Case, S: Float[Tensor, "T K N T2 C"], f: Tensor) -> Float[Tensor, "V N T C"]:
     """A vector for every term and column of its root."""
     return S.flatten(0, 1)
 
@@ -240,6 +241,7 @@ class Way:
     op: Of = itself
     used: Of = itself
     used_inputs: Of = itself
+    used_vectors: Of = itself
     input_of: Of = input_of
     joined: Of = joined
     result_of: Of = result_of
@@ -305,10 +307,14 @@ class Way:
                 for i in self.used_inputs(places)
             ]
             a = self.joined([self.cut(op, of_call) for of_call in rows])
-            J = torch.cat([network.slopes(op, self.result_of(case, i)) for i in places], 3)
+            J = torch.cat(
+                [network.slopes(op, self.result_of(case, i)) for i in self.used_vectors(places)],
+                3,
+            )
             g = torch.einsum("vf,fgnso->vgnso", root, J)
             counted = truth.counted_rows(a, self.mask(case, y))
-            found[name] = self.seen(Batch(a, g, divisor, counted))
+            numbers = [of_call.shape[2] for of_call in rows]
+            found[name] = self.seen(Batch(a, g, divisor, counted, numbers))
         return found
 
     def root(self, case: Case, f: Tensor, y: Tensor) -> Float[Tensor, "V ..."]:
@@ -327,4 +333,5 @@ class Way:
             case _:
                 roots = (2 * weights).sqrt().diag_embed()  # [N, T, C, K]
         T = torch.eye(rows.shape[1]).to(f)
-        return as_output(case, self.columns(torch.einsum("ntck,tu->ukntc", roots, T)), f)
+        S = torch.einsum("ntck,tu->ukntc", roots, T)
+        return as_output(case, self.columns(case, S, f), f)

@@ -233,7 +233,7 @@ class Claims:
     name: str = ""
     version: str = ""
     not_supported: Mapping[str, str] = field(default_factory=dict)
-    scales: Mapping[str, float | None] = field(default_factory=dict)
+    scales: Mapping[str, int | float | None] = field(default_factory=dict)
 
     def reason(self, case: str, flavour: str) -> str | None:
         """Why a port does not offer something; None if it claims to offer it."""
@@ -242,7 +242,7 @@ class Claims:
                 return reason
         return None
 
-    def scale(self, case: str, flavour: str, layer: str) -> float | None:
+    def scale(self, case: str, flavour: str, layer: str) -> int | float | None:
         """The documented scale of a piece."""
         fitting = (s for p, s in self.scales.items() if fnmatchcase(f"{case}/{flavour}/{layer}", p))
         return next(fitting, 1.0)

@@ -51,26 +51,12 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases.case import DEFINITION, Case
-from kfac_scratch.conformance.cases.families.common import loss
-from kfac_scratch.conformance.cases.ops import conv, tanh
 
 LIBRARY, VERSION = "asdfghjkl", "0.1a5"
 ADAPTER = "kfac_scratch.conformance.adapters.asdfghjkl:Adapter"
 TITLE = "Vectors of different positions are added up in the exact Fisher of cross-entropy"
-CASES = (
-    (
-        Case(
-            "cnn-per-location-cross-entropy",
-            "definition",
-            (conv("conv1", 2, 3, (2, 2)), tanh(), conv("conv2", 3, 5, (2, 1))),
-            loss("cross-entropy"),
-            (7, 2, 4, 3),
-            {"expand": DEFINITION},
-        ),
-        "expand",
-    ),
-)
+CASES = (("attention-tokens-cross-entropy", "expand"),)
+BESIDE = ("asdfghjkl_linear_positions",)
 CAUSE = (
     "asdl/fisher.py, line 439, FisherExactCrossEntropy._fisher_loop: the losses of class i are "
     "summed over all rows, which are (datum, position), for one backward pass."

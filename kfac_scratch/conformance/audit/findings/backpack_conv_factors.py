@@ -45,31 +45,15 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases.case import DEFINITION, Case
-from kfac_scratch.conformance.cases.families.common import loss
-from kfac_scratch.conformance.cases.ops import conv, flatten, linear, mean_space, tanh
 
-POOLED = Case(
-    "conv2d-nobias-pooled-mse-float32",
-    "definition",
-    (conv("conv", 2, 3, (2, 3), bias=False), mean_space(2)),
-    loss("mse"),
-    (7, 2, 5, 4),
-    {"expand": DEFINITION},
-    dtype="float32",
-)
-FLAT = Case(
-    "conv2d-nobias-flat-cross-entropy",
-    "definition",
-    (conv("conv", 2, 3, (2, 3), bias=False), tanh(), flatten(), linear("head", 24, 5)),
-    loss("cross-entropy"),
-    (7, 2, 5, 4),
-    {"expand": DEFINITION},
-)
 LIBRARY, VERSION = "BackPACK", "1.7.1"
 ADAPTER = "kfac_scratch.conformance.adapters.backpack:Adapter"
 TITLE = "A convolution's vectors are summed over positions before the product"
-CASES = ((POOLED, "expand"), (FLAT, "expand"))
+CASES = (
+    ("conv2d-stride-pooled-mse-float32", "expand"),
+    ("conv-beside-linear-flat-cross-entropy", "expand"),
+    ("conv-beside-linear-flat-mse", "expand"),
+)
 CAUSE = (
     "backpack/extensions/secondorder/hbp/convnd.py, line 151, _factor_from_sqrt: the "
     "backpropagated root is summed over positions, and its outer product is taken afterwards."

@@ -36,22 +36,12 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from kfac_scratch.conformance.audit.mending import mended
-from kfac_scratch.conformance.cases.case import EXACT, Case
-from kfac_scratch.conformance.cases.families.common import loss
-from kfac_scratch.conformance.cases.ops import conv, mean_space
 
-CASE = Case(
-    "one-position-pooled-mse",
-    "last-convolution",
-    (conv("conv", 2, 3, (5, 4)), mean_space(2)),
-    loss("mse"),
-    (7, 2, 5, 4),
-    {"expand": EXACT},
-)
 LIBRARY, VERSION = "BackPACK", "1.7.1"
 ADAPTER = "kfac_scratch.conformance.adapters.backpack:Adapter"
 TITLE = "Average pooling and KFRA's squared error in double precision raise an error"
-CASES = ((CASE, "expand"),)
+CASES = (("conv2d-plain-pooled-mse", "expand"), ("conv2d-stride-pooled-mse", "expand"))
+BESIDE = ("backpack_conv_factors",)
 CAUSE = (
     "backpack/core/derivatives/avgpoolnd.py, line 129, __apply_jacobian_t_of: the helper "
     "convolution is moved to the input's device, and not to its dtype."

@@ -42,20 +42,24 @@ from kfac_scratch.conformance.cases.ops import conv
 LIBRARY, VERSION = "kronfluence", "1.0.1"
 ADAPTER = "kfac_scratch.conformance.adapters.kronfluence:Adapter"
 TITLE = "padding_mode of a convolution is ignored, by gradients, too"
-CASES = tuple(
-    (
-        Case(
-            f"conv2d-{mode}-per-location-ekfac",
-            "last-convolution",
-            (conv("conv", 2, 3, (2, 3), geometry={"padding": 1, "padding_mode": mode}),),
-            loss("mse"),
-            (7, 2, 5, 4),
-            {"ekfac": EXACT},
-        ),
-        "ekfac",
+MODES = ("circular", "reflect", "replicate")
+OF_GRADIENTS = tuple(
+    Case(
+        f"conv2d-{mode}-per-location-ekfac",
+        "last-convolution",
+        (conv("conv", 2, 3, (2, 3), geometry={"padding": 1, "padding_mode": mode}),),
+        loss("mse"),
+        (7, 2, 5, 4),
+        {"ekfac": EXACT},
     )
-    for mode in ("circular", "reflect", "replicate")
+    for mode in MODES
 )
+CASES = (
+    *((f"conv2d-{mode}-per-location-mse-mean", "expand") for mode in MODES),
+    *((f"conv2d-{mode}-pooled-mse", "expand") for mode in MODES),
+    *((case, "ekfac") for case in OF_GRADIENTS),
+)
+BESIDE = ("kronfluence_positions",)
 CAUSE = (
     "kronfluence/module/conv2d.py, lines 111 and 139: the layer's padding is handed to "
     "extract_patches, its padding_mode is not, though TrackedConv2d has it as a property."

@@ -40,7 +40,7 @@ MUTANTS = [
         "the last mini-batch only",
         "B.add_(state.B), state.rows + io.rows",
         "B, state.rows + io.rows",
-        "batches-unequal-mse-sum",
+        "batches-unequal-cross-entropy-sum",
     ),
     kfac(
         "inputs of the first mini-batch only",

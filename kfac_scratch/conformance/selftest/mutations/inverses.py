@@ -37,10 +37,11 @@ MUTANTS = [
     ),
     damping("pi on the same side twice", INVERSE, INVERSE.replace("root / pi", "root * pi")),
     damping("one factor not damped", INVERSE, INVERSE.replace("(root * pi", "(0.0")),
-    damping(
+    matrices(
         "damping stored in place",
         INVERSE,
         "M.A.diagonal().add_(root * pi)\n    " + INVERSE,
+        "inverse-factored-0.01-mlp",  # twice the root of 0.25 is 1, as if it were missing
     ),
     matrices(
         "the damping twice",

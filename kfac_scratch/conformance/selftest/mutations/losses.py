@@ -94,6 +94,14 @@ MUTANTS = [
         "last-layer-mse-tanh-mean",
     ),
     losses(
+        "the sum of entries' weights for their number",
+        'return 1.0 if loss.reduction == "sum" else float(f.numel())\n    if y.',
+        'w = getattr(loss, "weight", None)\n'
+        "        terms = f.numel() if w is None else w.expand_as(f).sum()\n"
+        '        return 1.0 if loss.reduction == "sum" else float(terms)\n    if y.',
+        "entry-weights-mlp-mean",
+    ),
+    losses(
         "a mean over everything, classes included",
         "    return float(D)\n",
         "    return float(f.numel())\n",
