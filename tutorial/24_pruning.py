@@ -1,0 +1,840 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 24. Pruning: which weights does a network need?
+#
+# **Part V: Curvature in use.** Which weights can a trained network do without?
+#
+# Setting a weight to zero raises the loss. The curvature says by how much, without a trial. It also says how the
+# other weights should change in reply, so that the loss rises least. Nothing is trained again in this chapter.
+
+# %% tags=["hide-input"]
+from copy import deepcopy
+from statistics import median
+from textwrap import fill
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from kfac_scratch.applications.pruning import (
+    column_costs,
+    costs_with_reply,
+    costs_without_reply,
+    eigenbasis_costs,
+    factored_damping,
+    lowest,
+    predicted_increase,
+    reply,
+    row_costs,
+    within_eigenbasis,
+    without_column,
+    without_row,
+)
+from kfac_scratch.applications.trained import (
+    parameters_from,
+    trained_weights,
+    weights_without_biases,
+)
+from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.checks import assert_exact, relative_error, set_up
+from kfac_scratch.data_loader import over_loader
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.show import code
+
+set_up()  # seed 0, float64, the GPU where there is one
+
+Weights = dict[str, Tensor]  # a matrix [W | b] for each layer
+
+# %% [markdown]
+# Three networks with two hidden layers of 48 and 32 units learn to read digits. Each has its own start and its own
+# training data.
+
+# %% tags=["hide-input"]
+SUM, DECAY = nn.CrossEntropyLoss(reduction="sum"), 1.0
+digits = load_digits()
+images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
+
+
+class Trained(NamedTuple):
+    """A network, its data, its weights and its curvature."""
+
+    model: nn.Module
+    X: Tensor
+    y: Tensor
+    X_test: Tensor
+    y_test: Tensor
+    W: Weights
+    K: dict[str, Kronecker]
+
+
+def objective(model: nn.Module, X: Tensor, y: Tensor) -> Tensor:
+    """J: the sum of the losses, and half the decay times the sum of all squares."""
+    return SUM(model(X), y) + DECAY / 2 * sum(p.square().sum() for p in model.parameters())
+
+
+def train(seed: int) -> Trained:
+    torch.manual_seed(seed)
+    order = torch.randperm(len(labels))
+    few, rest = order[:500], order[500:]
+    X, y = images[few], labels[few]
+    hidden = [nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 32), nn.Tanh()]
+    model = nn.Sequential(*hidden, nn.Linear(32, 10))
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=150, history_size=30, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = objective(model, X, y)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    K = over_loader(kfac, model, SUM, [(X, y)])
+    return Trained(model, X, y, images[rest], labels[rest], trained_weights(model, K), K)
+
+
+def having(net: Trained, W: Weights) -> nn.Module:
+    """The network with other weights."""
+    model = deepcopy(net.model)
+    model.load_state_dict(parameters_from(model, W), strict=False)
+    return model
+
+
+# %% [markdown]
+# A choice of weights is judged by its accuracy on test images, by its loss $L$ and by the objective $J$ of the training.
+
+
+# %% tags=["hide-input"]
+def accuracy(net: Trained, W: Weights) -> float:
+    """The share of test images that are read correctly."""
+    return (having(net, W)(net.X_test).argmax(1) == net.y_test).double().mean().item()
+
+
+def loss(net: Trained, W: Weights) -> float:
+    """L: the sum of the losses."""
+    return SUM(having(net, W)(net.X), net.y).item()
+
+
+def J(net: Trained, W: Weights) -> float:
+    return objective(having(net, W), net.X, net.y).item()
+
+
+networks = [train(seed) for seed in range(3)]
+print("test accuracy:", *(f"{accuracy(net, net.W):.3f}" for net in networks))
+assert all(accuracy(net, net.W) > 0.94 for net in networks)
+
+# %% [markdown]
+# The picture shows what is left when hidden units are removed. A unit is a column in the weights of the layer
+# that uses it. The best of the four methods removes the cheapest column, lets the other columns reply, and computes all
+# costs again. The other methods set columns to zero and change nothing else: those of lowest cost, those of smallest
+# norm (the column's norm, times the norm of the unit's own weights), and random ones.
+
+
+# %% tags=["hide-input"]
+def embedded(columns: Tensor, alive: list[int], d_in: int) -> Tensor:
+    """Columns at their places in a matrix of zeros."""
+    W = torch.zeros(len(columns), d_in)
+    W[:, alive] = columns
+    return W
+
+
+def without_units(W: Tensor, K: Kronecker, number: int) -> Tensor:
+    """Remove the cheapest column, let the others reply, and so on. The last is the bias's."""
+    alive = list(range(W.shape[1]))
+    for _ in range(number):
+        left = Kronecker(K.A[alive][:, alive], K.B)  # columns that are gone cannot reply
+        columns = W[:, alive]
+        cheapest = int(column_costs(columns, left)[:-1].argmin())
+        columns = without_column(columns, left, cheapest)
+        W = embedded(columns, alive, W.shape[1])
+        del alive[cheapest]
+    return W
+
+
+def removed(
+    net: Trained, share: float, method: str, seed: int = 0, damping: float = DECAY
+) -> Weights:
+    """Weights without a share of the units of both hidden layers."""
+    V, generator = dict(net.W), torch.Generator(net.X.device).manual_seed(seed)
+    for layer, consumer in (("0", "2"), ("2", "4")):
+        W, K = net.W[consumer], factored_damping(net.K[consumer], damping)
+        number = round(share * (W.shape[1] - 1))
+        if method == "cost, with reply":
+            V[consumer] = without_units(W, K, number)
+            continue
+        scores = {
+            "cost": column_costs(W, K)[:-1],
+            "norm": W[:, :-1].norm(dim=0) * net.W[layer].norm(dim=1),
+            "random": torch.rand(W.shape[1] - 1, generator=generator),
+        }
+        V[consumer] = W.index_fill(1, scores[method].argsort()[:number], 0.0)
+    return V
+
+
+# %% [markdown]
+# Each share of units is removed from both hidden layers.
+
+# %% tags=["hide-input"] alt="Test accuracy against the share of hidden units that were removed, for four methods. With reply, the accuracy stays near that of the whole network up to half of the units and beyond. By cost without reply, by norm and at random it falls much earlier." caption="Test accuracy without some of the hidden units, and without training again. Lines: the median of three networks. Bands: from the worst to the best."
+METHODS = ("cost, with reply", "cost", "norm", "random")
+SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+of_units = {
+    (method, share): [
+        accuracy(net, removed(net, share, method, s)) for s, net in enumerate(networks)
+    ]
+    for method in METHODS
+    for share in SHARES
+}
+fig, ax = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+for method in METHODS:
+    values = [of_units[method, share] for share in SHARES]
+    ax.plot(SHARES, [median(v) for v in values], "o-", ms=4, label=method)
+    ax.fill_between(SHARES, [*map(min, values)], [*map(max, values)], alpha=0.2, lw=0)
+ax.set(xlabel="share of hidden units removed", ylabel="test accuracy", ylim=(0, 1))
+ax.legend(loc="lower left")
+plt.show()
+
+# %%
+whole = [accuracy(net, net.W) for net in networks]
+for method in METHODS:
+    print(f"half of the units, {method:16}", *(f"{a:.3f}" for a in of_units[method, 0.5]))
+for i, before in enumerate(whole):
+    assert of_units["cost, with reply", 0.5][i] > before - 0.02
+    for method in METHODS[1:]:
+        assert of_units["cost, with reply", 0.5][i] > of_units[method, 0.5][i] + 0.02
+        assert of_units["cost, with reply", 0.75][i] > of_units[method, 0.75][i] + 0.2
+
+# %% [markdown]
+# Half of the units are gone, and the accuracy has fallen little. The columns of zeros can be cut out of the matrices,
+# together with the rows that make these units. What is left is a smaller network with the same outputs:
+
+# %%
+net = networks[0]
+W = removed(net, 0.5, "cost, with reply")
+first, second = (W[consumer][:, :-1].any(0) for consumer in ("2", "4"))  # units that are left
+cut = {
+    "0": W["0"][first],
+    "2": W["2"][second][:, torch.cat([first, torch.ones(1, dtype=torch.bool)])],
+    "4": W["4"][:, torch.cat([second, torch.ones(1, dtype=torch.bool)])],
+}
+hidden = net.X_test
+for name in ("0", "2"):
+    hidden = (hidden @ cut[name][:, :-1].T + cut[name][:, -1]).tanh()
+outputs = hidden @ cut["4"][:, :-1].T + cut["4"][:, -1]
+assert_exact(outputs, having(net, W)(net.X_test))
+small, large = (sum(V.numel() for V in weights.values()) for weights in (cut, net.W))
+print(f"{large} parameters before, {small} after")
+assert small < large / 2
+
+# %% [markdown]
+# ## What a change costs
+#
+# Let $L(W)$ be the **sum** of the losses over all data, and let training with weight decay $\delta$ minimise
+#
+# $$
+# J(W) = L(W) + \tfrac{\delta}{2} \lVert W \rVert^2 .
+# $$
+#
+# At the minimum the gradient of $J$ is zero. So a change $\Delta$ of the weights costs, to second order,
+#
+# $$
+# J(W + \Delta) - J(W) \approx \tfrac12 \langle \Delta, (M + \delta I) \Delta \rangle ,
+# \tag{24.1}
+# $$
+#
+# with the curvature $M$ of $L$, of which we take one block for each layer. The damping here is no knob: it is the weight
+# decay of the training.
+#
+# The loss alone is at no minimum. Its gradient there is $-\delta W$, because $\nabla L + \delta W = 0$. So its increase has a
+# term of first order:
+#
+# $$
+# L(W + \Delta) - L(W) \approx - \delta \langle W, \Delta \rangle + \tfrac12 \langle \Delta, M \Delta \rangle .
+# $$
+#
+# Setting weights to zero makes the first term positive, so that a formula without it predicts too little. In
+# numbers, with half of the weights gone (how these are chosen comes later):
+
+
+# %%
+def with_zeros(net: Trained, share: float) -> Weights:
+    """Zeros by the costs with reply, and the reply."""
+    costs = {n: costs_with_reply(W, net.K[n], DECAY) for n, W in net.W.items()}
+    keep = lowest(costs, share, weights_without_biases(net.model, net.W))
+    return {n: reply(W, net.K[n], DECAY, keep[n]) for n, W in net.W.items()}
+
+
+def predicted(net: Trained, V: Weights, decay: float) -> float:
+    return sum(predicted_increase(V[n] - W, net.K[n], decay).item() for n, W in net.W.items())
+
+
+print("         J: real  predicted |  L: real  M alone  with first order")
+for seed, net in enumerate(networks):
+    V = with_zeros(net, 0.5)
+    of_J, of_L = J(net, V) - J(net, net.W), loss(net, V) - loss(net, net.W)
+    first = -DECAY * sum((W * (V[n] - W)).sum().item() for n, W in net.W.items())
+    full, alone = predicted(net, V, DECAY), predicted(net, V, 0.0)
+    print(
+        f"seed {seed}    {of_J:5.2f} {full:10.2f} |    {of_L:5.2f} {alone:8.2f} {first + alone:17.2f}"
+    )
+    assert 0.7 < full / of_J < 1
+    assert alone < 0.2 * of_L
+    assert 0.5 * of_L < first + alone < of_L
+
+# %% [markdown]
+# For a linear model under the squared error, $J$ *is* quadratic and KFAC is its curvature
+# ([Chapter 5](05_kfac.py)). There the prediction is exact, however large the change.
+
+# %%
+X, Y, prior = torch.randn(30, 4), torch.randn(30, 3), 0.7
+SQUARED = nn.MSELoss(reduction="sum")
+linear = nn.Sequential(nn.Linear(4, 3))
+Phi = torch.cat([X, torch.ones(30, 1)], 1)  # with a column for the bias
+
+
+def J_linear(W: Tensor) -> Tensor:
+    return (X @ W[:, :-1].T + W[:, -1] - Y).square().sum() + prior / 2 * W.square().sum()
+
+
+W_linear = torch.linalg.solve(2 * Phi.T @ Phi + prior * torch.eye(5), 2 * Phi.T @ Y).T
+M_linear = over_loader(kfac, linear, SQUARED, [(X, Y)])["0"]
+keep = torch.rand(3, 5) > 0.4
+for V in (torch.where(keep, W_linear, 0.0), reply(W_linear, M_linear, prior, keep)):
+    increase = J_linear(V) - J_linear(W_linear)
+    assert_exact(predicted_increase(V - W_linear, M_linear, prior), increase)
+    assert relative_error(predicted_increase(V - W_linear, M_linear, 0.0), increase) > 0.01
+
+# %% [markdown]
+# ## One weight
+#
+# Let $H = M + \delta I$, and let $w$ be the vector of all weights of a block. The weight $w_i$ becomes zero, which means
+# $\Delta_i = -w_i$. There are two answers to what that costs. LeCun, Denker and Solla let all other weights stay and called
+# this [optimal brain damage](bibliography.md#obd). Hassibi and Stork let them reply, in the
+# [optimal brain surgeon](bibliography.md#obs).
+#
+# <div class="admonition theorem" markdown="1" id="thm-24.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 24.1 (the cost of one weight)</b></p>
+#
+# On a quadratic with the positive definite Hessian $H$ and the minimum $w$, a zero at $i$ costs
+#
+# $$
+# \begin{aligned}
+# \text{without a reply:} \quad & \tfrac12 w_i^2 H_{ii} , \\
+# \text{with the best reply:} \quad & \tfrac12 \frac{w_i^2}{(H^{-1})_{ii}} , \quad
+# \Delta = - \frac{w_i}{(H^{-1})_{ii}} H^{-1} e_i .
+# \end{aligned}
+# \tag{24.2}
+# $$
+#
+# The second cost is at most the first.
+#
+# </div>
+#
+# *Proof.* Without a reply $\Delta = -w_i e_i$, with the unit vector $e_i$. For the best reply, the derivative by every
+# other weight is zero, so that $H \Delta = \lambda e_i$ with a number $\lambda$. Then $\Delta = \lambda H^{-1} e_i$,
+# and $\Delta_i = -w_i$ gives $\lambda = - w_i / (H^{-1})_{ii}$. The cost is
+# $\tfrac12 \Delta^\top H \Delta = \tfrac12 \lambda \Delta_i$. Leaving the others alone is one of the replies, so the best
+# one costs no more. $\square$
+#
+# In a cell without the formula, we eliminate the weight: we put $\Delta_i = -w_i$ into the quadratic and solve for
+# all others.
+
+
+# %%
+def random_layer(d_out: int, d_in: int) -> tuple[Tensor, Kronecker]:
+    """Weights, and factors as random rows make them."""
+    a, g = torch.randn(d_in + 3, d_in), torch.randn(d_out + 3, d_out)
+    return torch.randn(d_out, d_in), Kronecker(a.T @ a / len(a), g.T @ g / len(g))
+
+
+W, M = random_layer(4, 6)
+H, w = M.dense() + DECAY * torch.eye(W.numel()), W.flatten()
+without, best = [], []
+for i in range(len(w)):
+    change = torch.zeros_like(w)
+    change[i] = -w[i]
+    without.append(change @ H @ change / 2)
+    others = torch.arange(len(w)) != i
+    change[others] = torch.linalg.solve(H[others][:, others], H[others, i] * w[i])
+    best.append(change @ H @ change / 2)
+
+assert_exact(costs_without_reply(W, M, DECAY).flatten(), torch.stack(without))
+assert_exact(costs_with_reply(W, M, DECAY).flatten(), torch.stack(best))
+ratio = torch.stack(best) / torch.stack(without)
+print(f"cost with reply over cost without: from {ratio.min():.2f} to {ratio.max():.2f}")
+assert (ratio <= 1).all()
+assert ratio.min() < 0.9
+
+# %% [markdown]
+# For $B \otimes A$ plus damping, the diagonal of the inverse follows from the eigenvectors of both factors
+# ([Chapter 7](07_matrices.py)). No matrix of the block's size is formed.
+
+# %% tags=["remove-input"]
+code(costs_without_reply, costs_with_reply)
+
+# %% [markdown]
+# ## Many weights
+#
+# Now a set $Z$ of weights becomes zero and the set $K$ is kept. The best reply makes the derivative by all kept weights
+# zero, which is a system of equations for the weights $v_K$ after the reply:
+#
+# $$
+# H_{KK} \, v_K = (H w)_K .
+# \tag{24.3}
+# $$
+#
+# A dense solve takes the cube of the number of kept weights. Conjugate gradients need only products with $H$, which for
+# $B \otimes A$ are two small multiplications. Entries outside of $K$ are masked.
+
+# %% tags=["remove-input"]
+code(reply)
+
+# %%
+keep = torch.rand(4, 6) > 0.5
+k, v = keep.flatten(), torch.zeros_like(w)
+v[k] = torch.linalg.solve(H[k][:, k], (H @ w)[k])
+assert_exact(reply(W, M, DECAY, keep), v.reshape(W.shape))
+
+# %% [markdown]
+# The costs of single weights do not add up to the cost of a set. Each of them assumes that all other weights are still
+# there.
+
+# %%
+together = predicted_increase(reply(W, M, DECAY, keep) - W, M, DECAY)
+added = costs_with_reply(W, M, DECAY)[~keep].sum()
+plain = predicted_increase(torch.where(keep, W, 0.0) - W, M, DECAY)
+added_plain = costs_without_reply(W, M, DECAY)[~keep].sum()
+print(f"with reply:    together {together:.3f}, added {added:.3f}")
+print(f"without reply: together {plain:.3f}, added {added_plain:.3f}")
+assert relative_error(added, together) > 1e-3
+assert relative_error(added_plain, plain) > 1e-3
+
+# %% [markdown]
+# Costs are in units of the loss, so one threshold serves all layers. `lowest` takes the cheapest weights of the whole
+# network.
+#
+# ## Rows and columns
+#
+# A computer gains little from single zeros, and much from whole rows and columns that are gone. A row of $W$ makes
+# one output unit; a column uses one input. For one Kronecker product both have a closed form.
+#
+# <div class="admonition theorem" markdown="1" id="thm-24.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 24.2 (a row, a column)</b></p>
+#
+# Let the Hessian be $B \otimes A$, positive definite. Zeros in the row $w_o^\top$ cost, with the best reply,
+#
+# $$
+# \tfrac12 \frac{w_o^\top A \, w_o}{(B^{-1})_{oo}} ,
+# \qquad
+# \Delta = - \frac{B^{-1} e_o}{(B^{-1})_{oo}} \, w_o^\top .
+# \tag{24.4}
+# $$
+#
+# For a column $w_i$, exchange the roles: the cost is $\tfrac12 w_i^\top B \, w_i / (A^{-1})_{ii}$, and the reply is
+# $- w_i \, e_i^\top A^{-1} / (A^{-1})_{ii}$.
+#
+# </div>
+#
+# *Proof.* The gradient of $\tfrac12 \langle \Delta, B \Delta A \rangle$ is $B \Delta A$, and at the best reply it is zero
+# but in row $o$: $B \Delta A = e_o u^\top$. So $\Delta = B^{-1} e_o \, u^\top A^{-1}$. Its row $o$ is $-w_o^\top$, which
+# gives $u^\top A^{-1} = - w_o^\top / (B^{-1})_{oo}$. The cost is half the product of $u$ with row $o$ of $\Delta$.
+# Columns are rows of the transposed problem. $\square$
+#
+# The factor $A$ drops out of the reply to a row: it is the same for all inputs. With the damping $\delta I$, the
+# Hessian is no single product, so `factored_damping` damps both factors instead ([Chapter 8](08_damping.py)).
+
+# %% tags=["remove-input"]
+code(column_costs, without_column)
+
+# %%
+keep = torch.ones(4, 6, dtype=torch.bool)
+keep[:, 2] = False
+assert_exact(without_column(W, M, 2), reply(W, M, 0.0, keep))
+assert_exact(column_costs(W, M)[2], predicted_increase(reply(W, M, 0.0, keep) - W, M, 0.0))
+keep = torch.ones(4, 6, dtype=torch.bool)
+keep[1] = False
+assert_exact(without_row(W, M, 1), reply(W, M, 0.0, keep))
+assert_exact(row_costs(W, M)[1], predicted_increase(reply(W, M, 0.0, keep) - W, M, 0.0))
+other_inputs = Kronecker(torch.eye(6), M.B)
+assert_exact(without_row(W, other_inputs, 1), without_row(W, M, 1))
+assert relative_error(row_costs(W, other_inputs), row_costs(W, M)) > 0.1
+
+# %% [markdown]
+# A hidden unit is a row of one layer and a column of the next. Which of the two formulas should one use? The row's
+# reply changes other units of the same layer, which are nonlinear functions of their weights. The column's reply
+# lets other units stand in for the one that goes, and this is linear. The first figure uses columns.
+#
+# ### Why half of the units can go
+#
+# The reply of the columns depends on $A$ alone, the mean of $a a^\top$ over the inputs $a$ of the layer. A unit costs
+# little if it is nearly a linear combination of the other units. So the spectrum of $A$ tells how many units
+# are needed.
+
+# %% tags=["hide-input"] alt="Cumulative share of the trace of A against the number of eigendirections, for the inputs of the second and the third layer. Both curves reach 99 percent at about ten directions, of 49 and 33 inputs." caption="The share of the trace of $A$ that its largest eigenvalues hold, for the layers that use the hidden units. The median of three networks; the dashed line is 99 %."
+fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+needed = {}
+for name in ("2", "4"):
+    spectra = torch.stack([torch.linalg.eigvalsh(net.K[name].A).flip(0) for net in networks])
+    held = spectra.cumsum(1) / spectra.sum(1, keepdim=True)
+    needed[name] = [int((row < 0.99).sum()) + 1 for row in held]
+    middle = held.median(0).values.cpu()
+    ax.plot(
+        range(1, len(middle) + 1), middle, "o-", ms=3, label=f"layer {name}: {len(middle)} inputs"
+    )
+ax.axhline(0.99, ls="--", lw=1, alpha=0.6)
+ax.set(xlabel="eigendirections", ylabel="share of the trace", ylim=(0.6, 1.01))
+ax.legend(loc="lower right")
+plt.show()
+for name, numbers in needed.items():
+    d_in = networks[0].K[name].A.shape[0]
+    print(f"layer {name}: {numbers} of {d_in} directions hold 99 %")
+    assert max(numbers) < d_in / 2.5
+
+# %% [markdown]
+# ## In the eigenbasis
+#
+# Costs do not add because weights interact. In the eigenbasis of $B \otimes A$ they do not interact.
+# [EigenDamage](bibliography.md#eigendamage) prunes there. With $A = Q_A \Lambda_A Q_A^\top$ and $B$ likewise,
+# let $C = Q_B^\top W Q_A$ be the coefficients of $W$.
+#
+# <div class="admonition theorem" markdown="1" id="thm-24.3">
+# <p class="admonition-title" markdown="1"><b>Theorem 24.3 (costs add)</b></p>
+#
+# With the eigenvalues $s_{oi}$ of $M$, zeros in a set of coefficients cost exactly
+# $\sum \tfrac12 C_{oi}^2 (s_{oi} + \delta)$, summed over the set, and the best reply is none.
+#
+# </div>
+#
+# *Proof.* In this basis $H$ is diagonal. Then [(24.1)] is a sum over coefficients, and [(24.3)] says
+# $v_K = w_K$. $\square$
+
+# %%
+E = M.eigen()
+keep = torch.rand(4, 6) > 0.5
+cost = predicted_increase(within_eigenbasis(W, E, keep) - W, E, DECAY)
+assert_exact(cost, eigenbasis_costs(W, E, DECAY)[~keep].sum())
+
+for seed, net in enumerate(networks):
+    bases = {n: K.eigen() for n, K in net.K.items()}
+    everything = {n: torch.ones_like(W, dtype=torch.bool) for n, W in net.W.items()}
+    costs = {n: eigenbasis_costs(W, bases[n], DECAY) for n, W in net.W.items()}
+    keep = lowest(costs, 0.9, everything)
+    V = {n: within_eigenbasis(W, bases[n], keep[n]) for n, W in net.W.items()}
+    dense = sum(W.numel() for W in net.W.values())
+    stored = sum(int(k.sum()) for k in keep.values())
+    both = stored + sum(E.QA.numel() + E.QB.numel() for E in bases.values())
+    print(
+        f"seed {seed}: accuracy {accuracy(net, V):.3f} with {stored} of {dense} coefficients,",
+        end=" ",
+    )
+    print(f"{both} numbers with the bases")
+    assert accuracy(net, V) > accuracy(net, net.W) - 0.03
+    assert both > dense
+
+# %% [markdown]
+# A tenth of the coefficients is enough. But both bases must be stored, and here they are larger than the weights:
+# nothing is saved by storing coefficients alone.
+#
+# ## The input factor alone
+#
+# With $B = I$ the rows of $W$ no longer interact. Each row is a least-squares problem of its own,
+# $A_{KK} v_K = (A w)_K$ with the row's own set $K$. Labels are not needed. This is the problem that
+# [SparseGPT](bibliography.md#sparsegpt) solves in large language models.
+
+# %%
+inputs_only = Kronecker(M.A, torch.eye(4))
+keep = torch.rand(4, 6) > 0.4
+V = reply(W, inputs_only, 0.0, keep)
+for row, k, w in zip(V, keep, W, strict=True):
+    assert_exact(row[k], torch.linalg.solve(M.A[k][:, k], (M.A @ w)[k]))
+
+# %% [markdown]
+# ## What matters most?
+#
+# A method has three parts: a cost that chooses the zeros, the reply, and the number of rounds. A method with rounds takes
+# a few zeros at a time and computes the curvature at the new weights before it goes on. We separate the parts. Six
+# methods prune the three networks to four sparsities, with one threshold for all layers. Biases stay.
+
+
+# %%
+def diagonal(io: LayerIO) -> Diagonal:
+    """The diagonal of the exact block."""
+    return Diagonal(io.gradients().square().sum((0, 1)))
+
+
+def masked(W: Weights, keep: Weights) -> Weights:
+    return {n: torch.where(keep[n], w, 0.0) for n, w in W.items()}
+
+
+def in_rounds(net: Trained, share: float, rounds: int = 6) -> Weights:
+    """Each round keeps the same share of the weights that are left."""
+    W, may = net.W, weights_without_biases(net.model, net.W)
+    for i in range(1, rounds + 1):
+        K = over_loader(kfac, having(net, W), SUM, [(net.X, net.y)])
+        costs = {n: costs_with_reply(w, K[n], DECAY) for n, w in W.items()}
+        keep = lowest(costs, 1 - (1 - share) ** (i / rounds), may)
+        W = {n: reply(w, K[n], DECAY, keep[n]) for n, w in W.items()}
+    return W
+
+
+# %% [markdown]
+# The diagonal for optimal brain damage is that of the exact block. All other methods use KFAC.
+
+
+# %%
+def all_methods(net: Trained, share: float) -> dict[str, Weights]:
+    M, may = net.K, weights_without_biases(net.model, net.W)
+    D = over_loader(diagonal, net.model, SUM, [(net.X, net.y)])
+    magnitude = lowest({n: W.abs() for n, W in net.W.items()}, share, may)
+    damage = {n: costs_without_reply(W, D[n], DECAY) for n, W in net.W.items()}
+    surgeon = {n: costs_with_reply(W, M[n], DECAY) for n, W in net.W.items()}
+    chosen = lowest(surgeon, share, may)
+    return {
+        "magnitude": masked(net.W, magnitude),
+        "damage": masked(net.W, lowest(damage, share, may)),
+        "surgeon": masked(net.W, chosen),
+        "magnitude, reply": {n: reply(W, M[n], DECAY, magnitude[n]) for n, W in net.W.items()},
+        "surgeon, reply": {n: reply(W, M[n], DECAY, chosen[n]) for n, W in net.W.items()},
+        "surgeon, reply, rounds": in_rounds(net, share),
+    }
+
+
+# %%
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+table: dict[str, dict[float, list[float]]] = {}
+for share in SPARSITIES:
+    for net in networks:
+        for method, V in all_methods(net, share).items():
+            table.setdefault(method, {}).setdefault(share, []).append(accuracy(net, V))
+
+print("accuracy in %: median (least to most)")
+print(f"{'zeros':22}", *(f"{share:>18.0%}" for share in SPARSITIES))
+for method, row in table.items():
+    cells = [
+        f"{median(a):.1%} ({min(a):.1%} to {max(a):.1%})".replace("%", "") for a in row.values()
+    ]
+    print(f"{method:22}", *(f"{cell:>18}" for cell in cells))
+
+# %% [markdown]
+# - The reply matters more than the choice. With a reply, magnitude and surgeon choose about equally well. Without one, all
+#   three choices are bad at 90 %.
+# - Rounds matter most at high sparsity.
+# - Optimal brain damage chooses mostly better than magnitude and sometimes worse. The surgeon's costs expect a reply. Without
+#   it they are no better guide than magnitude.
+
+# %%
+for i in range(3):
+    at = {method: row[0.9][i] for method, row in table.items()}
+    alone = [at["magnitude"], at["damage"], at["surgeon"]]
+    replied = [at["magnitude, reply"], at["surgeon, reply"]]
+    assert min(replied) > max(alone) + 0.1
+    assert abs(replied[0] - replied[1]) < 0.04
+    for share in (0.9, 0.95):
+        rounds, once = table["surgeon, reply, rounds"][share][i], table["surgeon, reply"][share][i]
+        assert rounds > once + 0.05
+    assert table["surgeon, reply"][0.5][i] > accuracy(networks[i], networks[i].W) - 0.01
+better = {}
+for method in ("damage", "surgeon"):
+    gains = [
+        a - b
+        for share in SPARSITIES
+        for a, b in zip(table[method][share], table["magnitude"][share], strict=True)
+    ]
+    print(f"{method}: better than magnitude in {sum(g > 0 for g in gains)} of {len(gains)} cases")
+    assert min(gains) < -0.005
+    assert max(gains) > 0.005
+    better[method] = sum(g > 0 for g in gains) / len(gains)
+assert better["damage"] > 0.5
+assert better["surgeon"] < 0.7
+
+# %% [markdown]
+# ### Where the quadratic ends
+#
+# Why do rounds help? One large step leaves the region in which $J$ is near its parabola. The predicted increase is then
+# far below the real one.
+
+# %% tags=["hide-input"] alt="Real increase of J against the predicted increase, both on logarithmic axes, for sparsities from 30 to 95 percent and three networks. The points are near the diagonal at small values and up to five times above it at large ones." caption="The real and the predicted increase of $J$ for sparsities from 30 % (lower left) to 95 % (upper right), zeros and reply in one step. On the dashed line they are equal."
+levels = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+ratios: dict[float, list[float]] = {share: [] for share in levels}
+fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+for seed, net in enumerate(networks):
+    points = []
+    for share in levels:
+        V = with_zeros(net, share)
+        points.append((predicted(net, V, DECAY), J(net, V) - J(net, net.W)))
+        ratios[share].append(points[-1][0] / points[-1][1])
+    ax.loglog(*zip(*points, strict=True), "o-", ms=4, label=f"seed {seed}")
+ends = [min(p for p, _ in points), max(p for p, _ in points)]
+ax.loglog(ends, ends, "--", lw=1)
+ax.set(xlabel="predicted increase of J", ylabel="real increase of J")
+ax.legend()
+plt.show()
+
+# %%
+for share, values in ratios.items():
+    print(f"{share:4.0%} of zeros: predicted over real", *(f"{r:.2f}" for r in values))
+assert all(0.7 < r < 1.05 for share in (0.3, 0.4, 0.5) for r in ratios[share])
+assert all(r < 0.45 for share in (0.9, 0.95) for r in ratios[share])
+
+# %% [markdown]
+# So the best reply by the parabola is not always the best one in truth. Here is an example. We remove half of the units as
+# in the first figure, with the decay as damping and with a tenth of it. With the smaller damping, the predicted increase
+# is larger and the real one is smaller. The weights are larger then, but the loss grows less.
+
+# %%
+for seed, net in enumerate(networks):
+    found, losses, squares = [], [], []
+    for damping in (DECAY, DECAY / 10):
+        V = removed(net, 0.5, "cost, with reply", damping=damping)
+        found.append((predicted(net, V, DECAY), J(net, V) - J(net, net.W)))
+        print(
+            f"seed {seed}, damping {damping}: predicted {found[-1][0]:.1f}, real {found[-1][1]:.1f}"
+        )
+        losses.append(loss(net, V))
+        squares.append(sum(W.square().sum() for W in V.values()))
+    assert losses[1] < losses[0]
+    assert squares[1] > squares[0]
+    assert found[1][0] > found[0][0]
+    assert found[1][1] < 0.95 * found[0][1]
+
+# %% [markdown]
+# ## What goes wrong
+#
+# **Dead inputs.** Some pixels are zero in all images. Then $A$ has a row of zeros, and without decay the block has no
+# inverse. With decay the weights of these pixels are zero at the minimum, so that removing them costs nothing.
+
+# %%
+net = networks[0]
+dead = (net.X == 0).all(0)
+costs = costs_with_reply(net.W["0"], net.K["0"], DECAY)[:, :-1]
+print(f"{int(dead.sum())} of 64 pixels are zero in all training images of seed 0")
+print(
+    f"their dearest weight costs {costs[:, dead].max():.0e}, the others' median {costs[:, ~dead].median():.0e}"
+)
+assert costs[:, dead].max() < 1e-2 * costs[:, ~dead].median()
+try:
+    costs_with_reply(net.W["0"], net.K["0"], 0.0)
+except ValueError as error:
+    print(fill(str(error), 100))
+else:
+    raise AssertionError("a singular block was inverted")
+
+# %% [markdown]
+# **The bias's column.** It is the last one of $W$, and its input is 1. `column_costs` gives it a number like any other, but it
+# is no unit. That is why the functions above leave it out.
+#
+# **A mean loss.** $M$ must belong to the *sum* of the losses. The curvature of a mean is smaller by the number of data, so
+# that the decay outweighs it and the reply is nearly nothing.
+
+# %%
+MEAN, losses = nn.CrossEntropyLoss(), []
+for seed, net in enumerate(networks):
+    wrong = over_loader(kfac, net.model, MEAN, [(net.X, net.y)])
+    keep = {n: V != 0 for n, V in with_zeros(net, 0.8).items()}
+    right = {n: reply(W, net.K[n], DECAY, keep[n]) for n, W in net.W.items()}
+    of_mean = {n: reply(W, wrong[n], DECAY, keep[n]) for n, W in net.W.items()}
+    print(
+        f"seed {seed}: accuracy with sum {accuracy(net, right):.3f}, mean {accuracy(net, of_mean):.3f};",
+        end=" ",
+    )
+    print(f"loss {loss(net, right):.0f} and {loss(net, of_mean):.0f}")
+    assert_exact(wrong["0"].trace() * len(net.X), net.K["0"].trace())
+    losses.append(loss(net, of_mean) / loss(net, right))
+assert min(losses) > 1.5
+
+# %% [markdown]
+# ## In one minute
+#
+# - At a minimum of loss plus decay, a change costs [(24.1)]. The damping is the weight decay.
+# - Zero weights: choose them by cost, then let all others reply. The reply matters more than the choice.
+# - Costs of single weights do not add, except in the eigenbasis.
+# - For one Kronecker product, whole rows and columns have a closed form. Removing columns with a reply removes units.
+# - Rounds with fresh curvature matter most at high sparsity, where one parabola is not enough.
+#
+# ## Exercises
+#
+# **Exercise 24.1.** Two units of a layer always have equal values. What does each of their columns cost without
+# damping of $A$, in the limit? What does the second one cost after the first is gone? Conclude why the costs are
+# computed again after each column.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Each can stand in for the other, so that each costs nothing: with a damping $\epsilon$ of $A$, $(A^{-1})_{ii}$ is about
+# $1 / (2 \epsilon)$, which grows without bound. When one is gone, its weights have been added to the other's, which no third column can replace. With costs that
+# were computed once, both would be removed.
+#
+# </details>
+#
+# **Exercise 24.2.** SparseGPT visits the inputs in order. At input $j$, only the inputs after it may reply. So it
+# needs $(A_{j:, j:})^{-1}$, the inverse of what is left, for each $j$. Let $U$ be the upper triangular Cholesky factor of the whole
+# inverse, $A^{-1} = U^\top U$. Show that $U_{jj}^2$ is the first diagonal entry of $(A_{j:, j:})^{-1}$.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Then $A = U^{-1} U^{-\top}$ with $U^{-1}$ upper triangular. Rows $j$ and later of $U^{-1}$ are zero before column $j$, so
+# $A_{j:, j:} = T T^\top$ with the trailing block $T = (U^{-1})_{j:, j:}$. Its inverse is $T^{-\top} T^{-1}$, and
+# $T^{-1} = U_{j:, j:}$ is upper triangular. The first column of $U_{j:, j:}$ has only its first entry $U_{jj}$, whose
+# square is the entry in question.
+#
+# </details>
+#
+# **Exercise 24.3.** For which $H$ do both costs of [(24.2)] agree for every weight?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Agreement means that the best reply is none: $H^{-1} e_i$ is a multiple of $e_i$. For every $i$ this holds if and
+# only if $H$ is diagonal.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+W, M = random_layer(3, 4)  # 24.1
+rows = torch.randn(20, 3)
+rows = torch.cat([rows, rows[:, :1]], 1)  # the last input repeats the first
+for damping in (1e-3, 1e-6):
+    K = Kronecker(rows.T @ rows / 20 + damping * torch.eye(4), M.B)
+    limit = damping * ((M.B @ W) * W).sum(0)[[0, 3]]  # the inverse has 1 / (2 * damping) there
+    assert relative_error(column_costs(W, K)[[0, 3]], limit) < 1e-2
+left = Kronecker(K.A[:3, :3], K.B)
+merged_column = without_column(W, K, 3)[:, :3]
+assert relative_error(merged_column[:, 0], W[:, 0] + W[:, 3]) < 1e-4
+assert column_costs(merged_column, left)[0] > 1e3 * column_costs(W, K)[0]
+
+A = random_layer(3, 6)[1].A  # 24.2
+U = torch.linalg.cholesky(A.inverse(), upper=True)
+corners = torch.stack([A[j:, j:].inverse()[0, 0] for j in range(6)])
+assert_exact(U.diagonal().square(), corners)
+assert relative_error(A.inverse().diagonal(), corners) > 0.01
+
+D = Diagonal(torch.rand(3, 4) + 0.1)  # 24.3
+assert_exact(costs_with_reply(W, D, 0.2), costs_without_reply(W, D, 0.2))
+ratio = costs_with_reply(W, M, 0.2) / costs_without_reply(W, M, 0.2)
+assert (ratio < 1).all()
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [LeCun, Denker and Solla (1989)](bibliography.md#obd) and [Hassibi and Stork (1993)](bibliography.md#obs) for single
+# weights; [Wang et al. (2019)](bibliography.md#eigendamage) for Kronecker factors, rows and columns and the eigenbasis;
+# [Frantar and Alistarh (2023)](bibliography.md#sparsegpt) for the input factor alone, at scale.

@@ -1,0 +1,586 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 25. Merging: one network from several
+#
+# **Part V: Curvature in use.** Can networks that were trained apart become one, without their data?
+#
+# Each network comes with its weights and with a curvature matrix for each layer. The curvature says along which
+# directions its data have determined the weights. There, the merged network should have the weights of this network.
+# A plain average of the weights makes no such difference.
+
+# %% tags=["hide-input"]
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from kfac_scratch.applications.merging import merged, merged_block
+from kfac_scratch.applications.trained import parameters_from, trained_weights
+from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.checks import assert_exact, relative_error, set_up
+from kfac_scratch.data_loader import over_loader
+from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.diagonal import Diagonal
+from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
+from kfac_scratch.matrices.kronecker_sum import KroneckerSum
+from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.show import code
+
+set_up()  # seed 0, float64, the GPU where there is one
+
+Weights = dict[str, Tensor]  # a matrix [W | b] for each layer
+
+# %% [markdown]
+# A network learns to read digits from 60 images. This is the start. Then it is trained on, in two copies: model 1 sees only
+# the digits 0 to 4, model 2 only 5 to 9. Both have a weight decay towards the start. The goal is a network that reads all
+# ten digits. Joint training, on the data of both, shows what is possible. Everything is done four times, with other
+# data and other random weights.
+
+# %% tags=["hide-input"]
+SUM, DECAY = nn.CrossEntropyLoss(reduction="sum"), 3.0
+digits = load_digits()
+images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
+LAYERS = ("0", "2")
+
+
+class Family(NamedTuple):
+    """A start, two networks that were trained from it on parts of the data, and one on all."""
+
+    start: nn.Module
+    models: list[nn.Module]
+    joint: nn.Module
+    parts: list[tuple[Tensor, Tensor]]
+    test: tuple[Tensor, Tensor]
+
+
+def train(start: nn.Module, X: Tensor, y: Tensor, towards: list[Tensor], steps: int) -> nn.Module:
+    """A copy at a minimum of the sum of the losses and the decay towards some weights."""
+    model = deepcopy(start)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=steps, history_size=30, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        pairs = zip(model.parameters(), towards, strict=True)
+        value = SUM(model(X), y) + DECAY / 2 * sum((p - q).square().sum() for p, q in pairs)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return model
+
+
+# %% tags=["hide-input"]
+def family(seed: int) -> Family:
+    torch.manual_seed(seed)
+    order = torch.randperm(len(labels))
+    X, y = images[order[:1000]], labels[order[:1000]]
+    initial = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    zeros = [torch.zeros_like(p) for p in initial.parameters()]
+    start = train(initial, X[:60], y[:60], zeros, 100)
+    W0 = [p.detach() for p in start.parameters()]
+    parts = [(X[y < 5], y[y < 5]), (X[y >= 5], y[y >= 5])]
+    models = [train(start, *part, W0, 150) for part in parts]
+    test = (images[order[1000:]], labels[order[1000:]])
+    return Family(start, models, train(start, X, y, W0, 150), parts, test)
+
+
+# %% [markdown]
+# All networks are compared on test images of all ten digits.
+
+
+# %% tags=["hide-input"]
+def having(model: nn.Module, W: Weights) -> nn.Module:
+    """A copy with other weights."""
+    model = deepcopy(model)
+    model.load_state_dict(parameters_from(model, W), strict=False)
+    return model
+
+
+def accuracy(f: Family, model: nn.Module) -> float:
+    """The share of test images, of all ten digits, that are read correctly."""
+    X, y = f.test
+    return (model(X).argmax(1) == y).double().mean().item()
+
+
+families = [family(seed) for seed in range(4)]
+
+# %% [markdown]
+# The figure compares these networks with six ways to merge models 1 and 2. Each way is explained below.
+
+
+# %% tags=["hide-input"]
+def block(io: LayerIO) -> Dense:
+    """The exact block of a layer."""
+    return Dense(io.block())
+
+
+def diagonal(io: LayerIO) -> Diagonal:
+    """The diagonal of that block."""
+    return Diagonal(io.gradients().square().sum((0, 1)))
+
+
+def inputs_summed(io: LayerIO) -> Kronecker:
+    """The input factor alone, as a sum over the data."""
+    mean = foof(io)
+    return Kronecker(io.rows * mean.A, mean.B)
+
+
+def plus(K: Kronecker, decay: float) -> KroneckerEigen:
+    """`K + decay * I`."""
+    E = K.eigen()
+    return replace(E, scale=E.scale + decay)
+
+
+def weights(f: Family) -> tuple[list[Weights], Weights]:
+    return [trained_weights(m, LAYERS) for m in f.models], trained_weights(f.start, LAYERS)
+
+
+def curvature(f: Family, approximation: Callable[[LayerIO], Matrix]) -> list[dict[str, Matrix]]:
+    """That of each model, on its own data."""
+    found = zip(f.models, f.parts, strict=True)
+    return [over_loader(approximation, model, SUM, [part]) for model, part in found]
+
+
+# %% [markdown]
+# Some pixels are always zero, so that their weights have no curvature in either network. What is called "without the decay"
+# here therefore has a tiny one.
+
+# %% tags=["hide-input"]
+TINY = 1e-3
+
+
+def ways(f: Family, K: list[dict[str, Kronecker]]) -> dict[str, Weights]:
+    (Ws, W0), D, R = weights(f), curvature(f, diagonal), curvature(f, inputs_summed)
+    damped = [{n: plus(M, DECAY) for n, M in Ks.items()} for Ks in K]
+    return {
+        "average": {n: (Ws[0][n] + Ws[1][n]) / 2 for n in LAYERS},
+        "diagonal": merged(Ws, D, DECAY, W0),
+        "KFAC without the decay": merged(Ws, K, TINY, W0),
+        "KFAC, start twice": merged(Ws, damped, 0.0, W0),
+        "KFAC, start once": merged(Ws, K, DECAY, W0),
+        "RegMean": merged(Ws, R, TINY, W0),
+    }
+
+
+curvatures = [curvature(f, kfac) for f in families]
+found = [ways(f, K) for f, K in zip(families, curvatures, strict=True)]
+results = {
+    "start": [accuracy(f, f.start) for f in families],
+    "model 1": [accuracy(f, f.models[0]) for f in families],
+    "model 2": [accuracy(f, f.models[1]) for f in families],
+}
+for way in found[0]:
+    both = zip(families, found, strict=True)
+    results[way] = [accuracy(f, having(f.start, W[way])) for f, W in both]
+results["joint training"] = [accuracy(f, f.joint) for f in families]
+
+# %% tags=["hide-input"] alt="Horizontal bars of test accuracy on all ten digits. Models 1 and 2 read about half of the test images, less than the start. KFAC without the decay is below the start. The average, the diagonal and KFAC with the start counted twice are above it, KFAC with the start counted once and RegMean are higher, and joint training is the highest." caption="Test accuracy on all ten digits. Bars: the median of four repetitions. Lines: from the worst to the best."
+fig, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
+names = list(results)
+middle = [median(results[name]) for name in names]
+below = [m - min(results[name]) for m, name in zip(middle, names, strict=True)]
+above = [max(results[name]) - m for m, name in zip(middle, names, strict=True)]
+colours = ["C1" if name in found[0] else "C0" for name in names]
+ax.barh(names, middle, color=colours, alpha=0.75)
+ax.errorbar(middle, names, xerr=[below, above], fmt="none", ecolor="C3", capsize=3)
+ax.invert_yaxis()
+ax.set(xlabel="test accuracy, all digits", xlim=(0, 1))
+plt.show()
+
+# %%
+for name, values in results.items():
+    print(f"{name:22}", *(f"{a:.3f}" for a in values))
+for i in range(len(families)):
+    at = {name: values[i] for name, values in results.items()}
+    assert max(at["model 1"], at["model 2"]) < 0.55
+    assert at["KFAC, start once"] > max(at["start"], at["average"]) + 0.004
+    assert at["KFAC without the decay"] < at["average"] - 0.1
+    assert at["RegMean"] > at["KFAC, start once"]
+    assert at["joint training"] > at["RegMean"] + 0.01
+for other in ("diagonal", "KFAC, start twice"):
+    gains = [a - b for a, b in zip(results["KFAC, start once"], results[other], strict=True)]
+    print(f"KFAC, start once, against {other}:", *(f"{gain:+.3f}" for gain in gains))
+    assert sum(gains) / len(gains) > 0.005
+    assert min(gains) > -0.005
+
+# %% [markdown]
+# KFAC with the start counted once is better than the average in every repetition. On average, it is also better than the
+# diagonal and than KFAC with the start counted twice. Single repetitions may show no difference between these three.
+#
+# Each model forgets the digits that it does not see. Most merged networks read all ten, and no data were used to merge
+# them. Three things are to be explained: what the matrices are for, why KFAC is the worst of all ways if the decay is left
+# out, and why RegMean is the best.
+#
+# ## A product of posteriors
+#
+# Network $k$ minimises the sum $L_k$ of the losses over its data, with a weight decay $\delta$ towards the start $W_0$.
+# Its minimum is $W_k$. Joint training would minimise
+#
+# $$
+# \sum_k L_k(W) + \tfrac{\delta}{2} \lVert W - W_0 \rVert^2 .
+# $$
+#
+# In terms of probabilities, $e^{-L_k}$ is the likelihood of the data of network $k$, and the decay is a normal prior
+# around the start. Each network is the maximum of a posterior, likelihood times prior. The product of all $K$ posteriors
+# contains the prior $K$ times. Joint training contains it once. So the product has to be divided by the prior
+# $K - 1$ times:
+#
+# $$
+# p(W \mid \text{all data}) \propto \frac{\prod_k p(W \mid \text{data } k)}{p(W)^{K - 1}} .
+# $$
+#
+# By [Laplace's approximation](22_laplace.py), posterior $k$ is normal, with mean $W_k$ and precision $M_k + \delta I$.
+# $M_k$ is the curvature of $L_k$ at $W_k$. The logarithm of the product is a sum of parabolas, and at its maximum the
+# derivative is zero:
+#
+# $$
+# \Bigl( \sum_k M_k + \delta I \Bigr) W = \sum_k (M_k + \delta I) W_k - (K - 1) \, \delta W_0 .
+# \tag{25.1}
+# $$
+#
+# Along a direction in which one network has much more curvature than the others, the merged weights are nearly those of
+# this network. Each layer is merged on its own. The choice of $M_k$ is the method:
+#
+# | $M_k$ | Method |
+# | --- | --- |
+# | the same for all $k$ | the average of the weights, as in [model soups](bibliography.md#soups) |
+# | diagonal | [Fisher merging](bibliography.md#fisher-merging) |
+# | $I \otimes A_k$ | [RegMean](bibliography.md#regmean) |
+# | $B_k \otimes A_k$ | KFAC merging, as in [MaTS](bibliography.md#mats) |
+#
+# The published methods leave the decay or the start out, so the table compares matrices only.
+#
+# The sum of several Kronecker products is no Kronecker product. [(25.1)] is solved by conjugate gradients, which need
+# products with each $M_k$. The unknown is the distance from the start, so that $W_0$ needs no term of its own.
+
+# %% tags=["remove-input"]
+code(merged_block)
+
+# %% [markdown]
+# In two dimensions one sees what happens. Network 1 has seen data that determine the first weight, network 2 the second.
+
+# %% tags=["hide-input"] alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the two ellipses' long axes, close to the minimum of joint training." caption="Two networks with one direction each that their data determine, the start at zero, the average, and the merged weights of [(25.1)]. The ellipses are level lines of the two parabolas."
+Hs = [torch.diag(torch.tensor([9.0, 0.3])), torch.diag(torch.tensor([0.3, 9.0]))]
+targets, decay = [torch.tensor([2.0, 0.3]), torch.tensor([0.2, 1.5])], 1.0
+minima = [
+    torch.linalg.solve(H + decay * torch.eye(2), H @ t) for H, t in zip(Hs, targets, strict=True)
+]
+Ws_plane = [w.reshape(1, 2) for w in minima]
+plane = merged_block(Ws_plane, [Dense(H) for H in Hs], decay, torch.zeros(1, 2))
+joint = torch.linalg.solve(
+    sum(Hs) + decay * torch.eye(2), sum(H @ t for H, t in zip(Hs, targets, strict=True))
+)
+assert_exact(plane.flatten(), joint)
+
+fig, ax = plt.subplots(figsize=(5.6, 4), layout="constrained")
+angle = torch.linspace(0, 2 * torch.pi, 100)
+circle = torch.stack([angle.cos(), angle.sin()])
+for k, (H, w) in enumerate(zip(Hs, minima, strict=True)):
+    ring = w[:, None] + 0.8 * (H + decay * torch.eye(2)).diagonal().rsqrt()[:, None] * circle
+    ax.plot(*ring.cpu(), color=f"C{k}", alpha=0.7)
+    ax.plot(*w.cpu(), "o", color=f"C{k}", label=f"network {k + 1}")
+ax.plot(*(sum(minima) / 2).cpu(), "s", color="C2", label="average")
+ax.plot(*plane[0].cpu(), "*", ms=12, color="C3", label="merged")
+ax.plot(0, 0, "x", color="C4", label="start")
+ax.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## Where it is exact
+#
+# <div class="admonition theorem" markdown="1" id="thm-25.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 25.1 (linear models)</b></p>
+#
+# For linear models under the squared error, with the exact block or with KFAC as $M_k$, the solution of [(25.1)] is the
+# model that is trained on all data, with the same decay towards the same start.
+#
+# </div>
+#
+# *Proof.* The loss of network $k$ with its decay is quadratic, and its Hessian is $M_k + \delta I$, since KFAC is the
+# exact block here ([Chapter 5](05_kfac.py)). Its gradient is $(M_k + \delta I)(W - W_k)$. The sum of these gradients over
+# $k$, minus $(K - 1) \, \delta (W - W_0)$, is the gradient of joint training. Setting it to zero gives [(25.1)]. $\square$
+#
+# We train three linear models on data sets of different sizes and directions, and one on all the data.
+
+
+# %%
+def ridge(X: Tensor, Y: Tensor, decay: float, start: Tensor) -> Tensor:
+    """The minimum of the squared error and the decay towards a start."""
+    Phi = torch.cat([X, torch.ones(len(X), 1)], 1)  # with a column for the bias
+    H = 2 * Phi.T @ Phi + decay * torch.eye(Phi.shape[1])
+    return torch.linalg.solve(H, 2 * Phi.T @ Y + decay * start.T).T
+
+
+SQUARED, decay = nn.MSELoss(reduction="sum"), 0.4
+sets = [(torch.randn(n, 5) @ torch.randn(5, 5), torch.randn(n, 3)) for n in (20, 35, 15)]
+start = torch.randn(3, 6)
+union = ridge(*(torch.cat(t) for t in zip(*sets, strict=True)), decay, start)
+linear = nn.Sequential(nn.Linear(5, 3))  # the curvature does not depend on its weights
+Ws = [ridge(*part, decay, start) for part in sets]
+
+
+def of_linear(structure: Callable[[LayerIO], Matrix]) -> list[Matrix]:
+    return [over_loader(structure, linear, SQUARED, [part])["0"] for part in sets]
+
+
+for structure in (block, kfac):
+    assert_exact(merged_block(Ws, of_linear(structure), decay, start), union)
+
+Ks = of_linear(kfac)
+wrong = {
+    "average": sum(Ws) / 3,
+    "diagonal": merged_block(Ws, of_linear(diagonal), decay, start),
+    "KFAC, start three times": merged_block(Ws, [plus(K, decay) for K in Ks], 0.0, start),
+    "KFAC without the decay": merged_block(Ws, Ks, 0.0, start),
+}
+for name, W in wrong.items():
+    print(f"{name:24} off by {relative_error(W, union):.3f}")
+    assert relative_error(W, union) > 1e-3
+
+# %% [markdown]
+# ### Two networks, directly
+#
+# Two Kronecker products can be diagonalised at once ([`KroneckerSum`](12_kpsvd.py)). Without decay and for $K = 2$,
+# no iteration is needed. With the decay there is a third term, and a third term shares no basis with two general ones.
+
+# %%
+direct = KroneckerSum(*Ks[:2]).inverse(0.0) @ (Ks[0] @ Ws[0] + Ks[1] @ Ws[1])
+assert_exact(merged_block(Ws[:2], Ks[:2], 0.0, start), direct, tolerance=1e-8)
+
+# %% [markdown]
+# ## RegMean is merging by the input factor
+#
+# [RegMean](bibliography.md#regmean) asks for the weights whose outputs are, on the inputs of each network, nearest to the
+# outputs of that network:
+#
+# $$
+# \min_W \sum_k \sum_{a \in \text{data } k} \lVert W a - W_k a \rVert^2 .
+# $$
+#
+# The derivative is zero at
+#
+# $$
+# W = \Bigl( \sum_k W_k A_k \Bigr) \Bigl( \sum_k A_k \Bigr)^{-1},
+# \qquad A_k = \sum_{a \in \text{data } k} a a^\top .
+# \tag{25.2}
+# $$
+#
+# This is [(25.1)] with $M_k = I \otimes A_k$ and without decay. $A_k$ is a **sum** over the data. In KFAC, and in
+# `foof`, it is the mean. With means, a network with few data counts as much as one with many. For the squared error and
+# $N_k$ data, KFAC has $B_k = 2 N_k I$, so that its product is $2 \, I \otimes A_k$ with the sum $A_k$. So KFAC is RegMean
+# there, and FOOF with its means is not.
+
+# %%
+zero = torch.zeros(3, 6)
+As = [M.A for M in of_linear(inputs_summed)]
+regmean = torch.linalg.solve(sum(As), sum(W @ A for W, A in zip(Ws, As, strict=True)), left=False)
+assert_exact(merged_block(Ws, of_linear(inputs_summed), 0.0, zero), regmean)
+assert_exact(merged_block(Ws, of_linear(kfac), 0.0, zero), regmean)
+for K, (X, _) in zip(of_linear(kfac), sets, strict=True):
+    assert_exact(K.B, 2 * len(X) * torch.eye(3))
+means = merged_block(Ws, of_linear(foof), 0.0, zero)
+print(f"with means instead of sums: off by {relative_error(means, regmean):.3f}")
+assert relative_error(means, regmean) > 0.02
+
+# %% [markdown]
+# ## What the decay does
+#
+# In the first figure, KFAC without the decay is worse than the plain average. Better matrices have made it worse. The reason
+# is where the merged weights lie. We measure the distance from the start.
+
+
+# %%
+def distance(W: Weights, W0: Weights) -> float:
+    return sum((W[n] - W0[n]).square().sum().item() for n in W0) ** 0.5
+
+
+for f, W in zip(families, found, strict=True):
+    Ws, W0 = weights(f)
+    models = [distance(V, W0) for V in Ws]
+    far = distance(W["KFAC without the decay"], W0)
+    once = distance(W["KFAC, start once"], W0)
+    assert distance(W["KFAC, start twice"], W0) < once
+    joint = distance(trained_weights(f.joint, LAYERS), W0)
+    print(
+        f"models {models[0]:.1f} and {models[1]:.1f}, joint {joint:.1f};",
+        f"merged: without decay {far:.1f}, start once {once:.1f}",
+    )
+    assert far > 2 * max(models)
+    assert max(models) < once < joint < far
+
+# %% [markdown]
+# In most directions, the curvature of both networks is smaller than the decay. Without the decay, [(25.1)] divides one
+# small number by another there. The matrices of the two networks have different eigenvectors, so that the result is no
+# average of the two: it lies far away from both. With the decay these directions stay near the start. Diagonal
+# matrices cannot lead so far: without decay, each merged weight lies between those of the two networks.
+
+# %%
+for seed, (f, both) in enumerate(zip(families, curvatures, strict=True)):
+    s = torch.cat([M.eigenvalues() for K in both for M in K.values()])
+    print(f"seed {seed}: {(s < DECAY).double().mean():.0%} of the eigenvalues are below the decay")
+    assert (s < DECAY).double().mean() > 0.8
+    (V1, V2), W0 = weights(f)
+    D1, D2 = ({n: Diagonal(M.scale + 1e-9) for n, M in Ms.items()} for Ms in curvature(f, diagonal))
+    V = merged([V1, V2], [D1, D2], 0.0, W0)
+    for n in LAYERS:
+        assert (V[n] > torch.minimum(V1[n], V2[n]) - 1e-9).all()
+        assert (V[n] < torch.maximum(V1[n], V2[n]) + 1e-9).all()
+
+# %% [markdown]
+# Counting the start twice is a milder mistake. It draws the merged weights too close to the start.
+#
+# RegMean has no decay either and does well. Its matrix is a multiple of KFAC's with $B$ replaced by the
+# identity. So it is $B$ that does harm without the decay. Here is the diagonal of $B$ for the ten outputs of model 1,
+# which has seen the digits 0 to 4:
+
+# %%
+for seed, (first, _) in enumerate(curvatures):
+    B = first["2"].B.diagonal()
+    print(f"seed {seed}: digits 0 to 4", *(f"{b:.2f}" for b in B[:5]), end="")
+    print("; digits 5 to 9", *(f"{b:.2f}" for b in B[5:]))
+    assert B[:5].min() > 2 * B[5:].max()
+
+# %% [markdown]
+# The training has made digits 5 to 9 improbable. Their probabilities are now so small that the curvature of these
+# outputs is small, too. Model 2 has done the same with the digits 0 to 4. The curvature at the end does not say how far
+# these weights have moved.
+#
+# On these digits RegMean is better than KFAC in all repetitions, and it needs no labels. That it is better elsewhere
+# does not follow.
+#
+# ## What goes wrong
+#
+# **A mean loss.** The curvature must belong to the sum of the losses. With that of a mean, the decay outweighs it and
+# every network counts the same, whatever its number of data.
+
+# %%
+MEAN = nn.CrossEntropyLoss()
+for i, f in enumerate(families):
+    Ws, W0 = weights(f)
+    pairs = zip(f.models, f.parts, strict=True)
+    Ms = [over_loader(kfac, model, MEAN, [part]) for model, part in pairs]
+    of_mean = accuracy(f, having(f.start, merged(Ws, Ms, DECAY, W0)))
+    print(f"mean {of_mean:.3f}, sum {results['KFAC, start once'][i]:.3f}")
+    assert of_mean < results["KFAC, start once"][i]
+
+# %% [markdown]
+# **Networks that do not correspond.** Hidden units have no order: exchange two of them, with their incoming and
+# outgoing weights, and no output changes. But the weights are elsewhere. Networks from different starts have their units in
+# different orders. We merge each joint network with a copy of itself whose units were permuted. Both networks read all
+# digits equally well, and the network that is merged from them reads fewer. Merged with itself, the network loses nearly
+# nothing.
+
+# %%
+torch.manual_seed(0)
+for f in families:
+    W, W0 = trained_weights(f.joint, LAYERS), trained_weights(f.start, LAYERS)
+    order = torch.randperm(32)
+    bias = torch.tensor([32])
+    permuted = {"0": W["0"][order], "2": W["2"][:, torch.cat([order, bias])]}
+    twin = having(f.joint, permuted)
+    X, y = (torch.cat(t) for t in zip(*f.parts, strict=True))
+    assert_exact(twin(X), f.joint(X))
+    Ms = [over_loader(kfac, model, SUM, [(X, y)]) for model in (f.joint, twin)]
+    with_twin = merged([W, permuted], Ms, DECAY, W0)
+    with_itself = merged([W, W], [Ms[0], Ms[0]], DECAY, W0)
+    three = [accuracy(f, having(f.start, V)) for V in (W, with_twin, with_itself)]
+    print(f"the network {three[0]:.3f}, with its twin {three[1]:.3f}, with itself {three[2]:.3f}")
+    assert three[1] < three[0] - 0.01
+    assert three[2] > three[1] + 0.01
+
+# %% [markdown]
+# ## In one minute
+#
+# - Merging multiplies posteriors. Each contains the start, which has to be counted once: [(25.1)].
+# - For linear models under the squared error, the merged model is the one that is trained on all data.
+# - The choice of the matrix is the method: average, Fisher merging, RegMean, KFAC.
+# - With KFAC and without the decay, merged weights run far from the start and are worse than an average.
+# - RegMean is the input factor as a sum over data. It was the best way here, and needs no labels.
+# - The hidden units of the networks must correspond, as after one common start. The curvature belongs to sums of losses.
+#
+# ## Exercises
+#
+# **Exercise 25.1.** Merge a network with itself ($W_1 = W_2$, $M_1 = M_2$). By which factor does its distance from the start
+# change, along an eigenvector with the eigenvalue $s$? Why is it not 1?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# With $D = W - W_0$, [(25.1)] is $(2 s + \delta) D = 2 (s + \delta) D_1$, so that the factor is
+# $2 (s + \delta) / (2 s + \delta)$, between 1 and 2. The formula takes the two copies for networks with different data. Twice
+# the data outweigh the decay more.
+#
+# </details>
+#
+# **Exercise 25.2.** In *elastic weight consolidation*, one network learns task 1, and then task 2 with the decay replaced by
+# $\tfrac12 \langle W - W_1, (M_1 + \delta I)(W - W_1) \rangle$. Show that for linear models under the squared error this ends
+# where merging does.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The loss and decay of task 1 are this quadratic, up to a constant. So the second training minimises the sum of both
+# losses and one decay, as joint training does, and by [Theorem 25.1] so does merging.
+#
+# </details>
+#
+# **Exercise 25.3.** A network has no data: $M_k = 0$ and $W_k = W_0$. Show that it does not change the merged weights. What
+# does it do to the plain average?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Its term on the right of [(25.1)] is $\delta W_0$, and the last term has one more $\delta W_0$ to subtract. Both cancel,
+# and the left side has no term of it. The average moves towards the start.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+Ws = [ridge(*part, decay, start) for part in sets]
+E = Ks[0].eigen()  # 25.1
+twice = merged_block([Ws[0], Ws[0]], [E, E], decay, start)
+coefficients = [E.QB.T @ (W - start) @ E.QA for W in (twice, Ws[0])]
+assert_exact(coefficients[0], coefficients[1] * 2 * (E.scale + decay) / (2 * E.scale + decay))
+
+X, Y = sets[1]  # 25.2
+Phi = torch.cat([X, torch.ones(len(X), 1)], 1)
+consolidation = Ks[0].dense() + decay * torch.eye(18)
+by_data = 2 * torch.kron(torch.eye(3), Phi.T @ Phi)
+right = 2 * (Y.T @ Phi).flatten() + consolidation @ Ws[0].flatten()
+second = torch.linalg.solve(by_data + consolidation, right).reshape(3, 6)
+assert_exact(merged_block(Ws[:2], Ks[:2], decay, start), second)
+
+nothing = Kronecker(torch.zeros(6, 6), torch.zeros(3, 3))  # 25.3
+assert_exact(merged_block([*Ws, start], [*Ks, nothing], decay, start), union)
+assert relative_error((sum(Ws) + start) / 4, sum(Ws) / 3) > 0.01
+print("all hold")
+
+# %% [markdown]
+# ## Further reading
+#
+# [Matena and Raffel (2022)](bibliography.md#fisher-merging) for merging by a diagonal; [Jin et al. (2023)](bibliography.md#regmean)
+# for the input factor; [Tam, Bansal and Raffel (2024)](bibliography.md#mats) for Kronecker factors and conjugate gradients;
+# [Wortsman et al. (2022)](bibliography.md#soups) for averages of networks that were tuned from one start.
