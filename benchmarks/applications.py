@@ -2,7 +2,7 @@
 
 The rows `laplace`, `influence` and `self-influence` belong to a network of a million parameters and
 50,000 samples, in batches; influence is that of all samples on 100 queries. `MiB` is the peak
-memory above model and data, in a process of its own, and `limit` what is stated: for influence, the
+memory above what was in use before, and `limit` what is stated: for influence, the
 gradients of all queries and those of one batch for the largest block; for Laplace, all factors and
 their eigenvectors, and what the decomposition of the largest one needs in float64. No number of
 samples is in it. `seconds` is one run.
@@ -33,7 +33,7 @@ from benchmarks.measure import (
     chosen,
     clock,
     fastest,
-    peak,
+    peak_memory,
     write,
 )
 from kfac_scratch import EXPAND, REDUCE, monte_carlo
@@ -112,10 +112,10 @@ def stated(what: str, quick: bool) -> float:
 
 def large(what: str, args: Namespace) -> dict:
     """A row: peak memory and seconds."""
-    MiB = peak(of_large_data, what, args.quick, args.device, device=args.device, seconds=3600)
-    _, run = of_large_data(what, args.quick, args.device)
+    warm_up, run = of_large_data(what, args.quick, args.device)
+    warm_up()
     start = clock(args.device)
-    run()
+    MiB = peak_memory(run, args.device)
     seconds = clock(args.device) - start
     row = {"name": what, "samples": SAMPLES[args.quick], "seconds": seconds, "MiB": MiB}
     return judged(row | {"limit": {"MiB": stated(what, args.quick)}})
