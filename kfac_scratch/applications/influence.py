@@ -2,7 +2,8 @@ r"""Influence: the change of a network's answers if a training sample is left ou
 
 Training minimises $L(W) + \tfrac{\delta}{2} \lVert W \rVert^2$ with the *sum* $L$ of the losses
 $\ell_n$. Without sample $n$, the minimum moves, to first order, by
-$(M + \delta I)^{-1} \nabla \ell_n$ with the curvature $M$ of $L$. So the loss of a query $q$, or
+$(M + \delta I)^{-1} \nabla \ell_n$ with the Hessian $M$ of $L$, in place of which a block of the
+Gauss-Newton matrix is taken for each layer. So the loss of a query $q$, or
 any other number that the network computes from $q$, grows by
 
 $$
@@ -57,8 +58,8 @@ def influence_scores(
     """The influence of every training sample on every query, summed over blocks.
 
     Use it to find the training samples that a prediction rests on. Not for the whole effect of
-    samples that matter much, of which a score is the first order. For a linear model it is too
-    small by the sample's leverage.
+    samples that matter much, of which a score is the first order. For a linear model and squared
+    errors it is too small by the factor one minus the sample's leverage.
 
     It has many parameters, because queries and data are of different kinds. See
     `influence_by_block` for them, for errors and cost.
@@ -106,13 +107,13 @@ def influence_by_block(
     source = _Gradients(model, loss, inverses)
     parts: dict[str, list[Tensor]] = {name: [] for name in inverses}
     for X, y in batches(queries, False, "queries"):
-        for name, G in source.of(X, y, vectors).items():
-            parts[name].append(inverses[name] @ G)
+        for name, io in source.of(X, y, vectors).items():
+            parts[name].append(inverses[name] @ io.gradients().squeeze(0))
     found = {name: torch.cat(Us) for name, Us in parts.items()}
     scores: dict[str, list[Tensor]] = {name: [] for name in inverses}
     for X, y in batches(data, progress):
-        for name, G in source.of(X, y, empirical).items():
-            scores[name].append(torch.einsum("qoi,noi->qn", found[name], G))
+        for name, io in source.of(X, y, empirical).items():
+            scores[name].append(torch.einsum("qoi,noi->qn", found[name], io.gradients().squeeze(0)))
     return {name: torch.cat(columns, 1) for name, columns in scores.items()}
 
 
@@ -143,10 +144,14 @@ def self_influence(
     source = _Gradients(model, loss, inverses)
     found = []
     for X, y in batches(data, progress):
-        gradients = source.of(X, y, empirical)
-        own = [(G * (inverses[name] @ G)).sum((1, 2)) for name, G in gradients.items()]
+        ios = source.of(X, y, empirical)
+        own = [_own(inverses[name], io.gradients().squeeze(0)) for name, io in ios.items()]
         found.append(reduce(torch.add, own))
     return torch.cat(found)
+
+
+def _own(inverse: LinearMap, G: Float[Tensor, "N d_out d_in"]) -> Float[Tensor, " N"]:
+    return (G * (inverse @ G)).sum((1, 2))
 
 
 def product_kernels(
@@ -204,7 +209,7 @@ def inverse_as_sum(
         tolerance: Singular values are left out that are smaller than this share of the largest.
 
     Raises:
-        ValueError: If the damping or the tolerance is not positive.
+        ValueError: If the damping is not positive, or the tolerance not between 0 and 1.
     """
     if not damping > 0 or not 0 < tolerance < 1:
         raise ValueError(
@@ -259,9 +264,7 @@ class _Gradients:
         self.model, self.loss, self.blocks = model, loss, set(inverses)
         self.layers, self.plans = layers_of(model, inverses), Plans()
 
-    def of(
-        self, X: Any, y: Tensor, vectors: BackpropagatedVectors
-    ) -> dict[str, Float[Tensor, "N d_out d_in"]]:
-        """Those of one batch."""
+    def of(self, X: Any, y: Tensor, vectors: BackpropagatedVectors) -> dict[str, LayerIO]:
+        """What one batch's gradients are made of: they are formed block by block."""
         ios = layer_ios(self.model, self.loss, X, y, vectors, layers=self.layers, plan=self.plans)
-        return {b: io.gradients().squeeze(0) for b, io in ios.items() if b in self.blocks}
+        return {b: io for b, io in ios.items() if b in self.blocks}
