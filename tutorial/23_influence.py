@@ -15,10 +15,10 @@
 #
 # **Part V: Curvature in use.** A network gives a wrong answer. Which of the training data are to blame?
 #
-# The direct way to find out is to leave out one training sample, train again, and look at the answer. All samples
-# need as many trainings as there are samples. Curvature gives an estimate without any further training. Near its
-# minimum the training loss is nearly a parabola. Without one sample it is another parabola, and one Newton step leads
-# to its minimum.
+# The direct way to find out is to leave out one training sample, train again, and look at the answer. To do this for
+# every sample takes as many trainings as there are samples. Curvature gives an estimate without any further training.
+# Near its minimum the training loss is nearly a parabola. Without one sample it is another parabola, and one Newton
+# step leads to its minimum.
 
 # %% tags=["hide-input"]
 from collections.abc import Callable
@@ -71,10 +71,10 @@ def identity(io: LayerIO) -> Diagonal:
 
 
 # %% [markdown]
-# The example is a small network that reads handwritten digits. Some labels were changed at random before training.
-# The next figure shows a test image that the network reads wrongly, and ten training images. Five of them **help** most:
-# without such an image, the test image's loss would be larger. Five of them **harm** most: without such an image,
-# that loss would be smaller.
+# The example is a small network that reads handwritten digits. Some labels were changed at random before training. The
+# next figure shows a test image that the network reads wrongly, and ten training images. Five of them **help** most:
+# without such an image, the test image's loss would be larger. Five of them **harm** most: without such an image, that
+# loss would be smaller.
 
 # %% tags=["hide-input"]
 N, WRONG, DECAY = 200, 20, 0.5
@@ -160,10 +160,10 @@ plt.show()
 
 # %% tags=["hide-input"]
 harmful = torch.isin(harms, wrong).sum().item()
-print(f"labels that were changed: {WRONG} of all {N} training images,")
+print(f"changed labels: {WRONG} of {N} images,")
 print(f"    {harmful} of the {len(harms)} that harm most")
 alike = (y[helps] == query[1]).sum().item()
-print(f"images with the right answer {int(query[1])} as their label:")
+print(f"right answer {int(query[1])} as the label:")
 print(f"    {alike} of the {len(helps)} that help most")
 assert harmful >= 3
 assert alike >= 4
@@ -197,8 +197,8 @@ assert alike >= 4
 # \tag{23.1}
 # $$
 #
-# A query $q$ is any sample, from the training data or not. When sample $n$ is left out, the query's loss $\ell_q$ grows,
-# to first order in $\varepsilon$, by the **influence** of $n$ on $q$, also called the **score**:
+# A query $q$ is any sample, from the training data or not. When sample $n$ is left out, the query's loss $\ell_q$
+# grows, to first order in $\varepsilon$, by the **influence** of $n$ on $q$, also called the **score**:
 #
 # $$
 # s_{qn} = \bigl\langle \nabla \ell_q , \; (M + \delta I)^{-1} \, \nabla \ell_n \bigr\rangle .
@@ -227,13 +227,13 @@ assert alike >= 4
 # $P_n^{-1} = P^{-1} + 2 P^{-1} x_n x_n^\top P^{-1} / (1 - h_n)$. Since $\nabla \ell_n$ is a multiple of $x_n$, the
 # second term of $P_n^{-1} \nabla \ell_n$ is $h_n / (1 - h_n)$ times the first one. $\square$
 #
-# The formula (23.1) gives a move that is too small by the factor $1 - h_n$. The sum of all leverages is the trace of
+# The formula [(23.1)] gives a move that is too small by the factor $1 - h_n$. The sum of all leverages is the trace of
 # $P^{-1} M$, which is less than the number of weights. So most leverages are small where samples are many
 # and weights are few.
 #
-# A prediction $f(x)$ is linear in $w$. If the query's gradient in (23.2) is that of its prediction, in place of its
-# loss, then the score over $1 - h_n$ is the whole change of the prediction. The function of the package takes such a number as
-# its argument `measurement`. KFAC is the exact block of a layer with one output, so that we can use it here:
+# A prediction $f(x)$ is linear in $w$. If the query's gradient in [(23.2)] is that of its prediction, in place of its
+# loss, then the score over $1 - h_n$ is the whole change of the prediction. The function of the package takes such a
+# number as its argument `measurement`. KFAC is the exact block of a layer with one output, so that we can use it here:
 
 # %%
 SQUARED = nn.MSELoss(reduction="sum")
@@ -331,9 +331,9 @@ assert scores[q].min() < after_loss - before_loss  # the first order goes too fa
 # The network now reads the query correctly. The sign of the score is right, but its size is not. The score says how the
 # loss changes along a straight line, and a loss cannot fall below zero.
 #
-# Besides this, three things differ from the theory here. $M$ is not the Hessian, KFAC is not $M$, and a network has many
-# minima. None of the three concerns the last layer alone, with the hidden units fixed and with its exact block: its loss
-# is convex, its block is the Hessian, and Newton's method finds the minimum up to rounding.
+# Besides this, three things differ from the theory here. $M$ is not the Hessian, KFAC is not $M$, and a network has
+# many minima. None of the three concerns the last layer alone, with the hidden units fixed and with its exact block:
+# its loss is convex, its block is the Hessian, and Newton's method finds the minimum up to rounding.
 
 
 # %%
@@ -361,6 +361,10 @@ def last_layer(weights: Tensor) -> Tensor:
     raise AssertionError("Newton's method did not converge")
 
 
+# %% [markdown]
+# The scores come from a model of this one layer, with its exact block and with KFAC:
+
+# %%
 best = nn.Sequential(nn.Linear(16, 10))
 W = last_layer(torch.ones(N))
 with torch.no_grad():
@@ -383,6 +387,10 @@ def losses_of(W: Tensor) -> Tensor:
     return cross_entropy(asked[0] @ W.T, asked[1], reduction="none")
 
 
+# %% [markdown]
+# First a small step. The weight of one sample's loss is made a little smaller and a little larger than 1:
+
+# %%
 off = []
 for step in (1e-1, 1e-2, 1e-3):  # differences around the weight 1 of one sample
     moved = torch.ones(2, N)
@@ -398,10 +406,10 @@ assert 80 < exact[1] / exact[2] < 120
 assert min(kronecker) > 0.05  # KFAC's score is not
 
 # %% [markdown]
-# With the exact block, the error falls with the square of the step, so that the score is the derivative of the
-# query's loss by the weight of a sample. KFAC's score is not. To leave a sample out is a large step: its weight falls from 1
-# to 0. We take it for the samples with a changed label and for every tenth sample, and compare the real changes
-# of ten queries' losses with the predicted ones:
+# With the exact block, the error falls with the square of the step, so that the score is the derivative of the query's
+# loss by the weight of a sample. KFAC's score is not. To leave a sample out is a large step: its weight falls from 1 to
+# 0. We take it for the samples with a changed label and for every tenth sample, and compare the real changes of ten
+# queries' losses with the predicted ones:
 
 
 # %%
@@ -440,8 +448,8 @@ for label in ("right labels", "changed labels"):
     assert 0 < steeper["KFAC", label] < 0.9
 assert steeper["exact block", "changed labels"] > steeper["exact block", "right labels"]
 
-# %% tags=["hide-input"] alt="Two scatter plots of the predicted against the real change of the losses of ten queries when training images are left out. With the exact block the points lie close to a curve that is a little steeper than the diagonal; with KFAC they scatter around it." caption="The last layer: predicted and real change of the queries' losses when training images are left out in turn. On the dashed line both are equal. Both axes are logarithmic away from zero."
-fig, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharex=True, sharey=True, layout="constrained")
+# %% tags=["hide-input"] alt="Two scatter plots of the predicted against the real change of the losses of ten queries when training images are left out. With the exact block the points lie close to the diagonal, most of them a little further from zero than predicted; with KFAC they scatter widely around it." caption="The last layer: predicted and real change of the queries' losses when training images are left out in turn. On the dashed line both are equal. Both axes are logarithmic away from zero."
+fig, axes = plt.subplots(1, 2, figsize=(6.2, 3.4), sharex=True, sharey=True, layout="constrained")
 end = float(max(real.abs().max(), *(v[:, chosen].abs().max() for v in of_layer.values())))
 for ax, (name, values) in zip(axes, of_layer.items(), strict=True):
     for label, which, marker in (("right label", ~odd, "o"), ("changed label", odd, "x")):
@@ -457,15 +465,15 @@ plt.show()
 
 # %% [markdown]
 # Most real changes are larger than those that the exact block predicts, as leverage makes them in
-# [Theorem 23.1]. They are larger still for changed labels, on which the network spends more of its freedom.
-# KFAC's predictions scatter more, and most of them are too large.
+# [Theorem 23.1]. They are larger still for changed labels.
+# KFAC's predictions scatter more, and most of them are too large or have the wrong sign.
 #
 # ## Two kernels
 #
 # The gradient of a linear layer is $\nabla \ell = g a^\top$, an error times an input. The input $a$ is what the layer
-# receives, the error $g$ is the gradient of the loss by what the layer computes. Let the inverse be a Kronecker
-# product $\mathcal B \otimes \mathcal A$, such as that of damped factors ([Chapter 8](08_damping.py)). Then the score of
-# the layer is a product:
+# receives, the error $g$ is the gradient of the loss by what the layer computes. Let the inverse be a Kronecker product
+# $\mathcal B \otimes \mathcal A$, such as that of damped factors ([Chapter 8](08_damping.py)). Then the score of the
+# layer is a product:
 #
 # $$
 # \bigl\langle g_q a_q^\top , \; \mathcal B \, g_n a_n^\top \mathcal A \bigr\rangle
@@ -474,8 +482,8 @@ plt.show()
 # $$
 #
 # The first factor says how alike the errors are, the second one how alike the inputs are. A training image has no
-# influence through this layer if one of them is zero. No gradient is formed. After the queries' errors and
-# inputs are multiplied by $\mathcal B$ and $\mathcal A$, a score costs $d_\text{out} + d_\text{in}$ operations instead of
+# influence through this layer if one of them is zero. No gradient is formed. After the queries' errors and inputs are
+# multiplied by $\mathcal B$ and $\mathcal A$, a score costs $d_\text{out} + d_\text{in}$ operations instead of
 # $d_\text{out} d_\text{in}$.
 
 # %% tags=["remove-input"]
@@ -503,26 +511,25 @@ for (name, which), marker in zip(kinds.items(), "os.", strict=True):
 ax.axhline(0, lw=0.5)
 ax.axvline(0, lw=0.5)
 ax.set(xlabel=r"inputs: $a_q^\top \mathcal{A} a_n$", ylabel=r"errors: $g_q^\top \mathcal{B} g_n$")
-ax.legend()
+ax.legend(loc="lower left")
 plt.show()
 share = [float((errors[0, y == label] > 0).double().mean()) for label in (query[1], said)]
 assert share[0] > 0.9
 assert share[1] < 0.1
 
 # %% [markdown]
-# The errors of images with the query's label point in the direction of its own error: such images help if their inputs are
-# alike. Those with the label that the network gave point the other way, and harm.
+# The errors of nearly all images with the query's label point in the direction of its own error: such images help if
+# their inputs are alike. Those with the label that the network gave point the other way, and harm.
 #
-# Damped factors are not the damping of (23.2), which adds $\delta$ to the eigenvalues $\lambda_{oi}$ of the block. The
-# inverse then has the eigenvalues $1 / (\lambda_{oi} + \delta)$, a matrix with the indices $o$ and $i$ that is no
+# Damped factors are not the damping of [(23.2)], which adds $\delta$ to the eigenvalues $\lambda_{oi}$ of the block.
+# The inverse then has the eigenvalues $1 / (\lambda_{oi} + \delta)$, a matrix with the indices $o$ and $i$ that is no
 # product of a function of $o$ and one of $i$. A singular value decomposition of this matrix makes it a sum of such
 # products, and its first terms approximate it. Then the scores are a sum of as many pairs of kernels.
 #
 # Not all entries are equally important. The eigenvalue $\lambda_{oi}$ is a sum of squared components of gradients along
-# one eigenvector, so that these components of a query and of a sample are about proportional to
-# $\sqrt{\lambda_{oi}}$. Both are factors of the score. An error of the entry is therefore multiplied by about
-# $\lambda_{oi}$, and the decomposition is that of the matrix weighed by it, or for EKFAC by the product of the means of its
-# rows and columns.
+# one eigenvector, so that these components of a query and of a sample are about proportional to $\sqrt{\lambda_{oi}}$.
+# Both are factors of the score. An error of the entry is therefore multiplied by about $\lambda_{oi}$, and the
+# decomposition is that of the matrix weighed by it, or for EKFAC by the product of the means of its rows and columns.
 
 # %% tags=["remove-input"]
 code(inverse_as_sum)
@@ -549,6 +556,10 @@ def unweighed(E: KroneckerEigen, count: int) -> list[Kronecker]:
     ]
 
 
+# %% [markdown]
+# How many terms does the first layer need, and what do the weights gain?
+
+# %%
 sizes = {}
 for structure in (kfac, ekfac):
     M0 = structure(first)
@@ -569,18 +580,18 @@ assert sizes["kfac", 1e-4] < full / 2
 assert sizes["ekfac", 1e-2] > full / 2
 
 # %% [markdown]
-# KFAC's eigenvalues are products $\lambda_{oi} = \beta_o \alpha_i$, so that a few pairs of kernels suffice. EKFAC's are free
-# numbers, and this small layer needs most of the terms.
+# KFAC's eigenvalues are products $\lambda_{oi} = \beta_o \alpha_i$, so that a few pairs of kernels suffice. EKFAC's are
+# free numbers, and this small layer needs most of the terms.
 
 # %% [markdown]
 # ## The damping is the weight decay
 #
-# In many codes the damping of influence is a number to be tuned. By (23.2) it is the weight decay. To check this on a
-# network, for which (23.1) is an approximation, leave out half of the training data at random, and train again from new
-# random weights. By (23.2) the query's loss grows by the sum of the scores of all samples that were left out. This is a constant
-# minus the sum of $s_{qn}$ over the samples that stay. The rank correlation between the predicted and the real losses of a query, over
-# many halves, is the [linear datamodeling score](bibliography.md#trak). We average it over queries. Perfect predictions would
-# give 1.
+# In many codes the damping of influence is a number to be tuned. By [(23.2)] it is the weight decay. To check this on a
+# network, for which [(23.1)] is an approximation, leave out half of the training data at random, and train again from
+# new random weights. By [(23.2)] the query's loss grows by the sum of the scores of all samples that were left out.
+# This is a constant minus the sum of $s_{qn}$ over the samples that stay. The rank correlation between the predicted
+# and the real losses of a query, over many halves, is the [linear datamodeling score](bibliography.md#trak). We average
+# it over queries. Perfect predictions would give 1.
 
 # %% tags=["hide-input"]
 HALVES, QUERIES = 30, 60
@@ -668,13 +679,15 @@ for (name, values), marker in zip(qualities.items(), "osv^x", strict=True):
     )
 ax.axvline(DECAY, lw=1, ls=":")
 ax.set(xscale="log", xlabel="damping", ylabel="rank correlation", ylim=(0, 1))
+ax.set_xticks(DAMPINGS, [f"{damping:g}" for damping in DAMPINGS])
+ax.set_xticks([], minor=True)
 ax.legend(ncols=2, fontsize=9)
 plt.show()
 
 # %% [markdown]
 # Of the three dampings, the weight decay is the best one for the exact blocks, for all three seeds. KFAC comes close to
-# them. It loses where the damping is too large, but a damping that is too small makes little difference to it here. EKFAC is no better
-# than KFAC. With a diagonal, or with no curvature at all, the predictions are much worse.
+# them. It loses where the damping is too large, but a damping that is too small makes little difference to it here.
+# EKFAC is no better than KFAC. With a diagonal, or with no curvature at all, the predictions are much worse.
 #
 # ### Wrong labels
 #
@@ -705,16 +718,18 @@ else:
     raise AssertionError("a mean loss was accepted")
 
 # %% [markdown]
-# **Inverses that are added up.** The curvatures of batches may be added up. Their inverses may not. Some codes solve with
-# the curvature of each batch and add up the results. If each of $k$ batches had the curvature $M / k$, they would have
+# **Inverses that are added up.** The curvatures of batches may be added up. Their inverses may not. Some codes solve
+# with the curvature of each batch and add up the results. If each of $k$ batches had the curvature $M / k$, they would
+# have
 #
 # $$
 # k \, (M / k + \delta I)^{-1} = k^2 \, (M + k \delta I)^{-1}
 # $$
 #
 # in place of $(M + \delta I)^{-1}$. Along an eigenvector of $M$ with the eigenvalue $m$ this is too large by the factor
-# $k^2 (m + \delta) / (m + k \delta)$, which lies between $k$, for small $m$, and $k^2$, for large $m$. But the scores of different
-# training images are nearly in the right proportion, so that a list of the most influential images hardly shows the mistake:
+# $k^2 (m + \delta) / (m + k \delta)$, which lies between $k$, for small $m$, and $k^2$, for large $m$. But the scores
+# of different training images are nearly in the right proportion, so that a list of the most influential images hardly
+# shows the mistake:
 
 # %%
 quarters = list(zip(X.split(N // 4), y.split(N // 4), strict=True))
@@ -735,13 +750,13 @@ assert r > 0.9
 assert sum(common) / len(common) >= 7
 
 # %% [markdown]
-# **Weights that are not at a minimum.** (23.1) assumes that the gradient of $J$ is zero. After early stopping it is not.
-# Then further training changes the query's loss even if no sample is left out, and no score contains this change. Nor is
-# the gradient zero if the decay of the inverse is another one than that of training.
+# **Weights that are not at a minimum.** [(23.1)] assumes that the gradient of $J$ is zero. After early stopping it is
+# not. Then further training changes the query's loss even if no sample is left out, and no score contains this change.
+# Nor is the gradient zero if the decay of the inverse is another one than that of training.
 #
-# **Whole effects.** A score is a first order. Its size is wrong for a sample with a large leverage, and for many samples
-# that are left out together. [Figure 23.2] shows this for single samples. For halves of the data,
-# [Figure 23.4] shows that the *order* of the predicted losses is still useful.
+# **Whole effects.** A score is a first order. Its size is wrong for a sample with a large leverage, and for many
+# samples that are left out together. [Figure 23.2] shows this for single samples. For halves of the data, [Figure 23.4]
+# shows that the *order* of the predicted losses is still useful.
 #
 # ## In one minute
 #
@@ -773,21 +788,21 @@ assert sum(common) / len(common) >= 7
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# At a minimum, $\sum_n \nabla \ell_n = -\delta \hat W$. So the sum is
-# $-\delta \langle \nabla \ell_q, (M + \delta I)^{-1} \hat W \rangle$. To first order, this is the growth of the query's loss
-# if all data are left out. It is far from the whole effect: without data the minimum of $J$ is at zero, so that the
-# weights move by $-\hat W$, and not by $-\delta (M + \delta I)^{-1} \hat W$.
+# At a minimum, $\sum_n \nabla \ell_n = -\delta \hat W$. So the sum is $-\delta \langle \nabla \ell_q, (M + \delta
+# I)^{-1} \hat W \rangle$. To first order, this is the growth of the query's loss if all data are left out. It is far
+# from the whole effect: without data the minimum of $J$ is at zero, so that the weights move by $-\hat W$, and not by
+# $-\delta (M + \delta I)^{-1} \hat W$.
 #
 # </details>
 #
-# **Exercise 23.3.** All losses, that of the query among them, and the decay are multiplied by $c \gt 0$. How do the minimum
-# and the scores change?
+# **Exercise 23.3.** All losses, that of the query among them, and the decay are multiplied by $c \gt 0$. How do the
+# minimum and the scores change?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The minimum stays, because $J$ is multiplied by $c$. Both gradients get a factor $c$ and the inverse gets $1/c$, so that
-# scores are multiplied by $c$. A score has the unit of the loss.
+# The minimum stays, because $J$ is multiplied by $c$. Both gradients get a factor $c$ and the inverse gets $1/c$, so
+# that scores are multiplied by $c$. A score has the unit of the loss.
 #
 # </details>
 #
@@ -827,6 +842,6 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Cook and Weisberg (1982)](bibliography.md#cook-weisberg) for linear models; [Koh and Liang (2017)](bibliography.md#influence)
-# for networks; [Grosse et al. (2023)](bibliography.md#ekfac-influence) for EKFAC and language models;
-# [Park et al. (2023)](bibliography.md#trak) for the linear datamodeling score.
+# [Cook and Weisberg (1982)](bibliography.md#cook-weisberg) for linear models; [Koh and Liang
+# (2017)](bibliography.md#influence) for networks; [Grosse et al. (2023)](bibliography.md#ekfac-influence) for EKFAC and
+# language models; [Park et al. (2023)](bibliography.md#trak) for the linear datamodeling score.
