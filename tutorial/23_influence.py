@@ -233,7 +233,8 @@ assert alike >= 4
 #
 # A prediction $f(x)$ is linear in $w$. If the query's gradient in [(23.2)] is that of its prediction, in place of its
 # loss, then the score over $1 - h_n$ is the whole change of the prediction. The function of the package takes such a
-# number as its argument `measurement`. KFAC is the exact block of a layer with one output, so that we can use it here:
+# number as its argument `measurement`. With one output and the squared error, KFAC is the exact block, because every
+# sample sends back the same vector. So we can use it here:
 
 # %%
 SQUARED = nn.MSELoss(reduction="sum")
@@ -307,7 +308,7 @@ assert_exact(influence_scores(model, SUM, by_kfac, [few], batches), naive)
 
 # %% [markdown]
 # Are the scores right? Leave out the image that harms the query of [Figure 23.1] most, and train on from the old
-# weights to the minimum without this image:
+# weights:
 
 
 # %%
@@ -331,9 +332,9 @@ assert scores[q].min() < after_loss - before_loss  # the first order goes too fa
 # The network now reads the query correctly. The sign of the score is right, but its size is not. The score says how the
 # loss changes along a straight line, and a loss cannot fall below zero.
 #
-# Besides this, three things differ from the theory here. $M$ is not the Hessian, KFAC is not $M$, and a network has
-# many minima. None of the three concerns the last layer alone, with the hidden units fixed and with its exact block:
-# its loss is convex, its block is the Hessian, and Newton's method finds the minimum up to rounding.
+# Besides this, three things differ from the theory here. $M$ is not the Hessian, the blocks of KFAC are not $M$, and a
+# network has many minima. None of the three concerns the last layer alone, with the hidden units fixed and with its
+# exact block: its loss is convex, its block is the Hessian, and Newton's method finds the minimum up to rounding.
 
 
 # %%
@@ -719,17 +720,18 @@ else:
 
 # %% [markdown]
 # **Inverses that are added up.** The curvatures of batches may be added up. Their inverses may not. Some codes solve
-# with the curvature of each batch and add up the results. If each of $k$ batches had the curvature $M / k$, they would
-# have
+# with the curvature of each batch and add up the results. If each of $k$ batches had the curvature $M / k$, the sum
+# would be
 #
 # $$
 # k \, (M / k + \delta I)^{-1} = k^2 \, (M + k \delta I)^{-1}
 # $$
 #
 # in place of $(M + \delta I)^{-1}$. Along an eigenvector of $M$ with the eigenvalue $m$ this is too large by the factor
-# $k^2 (m + \delta) / (m + k \delta)$, which lies between $k$, for small $m$, and $k^2$, for large $m$. But the scores
-# of different training images are nearly in the right proportion, so that a list of the most influential images hardly
-# shows the mistake:
+# $k^2 (m + \delta) / (m + k \delta)$, which lies between $k$, for small $m$, and $k^2$, for large $m$. Batches that
+# differ make the sum larger still, because a mean of inverses is never smaller than the inverse of the mean. But the
+# scores of different training images are nearly in the right proportion, so that a list of the most influential images
+# hardly shows the mistake:
 
 # %%
 quarters = list(zip(X.split(N // 4), y.split(N // 4), strict=True))
