@@ -2,7 +2,8 @@ r"""Influence: the change of a network's answers if a training sample is left ou
 
 Training minimises $L(W) + \tfrac{\delta}{2} \lVert W \rVert^2$ with the *sum* $L$ of the losses
 $\ell_n$. Without sample $n$, the minimum moves, to first order, by
-$(M + \delta I)^{-1} \nabla \ell_n$ with the curvature $M$ of $L$. So the loss of a query $q$, or
+$(M + \delta I)^{-1} \nabla \ell_n$ with the Hessian $M$ of $L$, in place of which a block of the
+Gauss-Newton matrix is taken for each layer. So the loss of a query $q$, or
 any other number that the network computes from $q$, grows by
 
 $$
@@ -57,8 +58,8 @@ def influence_scores(
     """The influence of every training sample on every query, summed over blocks.
 
     Use it to find the training samples that a prediction rests on. Not for the whole effect of
-    samples that matter much, of which a score is the first order. For a linear model it is too
-    small by the sample's leverage.
+    samples that matter much, of which a score is the first order. For a linear model and squared
+    errors it is too small by the factor one minus the sample's leverage.
 
     It has many parameters, because queries and data are of different kinds. See
     `influence_by_block` for them, for errors and cost.
@@ -153,6 +154,10 @@ def self_influence(
     return torch.cat(found)
 
 
+def _own(inverse: LinearMap, G: Float[Tensor, "N d_out d_in"]) -> Float[Tensor, " N"]:
+    return (G * (inverse @ G)).sum((1, 2))
+
+
 def product_kernels(
     K: Kronecker, queries: LayerIO, data: LayerIO
 ) -> tuple[Float[Tensor, "Q N"], Float[Tensor, "Q N"]]:
@@ -208,7 +213,7 @@ def inverse_as_sum(
         tolerance: Singular values are left out that are smaller than this share of the largest.
 
     Raises:
-        ValueError: If the damping or the tolerance is not positive.
+        ValueError: If the damping is not positive, or the tolerance not between 0 and 1.
     """
     if not damping > 0 or not 0 < tolerance < 1:
         raise ValueError(

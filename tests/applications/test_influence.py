@@ -1,6 +1,7 @@
 """Influence: exact where a closed form is known, and a derivative elsewhere."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -75,15 +76,20 @@ def test_ridge_regression_without_a_datum_is_the_score_over_one_minus_leverage(s
     model = linear(w)
     inverses = inverses_of(model, SQUARES, X, y, 0.8, STRUCTURES[structure])
     scores = influence_scores(model, SQUARES, inverses, [queries], [(X, y)])
+    of_predictions = influence_scores(
+        model, SQUARES, inverses, [queries], [(X, y)], lambda f, y: f.squeeze(1)
+    )
     by_query = 2 * (queries[0] @ w - queries[1]) * queries[0]  # gradients of the queries' losses
-    changes = []
+    moves = []
     for n in range(len(X)):
         rest = torch.arange(len(X), device=device) != n
-        changes.append(by_query @ (ridge(X[rest], y[rest], 0.8)[0] - w))
-    exact = torch.cat(changes, 1)
+        moves.append(ridge(X[rest], y[rest], 0.8)[0] - w)
+    move = torch.cat(moves, 1)
     leverage = 2 * ((X @ H.inverse()) * X).sum(1)
-    check_equal(scores / (1 - leverage), exact)
-    check_differs(scores, exact)
+    check_equal(scores / (1 - leverage), by_query @ move)
+    check_differs(scores, by_query @ move)
+    check_equal(of_predictions / (1 - leverage), queries[0] @ move)  # the whole change
+    assert (of_predictions.abs() <= (queries[0] @ move).abs()).all()
 
 
 def refitted(model, X, y, weights, decay):
@@ -253,6 +259,36 @@ def test_one_layer_may_stand_for_the_network(device):
     inverses = inverses_of(model, SUM, X, y, 0.3)
     found = influence_scores(model, SUM, {"2": inverses["2"]}, [(X, y)], [(X, y)])
     check_equal(found, influence_by_block(model, SUM, inverses, [(X, y)], [(X, y)])["2"])
+
+
+def test_a_factor_of_the_loss_divides_the_damping(device):
+    """The loss times `beta` with a decay: the scores of the loss with `decay / beta`, times it."""
+    model, X, y = problem("perceptron", device)
+    tripled = CrossEntropyLoss(torch.full((3,), 3.0, device=device), reduction="sum")
+    found = influence_scores(
+        model, tripled, inverses_of(model, tripled, X, y, 0.3), [(X[:4], y[:4])], [(X, y)]
+    )
+    inverses = inverses_of(model, SUM, X, y, 0.3 / 3)
+    plain = influence_scores(model, SUM, inverses, [(X[:4], y[:4])], [(X, y)])
+    check_equal(found, 3 * plain)
+
+
+@pytest.mark.parametrize("call", [influence_by_block, self_influence])
+def test_gradients_of_one_block_at_a_time_are_in_memory(call, monkeypatch):
+    """When a block's gradients are formed, no other block's are there."""
+    model, X, y = problem("perceptron", "cpu")
+    inverses = inverses_of(model, SUM, X, y, 0.3)
+    formed = []
+
+    def gradients(io):
+        assert all(G() is None for G in formed)
+        G = torch.einsum("vnso,nsi->vnoi", io.g, io.a)
+        formed.append(weakref.ref(G))
+        return G
+
+    monkeypatch.setattr(LayerIO, "gradients", gradients)
+    call(model, SUM, inverses, *([[(X, y)]] * (1 if call is self_influence else 2)))
+    assert len(formed) == (2 if call is self_influence else 4)
 
 
 def test_in_single_precision_scores_are_near_double_precision():
