@@ -154,10 +154,6 @@ def self_influence(
     return torch.cat(found)
 
 
-def _own(inverse: LinearMap, G: Float[Tensor, "N d_out d_in"]) -> Float[Tensor, " N"]:
-    return (G * (inverse @ G)).sum((1, 2))
-
-
 def product_kernels(
     K: Kronecker, queries: LayerIO, data: LayerIO
 ) -> tuple[Float[Tensor, "Q N"], Float[Tensor, "Q N"]]:
