@@ -106,11 +106,11 @@ def curve_objective(model: nn.Module, prior: float, beta: float) -> Tensor:
     return beta * SQUARED(model(x), y) + prior / 2 * squares(model)
 
 
-def regression(approximation: Callable, rounds: int = 12) -> tuple[nn.Module, Laplace]:
+def regression(approximation: Callable, seed: int = 0) -> tuple[nn.Module, Laplace]:
     """Fit the curve, choose prior and noise by the evidence, fit again, and so on."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, prior, beta = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 1)), 0.1, 5.0
-    for _ in range(rounds):
+    for _ in range(12):
         train(model, partial(curve_objective, model, prior, beta), 100)
         p = laplace(model, SQUARED, [(x, y)], prior, beta, approximation)
         prior, beta = mackay_shared(p).prior["0"], mackay_noise(p).beta
@@ -343,9 +343,20 @@ assert 1 < sum(gamma.values()) < total / 2
 for name, (_, p) in curves.items():
     sigma = (1 / (2 * p.beta)) ** 0.5
     print(f"{name:10} noise {sigma:.2f} (true: {NOISE}), prior {p.prior['0']:.2f}")
-sigma = {name: (1 / (2 * p.beta)) ** 0.5 for name, (_, p) in curves.items()}
-assert abs(sigma["Kronecker"] - NOISE) < 0.05
-assert sigma["diagonal"] > 1.3 * sigma["Kronecker"]
+
+
+def noise(p: Laplace) -> float:
+    return (1 / (2 * p.beta)) ** 0.5
+
+
+sigma = {name: [noise(p)] for name, (_, p) in curves.items()}
+for seed in (1, 2):  # other starts of the network, on the same data
+    sigma["Kronecker"].append(noise(regression(kfac, seed)[1]))
+    sigma["diagonal"].append(noise(regression(diagonal, seed)[1]))
+for name, values in sigma.items():
+    print(f"{name:10} noise with three starts:", ", ".join(f"{s:.2f}" for s in values))
+assert all(abs(s - NOISE) < 0.05 for s in sigma["Kronecker"])
+assert min(sigma["diagonal"]) > 1.3 * max(sigma["Kronecker"])
 places = torch.tensor([[-3.0], [0.0]])  # among the data, and in the gap
 spread = {
     name: predicted_outputs(p, m, places)[1].flatten().sqrt() for name, (m, p) in curves.items()
@@ -471,7 +482,7 @@ def equal_columns(p: Laplace) -> Laplace:
 
 
 found = {}
-for seed in (0, 1):
+for seed in range(3):
     for name, step in {"one prior": equal_columns, "a prior each": mackay}.items():
         p, accuracy = found[seed, name] = by_evidence(seed, step)
         of_inputs = effective_parameters(p)["0"]
@@ -494,7 +505,7 @@ ax.set_yticks([])
 fig.colorbar(shown, ax=ax, label="log10 of the precision")
 plt.show()
 
-for seed in (0, 1):
+for seed in range(3):
     (one, accuracy), (each, better) = found[seed, "one prior"], found[seed, "a prior each"]
     assert log_evidence(each) > log_evidence(one)
     assert better > accuracy
@@ -502,7 +513,7 @@ for seed in (0, 1):
     assert of_noise[0] < of_noise[1] / 20
 
 # %% [markdown]
-# The noise is switched off, and no validation set was used. A pixel that is zero in all training images has no say in
+# The noise is switched off, and no validation set was used. A pixel that is zero in all training images does not enter
 # the evidence: its weights are zero and the data determine none of them. The step is then 0/0, and the package takes
 # the largest precision that it allows.
 #

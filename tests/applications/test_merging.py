@@ -163,6 +163,16 @@ def test_a_network_without_curvature_gives_way(device):
     check_equal(merged_block([Ws[0]["0"], zero], [K, nothing], DECAY, zero), Ws[0]["0"])
 
 
+def test_in_single_precision_the_merge_is_near_double_precision():
+    Ws, Ms, _ = linear_models("cpu", kfac, torch.zeros(C, D + 1))
+    zero = torch.zeros(C, D + 1)
+    double = merged_block([W["0"] for W in Ws], [M["0"] for M in Ms], DECAY, zero)
+    halves = [Kronecker(M["0"].A.float(), M["0"].B.float()) for M in Ms]
+    single = merged_block([W["0"].float() for W in Ws], halves, DECAY, zero.float())
+    assert single.dtype == torch.float32
+    assert 1e-12 < float((single - double).abs().max() / double.abs().max()) < 1e-4
+
+
 def test_embeddings_merge_word_by_word(device):
     torch.manual_seed(0)
     model = Sequential(Embedding(5, 2), torch.nn.Flatten(), Linear(6, 3)).to(device)
