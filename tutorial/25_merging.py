@@ -510,9 +510,13 @@ for i, (f, K) in enumerate(zip(families, curvatures, strict=True)):
 # $B = I$ and keeps all hidden units near those of network $k$, on the data of network $k$.
 #
 # The next cell shows this in two ways. First, it measures how far merging moves the inputs of the hidden units, on the
-# data of each network, in relation to how far training has moved them from the start. Second, it compares the increase
-# of $L_1 + L_2$ that the quadratics of KFAC predict, $\sum_k \tfrac12 \langle W - W_k, M_k (W - W_k) \rangle$, with the
-# real one.
+# data of each network, in relation to how far training has moved them from the start. Second, it compares the real
+# increase of $L_1 + L_2$ with the prediction by the quadratics of KFAC. At $W_k$ the gradient of $L_k$ is
+# $-\delta (W_k - W_0)$, because the gradient of $L_k$ with its decay is zero. So the prediction is
+#
+# $$
+# \sum_k \Bigl( - \delta \langle W_k - W_0, W - W_k \rangle + \tfrac12 \langle W - W_k, M_k (W - W_k) \rangle \Bigr) .
+# $$
 
 
 # %%
@@ -528,10 +532,11 @@ def moved(f: Family, V: Weights) -> float:
 
 def increases(f: Family, K: list[dict[str, Kronecker]], V: Weights) -> tuple[float, float]:
     """The predicted and the real increase of the sum of both losses."""
-    predicted = real = 0.0
-    for W, Ms, model, (X, y) in zip(weights(f)[0], K, f.models, f.parts, strict=True):
-        changes = {n: V[n] - W[n] for n in LAYERS}
-        predicted += sum((changes[n] * (Ms[n] @ changes[n])).sum().item() / 2 for n in LAYERS)
+    (Ws, W0), predicted, real = weights(f), 0.0, 0.0
+    for W, Ms, model, (X, y) in zip(Ws, K, f.models, f.parts, strict=True):
+        for n in LAYERS:
+            change, gradient = V[n] - W[n], -DECAY * (W[n] - W0[n])
+            predicted += (change * (gradient + Ms[n] @ change / 2)).sum().item()
         real += (SUM(having(model, V)(X), y) - SUM(model(X), y)).item()
     return predicted, real
 
