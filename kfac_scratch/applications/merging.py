@@ -2,17 +2,18 @@ r"""Merging: one network that knows what several networks have learnt, without t
 
 Networks $k$ of the same shape were trained on parts of the data, each with the weight decay
 $\delta$ towards the same start $W_0$. Near its own minimum, the $k$-th sum of losses and its decay
-are a parabola with the curvature $M_k + \delta I$. What all data ask for is the minimum of the sum
-of the parabolas, with the decay counted *once*:
+are nearly quadratic, with the curvature $M_k + \delta I$. Training on all data is approximated by
+the minimum of the sum of these quadratics, with the decay counted *once*:
 
 $$
 \Bigl( \sum_k M_k + \delta I \Bigr) W
 = \sum_k (M_k + \delta I) W_k - (K - 1) \, \delta W_0 .
 $$
 
-Each network is a posterior that contains the start. Their product contains it $K$ times, and has to
-be divided by it $K - 1$ times. The choice of $M_k$ is the method: the identity averages weights, a
-diagonal is Fisher merging, the input factor alone is RegMean, both factors are KFAC merging.
+Each network is the maximum of a posterior, which contains the prior around the start. The product
+of the posteriors contains the prior $K$ times, and has to be divided by it $K - 1$ times. The
+choice of $M_k$ is the method: for $\delta = 0$, the identity averages weights, a diagonal is Fisher
+merging, and the input factor alone, as a sum over data, is RegMean. Both factors are KFAC merging.
 
 Sources: Matena and Raffel 2022 (arXiv:2111.09832), Jin et al. 2023 (arXiv:2212.09849), Tam, Bansal
 and Raffel 2024 (arXiv:2312.04339).
@@ -40,12 +41,12 @@ def merged(
     start: Weights,
     max_iter: int | None = None,
 ) -> dict[str, Float[Tensor, "d_out d_in"]]:
-    """The weights of one network that stands for several, block by block.
+    """The weights of one network from those of several, block by block.
 
     Use it for networks of one shape that were trained from the same start, in order not to train on
     all data again. Not for networks from different starts: their hidden units do not correspond,
-    and the parabolas are far from each other. And not with the curvature of a *mean* loss, which
-    would give each network the same weight, whatever its number of data.
+    and the minima are far from each other. And not with the curvature of a *mean* loss, which the
+    decay would outweigh, and which does not grow with the number of data.
 
     Law: for linear models under the squared error, with KFAC or the block, it is the model that
     would have been trained on all data.
@@ -99,7 +100,7 @@ def merged_block(
     Raises:
         ValueError: If some direction has neither curvature nor decay.
     """
-    differences = [W - start for W in Ws]  # from the start, whose decay then has no other term
+    differences = [W - start for W in Ws]  # so that no term with the start is left
     b = reduce(torch.add, (M @ D + decay * D for M, D in zip(Ms, differences, strict=True)))
     diagonal = reduce(torch.add, (M.diagonal() for M in Ms)).reshape(start.shape) + decay
     if not (diagonal > 0).all():

@@ -8,10 +8,11 @@ J(W + \Delta) - J(W) \approx \tfrac12 \langle \Delta, (M + \delta I) \Delta \ran
 $$
 
 with the curvature $M$ of the *sum* $L$ of the losses. The damping is the weight decay. The loss
-alone also has a gradient at that point, $-\delta W$, and so a term of first order.
+alone has the gradient $-\delta W$ at that point, so that its increase also has a term of first
+order.
 
-Setting one weight to zero costs $\tfrac12 w_i^2 (M + \delta)_{ii}$ if the others stay (optimal
-brain damage), and $\tfrac12 w_i^2 / ((M + \delta)^{-1})_{ii}$ if they reply in the best way
+Setting one weight to zero costs $\tfrac12 w_i^2 (M + \delta I)_{ii}$ if the others stay (optimal
+brain damage), and $\tfrac12 w_i^2 / ((M + \delta I)^{-1})_{ii}$ if they reply in the best way
 (optimal brain surgeon). A reply to several zeros solves a system of equations. The costs of
 single weights do not add up to the cost of several, except in the eigenbasis.
 
@@ -38,7 +39,7 @@ from kfac_scratch.matrices.matrix import LinearMap, check_damping
 def costs_without_reply(
     W: Float[Tensor, "d_out d_in"], M: WithDiagonal, decay: float
 ) -> Float[Tensor, "d_out d_in"]:
-    r"""Optimal brain damage: the cost of each weight's zero, $\tfrac12 w_i^2 (M + \delta)_{ii}$.
+    r"""Optimal brain damage: the cost of each weight's zero, $\tfrac12 w_i^2 (M + \delta I)_{ii}$.
 
     Use it as a baseline. Not to rank weights that depend on each other: `costs_with_reply`.
 
@@ -63,10 +64,10 @@ def costs_with_reply(
 ) -> Float[Tensor, "d_out d_in"]:
     r"""Optimal brain surgeon: the cost of each weight's zero if the others reply.
 
-    It is $\tfrac12 w_i^2 / ((M + \delta)^{-1})_{ii}$.
+    It is $\tfrac12 w_i^2 / ((M + \delta I)^{-1})_{ii}$.
 
     Use it to choose what is set to zero, and `reply` afterwards. Not for many weights at once
-    without rounds: each cost assumes that all others stay.
+    without rounds: each cost assumes that no other weight is set to zero.
 
     Law: exact on a quadratic, for one weight. Never more than `costs_without_reply`.
     Cost: that of the inverse, and of its diagonal.
@@ -145,9 +146,11 @@ def reply(
     max_iter: int = 300,
     tol: float | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
-    r"""The best weights with zeros outside of `keep`: $(M + \delta)_{KK} w_K = ((M + \delta) w)_K$.
+    r"""The best weights $v$ with zeros outside of `keep`: $H_{KK} v_K = (H w)_K$.
 
-    Use it after every choice of zeros, whatever chose them: which weights go matters less than how
+    $H$ is $M + \delta I$, $w$ the trained weights, and $K$ the set of those to keep.
+
+    Use it after every choice of zeros, by whatever cost: which weights go matters less than how
     the others reply. Not if far more than half of the weights go at once, which leaves the
     quadratic: do it in rounds, with the curvature at the new weights.
 
@@ -297,10 +300,10 @@ def eigenbasis_costs(
 
     It is $\tfrac12 c_{oi}^2 (s_{oi} + \delta)$ with the coefficients $Q_B^\top W Q_A$.
 
-    Use it to compress weights, and not to make them sparse: the coefficients are, the weights are
-    not, and both bases have to be stored.
+    Use it to compress weights, and not to make them sparse: weights with few coefficients are still
+    dense. Both bases have to be stored.
 
-    Law: here costs add up, and no reply is better than none.
+    Law: here costs add up, and the best reply leaves the kept coefficients as they are.
 
     Args:
         W: Trained weights.
@@ -334,7 +337,8 @@ def predicted_increase(
 
     It is the growth of the loss *with* its weight decay.
 
-    Law: exact where the loss is quadratic, as for a linear model under the squared error.
+    Law: exact at a minimum, if the loss is quadratic with the Hessian `M`, as for a linear model
+    under the squared error.
 
     Args:
         change: New weights minus trained ones.

@@ -1,7 +1,7 @@
 """A trained network as matrices: its weights by block, and back to its parameters.
 
-What a curvature matrix is used for here begins with a trained network and ends with other weights
-for it, or with numbers. The functions of this module are both borders.
+The applications take a trained network and return other weights for it, or numbers. They work on
+one matrix `[W | b]` for each block. This module converts parameters to such matrices and back.
 """
 
 from collections.abc import Collection, Mapping
