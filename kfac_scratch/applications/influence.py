@@ -114,7 +114,7 @@ def influence_by_block(
     for X, y in batches(data, progress):
         for name, io in source.of(X, y, empirical).items():
             G = io.gradients().squeeze(0)
-            scores[name].append(torch.einsum("qoi,noi->qn", found[name], G))
+            scores[name].append(found[name].flatten(1) @ G.flatten(1).T)
     return {name: torch.cat(columns, 1) for name, columns in scores.items()}
 
 
