@@ -1,7 +1,7 @@
 """Curvature in use, at size: `python -m benchmarks.applications`.
 
-The rows `laplace`, `influence` and `self-influence` belong to a network of a million parameters and
-50,000 samples, in batches; influence is that of all samples on 100 queries. `MiB` is the peak
+The rows `laplace` and `influence` belong to a network of a million parameters and 50,000 samples,
+in batches; influence is that of all samples on 100 queries. `MiB` is the peak
 memory above what was in use before, and `limit` what is stated: for influence, the
 gradients of all queries and those of one batch for the largest block; for Laplace, all factors and
 their eigenvectors, and what the decomposition of the largest one needs in float64. No number of
@@ -37,7 +37,7 @@ from benchmarks.measure import (
     write,
 )
 from kfac_scratch import EXPAND, REDUCE, monte_carlo
-from kfac_scratch.applications.influence import influence_scores, self_influence
+from kfac_scratch.applications.influence import influence_scores
 from kfac_scratch.applications.laplace import laplace, log_evidence
 from kfac_scratch.data_loader import kfac_over
 
@@ -90,9 +90,7 @@ def of_large_data(what: str, quick: bool, device: torch.device) -> tuple[Run, Ru
     def run(data: Batches) -> Any:
         if what == "laplace":
             return laplace(model, SUM, data, 1.0, fisher=monte_carlo(1), progress=False)
-        if what == "influence":
-            return influence_scores(model, SUM, inverses, queries, data, progress=False)
-        return self_influence(model, SUM, inverses, data, progress=False)
+        return influence_scores(model, SUM, inverses, queries, data, progress=False)
 
     return partial(run, few), partial(run, data)
 
@@ -105,7 +103,6 @@ def stated(what: str, quick: bool) -> float:
     numbers = {
         "laplace": 2 * factors + 8 * max(sizes) ** 2,  # eigenvectors; four matrices in float64
         "influence": QUERIES[quick] * sum(blocks) + BATCH * max(blocks),
-        "self-influence": BATCH * max(blocks),
     }[what]
     return numbers * 4 / 2**20
 
@@ -201,7 +198,7 @@ def of_digits(seed: int, args: Namespace) -> dict:
 
 
 ROWS: dict[str, Callable[[Namespace], dict]] = {
-    what: partial(large, what) for what in ("laplace", "influence", "self-influence")
+    what: partial(large, what) for what in ("laplace", "influence")
 } | {f"evidence, seed {k}": partial(of_digits, k) for k in range(3)}
 
 
