@@ -270,7 +270,7 @@ assert leverage.min() < relative_error(scored, exact) < leverage.max()
 #
 # For a network we make a second approximation: of $M$ we keep only the block of each layer, and leave out what lies
 # between layers. The inverse then consists of blocks, and the score is a sum over layers. A block is either exact, or
-# approximated by [KFAC](05_kfac.py) or [EKFAC](06_ekfac.py).
+# approximated by [KFAC](05_kfac.py) or [EKFAC](10_ekfac.py).
 #
 # A naive version forms the gradient of every sample and the matrix of every block, and solves:
 
