@@ -14,6 +14,7 @@ from kfac_scratch.capture.layers import NORMS
 from kfac_scratch.capture.plan import Plan
 from kfac_scratch.curvature import block_index, loss_hessian
 from tests.capture.models import MODELS
+from tests.second_device import NAME as SECOND_DEVICE
 from tests.thinned import thinned
 
 LOSS = CrossEntropyLoss()
@@ -68,6 +69,8 @@ def worst(ios, exact):
 @pytest.mark.parametrize("name", thinned(MODELS))
 def test_a_model_is_exact_or_refused_with_a_way_out(name, device):
     case = MODELS[name]
+    if name == "LSTM" and device.type == SECOND_DEVICE:
+        pytest.skip("the second device has no kernel for a fused LSTM")
     model, X, y = problem(case, device)
     names = names_of(model)
     if case.refusal:
