@@ -98,7 +98,7 @@ def test_a_reason_of_any_length_arrives():
 
 @pytest.mark.parametrize("scale", thinned([0, 0.0, -1.0, math.nan, math.inf, "2", True]))
 @pytest.mark.parametrize("fisher", ["type2", "mc"])
-def test_a_documented_scale_that_is_no_positive_number_is_an_error(scale, fisher, as_users_run):
+def test_a_documented_scale_that_is_no_positive_number_is_an_error(scale, fisher, as_users_run_it):
     adapter = faulty.Scaled()
     adapter.documented = scale
     case = next(c for c in CASES.values() if c.fisher == fisher and not c.operator)

@@ -312,7 +312,7 @@ class Returning(Ours):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(returned=RETURNED, documented=THINGS | NUMBERS)
-def test_an_adapter_that_returns_anything_has_a_verdict(returned, documented, as_users_run):
+def test_an_adapter_that_returns_anything_has_a_verdict(returned, documented, as_users_run_it):
     """Never an exception, never a pass: no generated block of a layer is right."""
     adapter = Returning()
     adapter.returned, adapter.documented = returned, documented
