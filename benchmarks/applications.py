@@ -46,9 +46,7 @@ SIZES = {False: (784, 900, 320, 10), True: (20, 16, 8, 3)}
 SAMPLES, QUERIES, BATCH = {False: 50_000, True: 256}, {False: 100, True: 4}, 64
 DECAYS = (0.01, 0.1, 1.0, 3.0, 10.0)
 FLAVOURS = {"expand": EXPAND, "reduce": REDUCE}
-SLACK = (
-    2.5  # times the numbers that the docstrings state: products are formed beside what they read
-)
+SLACK = 2.5  # times what is stated: products are formed beside what they read
 
 
 class Batches:
@@ -83,16 +81,14 @@ def of_large_data(what: str, quick: bool, device: torch.device) -> tuple[Run, Ru
     sizes = SIZES[quick]
     model, data = perceptron(sizes, device), Batches(sizes, SAMPLES[quick], device)
     few = Batches(sizes, 2 * BATCH, device)
-    Ks = kfac_over(model, SUM, few, monte_carlo(1), progress=False)
-    inverses = {name: K.inverse(1.0) for name, K in Ks.items()}
-    queries = list(Batches(sizes, QUERIES[quick], device))
-
-    def run(data: Batches) -> Any:
-        if what == "laplace":
-            return laplace(model, SUM, data, 1.0, fisher=monte_carlo(1), progress=False)
-        return influence_scores(model, SUM, inverses, queries, data, progress=False)
-
-    return partial(run, few), partial(run, data)
+    if what == "laplace":
+        run = partial(laplace, model, SUM, prior=1.0, fisher=monte_carlo(1), progress=False)
+    else:
+        Ks = kfac_over(model, SUM, few, monte_carlo(1), progress=False)
+        inverses = {name: K.inverse(1.0) for name, K in Ks.items()}
+        queries = list(Batches(sizes, QUERIES[quick], device))
+        run = partial(influence_scores, model, SUM, inverses, queries, progress=False)
+    return partial(run, data=few), partial(run, data=data)
 
 
 def stated(what: str, quick: bool) -> float:

@@ -11,7 +11,7 @@ s_{qn} = \langle \nabla \ell_q, \, (M + \delta I)^{-1} \nabla \ell_n \rangle .
 $$
 
 A positive score says that the sample helps: without it, the query's loss is larger. The damping
-$\delta$ is no knob: it is the weight decay of the sum of the losses.
+$\delta$ is not free to choose: it is the weight decay of the sum of the losses.
 
 Gradients are those of single samples, without a factor. The number of samples is in no score. All
 functions take inverses by name of block: `{name: M.inverse(decay) for name, M in ...}`. With a
@@ -157,7 +157,7 @@ def self_influence(
 def product_kernels(
     K: Kronecker, queries: LayerIO, data: LayerIO
 ) -> tuple[Float[Tensor, "Q N"], Float[Tensor, "Q N"]]:
-    """The two kernels whose product are the scores of a Kronecker product `B ⊗ A`.
+    """The two kernels whose product is the matrix of scores of a Kronecker product `B ⊗ A`.
 
     A gradient is `g a^T`, so that `<g a^T, B h c^T A> = (g^T B h) (a^T A c)`: how alike the errors
     are, times how alike the inputs are. No gradient is formed.

@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from torch.nn import Module, MSELoss
 
 from kfac_scratch.applications.laplace import Laplace
+from kfac_scratch.applications.trained import layers_of
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import LinearMap
@@ -87,8 +88,8 @@ def predicted_outputs(
     """
     with torch.no_grad():
         f = model(X)
-    layers = [name.partition("[")[0] for name in posterior.weights]
-    ios = layer_ios(model, MSELoss(), X, f, output_vectors, layers=list(dict.fromkeys(layers)))
+    layers = layers_of(model, posterior.weights)
+    ios = layer_ios(model, MSELoss(), X, f, output_vectors, layers=layers)
     if set(ios) != set(posterior.weights):
         raise ValueError(
             f"The model has the blocks {sorted(ios)}, the posterior {sorted(posterior.weights)}: "

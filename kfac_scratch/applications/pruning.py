@@ -231,7 +231,9 @@ def without_row(
     """
     _check(W, K, 0.0)
     column = Dense(K.B).inverse(0.0).M[:, row]
-    return _zero_at(W - torch.outer(column / column[row], W[row]), (row, slice(None)))
+    found = W - torch.outer(column / column[row], W[row])
+    found[row] = 0.0  # where rounding has left less
+    return found
 
 
 def column_costs(W: Float[Tensor, "d_out d_in"], K: Kronecker) -> Float[Tensor, " d_in"]:
@@ -252,7 +254,7 @@ def column_costs(W: Float[Tensor, "d_out d_in"], K: Kronecker) -> Float[Tensor, 
         ValueError: If `A` is not positive definite.
     """
     _check(W, K, 0.0)
-    return ((K.B @ W) * W).sum(0) / Dense(K.A).inverse(0.0).M.diagonal() / 2
+    return row_costs(W.T, Kronecker(K.B, K.A))
 
 
 def without_column(
@@ -269,8 +271,7 @@ def without_column(
         ValueError: If `A` is not positive definite.
     """
     _check(W, K, 0.0)
-    row = Dense(K.A).inverse(0.0).M[column]
-    return _zero_at(W - torch.outer(W[:, column], row / row[column]), (slice(None), column))
+    return without_row(W.T, Kronecker(K.B, K.A), column).T
 
 
 def factored_damping(K: Kronecker, decay: float) -> Kronecker:
@@ -350,12 +351,6 @@ def predicted_increase(
     """
     check_damping(decay)
     return (change * (M @ change + decay * change)).sum() / 2
-
-
-def _zero_at(W: Tensor, where: tuple[int | slice, int | slice]) -> Tensor:
-    """The weights with zeros where rounding has left less."""
-    W[where] = 0.0
-    return W
 
 
 def _check(W: Tensor, M: object, decay: float) -> None:

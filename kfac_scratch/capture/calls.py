@@ -230,7 +230,30 @@ class _Matrix(NamedTuple):
     view: Tensor
 
 
-class Recorder(TorchFunctionMode):
+class Watching(TorchFunctionMode):
+    """A mode that sees every function of PyTorch, also within those that are made of others."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function, and see it; one that is made of others is opened, so that they are seen.
+
+        It is the subclass's `_run` that runs it.
+        """
+        if func in MADE_OF_FUNCTIONS:
+            with self:
+                return opened(func)(*args, **kwargs or {})
+        return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class Recorder(Watching):
     """Record every function that uses a weight of some layers.
 
     Attributes:
@@ -249,18 +272,8 @@ class Recorder(TorchFunctionMode):
             for name, bias in group.biases.items():
                 self._biases[id(bias)] = group, name, bias
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function, and record it if it uses a weight."""
-        kwargs = kwargs or {}
-        if func in MADE_OF_FUNCTIONS:
-            with self:
-                return opened(func)(*args, **kwargs)
         biased = (
             self._biased(*args) if func in ADDITIONS and len(args) == 2 and not kwargs else None
         )
@@ -348,7 +361,7 @@ class Recorder(TorchFunctionMode):
             self.calls[group.name][-1] = replace(call, bias=name, z=z.detach(), edge=_edge(z))
 
 
-class Readers(TorchFunctionMode):
+class Readers(Watching):
     """Note which functions compute with a parameter or a view of it.
 
     Attributes:
@@ -360,18 +373,8 @@ class Readers(TorchFunctionMode):
         self.names: list[str] = []
         self._parameter = parameter
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function, and note its name if it gets the parameter and computes with it."""
-        kwargs = kwargs or {}
-        if func in MADE_OF_FUNCTIONS:
-            with self:
-                return opened(func)(*args, **kwargs)
         z = func(*args, **kwargs)
         if any(map(self._is_part, tree_leaves((args, kwargs)))) and self._computes(z):
             name = resolve_name(func) or func.__name__

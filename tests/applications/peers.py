@@ -28,14 +28,10 @@ from kfac_scratch.applications.predictive import output_vectors
 from kfac_scratch.applications.trained import trained_weights
 from kfac_scratch.curvature import ggn, parameter_vector
 from kfac_scratch.losses import empirical
+from tests.applications.structures import diagonal
 
 Comparison = tuple[str, Tensor, Tensor]
 PRIOR, SIGMA, TEMPERATURE = 0.7, 0.4, 1.5
-
-
-def diagonal(io: LayerIO) -> Diagonal:
-    """The exact diagonal of a block."""
-    return Diagonal(io.gradients().square().sum((0, 1)))
 
 
 def problem(loss: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:

@@ -13,13 +13,12 @@ from torch.nn import (
     Embedding,
     Flatten,
     Linear,
-    MSELoss,
     Sequential,
     Tanh,
 )
 from torch.nn.functional import cross_entropy
 
-from kfac_scratch import Dense, Diagonal, LayerIO, ekfac, factored_inverse, kfac, layer_ios
+from kfac_scratch import LayerIO, ekfac, factored_inverse, kfac, layer_ios
 from kfac_scratch.applications.influence import (
     influence_by_block,
     influence_scores,
@@ -30,21 +29,8 @@ from kfac_scratch.applications.influence import (
 from kfac_scratch.applications.laplace import laplace
 from kfac_scratch.curvature import block_index, hessian
 from kfac_scratch.losses import empirical
+from tests.applications.structures import SQUARES, STRUCTURES, SUM, dense
 from tests.laws import check_differs, check_equal, error
-
-SUM = CrossEntropyLoss(reduction="sum")
-SQUARES = MSELoss(reduction="sum")
-
-
-def dense(io):
-    return Dense(io.block())
-
-
-def diagonal(io):
-    return Diagonal(io.gradients().square().sum((0, 1)))
-
-
-STRUCTURES = {"dense": dense, "kfac": kfac, "ekfac": ekfac, "diagonal": diagonal}
 
 
 def inverses_of(model, loss, X, y, decay, structure=kfac):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 from torch.func import functional_call, jacrev
-from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, MSELoss, Sequential, Tanh
+from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, Sequential, Tanh
 
-from kfac_scratch import REDUCE, Dense, Diagonal, LayerIO, ekfac, kfac, kfac_reduce
+from kfac_scratch import REDUCE, LayerIO, ekfac, kfac, kfac_reduce
 from kfac_scratch.applications.laplace import (
     BOUNDS,
     Laplace,
@@ -30,21 +30,9 @@ from kfac_scratch.applications.predictive import (
 )
 from kfac_scratch.approximations.kpsvd import deflation
 from kfac_scratch.linalg import kron
+from tests.applications.structures import SQUARES, STRUCTURES, SUM, dense, diagonal
 from tests.laws import check_differs, check_equal
 
-SUM = CrossEntropyLoss(reduction="sum")
-SQUARES = MSELoss(reduction="sum")
-
-
-def dense(io):
-    return Dense(io.block())
-
-
-def diagonal(io):
-    return Diagonal(io.gradients().square().sum((0, 1)))
-
-
-STRUCTURES = {"dense": dense, "kfac": kfac, "ekfac": ekfac, "diagonal": diagonal}
 EXACT = ("dense", "kfac", "ekfac")  # on linear models with squared error
 
 

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from torch.nn import Conv2d, CrossEntropyLoss, Embedding, Linear, MSELoss, Sequential, Tanh
+from torch.nn import Conv2d, Embedding, Linear, Sequential, Tanh
 
 from kfac_scratch import (
-    Dense,
-    Diagonal,
     Kronecker,
     KroneckerSum,
-    ekfac,
     foof,
     kfac,
     layer_ios,
@@ -17,28 +14,16 @@ from kfac_scratch import (
 )
 from kfac_scratch.applications.merging import merged, merged_block
 from kfac_scratch.applications.trained import parameters_from, trained_weights
+from tests.applications.structures import SQUARES, STRUCTURES, SUM, dense
 from tests.laws import check_differs, check_equal
 
-SQUARES = MSELoss(reduction="sum")
-SUM = CrossEntropyLoss(reduction="sum")
 D, C, DECAY = 6, 3, 0.4
-
-
-def dense(io):
-    return Dense(io.block())
-
-
-def diagonal(io):
-    return Diagonal(io.gradients().square().sum((0, 1)))
 
 
 def inputs_summed(io):
     """RegMean: the input factor as a sum over data, where `foof` has the mean."""
     M = foof(io)
     return Kronecker(io.rows * M.A, M.B)
-
-
-STRUCTURES = {"dense": dense, "kfac": kfac, "ekfac": ekfac, "diagonal": diagonal}
 
 
 def parts(device):

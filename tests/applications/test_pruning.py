@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import CrossEntropyLoss, Linear, MSELoss, Sequential, Tanh
+from torch.nn import Linear, Sequential, Tanh
 
 from kfac_scratch import (
     Dense,
@@ -37,11 +37,10 @@ from kfac_scratch.applications.trained import (
     trained_weights,
     weights_without_biases,
 )
+from tests.applications.structures import SQUARES, SUM
 from tests.laws import check_differs, check_equal
 
 ROWS, COLUMNS = 4, 6
-SQUARES = MSELoss(reduction="sum")
-SUM = CrossEntropyLoss(reduction="sum")
 
 
 def kronecker(device="cpu", seed=0):
