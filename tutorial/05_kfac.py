@@ -51,8 +51,8 @@ set_up()  # seed 0, float64, the GPU where there is one
 # %% [markdown]
 # We measure two things, here and in all chapters that follow. `assert_exact` is for theorems: no entry
 # may deviate by more than $10^{-10}$ of the largest one. `relative_error` is for approximations: the norm of
-# the difference over the norm of the exact matrix, where the norm
-# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$ is that of Frobenius. Both refuse to compare with
+# the difference over the norm of the exact matrix. The norm is the Frobenius norm,
+# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$. Both refuse to compare with
 # zeros, which would prove nothing.
 
 # %% tags=["remove-input"]

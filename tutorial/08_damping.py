@@ -553,7 +553,7 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 # \tag{8.14}
 # $$
 #
-# So $\rho$ is positive exactly if the loss went down. A ratio near one says that the model was right,
+# So $\rho$ is positive if and only if the loss went down. A ratio near one says that the model was right,
 # one near zero or below that the step left the region in which it is. Hence the rule: above
 # $\tfrac34$ shrink the damping, below $\tfrac14$ raise it, in between leave it. Gradient, curvature
 # and both losses must be of the same batch, or the ratio measures the difference between batches.
@@ -647,9 +647,9 @@ plt.show()
 # %% [markdown]
 # With exact curvature, damping starts high, while the parabola is good for short steps only, and
 # falls as the minimum comes near: the steps turn into those of Gauss and Newton. Neither of the two
-# fixed dampings does both. KFAC's damping is soon back where it was. Its $M$ leaves out what happens
-# between layers, and no nearness to the minimum repairs this. The rule notices: whenever the damping
-# gets low, the ratio falls below the threshold.
+# fixed dampings does both. KFAC's damping is soon back where it was. Its $M$ leaves out the curvature
+# between layers, and this error stays when the minimum is near. So the ratio falls below the threshold
+# whenever the damping gets low.
 #
 # ### The end, and after the end
 #

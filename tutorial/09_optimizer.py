@@ -912,7 +912,7 @@ assert (linear[0].weight - minimum).norm() < 1e-7
 # %% [markdown]
 # ### On a network
 #
-# The classical test of KFAC is an autoencoder: it shall reproduce its input through a narrow
+# The classical test of KFAC is an autoencoder. This network learns to reproduce its input through a narrow
 # layer. We compare on one batch of 400 digits. Adam gets the best of five learning rates. KFAC
 # with fixed rates gets the best of eight settings. The quadratic model gets none: its damping
 # starts from a guess and is adapted by the rule of [Chapter 8](08_damping.py), which is passed as

@@ -240,7 +240,7 @@ else:
 #
 # $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single
 # datum, deep linear networks with squared error, the last layer with squared error
-# ([Chapter 5](05_kfac.py) has the list). By [Theorem 10.1], it is exact exactly if the eigenvectors
+# ([Chapter 5](05_kfac.py) has the list). By [Theorem 10.1], it is exact if and only if the eigenvectors
 # are right, that is, if $F$ is diagonal in KFAC's basis. For an ordinary network that is not so:
 
 # %%
@@ -324,7 +324,7 @@ assert factor.max() > 2 > 0.5 > factor.min()
 # ## What EKFAC does not promise
 #
 # The theorem compares diagonals *in KFAC's basis*. The plain diagonal of $F$ uses another basis,
-# that of the weights themselves. It may be the better one. We let chance look for layers where it is:
+# that of the weights themselves. It may be the better one. We draw random layers and count those where it is:
 
 
 # %%

@@ -16,8 +16,8 @@
 # **Part III: Better and faster.** Eight chapters, some twenty methods, each better in its own way. Which
 # one should you use, and when does it matter?
 #
-# Papers compare methods by training curves, in which a learning rate, a schedule, a damping and a
-# machine have their say. This chapter compares what the methods are about. The same trained networks,
+# Papers compare methods by training curves, which also depend on a learning rate, a schedule, a damping and a
+# machine. This chapter compares what the methods are about. The same trained networks,
 # the same batch, the same damping; four numbers for the quality, each on a finer scale than the one
 # before; and what it costs, counted by formulas instead of a clock. All numbers are from this page.
 # They hold for small networks, and the last section says what that leaves open.
