@@ -5,12 +5,17 @@ information" (`PreconditioningConfig`); the squared error is that of a Gaussian 
 is 1 by default (`KfacGradientMaker`), half of PyTorch's. The empirical Fisher is that of the loss
 with the reduction `sum`.
 
+`EkfacGradientMaker` refuses EKFAC with other Fishers than the empirical one. `FisherMaker`, on
+which it is built, computes it without a word. It is asked where nothing else is added up: for
+linear layers without positions that are used once, on one mini-batch. What it computes is no EKFAC
+matrix if the columns of `Ua` or `Ub` have other lengths than 1. That is an error, in words.
+
 Not asked for: dilated convolutions, which are refused with an error, and EKFAC with other Fishers
-than the empirical one, which `EkfacGradientMaker` refuses. The `FisherMaker` below it does not
-refuse them: `Unguarded` asks it.
+than the empirical one on all other models.
 """
 # mypy: disable-error-code="import-untyped, import-not-found, misc"
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
@@ -41,8 +46,6 @@ FISHERS: dict[Fisher, str] = {
 class Adapter:
     """What a `FisherMaker` leaves in the modules."""
 
-    guarded = True
-
     def capabilities(self) -> Capabilities:
         """Linear layers and 2d convolutions."""
         return Capabilities(
@@ -55,9 +58,9 @@ class Adapter:
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """Weight and bias by themselves."""
         layers = {name: request.model.get_submodule(name) for name in request.layers}
-        if request.flavour == "ekfac" and request.fisher != "empirical" and self.guarded:
-            raise NotSupported("EkfacGradientMaker supports only fisher_emp")
         _check(request, layers)
+        if request.flavour == "ekfac" and request.fisher != "empirical":
+            _check_plain(request)
         _run(request, "kfe" if request.flavour == "ekfac" else "kron")
         part = _products if request.flavour == "ekfac" else _factors
         return {name: part(layer) for name, layer in layers.items()}
@@ -66,12 +69,6 @@ class Adapter:
         """A mean over data, of half the squared error."""
         half = isinstance(request.loss, nn.MSELoss) and request.fisher != "empirical"
         return drivers.total_divisor(request) / _size(request) / (2 if half else 1)
-
-
-class Unguarded(Adapter):
-    """The same, also for what `EkfacGradientMaker` refuses and `FisherMaker` does not."""
-
-    guarded = False
 
 
 def _check(request: Request, layers: Mapping[str, nn.Module]) -> None:
@@ -88,6 +85,23 @@ def _check(request: Request, layers: Mapping[str, nn.Module]) -> None:
         raise NotSupported("a type of loss, without label smoothing")
     if any(bool((y == -100).any()) for _, y in request.batches):
         raise NotSupported("a type of loss, without targets that are ignored")
+
+
+def _check_plain(request: Request) -> None:
+    """Linear layers without positions, used once, on one mini-batch."""
+    calls: Counter[str] = Counter()
+    layers = {n: m for n, m in request.model.named_modules() if isinstance(m, nn.Linear)}
+    handles = [
+        layer.register_forward_hook(lambda m, x, z, name=name: calls.update({name: z.ndim - 1}))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        request.model(request.batches[0][0].clone())
+    for handle in handles:
+        handle.remove()
+    others = {*request.layers} - {*layers}
+    if others or len(request.batches) > 1 or any(calls[name] != 1 for name in request.layers):
+        raise NotSupported("EkfacGradientMaker supports only fisher_emp")
 
 
 def _run(request: Request, shape: str) -> None:
@@ -118,15 +132,21 @@ def _factors(layer: Any) -> LayerBlock:
 
 
 def _products(layer: Any) -> LayerBlock:
-    """`KFE.mvp` solves with the EKFAC matrix plus `eps`: here for all unit vectors, with 1."""
-    W, b = layer.weight, layer.bias
-    solve = partial(layer.fisher.kfe.mvp, eps=1.0)
+    """`KFE.mvp` solves with the EKFAC matrix plus `eps`: here for all unit vectors."""
+    W, b, kfe = layer.weight, layer.bias, layer.fisher.kfe
+    for name, U in (("Ua", kfe.Ua), ("Ub", kfe.Ub)):
+        lengths = (U * U).sum(-2)
+        if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
+            found = f"{float(lengths.min()):.3g} to {float(lengths.max()):.3g}"
+            raise ValueError(f"the squared lengths of the eigenvectors {name} are {found}, not 1.")
+    eps = float(kfe.scale[0].mean())  # of the matrix's size, for single precision
+    solve = partial(kfe.mvp, eps=eps)
     if b is None:
-        return LayerBlock(weight=_inverse([solve(unit) for unit in _units(W)]))
+        return LayerBlock(weight=_inverse([solve(unit) for unit in _units(W)], eps))
     nothing, none = torch.zeros_like(W), torch.zeros_like(b)
     return LayerBlock(
-        weight=_inverse([solve(unit, none.clone())[0] for unit in _units(W)]),
-        bias=_inverse([solve(nothing.clone(), unit)[1] for unit in _units(b)]),
+        weight=_inverse([solve(unit, none.clone())[0] for unit in _units(W)], eps),
+        bias=_inverse([solve(nothing.clone(), unit)[1] for unit in _units(b)], eps),
     )
 
 
@@ -134,9 +154,9 @@ def _units(p: Tensor) -> Tensor:
     return torch.eye(p.numel(), dtype=p.dtype).reshape(-1, *p.shape)
 
 
-def _inverse(columns: list[Tensor]) -> DenseAnswer:
+def _inverse(columns: list[Tensor], eps: float) -> DenseAnswer:
     M = torch.linalg.inv(torch.stack([c.flatten() for c in columns], 1))
-    return DenseAnswer(M - torch.eye(len(M)).to(M))
+    return DenseAnswer(M - eps * torch.eye(len(M)).to(M))
 
 
 def _size(request: Request) -> int:

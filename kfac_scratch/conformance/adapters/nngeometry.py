@@ -6,8 +6,10 @@ with identity covariance, a softmax or a sigmoid model. There is no loss argumen
 or sum, and the 2 of PyTorch's squared error, are scales that the documentation states. The
 empirical Fisher is the same formula for every datum's loss.
 
-`FIM(..., "classif_logits")` builds its constants in PyTorch's default precision, which is therefore
-set to the model's; `AsItIs` leaves it alone.
+`FIM(..., "classif_logits")` builds its constants in PyTorch's default precision. Most cases are in
+double precision, which is therefore the default in every call: somebody who works in it says
+`torch.set_default_dtype(torch.float64)` once. It stays the default for the cases in single
+precision.
 
 A `LayerCollection` names the layers whose blocks are wanted: normalisations have other blocks than
 Kronecker ones, and would be asked for them. Not asked for: embeddings, which no `LayerCollection`
@@ -68,17 +70,8 @@ class Adapter:
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         """The factors; the bias is the last input."""
         _check(request)
-        with _default_precision(next(request.model.parameters()).dtype):
+        with _double_precision():
             return _fitted(request)
-
-
-class AsItIs(Adapter):
-    """The same in PyTorch's default precision, whatever the model's is."""
-
-    def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
-        """The factors; the bias is the last input."""
-        _check(request)
-        return _fitted(request)
 
 
 def _fitted(request: Request) -> dict[str, LayerBlock]:
@@ -171,9 +164,9 @@ def _loader(request: Request) -> DataLoader[Any]:
 
 
 @contextmanager
-def _default_precision(dtype: torch.dtype) -> Iterator[None]:
+def _double_precision() -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ from importlib import import_module
 from kfac_scratch.conformance.audit.mending import mended
 
 LIBRARY, VERSION = "asdfghjkl", "0.1a5"
-ADAPTER = "kfac_scratch.conformance.adapters.asdfghjkl:Unguarded"
+ADAPTER = "kfac_scratch.conformance.adapters.asdfghjkl:Adapter"
 TITLE = "EKFAC adds up the eigenvectors of several backward passes"
 CASES = (("mlp-mse-mean", "ekfac"), ("mlp-cross-entropy-mean", "ekfac"))
 CAUSE = (
@@ -52,14 +52,13 @@ DOCUMENTED = (
     "kfe with several passes"
 )
 THREAD = ""
-WITH = ("asdfghjkl_ekfac_basis",)
+BESIDE = ("asdfghjkl_ekfac_basis",)
 
 
 @contextmanager
 def patch() -> Iterator[None]:
-    """Eigenvectors and scale of the rows of all passes; and the basis, which is another finding."""
+    """Eigenvectors and scale of the rows of all passes."""
     operation = import_module("asdl.operations.operation").Operation
-    basis = import_module(f"{__name__.rpartition('.')[0]}.asdfghjkl_ekfac_basis")
     first = "Ua = self.cov_kfe_A(module, in_data)"
     passes = (
         "passes = self.__dict__.setdefault('_passes', [])\n"
@@ -70,5 +69,5 @@ def patch() -> Iterator[None]:
     )
     scale = "self.cov_kfe_scale(module, in_data, out_grads, Ua, Ub, bias=bias)"
     total = f"tuple(s * len(passes) for s in {scale})"
-    with basis.patch(), mended(operation, "backward_pre_process", (first, passes), (scale, total)):
+    with mended(operation, "backward_pre_process", (first, passes), (scale, total)):
         yield

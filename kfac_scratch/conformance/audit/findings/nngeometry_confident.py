@@ -48,6 +48,7 @@ CAUSE = (
 )
 DOCUMENTED = "silent"
 THREAD = ""
+BESIDE = ("nngeometry_float64",)
 UPSTREAM = (
     "New in release 0.4. Release 0.3.2 multiplied the logarithms of the probabilities by roots of "
     "the probabilities, without a triangular matrix and without a division, and answers these "
