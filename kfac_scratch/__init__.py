@@ -3,9 +3,17 @@
 Everything that is public stands here: `from kfac_scratch import kfac, layer_ios`. The modules below
 say where a thing is defined; none of them passes on another's functions. What belongs to one topic
 under short names is used with its module: `from kfac_scratch import curvature`, then
-`curvature.ggn(...)`; likewise `checks`, `linalg`, `show`, `taylor.activations` and `pinn.problems`.
+`curvature.ggn(...)`; likewise `checks`, `linalg`, `show`, `applications.pruning`,
+`applications.merging`, `taylor.activations` and `pinn.problems`.
 """
 
+from kfac_scratch.applications.influence import (
+    influence_by_block,
+    influence_scores,
+    inverse_as_sum,
+    product_kernels,
+    self_influence,
+)
 from kfac_scratch.applications.laplace import (
     EvidenceGradient,
     Laplace,
@@ -18,12 +26,20 @@ from kfac_scratch.applications.laplace import (
     mackay_shared,
     sampled_weights,
 )
+from kfac_scratch.applications.online import (
+    OnlinePrior,
+)
 from kfac_scratch.applications.predictive import (
     functional_covariance,
     output_vectors,
     predicted_outputs,
     probit,
     sampled_probabilities,
+)
+from kfac_scratch.applications.trained import (
+    parameters_from,
+    trained_weights,
+    weights_without_biases,
 )
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
@@ -171,6 +187,7 @@ __all__ = [
     "Matrix",
     "MovingAverage",
     "OneHot",
+    "OnlinePrior",
     "Partials",
     "PinnKFAC",
     "PinnOptimizer",
@@ -215,6 +232,9 @@ __all__ = [
     "graft",
     "guarded",
     "guarded_inverse",
+    "influence_by_block",
+    "influence_scores",
+    "inverse_as_sum",
     "inverses",
     "kernel_inverse",
     "kfac",
@@ -248,11 +268,13 @@ __all__ = [
     "nystrom",
     "output_vectors",
     "over_loader",
+    "parameters_from",
     "pinn_loss",
     "plan",
     "preconditioner",
     "predicted_outputs",
     "probit",
+    "product_kernels",
     "quadratic_model",
     "randomized",
     "refreshed",
@@ -263,6 +285,7 @@ __all__ = [
     "sampled_probabilities",
     "sampled_weights",
     "second_order_sum",
+    "self_influence",
     "skfac",
     "smallest_kept",
     "spectral_space",
@@ -273,6 +296,7 @@ __all__ = [
     "tekfac",
     "tkfac",
     "trace_matched",
+    "trained_weights",
     "truncated_inverse",
     "two_level",
     "type2",
@@ -280,5 +304,6 @@ __all__ = [
     "uncovered",
     "univariate_jets",
     "value_only",
+    "weights_without_biases",
     "zero_tail",
 ]
