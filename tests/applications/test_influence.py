@@ -18,7 +18,7 @@ from torch.nn import (
 )
 from torch.nn.functional import cross_entropy
 
-from kfac_scratch import LayerIO, ekfac, factored_inverse, kfac, layer_ios
+from kfac_scratch import Kronecker, LayerIO, ekfac, factored_inverse, kfac, layer_ios
 from kfac_scratch.applications.influence import (
     influence_by_block,
     influence_scores,
@@ -312,6 +312,21 @@ def by_gradients(inverse, few, rows):
     return torch.einsum(
         "qoi,noi->qn", inverse @ few.gradients().squeeze(0), rows.gradients().squeeze(0)
     )
+
+
+def test_kfac_and_ekfac_have_one_scale_where_all_tokens_have_one_input(device):
+    """A library that divides only one of them by the positions has scores of two scales."""
+    torch.manual_seed(0)
+    a = torch.randn(3, device=device).expand(6, 4, 3)
+    g = torch.zeros(2, 6, 4, 5, device=device)
+    g[:, :, 1] = torch.randn(2, 6, 5, device=device)  # one position answers for each datum
+    io = LayerIO(a, g)
+    K, E = kfac(io), ekfac(io)
+    check_equal(K.dense(), io.block())
+    check_equal(E.dense(), io.block())
+    check_differs(Kronecker(K.A / 4, K.B).dense(), io.block())
+    V = torch.randn(5, 3, device=device)
+    check_equal(K.inverse(0.3) @ V, E.inverse(0.3) @ V)
 
 
 def test_with_factored_damping_scores_are_a_product_of_two_kernels(device):

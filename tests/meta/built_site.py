@@ -1,13 +1,16 @@
 """The site, built once for all tests that look at it."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,17 +40,38 @@ def mkdocs_build(source: Path, target: Path) -> subprocess.CompletedProcess[str]
 
 
 @cache
-def _build() -> tuple[Path, subprocess.CompletedProcess[str]]:
-    target = Path(tempfile.mkdtemp(prefix="kfac-site-"))
-    return target, mkdocs_build(ROOT, target)
+def _shared() -> Path:
+    """A folder that the processes of one test run have in common."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"kfac-site-{run}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(name: str, compute: Callable[[], Any]) -> Any:
+    """A value as JSON, computed by the first process of a run that asks; others wait for it."""
+    from filelock import FileLock
+
+    file = _shared() / f"{name}.json"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            file.write_text(json.dumps(compute()), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _built() -> list[object]:
+    made = mkdocs_build(ROOT, _shared() / "site")
+    return [made.returncode, made.stderr[-3000:]]
 
 
 def built_site() -> Path:
-    """The folder of the built site."""
+    """The folder of the built site: the one that `KFAC_SITE` names, or one that is built now."""
     missing("mkdocs", "material", "mkdocstrings", "nbclient", "nbconvert", "jupytext", "ipykernel")
-    target, built = _build()
-    assert built.returncode == 0, built.stderr[-3000:]
-    return target
+    if already := os.environ.get("KFAC_SITE"):
+        return Path(already)
+    returncode, words = once("build", _built)
+    assert returncode == 0, words
+    return _shared() / "site"
 
 
 def pages() -> list[Path]:

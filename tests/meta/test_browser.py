@@ -1,10 +1,11 @@
 """The site opened from disk in Chromium, with the network switched off."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from tests.meta.built_site import CHROMIUM, built_site, missing, pages, unavailable
+from tests.meta.built_site import CHROMIUM, built_site, missing, once, pages, unavailable
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,6 @@ def survey(browser):
         "phone": {"sideways": SIDEWAYS, "out of reach": OUT_OF_REACH},
     }
 
-    @cache
     def answers(screen, scheme):
         found = {}
         for path in pages():
@@ -82,14 +82,20 @@ def survey(browser):
             size = DESKTOP if screen == "desktop" else PHONE
             with browser.new_context(color_scheme=scheme, **size) as context:
                 page = opened(context, path)
-                found[path] = {name: page.evaluate(js) for name, js in asked[screen].items()}
-                found[path]["problems"] = list(page.problems)  # axe adds requests of its own
+                answer = {name: page.evaluate(js) for name, js in asked[screen].items()}
+                answer["problems"] = list(page.problems)  # axe adds requests of its own
                 if screen == "desktop":
-                    found[path]["inaccessible"] = inaccessible(page)
+                    answer["inaccessible"] = inaccessible(page)
+                found[str(path)] = answer
         return found
 
+    @cache
+    def answers_of_all(screen, scheme):
+        return once(f"survey-{screen}-{scheme}", lambda: answers(screen, scheme))
+
     def ask(question, screen, scheme="light"):
-        return {path: answer[question] for path, answer in answers(screen, scheme).items()}
+        found = answers_of_all(screen, scheme)
+        return {Path(path): answer[question] for path, answer in found.items()}
 
     return ask
 
