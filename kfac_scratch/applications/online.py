@@ -8,9 +8,10 @@ $$
 \frac{N}{b} \beta L_{\text{batch}}(W) + \sum_l \tfrac{\delta_l}{2} \lVert W_l \rVert^2 ,
 $$
 
-whose mean over batches is what `laplace` assumes to be at its minimum. Between two steps it is a
-fixed function, so that any optimizer can minimise it. Nothing guarantees that the prior settles:
-the evidence is that of weights that are not at a minimum yet.
+with the sum of the batch's losses. Its mean over random batches is what `laplace` assumes to be at
+its minimum. Between two steps it is a fixed function, so that any optimizer can minimise it.
+Nothing guarantees that the prior settles: the evidence neglects the objective's gradient, which is
+not zero yet.
 
 Source: Immer et al. 2021 (arXiv:2104.04975), algorithm 1, with MacKay's step instead of a gradient
 step for the prior.
@@ -26,7 +27,7 @@ from torch.nn import Module
 
 from kfac_scratch.applications.laplace import Laplace, Prior, laplace, log_evidence, mackay_shared
 from kfac_scratch.approximations.accumulators import Accumulator
-from kfac_scratch.border import check_instance
+from kfac_scratch.border import check_callable, check_instance
 from kfac_scratch.capture.layer_groups import groups_of
 from kfac_scratch.data_loader import LoaderOptions
 from kfac_scratch.layer_io import LayerIO
@@ -50,30 +51,36 @@ class OnlinePrior:
                 optimizer.step()
             if epoch >= 10 and epoch % 5 == 0:
                 online.update()
-        model.load_state_dict(online.best_parameters)
+        final = laplace(model, online.loss, batches, online.posterior.prior, online.posterior.beta)
 
-    The first `update` comes after some training. Far from a minimum the data determine few
-    parameters, and the step is a large prior, which may keep the network from learning. Not for a
-    network that is trained already: `laplace` and `mackay` are enough.
+    The first `update` comes after some training. At the start the curvature is large and the
+    weights are small, so that the step is a large prior, which may keep the network from learning.
+    Not for a network that is trained already: `laplace` and `mackay` are enough.
+
+    Not with random augmentation in `data`: the curvature is then that of other data than the loss.
+    The evidence falls from one update to the next where the training goes astray; then go back to
+    `best_state`, which is made at an update alone.
 
     The objective is a sum over all data, so that its gradient is as many times larger than a mean's
-    as there are data. Adam does not see that; for plain gradient descent divide the learning rate.
-
-    It has many parameters, because it passes those of `laplace` on.
+    as there are data. Adam does not see that; for plain gradient descent divide the learning rate
+    by their number.
 
     It has many parameters, because it passes those of `laplace` on.
 
     Attributes:
-        posterior: Laplace's approximation at the last update, with the prior after its step.
+        loss: As it was passed.
+        posterior: Laplace's approximation at the weights of the last update (before the first: at
+            those of the start), with the prior after its step.
         best: The one of the largest evidence so far, with the prior before its step; None before
             the first update.
-        best_parameters: A copy of the model's state at that time; None before the first update.
-        evidences: The logarithm of the evidence at each update.
+        best_state: A copy of the model's `state_dict()` at that time; None before the first update.
+        evidences: The logarithm of the evidence at each update, before its step.
     """
 
+    loss: Module
     posterior: Laplace
     best: Laplace | None
-    best_parameters: dict[str, Tensor] | None
+    best_state: dict[str, Tensor] | None
     evidences: list[float]
 
     def __init__(
@@ -95,21 +102,25 @@ class OnlinePrior:
         Args:
             model: The network that is trained.
             loss: With `reduction="sum"`.
-            data: All training data in batches `(X, y)`, which are gone through at each update.
+            data: All training data in batches `(X, y)` on the model's device, which are gone
+                through three times here and twice at each update. In whatever order.
             prior: The precision to start with, see `laplace`.
             beta: To start with. A `step` may change it.
             step: From a posterior to one with another prior: `mackay_shared`, `mackay`,
-                `mackay_noise`, or several of them after each other.
+                `mackay_noise`, or a function that calls several after each other.
             approximation: As in `over_loader`. Default: KFAC.
             fisher: The vectors that are sent backward, see `losses`.
-            options: `flavour`, `layers` and others, see `over_loader`.
+            options: `flavour`, `layers` and others, see `over_loader`. Layers that `layers` leaves
+                out are trained without a decay.
 
         Raises:
-            ValueError, TypeError: As `laplace`.
+            ValueError, TypeError: As `laplace`; a `TypeError` for a `step` that is no function.
         """
-        self._model, self._loss, self._data, self._step = model, loss, data, step
+        check_callable("step", step, "mackay_shared")
+        self.loss = loss
+        self._model, self._data, self._step = model, data, step
         self._approximation, self._fisher, self._options = approximation, fisher, options
-        self.best, self.best_parameters, self.evidences = None, None, []
+        self.best, self.best_state, self.evidences = None, None, []
         self.posterior = self._at_present(prior, beta)
         self._groups = groups_of(model, self.posterior.weights)
         self._size = sum(len(y) for _, y in data)
@@ -117,11 +128,14 @@ class OnlinePrior:
     def objective(self, f: Float[Tensor, "b ..."], y: Tensor) -> Float[Tensor, ""]:
         """The negative logarithm of likelihood times prior for all data, estimated by a batch.
 
+        Terms without weights are left out, so that values before and after an update cannot be
+        compared.
+
         Args:
             f: The outputs for a batch, with their graph.
             y: Its targets.
         """
-        likelihood = self.posterior.beta * self._size / len(y) * self._loss(f, y)
+        likelihood = self.posterior.beta * self._size / len(y) * self.loss(f, y)
         return likelihood + self.penalty()
 
     def penalty(self) -> Float[Tensor, ""]:
@@ -145,21 +159,23 @@ class OnlinePrior:
             The logarithm of the evidence before the step.
 
         Raises:
-            ValueError: If the evidence is not finite. Then the prior stays, and so does the best.
-            TypeError: If `step` returned something else than a `Laplace`; the prior stays.
+            ValueError: If the evidence is not finite, and whatever `laplace` and `step` refuse.
+                Then nothing was changed.
+            TypeError: If `step` returned something else than a `Laplace`. Then nothing was changed.
         """
         reached = self._at_present(self.posterior.prior, self.posterior.beta)
         evidence = float(log_evidence(reached))
         if not math.isfinite(evidence):
             raise ValueError(
                 f"The evidence is {evidence}: the training has diverged. The prior was not "
-                "changed. Use a smaller learning rate, or load `best_parameters`."
+                "changed. Use a smaller learning rate, and go back to the last good weights, which "
+                "`best_state` has after the first update."
             )
         moved = self._step(reached)
         check_instance("The result of step", moved, Laplace, "mackay_shared")
         if not self.evidences or evidence > max(self.evidences):
             state = self._model.state_dict()
-            self.best_parameters = {name: value.clone() for name, value in state.items()}
+            self.best_state = {name: value.clone() for name, value in state.items()}
             self.best = reached
         self.evidences.append(evidence)
         self.posterior = moved
@@ -169,7 +185,7 @@ class OnlinePrior:
         with in_modes(dict.fromkeys(self._model.modules(), False)):
             return laplace(
                 self._model,
-                self._loss,
+                self.loss,
                 self._data,
                 prior,
                 beta,

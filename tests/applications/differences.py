@@ -1,6 +1,7 @@
 """Where a library differs from the definition that it states, with a reproduction of each.
 
-These are findings about what curvature is used for; those about curvature itself are in the audit.
+These are findings about what curvature is used for; those about curvature itself are in
+`kfac_scratch/conformance/audit/findings`.
 Each is a function whose docstring is for the maintainer. Its numbers are stored, each library in an
 environment of its own:
 
@@ -32,13 +33,13 @@ def evidence_training_of_several_outputs() -> Numbers:
     `marglik_training` minimises `MSELoss(reduction="mean")`, which divides by N and by C, plus the
     penalty divided by N alone (marglik_training.py, line 255). So the minimum is that of the prior
     precision C * delta, while the evidence is computed with delta: the weights are no maximum of
-    the posterior that Laplace's approximation is made around.
+    the posterior, at which Laplace's approximation has to be made.
 
     Expected: at the end of a training with a fixed prior and a fixed noise, a linear model has the
     weights of ridge regression with delta * sigma^2. Measured: the relative distance
     from them, and from those with C times the decay.
 
-    Suggestion: divide the penalty by `N * C`, or use `reduction="sum"`.
+    Suggestion: divide the penalty by `N * C`.
     """
     from laplace.curvature import CurvlinopsGGN
     from laplace.marglik_training import marglik_training

@@ -140,11 +140,11 @@ def test_the_best_is_kept_with_its_parameters():
     assert second < first
     assert log_evidence(online.best) == first
     assert online.best.prior == {"0": 1.0, "2": 1.0}
-    assert online.best_parameters.keys() == kept.keys()
-    assert all(torch.equal(online.best_parameters[n], kept[n]) for n in kept)
+    assert online.best_state.keys() == kept.keys()
+    assert all(torch.equal(online.best_state[n], kept[n]) for n in kept)
     with torch.no_grad():  # and they are no views of the model's
         model[0].weight.zero_()
-    assert torch.equal(online.best_parameters["0.weight"], kept["0.weight"])
+    assert torch.equal(online.best_state["0.weight"], kept["0.weight"])
 
 
 def test_an_update_leaves_the_model_as_it_was():
@@ -197,6 +197,12 @@ def test_after_a_divergence_nothing_was_changed():
     assert online.evidences == evidences
 
 
+def test_a_step_that_is_no_function_is_refused_before_anything_is_computed():
+    model, batches = classifier()
+    with pytest.raises(TypeError, match="step='mackay' is a string"):
+        OnlinePrior(model, SUM, batches, step="mackay")
+
+
 def test_a_step_that_returns_something_else_is_refused():
     model, batches = classifier()
     online = OnlinePrior(model, SUM, batches, step=lambda p: p.prior)
@@ -222,17 +228,16 @@ def test_on_wrong_labels_it_finds_a_decay_that_generalises(seed):
     train, test = order[:300], order[300:]
     X, y = images[train], labels[train].clone()
     y[:100] = torch.randint(10, (100,))
-    batches = list(zip(X.split(100), y.split(100), strict=True))
     found = {}
     for name in ("small", "online"):
         torch.manual_seed(seed)
         model = Sequential(Linear(64, 16), Tanh(), Linear(16, 10))
-        online = OnlinePrior(model, SUM, batches, 0.01 if name == "small" else 1.0)
+        online = OnlinePrior(model, SUM, [(X, y)], 0.01 if name == "small" else 1.0)
         optimizer = Adam(model.parameters(), lr=1e-2)
         for epoch in range(120):
-            for Xb, yb in batches:
+            for batch in torch.randperm(300).split(100):
                 optimizer.zero_grad()
-                online.objective(model(Xb), yb).backward()
+                online.objective(model(X[batch]), y[batch]).backward()
                 optimizer.step()
             if name == "online" and epoch >= 20 and epoch % 5 == 0:
                 online.update()

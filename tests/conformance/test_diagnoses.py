@@ -20,7 +20,8 @@ from kfac_scratch.conformance.judging.diagnoses import (
     merged,
 )
 from kfac_scratch.conformance.judging.harness import run, verdict
-from kfac_scratch.conformance.judging.mistakes import MISTAKES, layouts
+from kfac_scratch.conformance.judging.mistakes.catalogue import MISTAKES
+from kfac_scratch.conformance.judging.mistakes.layouts import layouts
 from kfac_scratch.conformance.judging.narrowing import narrowed
 from kfac_scratch.conformance.judging.ways import Way, asked_about
 from kfac_scratch.conformance.selftest.museum import PIECES

@@ -11,7 +11,8 @@ from kfac_scratch.conformance.cases.families import CASES
 from kfac_scratch.conformance.judging import harness, truth
 from kfac_scratch.conformance.judging.flags import MEANINGS, difference, flags
 from kfac_scratch.conformance.judging.judge import judge
-from kfac_scratch.conformance.judging.mistakes import MISTAKES, answers, inverted
+from kfac_scratch.conformance.judging.mistakes.catalogue import MISTAKES, answers
+from kfac_scratch.conformance.judging.mistakes.damping import inverted
 from kfac_scratch.conformance.judging.pieces import Answer
 from kfac_scratch.conformance.judging.ways import asked_about
 from kfac_scratch.conformance.protocol import NotSupported

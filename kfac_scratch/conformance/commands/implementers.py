@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kfac_scratch.conformance.audit.stale import stale_run
 from kfac_scratch.conformance.cases.families import CASES, family
 from kfac_scratch.conformance.cases.questions import digests
@@ -63,6 +65,7 @@ def run_command(args: argparse.Namespace) -> int:
     if not 0 < args.timeout <= MOST_SECONDS:
         raise ValueError(f"--timeout {args.timeout:g}: expected seconds, up to {MOST_SECONDS:g}.")
     report.check_writable(args.json, args.junit)
+    torch.set_num_threads(1)  # the judge's; the adapter's process has the other core
     place = isolation.Place(args.adapter, args.python, args.device, args.timeout)
     chosen, expected = tasks(args.k, args.tag), expected_failures(args.expected)
     isolated, results = isolation.Isolated(place), []

@@ -15,7 +15,8 @@ from torch import Tensor
 from kfac_scratch.conformance.cases.case import TOLERANCES, Data
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
-from kfac_scratch.conformance.judging.mistakes import answers, layouts
+from kfac_scratch.conformance.judging.mistakes.catalogue import answers
+from kfac_scratch.conformance.judging.mistakes.layouts import layouts
 from kfac_scratch.conformance.judging.pieces import Pieces
 from kfac_scratch.conformance.judging.scalars import SINGLE, Sizes, off_by, readings
 from kfac_scratch.conformance.judging.ways import Question, Way

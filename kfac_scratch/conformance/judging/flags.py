@@ -12,7 +12,7 @@ applied both ways, have few flags: their answer is no single product whose steps
 from kfac_scratch.conformance.cases.case import Case
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.judge import fit
-from kfac_scratch.conformance.judging.mistakes import MISTAKES, answers
+from kfac_scratch.conformance.judging.mistakes.catalogue import MISTAKES, answers
 from kfac_scratch.conformance.judging.pieces import Pieces
 from kfac_scratch.conformance.judging.ways import asked_about
 from kfac_scratch.conformance.vocabulary import Flavour

@@ -146,7 +146,8 @@ def start(place: Place) -> Process:
         AdapterFailed: If it cannot be imported, with the reason.
     """
     folders = [str(PACKAGE), os.getcwd(), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(f for f in folders if f)}
+    path = {"PYTHONPATH": os.pathsep.join(f for f in folders if f)}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | path  # cases are small: threads only wait
     log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
     pipe = subprocess.PIPE
     popen = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Well-known mistakes, tried on a case's answer: see `catalogue`."""
