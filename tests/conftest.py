@@ -14,7 +14,7 @@ torch.backends.cudnn.allow_tf32 = False  # float32 tests mean float32
 torch.set_num_threads(1)  # faster than many for matrices of this size
 MISSING = second_device.why_missing()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-QUICK = 4  # so many cases of a test with parameters are in the quick tier
+QUICK = 3  # so many cases of a test with parameters are in the quick tier
 DEVICES += [] if MISSING else [second_device.NAME]
 
 for accelerator in (torch.cuda, torch.xpu, torch.mtia):

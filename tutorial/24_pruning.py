@@ -232,7 +232,7 @@ for i, before in enumerate(whole):
 # %% [markdown]
 # With reply, half of the units are gone, and the accuracy has fallen little. Both parts of the method matter. If the same
 # units are removed and nothing replies, more accuracy is lost. If they are chosen by costs that are computed only once,
-# still more is lost, because two units that can replace each other both look cheap.
+# still more is lost: each of these costs counts on a reply of all other units.
 #
 # The columns of zeros can be cut out of the
 # matrices, together with the rows that make these units. What is left is a smaller network with the same outputs:

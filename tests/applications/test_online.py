@@ -197,7 +197,7 @@ def test_after_a_divergence_nothing_was_changed():
     assert online.evidences == evidences
 
 
-def test_a_step_that_is_no_function_is_refused_before_anything_is_computed():
+def test_a_step_that_is_no_function_is_refused_before_anything_is_computed(as_users_run_it):
     model, batches = classifier()
     with pytest.raises(TypeError, match="step='mackay' is a string"):
         OnlinePrior(model, SUM, batches, step="mackay")
