@@ -26,9 +26,7 @@ from kfac_scratch.applications.laplace import (
     mackay_shared,
     sampled_weights,
 )
-from kfac_scratch.applications.online import (
-    OnlinePrior,
-)
+from kfac_scratch.applications.online import OnlinePrior
 from kfac_scratch.applications.predictive import (
     functional_covariance,
     output_vectors,

@@ -234,8 +234,8 @@ for i, before in enumerate(whole):
 # units are removed and nothing replies, more accuracy is lost. If they are chosen by costs that are computed only once,
 # still more is lost: each of these costs counts on a reply of all other units.
 #
-# The columns of zeros can be cut out of the
-# matrices, together with the rows that make these units. What is left is a smaller network with the same outputs:
+# The columns of zeros can be cut out of the matrices, together with the rows that make these units. What is left is a
+# smaller network with the same outputs:
 
 # %%
 net = networks[0]

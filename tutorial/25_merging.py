@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from kfac_scratch.applications.merging import merged, merged_block
 from kfac_scratch.applications.trained import parameters_from, trained_weights
 from kfac_scratch.approximations.kfac import foof, kfac
+from kfac_scratch.capture.layer_groups import groups_of
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.data_loader import over_loader
 from kfac_scratch.layer_io import LayerIO
@@ -42,6 +43,7 @@ from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.optimizer.preconditioner import block_matrices
 from kfac_scratch.show import code
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -72,8 +74,10 @@ class Family(NamedTuple):
     test: tuple[Tensor, Tensor]
 
 
-def train(start: nn.Module, X: Tensor, y: Tensor, towards: list[Tensor], steps: int) -> nn.Module:
-    """A copy at a minimum of the sum of the losses and the decay towards some weights."""
+def train(
+    start: nn.Module, X: Tensor, y: Tensor, penalty: Callable[[nn.Module], Tensor], steps: int
+) -> nn.Module:
+    """A copy at a minimum of the sum of the losses and a penalty."""
     model = deepcopy(start)
     optimizer = torch.optim.LBFGS(
         model.parameters(), max_iter=steps, history_size=30, line_search_fn="strong_wolfe"
@@ -81,13 +85,22 @@ def train(start: nn.Module, X: Tensor, y: Tensor, towards: list[Tensor], steps: 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        pairs = zip(model.parameters(), towards, strict=True)
-        value = SUM(model(X), y) + DECAY / 2 * sum((p - q).square().sum() for p, q in pairs)
+        value = SUM(model(X), y) + penalty(model)
         value.backward()
         return value
 
     optimizer.step(closure)
     return model
+
+
+def decay_towards(weights: list[Tensor]) -> Callable[[nn.Module], Tensor]:
+    """The weight decay towards some weights, as a penalty."""
+
+    def penalty(model: nn.Module) -> Tensor:
+        pairs = zip(model.parameters(), weights, strict=True)
+        return DECAY / 2 * sum((p - q).square().sum() for p, q in pairs)
+
+    return penalty
 
 
 # %% tags=["hide-input"]
@@ -97,12 +110,12 @@ def family(seed: int) -> Family:
     X, y = images[order[:1000]], labels[order[:1000]]
     initial = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     zeros = [torch.zeros_like(p) for p in initial.parameters()]
-    start = train(initial, X[:60], y[:60], zeros, 100)
-    W0 = [p.detach() for p in start.parameters()]
+    start = train(initial, X[:60], y[:60], decay_towards(zeros), 100)
+    to_start = decay_towards([p.detach() for p in start.parameters()])
     parts = [(X[y < 5], y[y < 5]), (X[y >= 5], y[y >= 5])]
-    models = [train(start, *part, W0, 150) for part in parts]
+    models = [train(start, *part, to_start, 150) for part in parts]
     test = (images[order[1000:]], labels[order[1000:]])
-    return Family(start, models, train(start, X, y, W0, 150), parts, test)
+    return Family(start, models, train(start, X, y, to_start, 150), parts, test)
 
 
 # %% [markdown]
@@ -582,15 +595,20 @@ for seed, (f, K, W) in enumerate(zip(families, curvatures, found, strict=True)):
 # decay towards the start is counted once: it is in the posterior of task 1, and task 2 has none of its own. For linear
 # models under the squared error, with the exact block or KFAC, the minimum is once more the model of all data:
 
+
 # %%
-Phi = torch.cat([sets[1][0], torch.ones(len(sets[1][0]), 1)], 1)
-exact_block, by_factors = (of_linear(structure)[0].dense() for structure in (block, kfac))
-assert_exact(by_factors, exact_block)
-prior = by_factors + decay * torch.eye(18)
-by_data = torch.kron(torch.eye(3), 2 * Phi.T @ Phi)
-right = prior @ ridge(*sets[0], decay, start).flatten() + 2 * (sets[1][1].T @ Phi).flatten()
-in_turn = torch.linalg.solve(prior + by_data, right).reshape(3, 6)
-assert_exact(in_turn, ridge(*(torch.cat(t) for t in zip(*sets[:2], strict=True)), decay, start))
+def after(precision: Tensor, W: Tensor, X: Tensor, Y: Tensor) -> Tensor:
+    """The minimum of the squared error of one more set and a quadratic around `W`."""
+    Phi = torch.cat([X, torch.ones(len(X), 1)], 1)
+    by_data = torch.kron(torch.eye(3), 2 * Phi.T @ Phi)
+    right = precision @ W.flatten() + 2 * (Y.T @ Phi).flatten()
+    return torch.linalg.solve(precision + by_data, right).reshape(3, 6)
+
+
+first_two = ridge(*(torch.cat(t) for t in zip(*sets[:2], strict=True)), decay, start)
+for structure in (block, kfac):
+    prior = of_linear(structure)[0].dense() + decay * torch.eye(18)
+    assert_exact(after(prior, ridge(*sets[0], decay, start), *sets[1]), first_two)
 
 # %% [markdown]
 # For networks it is not. Model 1 of every repetition is trained further on the images of the digits 5 to 9. We minimise
@@ -598,30 +616,17 @@ assert_exact(in_turn, ridge(*(torch.cat(t) for t in zip(*sets[:2], strict=True))
 
 
 # %% tags=["hide-input"]
-def as_blocks(model: nn.Module) -> Weights:
-    """`trained_weights`, with a graph."""
-    layers = {n: model.get_submodule(n) for n in LAYERS}
-    return {n: torch.cat([m.weight, m.bias.unsqueeze(1)], 1) for n, m in layers.items()}
-
-
 def continued(f: Family, Ms: dict[str, Matrix]) -> nn.Module:
     """Model 1, trained on the data of model 2 with [(25.3)]."""
-    (X, y), model, W1 = f.parts[1], deepcopy(f.models[0]), trained_weights(f.models[0], LAYERS)
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=100, history_size=30, line_search_fn="strong_wolfe"
-    )
+    first = f.models[0]
+    groups, W1 = groups_of(first, LAYERS), trained_weights(first, LAYERS)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = SUM(model(X), y)
-        for name, W in as_blocks(model).items():
-            D = W - W1[name]
-            value = value + (DECAY * D.square().sum() + (D * (Ms[name] @ D)).sum()) / 2
-        value.backward()
-        return value
+    def penalty(model: nn.Module) -> Tensor:
+        W = block_matrices(groups, dict(model.named_parameters()))
+        D = {n: W[n] - W1[n] for n in LAYERS}
+        return sum((D[n] * (Ms[n] @ D[n] + DECAY * D[n])).sum() for n in LAYERS) / 2
 
-    optimizer.step(closure)
-    return model
+    return train(first, *f.parts[1], penalty, 100)
 
 
 def of_old_digits(f: Family, model: nn.Module) -> float:
@@ -800,12 +805,8 @@ twice = merged_block([Ws[0], Ws[0]], [E, E], decay, start)
 coefficients = [E.QB.T @ (W - start) @ E.QA for W in (twice, Ws[0])]
 assert_exact(coefficients[0], coefficients[1] * 2 * (E.scale + decay) / (2 * E.scale + decay))
 
-X, Y = sets[2]  # 25.2
-Phi = torch.cat([X, torch.ones(len(X), 1)], 1)
-both = Ks[0].dense() + Ks[1].dense() + decay * torch.eye(18)
-by_data = 2 * torch.kron(torch.eye(3), Phi.T @ Phi)
-right = 2 * (Y.T @ Phi).flatten() + both @ merged_block(Ws[:2], Ks[:2], decay, start).flatten()
-assert_exact(torch.linalg.solve(by_data + both, right).reshape(3, 6), union)
+both = Ks[0].dense() + Ks[1].dense() + decay * torch.eye(18)  # 25.2
+assert_exact(after(both, merged_block(Ws[:2], Ks[:2], decay, start), *sets[2]), union)
 
 nothing = Kronecker(torch.zeros(6, 6), torch.zeros(3, 3))  # 25.3
 assert_exact(merged_block([*Ws, start], [*Ks, nothing], decay, start), union)

@@ -14,9 +14,7 @@ from kfac_scratch.conformance.judging.mistakes.mistake import Mistake
 from kfac_scratch.conformance.judging.mistakes.questions import QUESTIONS
 from kfac_scratch.conformance.judging.mistakes.steps import STEPS
 from kfac_scratch.conformance.judging.pieces import Pieces
-from kfac_scratch.conformance.judging.ways import (
-    Question,
-)
+from kfac_scratch.conformance.judging.ways import Question
 
 MISTAKES: list[Mistake] = [*QUESTIONS, *STEPS, *DAMPING]
 

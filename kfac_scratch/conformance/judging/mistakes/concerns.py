@@ -6,9 +6,7 @@ from typing import Any
 from kfac_scratch.conformance.cases.case import IGNORED, Case
 from kfac_scratch.conformance.cases.ops import Op, calls, layer_ops, tied_uses
 from kfac_scratch.conformance.judging import truth
-from kfac_scratch.conformance.judging.ways import (
-    Question,
-)
+from kfac_scratch.conformance.judging.ways import Question
 from kfac_scratch.conformance.vocabulary import Flavour
 
 Holds = Callable[[Question], bool]

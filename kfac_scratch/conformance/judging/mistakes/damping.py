@@ -12,9 +12,7 @@ from kfac_scratch.conformance.cases.case import Data
 from kfac_scratch.conformance.judging import truth
 from kfac_scratch.conformance.judging.mistakes.concerns import all_of, damping, has
 from kfac_scratch.conformance.judging.mistakes.mistake import Mistake, step
-from kfac_scratch.conformance.judging.ways import (
-    itself,
-)
+from kfac_scratch.conformance.judging.ways import itself
 
 
 def factored(

@@ -9,9 +9,7 @@ from kfac_scratch.conformance.cases.ops import Op
 from kfac_scratch.conformance.judging.layout import places
 from kfac_scratch.conformance.judging.mistakes.concerns import biases, layers
 from kfac_scratch.conformance.judging.pieces import Pieces
-from kfac_scratch.conformance.judging.ways import (
-    Question,
-)
+from kfac_scratch.conformance.judging.ways import Question
 
 
 def layouts(asked: Question, right: Pieces) -> Iterator[tuple[str, Pieces]]:
