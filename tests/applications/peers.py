@@ -219,12 +219,15 @@ def errors_of(library: str) -> dict[str, float]:
 def main() -> None:
     """Compare with every library that is installed, and store the errors."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("libraries", nargs="*", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("libraries", nargs="*", help=f"of {', '.join(LIBRARIES)}; default: all")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
+    unknown = set(arguments.libraries) - set(LIBRARIES)
+    if unknown:
+        parser.error(f"there is no comparison with {', '.join(sorted(unknown))}")
     file = arguments.json
     stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for library in arguments.libraries:
+    for library in arguments.libraries or LIBRARIES:
         try:
             found = version(library)
         except PackageNotFoundError:

@@ -1,11 +1,13 @@
 """What laplace-torch and kronfluence compute is what this package computes."""
 
 import json
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
-from tests.applications import peers
+from tests.applications import differences, peers
 
 STORED = json.loads((Path(__file__).parent / "peers.json").read_text(encoding="utf-8"))
 IMPORTED = {"laplace-torch": "laplace", "kronfluence": "kronfluence"}
@@ -18,6 +20,20 @@ def test_a_library_agrees_as_stored(library):
     assert len(found["errors"]) == COMPARED[library]
     assert max(found["errors"].values()) <= 1e-10
     assert found["version"]
+
+
+@pytest.mark.parametrize("module", [peers, differences], ids=["peers", "differences"])
+def test_the_command_in_the_text_is_understood(module, tmp_path, monkeypatch):
+    """As its docstring says it, where no library is installed."""
+    file = tmp_path / "stored.json"
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--json", str(file)])
+    monkeypatch.setattr(module, "version", not_installed)
+    module.main()
+    assert json.loads(file.read_text(encoding="utf-8")) == {}
+
+
+def not_installed(library):
+    raise PackageNotFoundError
 
 
 @pytest.mark.long
