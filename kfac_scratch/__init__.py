@@ -81,6 +81,7 @@ from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
 from kfac_scratch.capture.plan import Plan, Plans, plan
 from kfac_scratch.data_loader import kfac_over, over_loader
+from kfac_scratch.distributed.distribute import distribute
 from kfac_scratch.layer_io import LayerIO, TiedIO
 from kfac_scratch.losses import (
     BackpropagatedVectors,
@@ -215,6 +216,7 @@ __all__ = [
     "default_inverse",
     "deflation",
     "directional",
+    "distribute",
     "divisor",
     "effective_parameters",
     "ekfac",

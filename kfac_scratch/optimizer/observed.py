@@ -63,6 +63,7 @@ class Observed:
         gradient: A parameter and its gradient at the last `observe`. A new tensor in its place
             means that gradients were renewed, and a new step began.
         expected: What is known with these batches, None as long as nobody asked.
+        total: The terms of the batches of all processes, None if there is only this one.
         ended: Whether the next batch belongs to another step.
         undone: Whether the step raised.
     """
@@ -74,6 +75,7 @@ class Observed:
     draws: Draws | None = None
     gradient: tuple[Parameter, Tensor] | None = None
     expected: Progress | None = None
+    total: float | None = None
     ended: bool = False
     undone: bool = False
 
@@ -84,32 +86,51 @@ class Observed:
 
     def layers(self) -> LayerIOs:
         """Every layer on all batches together."""
-        if len(self.ios) == 1:
+        parts = shares(self.batches, self.total)
+        if len(self.ios) > 1:
+            return {
+                name: concatenate([ios[name] for ios in self.ios], parts) for name in self.ios[0]
+            }
+        if self.total is None:
             return self.ios[0]
-        parts = shares(self.batches)
-        return {name: concatenate([ios[name] for ios in self.ios], parts) for name in self.ios[0]}
+        return {name: replace(io, g=parts[0] ** 0.5 * io.g) for name, io in self.ios[0].items()}
 
     def shared(self) -> tuple[tuple[float, Batch], ...]:
         """Every batch with its share in the loss of all."""
-        return tuple(zip(shares(self.batches), self.batches, strict=True))
+        return tuple(zip(shares(self.batches, self.total), self.batches, strict=True))
+
+    def share(self) -> float:
+        """The share of the batches here in the loss of all processes."""
+        if self.total is None or is_sum(self.batches):
+            return 1.0
+        return sum(shares(self.batches, self.total))
 
 
-def shares(batches: Sequence[Batch]) -> list[float]:
+def shares(batches: Sequence[Batch], total: float | None = None) -> list[float]:
     """The share of every batch's loss in the loss of all of them.
 
     For a mean it is the batch's number of terms (`losses.divisor`) over that of all; for a sum, 1.
 
+    Args:
+        batches: The batches.
+        total: The number of terms of all, if there are more batches than these.
+
     Raises:
         NotImplementedError: For several batches of a loss whose number of terms is not known.
     """
-    if len(batches) == 1:
+    if len(batches) == 1 and total is None:
         return [1.0]
-    terms = [_terms(batch) for batch in batches]
-    summed = any(getattr(batch.loss, "reduction", None) == "sum" for batch in batches)
-    return terms if summed else [count / sum(terms) for count in terms]
+    counts = [terms(batch) for batch in batches]
+    total = sum(counts) if total is None else total
+    return counts if is_sum(batches) else [count / total for count in counts]
 
 
-def _terms(batch: Batch) -> float:
+def is_sum(batches: Sequence[Batch]) -> bool:
+    """Whether the loss of the batches adds up its terms, so that it divides by nothing."""
+    return any(getattr(batch.loss, "reduction", None) == "sum" for batch in batches)
+
+
+def terms(batch: Batch) -> float:
     """The number that the batch's loss divides by."""
     try:
         return divisor(batch.loss, _outputs_like(batch.loss, batch.y), batch.y)

@@ -30,6 +30,7 @@ Source: Martens and Grosse 2015 (arXiv:1503.05671), §§5 to 8.
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -74,6 +75,7 @@ from kfac_scratch.optimizer.observed import (
     Observed,
     a_gradient,
     in_modes,
+    terms,
     together,
     training_modes,
 )
@@ -85,6 +87,7 @@ from kfac_scratch.optimizer.parameter_groups import (
     trainable,
 )
 from kfac_scratch.optimizer.periods import EARLY_OFTEN, Period, check_period, is_due
+from kfac_scratch.optimizer.placement import ONE_PROCESS, Placement
 from kfac_scratch.optimizer.preconditioner import blockwise
 from kfac_scratch.optimizer.progress import Progress
 from kfac_scratch.optimizer.quadratic_model import before_step, ratio_after_step
@@ -98,7 +101,7 @@ from kfac_scratch.optimizer.state_dicts import (
     saved,
 )
 from kfac_scratch.optimizer.step_control import Batch, Control, Step, Values, dot, graft, norm
-from kfac_scratch.optimizer.supported_models import check_trainable
+from kfac_scratch.optimizer.supported_models import check_processes, check_trainable, inside
 from kfac_scratch.optimizer.suspects import (
     check_finite,
     suspect_matrices,
@@ -128,7 +131,7 @@ class KFAC(Optimizer):
     Use it as it is, `KFAC(model, loss)`: the defaults were chosen together on small networks
     (`benchmarks.defaults` holds them against tuned settings), and the default control bounds the
     length of every layer's step. A learning rate alone seldom bounds it. Not for models with layers
-    that are only functions, and not across several processes.
+    that are only functions. Across several processes: `distribute`.
 
     Cost: every step a product with each inverse; every `factor_every` steps one more forward and
     reverse pass and the approximation; every `inverse_every` steps the inversions. Memory: the
@@ -149,7 +152,7 @@ class KFAC(Optimizer):
     the modes in which the batch was observed.
 
     Args:
-        model: The network.
+        model: The network, or the `DistributedDataParallel` around it.
         loss: The loss module that it is trained with, as for `layer_ios`.
         params: Parameters or groups of them, as for every optimizer, where a group may have its
             own `lr`, `momentum`, `weight_decay` and `damping`. Default: all of the model's.
@@ -195,6 +198,9 @@ class KFAC(Optimizer):
             only a part of a block's parameters is given.
     """
 
+    placement: Placement = ONE_PROCESS
+    """The processes that take a step together; `distribute` changes it."""
+
     def __init__(
         self,
         model: Module,
@@ -221,6 +227,7 @@ class KFAC(Optimizer):
         generator: Generator | None = None,
         record: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
+        self._wrapper, model = model, inside(model)
         check_capture(model, loss, type2 if fisher is None else fisher, flavour, counted=counted)
         check_trainable(model)
         check_behaviour(approximation, invert, controls, adapt_damping, record, rest)
@@ -399,25 +406,47 @@ class KFAC(Optimizer):
             ValueError: As `layer_ios`.
             NotImplementedError: As `layer_ios`.
         """
-        check_trainable(self.model)
-        arrangement, observed = self._arranged(), self._continued()
-        known = self._progress.fitting(arrangement)
-        due = observed.due if observed.batches else self._update_is_due(known, arrangement)
+        self._check()
+        observed = self._continued()
         with ExitStack() as undo:
-            ios, draws = self._captured(X, y, arrangement, undo) if due else ({}, None)
-            first = bool(due and not observed.batches)
-            observed = replace(
-                observed,
-                due=due,
-                batches=(*observed.batches, Batch(self.model, self.loss, X, y)),
-                ios=(*observed.ios, ios) if due else (),
-                modes=training_modes(self.model),
-                draws=together(observed.draws, draws),
-                gradient=a_gradient(arrangement.trained),
-                expected=self._averaged(ios, known, arrangement) if first else None,
-            )
+            with self.placement.together("observe"):
+                observed = self._with_batch(observed, Batch(self.model, self.loss, X, y), undo)
             self._observed = observed
             undo.pop_all()
+
+    def _with_batch(self, observed: Observed, batch: Batch, undo: ExitStack) -> Observed:
+        """The batches of a step with one more."""
+        arrangement = self._arranged()
+        known = self._progress.fitting(arrangement)
+        due = observed.due if observed.batches else self._update_is_due(known, arrangement)
+        ios, draws = self._captured(batch.X, batch.y, arrangement, undo) if due else ({}, None)
+        batches = (*observed.batches, batch)
+        new = replace(
+            observed,
+            due=due,
+            batches=batches,
+            ios=(*observed.ios, ios) if due else (),
+            modes=training_modes(self.model),
+            draws=together(observed.draws, draws),
+            gradient=a_gradient(arrangement.trained),
+            expected=None,
+            total=self._total(batches),
+        )
+        if not due or observed.batches:
+            return new
+        return replace(new, expected=self._averaged(new.layers(), known, arrangement))
+
+    def _total(self, batches: Sequence[Batch]) -> float | None:
+        """The terms in the batches of all processes; None if there is one process."""
+        if self.placement.size == 1:
+            return None
+        here = sum(terms(batch) for batch in batches)
+        return self.placement.total(here, sum(len(batch.y) for batch in batches))
+
+    def _check(self) -> None:
+        """Refuse a model that was changed, and processes that do not come together."""
+        check_trainable(self.model)
+        check_processes(self.placement.size)
 
     def update_curvature(self, X: Any, y: Tensor) -> None:
         """Average a batch's curvature in at once, whether it is due or not.
@@ -428,12 +457,16 @@ class KFAC(Optimizer):
             ValueError: As `layer_ios`, and if a matrix would not be finite.
             NotImplementedError: As `layer_ios`.
         """
-        arrangement = self._arranged()
-        known = self._progress.fitting(arrangement)
+        self._check()
+        batch = Batch(self.model, self.loss, X, y)
         with ExitStack() as undo:
-            ios, _ = self._captured(X, y, arrangement, undo)
-            new = self._averaged(ios, known, arrangement)
-            check_finite(suspect_matrices(new, known))
+            with self.placement.together("update_curvature"):
+                arrangement = self._arranged()
+                known = self._progress.fitting(arrangement)
+                ios, _ = self._captured(X, y, arrangement, undo)
+                shown = Observed(batches=(batch,), ios=(ios,), total=self._total((batch,)))
+                new = self._averaged(shown.layers(), known, arrangement)
+                check_finite(suspect_matrices(new, known))
             self._progress, self._observed = new, replace(self._observed, expected=None)
             undo.pop_all()
 
@@ -445,7 +478,7 @@ class KFAC(Optimizer):
     def _update_is_due(self, known: Progress, arrangement: Arrangement) -> bool:
         if not arrangement.blocks:
             return False
-        new = any(name not in known.matrices for name in arrangement.shapes)
+        new = any(name not in known.counts for name in arrangement.shapes)
         return new or is_due("factor_every", self.factor_every, known.steps, known.updated_at)
 
     def _continued(self) -> Observed:
@@ -478,7 +511,7 @@ class KFAC(Optimizer):
 
     def _source(self) -> Generator | None:
         """The source of randomness that the default Fisher draws from."""
-        return self.generator or default_generator(self._device())
+        return self.generator or self.placement.generator or default_generator(self._device())
 
     def _device(self) -> torch.device:
         return next(p.device for p in self.model.parameters())
@@ -486,7 +519,8 @@ class KFAC(Optimizer):
     def _averaged(self, ios: LayerIOs, known: Progress, arrangement: Arrangement) -> Progress:
         with torch.no_grad(), full_precision(self._device()):
             try:
-                return known.averaged(self.estimator, ios, self.decay, arrangement.shapes)
+                update = partial(self.placement.updated, self.estimator)
+                return known.averaged(update, ios, self.decay, arrangement.shapes)
             except Exception as error:
                 check_finite(suspect_rows(ios), error)  # the cause, perhaps
                 raise
@@ -508,36 +542,55 @@ class KFAC(Optimizer):
             ValueError: If nothing was observed yet, a number is not finite, or a matrix has no
                 inverse.
         """
+        self._check()
         loss = None
         with ExitStack() as undo:
             undo.callback(self._give_up, self._progress)
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            undo.callback(kept_draws(self._source()))
-            undo.callback(kept_groups(self.param_groups))
-            self._take(undo, loss)
+            with self.placement.together("step"):
+                if closure is not None:
+                    loss = self._closed(closure)
+                undo.callback(kept_draws(self._source()))
+                undo.callback(kept_groups(self.param_groups))
+                new = self._taken(undo, loss)
+            self._progress, self._observed = new, Observed()
             undo.pop_all()
         return loss
 
-    def _take(self, undo: ExitStack, loss: Any) -> None:
-        """Propose a step, check it, take it, and judge it."""
+    def _closed(self, closure: Callable[[], Any]) -> Any:
+        """What a closure returns."""
+        if self.placement.size > 1:
+            raise ValueError(
+                "Pass no closure: step() joins the gradients of all processes, which must be there "
+                "when it is called. Call loss.backward() and observe(X, y) before."
+            )
+        with torch.enable_grad():
+            return closure()
+
+    def _taken(self, undo: ExitStack, loss: Any) -> Progress:
+        """Propose a step, check it, take it, and judge it; what is known after it."""
         arrangement, observed = self._arranged(), self._resumed()
         check_numbers(self.param_groups)
+        if self.placement.size > 1 and observed.total is None:
+            raise ValueError(
+                "Call observe(X, y) in every step before step(): the batches of all processes say "
+                "how much the gradients here count."
+            )
         known = self._expected().fitting(arrangement)
-        if arrangement.blocks and not known.matrices:
+        if arrangement.blocks and not known.counts:
             raise ValueError("There is no curvature yet: call observe(X, y) before step().")
+        undo.callback(self.placement.join_gradients(arrangement.trained, observed.share()))
         given = slopes(arrangement)
         if not given.all:
             raise ValueError("No parameter has a gradient: call loss.backward() before step().")
         suspects = {f"The gradient of {name!r}": g for name, g in given.all.items()}
         suspects |= suspect_matrices(known, self._progress)
         adapts = self.adapt_damping is not None and (self.steps + 1) % self.adapt_every == 0
+        place = self.placement
         with in_modes(observed.modes):
             try:
                 known = self._inverted(known, given)
                 step = self._controlled(self._proposal(given, known, observed))
-                before = before_step(observed.shared(), given.all) if adapts else None
+                before = before_step(observed.shared(), given.all, place) if adapts else None
             except Exception as error:
                 check_finite(suspects, error)  # the cause, perhaps
                 raise
@@ -557,8 +610,7 @@ class KFAC(Optimizer):
         if notes:
             known = replace(known, inverses={}, dampings={})  # the next step inverts anew
         updated = known.steps if observed.due else known.updated_at
-        self._progress = replace(known, steps=known.steps + 1, updated_at=updated)
-        self._observed = Observed()
+        return replace(known, steps=known.steps + 1, updated_at=updated)
 
     def _give_up(self, before: Progress) -> None:
         """Forget what the step has learnt, but not its batches: it may be taken again."""
@@ -587,14 +639,16 @@ class KFAC(Optimizer):
         due = is_due("inverse_every", self.inverse_every, known.steps, known.inverted_at)
         lacking = [b for b in given.blocks if due or not known.has_inverse(b, damping)]
         inverted_at = known.steps if due else known.inverted_at
-        return replace(known.inverted(lacking, damping, self.invert), inverted_at=inverted_at)
+        if lacking:
+            known = known.inverted(lacking, damping, partial(self.placement.inverted, self.invert))
+        return replace(known, inverted_at=inverted_at)
 
     def _proposal(self, given: Slopes, known: Progress, observed: Observed) -> Step:
         """The step before any control: for the parameters in blocks that have a gradient."""
         for group in self._groups():
             group.setdefault("initial_lr", group["lr"])  # as schedulers do
         moved = {name: p for name, p in given.parameters.items() if name in given.all}
-        direction = _preconditioned(given, known.inverses, given.all)
+        direction = _mapped(given, partial(self.placement.directions, known.inverses), given.all)
         return Step(
             {name: given.all[name] for name in moved},
             {name: direction[name] for name in moved},
@@ -605,8 +659,14 @@ class KFAC(Optimizer):
             damping=self._by_name("damping", moved),
             layers=tuple(tuple(n for n in b.parameter_names if n in moved) for b in given.blocks),
             memory={name: self.state.get(p, {}) for name, p in moved.items()},
-            inverses={n: known.inverses[n] for block in given.blocks for n in block.names},
+            inverses={
+                n: known.inverses[n]
+                for block in given.blocks
+                for n in block.names
+                if n in known.inverses
+            },
             batches=observed.shared(),
+            placement=self.placement,
         )
 
     def _previous(self, p: Parameter) -> Tensor:
@@ -655,7 +715,8 @@ class KFAC(Optimizer):
     def _summary(
         self, given: Slopes, step: Step, change: Values, known: Progress, loss: Any
     ) -> dict[str, float]:
-        group, product = self._groups()[0], _preconditioned(given, known.matrices, change)
+        curved = partial(self.placement.curved, known.matrices)
+        group, product = self._groups()[0], _mapped(given, curved, change)
         numbers = {
             "step": float(known.steps),
             "lr": group["lr"],
@@ -674,9 +735,13 @@ class KFAC(Optimizer):
         random state of the default `fisher` is in it if `generator` was given; otherwise it is
         PyTorch's global one, which is the caller's to save.
         """
-        own = saved(self._progress, self._makers(), self._parameter_names())
+        own = saved(self.placement.whole(self._progress), self._makers(), self._parameter_names())
         if self.generator is not None:
             own["generator"] = self._settled_draws(self.generator)
+        source = self._source()
+        streams = self.placement.streams(None if source is None else self._settled_draws(source))
+        if streams is not None:
+            own["generators"] = streams
         return super().state_dict() | {"kfac": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -689,6 +754,10 @@ class KFAC(Optimizer):
                 inverse or flavour, for other blocks, shapes or dtypes, or has numbers that are not
                 finite. The message names the block, and what is in the file and in the optimizer.
         """
+        with self.placement.together("load_state_dict"):
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         own, arrangement = state_dict.get("kfac"), self._arranged()
         known = read(
             own, self._makers(), self._parameter_names(), arrangement.shapes, self._device()
@@ -703,9 +772,11 @@ class KFAC(Optimizer):
             undo.callback(self.__dict__.update, dict(self.__dict__))
             undo.callback(kept_draws(self.generator))
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-            self._progress, self._observed, self._arrangement = known, Observed(), None
+            self._progress, self._observed = self.placement.part(known), Observed()
+            self._arrangement = None
             if self.generator is not None:
                 self.generator.set_state(state_dict["kfac"]["generator"])
+            self.placement.continue_streams(state_dict["kfac"].get("generators"))
             self._arranged()
             undo.pop_all()
 
@@ -722,7 +793,16 @@ class KFAC(Optimizer):
         return draws.before if draws is not None and torch.equal(draws.after, now) else now
 
     def __getstate__(self) -> dict[str, Any]:
-        """All of it as of the last step, for `copy` and `pickle`, which copy the model with it."""
+        """All of it as of the last step, for `copy` and `pickle`, which copy the model with it.
+
+        Raises:
+            ValueError: If other processes hold parts of it.
+        """
+        if self.placement.size > 1:
+            raise ValueError(
+                f"{self.placement.size} processes hold this optimizer together: call state_dict() "
+                "in all of them, and load it into another optimizer."
+            )
         kept = {key: value for key, value in self.__dict__.items() if key in COPIED}
         if self.generator is not None:
             generator = Generator(self.generator.device)
@@ -741,12 +821,11 @@ class KFAC(Optimizer):
                 self.fisher = monte_carlo(1, self.generator)
 
 
-def _preconditioned(
-    given: Slopes, maps: Mapping[str, LinearMap], values: Values
+def _mapped(
+    given: Slopes, products: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], values: Values
 ) -> dict[str, Tensor]:
-    """One map applied to every block; a parameter without a value counts as zero."""
+    """Products with the matrices of all blocks; a parameter without a value counts as zero."""
     names = [name for block in given.blocks for name in block.parameter_names]
     zero = {n: torch.zeros_like(given.parameters[n]) for n in names if n not in values}
     full = {n: zero[n] if n in zero else values[n] for n in names}
-    apply = blockwise(given.blocks, lambda Vs: {name: maps[name] @ V for name, V in Vs.items()})
-    return apply(full)
+    return blockwise(given.blocks, products)(full)

@@ -9,7 +9,12 @@ from kfac_scratch.capture.layer_groups import LayerGroup
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.arrangement import Arrangement, BlockShape
-from kfac_scratch.optimizer.preconditioner import inverses
+
+Matrices = Mapping[str, Matrix]
+Update = Callable[[Matrices, Mapping[str, LayerIO], Mapping[str, float]], dict[str, Matrix]]
+"""From matrices, a batch's layers and its weights to the matrices with the batch."""
+InvertBlocks = Callable[[Sequence[LayerGroup], Matrices, Mapping[str, float]], dict[str, LinearMap]]
+"""From blocks, all matrices and the dampings of parameters to the inverses of the blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +47,7 @@ class Progress:
 
     def averaged(
         self,
-        estimator: Estimator,
+        update: Update,
         ios: Mapping[str, LayerIO],
         decay: float,
         shapes: Mapping[str, BlockShape],
@@ -50,19 +55,11 @@ class Progress:
         """With one more batch in every matrix that it has a layer for.
 
         Raises:
-            ValueError: If an approximation fails on the batch, naming the block.
+            ValueError: As `update`.
         """
         counts = {name: self.counts.get(name, 0) + 1 for name in ios}
-        new: dict[str, Matrix] = {}
-        for name, io in ios.items():
-            weight = weight_of_newest(decay, counts[name])
-            try:
-                new[name] = estimator.update(self.matrices.get(name), io, weight)
-            except (ValueError, RuntimeError) as error:  # RuntimeError: of torch.linalg
-                raise ValueError(
-                    f"The curvature of block {name!r} cannot be estimated from this batch; nothing "
-                    f"was changed. {error}"
-                ) from error
+        weights = {name: weight_of_newest(decay, count) for name, count in counts.items()}
+        new = update(self.matrices, ios, weights)
         return replace(
             self,
             updates=self.updates + 1,
@@ -107,29 +104,58 @@ class Progress:
         self,
         blocks: Sequence[LayerGroup],
         damping: Mapping[str, float],
-        invert: Callable[[Any, float], LinearMap],
+        invert: InvertBlocks,
     ) -> "Progress":
         """With new inverses of some blocks.
 
         Args:
             blocks: The blocks.
             damping: By parameter name.
-            invert: From a matrix and a damping to the inverse.
+            invert: From blocks, the matrices and the dampings to the inverses that are held here.
 
         Raises:
-            ValueError: As `preconditioner.inverses`, and if a block has no curvature yet.
+            ValueError: As `invert`, and if a block has no curvature yet.
         """
-        missing = [n for block in blocks for n in block.names if n not in self.matrices]
+        missing = [n for block in blocks for n in block.names if n not in self.counts]
         if missing:
             raise ValueError(
                 f"There is no curvature yet for the blocks {missing}: call observe(X, y) before "
                 "step()."
             )
-        new = inverses(list(blocks), self.matrices, damping, invert)
+        new = invert(blocks, self.matrices, damping)
         used = {n: damping[block.parameter_names[0]] for block in blocks for n in block.names}
         return replace(self, inverses=self.inverses | new, dampings=self.dampings | used)
 
     def has_inverse(self, block: LayerGroup, damping: Mapping[str, float]) -> bool:
         """Whether a block has inverses, with the damping of its parameters."""
         wanted = {damping[name] for name in block.parameter_names}
-        return all(n in self.inverses and wanted == {self.dampings[n]} for n in block.names)
+        return all(n in self.dampings and wanted == {self.dampings[n]} for n in block.names)
+
+
+def updated(
+    estimator: Estimator,
+    states: Mapping[str, Matrix],
+    ios: Mapping[str, LayerIO],
+    weights: Mapping[str, float],
+) -> dict[str, Matrix]:
+    """The matrices after one more batch.
+
+    Args:
+        estimator: The rule.
+        states: Matrices so far, by block name.
+        ios: Every layer on the batch.
+        weights: The share of the batch in each matrix.
+
+    Raises:
+        ValueError: If an approximation fails on the batch, naming the block.
+    """
+    new: dict[str, Matrix] = {}
+    for name, io in ios.items():
+        try:
+            new[name] = estimator.update(states.get(name), io, weights[name])
+        except (ValueError, RuntimeError) as error:  # RuntimeError: of torch.linalg
+            raise ValueError(
+                f"The curvature of block {name!r} cannot be estimated from this batch; nothing "
+                f"was changed. {error}"
+            ) from error
+    return new

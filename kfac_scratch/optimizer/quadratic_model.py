@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from kfac_scratch.curvature import flatten_values, ggn_gram, parameter_vector
 from kfac_scratch.matrices.damping import reduction_ratio
+from kfac_scratch.optimizer.placement import ONE_PROCESS, Placement
 from kfac_scratch.optimizer.step_control import Batches, Control, Step, Values, dot
 from kfac_scratch.optimizer.undo import default_generator
 
@@ -56,7 +57,7 @@ def _minimised(step: Step) -> Step:
     rows = torch.stack([flatten_values(model, d) for d in basis])
     with repeatable(model):
         grams = [share * ggn_gram(*batch, rows) for share, batch in step.batches]
-    C = torch.stack(grams).sum(0)
+    C = step.placement.summed(torch.stack(grams).sum(0))
     C = C.double().cpu() + torch.tensor([[dot(u, v) for v in damped] for u in basis]).double()
     slope = torch.tensor([dot(step.gradient, d) for d in basis]).double()
     lr, momentum = (-torch.linalg.pinv(C, hermitian=True) @ slope).tolist()
@@ -93,13 +94,19 @@ class Before(NamedTuple):
     """The loss and gradient before a step, and the parameters that they are for."""
 
     batches: Batches
+    placement: Placement
     loss: float
     theta: Float[Tensor, " D"]
     gradient: Float[Tensor, " D"]
 
 
-def before_step(batches: Batches, gradients: Values) -> Before:
+def before_step(batches: Batches, gradients: Values, placement: Placement = ONE_PROCESS) -> Before:
     """The loss, gradient and parameters before the step, for `ratio_after_step`.
+
+    Args:
+        batches: The batches here, with their shares.
+        gradients: The gradients of the loss of all processes.
+        placement: The processes.
 
     Raises:
         ValueError: If the batch is not known, or the model draws random numbers.
@@ -109,8 +116,8 @@ def before_step(batches: Batches, gradients: Values) -> Before:
     model = batches[0][1].model
     gradient = flatten_values(model, gradients)
     with repeatable(model):
-        loss = _loss(batches)
-    return Before(batches, loss, parameter_vector(model), gradient)
+        loss = _loss(batches, placement)
+    return Before(batches, placement, loss, parameter_vector(model), gradient)
 
 
 def ratio_after_step(before: Before) -> float | None:
@@ -123,11 +130,14 @@ def ratio_after_step(before: Before) -> float | None:
     C = torch.stack(
         [share * ggn_gram(*b, change.unsqueeze(0), before.theta) for share, b in before.batches]
     ).sum(0)
+    C = before.placement.summed(C)
     predicted = float(C.squeeze() / 2 + before.gradient @ change)
-    return reduction_ratio(before.loss, _loss(before.batches), predicted, before.theta.dtype)
+    loss = _loss(before.batches, before.placement)
+    return reduction_ratio(before.loss, loss, predicted, before.theta.dtype)
 
 
-def _loss(batches: Batches) -> float:
-    """The loss of all batches together."""
+def _loss(batches: Batches, placement: Placement) -> float:
+    """The loss of all batches of all processes together."""
     with torch.no_grad():
-        return float(sum(share * b.loss(b.model(b.X), b.y) for share, b in batches))
+        here = sum(share * b.loss(b.model(b.X), b.y) for share, b in batches)
+        return float(placement.summed(torch.as_tensor(here)))

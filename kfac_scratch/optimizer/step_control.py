@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.matrices.matrix import LinearMap
+from kfac_scratch.optimizer.placement import ONE_PROCESS, Placement
 
 Values = Mapping[str, Tensor]
 
@@ -57,12 +58,15 @@ class Step:
         momentum: Factors of the previous change.
         damping: Damping of the block that a parameter is in.
         layers: Names of the parameters of each layer.
-        inverses: The maps that gave the directions, by block name.
+        inverses: The maps that gave the directions, by block name, as far as they are held here.
         memory: Tensors that controls keep from step to step, by parameter name and a key. A
             control changes none of them. It returns a step with new ones, and the optimizer stores
             those of the step that is taken: a step that is given up leaves no trace.
         batches: The mini-batches, if they are known, each with the share of its loss in the loss
-            that the step descends: one with share 1, or several whose gradients were added up.
+            that the step descends: one with share 1, or several whose gradients were added up. If
+            several processes take the step, those of this one.
+        placement: The processes that take the step. `placement.summed` adds a sum over `batches`
+            up over all of them.
         notes: Numbers that controls report, for a history.
     """
 
@@ -77,6 +81,7 @@ class Step:
     memory: Mapping[str, Mapping[str, Tensor]]
     inverses: Mapping[str, LinearMap] = field(default_factory=dict)
     batches: Batches = ()
+    placement: Placement = ONE_PROCESS
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def scaled(self, scales: Mapping[str, Tensor | float], **notes: float) -> "Step":

@@ -297,6 +297,11 @@ def _corrected(
 ) -> Step:
     if not step.batches:
         raise ValueError("A coarse level needs the batch: call observe(X, y) in every step.")
+    if step.placement.size > 1:
+        raise NotImplementedError(
+            f"A coarse level needs the whole batch, which is spread over {step.placement.size} "
+            "processes here: train in one process, or without two_level."
+        )
     damping, *others = set(step.damping.values())
     if others:
         raise ValueError(f"A coarse level needs one damping for all, got {[damping, *others]}.")

@@ -43,11 +43,11 @@ def kept_groups(groups: list[dict[str, Any]]) -> Undo:
 
 def kept_draws(generator: Generator | None) -> Undo:
     """Restore the state of a source of randomness."""
-    return _nothing if generator is None else partial(generator.set_state, generator.get_state())
+    return nothing if generator is None else partial(generator.set_state, generator.get_state())
 
 
-def _nothing() -> None:
-    """Without a source, there is nothing to restore."""
+def nothing() -> None:
+    """An undo where nothing was changed."""
 
 
 def _set_values(kept: list[tuple[Tensor, Tensor]]) -> None:

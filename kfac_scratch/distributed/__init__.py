@@ -1,0 +1,1 @@
+"""KFAC in several processes: joint curvature, work that is shared out, and failures with names."""
