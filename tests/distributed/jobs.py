@@ -29,6 +29,7 @@ def job(work, size, *args):
 
 def _entered(rank, size, folder, work, args):
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # as in the process that compares
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/init",

@@ -175,4 +175,5 @@ def together(case, rank, size, shards, workers, ddp=False, **options):
     placed = distribute(optimizer, workers, timeout=30, **options)
     part = shard(SHARDS[size][shards], rank)
     loss = placed.joint_loss if ddp else None
-    return train(case, model, optimizer, part, wrapped, loss), dict(placed.ranks.sent)
+    theta = train(case, model, optimizer, part, wrapped, loss)
+    return theta, dict(placed.ranks.sent), placed.owners

@@ -1,0 +1,457 @@
+"""What ranks run for `test_behaviour`, all of it in one job: processes take seconds to start."""
+
+import copy
+import functools
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from kfac_scratch import KFAC, LayerIO, distribute, graft, kfac, layer_ios, monte_carlo, type2
+from kfac_scratch.approximations.estimators import weight_of_newest
+from kfac_scratch.distributed.packing import leaves
+from kfac_scratch.distributed.ranks import AgreedError
+from kfac_scratch.distributed.sharing import assignment
+from kfac_scratch.optimizer.preconditioner import block_matrices
+from tests.distributed.jobs import attempted
+from tests.distributed.runs import (
+    LOSSES,
+    SHARDS,
+    Case,
+    flat,
+    shard,
+    together,
+    train,
+)
+
+CASE = Case()
+SIZE = 2
+UNEQUAL = SHARDS[SIZE]["unequal"]
+
+
+def built(case=CASE, workers=0.0, ddp=False, owner_local=False, **options):
+    """A model and its optimizer on this rank."""
+    model = case.model()
+    wrapped = DistributedDataParallel(model) if ddp else model
+    optimizer = case.optimizer(wrapped, **options)
+    placed = distribute(optimizer, workers, owner_local=owner_local, timeout=30)
+    return model, wrapped, optimizer, placed
+
+
+def equal_everywhere(values, size):
+    """Whether a tensor is the same on all ranks, bit for bit."""
+    found = [torch.empty_like(values) for _ in range(size)]
+    dist.all_gather(found, values)
+    return all(torch.equal(values, other) for other in found)
+
+
+# ---- runs of every rank ------------------------------------------------------------------------
+
+
+def with_ddp(rank, size, name, shards):
+    return together(LOSSES[name], rank, size, shards, 0.0, ddp=True)[0]
+
+
+def ddp_without_joint_loss(rank, size, name, shards):
+    case = LOSSES[name]
+    model, wrapped, optimizer, _ = built(case, ddp=True)
+    part = shard(SHARDS[size][shards], rank)
+    try:
+        return train(case, model, optimizer, part, wrapped)
+    except AgreedError as error:
+        return str(error)
+
+
+def not_distributed(rank, size):
+    model = CASE.model()
+    optimizer = CASE.optimizer(model)
+    try:
+        return train(CASE, model, optimizer, shard(UNEQUAL, rank))
+    except ValueError as error:
+        return str(error)
+
+
+def own_labels(rank, size):
+    """Labels drawn from a generator of each rank."""
+    generator = torch.Generator().manual_seed(5 + rank)
+    model, _, optimizer, _ = built(fisher=monte_carlo(2, generator), generator=generator)
+    return train(CASE, model, optimizer, shard(UNEQUAL, rank))
+
+
+def streams(rank, size, given):
+    """The first number that each rank draws, from a generator or from PyTorch's."""
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(3) if given else None
+    _, _, optimizer, _ = built(fisher=None, generator=generator)
+    source = optimizer.generator if given else optimizer.placement.generator
+    return float(torch.rand((), generator=source)), optimizer.generator is generator
+
+
+def micro_batches(rank, size, reduction):
+    """Two micro-batches of unequal size on each rank, and what all of them make of them."""
+    case = Case(targets="labels", reduction=reduction)
+    model, wrapped, optimizer, _ = built(case, 1.0)
+    loss = case.loss()
+    for X, y in case.batches():
+        X, y = X[shard(UNEQUAL, rank)], y[shard(UNEQUAL, rank)]
+        optimizer.zero_grad()
+        for part in (slice(0, 2), slice(2, None)):
+            share = len(y[part]) / len(y) if reduction == "mean" else 1.0
+            (share * loss(wrapped(X[part]), y[part])).backward()
+            optimizer.observe(X[part], y[part])
+        optimizer.step()
+    return flat(model)
+
+
+def epochs(rank, size):
+    """Two epochs of 53 samples, of which the sampler repeats one, in batches of five."""
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(53, 6, generator=generator, dtype=torch.float64)
+    data = TensorDataset(X, torch.randint(4, (53,), generator=generator))
+    sampler = DistributedSampler(data, size, rank, shuffle=True, seed=1)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        yield from DataLoader(data, 5, sampler=sampler)
+
+
+def over_epochs(rank, size):
+    model, _, optimizer, _ = built()
+    return trained_on(model, optimizer, epochs(rank, size))
+
+
+def trained_on(model, optimizer, batches):
+    for X, y in batches:
+        optimizer.zero_grad()
+        CASE.loss()(model(X), y).backward()
+        optimizer.observe(X, y)
+        optimizer.step()
+    return flat(model)
+
+
+def recorded(rank, size, owner_local):
+    """What `record` gets on a rank."""
+    rows = []
+    model, _, optimizer, _ = built(owner_local=owner_local, record=rows.append)
+    train(CASE, model, optimizer, shard(UNEQUAL, rank))
+    return rows
+
+
+def partly_used(rank, size):
+    """A layer that only one rank's batches reach, and none in every third step."""
+    model, _, optimizer, _ = built()
+    for i, (X, y) in enumerate(CASE.batches()):
+        X, y = X[shard(UNEQUAL, rank)], y[shard(UNEQUAL, rank)]
+        optimizer.zero_grad()
+        CASE.loss()(model(X), y).backward()
+        optimizer.observe(X, y)
+        if i % 3 == 2 or rank == 1:
+            model[2].weight.grad = model[2].bias.grad = None
+        optimizer.step()
+    return flat(model)
+
+
+def frozen_meanwhile(rank, size):
+    model, _, optimizer, _ = built(workers=1.0)
+    part = shard(UNEQUAL, rank)
+    train(CASE, model, optimizer, part, steps=3)
+    model[2].requires_grad_(False)
+    train(CASE, model, optimizer, part, steps=3)
+    model[2].requires_grad_(True)
+    return train(CASE, model, optimizer, part, steps=3)
+
+
+def started_with_averages(rank, size):
+    model, _, optimizer, _ = built()
+    part = shard(UNEQUAL, rank)
+    for X, y in itertools.islice(CASE.batches(), 3):
+        optimizer.update_curvature(X[part], y[part])
+    return train(CASE, model, optimizer, part)
+
+
+# ---- DP-KFAC -----------------------------------------------------------------------------------
+
+
+def owner_local(rank, size, shards, reduction):
+    case = Case(targets="labels", reduction=reduction)
+    return together(case, rank, size, shards, 0.0, owner_local=True)[0]
+
+
+def owner_local_defined(sizes, reduction):
+    """Every layer's matrix from the shard of its owner, the gradient of all: in one process."""
+    case = Case(targets="labels", reduction=reduction)
+    model = case.model()
+    optimizer = case.optimizer(model)
+    blocks = optimizer._arranged().blocks
+    values = block_matrices(blocks, dict(model.named_parameters()))
+    owners = assignment({n: float(sum(d**3 for d in W.shape)) for n, W in values.items()}, SIZE)
+    counts = {}
+
+    def of_owners(estimator, states, ios, weights):
+        X, y = seen[-1]
+        found = {}
+        for name, owner in owners.items():
+            part = shard(sizes, owner)
+            io = layer_ios(model, case.loss(), X[part], y[part], type2)[name]
+            scale = (len(y) / sizes[owner]) ** 0.5 if reduction == "sum" else 1.0
+            counts[name] = counts.get(name, 0) + 1
+            weight = weight_of_newest(optimizer.decay, counts[name])
+            assert weight == weights[name]
+            found[name] = estimator.update(states.get(name), LayerIO(io.a, scale * io.g), weight)
+        return found
+
+    class Owners(type(optimizer.placement)):
+        updated = staticmethod(of_owners)
+
+    optimizer.placement = Owners()
+    seen = []
+    for X, y in case.batches():
+        seen.append((X, y))
+        optimizer.zero_grad()
+        case.loss()(model(X), y).backward()
+        optimizer.observe(X, y)
+        optimizer.step()
+    return flat(model)
+
+
+# ---- differences at the beginning --------------------------------------------------------------
+
+
+def two_named(first, second):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module(first, nn.Linear(6, 6).double())
+    model.add_module(second, nn.Linear(6, 6).double())
+    return model
+
+
+def one_entry(rank):
+    model = CASE.model()
+    model[0].weight.data[0, 0] += 1e-9 * rank
+    return model
+
+
+def one_frozen(rank):
+    model = CASE.model()
+    model[2].bias.requires_grad_(rank == 0)
+    return model
+
+
+DIFFERENT = {
+    "names": lambda rank: KFAC(two_named(*("pq" if rank else "qp")), nn.MSELoss()),
+    "width": lambda rank: KFAC(nn.Sequential(nn.Linear(6, 8 + rank)).double(), nn.MSELoss()),
+    "dtype": lambda rank: KFAC(CASE.model() if rank else CASE.model().float(), nn.MSELoss()),
+    "value": lambda rank: CASE.optimizer(one_entry(rank)),
+    "frozen": lambda rank: KFAC(one_frozen(rank), nn.MSELoss()),
+    "period": lambda rank: CASE.optimizer(CASE.model(), inverse_every=3 + rank),
+    "lr": lambda rank: CASE.optimizer(CASE.model(), lr=0.1 * (1 + rank)),
+    "damping": lambda rank: CASE.optimizer(CASE.model(), damping=0.1 * (1 + rank)),
+    "loss": lambda rank: KFAC(CASE.model(), nn.MSELoss() if rank else nn.CrossEntropyLoss()),
+    "control": lambda rank: CASE.optimizer(CASE.model(), controls=[graft(eps=1e-8 * (1 + rank))]),
+    "approximation": lambda rank: KFAC(
+        CASE.model(), nn.MSELoss(), approximation=kfac if rank else other_kfac
+    ),
+}
+
+
+def other_kfac(io):
+    return kfac(io)
+
+
+def differences(rank, size):
+    """What `distribute` says of each difference."""
+    said = {}
+    for name, build in DIFFERENT.items():
+        try:
+            distribute(build(rank), timeout=10)
+        except AgreedError as error:
+            said[name] = str(error)
+    return said
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def raising(*_):
+    raise ValueError("no inverse here")
+
+
+class Refusals:
+    """Each method makes one rank refuse, by a name; all ranks call it."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+        self.rows = []
+        self.model, _, self.optimizer, self.placed = built(
+            factor_every=1, inverse_every=1, record=self.rows.append
+        )
+        self.data = list(CASE.batches())
+        self.part = shard(UNEQUAL, rank)
+        train(CASE, self.model, self.optimizer, self.part, steps=2)
+
+    def batch(self):
+        X, y = self.data[2]
+        return X[self.part].clone(), y[self.part].clone()
+
+    def backward(self, X, y):
+        self.optimizer.zero_grad()
+        CASE.loss()(self.model(X), y).backward()
+
+    def good(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        self.optimizer.step()
+
+    def not_a_number(self):
+        X, y = self.batch()
+        if self.rank == 1:
+            X[0, 0] = torch.nan
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        self.optimizer.step()
+
+    def empty(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(*((X[:0], y[:0]) if self.rank == 1 else (X, y)))
+
+    def singular(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        before = self.optimizer.invert
+        try:
+            if self.rank == 1:
+                self.optimizer.invert = raising
+            self.optimizer.step()
+        finally:
+            self.optimizer.invert = before
+
+    def recorder(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        before = self.optimizer.record
+        try:
+            if self.rank == 1:
+                self.optimizer.record = raising
+            self.optimizer.step()
+        finally:
+            self.optimizer.record = before
+
+    def unobserved(self):
+        self.backward(*self.batch())
+        self.optimizer.step()
+
+    def closure(self):
+        self.optimizer.step(lambda: 0.0)
+
+    def other_order(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        if self.rank == 0:
+            self.optimizer.observe(X, y)
+        else:
+            self.optimizer.state_dict()
+
+    def other_parameters(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        try:
+            self.model[2].bias.requires_grad_(self.rank == 0)
+            self.optimizer.step()
+        finally:
+            self.model[2].bias.requires_grad_(True)
+
+    def state(self):
+        matrices = self.optimizer._progress.matrices
+        values = {f"matrix {n}": t for n, M in matrices.items() for t in leaves(M)}
+        values |= {
+            f"previous {i}": s["previous"] for i, s in enumerate(self.optimizer.state.values())
+        }
+        values |= {"steps": torch.tensor(self.optimizer.steps), "theta": flat(self.model)}
+        return copy.deepcopy(values)
+
+
+REFUSED = {
+    "not_a_number": "Rank 1 of 2 refused in 'observe' of step 2",
+    "empty": "Rank 1 of 2 refused in 'observe' of step 2",
+    "singular": r"Rank 1 of 2 refused in 'inversion' of step 2.*no inverse here",
+    "recorder": r"Rank 1 of 2 refused in 'step' of step 2.*no inverse here",
+    "unobserved": r"refused in 'step' of step 2.*Call observe\(X, y\) in every step",
+    "closure": r"refused in 'step' of step 2.*Pass no closure",
+    "other_order": r"rank 0 at '\w+', rank 1 at '\w+'.*same order",
+    "other_parameters": r"The ranks train \[8, 7\] parameters|Only a part|refused",
+}
+
+
+def refusals(rank, size):
+    """What every refusal says, whether anything has changed, and whether the loop goes on."""
+    run = Refusals(rank, size)
+    found = {}
+    for name in REFUSED:
+        before = run.state()
+        try:
+            getattr(run, name)()
+            said = "nothing was raised"
+        except ValueError as error:
+            said = str(error)
+        after = run.state()
+        kept = set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
+        found[name] = said, kept
+    run.good()
+    return found, equal_everywhere(flat(run.model), size), flat(run.model)
+
+
+def after_refusals():
+    """The parameters of one process that met none of it."""
+    model = CASE.model()
+    optimizer = CASE.optimizer(model, factor_every=1, inverse_every=1)
+    return train(CASE, model, optimizer, steps=3)
+
+
+# ---- the job -----------------------------------------------------------------------------------
+
+RUNS = {
+    **{
+        f"ddp {name} {shards}": functools.partial(with_ddp, name=name, shards=shards)
+        for name in ("labels-mean", "labels-sum", "ignored-mean")
+        for shards in ("equal", "unequal")
+    },
+    **{
+        f"ddp alone {name} {shards}": functools.partial(
+            ddp_without_joint_loss, name=name, shards=shards
+        )
+        for name in ("labels-mean", "labels-sum")
+        for shards in ("equal", "unequal")
+    },
+    "not distributed": not_distributed,
+    "own labels": own_labels,
+    "streams of a generator": functools.partial(streams, given=True),
+    "streams of PyTorch": functools.partial(streams, given=False),
+    "micro-batches mean": functools.partial(micro_batches, reduction="mean"),
+    "micro-batches sum": functools.partial(micro_batches, reduction="sum"),
+    "epochs": over_epochs,
+    "record": functools.partial(recorded, owner_local=False),
+    "partly used": partly_used,
+    "frozen meanwhile": frozen_meanwhile,
+    "update_curvature": started_with_averages,
+    **{
+        f"DP-KFAC {shards} {reduction}": functools.partial(
+            owner_local, shards=shards, reduction=reduction
+        )
+        for shards in ("equal", "unequal")
+        for reduction in ("mean", "sum")
+    },
+    "DP-KFAC's record": functools.partial(recorded, owner_local=True),
+    "differences": differences,
+    "refusals": refusals,
+}
+
+
+def work(rank, size):
+    return {name: attempted(functools.partial(run, rank, size)) for name, run in RUNS.items()}

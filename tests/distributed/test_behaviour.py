@@ -1,0 +1,209 @@
+"""What several processes do beside equal steps: DDP, labels, micro-batches, payload, refusals."""
+
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+
+from kfac_scratch import monte_carlo
+from kfac_scratch.losses import divisor
+from tests.distributed.behaviour import (
+    CASE,
+    DIFFERENT,
+    REFUSED,
+    SIZE,
+    UNEQUAL,
+    after_refusals,
+    epochs,
+    owner_local_defined,
+    trained_on,
+    work,
+)
+from tests.distributed.jobs import job
+from tests.distributed.runs import LOSSES, SHARDS, Case, alone, flat, shard, train
+
+EXACT = 1e-12
+FAR = 1e-3
+
+
+@functools.cache
+def everywhere():
+    return job(work, SIZE)
+
+
+def results(name):
+    """What every rank has found."""
+    found = [result[name] for result in everywhere()]
+    for result in found:
+        assert not (isinstance(result, str) and result.startswith("Traceback")), result
+    return found
+
+
+def assert_all_equal(name, expected):
+    found = results(name)
+    for theta in found:
+        assert (theta - expected).abs().max() <= EXACT * expected.abs().max()
+        assert torch.equal(theta, found[0])
+
+
+@pytest.mark.parametrize("shards", ["equal", "unequal"])
+@pytest.mark.parametrize("name", ["labels-mean", "labels-sum", "ignored-mean"])
+def test_ddp_with_the_joint_loss_is_one_process(name, shards):
+    assert_all_equal(f"ddp {name} {shards}", alone(LOSSES[name]))
+
+
+def test_ddp_is_right_by_itself_for_equal_shards_and_a_mean():
+    assert_all_equal("ddp alone labels-mean equal", alone(LOSSES["labels-mean"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("labels-mean unequal", r"different numbers of terms, \[5.0, 19.0\].*joint_loss"),
+        ("labels-sum equal", r"sum reduction needs their sum.*joint_loss"),
+        ("labels-sum unequal", r"sum reduction needs their sum.*joint_loss"),
+    ],
+)
+def test_ddp_by_itself_is_refused_where_it_is_wrong(name, words):
+    for said in results(f"ddp alone {name}"):
+        assert re.search(words, said)
+
+
+def test_several_processes_that_do_not_come_together_are_refused():
+    for said in results("not distributed"):
+        assert re.search(r"There are 2 processes.*call kfac_scratch\.distribute\(optimizer\)", said)
+
+
+def test_every_rank_draws_labels_of_its_own():
+    """One process that draws the labels of each shard from the generator of its rank."""
+    generators = [torch.Generator().manual_seed(5 + rank) for rank in range(SIZE)]
+
+    def fisher(loss, f, y):
+        parts = [shard(UNEQUAL, rank) for rank in range(SIZE)]
+        terms = [divisor(loss, f[part], y[part]) for part in parts]
+        vectors = [
+            (count / sum(terms)) ** 0.5 * monte_carlo(2, generator)(loss, f[part], y[part])[:]
+            for generator, part, count in zip(generators, parts, terms, strict=True)
+        ]
+        return torch.cat(vectors, dim=1)
+
+    model = CASE.model()
+    assert_all_equal("own labels", train(CASE, model, CASE.optimizer(model, fisher=fisher)))
+
+
+@pytest.mark.parametrize("source", ["a generator", "PyTorch"])
+def test_the_default_labels_differ_between_ranks_with_one_seed(source):
+    numbers = [number for number, _ in results(f"streams of {source}")]
+    assert len(set(numbers)) == SIZE
+    assert all(kept for _, kept in results(f"streams of {source}"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_micro_batches_on_every_rank_are_one_batch(reduction):
+    expected = alone(Case(targets="labels", reduction=reduction))
+    assert_all_equal(f"micro-batches {reduction}", expected)
+
+
+def test_epochs_of_a_distributed_sampler():
+    ranks = [list(epochs(rank, SIZE)) for rank in range(SIZE)]
+    union = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+    assert len({len(X) for X, _ in union}) == 2  # the last batch of an epoch is smaller
+    model = CASE.model()
+    assert_all_equal("epochs", trained_on(model, CASE.optimizer(model), union))
+
+
+@pytest.mark.parametrize("name", ["record", "DP-KFAC's record"])
+def test_every_rank_records_the_same(name):
+    first, *others = results(name)
+    assert len(first) == 10
+    assert all(rows == first for rows in others)
+
+
+def test_the_record_is_that_of_one_process():
+    rows = []
+    model = CASE.model()
+    train(CASE, model, CASE.optimizer(model, record=rows.append))
+    for row, expected in zip(results("record")[0], rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_parameter_without_a_gradient_on_some_ranks():
+    """Elsewhere its gradient counts; a parameter without any stays as it is."""
+    model = CASE.model()
+    optimizer = CASE.optimizer(model)
+    for i, (X, y) in enumerate(CASE.batches()):
+        optimizer.zero_grad()
+        part = shard(UNEQUAL, 0)
+        CASE.loss()(model(X[part]), y[part]).backward()
+        share = (y[part] != -100).sum() / (y != -100).sum()
+        only_here = [share * p.grad for p in (model[2].weight, model[2].bias)]
+        optimizer.zero_grad()
+        CASE.loss()(model(X), y).backward()
+        optimizer.observe(X, y)
+        for p, grad in zip((model[2].weight, model[2].bias), only_here, strict=True):
+            p.grad = None if i % 3 == 2 else grad
+        optimizer.step()
+    assert_all_equal("partly used", flat(model))
+
+
+def test_freezing_and_unfreezing_on_all_ranks():
+    model = CASE.model()
+    optimizer = CASE.optimizer(model)
+    for flag in (True, False, True):
+        model[2].requires_grad_(flag)
+        train(CASE, model, optimizer, steps=3)
+    assert_all_equal("frozen meanwhile", flat(model))
+
+
+def test_update_curvature_takes_the_batches_of_all_ranks():
+    model = CASE.model()
+    optimizer = CASE.optimizer(model)
+    for X, y in itertools.islice(CASE.batches(), 3):
+        optimizer.update_curvature(X, y)
+    assert_all_equal("update_curvature", train(CASE, model, optimizer))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shards", ["equal", "unequal"])
+def test_dp_kfac_is_its_own_estimator(shards, reduction):
+    expected = owner_local_defined(SHARDS[SIZE][shards], reduction)
+    assert_all_equal(f"DP-KFAC {shards} {reduction}", expected)
+    joint = alone(Case(targets="labels", reduction=reduction))
+    assert (expected - joint).abs().max() > FAR * joint.abs().max()
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_difference_between_ranks_is_named_at_once(name):
+    what = {
+        "names": "parameter 'p.weight'",
+        "width": "parameter '0.weight'",
+        "dtype": "float32",
+        "value": "the sum of '0.weight'",
+        "frozen": "parameter '2.bias'",
+        "period": "inverse_every: 3",
+        "lr": "'lr': 0.1",
+        "damping": "'damping': 0.1",
+        "loss": "loss: CrossEntropyLoss",
+        "control": "controls: .*1e-08.*2e-08",
+        "approximation": "approximation=other_kfac",
+    }
+    first, *others = [found[name] for found in results("differences")]
+    assert re.search(rf"The ranks differ in .*rank 0 has.*{what[name]}", first)
+    assert all(said == first for said in others)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_everybodys_and_changes_nothing(name):
+    for found, _, _ in results("refusals"):
+        said, kept = found[name]
+        assert re.search(REFUSED[name], said), said
+        assert kept
+
+
+def test_the_loop_goes_on_after_refusals():
+    expected = after_refusals()
+    for _, equal, theta in results("refusals"):
+        assert equal
+        assert (theta - expected).abs().max() <= EXACT * expected.abs().max()
