@@ -48,7 +48,7 @@ from kfac_scratch.distributed.sharing import assignment, columns, gradient_worke
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import monte_carlo
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
-from kfac_scratch.optimizer.observed import terms
+from kfac_scratch.optimizer.observed import terms_of
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.placement import Invert
 from kfac_scratch.optimizer.preconditioner import inverses
@@ -96,7 +96,7 @@ def distribute(
         diagnosis: Seconds for finding out which one.
 
     Returns:
-        What the ranks do together: who owns which layer, and what was sent.
+        The placement: owners of layers, and counts of what was sent.
 
     Raises:
         ValueError: If the ranks' models or settings differ, `workers` does not fit the number of
@@ -221,7 +221,7 @@ class Together:
         """The factor of this rank's loss whose mean over ranks is the loss of the whole batch."""
         self.ranks.step = self._optimizer.steps
         with self.ranks.together("loss"):
-            here = terms(Batch(self._optimizer.model, loss, None, y))
+            here = terms_of(Batch(self._optimizer.model, loss, None, y))
             table = self.ranks.exchange("terms of the loss", [here])
         self._joint_loss_was_used = True
         return self.size * (1.0 if _is_sum(loss) else here / float(table.sum()))
@@ -474,7 +474,7 @@ class Together:
         return {n: _moved(M, device) for theirs in everywhere for n, M in theirs.items()}
 
     def part(self, known: Progress) -> Progress:
-        """What this rank holds of a checkpoint."""
+        """The part of a checkpoint that this rank holds."""
         width = self.size // self.rows
         owners = self.owners
         return replace(

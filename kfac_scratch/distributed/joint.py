@@ -41,7 +41,7 @@ from kfac_scratch.one_hot import OneHot
 from kfac_scratch.optimizer.progress import updated
 
 IOs = Mapping[str, LayerIO]
-Rule = Callable[[Ranks, IOs], dict[str, Any]]
+JointRule = Callable[[Ranks, IOs], dict[str, Any]]
 """From the layers here to the matrices of all ranks' batch: one collective for all layers."""
 
 
@@ -134,7 +134,7 @@ def _rows(io: LayerIO) -> Tensor:
     return torch.tensor(io.a.shape[0] * io.a.shape[1]) if io.counted is None else io.counted.sum()
 
 
-RULES: dict[Any, Rule] = {
+JOINT_RULES: dict[Any, JointRule] = {
     kfac: joint_kfac,
     kfac_reduce: joint_kfac_reduce,
     tkfac: joint_tkfac,
@@ -164,8 +164,8 @@ def joint_update(
     """Every layer's matrix after the batch of all ranks.
 
     Law: equal to `estimator.update` with the `LayerIO` of the joined batch.
-    Cost: see the functions of `RULES`, which are used for the approximations that they are named
-    after. For all others, that of `joined`.
+    Cost: see the functions of `JOINT_RULES`, which are used for the approximations that they are
+    named after. For all others, that of `joined_layers`.
 
     Args:
         ranks: The ranks.
@@ -178,15 +178,15 @@ def joint_update(
         inside = estimator.factors
         if isinstance(inside, MovingAverage) and inside.approximation in (kfac, kfac_reduce):
             return _amortised(ranks, estimator, inside, states, ios, weights)
-    if isinstance(estimator, MovingAverage | Latest) and estimator.approximation in RULES:
-        new = RULES[estimator.approximation](ranks, ios)
+    if isinstance(estimator, MovingAverage | Latest) and estimator.approximation in JOINT_RULES:
+        new = JOINT_RULES[estimator.approximation](ranks, ios)
         return {
             name: replace(estimator, approximation=Known(new[name])).update(
                 states.get(name), io, weights[name]
             )
             for name, io in ios.items()
         }
-    return updated(estimator, states, joined(ranks, ios), weights)
+    return updated(estimator, states, joined_layers(ranks, ios), weights)
 
 
 def _amortised(
@@ -202,7 +202,7 @@ def _amortised(
     The new eigenvalues are `(1 - w) s + w m`, where `m` are the joint moments. A rank that takes
     its vectors times `sqrt(P)` has `(1 - w) s + w P m_r`, and the mean of these is the same.
     """
-    new = RULES[factors.approximation](ranks, ios)
+    new = JOINT_RULES[factors.approximation](ranks, ios)
     P = ranks.size
     local = {
         name: replace(estimator, factors=replace(factors, approximation=Known(new[name]))).update(
@@ -217,10 +217,11 @@ def _amortised(
     }
 
 
-def joined(ranks: Ranks, ios: IOs) -> dict[str, LayerIO]:
+def joined_layers(ranks: Ranks, ios: IOs) -> dict[str, LayerIO]:
     """Every layer on the batch of all ranks: the rows and vectors of the ranks one after another.
 
-    Use it for approximations that are no sums over samples. Not where `RULES` has a cheaper way.
+    Use it for approximations that are no sums over samples. Not where `JOINT_RULES` has a cheaper
+    way.
 
     Cost: `N * S * (d_in + V * d_out)` numbers for each layer, where `N` is the number of samples of
     the rank that has most. The rows of an embedding are formed.

@@ -9,15 +9,16 @@ and whether it failed. So
 
 PyTorch's own errors name neither rank nor collective, and its default time-out is 30 minutes.
 
-Source: PyTorch's documentation of `torch.distributed` (`all_gather`, `TCPStore`,
-`monitored_barrier`).
+Source: PyTorch's documentation of `torch.distributed` (`all_gather`, `TCPStore`).
 """
 
 import os
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from zlib import crc32
@@ -29,7 +30,6 @@ from torch import Tensor
 from kfac_scratch.distributed.packing import through
 
 WIDTH = 6  # numbers in an exchange: what, refused, and up to four more
-FASTEST_DIAGNOSIS = 1.0  # seconds until the others have written where they are
 
 
 class AgreedError(ValueError):
@@ -79,22 +79,20 @@ class Ranks:
         self.sent: Counter[str] = Counter()
         self.step = 0
         self._exchanges = 0
-        self._store: Any = None
+        self._board: Board | None = None
         limit = timedelta(seconds=timeout)
         self._data = dist.new_group(timeout=limit)
         self._control = dist.new_group(backend="gloo", timeout=limit)
-        self._watch = dist.new_group(backend="gloo", timeout=limit)
-        self._store = self._board()
-        dist.barrier(self._watch)  # connections are made at the first use, which may not fail later
+        self._board = self._connected()
+        dist.barrier(self._data)  # connections are made at the first use, which may not fail later
 
-    def _board(self) -> Any:
-        """A store in which every rank writes where it is; rank 0 has it."""
+    def _connected(self) -> "Board":
+        """The board of the job, which rank 0 has."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        limit = timedelta(seconds=self.diagnosis)
-        make: Any = dist.TCPStore  # type: ignore[attr-defined]
-        store = make(host, 0, None, True, limit, False) if self.rank == 0 else None
-        ports = self.objects("connection", store and store.port)
-        return store or make(host, ports[0], None, False, limit)
+        times = (self.diagnosis, self.timeout)
+        board = Board(self.rank, self.size, host, 0, *times) if self.rank == 0 else None
+        ports = self.objects("connection", board and board.port)
+        return board or Board(self.rank, self.size, host, ports[0], *times)
 
     # ---- coming together ----------------------------------------------------------------------
 
@@ -291,35 +289,134 @@ class Ranks:
 
     def _write(self, what: str) -> None:
         """Tell the others where this rank is, for their error messages."""
-        if self._store is not None:
-            try:
-                self._store.set(str(self.rank), f"{self._exchanges}|{self.step}|{what}")
-            except RuntimeError:  # rank 0 is gone, which the collective will notice
-                self._store = None
+        if self._board is not None:
+            self._board.write(self._exchanges, f"'{what}' of step {self.step}")
 
     def _missing(self) -> str:
-        """A sentence about who is missing: who lags behind, else who does not answer."""
-        time.sleep(min(FASTEST_DIAGNOSIS, self.diagnosis / 2))
-        places = {}
-        for rank in range(self.size):
-            try:
-                if self._store is None:
-                    raise RuntimeError
-                count, step, what = self._store.get(str(rank)).decode().split("|", 2)
-            except RuntimeError:
-                return "Rank 0 does not answer: it is gone, stopped, or has ended."
-            places[rank] = int(count), f"'{what}' of step {step}"
-        behind = [
-            f"rank {rank} (last seen in {place})"
-            for rank, (count, place) in places.items()
-            if count < self._exchanges
-        ]
-        if behind:
-            return f"Not arrived: {', '.join(behind)}."
+        """A sentence about who is missing."""
+        if self._board is None:
+            return "The ranks were still connecting."
+        return self._board.missing(self._exchanges)
+
+
+class Board:
+    """A place where every rank writes its position and a sign of life. Rank 0 keeps it.
+
+    Use it to find out who is missing when a collective has failed: who lags behind, or does not
+    give a sign of life any more. Not for anything that a step needs.
+
+    Cost: a message of a few bytes for every collective and every second.
+    """
+
+    def __init__(
+        self, rank: int, size: int, host: str, port: int, seconds: float, patience: float
+    ) -> None:
+        """Open the board, or connect to it. It has many parameters, because both need all of them.
+
+        Args:
+            rank: The number of this process. Rank 0 opens the board.
+            size: The number of processes.
+            host: The address of rank 0.
+            port: The port there; 0 to choose one.
+            seconds: The time that a diagnosis takes.
+            patience: The time that other ranks need to notice that something is wrong.
+        """
+        make: Any = dist.TCPStore  # type: ignore[attr-defined]
+        limit = timedelta(seconds=seconds)
+        self.rank, self.size, self.seconds, self.patience = rank, size, seconds, patience
+        self._store = make(host, port, None, rank == 0, limit, False)
+        self.port: int = self._store.port
+        self.write(0, "the beginning")
+        over = threading.Event()
+        signs = make(host, self.port, None, False, limit, False)  # a connection of its own
+        signs.set(f"sign of {rank}", "0")
+        thread = threading.Thread(
+            target=_give_signs, args=(signs, rank, over, seconds / SIGNS), daemon=True
+        )
+        thread.start()
+        weakref.finalize(self, _end, over, thread)
+
+    def write(self, count: int, place: str) -> None:
+        """Write the number of the exchange that this rank is in, and its name."""
+        with suppress(RuntimeError):  # rank 0 is gone, which the collective will notice
+            self._store.set(f"place of {self.rank}", f"{count}|{place}")
+
+    def missing(self, count: int) -> str:
+        """A sentence about who has not arrived at an exchange, or has given no sign of life.
+
+        The first rank that finds out writes it on the board, since others may end before the rest
+        has noticed. So rank 0, which keeps the board, waits for the rest.
+
+        Args:
+            count: The number of the exchange.
+        """
+        verdicts: list[str] = []
+        examination = threading.Thread(  # the connection to a stopped process may never return
+            target=lambda: verdicts.append(self._verdict(count)), daemon=True
+        )
+        examination.start()
+        examination.join(3 * self.seconds)
+        if verdicts and self.rank == 0:
+            self._wait_for_the_rest()
+        return verdicts[0] if verdicts else RANK_0_IS_GONE
+
+    def _verdict(self, count: int) -> str:
         try:
-            dist.monitored_barrier(
-                self._watch, timedelta(seconds=self.diagnosis), wait_all_ranks=True
-            )
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        return "All ranks answer now: one of them was too slow, or the network was."
+            found = self._written() or self._examined(count)
+            found = self._written() or found
+            self._store.set("verdict", found)
+            self._store.set(f"told {self.rank}", "")
+        except RuntimeError:
+            return RANK_0_IS_GONE
+        return found
+
+    def _written(self) -> str:
+        known = self._store.check(["verdict"])
+        return self._store.get("verdict").decode() if known else ""
+
+    def _examined(self, count: int) -> str:
+        before = self._read("sign")
+        time.sleep(self.seconds)
+        after, places = self._read("sign"), self._read("place")
+        missing = []
+        for rank, (sign, later, place) in enumerate(zip(before, after, places, strict=True)):
+            number, _, name = place.partition("|")
+            if sign == later:
+                missing.append(f"Rank {rank} gives no sign of life (last seen in {name}).")
+            elif int(number) < count:
+                missing.append(f"Rank {rank} has not arrived (last seen in {name}).")
+        return " ".join(missing) or "All ranks are there: one was too slow, or the network was."
+
+    def _wait_for_the_rest(self) -> None:
+        """Keep the board until all ranks that live have read it, or their time is over."""
+        end = time.monotonic() + self.patience
+        while time.monotonic() < end:
+            before = self._read("sign")
+            time.sleep(self.seconds)
+            after = self._read("sign")
+            alive = [r for r in range(self.size) if before[r] != after[r]]
+            if all(self._store.check([f"told {rank}"]) for rank in alive):
+                return
+
+    def _read(self, what: str) -> list[str]:
+        return [self._store.get(f"{what} of {rank}").decode() for rank in range(self.size)]
+
+
+SIGNS = 4  # signs of life within one diagnosis
+RANK_0_IS_GONE = "Rank 0 does not answer: it has ended, or is stopped."
+
+
+def _give_signs(store: Any, rank: int, over: threading.Event, pause: float) -> None:
+    """Count on the board, until the board is not needed any more or is gone."""
+    count = 0
+    while not over.wait(pause):
+        count += 1
+        try:
+            store.set(f"sign of {rank}", str(count))
+        except RuntimeError:
+            return
+
+
+def _end(over: threading.Event, thread: threading.Thread) -> None:
+    over.set()
+    thread.join(1.0)

@@ -120,7 +120,7 @@ def shares(batches: Sequence[Batch], total: float | None = None) -> list[float]:
     """
     if len(batches) == 1 and total is None:
         return [1.0]
-    counts = [terms(batch) for batch in batches]
+    counts = [terms_of(batch) for batch in batches]
     total = sum(counts) if total is None else total
     return counts if is_sum(batches) else [count / total for count in counts]
 
@@ -130,7 +130,7 @@ def is_sum(batches: Sequence[Batch]) -> bool:
     return any(getattr(batch.loss, "reduction", None) == "sum" for batch in batches)
 
 
-def terms(batch: Batch) -> float:
+def terms_of(batch: Batch) -> float:
     """The number that the batch's loss divides by."""
     try:
         return divisor(batch.loss, _outputs_like(batch.loss, batch.y), batch.y)

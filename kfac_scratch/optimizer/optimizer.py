@@ -75,7 +75,7 @@ from kfac_scratch.optimizer.observed import (
     Observed,
     a_gradient,
     in_modes,
-    terms,
+    terms_of,
     together,
     training_modes,
 )
@@ -440,7 +440,7 @@ class KFAC(Optimizer):
         """The terms in the batches of all processes; None if there is one process."""
         if self.placement.size == 1:
             return None
-        here = sum(terms(batch) for batch in batches)
+        here = sum(terms_of(batch) for batch in batches)
         return self.placement.total(here, sum(len(batch.y) for batch in batches))
 
     def _check(self) -> None:

@@ -24,7 +24,7 @@ Invert = Callable[[Any, float], LinearMap]
 
 @runtime_checkable
 class Placement(Protocol):
-    """What a step needs of the processes that take it together.
+    """The processes that take a step together, as the step needs them.
 
     Every process calls the same methods in the same order.
     """
@@ -125,11 +125,11 @@ class Placement(Protocol):
         ...
 
     def whole(self, known: Progress) -> Progress:
-        """What all processes know together, for a checkpoint."""
+        """The knowledge of all processes together, for a checkpoint."""
         ...
 
     def part(self, known: Progress) -> Progress:
-        """What is held here, of all that is known."""
+        """The part of a checkpoint that is held here."""
         ...
 
 
@@ -144,7 +144,7 @@ class OneProcess:
         return nullcontext()
 
     def total(self, terms: float, samples: int) -> float:
-        """Those that are here."""
+        """The terms here."""
         return terms
 
     def updated(
@@ -191,7 +191,7 @@ class OneProcess:
         """It is the optimizer's own."""
 
     def whole(self, known: Progress) -> Progress:
-        """What is known."""
+        """The knowledge of this process."""
         return known
 
     part = whole

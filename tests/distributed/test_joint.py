@@ -28,7 +28,7 @@ from kfac_scratch import (
 )
 from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.approximations.tekfac import tekfac
-from kfac_scratch.distributed.joint import RULES, joined, joint_update
+from kfac_scratch.distributed.joint import JOINT_RULES, joined_layers, joint_update
 from kfac_scratch.distributed.ranks import Ranks
 from kfac_scratch.layer_io import concatenate
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
@@ -152,7 +152,7 @@ def test_the_matrix_is_that_of_the_joined_batch(name, kind):
 @pytest.mark.parametrize("name", ["kfac", "kfac_reduce"])
 def test_padding_is_left_out_of_the_joint_mean(name):
     ios = scaled(layers("padded"))
-    found = on_ranks(lambda ranks, io: RULES[APPROXIMATIONS[name]](ranks, {"layer": io}), ios)
+    found = on_ranks(lambda ranks, io: JOINT_RULES[APPROXIMATIONS[name]](ranks, {"layer": io}), ios)
     expected = APPROXIMATIONS[name](concatenate(ios, [1.0] * len(ios)))
     for matrices in found:
         assert_close(matrices["layer"].A, expected.A)
@@ -163,7 +163,7 @@ def test_padding_is_left_out_of_the_joint_mean(name):
 def test_the_joined_layer_is_the_shards_one_after_another(kind):
     ios = scaled(layers(kind))
     expected = concatenate(ios, [1.0] * len(ios))
-    for joint in on_ranks(lambda ranks, io: joined(ranks, {"layer": io})["layer"], ios):
+    for joint in on_ranks(lambda ranks, io: joined_layers(ranks, {"layer": io})["layer"], ios):
         assert torch.equal(joint.a, expected.a)
         assert torch.equal(joint.g, expected.g)
         if kind == "padded":
@@ -174,7 +174,7 @@ def test_shards_of_other_lengths_cannot_be_joined():
     ios = layers("shared")
     short = replace(ios[1], a=ios[1].a[:, :2], g=ios[1].g[:, :, :2])
     with pytest.raises(ValueError, match=r"'layer' has different numbers of positions.*Pad"):
-        on_ranks(lambda ranks, io: joined(ranks, {"layer": io}), [ios[0], short, ios[2]])
+        on_ranks(lambda ranks, io: joined_layers(ranks, {"layer": io}), [ios[0], short, ios[2]])
 
 
 def test_a_layer_that_an_approximation_refuses_is_named():

@@ -70,6 +70,7 @@ def public():
 
 
 PUBLIC = dict(public())
+ERRORS = [v for v in PUBLIC.values() if inspect.isclass(v) and issubclass(v, Exception)]
 EXPORTED = {name: getattr(kfac_scratch, name) for name in kfac_scratch.__all__}
 CHOICES = (  # modules whose exported names a user chooses between
     "approximations.",
@@ -103,7 +104,7 @@ def text(value):
 
 
 def parameters(value):
-    if is_protocol(value) or is_typeddict(value):
+    if is_protocol(value) or is_typeddict(value) or value in ERRORS:
         return []
     return [name for name in inspect.signature(value).parameters if name != "self"]
 

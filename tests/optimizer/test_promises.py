@@ -826,13 +826,13 @@ def test_a_compiled_model_is_refused_with_the_way_out():
     optimizer.step()
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_several_processes_that_do_not_come_together_are_refused(monkeypatch):
     optimizer = build()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    for act in (build, lambda: optimizer.observe(*data(0))):
-        with pytest.raises(ValueError, match="trains in one process, but there are 2"):
-            act()
+    for act in (optimizer.observe, optimizer.update_curvature, lambda X, y: optimizer.step()):
+        with pytest.raises(ValueError, match=r"There are 2 processes.*distribute\(optimizer\)"):
+            act(*data(0))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     take(optimizer, *data(0))
 
