@@ -82,6 +82,8 @@ from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovere
 from kfac_scratch.capture.plan import Plan, Plans, plan
 from kfac_scratch.data_loader import kfac_over, over_loader
 from kfac_scratch.distributed.distribute import distribute
+from kfac_scratch.distributed.over_ranks import kfac_over_ranks
+from kfac_scratch.distributed.ranks import Ranks
 from kfac_scratch.layer_io import LayerIO, TiedIO
 from kfac_scratch.losses import (
     BackpropagatedVectors,
@@ -194,6 +196,7 @@ __all__ = [
     "Plan",
     "Plans",
     "Preconditioner",
+    "Ranks",
     "Recompressed",
     "Repaired",
     "ScaledVectors",
@@ -240,6 +243,7 @@ __all__ = [
     "kfac",
     "kfac_corrected",
     "kfac_over",
+    "kfac_over_ranks",
     "kfac_reduce",
     "kl_clip",
     "kpsvd",

@@ -78,7 +78,6 @@ class Ranks:
         self.timeout, self.diagnosis = timeout, diagnosis
         self.sent: Counter[str] = Counter()
         self.step = 0
-        self._exchanges = 0
         self._board: Board | None = None
         limit = timedelta(seconds=timeout)
         self._data = dist.new_group(timeout=limit)
@@ -87,12 +86,15 @@ class Ranks:
         dist.barrier(self._data)  # connections are made at the first use, which may not fail later
 
     def _connected(self) -> "Board":
-        """The board of the job, which rank 0 has."""
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        times = (self.diagnosis, self.timeout)
+        """The board of the job, which rank 0 keeps: one for all optimizers."""
+        if _board_of and _board_of[0][0] is dist.group.WORLD:
+            return _board_of[0][1]
+        host, times = os.environ.get("MASTER_ADDR", "127.0.0.1"), (self.diagnosis, self.timeout)
         board = Board(self.rank, self.size, host, 0, *times) if self.rank == 0 else None
-        ports = self.objects("connection", board and board.port)
-        return board or Board(self.rank, self.size, host, ports[0], *times)
+        (port, *_) = self.objects("connection", board and board.port)
+        board = board or Board(self.rank, self.size, host, port, *times)
+        _board_of[:] = [(dist.group.WORLD, board)]
+        return board
 
     # ---- coming together ----------------------------------------------------------------------
 
@@ -133,7 +135,8 @@ class Ranks:
         head = [float(crc32(what.encode())), float(error is not None), *numbers]
         mine = torch.tensor(head + [0.0] * (WIDTH - len(head)), dtype=torch.float64)
         table = torch.empty(self.size, WIDTH, dtype=torch.float64)
-        self._exchanges += 1
+        if self._board is not None:
+            self._board.exchanges += 1
         with self._named(what):
             dist.all_gather(list(table.unbind()), mine, group=self._control)
         self.sent["control"] += WIDTH
@@ -290,13 +293,13 @@ class Ranks:
     def _write(self, what: str) -> None:
         """Tell the others where this rank is, for their error messages."""
         if self._board is not None:
-            self._board.write(self._exchanges, f"'{what}' of step {self.step}")
+            self._board.write(f"'{what}' of step {self.step}")
 
     def _missing(self) -> str:
         """A sentence about who is missing."""
         if self._board is None:
             return "The ranks were still connecting."
-        return self._board.missing(self._exchanges)
+        return self._board.missing()
 
 
 class Board:
@@ -305,7 +308,11 @@ class Board:
     Use it to find out who is missing when a collective has failed: who lags behind, or does not
     give a sign of life any more. Not for anything that a step needs.
 
-    Cost: a message of a few bytes for every collective and every second.
+    Cost: a message of a few bytes for every collective, and four for every diagnosis's time.
+
+    Attributes:
+        exchanges: The number of exchanges so far, which is the same on all ranks that live.
+        port: The port of rank 0.
     """
 
     def __init__(
@@ -326,7 +333,8 @@ class Board:
         self.rank, self.size, self.seconds, self.patience = rank, size, seconds, patience
         self._store = make(host, port, None, rank == 0, limit, False)
         self.port: int = self._store.port
-        self.write(0, "the beginning")
+        self.exchanges = 0
+        self.write("the beginning")
         over = threading.Event()
         signs = make(host, self.port, None, False, limit, False)  # a connection of its own
         signs.set(f"sign of {rank}", "0")
@@ -336,23 +344,20 @@ class Board:
         thread.start()
         weakref.finalize(self, _end, over, thread)
 
-    def write(self, count: int, place: str) -> None:
+    def write(self, place: str) -> None:
         """Write the number of the exchange that this rank is in, and its name."""
         with suppress(RuntimeError):  # rank 0 is gone, which the collective will notice
-            self._store.set(f"place of {self.rank}", f"{count}|{place}")
+            self._store.set(f"place of {self.rank}", f"{self.exchanges}|{place}")
 
-    def missing(self, count: int) -> str:
-        """A sentence about who has not arrived at an exchange, or has given no sign of life.
+    def missing(self) -> str:
+        """A sentence about who has not arrived here, or has given no sign of life.
 
         The first rank that finds out writes it on the board, since others may end before the rest
         has noticed. So rank 0, which keeps the board, waits for the rest.
-
-        Args:
-            count: The number of the exchange.
         """
         verdicts: list[str] = []
         examination = threading.Thread(  # the connection to a stopped process may never return
-            target=lambda: verdicts.append(self._verdict(count)), daemon=True
+            target=lambda: verdicts.append(self._verdict()), daemon=True
         )
         examination.start()
         examination.join(3 * self.seconds)
@@ -360,9 +365,9 @@ class Board:
             self._wait_for_the_rest()
         return verdicts[0] if verdicts else RANK_0_IS_GONE
 
-    def _verdict(self, count: int) -> str:
+    def _verdict(self) -> str:
         try:
-            found = self._written() or self._examined(count)
+            found = self._written() or self._examined()
             found = self._written() or found
             self._store.set("verdict", found)
             self._store.set(f"told {self.rank}", "")
@@ -374,7 +379,7 @@ class Board:
         known = self._store.check(["verdict"])
         return self._store.get("verdict").decode() if known else ""
 
-    def _examined(self, count: int) -> str:
+    def _examined(self) -> str:
         before = self._read("sign")
         time.sleep(self.seconds)
         after, places = self._read("sign"), self._read("place")
@@ -383,7 +388,7 @@ class Board:
             number, _, name = place.partition("|")
             if sign == later:
                 missing.append(f"Rank {rank} gives no sign of life (last seen in {name}).")
-            elif int(number) < count:
+            elif int(number) < self.exchanges:
                 missing.append(f"Rank {rank} has not arrived (last seen in {name}).")
         return " ".join(missing) or "All ranks are there: one was too slow, or the network was."
 
@@ -402,6 +407,7 @@ class Board:
         return [self._store.get(f"{what} of {rank}").decode() for rank in range(self.size)]
 
 
+_board_of: list[tuple[Any, Board]] = []  # the group of all processes, and its board
 SIGNS = 4  # signs of life within one diagnosis
 RANK_0_IS_GONE = "Rank 0 does not answer: it has ended, or is stopped."
 

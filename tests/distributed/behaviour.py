@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from kfac_scratch import KFAC, LayerIO, distribute, graft, kfac, layer_ios, monte_carlo, type2
+from kfac_scratch import (
+    KFAC,
+    LayerIO,
+    Ranks,
+    distribute,
+    graft,
+    kfac,
+    kfac_over_ranks,
+    layer_ios,
+    monte_carlo,
+    quadratic_model,
+    type2,
+)
 from kfac_scratch.approximations.estimators import weight_of_newest
+from kfac_scratch.distributed.distribute import Together
 from kfac_scratch.distributed.packing import leaves
 from kfac_scratch.distributed.ranks import AgreedError
 from kfac_scratch.distributed.sharing import assignment
@@ -171,6 +185,124 @@ def started_with_averages(rank, size):
     return train(CASE, model, optimizer, part)
 
 
+# ---- over a data set ---------------------------------------------------------------------------
+
+
+class TiedWords(nn.Module):
+    """An embedding whose weight is the head's, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 5), nn.Linear(5, 9)
+        self.head.weight = self.words.weight
+
+    def forward(self, X):
+        return self.head(torch.tanh(self.words(X))).flatten(0, 1)
+
+
+def data_set(net, reduction):
+    """A model, a loss, and batches of each of two ranks: one of 5 samples, and 10 and 9."""
+    if net == "tied":
+        torch.manual_seed(0)
+        model = TiedWords()
+        X, y = torch.randint(9, (24, 3)), torch.randint(9, (24, 3))
+    else:
+        case = Case(net)
+        model = case.model()
+        X, y = next(case.batches())
+    y[0] = y[7] = -100
+    cuts = [[slice(0, 5)], [slice(5, 15), slice(15, 24)]]
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    return model, loss, [[(X[cut], y[cut].flatten()) for cut in each] for each in cuts]
+
+
+def over_data(rank, size, net, reduction):
+    model, loss, parts = data_set(net, reduction)
+    return {
+        name: [torch.as_tensor(t) for t in leaves(M)]
+        for name, M in kfac_over_ranks(Ranks(30.0), model, loss, parts[rank]).items()
+    }
+
+
+def no_data(rank, size):
+    model, loss, parts = data_set("dense", "mean")
+    try:
+        kfac_over_ranks(Ranks(30.0), model, loss, parts[rank] if rank == 0 else [])
+    except AgreedError as error:
+        return str(error)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+class OwnModel(Together):
+    """The quadratic model and the loss of the shard alone."""
+
+    def summed(self, value):
+        return value
+
+
+class MeanOfMeans(Together):
+    """Gradients averaged without weights, as DistributedDataParallel does."""
+
+    def join_gradients(self, trained, share):
+        return super().join_gradients(trained, 1 / self.size)
+
+
+class OwnCurvature(Together):
+    """No word between the ranks about one layer."""
+
+    def updated(self, estimator, states, ios, weights):
+        joint = super().updated(estimator, states, ios, weights)
+        return joint | {"0": estimator.update(states.get("0"), ios["0"], weights["0"])}
+
+
+class OwnDivisor(Together):
+    """The vectors of every rank with the divisor of its own loss."""
+
+    def updated(self, estimator, states, ios, weights):
+        own = {name: replace(io, g=self._whole**0.5 * io.g) for name, io in ios.items()}
+        return super().updated(estimator, states, own, weights)
+
+
+class MeanFactors(Together):
+    """Both factors averaged without weights, as gpauloski/kfac-pytorch does."""
+
+    def updated(self, estimator, states, ios, weights):
+        own = {
+            name: kfac(replace(io, g=(self._whole / self.size) ** 0.5 * io.g))
+            for name, io in ios.items()
+        }
+        sums = iter(self.ranks.summed("factors", [t for K in own.values() for t in leaves(K)]))
+        return {
+            name: mixed(
+                states.get(name), type(K)(next(sums) / self.size, next(sums)), weights[name]
+            )
+            for name, K in own.items()
+        }
+
+
+def mixed(state, new, weight):
+    return new if state is None else state.mixed(new, weight)
+
+
+MISTAKES = {
+    OwnModel: Case(options={"controls": [quadratic_model()]}),
+    MeanOfMeans: CASE,
+    OwnCurvature: CASE,
+    OwnDivisor: CASE,
+    MeanFactors: CASE,
+}
+
+
+def mistaken(rank, size, kind):
+    """A run with a mistake put in."""
+    case = MISTAKES[kind]
+    model, _, optimizer, placed = built(case)
+    placed.__class__ = kind
+    return train(case, model, optimizer, shard(UNEQUAL, rank), steps=3)
+
+
 # ---- DP-KFAC -----------------------------------------------------------------------------------
 
 
@@ -265,7 +397,7 @@ def differences(rank, size):
     said = {}
     for name, build in DIFFERENT.items():
         try:
-            distribute(build(rank), timeout=10)
+            distribute(build(rank), timeout=30)
         except AgreedError as error:
             said[name] = str(error)
     return said
@@ -448,6 +580,13 @@ RUNS = {
         for reduction in ("mean", "sum")
     },
     "DP-KFAC's record": functools.partial(recorded, owner_local=True),
+    **{
+        f"over data {net} {reduction}": functools.partial(over_data, net=net, reduction=reduction)
+        for net in ("dense", "words", "tied")
+        for reduction in ("mean", "sum")
+    },
+    "no data": no_data,
+    **{kind.__name__: functools.partial(mistaken, kind=kind) for kind in MISTAKES},
     "differences": differences,
     "refusals": refusals,
 }

@@ -7,15 +7,18 @@ import re
 import pytest
 import torch
 
-from kfac_scratch import monte_carlo
+from kfac_scratch import kfac_over, monte_carlo
+from kfac_scratch.distributed.packing import leaves
 from kfac_scratch.losses import divisor
 from tests.distributed.behaviour import (
     CASE,
     DIFFERENT,
+    MISTAKES,
     REFUSED,
     SIZE,
     UNEQUAL,
     after_refusals,
+    data_set,
     epochs,
     owner_local_defined,
     trained_on,
@@ -172,6 +175,30 @@ def test_dp_kfac_is_its_own_estimator(shards, reduction):
     assert_all_equal(f"DP-KFAC {shards} {reduction}", expected)
     joint = alone(Case(targets="labels", reduction=reduction))
     assert (expected - joint).abs().max() > FAR * joint.abs().max()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("net", ["dense", "words", "tied"])
+def test_kfac_of_the_data_of_all_ranks(net, reduction):
+    model, loss, parts = data_set(net, reduction)
+    expected = kfac_over(model, loss, [batch for part in parts for batch in part])
+    for found in results(f"over data {net} {reduction}"):
+        assert set(found) == set(expected)
+        for name, M in expected.items():
+            for actual, right in zip(found[name], leaves(M), strict=True):
+                assert (actual - right).abs().max() <= EXACT * right.abs().max()
+
+
+def test_a_rank_without_data_is_named():
+    for said in results("no data"):
+        assert re.search(r"Rank 1 of 2 refused in 'kfac_over_ranks'.*yielded no batch", said)
+
+
+@pytest.mark.parametrize("kind", MISTAKES, ids=lambda kind: kind.__name__)
+def test_a_mistake_is_found(kind):
+    expected = alone(MISTAKES[kind], steps=3)
+    for theta in results(kind.__name__):
+        assert (theta - expected).abs().max() > FAR * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", DIFFERENT)

@@ -1,0 +1,460 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 31. Many processes: one step, taken together
+#
+# **Part VI: Scale and trust.** How do several processes take the step that one process would take with all data,
+# and what do they send each other for it?
+
+# %%
+import copy
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+
+from kfac_scratch import KFAC, LayerIO, ekfac, kfac, layer_ios, type2
+from kfac_scratch.approximations.ekfac import second_moments
+from kfac_scratch.checks import assert_exact, relative_error, set_up
+from kfac_scratch.distributed.joint import joint_kfac
+from kfac_scratch.distributed.sharing import assignment, columns, grid_rows
+from kfac_scratch.losses import divisor
+from kfac_scratch.show import code
+
+set_up()  # seed 0, float64, the GPU where there is one
+
+# %% [markdown]
+# ## The question
+#
+# A batch that is too large for one device is cut into *shards*. Each of $P$ processes, the *ranks*, has a copy of the
+# model and one shard. For SGD, one thing must be exchanged: the gradient of the batch is the mean of the ranks'
+# gradients, if all shards have the same size. PyTorch's `DistributedDataParallel` computes it.
+#
+# KFAC needs more, because each rank sees the curvature of its own shard only. Let us leave the curvature where it is,
+# and exchange only gradients. Here are two ranks in one process. Each has an optimizer of its own, and both get the
+# same gradient:
+
+# %%
+torch.manual_seed(0)
+start = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+loss = nn.CrossEntropyLoss()
+batches = [(torch.randn(24, 6), torch.randint(4, (24,))) for _ in range(10)]
+models = [copy.deepcopy(start) for _ in range(2)]
+optimizers = [KFAC(model, loss, fisher=type2) for model in models]
+for X, y in batches:
+    for model, optimizer, part in zip(
+        models, optimizers, (slice(0, 12), slice(12, 24)), strict=True
+    ):
+        optimizer.zero_grad()
+        loss(model(X[part]), y[part]).backward()
+        optimizer.observe(X[part], y[part])
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        p.grad = q.grad = (p.grad + q.grad) / 2
+    for optimizer in optimizers:
+        optimizer.step()
+
+first, second = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+moved = first - torch.cat([p.flatten() for p in start.parameters()])
+drift = float(((first - second).norm() / moved.norm()).detach())
+print(f"after 10 steps, the ranks differ by {drift:.2f} of the way that rank 0 has moved")
+assert drift > 0.05
+
+# %% [markdown]
+# The gradients were equal in the first step only. From then on, each is the gradient at another point, and their mean
+# is the gradient at neither. Nothing warns of it. So an optimizer of this package raises in one of several processes,
+# until one line tells it that they belong together:
+#
+# ``````py
+# torch.distributed.init_process_group()
+# optimizer = KFAC(model, loss)  # the model may be a DistributedDataParallel
+# distribute(optimizer)
+# ``````
+#
+# The training loop stays as it is. This chapter shows what the line does. The command
+# `torchrun --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
+#
+# ## One line that everything follows from
+#
+# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. The number of terms depends on the targets: class
+# weights and ignored targets count, too. With $D = \sum_r D_r$, the loss of the whole batch is
+#
+# $$
+# \mathcal{L} = \sum_r \frac{D_r}{D} \mathcal{L}_r .
+# \tag{31.1}
+# $$
+#
+# Its gradient follows by linearity. The curvature follows, too. [Chapter 4](04_layer_io.py) describes a layer by its
+# inputs $a$ and by vectors $g$ whose outer products sum to the curvature of the loss. A loss that is multiplied by
+# $c$ multiplies this curvature by $c$, and so the vectors by $\sqrt{c}$.
+#
+# <div class="admonition theorem" markdown="1" id="thm-31.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 31.1 (the joined layer)</b></p>
+#
+# Let $(a_r, g_r)$ be a layer's inputs and vectors for the shard and the loss of rank $r$, with the exact (type-2)
+# Fisher. Then the layer on the whole batch, with the loss of [(31.1)], is
+#
+# $$
+# (a, g) = \operatorname{concatenate}_r \Bigl( a_r, \sqrt{D_r / D}\; g_r \Bigr) .
+# \tag{31.2}
+# $$
+#
+# If the loss is a sum, the factor is 1.
+#
+# </div>
+#
+# **Proof.** The outputs of a sample depend on its own input alone, so the curvature of $\mathcal{L}$ with respect to
+# all outputs is block diagonal, with one block for each sample. The block of a sample of rank $r$ is $D_r / D$ times
+# its block for $\mathcal{L}_r$. A square root of the latter, times $\sqrt{D_r / D}$, is a square root of the former.
+# These square roots are sent back to the layer by linear maps, which keep the factor. $\square$
+#
+# The check has shards of 5 and 19 samples, of which some targets are ignored:
+
+# %%
+X, y = torch.randn(24, 6), torch.randint(4, (24,))
+y[[0, 1, 2, 9, 17]] = -100  # ignored by the loss
+shards = [(X[:5], y[:5]), (X[5:], y[5:])]
+terms = [divisor(loss, start(X), y) for X, y in shards]
+shares = [count / sum(terms) for count in terms]
+
+local = [layer_ios(start, loss, X, y, type2)["0"] for X, y in shards]
+whole = layer_ios(start, loss, X, y, type2)["0"]
+scaled = [LayerIO(io.a, share**0.5 * io.g) for io, share in zip(local, shares, strict=True)]
+print("terms of the ranks", terms)
+assert_exact(torch.cat([io.a for io in scaled]), whole.a)
+assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
+
+# %% [markdown]
+# ## What is sent for the curvature
+#
+# An approximation is a function of $(a, g)$. So every paper of this book can be distributed in one way: send
+# all $a$ and $g$ to everybody, and let each rank compute. That takes $N S (n + V m)$ numbers for a layer with $n$
+# inputs and $m$ outputs.
+#
+# KFAC has a cheaper way, because its factors are sums over samples. With $R_r$ rows on rank $r$,
+#
+# $$
+# B = \sum_r B_r , \qquad
+# A = \frac{\sum_r R_r A_r}{\sum_r R_r} ,
+# \tag{31.3}
+# $$
+#
+# where $B_r$ belongs to the scaled vectors. The two factors have different weights: $A$ counts rows, $B$ counts the
+# terms of the loss, in its vectors. Both factors are symmetric, so half of each says everything. In a cell:
+
+# %%
+own = [kfac(io) for io in scaled]
+rows = [len(io.a) for io in scaled]
+A = sum(R * K.A for R, K in zip(rows, own, strict=True)) / sum(rows)
+B = sum(K.B for K in own)
+assert_exact(A, kfac(whole).A)
+assert_exact(B, kfac(whole).B)
+
+# %% [markdown]
+# The shipped function does the same for all layers at once, since few large messages are faster than many small ones.
+# `ranks.summed` adds up over the ranks:
+
+# %% tags=["remove-input"]
+code(joint_kfac)
+
+# %% [markdown]
+# For [EKFAC](10_ekfac.py), the eigenvectors are those of the joint factors. Its eigenvalues are second moments, which
+# are sums over samples again, in the basis that all ranks share:
+
+# %%
+basis = kfac(whole).eigen()  # of the joint factors
+moments = sum(second_moments(io, basis.QA, basis.QB) for io in scaled)
+assert_exact(moments, ekfac(whole).scale)
+
+# %% [markdown]
+# ## What goes wrong
+#
+# All of the following run without an error, and train somehow. Some of them are known from public code. The distance
+# from the right matrix is that of products with random directions.
+
+# %%
+V = torch.randn(50, 8, 7)
+
+
+def distance(M, right) -> float:
+    """The relative distance of two matrices, measured on random directions."""
+    return relative_error(M @ V, right @ V)
+
+
+def product(A, B):
+    """A Kronecker product of two factors."""
+    return type(kfac(whole))(A, B)
+
+
+unscaled = [kfac(io) for io in local]  # with the divisors of the ranks' own losses
+mean_A = sum(K.A for K in unscaled) / 2
+mistakes = {
+    "the curvature of rank 0 alone": unscaled[0],
+    "plain means of both factors": product(mean_A, sum(K.B for K in unscaled) / 2),
+    "A weighted by the terms of the loss": product(
+        sum(s * K.A for s, K in zip(shares, unscaled, strict=True)), B
+    ),
+    "divisors of the ranks' own losses": product(A, sum(K.B for K in unscaled)),
+}
+for name, M in mistakes.items():
+    print(f"{name:36} off by {distance(M, kfac(whole)):.2f}")
+    assert distance(M, kfac(whole)) > 0.01
+
+eigen = [ekfac(io) for io in scaled]
+averaged = type(eigen[0])(
+    sum(M.QA for M in eigen) / 2, sum(M.QB for M in eigen) / 2, sum(M.scale for M in eigen)
+)
+print(f"{'EKFAC: means of the eigenvectors':36} off by {distance(averaged, ekfac(whole)):.2f}")
+assert distance(averaged, ekfac(whole)) > 0.1
+
+# %% [markdown]
+# One more is hard to see, because it only appears when the number of ranks changes. Some programs take the vectors of
+# the *mean* loss, which are those of single terms over $N$, and then the mean of their outer products. That is
+# too small by $1 / N^2$, which a damping can hide. On $P$ ranks with $N / P$ samples each, the mean over ranks is too
+# small by $1 / (N / P)^2$. So the factor grows with $P^2$, while the batch is the same:
+
+# %%
+scores = torch.randn(24, 4)  # of single terms
+traces = {}
+for P in (1, 2, 4):
+    parts = [part / len(part) for part in scores.split(24 // P)]  # of mean losses
+    traces[P] = float(sum((g.mT @ g / len(g)).trace() for g in parts) / P)
+    print(f"{P} ranks: the trace is {traces[P] / traces[1]:.2f} times that of one rank")
+    assert abs(traces[P] / traces[1] - P**2) < 1e-9
+
+# %% [markdown]
+# ## Labels
+#
+# Theorem 31.1 is about the exact Fisher. With [Monte Carlo](03_losses.py), every rank draws labels for its own shard.
+# The ranks need different streams of random numbers: with one seed on all ranks, samples at the same place of two
+# shards get the same draw. The factor is still right on average, but its variance is that of fewer draws. So
+# `distribute` gives every rank a stream of its own, and a checkpoint has all of them.
+#
+# ## Who inverts
+#
+# All ranks have the joint factors. If all invert all of them, no time is saved. So every layer gets an *owner*, who
+# inverts. The largest layer is assigned first, always to the rank that has the least work so far:
+
+# %% tags=["remove-input"]
+code(assignment)
+
+# %% [markdown]
+# Then the inverse must be applied to the gradient. There are two extremes, and something between them
+# ([Pauloski et al. (2021)](bibliography.md#kaisa)):
+#
+# - The owner sends the inverse to all ranks, whenever it is new. Every rank applies all inverses. This is *comm-opt*:
+#   little is sent, and every rank has all inverses in memory.
+# - The owner keeps the inverse, applies it, and sends the result in every step. This is *mem-opt*.
+# - Between them, the ranks stand in a grid of $m$ rows and $P / m$ columns. The owner's column gets the inverse, and
+#   every rank of the column sends results along its row.
+
+# %% tags=["hide-input"] alt="Three grids of four ranks. With one row of four, each layer's inverse is at its owner alone. With two rows and two columns, it is at both ranks of a column. With four rows and one column, all inverses are at all ranks." caption="Four ranks and four layers, named by their owners. Lines of text: the inverses that a rank holds. Left to right: mem-opt, hybrid, comm-opt."
+fig, axes = plt.subplots(1, 3, figsize=(9, 3.2))
+owners = assignment({f"layer {i}": 1.0 for i in range(4)}, 4)
+for ax, m in zip(axes, (1, 2, 4), strict=True):
+    across, down = grid_rows(4, m), columns(4, m)
+    for r, row in enumerate(across):
+        for c, rank in enumerate(row):
+            held = [name.split()[1] for name, owner in owners.items() if owner in down[c]]
+            ax.add_patch(
+                plt.Rectangle((c, -r), 0.9, 0.8, fill=False, edgecolor=f"C{c}", linewidth=2)
+            )
+            ax.text(c + 0.45, -r + 0.4, f"rank {rank}\n{', '.join(held)}", ha="center", va="center")
+    ax.set(xlim=(-0.1, 4), ylim=(-3.1, 0.9), title=f"{m} {'row' if m == 1 else 'rows'}")
+    ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## The bill
+#
+# A sum over all ranks in a ring makes every rank send $2 (P - 1) / P$ of the summed numbers. Let $G$ be the number of
+# parameters, $F$ the entries of all packed factors, $I$ those of all inverses, and $T_F$, $T_I$ the steps between two
+# updates and two inversions. With $m$ rows, a rank sends in a step, on average over ranks,
+#
+# $$
+# \underbrace{\frac{2 (P - 1)}{P} \Bigl( G + \frac{F}{T_F} \Bigr)}_{\text{gradients, factors}}
+# + \underbrace{\frac{m - 1}{P} \frac{I}{T_I}}_{\text{inverses}}
+# + \underbrace{\Bigl( 1 - \frac{m}{P} \Bigr) G}_{\text{results}} .
+# \tag{31.4}
+# $$
+#
+# The tests count what every rank gives to collectives, and find what the formula needs, to the number. Here it is for
+# the layers of a ResNet-50:
+
+
+# %%
+def resnet50() -> list[tuple[int, int]]:
+    """Outputs and inputs of all layers; a 3 x 3 convolution has nine times its channels."""
+    layers, c = [(64, 147)], 64
+    for width, count, out in ((64, 3, 256), (128, 4, 512), (256, 6, 1024), (512, 3, 2048)):
+        for block in range(count):
+            layers += [(width, c), (width, 9 * width), (out, width)]
+            layers += [(out, c)] if block == 0 else []
+            c = out
+    return [*layers, (1000, 2049)]
+
+
+def gpt2(d: int = 768, blocks: int = 12) -> list[tuple[int, int]]:
+    """GPT-2 small without its embeddings."""
+    return blocks * [(3 * d, d + 1), (d, d + 1), (4 * d, d + 1), (d, 4 * d + 1)]
+
+
+def sent(
+    layers: list[tuple[int, int]], P: int, m: int, T_F: int = 10, T_I: int = 100
+) -> dict[str, float]:
+    """The parts of (31.4), with EKFAC's form of an inverse."""
+    G = sum(o * i for o, i in layers)
+    F = sum(d * (d + 1) // 2 for layer in layers for d in layer) + len(layers)
+    inverses = sum(o * o + i * i + o * i for o, i in layers)
+    ring = 2 * (P - 1) / P
+    return {
+        "gradients": ring * G,
+        "factors": ring * F / T_F,
+        "inverses": (m - 1) / P * inverses / T_I,
+        "results": (1 - m / P) * G,
+    }
+
+
+P = 64
+for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
+    for mode, m in (("mem-opt", 1), ("comm-opt", P)):
+        parts = {what: count / 1e6 for what, count in sent(layers, P, m).items()}
+        extra = sum(parts.values()) / parts["gradients"] - 1
+        words = ", ".join(f"{what} {count:.1f}" for what, count in parts.items())
+        print(f"{name}, {mode}: {words} million numbers; {extra:.0%} more than gradients alone")
+
+# %% [markdown]
+# So KFAC's factors and inverses are a fraction of what any data-parallel training sends, if they are not renewed in
+# every step. Mem-opt sends more, since its results go out in every step.
+#
+# ## Where it stops
+#
+# More ranks make shards smaller, and share out the inversions. The second has an end: one inversion is one job.
+# The cost of an inversion grows with the third power of the width. If the widest layer has a share $s$ of all cost,
+# then more than $1 / s$ ranks do not help:
+
+# %% tags=["hide-input"] alt="Two falling lines on logarithmic axes over the number of ranks. Both follow the ideal line 1/P at first. That of ResNet-50 becomes flat near five ranks, that of GPT-2 near thirty." caption="The share of all inversions that the busiest rank has. Dotted: the ideal. The lines become flat where the busiest rank has the widest layer and nothing else."
+fig, ax = plt.subplots(figsize=(6, 3.4))
+sizes = [2**k for k in range(11)]
+for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
+    costs = {str(k): float(o**3 + i**3) for k, (o, i) in enumerate(layers)}
+    total, busiest = sum(costs.values()), []
+    for size in sizes:
+        owner = assignment(costs, size)
+        loads = [0.0] * size
+        for layer, rank in owner.items():
+            loads[rank] += costs[layer]
+        busiest.append(max(loads) / total)
+    ax.loglog(sizes, busiest, marker="o", markersize=3, label=name)
+    share = max(costs.values()) / total
+    print(
+        f"{name}: the widest layer has {share:.1%} of the cost, so {1 / share:.0f} ranks are enough"
+    )
+    assert busiest[-1] == share
+ax.loglog(sizes, [1 / size for size in sizes], ":", label="ideal")
+ax.set(xlabel="ranks", ylabel="share of the busiest rank")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# This counts operations, and says nothing of seconds: they depend on the network between the ranks. And more ranks
+# with larger batches need not mean fewer steps. [Ma et al. (2020)](bibliography.md#large-batches) found that KFAC
+# does not use large batches better than SGD.
+#
+# ## No factors at all
+#
+# *DP-KFAC* ([Zhang et al. (2022)](bibliography.md#dp-kfac)) sends no factors: the owner of a layer makes its matrix
+# from its own shard. That saves the second part of [(31.4)]. It is another estimator, and not a way to compute the
+# same: its curvature has the noise of a shard.
+
+# %%
+noise = [distance(M, kfac(whole)) for M in unscaled]
+print(
+    f"the matrices of the two shards are {noise[0]:.2f} and {noise[1]:.2f} from that of the batch"
+)
+assert min(noise) > 0.05
+
+# %% [markdown]
+# `distribute(optimizer, owner_local=True)` does this.
+#
+# ## When a rank fails
+#
+# A collective waits for all ranks. If one of them is killed, or hangs, the others wait, in PyTorch for 30 minutes by
+# default, and then fail with a message that names no rank. So every collective here begins with an exchange of six
+# numbers: what this rank is about to do, and whether it refuses. Three things follow.
+#
+# - **A refusal is everybody's.** A shard with a number that is not finite, or a matrix without an inverse, is seen by
+#   one rank. All raise the same error, which names it, and no rank has changed anything.
+# - **Another order is an error.** If one rank calls `step` and another `observe`, all say who is where.
+# - **A lost rank is named.** After a time-out that you choose, every rank that is left says which one has not
+#   arrived, or gives no sign of life, and where it was seen last.
+#
+# `state_dict` gathers what the ranks hold. So every rank calls it, and one of them writes the file. Any number of
+# ranks, and a single process, can read it.
+#
+# ## Exercises
+#
+# **Exercise 31.1.** Two ranks have 10 and 30 samples, and a loss that is a *sum*. `DistributedDataParallel` gives both
+# the mean of their two gradients. By which factor must rank $r$ multiply its loss, so that this mean is the gradient
+# of the whole batch? And for a mean loss?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The gradient of the sum is $G_0 + G_1 = \frac12 (2 G_0 + 2 G_1)$: the factor is $P = 2$ on both. For a mean it is
+# $P D_r / D$: $2 \cdot 10 / 40 = \frac12$ on the first rank, $2 \cdot 30 / 40 = \frac32$ on the second.
+# `distribute(optimizer).joint_loss` is the loss with this factor.
+#
+# </details>
+#
+# **Exercise 31.2.** Why may the ranks not add up their own damped inverses, or take their mean?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# Because the inverse of a mean is not the mean of inverses. For numbers $x_r > 0$, the mean of $1 / x_r$ is at least
+# $1$ over the mean of $x_r$, with equality only if all $x_r$ are equal. So directions with little curvature on some
+# rank get too long.
+#
+# </details>
+#
+# **Exercise 31.3.** A network has 100 layers of width 1000 and one of width 4000. How many ranks share its inversions
+# usefully?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# In units of $1000^3$, and with equal numbers of inputs and outputs, the cost is $100 \cdot 2 + 64 \cdot 2 = 328$, of
+# which the wide layer has $128$. Its share is $128 / 328$, so three ranks are enough: one for the wide layer, two for
+# $100$ units each.
+#
+# </details>
+
+# %% tags=["hide-input"]
+G0, G1 = torch.randn(3), torch.randn(3)  # gradients of sums
+assert_exact((2 * G0 + 2 * G1) / 2, G0 + G1)
+assert_exact((0.5 * G0 / 10 + 1.5 * G1 / 30) / 2, (G0 + G1) / 40)
+x = torch.rand(5) + 0.1
+assert (1 / x).mean() > 1 / x.mean()
+costs = {f"narrow {i}": 2.0 for i in range(100)} | {"wide": 128.0}
+for size, busiest in ((2, 164.0), (3, 128.0), (4, 128.0)):
+    owner = assignment(costs, size)
+    loads = [sum(costs[n] for n in costs if owner[n] == rank) for rank in range(size)]
+    assert max(loads) == busiest
+
+# %% [markdown]
+# ## Further reading
+#
+# - [Osawa et al. (2019)](bibliography.md#osawa-2019) made KFAC's factors joint on more than a thousand GPUs.
+# - [Pauloski et al. (2021)](bibliography.md#kaisa) have the grid between comm-opt and mem-opt.
+# - The API has [`distribute`][kfac_scratch.distributed.distribute.distribute],
+#   [`joint_update`][kfac_scratch.distributed.joint.joint_update] and [`Ranks`][kfac_scratch.distributed.ranks.Ranks].
