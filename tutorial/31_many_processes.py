@@ -18,11 +18,14 @@
 
 # %%
 import copy
+import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
+import kfac_scratch
 from kfac_scratch import KFAC, LayerIO, ekfac, kfac, layer_ios, type2
 from kfac_scratch.approximations.ekfac import second_moments
 from kfac_scratch.checks import assert_exact, relative_error, set_up
@@ -335,6 +338,29 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
 # %% [markdown]
 # So KFAC's factors and inverses are a fraction of what any data-parallel training sends, if they are not renewed in
 # every step. Mem-opt sends more, since its results go out in every step.
+#
+# The repository measures the placements with real processes, `python -m benchmarks.distributed`. Every rank is a
+# process of one machine, so what is compared here is work, memory and numbers sent, and not the time of a step in a
+# cluster. All matrices and inverses are renewed in every step, which is the most that a placement can cost:
+
+# %% tags=["hide-input"]
+FILE = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results" / "distributed-cpu.json"
+if FILE.exists():
+    print(
+        f"{'placement':14} {'CPU time of a step':>18} {'matrices, inverses':>19} {'sent in a step':>15}"
+    )
+    for row in json.loads(FILE.read_text())["rows"]:
+        count = sum(n for what, n in row["sent"].items() if what != "control")
+        held = f"{row['MiB']:.1f} MiB"
+        print(
+            f"{row['name']:14} {1e3 * row['seconds']:15.0f} ms {held:>19} {count / 1e6:10.2f} 10^6"
+        )
+else:
+    print("No results here: clone the repository and run python -m benchmarks.distributed")
+
+# %% [markdown]
+# The columns say what each rank has, at most: ranks that own less hold less. Copying between the processes is a part
+# of the time.
 #
 # ## Where it stops
 #

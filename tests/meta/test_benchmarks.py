@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_scratch
-from benchmarks import applications, capture, factors, growth, step
+from benchmarks import applications, capture, distributed, factors, growth, step
 from benchmarks.contenders import FLAVOURS, Contender, contenders, disagreements, ours
 from benchmarks.defaults import BOUND, SEARCHED, row_of, tuned_steps
 from benchmarks.defaults import SEEDS as DEFAULT_SEEDS
@@ -449,6 +449,7 @@ def test_capture_of_two_checkouts_is_measured_and_stored(tmp_path, capsys):
 
 COMMANDS = {
     applications: ("^(laplace|influence)$", ["laplace", "influence"]),
+    distributed: ("P=2 (mem|comm)", ["P=2 mem-opt", "P=2 comm-opt"]),
     factors: ("mlp MC-1 reduce", ["mlp MC-1 reduce"]),
     growth: ("^layers|chunks", ["layers", "chunks"]),
     step: ("T4: (sgd|kfac f.*d)$", ["T4: sgd", "T4: kfac factored"]),
@@ -460,7 +461,7 @@ COMMANDS = {
     "command",
     [
         pytest.param(command, marks=pytest.mark.slow)
-        for command in (applications, growth, factors, step)
+        for command in (applications, distributed, growth, factors, step)
     ],
     ids=lambda command: command.__name__,
 )
@@ -588,7 +589,8 @@ SPEED = {
     "growth": (growth, [*SWEEPS, "chunks"]),
     "applications": (applications, list(applications.ROWS)),
 }
-SPEEDS = SPEED | {"capture": (capture, list(map(str, capture.ROWS)))}
+OTHERS = {"capture": capture, "distributed": distributed}
+SPEEDS = SPEED | {name: (of, list(map(str, of.ROWS))) for name, of in OTHERS.items()}
 
 
 @pytest.mark.parametrize("name", SPEEDS)
