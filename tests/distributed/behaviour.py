@@ -282,6 +282,25 @@ class MeanFactors(Together):
         }
 
 
+class DecayOfTheNew(Together):
+    """The share of the old matrix given to the new one."""
+
+    def updated(self, estimator, states, ios, weights):
+        swapped = {name: 1 - weight if weight < 1 else 1.0 for name, weight in weights.items()}
+        return super().updated(estimator, states, ios, swapped)
+
+
+class DampedInPlace(Together):
+    """The damping of every inversion added to the average itself."""
+
+    def inverted(self, invert, blocks, matrices, damping):
+        made = super().inverted(invert, blocks, matrices, damping)
+        for K in matrices.values():
+            K.A.diagonal().add_(max(damping.values()) ** 0.5)
+            K.B.diagonal().add_(max(damping.values()) ** 0.5)
+        return made
+
+
 def mixed(state, new, weight):
     return new if state is None else state.mixed(new, weight)
 
@@ -292,6 +311,8 @@ MISTAKES = {
     OwnCurvature: CASE,
     OwnDivisor: CASE,
     MeanFactors: CASE,
+    DecayOfTheNew: CASE,
+    DampedInPlace: CASE,
 }
 
 
@@ -300,7 +321,7 @@ def mistaken(rank, size, kind):
     case = MISTAKES[kind]
     model, _, optimizer, placed = built(case)
     placed.__class__ = kind
-    return train(case, model, optimizer, shard(UNEQUAL, rank), steps=3)
+    return train(case, model, optimizer, shard(UNEQUAL, rank), steps=4)
 
 
 # ---- DP-KFAC -----------------------------------------------------------------------------------

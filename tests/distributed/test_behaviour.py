@@ -196,7 +196,7 @@ def test_a_rank_without_data_is_named():
 
 @pytest.mark.parametrize("kind", MISTAKES, ids=lambda kind: kind.__name__)
 def test_a_mistake_is_found(kind):
-    expected = alone(MISTAKES[kind], steps=3)
+    expected = alone(MISTAKES[kind], steps=4)
     for theta in results(kind.__name__):
         assert (theta - expected).abs().max() > FAR * expected.abs().max()
 

@@ -83,8 +83,10 @@ def first(rank, size, folder):
 def second(rank, size, folder, written):
     """Continue the runs of a job with `written` ranks."""
     found = {}
+    ways = [("mem", 0.0, False), ("comm", 1.0, False), ("dp", 0.0, True)]
+    ways += [("hybrid", 0.5, False)] if size == 4 else []
     for kind, make in KINDS.items():
-        for name, workers, local in (("mem", 0.0, False), ("comm", 1.0, False), ("dp", 0.0, True)):
+        for name, workers, local in ways:
             for saved_as in ("mem", "comm", "dp"):
                 if local == (saved_as == "dp"):
                     torch.manual_seed(8)
@@ -135,7 +137,9 @@ def test_another_placement_continues_it(begun, continued, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mem as mem", "mem as comm", "comm as mem"])
+@pytest.mark.parametrize(
+    "name", ["mem as mem", "mem as comm", "comm as mem", "mem as hybrid", "comm as hybrid"]
+)
 def test_more_ranks_continue_it(begun, continued_by_four, name):
     for rank in range(4):
         assert close(continued_by_four[rank][f"exact {name}"], begun[0][f"exact {name.split()[0]}"])
