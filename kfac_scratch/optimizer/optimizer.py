@@ -815,7 +815,7 @@ class KFAC(Optimizer):
         super().__setstate__(state)
         if "model" in state:  # not if PyTorch loads a checkpoint
             self._observed, self._arrangement, self._make_rest = Observed(), None, None
-            self._plans = Plans()
+            self._plans, self._wrapper = Plans(), self.model
             self.flavour = FLAVOURS.get(state["flavour"], state["flavour"])
             if self._draws_labels:
                 self.fisher = monte_carlo(1, self.generator)

@@ -177,6 +177,13 @@ def frozen_meanwhile(rank, size):
     return train(CASE, model, optimizer, part, steps=3)
 
 
+def from_a_copy(rank, size):
+    """A copy of an optimizer of one process is distributed."""
+    optimizer = copy.deepcopy(CASE.optimizer(CASE.model()))
+    distribute(optimizer, timeout=30)
+    return train(CASE, optimizer.model, optimizer, shard(UNEQUAL, rank))
+
+
 def started_with_averages(rank, size):
     model, _, optimizer, _ = built()
     part = shard(UNEQUAL, rank)
@@ -593,6 +600,7 @@ RUNS = {
     "partly used": partly_used,
     "frozen meanwhile": frozen_meanwhile,
     "update_curvature": started_with_averages,
+    "copied": from_a_copy,
     **{
         f"DP-KFAC {shards} {reduction}": functools.partial(
             owner_local, shards=shards, reduction=reduction

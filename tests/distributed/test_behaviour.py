@@ -160,6 +160,10 @@ def test_freezing_and_unfreezing_on_all_ranks():
     assert_all_equal("frozen meanwhile", flat(model))
 
 
+def test_a_copy_can_be_distributed():
+    assert_all_equal("copied", alone(CASE))
+
+
 def test_update_curvature_takes_the_batches_of_all_ranks():
     model = CASE.model()
     optimizer = CASE.optimizer(model)
