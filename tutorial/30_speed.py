@@ -377,8 +377,8 @@ for row in applications:
             print(f", {row['seconds'][flavour]:.2f} s")
 
 # %% [markdown]
-# A smaller network has room for the exact blocks beside both. The evidences differ, for every sample in nats, and
-# what they choose need not:
+# A smaller network has room for the exact blocks. The table shows the logarithm of the evidence, divided by the number
+# of samples. The three structures differ at every decay. The choice depends only on where each is largest:
 
 # %% tags=["hide-input"]
 for row in applications:
