@@ -22,7 +22,7 @@
 # are numbered. This chapter is for somebody with an implementation of their own, in whatever
 # framework. It shows an **oracle** that tells what is wrong with it, and in which way; then it
 # takes a first KFAC, as people really write it, from no case passing to all. If you only want to
-# run it on your code, read [What your code shows](#what-your-code-shows) and
+# run it on your code, read [Verdicts](#verdicts), [What your code shows](#what-your-code-shows) and
 # [How to use it](#how-to-use-it).
 
 # %%
@@ -242,8 +242,9 @@ assert distinct(coprime) == 1 > 0.1 > distinct(equal)
 # $\tfrac12$ in front, some stack columns, some keep the bias first. Who documents it has told
 # users what they get, and the oracle converts it. What it does not accept is a number that nobody
 # stated, or a number that changes from layer to layer: no choice of damping repairs that. And who
-# says "this I do not support" is right, too. An error message is a correct answer; a wrong block
-# is not.
+# says "this I do not support" is right, too. If your code refuses a network with a message that says
+# so, the adapter turns the exception into `NotSupported`, which refuses the whole question. Any other
+# exception is an `error`, and so are blocks of the wrong shape.
 
 # %%
 print(PASSING)
@@ -254,7 +255,9 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 #
 # What you write for the oracle is an **adapter**: a class that says what your code offers
 # (`capabilities`), returns its numbers for a request (`blocks`), and says what its documentation
-# states about their scale (`scale`). The oracle compares matrices, and your code may not show any.
+# states about their scale (`scale`): by which factor your numbers exceed the right ones. If your
+# documentation says that the squared error has $\tfrac12$ in front, `scale` returns 0.5. If it says nothing
+# of a factor, `scale` returns `None`. The oracle compares matrices, and your code may not show any.
 # Four shapes are common. This command writes an adapter of a shape into the folder where you are; it
 # runs as it stands, for a small implementation in the same file. Put yours in its place.
 #
@@ -273,8 +276,9 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # Questions come in *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and
 # EKFAC ([Chapter 10](10_ekfac.py)). They ask for one of three *Fishers*: `type2` is the Fisher over the
 # model's own labels, computed exactly ([Chapter 3](03_losses.py)), `mc` draws labels, and `empirical`
-# takes those of the data. An adapter claims what it has of both. Hooks look through any network, so leave
-# `ops` empty for them, and raise `NotSupported` for a layer that your code has nothing for.
+# takes those of the data. An adapter claims what it has of both. `ops` names the kinds of layers that you are
+# asked for. The skeleton's code knows linear layers only, and claims `{"linear"}`. With an empty `ops`, you are
+# asked for all networks. Code with hooks can do that: it raises `NotSupported` for a layer that it has nothing for.
 #
 # EKFAC means the eigenvectors of KFAC-expand and the second moments of every datum's gradient. EKFAC of a
 # layer that KFAC-reduce has averaged is not asked for. The gradients of data are lost there, so that no
@@ -290,23 +294,30 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 #   loss divides by. So the right $B$ is the plain sum of $g g^\top$ over all these rows, and the right
 #   $A$ is the mean of $a a^\top$.
 # - **Your code's own divisor.** If it takes the mean of $g g^\top$ where the sum is right, multiply the
-#   vectors by the root of the number of rows in the batch. Do this only with a number that is the same
-#   for all layers. What differs between layers, such as their positions, must stay visible: it is a
-#   finding.
+#   vectors by the root of the number that it divides by. This is `len(X)` for the `X` of `drivers.rows`: the
+#   samples, once for every column. If you show several batches and the code averages over them, it also
+#   divides by their number. Multiply only by a number that is the same for all layers. What differs between
+#   layers, such as their positions, must stay visible: it is a finding.
 # - **What users get.** Linear losses do not show what the code makes of a *mean* loss, where the factor
 #   $1 / N^2$ of the first section hides. Drive the `empirical` questions with the loss itself, as your
-#   users do, and state the scale that your documentation gives. This is what the skeleton does.
-# - **Running averages.** Most start at the identity. Set the decay to 0 if you can. Otherwise show the
+#   users do, and state the scale that your documentation gives. The skeleton's code documents $1 / N$, and
+#   its adapter states it. Yours states `None` where your documentation is silent.
+# - **Running averages.** Most start at the identity. Set the decay to 0 if your code takes it, and if a batch
+#   is one update. Where every call of a layer is an update, a decay of 0 would forget all calls but the
+#   last. Otherwise show the
 #   same rows `drivers.updates_to_forget(decay)` times, and the start is gone. For code whose factors can
 #   be read, `drivers.without_start` takes it out of them.
 # - **Everything else in a step.** Switch off clipping, momentum and whatever is not linear in the
-#   gradient. Keep the inverse as it is while you ask.
+#   gradient. Keep the factors as they are while you ask. The damping changes, so the inverse has to be
+#   computed anew each time.
 # - **No matrix.** The preconditioner's effect on every unit vector is the inverse
 #   $P = (M + \delta I)^{-1}$. So $M = P^{-1} - \delta I$. `drivers.from_preconditioner` does this twice, the
 #   second time with a damping of the size of $M$, where rounding is smallest. If your code damps its
-#   factors instead of the block, there is no such $M$: read the factors.
+#   factors instead of the block, which the oracle calls `factored` ([Chapter 8](08_damping.py)), there is no
+#   such $M$: read the factors.
 # - **Single precision inside.** Code that computes its eigenvectors in `float32`, whatever it is given,
-#   is told so. Claim `dtypes={"float32"}`, or let the adapter replace that line, and say that it does.
+#   is told so. Claim `dtypes={"float32"}`. Or let the adapter replace the function that casts, by one that
+#   does not, and say so in its docstring.
 #
 # This is the whole adapter of the last shape. Its implementation has hooks and running averages, and
 # its only effect is on `.grad`.
@@ -1039,7 +1050,7 @@ assert 1.01 < above < harness.SAMPLES**0.5
 # ### What passing does not prove
 #
 # *Not-supported* passes. An adapter that refuses everything passes everything, so look at the
-# number of verdicts that are not refusals:
+# number of verdicts that are not refusals. `run` prints it in its last line. This adapter refuses everything:
 
 
 # %%

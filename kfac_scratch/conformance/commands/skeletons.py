@@ -51,7 +51,18 @@ def write_skeleton(
     text = template.substitute(words | {"module": module})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    return path, FURTHER[kind](name, module)
+    return path, FURTHER[kind](name, module) if folder is None else _elsewhere(kind, module)
+
+
+def _elsewhere(kind: str, module: str) -> list[str]:
+    """What to do next with a file outside of the package."""
+    if kind != "adapter":
+        return [f"python -c 'import {module}'"]
+    return [
+        f"{COMMAND} run --adapter {module}:Adapter",
+        f"{COMMAND} run --adapter {module}:Adapter --json {module}.json",
+        f"pytest --pyargs kfac_scratch.conformance --kfac-adapter {module}:Adapter",
+    ]
 
 
 def _after_case(name: str, module: str) -> list[str]:

@@ -66,7 +66,7 @@ def counts(report: Report) -> dict[str, Counter[str]]:
 
 
 def table(report: Report) -> str:
-    """One line per family, then one per failure."""
+    """One line per family, one per failure, and how many questions were judged."""
     used = [v for v in VERDICTS if any(r.verdict == v for r in report.results)]
     total = Counter(r.verdict for r in report.results)
     rows = [["", *used]]
@@ -75,7 +75,18 @@ def table(report: Report) -> str:
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
     name, version = (printable(str(report.capabilities[k]), 200) for k in ("name", "version"))
-    return "\n".join([f"{name} {version}", "", *lines, "", *details(report)])
+    return "\n".join([f"{name} {version}", "", *lines, "", *details(report), judged_words(report)])
+
+
+def judged_words(report: Report) -> str:
+    """The number of questions that got an answer, and of those that did not."""
+    refused = sum(r.verdict == "not-supported" for r in report.results)
+    right = sum(r.passes for r in report.results) - refused
+    judged = len(report.results) - refused
+    return (
+        f"{len(report.results)} questions: {judged} judged, of which {right} are right and "
+        f"{judged - right} are not; {refused} not supported."
+    )
 
 
 def details(report: Report) -> list[str]:
