@@ -80,8 +80,15 @@ def distribute(
     mean. Otherwise train with `joint_loss` of the result.
 
     Law: parameters and matrices equal those of one process up to rounding, if nothing is drawn at
-    random. Labels that the default `fisher` draws come from a stream of each rank's own.
-    Every rank calls the same methods in the same order, `state_dict` included.
+    random. Labels that the default `fisher` draws come from a stream of each rank's own. A `fisher`
+    that is passed draws as its generator is seeded: give each rank another seed.
+    Every rank calls the same methods in the same order, `state_dict` included. `matrices` and
+    `inverses` show what this rank holds.
+
+    Without DistributedDataParallel, gradients are those of the shard until `step` joins them. So
+    `clip_grad_norm_` and `torch.amp.GradScaler` would act on each rank by itself: use them with
+    DistributedDataParallel only. All ranks need the same hardware and versions, since each computes
+    eigenvectors by itself.
 
     Cost: see the module for what is sent; memory for inverses as `workers` says.
 
@@ -140,6 +147,8 @@ def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[
         *((f"group {i}", str(group)) for i, group in enumerate(groups)),
         *((name, _words(getattr(optimizer, name))) for name in settings + functions),
         ("loss", str(optimizer.loss)),
+        *((f"loss.{name}", value) for name, value in _attributes(optimizer.loss)),
+        ("record", owner_local and optimizer.record is not None),
         ("DistributedDataParallel", isinstance(optimizer._wrapper, DistributedDataParallel)),
         ("workers", workers),
         ("owner_local", owner_local),
@@ -148,6 +157,13 @@ def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[
             for name, p in parameters.items()
         ),
     ]
+
+
+def _attributes(loss: Module) -> list[tuple[str, str]]:
+    """What a loss was built with, its weights included."""
+    numbers = {name: t.tolist() for name, t in loss.named_buffers()}
+    settings = {name: v for name, v in vars(loss).items() if not name.startswith("_")}
+    return [(name, _words(value)) for name, value in (settings | numbers).items()]
 
 
 def _words(value: Any) -> str:
@@ -240,7 +256,7 @@ class Together:
         given = optimizer._source()
         state = None if given is None else given.get_state().tolist()
         states = self.ranks.objects("generators", state)
-        if optimizer.generator is not None and any(state != states[0] for state in states):
+        if optimizer.generator is not None and len(set(map(str, states))) == self.size:
             return  # they differ already
         seed = torch.initial_seed() if given is None else given.initial_seed()
         generator = optimizer.generator
@@ -255,7 +271,7 @@ class Together:
             return None
         return self.ranks.objects("state_dict", None if state is None else state.cpu())
 
-    def continue_streams(self, states: Sequence[Tensor] | None) -> None:
+    def continue_streams(self, steps: int, states: Sequence[Tensor] | None) -> None:
         """Continue the stream of this rank; with another number of ranks, begin another one."""
         generator = self._optimizer.generator or self.generator
         if generator is None:
@@ -263,7 +279,8 @@ class Together:
         if states is not None and len(states) == self.size:
             generator.set_state(states[self.rank])
         else:
-            generator.manual_seed(generator.initial_seed() + self.size * self._optimizer.steps)
+            base = self.ranks.objects("load_state_dict", generator.initial_seed())[0]
+            generator.manual_seed(base + self.size * (steps + 1) + self.rank)
 
     # ---- placement ----------------------------------------------------------------------------
 
@@ -276,8 +293,7 @@ class Together:
         """The terms of the batches of all ranks.
 
         Raises:
-            ValueError: If there is nothing to learn from on any rank, or if
-                DistributedDataParallel has averaged gradients that count differently.
+            ValueError: If there is nothing to learn from on any rank.
         """
         table = self.ranks.exchange("terms", [terms, samples])
         summed = _is_sum(self._optimizer.loss)
@@ -286,18 +302,6 @@ class Together:
             raise ValueError("The loss has no term on any rank: skip the batch.")
         mine = samples / everywhere if summed else terms / total
         self._whole = 1 / mine if mine else 0.0
-        unequal = summed or bool((table[:, 0] != table[0, 0]).any())
-        if self._ddp is not None and unequal and not self._joint_loss_was_used:
-            raise ValueError(
-                "DistributedDataParallel has averaged the gradients of the ranks, but "
-                + (
-                    "a loss with sum reduction needs their sum"
-                    if summed
-                    else f"their losses have different numbers of terms, {table[:, 0].tolist()}"
-                )
-                + ". Train with the loss distribute(optimizer).joint_loss in place of loss."
-            )
-        self._joint_loss_was_used = False
         return float(total)
 
     def updated(
@@ -316,10 +320,24 @@ class Together:
         return updated(estimator, states, scaled, weights)
 
     def join_gradients(self, trained: Mapping[str, Parameter], share: float) -> Undo:
-        """Replace every gradient by that of all ranks; one without any stays without."""
-        here = [(p, p.grad) for p in trained.values()]
-        there = self._with_gradient([p.grad is not None for p in trained.values()])
-        undo = partial(_set_gradients, here)
+        """Replace every gradient by that of all ranks; one without any stays without.
+
+        Raises:
+            ValueError: If the ranks differ in parameters or in the numbers of groups, or if
+                DistributedDataParallel did not average the gradients, or averaged what counts
+                differently.
+        """
+        here = [p.grad is not None for p in trained.values()]
+        numbers = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
+        told = [len(here), crc32(bytes(here)), crc32(str(numbers).encode()), share]
+        table = self.ranks.exchange("parameters", told)
+        _check_alike(table, numbers, self.ranks)
+        there = here
+        if (table[:, 1] != table[0, 1]).any():
+            flags = self.ranks.objects("parameters", here)
+            there = [any(of) for of in zip(*flags, strict=True)]
+        undo = partial(_set_gradients, [(p, p.grad) for p in trained.values()])
+        self._check_averaged(trained, table[:, 3].tolist())
         if self._ddp is not None:
             return undo
         joined = [p for p, some in zip(trained.values(), there, strict=True) if some]
@@ -327,18 +345,42 @@ class Together:
         _set_gradients(list(zip(joined, self.ranks.summed("gradients", local), strict=True)))
         return undo
 
-    def _with_gradient(self, here: list[bool]) -> list[bool]:
-        """Which parameters have a gradient on any rank, given those that have one here."""
-        table = self.ranks.exchange("parameters", [len(here), crc32(bytes(here))])
-        if (table[:, 0] != table[0, 0]).any():
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def _check_averaged(self, trained: Mapping[str, Parameter], shares: list[float]) -> None:
+        """Refuse gradients that are averaged where they should not be, and the other way round."""
+        equal = max(shares) - min(shares) < 1e-9
+        if self._ddp is None and equal:
+            return  # the mean of equal gradients is each of them
+        gradients = [p.grad for p in trained.values() if p.grad is not None]
+        total = float(torch.stack([g.double().sum() for g in gradients]).sum()) if gradients else 0
+        totals = self.ranks.exchange("averages", [total])[:, 0].tolist()
+        alike = len(set(totals)) == 1 and total != 0 and total == total
+        summed = _is_sum(self._optimizer.loss)
+        used, self._joint_loss_was_used = self._joint_loss_was_used, False
+        if self._ddp is None and alike and not equal:
             raise ValueError(
-                f"The ranks train {table[:, 0].long().tolist()} parameters: freeze, unfreeze and "
-                "add parameters on all of them."
+                "All ranks have the same gradients, although their shards count "
+                f"{shares} of the loss: were they averaged by a DistributedDataParallel that KFAC "
+                "was not given? Pass it, KFAC(DistributedDataParallel(model), loss)."
             )
-        if (table[:, 1] == table[0, 1]).all():
-            return here
-        everywhere = self.ranks.objects("parameters", here)
-        return [any(flags) for flags in zip(*everywhere, strict=True)]
+        if self._ddp is not None and not alike and all(total == total for total in totals):
+            raise ValueError(
+                "The ranks have different gradients, so that DistributedDataParallel has not "
+                "averaged them: call the DistributedDataParallel itself in the forward pass, not "
+                "the module in it, and not within no_sync() in the last backward pass of a step."
+            )
+        if self._ddp is not None and (summed or not equal) and not used:
+            raise ValueError(
+                "DistributedDataParallel has averaged the gradients of the ranks, but "
+                + (
+                    "a loss with sum reduction needs their sum"
+                    if summed
+                    else f"their shards count {shares} of the loss"
+                )
+                + ". Train with the loss distribute(optimizer).joint_loss in place of loss."
+            )
 
     def inverted(
         self,
@@ -468,13 +510,22 @@ class Together:
         )
 
     def _from_all(self, here: Mapping[str, Any]) -> dict[str, Any]:
-        """The matrices that all ranks have, on the device of this one."""
-        device = self._optimizer._device()
+        """The matrices that all ranks have, on the CPU."""
         everywhere = self.ranks.objects("state_dict", dict(here))
-        return {n: _moved(M, device) for theirs in everywhere for n, M in theirs.items()}
+        return {name: M for theirs in everywhere for name, M in theirs.items()}
 
     def part(self, known: Progress) -> Progress:
-        """The part of a checkpoint that this rank holds."""
+        """The part of a checkpoint that this rank holds.
+
+        Raises:
+            ValueError: If the ranks have read different checkpoints.
+        """
+        sums = [float(t.double().sum()) for M in known.matrices.values() for t in leaves(M)]
+        items = [("steps", known.steps), ("batches", known.counts), ("sums of matrices", sums)]
+        self.ranks.check_same("the checkpoint", items)
+        by_parameters = {shape.parameters: name for name, shape in known.shapes.items()}
+        first = {name: by_parameters[shape.parameters] for name, shape in known.shapes.items()}
+        self._own({n: sum(d**3 for d in known.shapes[n].shape) for n in first.values()}, first)
         width = self.size // self.rows
         owners = self.owners
         return replace(
@@ -498,10 +549,20 @@ class Together:
             block.names[0]: float(sum(d**3 for W in block.matrices(values) for d in W.shape))
             for block in blocks
         }
-        owners = assignment(
-            costs, self.size, {n: self.owners[n] for n in costs if n in self.owners}
-        )
-        self.owners |= {n: owners[block.names[0]] for block in blocks for n in block.names}
+        self._own(costs, {name: block.names[0] for block in blocks for name in block.names})
+
+    def _own(self, costs: Mapping[str, float], first: Mapping[str, str]) -> None:
+        """Owners for matrices that have none; those of one block have the same.
+
+        Args:
+            costs: By the name that stands for a block.
+            first: That name, for the names of all matrices.
+        """
+        known = {
+            first[name]: owner for name, owner in self.owners.items() if first.get(name) in costs
+        }
+        owners = assignment({n: float(cost) for n, cost in costs.items()}, self.size, known)
+        self.owners = {name: owners[block] for name, block in first.items()} | self.owners
 
 
 class JointLoss(Module):
@@ -510,6 +571,10 @@ class JointLoss(Module):
     Use it in place of the loss under DistributedDataParallel, which takes the mean of the ranks'
     gradients, if shards have different numbers of terms or the loss is a sum. Not without it, and
     not in `KFAC(model, loss)`, which gets the loss itself. Without gradients, it is the loss here.
+
+    It is the loss of one micro-batch of all ranks. If the gradients of several are added up, a mean
+    is multiplied by the share of this micro-batch, that of all ranks together, in all terms. The
+    share of this rank's part would be wrong for unequal shards.
 
     Cost: one exchange.
     """
@@ -524,6 +589,22 @@ class JointLoss(Module):
         if not torch.is_grad_enabled():
             return value
         return self.together.share_of_loss(self.loss, y) * value
+
+
+def _check_alike(table: Tensor, numbers: list[dict[str, Any]], ranks: Ranks) -> None:
+    """Refuse ranks that train other parameters, or with other numbers in their groups."""
+    if (table[:, 0] != table[0, 0]).any():
+        raise ValueError(
+            f"The ranks train {table[:, 0].long().tolist()} parameters: freeze, unfreeze and "
+            "add parameters on all of them."
+        )
+    if (table[:, 2] != table[0, 2]).any():
+        everywhere = ranks.objects("parameters", str(numbers))
+        raise ValueError(
+            f"The ranks have different groups: {'; '.join(everywhere)}. Change learning rates and "
+            "dampings in the same way on all of them: a schedule that follows a loss must follow "
+            "that of all ranks."
+        )
 
 
 def _is_sum(loss: Module) -> bool:

@@ -224,7 +224,7 @@ def joined_layers(ranks: Ranks, ios: IOs) -> dict[str, LayerIO]:
     way.
 
     Cost: `N * S * (d_in + V * d_out)` numbers for each layer, where `N` is the number of samples of
-    the rank that has most. The rows of an embedding are formed.
+    the rank that has most. Of the rows of an embedding, the words' numbers are sent.
 
     Raises:
         ValueError: If the ranks have other numbers of positions or vectors.
@@ -233,7 +233,8 @@ def joined_layers(ranks: Ranks, ios: IOs) -> dict[str, LayerIO]:
 
 
 def _joined(ranks: Ranks, name: str, io: LayerIO) -> LayerIO:
-    a = io.a.dense() if isinstance(io.a, OneHot) else io.a
+    one_hot = isinstance(io.a, OneHot)
+    a = io.a.columns.to(io.g.dtype).unsqueeze(-1) if isinstance(io.a, OneHot) else io.a
     (N, S), V = a.shape[:2], len(io.g)
     masked = io.counted is not None
     table = ranks.exchange(f"rows of {name}", [N, S, V, masked])
@@ -249,8 +250,9 @@ def _joined(ranks: Ranks, name: str, io: LayerIO) -> LayerIO:
         parts.append(mask.to(a.dtype))
     rows = ranks.gathered("rows", torch.cat(parts, dim=1), counts)
     a_, g, *mask_ = rows.split([part.shape[1] for part in parts], dim=1)
+    a_ = a_.reshape(-1, *a.shape[1:])
     return LayerIO(
-        a_.reshape(-1, *a.shape[1:]),
+        OneHot(a_.squeeze(-1).long(), io.a.shape[-1], io.a.dtype) if one_hot else a_,
         g.reshape(-1, *io.g.movedim(0, 1).shape[1:]).movedim(1, 0),
         io.positions,
         mask_[0] > 0 if mask_ else None,

@@ -13,6 +13,7 @@ Source: PyTorch's documentation of `torch.distributed` (`all_gather`, `TCPStore`
 """
 
 import os
+import socket
 import threading
 import time
 import weakref
@@ -28,16 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_scratch.distributed.packing import through
+from kfac_scratch.optimizer.placement import AgreedError, LostRankError
 
-WIDTH = 6  # numbers in an exchange: what, refused, and up to four more
-
-
-class AgreedError(ValueError):
-    """An error that all ranks raise, because one of them refused, or they disagree."""
-
-
-class LostRankError(RuntimeError):
-    """A rank is gone, hangs, or has left the loop: no step can be taken together any more."""
+WIDTH = 8  # numbers in an exchange: refused, what, step, count, and up to four more
 
 
 class Ranks:
@@ -45,7 +39,7 @@ class Ranks:
 
     Use it by `distribute`, which makes one. Not for groups of only some processes.
 
-    Cost: an exchange of 48 bytes before every collective.
+    Cost: an exchange of 64 bytes before every collective that all ranks join.
 
     Attributes:
         rank: The number of this process, from 0 on.
@@ -78,6 +72,7 @@ class Ranks:
         self.timeout, self.diagnosis = timeout, diagnosis
         self.sent: Counter[str] = Counter()
         self.step = 0
+        self._count = 0
         self._board: Board | None = None
         limit = timedelta(seconds=timeout)
         self._data = dist.new_group(timeout=limit)
@@ -89,9 +84,13 @@ class Ranks:
         """The board of the job, which rank 0 keeps: one for all optimizers."""
         if _board_of and _board_of[0][0] is dist.group.WORLD:
             return _board_of[0][1]
-        host, times = os.environ.get("MASTER_ADDR", "127.0.0.1"), (self.diagnosis, self.timeout)
-        board = Board(self.rank, self.size, host, 0, *times) if self.rank == 0 else None
-        (port, *_) = self.objects("connection", board and board.port)
+        times, name = (self.diagnosis, self.timeout), socket.gethostname()
+        given = os.environ.get("MASTER_ADDR")
+        near = given or "127.0.0.1"
+        board = Board(self.rank, self.size, near, 0, *times) if self.rank == 0 else None
+        where = self._objects("connection", (name, board and board.port))
+        (there, port), one_machine = where[0], len({host for host, _ in where}) == 1
+        host = near if one_machine or given else there
         board = board or Board(self.rank, self.size, host, port, *times)
         _board_of[:] = [(dist.group.WORLD, board)]
         return board
@@ -132,7 +131,9 @@ class Ranks:
             AgreedError: If a rank refuses, or the names differ.
             LostRankError: If a rank does not come.
         """
-        head = [float(crc32(what.encode())), float(error is not None), *numbers]
+        self._count += 1
+        place = (crc32(what.encode()), self.step, self._count)  # the same on all ranks
+        head = [float(number) for number in (error is not None, *place, *numbers)]
         mine = torch.tensor(head + [0.0] * (WIDTH - len(head)), dtype=torch.float64)
         table = torch.empty(self.size, WIDTH, dtype=torch.float64)
         if self._board is not None:
@@ -140,29 +141,40 @@ class Ranks:
         with self._named(what):
             dist.all_gather(list(table.unbind()), mine, group=self._control)
         self.sent["control"] += WIDTH
-        if table[:, 1].any() or (table[:, 0] != table[0, 0]).any():
+        if table[:, 0].any() or (table[:, 1:4] != table[0, 1:4]).any():
             self._refuse(what, error)
-        return table[:, 2 : 2 + len(numbers)]
+        return table[:, 4 : 4 + len(numbers)]
 
     def _refuse(self, what: str, error: Exception | None) -> None:
         """Raise the same on all ranks."""
         said = None if error is None else f"{type(error).__name__}: {error}"
-        places = self.objects(what, (what, said))
+        places = self._objects(what, (f"{what!r} of step {self.step}", said))
+        self._count = max(self._objects(what, self._count))  # from here on, all go on together
         for rank, (place, reason) in enumerate(places):
             if reason is not None:
                 raise AgreedError(
-                    f"Rank {rank} of {self.size} refused in {place!r} of step {self.step}; nothing "
-                    f"was changed on any rank. {reason}"
+                    f"Rank {rank} of {self.size} refused in {place}; nothing was changed on any "
+                    f"rank. {reason}"
                 ) from error
         raise AgreedError(
-            f"The ranks are at different places of step {self.step}: "
-            + ", ".join(f"rank {r} at {place!r}" for r, (place, _) in enumerate(places))
+            "The ranks are at different places: "
+            + ", ".join(f"rank {r} at {place}" for r, (place, _) in enumerate(places))
             + ". All ranks must call observe, step, state_dict and load_state_dict in the same "
-            "order."
+            "order, and as often."
         )
 
     def objects(self, what: str, value: Any) -> list[Any]:
-        """The value of every rank. Any Python object that can be pickled."""
+        """The value of every rank. Any Python object that can be pickled.
+
+        Raises:
+            AgreedError: If a rank has refused before it came here.
+            LostRankError: If a rank does not come.
+        """
+        self.exchange(what)
+        return self._objects(what, value)
+
+    def _objects(self, what: str, value: Any) -> list[Any]:
+        """The same where all ranks are known to be here."""
         values: list[Any] = [None] * self.size
         with self._named(what):
             dist.all_gather_object(values, value, group=self._control)

@@ -87,7 +87,12 @@ from kfac_scratch.optimizer.parameter_groups import (
     trainable,
 )
 from kfac_scratch.optimizer.periods import EARLY_OFTEN, Period, check_period, is_due
-from kfac_scratch.optimizer.placement import ONE_PROCESS, Placement
+from kfac_scratch.optimizer.placement import (
+    ONE_PROCESS,
+    AgreedError,
+    LostRankError,
+    Placement,
+)
 from kfac_scratch.optimizer.preconditioner import blockwise
 from kfac_scratch.optimizer.progress import Progress
 from kfac_scratch.optimizer.quadratic_model import before_step, ratio_after_step
@@ -521,6 +526,8 @@ class KFAC(Optimizer):
             try:
                 update = partial(self.placement.updated, self.estimator)
                 return known.averaged(update, ios, self.decay, arrangement.shapes)
+            except (AgreedError, LostRankError):
+                raise
             except Exception as error:
                 check_finite(suspect_rows(ios), error)  # the cause, perhaps
                 raise
@@ -591,6 +598,8 @@ class KFAC(Optimizer):
                 known = self._inverted(known, given)
                 step = self._controlled(self._proposal(given, known, observed))
                 before = before_step(observed.shared(), given.all, place) if adapts else None
+            except (AgreedError, LostRankError):
+                raise
             except Exception as error:
                 check_finite(suspects, error)  # the cause, perhaps
                 raise
@@ -754,10 +763,12 @@ class KFAC(Optimizer):
                 inverse or flavour, for other blocks, shapes or dtypes, or has numbers that are not
                 finite. The message names the block, and what is in the file and in the optimizer.
         """
-        with self.placement.together("load_state_dict"):
-            self._load(state_dict)
+        with ExitStack() as undo:
+            with self.placement.together("load_state_dict"):
+                self._load(state_dict, undo)
+            undo.pop_all()
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
+    def _load(self, state_dict: dict[str, Any], undo: ExitStack) -> None:
         own, arrangement = state_dict.get("kfac"), self._arranged()
         known = read(
             own, self._makers(), self._parameter_names(), arrangement.shapes, self._device()
@@ -766,19 +777,17 @@ class KFAC(Optimizer):
         check_states(state_dict["state"], state_dict["param_groups"], self.param_groups, names)
         check_numbers(state_dict["param_groups"])
         check_generator(state_dict["kfac"], self.generator)
-        with ExitStack() as undo:
-            if self._rest is not None:
-                undo.callback(self._share, self._rest)
-            undo.callback(self.__dict__.update, dict(self.__dict__))
-            undo.callback(kept_draws(self.generator))
-            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-            self._progress, self._observed = self.placement.part(known), Observed()
-            self._arrangement = None
-            if self.generator is not None:
-                self.generator.set_state(state_dict["kfac"]["generator"])
-            self.placement.continue_streams(state_dict["kfac"].get("generators"))
-            self._arranged()
-            undo.pop_all()
+        part = self.placement.part(known)
+        if self._rest is not None:
+            undo.callback(self._share, self._rest)
+        undo.callback(self.__dict__.update, dict(self.__dict__))
+        undo.callback(kept_draws(self._source()))
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._progress, self._observed, self._arrangement = part, Observed(), None
+        if self.generator is not None:
+            self.generator.set_state(state_dict["kfac"]["generator"])
+        self.placement.continue_streams(known.steps, state_dict["kfac"].get("generators"))
+        self._arranged()
 
     def _makers(self) -> Makers:
         return Makers(self.estimator, self.invert, self.flavour)

@@ -19,6 +19,15 @@ from kfac_scratch.optimizer.preconditioner import inverses
 from kfac_scratch.optimizer.progress import Progress, updated
 from kfac_scratch.optimizer.undo import Undo, nothing
 
+
+class AgreedError(ValueError):
+    """An error that all processes raise, because one of them refused, or they disagree."""
+
+
+class LostRankError(RuntimeError):
+    """A process is gone, hangs, or has left the loop: no step can be taken together any more."""
+
+
 Invert = Callable[[Any, float], LinearMap]
 
 
@@ -120,8 +129,13 @@ class Placement(Protocol):
         """
         ...
 
-    def continue_streams(self, states: Sequence[Tensor] | None) -> None:
-        """Continue the source here, from those of all processes that wrote a checkpoint."""
+    def continue_streams(self, steps: int, states: Sequence[Tensor] | None) -> None:
+        """Continue the source here, from those of all processes that wrote a checkpoint.
+
+        Args:
+            steps: The number of steps in the checkpoint.
+            states: The states of their sources, None if it has none.
+        """
         ...
 
     def whole(self, known: Progress) -> Progress:
@@ -187,7 +201,7 @@ class OneProcess:
         """There is only one."""
         return None
 
-    def continue_streams(self, states: Sequence[Tensor] | None) -> None:
+    def continue_streams(self, steps: int, states: Sequence[Tensor] | None) -> None:
         """It is the optimizer's own."""
 
     def whole(self, known: Progress) -> Progress:

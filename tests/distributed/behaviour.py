@@ -79,6 +79,77 @@ def ddp_without_joint_loss(rank, size, name, shards):
         return str(error)
 
 
+def through_the_module(rank, size):
+    """KFAC has the DistributedDataParallel, and the forward pass is that of the module in it."""
+    model, _, optimizer, _ = built(Case(targets="labels"), ddp=True)
+    try:
+        return train(Case(targets="labels"), model, optimizer, shard(SHARDS[size]["equal"], rank))
+    except AgreedError as error:
+        return str(error)
+
+
+def behind_its_back(rank, size):
+    """The forward pass is a DistributedDataParallel's that KFAC does not have."""
+    case = Case(targets="labels")
+    model, _, optimizer, _ = built(case)
+    wrapped = DistributedDataParallel(model)
+    try:
+        return train(case, model, optimizer, shard(UNEQUAL, rank), wrapped)
+    except AgreedError as error:
+        return str(error)
+
+
+def ddp_micro_batches(rank, size):
+    """Two micro-batches of unequal size, with the share that both have on all ranks together."""
+    case = Case(targets="labels")
+    model, wrapped, optimizer, placed = built(case, 1.0, ddp=True)
+    loss = placed.joint_loss
+    for X, y in case.batches():
+        X, y = X[shard(UNEQUAL, rank)], y[shard(UNEQUAL, rank)]
+        optimizer.zero_grad()
+        cut = (2, 9)[rank]
+        for part, count in ((slice(0, cut), 11), (slice(cut, None), 13)):
+            (count / 24 * loss(wrapped(X[part]), y[part])).backward()
+            optimizer.observe(X[part], y[part])
+        optimizer.step()
+    return flat(model)
+
+
+def curvature_under_ddp(rank, size):
+    case = LOSSES["labels-sum"]
+    model, wrapped, optimizer, placed = built(case, ddp=True)
+    part = shard(UNEQUAL, rank)
+    for X, y in itertools.islice(case.batches(), 3):
+        optimizer.update_curvature(X[part], y[part])
+    return train(case, model, optimizer, part, wrapped, placed.joint_loss)
+
+
+def one_overflow(rank, size):
+    """With DP-KFAC, a matrix overflows at its owner alone; then the loop goes on."""
+    model, _, optimizer, placed = built(owner_local=True, factor_every=1)
+    train(CASE, model, optimizer, shard(UNEQUAL, rank), steps=2)
+    X, y = next(CASE.batches())
+    X, y = X[shard(UNEQUAL, rank)], y[shard(UNEQUAL, rank)]
+    optimizer.zero_grad()
+    CASE.loss()(model(X), y).backward()
+    said = []
+    try:
+        optimizer.observe(X * (1e200 if placed.owners["0"] == rank else 1.0), y)
+        optimizer.step()
+    except ValueError as error:
+        said.append(str(error))
+    theta = train(CASE, model, optimizer, shard(UNEQUAL, rank), steps=2)
+    return said, equal_everywhere(theta, size)
+
+
+def recorder_of_one(rank, size):
+    """With DP-KFAC, the record needs all ranks."""
+    try:
+        built(owner_local=True, record=print if rank == 0 else None)
+    except AgreedError as error:
+        return str(error)
+
+
 def not_distributed(rank, size):
     model = CASE.model()
     optimizer = CASE.optimizer(model)
@@ -408,6 +479,12 @@ DIFFERENT = {
     "period": lambda rank: CASE.optimizer(CASE.model(), inverse_every=3 + rank),
     "lr": lambda rank: CASE.optimizer(CASE.model(), lr=0.1 * (1 + rank)),
     "damping": lambda rank: CASE.optimizer(CASE.model(), damping=0.1 * (1 + rank)),
+    "reduction": lambda rank: KFAC(
+        CASE.model(), nn.CrossEntropyLoss(reduction="sum" if rank else "mean")
+    ),
+    "class weights": lambda rank: KFAC(
+        CASE.model(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 1.0, 1.0 + rank]))
+    ),
     "loss": lambda rank: KFAC(CASE.model(), nn.MSELoss() if rank else nn.CrossEntropyLoss()),
     "control": lambda rank: CASE.optimizer(CASE.model(), controls=[graft(eps=1e-8 * (1 + rank))]),
     "approximation": lambda rank: KFAC(
@@ -527,6 +604,17 @@ class Refusals:
         finally:
             self.model[2].bias.requires_grad_(True)
 
+    def other_rate(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        group, before = self.optimizer.param_groups[0], self.optimizer.param_groups[0]["lr"]
+        try:
+            group["lr"] = before * (1 + self.rank)
+            self.optimizer.step()
+        finally:
+            group["lr"] = before
+
     def state(self):
         matrices = self.optimizer._progress.matrices
         values = {f"matrix {n}": t for n, M in matrices.items() for t in leaves(M)}
@@ -544,7 +632,8 @@ REFUSED = {
     "recorder": r"Rank 1 of 2 refused in 'step' of step 2.*no inverse here",
     "unobserved": r"refused in 'step' of step 2.*Call observe\(X, y\) in every step",
     "closure": r"refused in 'step' of step 2.*Pass no closure",
-    "other_order": r"rank 0 at '\w+', rank 1 at '\w+'.*same order",
+    "other_order": r"rank 0 at '\w+' of step 2, rank 1 at '\w+' of step 2.*same order",
+    "other_rate": r"The ranks have different groups: .*'lr': 0.1, .*'lr': 0.2",
     "other_parameters": r"The ranks train \[8, 7\] parameters|Only a part|refused",
 }
 
@@ -590,6 +679,12 @@ RUNS = {
         for shards in ("equal", "unequal")
     },
     "not distributed": not_distributed,
+    "through the module": through_the_module,
+    "behind its back": behind_its_back,
+    "micro-batches with DDP": ddp_micro_batches,
+    "update_curvature with DDP": curvature_under_ddp,
+    "one overflow": one_overflow,
+    "recorder of one": recorder_of_one,
     "own labels": own_labels,
     "streams of a generator": functools.partial(streams, given=True),
     "streams of PyTorch": functools.partial(streams, given=False),

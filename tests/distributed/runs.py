@@ -163,6 +163,7 @@ METHODS = {
     "convolutional-expand": Case("convolutional", "labels"),
     "convolutional-reduce": Case("convolutional", "labels", options={"flavour": REDUCE}),
     "words": Case("words"),
+    "words-foof": Case("words", options={"approximation": foof}),
     "words-sum": Case("words", reduction="sum"),
 }
 

@@ -64,7 +64,7 @@ def test_ddp_is_right_by_itself_for_equal_shards_and_a_mean():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("labels-mean unequal", r"different numbers of terms, \[5.0, 19.0\].*joint_loss"),
+        ("labels-mean unequal", r"their shards count \[0\.2.*0\.79.*joint_loss"),
         ("labels-sum equal", r"sum reduction needs their sum.*joint_loss"),
         ("labels-sum unequal", r"sum reduction needs their sum.*joint_loss"),
     ],
@@ -72,6 +72,38 @@ def test_ddp_is_right_by_itself_for_equal_shards_and_a_mean():
 def test_ddp_by_itself_is_refused_where_it_is_wrong(name, words):
     for said in results(f"ddp alone {name}"):
         assert re.search(words, said)
+
+
+def test_a_forward_pass_around_ddp_is_found():
+    for said in results("through the module"):
+        assert re.search("DistributedDataParallel has not averaged them: call", said)
+    for said in results("behind its back"):
+        assert re.search(r"were they averaged by a DistributedDataParallel.*was not given", said)
+
+
+def test_micro_batches_with_ddp_and_the_joint_loss():
+    assert_all_equal("micro-batches with DDP", alone(Case(targets="labels")))
+
+
+def test_update_curvature_with_ddp_asks_for_no_gradients():
+    case = LOSSES["labels-sum"]
+    model = case.model()
+    optimizer = case.optimizer(model)
+    for X, y in itertools.islice(case.batches(), 3):
+        optimizer.update_curvature(X, y)
+    assert_all_equal("update_curvature with DDP", train(case, model, optimizer))
+
+
+def test_what_one_rank_alone_cannot_use_is_refused_once_by_all():
+    for said, equal in results("one overflow"):
+        assert len(said) == 1
+        assert re.search(r"Rank \d of 2 refused .*not finite", said[0])
+        assert equal
+
+
+def test_a_record_of_dp_kfac_on_one_rank_is_refused_at_once():
+    for said in results("recorder of one"):
+        assert re.search("record: True, but rank 1 has record: False", said)
 
 
 def test_several_processes_that_do_not_come_together_are_refused():
@@ -218,6 +250,8 @@ def test_a_difference_between_ranks_is_named_at_once(name):
         "damping": "'damping': 0.1",
         "loss": "loss: CrossEntropyLoss",
         "control": "controls: .*1e-08.*2e-08",
+        "reduction": "loss.reduction: mean",
+        "class weights": r"loss.weight: \[1.0",
         "approximation": "approximation=other_kfac",
     }
     first, *others = [found[name] for found in results("differences")]

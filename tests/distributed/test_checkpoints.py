@@ -9,7 +9,7 @@ import torch
 
 from kfac_scratch import distribute, graft, type2
 from tests.distributed.jobs import attempted, job
-from tests.distributed.runs import SHARDS, Case, flat, shard, train
+from tests.distributed.runs import SHARDS, Case, shard, train
 
 EXACT = 1e-12
 CASE = Case(
@@ -80,9 +80,32 @@ def first(rank, size, folder):
     return found
 
 
+def first_draw(file, fisher, generator):
+    """The number that a rank draws first after it has read a file."""
+    _, optimizer = built(fisher, generator, 0.0, False)
+    optimizer.load_state_dict(torch.load(file, weights_only=True)["optimizer"])
+    return float(torch.rand((), generator=optimizer.generator or optimizer.placement.generator))
+
+
+def frozen_after(file):
+    """A file is read by an optimizer whose first layer is frozen by now, and trains again later."""
+    model = CASE.model()
+    model[0].requires_grad_(False)
+    optimizer = CASE.optimizer(model)
+    distribute(optimizer, 0.0, timeout=30)
+    optimizer.load_state_dict(torch.load(file, weights_only=True)["optimizer"])
+    return optimizer.steps
+
+
 def second(rank, size, folder, written):
     """Continue the runs of a job with `written` ranks."""
     found = {}
+    frozen = functools.partial(frozen_after, f"{folder}/exact mem {written}")
+    found["frozen"] = attempted(frozen)
+    for kind, make in KINDS.items():
+        if kind != "exact":
+            draw = functools.partial(first_draw, f"{folder}/{kind} mem {written}", *make())
+            found[f"{kind}: first draw"] = attempted(draw)
     ways = [("mem", 0.0, False), ("comm", 1.0, False), ("dp", 0.0, True)]
     ways += [("hybrid", 0.5, False)] if size == 4 else []
     for kind, make in KINDS.items():
@@ -150,6 +173,7 @@ def test_more_ranks_continue_it(begun, continued_by_four, name):
 def test_more_ranks_draw_new_labels(begun, continued_by_four, kind):
     """The run goes on, the same on all ranks, with other draws."""
     thetas = [continued_by_four[rank][f"{kind} mem as mem"] for rank in range(4)]
+    assert len({continued_by_four[rank][f"{kind}: first draw"] for rank in range(4)}) == 4
     assert all(torch.equal(theta, thetas[0]) for theta in thetas)
     assert not torch.equal(thetas[0], begun[0][f"{kind} mem"])
 
@@ -181,14 +205,26 @@ def refusing_a_copy(rank, size):
     state = optimizer.state_dict()
     if rank == 1:
         state["kfac"]["format"] = 0
-    before = flat(model)
+    train(CASE, model, optimizer, shard(SHARDS[size]["unequal"], rank), steps=2)
+    before = optimizer.state_dict()
     for act in (lambda: copy.deepcopy(optimizer), lambda: optimizer.load_state_dict(state)):
         try:
             act()
         except ValueError as error:
             found.append(str(error))
-    assert torch.equal(before, flat(model))
+    assert same(before, optimizer.state_dict())
     return found
+
+
+def same(x, y):
+    """Whether two nested values are the same, tensors bit for bit."""
+    if isinstance(x, torch.Tensor):
+        return torch.equal(x, y)
+    if isinstance(x, dict):
+        return set(x) == set(y) and all(same(x[key], y[key]) for key in x)
+    if isinstance(x, list | tuple):
+        return len(x) == len(y) and all(map(same, x, y))
+    return x == y
 
 
 def test_copies_and_unreadable_files_are_refused():
@@ -196,3 +232,7 @@ def test_copies_and_unreadable_files_are_refused():
         assert "2 processes hold this optimizer together: call state_dict()" in copied
         assert "Rank 1 of 2 refused in 'load_state_dict'" in loaded
         assert "no checkpoint of KFAC in the format 1" in loaded
+
+
+def test_a_block_that_is_frozen_by_now_is_read(continued):
+    assert [found["frozen"] for found in continued] == [BEFORE, BEFORE]

@@ -75,7 +75,11 @@ def on_ranks(work, shards):
             raise
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
+        runs = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for error in (each.exception() for each in runs) if error is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # those who only waited for the others come last
+    return [each.result() for each in runs]
 
 
 def layers(kind, seed=0):

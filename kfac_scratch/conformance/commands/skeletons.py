@@ -51,13 +51,12 @@ def write_skeleton(
     text = template.substitute(words | {"module": module})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    return path, FURTHER[kind](name, module) if folder is None else _elsewhere(kind, module)
+    elsewhere = kind == "adapter" and folder is not None
+    return path, _after_adapter_elsewhere(module) if elsewhere else FURTHER[kind](name, module)
 
 
-def _elsewhere(kind: str, module: str) -> list[str]:
-    """What to do next with a file outside of the package."""
-    if kind != "adapter":
-        return [f"python -c 'import {module}'"]
+def _after_adapter_elsewhere(module: str) -> list[str]:
+    """What to do next with an adapter outside of the package."""
     return [
         f"{COMMAND} run --adapter {module}:Adapter",
         f"{COMMAND} run --adapter {module}:Adapter --json {module}.json",
