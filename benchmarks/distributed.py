@@ -26,6 +26,7 @@ from torch import nn
 from benchmarks.measure import about, all_within, arguments, at_most, chosen, write
 from kfac_scratch import KFAC, distribute, monte_carlo
 from kfac_scratch.distributed.packing import leaves
+from kfac_scratch.distributed.sharing import assignment
 
 SIZES = {False: (784, 512, 512, 512, 10), True: (20, 16, 8, 3)}
 SAMPLES, STEPS = 256, 4
@@ -96,17 +97,26 @@ def _cpu() -> float:
 
 
 def stated(row: Row, quick: bool) -> dict[str, float]:
-    """The memory in MiB and the numbers sent that the formulas state, at most on any rank.
-
-    With `owner_local` or `m < P`, a rank holds what it owns: no more than all, and that is stated.
-    """
-    shapes = [(d_in + 1, d_out) for d_in, d_out in pairwise(SIZES[quick])]
-    G = sum(i * o for i, o in shapes)
-    half = sum(i * (i + 1) // 2 + o * (o + 1) // 2 for i, o in shapes)
-    full = sum(i * i + o * o for i, o in shapes)
-    factors = 0 if row.owner_local else half + len(shapes)
-    sent = G + factors + (half if row.m > 1 else 0) + (G if row.m < row.P else 0)
-    return {"MiB": 2 * full * 4 / 2**20, "sent": float(sent) if row.P > 1 else 0.0}
+    """The memory in MiB and the numbers sent that the formulas state, at most on any rank."""
+    shapes = {str(k): (i + 1, o) for k, (i, o) in enumerate(pairwise(SIZES[quick]))}
+    half = {name: sum(d * (d + 1) // 2 for d in shape) for name, shape in shapes.items()}
+    full = {name: sum(d * d for d in shape) for name, shape in shapes.items()}
+    owners = assignment({n: float(sum(d**3 for d in s)) for n, s in shapes.items()}, row.P)
+    width = row.P // row.m
+    held, sent = [], []
+    for number in range(row.P):
+        column = [n for n in shapes if owners[n] % width == number % width]
+        own = [n for n in shapes if owners[n] == number]
+        matrices = own if row.owner_local else list(shapes)
+        held.append(sum(full[n] for n in matrices) + sum(full[n] for n in column))
+        factors = 0 if row.owner_local else sum(half.values()) + len(shapes)
+        sent.append(factors + (sum(half[n] for n in column) if row.m > 1 else 0))
+    G = sum(i * o for i, o in shapes.values())
+    gradients = G + (G if row.m < row.P else 0)
+    return {
+        "MiB": max(held) * 4 / 2**20,
+        "sent": float(max(sent) + gradients) if row.P > 1 else 0.0,
+    }
 
 
 def measured(row: Row, args: Namespace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Digits(nn.Module):
 
 
 def main() -> None:
-    """Train, and print the loss on all images and the time of a step."""
+    """Train, and print the loss on all images."""
     rank, size = 0, 1
     if "RANK" in os.environ:  # torchrun sets it
         distributed.init_process_group("gloo")
@@ -48,13 +48,13 @@ def main() -> None:
     wrapped = DistributedDataParallel(model) if size > 1 else model
     loss = nn.CrossEntropyLoss()
     optimizer = KFAC(wrapped, loss, fisher=type2)
-    if size > 1:
-        distribute(optimizer)
+    # the mean that DistributedDataParallel takes, right for parts of any sizes
+    of_part = distribute(optimizer).joint_loss if size > 1 else loss
     order = torch.randperm(len(X))
     for step in range(STEPS):
         batch = order[(step * BATCH + torch.arange(BATCH)) % len(X)][rank::size]
         optimizer.zero_grad()
-        loss(wrapped(X[batch]), y[batch]).backward()
+        of_part(wrapped(X[batch]), y[batch]).backward()
         optimizer.observe(X[batch], y[batch])
         optimizer.step()
     if rank == 0:

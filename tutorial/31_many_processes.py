@@ -73,8 +73,9 @@ print(f"after 10 steps, the ranks differ by {drift:.2f} of the way that rank 0 h
 assert drift > 0.05
 
 # %% [markdown]
-# The gradients were equal in the first step only. From then on, each is the gradient at another point, and their mean
-# is the gradient at neither. Nothing warns of it. So an optimizer of this package raises in one of several processes,
+# The ranks began at one point and always got one gradient. But each multiplied it by the inverse of another matrix. So
+# they took different steps, and from then on their gradients belong to different points. The mean of two such
+# gradients is the gradient of neither network. Nothing warns of it. So an optimizer of this package raises in one of several processes,
 # until one line tells it that they belong together:
 #
 # ``````py
@@ -88,8 +89,8 @@ assert drift > 0.05
 #
 # ## One line that everything follows from
 #
-# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. The number of terms depends on the targets: class
-# weights and ignored targets count, too. With $D = \sum_r D_r$, the loss of the whole batch is
+# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. Each target is a term with a weight: its class
+# weight if there are such, 0 if it is ignored, else 1. $D_r$ is the sum of these weights. With $D = \sum_r D_r$, the loss of the whole batch is
 #
 # $$
 # \mathcal{L} = \sum_r \frac{D_r}{D} \mathcal{L}_r .
@@ -107,18 +108,19 @@ assert drift > 0.05
 # Fisher. Then the layer on the whole batch, with the loss of [(31.1)], is
 #
 # $$
-# (a, g) = \operatorname{concatenate}_r \Bigl( a_r, \sqrt{D_r / D}\; g_r \Bigr) .
+# (a, g) = \operatorname{concatenate}_r \Bigl( a_r, \sqrt{D_r / D}\; g_r \Bigr) ,
 # \tag{31.2}
 # $$
 #
-# If the loss is a sum, the factor is 1.
+# where samples stand one after another. If the loss is a sum, the factor is 1.
 #
 # </div>
 #
-# **Proof.** The outputs of a sample depend on its own input alone, so the curvature of $\mathcal{L}$ with respect to
-# all outputs is block diagonal, with one block for each sample. The block of a sample of rank $r$ is $D_r / D$ times
-# its block for $\mathcal{L}_r$. A square root of the latter, times $\sqrt{D_r / D}$, is a square root of the former.
-# These square roots are sent back to the layer by linear maps, which keep the factor. $\square$
+# **Proof.** The loss is a sum over samples. So its curvature with respect to all outputs is block diagonal, with one
+# block for each sample. By [(31.1)], the block of a sample of rank $r$ is $D_r / D$ times its block for
+# $\mathcal{L}_r$. A square root of the latter, times $\sqrt{D_r / D}$, is a square root of the former. The columns of
+# the square root are sent back to the layer by linear maps, which keep the factor. The outputs of a sample depend on
+# its own input alone, so that these maps are the same whether or not the other shards are there. $\square$
 #
 # The check has shards of 5 and 19 samples, of which some targets are ignored:
 
@@ -140,10 +142,12 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 # ## What is sent for the curvature
 #
 # An approximation is a function of $(a, g)$. So every paper of this book can be distributed in one way: send
-# all $a$ and $g$ to everybody, and let each rank compute. That takes $N S (n + V m)$ numbers for a layer with $n$
-# inputs and $m$ outputs.
+# all $a$ and $g$ to everybody, and let each rank compute. A layer with $d_\text{in}$ inputs and $d_\text{out}$ outputs
+# then takes $N S (d_\text{in} + V d_\text{out})$ numbers, for $N$ samples, $S$ positions in each, and $V$ vectors for
+# every output.
 #
-# KFAC has a cheaper way, because its factors are sums over samples. With $R_r$ rows on rank $r$,
+# KFAC has a cheaper way, because its factors are sums over samples. An input at one position is a *row* of $a$. With
+# $R_r$ rows on rank $r$,
 #
 # $$
 # B = \sum_r B_r , \qquad
@@ -156,7 +160,7 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 
 # %%
 own = [kfac(io) for io in scaled]
-rows = [len(io.a) for io in scaled]
+rows = [io.rows for io in scaled]
 A = sum(R * K.A for R, K in zip(rows, own, strict=True)) / sum(rows)
 B = sum(K.B for K in own)
 assert_exact(A, kfac(whole).A)
@@ -220,10 +224,11 @@ print(f"{'EKFAC: means of the eigenvectors':36} off by {distance(averaged, ekfac
 assert distance(averaged, ekfac(whole)) > 0.1
 
 # %% [markdown]
-# One more is hard to see, because it only appears when the number of ranks changes. Some programs take the vectors of
-# the *mean* loss, which are those of single terms over $N$, and then the mean of their outer products. That is
-# too small by $1 / N^2$, which a damping can hide. On $P$ ranks with $N / P$ samples each, the mean over ranks is too
-# small by $1 / (N / P)^2$. So the factor grows with $P^2$, while the batch is the same:
+# One more mistake appears only when the number of ranks changes. Let $s_i$ be the vector of a single term. The vector
+# of the *mean* loss is $s_i / N$. Some programs take the mean over $i$ of the outer products of these, which is the
+# right matrix times $1 / N^2$. With one rank, another damping makes up for the factor. On $P$ ranks with $N / P$
+# samples each, the same program has the factor $1 / (N / P)^2 = P^2 / N^2$. The batch is the same, and the matrix is
+# $P^2$ times as large:
 
 # %%
 scores = torch.randn(24, 4)  # of single terms
@@ -238,9 +243,27 @@ for P in (1, 2, 4):
 # ## Labels
 #
 # Theorem 31.1 is about the exact Fisher. With [Monte Carlo](03_losses.py), every rank draws labels for its own shard.
-# The ranks need different streams of random numbers: with one seed on all ranks, samples at the same place of two
-# shards get the same draw. The factor is still right on average, but its variance is that of fewer draws. So
-# `distribute` gives every rank a stream of its own, and a checkpoint has all of them.
+# If all ranks have one seed, the samples at the same place of two shards get the same random number. Each label alone
+# is drawn from the right distribution, so the factor is right on average. But the draws of two ranks are no longer
+# independent, and their errors do not cancel. The extreme case has two equal shards. Then the second rank repeats the
+# draws of the first. Here an entry of $B$ is estimated whose true value is 0, from the products of two random signs:
+
+# %%
+errors = {}
+for name in ("one seed", "own seeds"):
+    squares = []
+    for trial in range(400):
+        seeds = (trial, trial) if name == "one seed" else (trial, trial + 1000)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draws = [torch.randn(12, 2, generator=generator).sign() for generator in generators]
+        estimate = sum(float((d[:, 0] * d[:, 1]).mean()) for d in draws) / 2
+        squares.append(estimate**2)
+    errors[name] = sum(squares) / len(squares)
+    print(f"{name}: mean squared error {errors[name]:.3f}")
+assert 1.5 < errors["one seed"] / errors["own seeds"] < 2.7  # twice as large, up to chance
+
+# %% [markdown]
+# So `distribute` gives every rank a stream of its own, and a checkpoint has all of them.
 #
 # ## Who inverts
 #
@@ -290,8 +313,8 @@ plt.show()
 # \tag{31.4}
 # $$
 #
-# The tests count what every rank gives to collectives, and find what the formula needs, to the number. Here it is for
-# the layers of a ResNet-50:
+# The tests compare this with the bytes that real processes write, which agree within 2 %. They also count the numbers
+# that each rank hands to collectives, one by one. Here is the formula for the layers of a ResNet-50 and of GPT-2:
 
 
 # %%
@@ -347,7 +370,7 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
 FILE = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results" / "distributed-cpu.json"
 if FILE.exists():
     print(
-        f"{'placement':14} {'CPU time of a step':>18} {'matrices, inverses':>19} {'sent in a step':>15}"
+        f"{'placement':14} {'CPU time of a step':>18} {'matrices, inverses':>19} {'in collectives':>15}"
     )
     for row in json.loads(FILE.read_text())["rows"]:
         count = sum(n for what, n in row["sent"].items() if what != "control")
@@ -359,14 +382,14 @@ else:
     print("No results here: clone the repository and run python -m benchmarks.distributed")
 
 # %% [markdown]
-# The columns say what each rank has, at most: ranks that own less hold less. Copying between the processes is a part
-# of the time.
+# The columns say what each rank has, at most: ranks that own less hold less. The last column counts the numbers that a
+# rank hands to collectives in a step, to send or to receive. Copying between the processes is a part of the time.
 #
 # ## Where it stops
 #
 # More ranks make shards smaller, and share out the inversions. The second has an end: one inversion is one job.
-# The cost of an inversion grows with the third power of the width. If the widest layer has a share $s$ of all cost,
-# then more than $1 / s$ ranks do not help:
+# The cost of an inversion grows with the third power of the width. Let the widest layer have a share $s$ of all cost.
+# Then the busiest rank has at least this share, however many ranks there are:
 
 # %% tags=["hide-input"] alt="Two falling lines on logarithmic axes over the number of ranks. Both follow the ideal line 1/P at first. That of ResNet-50 becomes flat near five ranks, that of GPT-2 near thirty." caption="The share of all inversions that the busiest rank has. Dotted: the ideal. The lines become flat where the busiest rank has the widest layer and nothing else."
 fig, ax = plt.subplots(figsize=(6, 3.4))
@@ -382,9 +405,7 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
         busiest.append(max(loads) / total)
     ax.loglog(sizes, busiest, marker="o", markersize=3, label=name)
     share = max(costs.values()) / total
-    print(
-        f"{name}: the widest layer has {share:.1%} of the cost, so {1 / share:.0f} ranks are enough"
-    )
+    print(f"{name}: the widest layer has {share:.1%} of the cost, and 1/s is {1 / share:.1f}")
     assert busiest[-1] == share
 ax.loglog(sizes, [1 / size for size in sizes], ":", label="ideal")
 ax.set(xlabel="ranks", ylabel="share of the busiest rank")
@@ -399,7 +420,7 @@ plt.show()
 # ## No factors at all
 #
 # *DP-KFAC* ([Zhang et al. (2022)](bibliography.md#dp-kfac)) sends no factors: the owner of a layer makes its matrix
-# from its own shard. That saves the second part of [(31.4)]. It is another estimator, and not a way to compute the
+# from its own shard. That saves the term $F / T_F$ of [(31.4)]. It is another estimator, and not a way to compute the
 # same: its curvature has the noise of a shard.
 
 # %%
@@ -414,9 +435,9 @@ assert min(noise) > 0.05
 #
 # ## When a rank fails
 #
-# A collective waits for all ranks. If one of them is killed, or hangs, the others wait, in PyTorch for 30 minutes by
-# default, and then fail with a message that names no rank. So every collective here begins with an exchange of six
-# numbers: what this rank is about to do, and whether it refuses. Three things follow.
+# A collective waits for all ranks. If one of them is killed, or hangs, the others wait. On CPUs, PyTorch's default is 30
+# minutes, and the message then names no rank. So a few numbers are exchanged on the CPU before ranks send each other
+# anything: what this rank is about to do, in which step, and whether it refuses. Three things follow.
 #
 # - **A refusal is everybody's.** A shard with a number that is not finite, or a matrix without an inverse, is seen by
 #   one rank. All raise the same error, which names it, and no rank has changed anything.
