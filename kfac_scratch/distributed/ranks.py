@@ -395,13 +395,14 @@ class Board:
         before = self._read("sign")
         time.sleep(self.seconds)
         after, places = self._read("sign"), self._read("place")
-        missing = []
+        dead, late = [], []
         for rank, (sign, later, place) in enumerate(zip(before, after, places, strict=True)):
             number, _, name = place.partition("|")
             if sign == later:
-                missing.append(f"Rank {rank} gives no sign of life (last seen in {name}).")
+                dead.append(f"Rank {rank} gives no sign of life (last seen in {name}).")
             elif int(number) < self.exchanges:
-                missing.append(f"Rank {rank} has not arrived (last seen in {name}).")
+                late.append(f"Rank {rank} has not arrived (last seen in {name}).")
+        missing = dead or late  # those who are late may wait for the dead
         return " ".join(missing) or "All ranks are there: one was too slow, or the network was."
 
     def _wait_for_the_rest(self) -> None:
