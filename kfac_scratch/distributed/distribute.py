@@ -161,7 +161,8 @@ def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[
 
 def _attributes(loss: Module) -> list[tuple[str, str]]:
     """What a loss was built with, its weights included."""
-    numbers = {name: t.tolist() for name, t in loss.named_buffers()}
+    buffers = dict(loss.named_buffers())
+    numbers = {n: t.tolist() if t.numel() < 20 else float(t.sum()) for n, t in buffers.items()}
     settings = {name: v for name, v in vars(loss).items() if not name.startswith("_")}
     return [(name, _words(value)) for name, value in (settings | numbers).items()]
 

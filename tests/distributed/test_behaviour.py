@@ -251,7 +251,7 @@ def test_a_difference_between_ranks_is_named_at_once(name):
         "loss": "loss: CrossEntropyLoss",
         "control": "controls: .*1e-08.*2e-08",
         "reduction": "loss.reduction: mean",
-        "class weights": r"loss.weight: \[1.0",
+        "class weights": r"loss.weight: \(1.0, 1.0, 1.0, 1.0\), but rank 1",
         "approximation": "approximation=other_kfac",
     }
     first, *others = [found[name] for found in results("differences")]
