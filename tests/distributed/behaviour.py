@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -140,6 +141,15 @@ def one_overflow(rank, size):
         said.append(str(error))
     theta = train(CASE, model, optimizer, shard(UNEQUAL, rank), steps=2)
     return said, equal_everywhere(theta, size)
+
+
+def fully_sharded(rank, size):
+    """A model whose parameters are spread over the ranks."""
+    model = fully_shard(CASE.model())
+    try:
+        CASE.optimizer(model)
+    except ValueError as error:
+        return str(error)
 
 
 def recorder_of_one(rank, size):
@@ -685,6 +695,7 @@ RUNS = {
     "update_curvature with DDP": curvature_under_ddp,
     "one overflow": one_overflow,
     "recorder of one": recorder_of_one,
+    "fully sharded": fully_sharded,
     "own labels": own_labels,
     "streams of a generator": functools.partial(streams, given=True),
     "streams of PyTorch": functools.partial(streams, given=False),

@@ -106,6 +106,11 @@ def test_a_record_of_dp_kfac_on_one_rank_is_refused_at_once():
         assert re.search("record: True, but rank 1 has record: False", said)
 
 
+def test_parameters_that_are_spread_over_ranks_are_refused_by_name():
+    for said in results("fully sharded"):
+        assert re.search(r"'0.weight' is a DTensor.*fully_shard.*DistributedDataParallel", said)
+
+
 def test_several_processes_that_do_not_come_together_are_refused():
     for said in results("not distributed"):
         assert re.search(r"There are 2 processes.*call kfac_scratch\.distribute\(optimizer\)", said)
