@@ -93,8 +93,7 @@ plt.show()
 # $$
 #
 # The gradient of a matrix with $d_\text{out} d_\text{in}$ entries is the outer product
-# $g a^\top$ of two vectors. It has rank one, whatever the rest of the network looks like. The layers before
-# this one enter the gradient through $a$ alone, the layers after it and the loss through $g$ alone.
+# $g a^\top$ of two vectors. Its rank is at most one, whatever the rest of the network looks like.
 
 # %%
 d_out, d_in = 3, 4
@@ -183,8 +182,8 @@ matrices(terms | {"$G$, their sum": gradient})
 # \tag{4.4}
 # $$
 #
-# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. The vectors
-# $\sigma_{vn} \in \mathbb{R}^C$ of its function `type2` are the columns of a square root of $H_n$:
+# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. There they are called $s_{vn}$;
+# here $s$ numbers positions. The vectors $\sigma_{vn} \in \mathbb{R}^C$ of its function `type2` are the columns of a square root of $H_n$:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
@@ -209,8 +208,8 @@ matrices(terms | {"$G$, their sum": gradient})
 # <div class="admonition theorem" markdown="1" id="thm-4.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 4.1 (the block of a layer)</b></p>
 #
-# Let a layer compute $z_{ns} = W a_{ns}$, and let the network use $W$ nowhere else. Let $f_n$ depend on
-# no datum but $n$, and let
+# Let a layer compute $z_{ns} = W a_{ns}$, and let the network use $W$ nowhere else. Let data not meet:
+# $\partial f_n / \partial z_{ms} = 0$ for $m \ne n$. Let
 # $g_{vns} = (\partial f_n / \partial z_{ns})^\top \sigma_{vn}$ be what arrives at $z_{ns}$ when
 # $\sigma_{vn}$ is sent backward. Then the block of the GGN that belongs to
 # $\operatorname{vec}(W)$, the entries of $W$ row by row, is
@@ -225,7 +224,8 @@ matrices(terms | {"$G$, their sum": gradient})
 #
 # **Proof.** The rows and columns of [(4.6)] that belong to $\operatorname{vec}(W)$ are made of the
 # entries of $J_n^\top \sigma_{vn}$ that belong to $\operatorname{vec}(W)$. These are the derivative
-# of $\sigma_{vn}^\top f_n$ with respect to $W$, which is $G_{vn}$ by [(4.3)]. $\blacksquare$
+# of $\sigma_{vn}^\top f_n$ with respect to $W$. The positions of other data add nothing to it, as data do not meet.
+# Those of datum $n$ add up to $G_{vn}$ by [(4.3)]. $\blacksquare$
 #
 # Nothing has been approximated. Other vectors in the same formula give other matrices. If the vectors are
 # random with $\mathbb{E} [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, the sum [(4.7)] is random and its
@@ -368,8 +368,8 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # ## What ships
 #
 # The package does the same in three pieces. The first one records. It looks at functions instead of modules:
-# every linear layer calls `functional.linear` in the end, and so does code that has weights but no layers. A
-# `TorchFunctionMode` of PyTorch sees each such call with its arguments, and the recorder keeps those calls
+# every linear layer calls `functional.linear` in the end. Code that has weights but no layers may use `@` or `einsum`,
+# which have rules, too. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and the recorder keeps those calls
 # that get a layer's weight. There are three differences from our hook. There is a list of calls,
 # as a weight may be used several times. The recorder notes the output's place in autograd's graph, `edge`,
 # which survives an overwriting, so that most copies are not needed. And it notes the version of the input, a
@@ -395,7 +395,7 @@ code(capture._backward, capture._batched_if_possible)
 # %% [markdown]
 # The third is the whole procedure: find the layers, run forward and record, ask the loss for its
 # vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
-# refuse networks that would get a wrong block; we will meet some of them. A `ForwardPass` makes the
+# refuse networks in which they find an error; we will meet some of them. A `ForwardPass` makes the
 # tensors of one layer at a time, so that a loop over a data set need not hold those of all layers.
 # `stream` gives all layers, part by part, and `layer_ios` joins the parts.
 
@@ -530,7 +530,7 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 
 # %% [markdown]
 # **An embedding** looks up column $t$ of $W$ for token $t$ (PyTorch stores the transpose, one token
-# per row). Looking up is multiplying with a one-hot vector, so $a_{ns}$ is one-hot.
+# per row). Looking up is multiplying with a one-hot vector, so $a_{ns}$ is one-hot. The row of a padding token is zero.
 #
 # ### In the package
 #
@@ -725,7 +725,7 @@ if not X.is_cuda:  # a GPU has a generator of its own
 # \tag{4.8}
 # $$
 #
-# numbers. For a linear layer the first part is as large as what training keeps for its backward
+# numbers; an embedding keeps the numbers of its tokens in place of $a$. For a linear layer the first part is as large as what training keeps for its backward
 # pass, and a column of ones. For a convolution it is more, as an entry of the image is repeated in
 # every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided).
 # The second part is $V$ times the size of the layer's output. For the vectors of `type2`, $V$ is the number
@@ -946,7 +946,7 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # The block is a sum of $V N$ matrices of rank at most one, so its rank is at most $V N$ and it is
 # singular whenever $V N \lt d_\text{out} d_\text{in}$, which for a batch is common. (With `type2`
 # and cross-entropy, $H_n$ has rank at most $C - 1$, since adding a constant to all logits changes
-# nothing, so even $(C - 1) N$ is a bound.) This is one reason for damping. By [(4.3)], a gradient
+# nothing. So it has $V = C - 1$ vectors, and the bound is $(C - 1) N$.) This is one reason for damping. By [(4.3)], a gradient
 # has rank at most $S$.
 #
 # </details>

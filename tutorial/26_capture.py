@@ -20,7 +20,7 @@
 # hooks. That is enough if every weight is used by calling its layer. In many networks it is not: PyTorch's
 # own attention reads the weight of a layer and never calls the layer. This chapter records *functions*
 # instead of layers, at first by hand. It then proves that a single random vector shows with probability one
-# whether a use of a weight was missed. The last part takes a transformer made of PyTorch's modules and
+# whether the recorded uses explain the gradient on the tried data, up to a tolerance. The last part takes a transformer made of PyTorch's modules and
 # compares every block with the exact one.
 #
 # *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back
@@ -285,7 +285,7 @@ for name, net in (("a weight used twice", twice), ("a hook of somebody else", ho
 #
 # The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
 # into it. An edge makes most copies unnecessary: it is a place in the graph, and it stays the same place
-# when the tensor gets new values. Views are the exception. For inputs with positions, `functional.linear`
+# when the tensor gets new values. Views are the exception. With a bias, and a contiguous input with positions, `functional.linear`
 # computes one large matrix product and returns a view of it. If a function writes into a view, autograd
 # attaches the new value to the tensor that the view was taken from. The view's old edge is then no longer part
 # of the graph. The cell asks for the derivative at the edge of $z$, with an activation in place behind it.
@@ -312,8 +312,8 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
     assert is_view == (as_it_is is None) == (kind != "samples")
 
 # %% [markdown]
-# The package takes a missing derivative for zero, because an output may be unused. Without a copy it would
-# get a block of zeros here.
+# The package takes a missing derivative for zero, because an output may be unused. Without a copy, $g$ would be zero
+# here, and the second check below would refuse the network.
 #
 # A copy takes time, and there is another place to ask: the matrix product itself, `z._base`, which stays in
 # the graph. If the view $z$ has all entries of the product, the derivative with respect to the product is the
@@ -334,8 +334,8 @@ assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
 # ### A function that hides others
 #
 # The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else
-# the mode would get its own calls again. Most functions call no other, so nothing is missed. A few are
-# written in Python. Their first line asks whether a mode is on, and if so, gives the whole call to the mode.
+# the mode would get its own calls again. Most functions that get a weight call no other, so nothing is missed. A few
+# of those written in Python do. Their first line asks whether a mode is on, and if so, gives the whole call to the mode.
 # The mode runs the function again, now switched off itself, and so it does not see which other functions are
 # called. One of these is `functional.multi_head_attention_forward`:
 
@@ -442,7 +442,8 @@ for func, rule, arguments in (
 # as `weight[t]`, and for normalisations ([all of them](api/capture.functions.md)). A convolution has its
 # stride, padding and groups in the arguments of the function, so that one kernel may be used with several
 # settings. A product without a bias may be followed by an addition, as in `x @ W.T + b`: a bias that is
-# added to the output of the last recorded call belongs to this call, if no other function came between.
+# added to the output of the last recorded call of the same weight belongs to this call, if no other function came
+# between.
 #
 # The recorder runs a function, tries its rules, and looks for the weight among the matrices $W$ of the model,
 # `_matrices`. A function may use whole matrices: then its weight begins at the first entry of one of them, in
@@ -540,7 +541,8 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 # used by a function that has no rule. Then the network can be trained, capture without checks raises no
 # error, and the block is wrong.
 #
-# The package therefore tries a network on a few of the data before the first capture. One trial serves all
+# The package therefore tries a network on a few of the data, after the forward pass of the batch and before any
+# vector of the loss is sent. One trial serves all
 # batches of one kind: with the same shapes and types of the inputs (the number of data may differ), the same
 # modes of the modules, and the same trainable parameters.
 #
@@ -548,7 +550,8 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #    output $z_{ms}$ for another. The package sends random vectors to the network's outputs for some of the
 #    data. At all other data, the $g$ of every layer must be zero, exactly: no path leads there, so there is
 #    nothing to round. This is done for a few sets of data. For any two data there is a set with the first and
-#    without the second.
+#    without the second. The derivatives from two data of a set could cancel. For random vectors, the probability
+#    of that is zero.
 # 2. *The calls explain the gradient.* The package sends a random vector $v$ to all outputs. For every
 #    parameter, the gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls, up to
 #    rounding. The tolerance is a bound on the terms of this sum times the square root of the machine
@@ -556,7 +559,7 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #    effect cancels.
 #
 # The first check also finds the axis of the data, which the package does not assume. It is the axis of $z$
-# whose size changes between two and three data. If this axis also contains positions, the zeros tell whether
+# whose size changes between two and three data. If several axes fit, the inputs of both small runs decide. If this axis also contains positions, the zeros tell whether
 # the positions of one datum are neighbours on it or far apart.
 #
 # <div class="admonition theorem" markdown="1" id="thm-26.1">
@@ -578,8 +581,8 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #
 # **Proof.** Both sides of [(26.1)] are linear in $v$: the left side by the rules of differentiation, the
 # right side because every $g_c$ is, and the $a_c$ do not depend on $v$. So the difference of both sides is a
-# linear function of $v$. If it is not zero for all $v$, it is zero on a proper subspace only, and the drawn
-# $v$ lies in that subspace with probability zero. $\blacksquare$
+# linear function of $v$. If [(26.1)] fails for some $v$, the difference is zero on a proper subspace only. The drawn
+# vector lies in that subspace with probability zero, so [(26.1)] fails for it, too. $\blacksquare$
 #
 # What is the difference? The derivative with respect to $W$ is a sum over all paths from $W$ to $f$ in the
 # graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute $g_c a_c^\top$,
@@ -588,11 +591,13 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #
 # Why does this make blocks exact? Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and zero at the
 # others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(26.1)] is over
-# the rows of datum $n$, and by [(26.1)] it is the gradient $G_{vn}$ of [Theorem 4.1].
+# the rows of datum $n$, and by [(26.1)] it is the gradient $G_{vn}$ of [Theorem 4.1]. This proves the blocks for the
+# data that are tried. For the rest of the batch it is assumed.
 #
-# The proof does not ask where $a_c$ and $g_c$ come from. A mistake in a rule, in the rows or in a bias
-# column makes the two sides differ as well, so the check finds it, and no rule needs to be trusted. By hand,
-# both checks are a few lines.
+# The proof does not ask where $a_c$ and $g_c$ come from. The second check finds every mistake of a rule that changes
+# the sum, in the rows, say, or in a bias column. The first finds data on the wrong axis. A mistake that keeps every
+# $G_{vn}$, such as $2 a$ with $g / 2$, keeps the block. It could still change the factors $A$ and $B$ of KFAC, so
+# these are tested for every rule. By hand, both checks are a few lines.
 
 
 # %%
@@ -693,9 +698,14 @@ def wrong(change):
     return Wrong
 
 
+def without_ones(a: Tensor) -> Tensor:
+    """Rows whose last entry, the input of the bias, is zero."""
+    return torch.cat([a[..., :-1], torch.zeros_like(a[..., -1:])], dim=-1)
+
+
 mistakes = {
     "entries in another order": lambda number, W, r, a, edge: [(W, r, a.roll(1, -1), edge)],
-    "no bias column": lambda number, W, r, a, edge: [(W, r, with_ones(a[..., :-1]) - 1, edge)],
+    "no bias column": lambda number, W, r, a, edge: [(W, r, without_ones(a), edge)],
     "a call left out": lambda number, W, r, a, edge: [(W, r, a * (number > 1), edge)],
 }
 for mistake, change in mistakes.items():
@@ -734,11 +744,11 @@ assert two_checks(detached, X)[0] == 0
 # %% [markdown]
 # `plan` does both checks and returns what it found: the axis and the order of the data in every call.
 # `layer_ios(..., plan=...)` takes this plan and tries nothing. Loops over a data set and the optimizer keep
-# their plans. The source has four of its functions: `_orders` finds the axis by sizes, `_place` and
-# `_is_apart` are the first check, `_check_gradient` is the second.
+# their plans. The source has five of its functions: `_orders` finds the axis by sizes, `_place` and
+# `_is_apart` are the first check, `_check_gradient` and `check_sums` are the second.
 
 # %% tags=["remove-input"]
-code(plan._orders, plan._place, plan._is_apart, plan._check_gradient)
+code(plan._orders, plan._place, plan._is_apart, plan._check_gradient, plan.check_sums)
 
 # %% [markdown]
 # ## A real transformer
@@ -981,7 +991,7 @@ assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 # %% [markdown]
 # **What no trial sees.** A use of a weight may be zero on every datum that is tried, such as a use behind a
 # gate that is closed for all of them. Then nothing is unexplained, and capture is wrong for the datum whose gate
-# is open. The tried data are spread over the batch. So a gate that opens often is probably noticed, but
+# is open. A use whose effect is smaller than the tolerance is not seen, either. The tried data are spread over the batch. So a gate that opens often is probably noticed, but
 # there is no guarantee. Below, one gate is open. If its datum is not tried, the block is wrong. If it
 # is put first in the batch, it is tried, and the network is refused:
 
