@@ -183,7 +183,8 @@ matrices(terms | {"$G$, their sum": gradient})
 # $$
 #
 # [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. There they are called $s_{vn}$;
-# here $s$ numbers positions. The vectors $\sigma_{vn} \in \mathbb{R}^C$ of its function `type2` are the columns of a square root of $H_n$:
+# here $s$ numbers positions. The vectors $\sigma_{vn} \in \mathbb{R}^C$ of its function `type2` are the columns
+# of a square root of $H_n$:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
@@ -368,13 +369,13 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # ## What ships
 #
 # The package does the same in three pieces. The first one records. It looks at functions instead of modules:
-# every linear layer calls `functional.linear` in the end. Code that has weights but no layers may use `@` or `einsum`,
-# which have rules, too. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and the recorder keeps those calls
-# that get a layer's weight. There are three differences from our hook. There is a list of calls,
-# as a weight may be used several times. The recorder notes the output's place in autograd's graph, `edge`,
-# which survives an overwriting, so that most copies are not needed. And it notes the version of the input, a
-# counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input* is
-# noticed as well.
+# every linear layer calls `functional.linear` in the end. Code that has weights but no layers may use `@` or
+# `einsum`, which have rules, too. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and
+# the recorder keeps those calls that get a layer's weight. There are three differences from our hook. There is a
+# list of calls, as a weight may be used several times. The recorder notes the output's place in autograd's graph,
+# `edge`, which survives an overwriting, so that most copies are not needed. And it notes the version of the
+# input, a counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input*
+# is noticed as well.
 #
 # [Chapter 26](26_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
 # this chapter passes over: when a copy is needed, functions that use a part of a weight (`unused`), products
@@ -530,7 +531,8 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 
 # %% [markdown]
 # **An embedding** looks up column $t$ of $W$ for token $t$ (PyTorch stores the transpose, one token
-# per row). Looking up is multiplying with a one-hot vector, so $a_{ns}$ is one-hot. The row of a padding token is zero.
+# per row). Looking up is multiplying with a one-hot vector, so $a_{ns}$ is one-hot. The row of a padding token is
+# zero.
 #
 # ### In the package
 #
@@ -725,16 +727,16 @@ if not X.is_cuda:  # a GPU has a generator of its own
 # \tag{4.8}
 # $$
 #
-# numbers; an embedding keeps the numbers of its tokens in place of $a$. For a linear layer the first part is as large as what training keeps for its backward
-# pass, and a column of ones. For a convolution it is more, as an entry of the image is repeated in
-# every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when patches can be avoided).
-# The second part is $V$ times the size of the layer's output. For the vectors of `type2`, $V$ is the number
-# of outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With many
-# classes, `g` soon does not fit into memory. But the block is a *sum* over vectors, and so is
-# $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$, the factor that KFAC takes from `g`
-# ([Chapter 5](05_kfac.py)). So `stream` yields a `LayerIO` with at most `chunk` vectors at a time, and the
-# caller adds up. Fewer vectors at a time need less memory and more backward passes. Without a `chunk`,
-# the package chooses one from a budget of bytes:
+# numbers; an embedding keeps the numbers of its tokens in place of $a$. For a linear layer the first part is as
+# large as what training keeps for its backward pass, and a column of ones. For a convolution it is more, as an
+# entry of the image is repeated in every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when
+# patches can be avoided). The second part is $V$ times the size of the layer's output. For the vectors of
+# `type2`, $V$ is the number of outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss
+# at each). With many classes, `g` soon does not fit into memory. But the block is a *sum* over vectors, and so is
+# $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$, the factor that KFAC takes from `g` ([Chapter 5](05_kfac.py)). So
+# `stream` yields a `LayerIO` with at most `chunk` vectors at a time, and the caller adds up. Fewer vectors at a
+# time need less memory and more backward passes. Without a `chunk`, the package chooses one from a budget of
+# bytes:
 
 # %% tags=["remove-input"]
 code(capture.default_chunk)
@@ -946,8 +948,8 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # The block is a sum of $V N$ matrices of rank at most one, so its rank is at most $V N$ and it is
 # singular whenever $V N \lt d_\text{out} d_\text{in}$, which for a batch is common. (With `type2`
 # and cross-entropy, $H_n$ has rank at most $C - 1$, since adding a constant to all logits changes
-# nothing. So it has $V = C - 1$ vectors, and the bound is $(C - 1) N$.) This is one reason for damping. By [(4.3)], a gradient
-# has rank at most $S$.
+# nothing. So it has $V = C - 1$ vectors, and the bound is $(C - 1) N$.) This is one reason for damping. By
+# [(4.3)], a gradient has rank at most $S$.
 #
 # </details>
 #

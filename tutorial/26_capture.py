@@ -20,8 +20,8 @@
 # hooks. That is enough if every weight is used by calling its layer. In many networks it is not: PyTorch's
 # own attention reads the weight of a layer and never calls the layer. This chapter records *functions*
 # instead of layers, at first by hand. It then proves that a single random vector shows with probability one
-# whether the recorded uses explain the gradient on the tried data, up to a tolerance. The last part takes a transformer made of PyTorch's modules and
-# compares every block with the exact one.
+# whether the recorded uses explain the gradient on the tried data, up to a tolerance. The last part takes a
+# transformer made of PyTorch's modules and compares every block with the exact one.
 #
 # *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back
 # for every $g$.
@@ -285,10 +285,11 @@ for name, net in (("a weight used twice", twice), ("a hook of somebody else", ho
 #
 # The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
 # into it. An edge makes most copies unnecessary: it is a place in the graph, and it stays the same place
-# when the tensor gets new values. Views are the exception. With a bias, and a contiguous input with positions, `functional.linear`
-# computes one large matrix product and returns a view of it. If a function writes into a view, autograd
-# attaches the new value to the tensor that the view was taken from. The view's old edge is then no longer part
-# of the graph. The cell asks for the derivative at the edge of $z$, with an activation in place behind it.
+# when the tensor gets new values. Views are the exception. With a bias, and a contiguous input with positions,
+# `functional.linear` computes one large matrix product and returns a view of it. If a function writes into a
+# view, autograd attaches the new value to the tensor that the view was taken from. The view's old edge is then no
+# longer part of the graph. The cell asks for the derivative at the edge of $z$, with an activation in place
+# behind it.
 
 
 # %%
@@ -335,9 +336,9 @@ assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
 #
 # The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else
 # the mode would get its own calls again. Most functions that get a weight call no other, so nothing is missed. A few
-# of those written in Python do. Their first line asks whether a mode is on, and if so, gives the whole call to the mode.
-# The mode runs the function again, now switched off itself, and so it does not see which other functions are
-# called. One of these is `functional.multi_head_attention_forward`:
+# of those written in Python do. Their first line asks whether a mode is on, and if so, gives the whole call to
+# the mode. The mode runs the function again, now switched off itself, and so it does not see which other
+# functions are called. One of these is `functional.multi_head_attention_forward`:
 
 # %%
 with Names() as mode:
@@ -559,8 +560,9 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #    effect cancels.
 #
 # The first check also finds the axis of the data, which the package does not assume. It is the axis of $z$
-# whose size changes between two and three data. If several axes fit, the inputs of both small runs decide. If this axis also contains positions, the zeros tell whether
-# the positions of one datum are neighbours on it or far apart.
+# whose size changes between two and three data. If several axes fit, the inputs of both small runs decide. If
+# this axis also contains positions, the zeros tell whether the positions of one datum are neighbours on it or far
+# apart.
 #
 # <div class="admonition theorem" markdown="1" id="thm-26.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 26.1 (the calls explain the gradient)</b></p>
@@ -991,9 +993,10 @@ assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 # %% [markdown]
 # **What no trial sees.** A use of a weight may be zero on every datum that is tried, such as a use behind a
 # gate that is closed for all of them. Then nothing is unexplained, and capture is wrong for the datum whose gate
-# is open. A use whose effect is smaller than the tolerance is not seen, either. The tried data are spread over the batch. So a gate that opens often is probably noticed, but
-# there is no guarantee. Below, one gate is open. If its datum is not tried, the block is wrong. If it
-# is put first in the batch, it is tried, and the network is refused:
+# is open. A use whose effect is smaller than the tolerance is not seen, either. The tried data are spread over
+# the batch. So a gate that opens often is probably noticed, but there is no guarantee. Below, one gate is open.
+# If its datum is not tried, the block is wrong. If it is put first in the batch, it is tried, and the network is
+# refused:
 
 
 # %%
