@@ -50,7 +50,7 @@ from kfac_scratch.losses import monte_carlo
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.observed import terms_of
 from kfac_scratch.optimizer.optimizer import KFAC
-from kfac_scratch.optimizer.placement import Invert
+from kfac_scratch.optimizer.placement import AgreedError, Invert
 from kfac_scratch.optimizer.preconditioner import inverses
 from kfac_scratch.optimizer.progress import Progress, updated
 from kfac_scratch.optimizer.state_dicts import name_of
@@ -88,7 +88,8 @@ def distribute(
     Without DistributedDataParallel, gradients are those of the shard until `step` joins them. So
     `clip_grad_norm_` and `torch.amp.GradScaler` would act on each rank by itself: use them with
     DistributedDataParallel only. All ranks need the same hardware and versions, since each computes
-    eigenvectors by itself.
+    eigenvectors by itself. Every shard needs a target that the loss counts. In training mode,
+    BatchNorm sees one shard at a time.
 
     Cost: see the module for what is sent; memory for inverses as `workers` says.
 
@@ -112,6 +113,24 @@ def distribute(
             rank. No further step is possible then.
     """
     check_instance("optimizer", optimizer, KFAC, "KFAC(model, loss)")
+    ranks = Ranks(timeout, diagnosis)
+    try:
+        with ranks.together("distribute"):
+            _check_new(optimizer)
+            rows = gradient_workers(workers, ranks.size)
+            items = described(optimizer, workers, owner_local)
+        ranks.check_same("the model or the optimizer", items)
+    except AgreedError:
+        ranks.close()
+        raise
+    ddp = optimizer._wrapper if isinstance(optimizer._wrapper, DistributedDataParallel) else None
+    together = Together(optimizer, ranks, rows, owner_local, ddp)
+    if ranks.size > 1:
+        optimizer.placement = together
+    return together
+
+
+def _check_new(optimizer: KFAC) -> None:
     if optimizer.placement.size > 1:
         raise ValueError("distribute() was called for this optimizer already.")
     if optimizer.steps or optimizer.updates:
@@ -119,14 +138,6 @@ def distribute(
             "The optimizer has learnt from batches of one rank already: call distribute() before "
             "the first observe(), and load_state_dict() after it."
         )
-    ranks = Ranks(timeout, diagnosis)
-    ranks.check_same("the model or the optimizer", described(optimizer, workers, owner_local))
-    rows = gradient_workers(workers, ranks.size)
-    ddp = optimizer._wrapper if isinstance(optimizer._wrapper, DistributedDataParallel) else None
-    together = Together(optimizer, ranks, rows, owner_local, ddp)
-    if ranks.size > 1:
-        optimizer.placement = together
-    return together
 
 
 def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[str, Any]]:
@@ -170,7 +181,8 @@ def _attributes(loss: Module) -> list[tuple[str, str]]:
 def _words(value: Any) -> str:
     """A setting in words that are the same in every process: no addresses."""
     if isinstance(value, partial):
-        return f"{_words(value.func)}({', '.join(map(_words, value.args))}, {value.keywords})"
+        named = [f"{key}={_words(of)}" for key, of in value.keywords.items()]
+        return f"{_words(value.func)}({', '.join([*map(_words, value.args), *named])})"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_words, value))})"
     if is_dataclass(value):
@@ -205,8 +217,7 @@ class Together:
         self._optimizer, self._ddp = optimizer, ddp
         self._columns = ranks.groups(columns(ranks.size, rows))
         self._rows = ranks.groups(grid_rows(ranks.size, rows))
-        self._joint_loss_was_used = False
-        self._whole = 1.0  # a sum over the shard here times this stands for one over the batch
+        self._joint_loss_of = -1  # the step for which it was used
         self._assign(optimizer._arranged().blocks)
         if ranks.size > 1:
             self._fork_draws()
@@ -240,7 +251,7 @@ class Together:
         with self.ranks.together("loss"):
             here = terms_of(Batch(self._optimizer.model, loss, None, y))
             table = self.ranks.exchange("terms of the loss", [here])
-        self._joint_loss_was_used = True
+        self._joint_loss_of = self._optimizer.steps
         return self.size * (1.0 if _is_sum(loss) else here / float(table.sum()))
 
     # ---- labels -------------------------------------------------------------------------------
@@ -278,7 +289,7 @@ class Together:
         if generator is None:
             return
         if states is not None and len(states) == self.size:
-            generator.set_state(states[self.rank])
+            generator.set_state(states[self.rank].cpu())
         else:
             base = self.ranks.objects("load_state_dict", generator.initial_seed())[0]
             generator.manual_seed(base + self.size * (steps + 1) + self.rank)
@@ -290,23 +301,20 @@ class Together:
         self.ranks.step = self._optimizer.steps
         return self.ranks.together(what)
 
-    def total(self, terms: float, samples: int) -> float:
-        """The terms of the batches of all ranks.
+    def totals(self, terms: float, samples: int) -> tuple[float, float]:
+        """The terms and the samples of the batches of all ranks.
 
         Raises:
             ValueError: If there is nothing to learn from on any rank.
         """
-        table = self.ranks.exchange("terms", [terms, samples])
-        summed = _is_sum(self._optimizer.loss)
-        total, everywhere = table.sum(0).tolist()
+        total, everywhere = self.ranks.exchange("terms", [terms, samples]).sum(0).tolist()
         if not total:
             raise ValueError("The loss has no term on any rank: skip the batch.")
-        mine = samples / everywhere if summed else terms / total
-        self._whole = 1 / mine if mine else 0.0
-        return float(total)
+        return total, everywhere
 
     def updated(
         self,
+        part: float,
         estimator: Estimator,
         states: Mapping[str, Matrix],
         ios: Mapping[str, LayerIO],
@@ -317,7 +325,7 @@ class Together:
             return joint_update(self.ranks, estimator, states, ios, weights)
         self._assign(self._optimizer._arranged().blocks)
         mine = {name: io for name, io in ios.items() if self.owners[name] == self.rank}
-        scaled = {name: replace(io, g=self._whole**0.5 * io.g) for name, io in mine.items()}
+        scaled = {name: replace(io, g=part**-0.5 * io.g) for name, io in mine.items()}
         return updated(estimator, states, scaled, weights)
 
     def join_gradients(self, trained: Mapping[str, Parameter], share: float) -> Undo:
@@ -329,10 +337,12 @@ class Together:
                 differently.
         """
         here = [p.grad is not None for p in trained.values()]
+        names = [(name, tuple(p.shape), str(p.dtype)) for name, p in trained.items()]
         numbers = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
-        told = [len(here), crc32(bytes(here)), crc32(str(numbers).encode()), share]
-        table = self.ranks.exchange("parameters", told)
-        _check_alike(table, numbers, self.ranks)
+        same = crc32(str((names, numbers)).encode())
+        table = self.ranks.exchange("parameters", [len(here), crc32(bytes(here)), same, share])
+        if (table[:, 2] != table[0, 2]).any():
+            self.ranks.check_same("parameters and groups", [*_by_name(names), *_by_name(numbers)])
         there = here
         if (table[:, 1] != table[0, 1]).any():
             flags = self.ranks.objects("parameters", here)
@@ -359,14 +369,14 @@ class Together:
         totals = self.ranks.exchange("averages", [total])[:, 0].tolist()
         alike = len(set(totals)) == 1 and total != 0 and total == total
         summed = _is_sum(self._optimizer.loss)
-        used, self._joint_loss_was_used = self._joint_loss_was_used, False
+        used = self._joint_loss_of == self._optimizer.steps
         if self._ddp is None and alike and not equal:
             raise ValueError(
                 "All ranks have the same gradients, although their shards count "
                 f"{shares} of the loss: were they averaged by a DistributedDataParallel that KFAC "
                 "was not given? Pass it, KFAC(DistributedDataParallel(model), loss)."
             )
-        if self._ddp is not None and not alike and all(total == total for total in totals):
+        if self._ddp is not None and len(set(totals)) > 1 and all(t == t for t in totals):
             raise ValueError(
                 "The ranks have different gradients, so that DistributedDataParallel has not "
                 "averaged them: call the DistributedDataParallel itself in the forward pass, not "
@@ -450,7 +460,7 @@ class Together:
         width = self.size // self.rows
         columns_of = {name: self.owners[name] % width for name in values}
         mine = {n: V for n, V in values.items() if columns_of[n] == self.rank % width}
-        local = {name: inverses[name] @ V for name, V in mine.items()}
+        local = {name: _checked(name, inverses[name] @ V, V) for name, V in mine.items()}
         if width == 1:
             return local
         row = self.rank // width
@@ -495,13 +505,14 @@ class Together:
 
     def whole(self, known: Progress) -> Progress:
         """All matrices and inverses, on every rank. Every rank calls it."""
+        self._assign(self._optimizer._arranged().blocks)
         with self.together("state_dict"):
             mine = [n for n in known.dampings if self.owners[n] == self.rank]
             parts = {n: _moved(known.inverses[n], "cpu") for n in mine}
-            owned = [n for n in known.counts if self.owners[n] == self.rank]
-            estimated = {n: _moved(known.matrices[n], "cpu") for n in owned}
-        if not self.owner_local:
-            estimated = {}  # every rank has all of them
+            estimated = {}
+            if self.owner_local:  # else every rank has all of them
+                owned = [n for n in known.counts if self.owners[n] == self.rank]
+                estimated = {n: _moved(known.matrices[n], "cpu") for n in owned}
         inverses = self._from_all(parts)
         matrices = self._from_all(estimated) if self.owner_local else known.matrices
         return replace(
@@ -592,20 +603,17 @@ class JointLoss(Module):
         return self.together.share_of_loss(self.loss, y) * value
 
 
-def _check_alike(table: Tensor, numbers: list[dict[str, Any]], ranks: Ranks) -> None:
-    """Refuse ranks that train other parameters, or with other numbers in their groups."""
-    if (table[:, 0] != table[0, 0]).any():
+def _by_name(items: Sequence[Any]) -> list[tuple[str, str]]:
+    return [(f"number {i}", str(item)) for i, item in enumerate(items)]
+
+
+def _checked(name: str, P: Tensor, V: Tensor) -> Tensor:
+    """A direction in the dtype of its gradient, as those who receive it expect it."""
+    if P.shape != V.shape:
         raise ValueError(
-            f"The ranks train {table[:, 0].long().tolist()} parameters: freeze, unfreeze and "
-            "add parameters on all of them."
+            f"The inverse of block {name!r} makes {tuple(P.shape)} of {tuple(V.shape)}."
         )
-    if (table[:, 2] != table[0, 2]).any():
-        everywhere = ranks.objects("parameters", str(numbers))
-        raise ValueError(
-            f"The ranks have different groups: {'; '.join(everywhere)}. Change learning rates and "
-            "dampings in the same way on all of them: a schedule that follows a loss must follow "
-            "that of all ranks."
-        )
+    return P.to(V.dtype)
 
 
 def _is_sum(loss: Module) -> bool:

@@ -13,6 +13,7 @@ Source: PyTorch's documentation of `torch.distributed` (`all_gather`, `TCPStore`
 """
 
 import os
+import pickle
 import socket
 import threading
 import time
@@ -75,10 +76,23 @@ class Ranks:
         self._count = 0
         self._board: Board | None = None
         limit = timedelta(seconds=timeout)
-        self._data = dist.new_group(timeout=limit)
-        self._control = dist.new_group(backend="gloo", timeout=limit)
-        self._board = self._connected()
-        dist.barrier(self._data)  # connections are made at the first use, which may not fail later
+        try:
+            self._data = dist.new_group(timeout=limit)
+            self._control = dist.new_group(backend="gloo", timeout=limit)
+            self._made = [self._data, self._control]
+            self._board = self._connected()
+            dist.barrier(self._data)  # connections are made at the first use
+        except RuntimeError as error:
+            raise LostRankError(
+                f"Rank {self.rank} of {self.size} could not connect to all others: did every rank "
+                f"call distribute()? {str(error).splitlines()[0]}"
+            ) from error
+
+    def close(self) -> None:
+        """Give up the groups. No collective is possible afterwards."""
+        for group in reversed(self._made):
+            dist.destroy_process_group(group)
+        self._made = []
 
     def _connected(self) -> "Board":
         """The board of the job, which rank 0 keeps: one for all optimizers."""
@@ -170,8 +184,9 @@ class Ranks:
             AgreedError: If a rank has refused before it came here.
             LostRankError: If a rank does not come.
         """
+        pickled = pickle.dumps(value)  # what cannot be pickled raises before the others wait
         self.exchange(what)
-        return self._objects(what, value)
+        return [pickle.loads(each) for each in self._objects(what, pickled)]
 
     def _objects(self, what: str, value: Any) -> list[Any]:
         """The same where all ranks are known to be here."""
@@ -198,8 +213,8 @@ class Ranks:
                 if (name, value) != (other_name, other):
                     raise AgreedError(
                         f"The ranks differ in {what}: rank 0 has {name}: {value}, but rank {rank} "
-                        f"has {other_name}: {other}. Build model and optimizer in the same way on "
-                        "all ranks, from the same seed or checkpoint."
+                        f"has {other_name}: {other}. Build and change model and optimizer in the "
+                        "same way on all ranks, from the same seed or checkpoint."
                     )
 
     @property
@@ -210,8 +225,18 @@ class Ranks:
     # ---- tensors ------------------------------------------------------------------------------
 
     def summed(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of every tensor over all ranks. The tensors themselves stay as they are."""
-        self.exchange(what)
+        """The sum of every tensor over all ranks. The tensors themselves stay as they are.
+
+        Raises:
+            AgreedError: If the ranks have tensors of other numbers, shapes or dtypes.
+        """
+        forms = [(tuple(t.shape), str(t.dtype)) for t in tensors]
+        table = self.exchange(what, [crc32(str(forms).encode())])
+        if (table != table[0]).any():
+            raise AgreedError(
+                f"The ranks have different layers in {what!r} of step {self.step}: freeze, "
+                "unfreeze and add parameters on all of them, before the same batch."
+            )
         return through(tensors, self._counted(what, self._added))
 
     def _added(self, flat: Tensor) -> None:
@@ -270,6 +295,7 @@ class Ranks:
                 continue
             group = dist.new_group(list(ranks), timeout=limit) if len(ranks) > 1 else None
             made.append(group if self.rank in ranks else None)
+            self._made += [group] if made[-1] is not None else []
         for group in made:
             if group is not None:
                 dist.barrier(group)
@@ -428,7 +454,7 @@ RANK_0_IS_GONE = "Rank 0 does not answer: it has ended, or is stopped."
 def _give_signs(store: Any, rank: int, over: threading.Event, pause: float) -> None:
     """Count on the board, until the board is not needed any more or is gone."""
     count = 0
-    while not over.wait(pause):
+    while not over.wait(pause) and dist.is_initialized():
         count += 1
         try:
             store.set(f"sign of {rank}", str(count))

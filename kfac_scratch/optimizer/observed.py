@@ -63,7 +63,7 @@ class Observed:
         gradient: A parameter and its gradient at the last `observe`. A new tensor in its place
             means that gradients were renewed, and a new step began.
         expected: What is known with these batches, None as long as nobody asked.
-        total: The terms of the batches of all processes, None if there is only this one.
+        totals: The terms and the samples of the batches of all processes; None if there is one.
         ended: Whether the next batch belongs to another step.
         undone: Whether the step raised.
     """
@@ -75,7 +75,7 @@ class Observed:
     draws: Draws | None = None
     gradient: tuple[Parameter, Tensor] | None = None
     expected: Progress | None = None
-    total: float | None = None
+    totals: tuple[float, float] | None = None
     ended: bool = False
     undone: bool = False
 
@@ -84,26 +84,37 @@ class Observed:
         """Whether the gradient that was seen last is gone."""
         return self.gradient is not None and self.gradient[0].grad is not self.gradient[1]
 
+    @property
+    def terms(self) -> float | None:
+        """The terms of the batches of all processes, None if there is only this one."""
+        return None if self.totals is None else self.totals[0]
+
     def layers(self) -> LayerIOs:
         """Every layer on all batches together."""
-        parts = shares(self.batches, self.total)
+        parts = shares(self.batches, self.terms)
         if len(self.ios) > 1:
             return {
                 name: concatenate([ios[name] for ios in self.ios], parts) for name in self.ios[0]
             }
-        if self.total is None:
+        if self.totals is None:
             return self.ios[0]
         return {name: replace(io, g=parts[0] ** 0.5 * io.g) for name, io in self.ios[0].items()}
 
     def shared(self) -> tuple[tuple[float, Batch], ...]:
         """Every batch with its share in the loss of all."""
-        return tuple(zip(shares(self.batches, self.total), self.batches, strict=True))
+        return tuple(zip(shares(self.batches, self.terms), self.batches, strict=True))
 
     def share(self) -> float:
         """The share of the batches here in the loss of all processes."""
-        if self.total is None or is_sum(self.batches):
+        if self.totals is None or is_sum(self.batches):
             return 1.0
-        return sum(shares(self.batches, self.total))
+        return sum(shares(self.batches, self.terms))
+
+    def part(self) -> float:
+        """The part of the data of all processes that is here, as the loss counts them."""
+        if self.totals is None or not is_sum(self.batches):
+            return self.share()
+        return sum(len(batch.y) for batch in self.batches) / self.totals[1]
 
 
 def shares(batches: Sequence[Batch], total: float | None = None) -> list[float]:

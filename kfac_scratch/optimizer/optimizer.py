@@ -294,7 +294,7 @@ class KFAC(Optimizer):
         if observed.expected is None:
             arrangement = self._arranged()
             known = self._progress.fitting(arrangement)
-            expected = self._averaged(observed.layers(), known, arrangement)
+            expected = self._averaged(observed, known, arrangement)
             self._observed = observed = replace(observed, expected=expected)
         return observed.expected or self._progress
 
@@ -435,18 +435,18 @@ class KFAC(Optimizer):
             draws=together(observed.draws, draws),
             gradient=a_gradient(arrangement.trained),
             expected=None,
-            total=self._total(batches),
+            totals=self._totals(batches),
         )
         if not due or observed.batches:
             return new
-        return replace(new, expected=self._averaged(new.layers(), known, arrangement))
+        return replace(new, expected=self._averaged(new, known, arrangement))
 
-    def _total(self, batches: Sequence[Batch]) -> float | None:
-        """The terms in the batches of all processes; None if there is one process."""
+    def _totals(self, batches: Sequence[Batch]) -> tuple[float, float] | None:
+        """The terms and samples in the batches of all processes; None if there is one process."""
         if self.placement.size == 1:
             return None
-        here = sum(terms_of(batch) for batch in batches)
-        return self.placement.total(here, sum(len(batch.y) for batch in batches))
+        here = float(sum(terms_of(batch) for batch in batches))
+        return self.placement.totals(here, sum(len(batch.y) for batch in batches))
 
     def _check(self) -> None:
         """Refuse a model that was changed, and processes that do not come together."""
@@ -469,8 +469,8 @@ class KFAC(Optimizer):
                 arrangement = self._arranged()
                 known = self._progress.fitting(arrangement)
                 ios, _ = self._captured(X, y, arrangement, undo)
-                shown = Observed(batches=(batch,), ios=(ios,), total=self._total((batch,)))
-                new = self._averaged(shown.layers(), known, arrangement)
+                shown = Observed(batches=(batch,), ios=(ios,), totals=self._totals((batch,)))
+                new = self._averaged(shown, known, arrangement)
                 check_finite(suspect_matrices(new, known))
             self._progress, self._observed = new, replace(self._observed, expected=None)
             undo.pop_all()
@@ -521,10 +521,11 @@ class KFAC(Optimizer):
     def _device(self) -> torch.device:
         return next(p.device for p in self.model.parameters())
 
-    def _averaged(self, ios: LayerIOs, known: Progress, arrangement: Arrangement) -> Progress:
+    def _averaged(self, observed: Observed, known: Progress, arrangement: Arrangement) -> Progress:
+        ios = observed.layers()
         with torch.no_grad(), full_precision(self._device()):
             try:
-                update = partial(self.placement.updated, self.estimator)
+                update = partial(self.placement.updated, observed.part(), self.estimator)
                 return known.averaged(update, ios, self.decay, arrangement.shapes)
             except (AgreedError, LostRankError):
                 raise
@@ -577,7 +578,7 @@ class KFAC(Optimizer):
         """Propose a step, check it, take it, and judge it; what is known after it."""
         arrangement, observed = self._arranged(), self._resumed()
         check_numbers(self.param_groups)
-        if self.placement.size > 1 and observed.total is None:
+        if self.placement.size > 1 and observed.totals is None:
             raise ValueError(
                 "Call observe(X, y) in every step before step(): the batches of all processes say "
                 "how much the gradients here count."

@@ -50,8 +50,8 @@ class Placement(Protocol):
         """Work after which all processes go on, or all raise, because one of them did."""
         ...
 
-    def total(self, terms: float, samples: int) -> float:
-        """The terms of the batches of all processes.
+    def totals(self, terms: float, samples: int) -> tuple[float, float]:
+        """The terms and the samples of the batches of all processes.
 
         Args:
             terms: The number that a mean loss divides by, for the batches here.
@@ -61,6 +61,7 @@ class Placement(Protocol):
 
     def updated(
         self,
+        part: float,
         estimator: Estimator,
         states: Mapping[str, Matrix],
         ios: Mapping[str, LayerIO],
@@ -69,6 +70,7 @@ class Placement(Protocol):
         """The matrices that are held here, after the batch of all processes.
 
         Args:
+            part: The part of the data of all processes that is here.
             estimator: The rule.
             states: Matrices so far, by block name.
             ios: Every layer on the batches here, with their share in the loss of all.
@@ -157,12 +159,13 @@ class OneProcess:
         """Nobody else is there."""
         return nullcontext()
 
-    def total(self, terms: float, samples: int) -> float:
-        """The terms here."""
-        return terms
+    def totals(self, terms: float, samples: int) -> tuple[float, float]:
+        """The numbers here."""
+        return terms, samples
 
     def updated(
         self,
+        part: float,
         estimator: Estimator,
         states: Mapping[str, Matrix],
         ios: Mapping[str, LayerIO],

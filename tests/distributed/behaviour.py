@@ -3,7 +3,7 @@
 import copy
 import functools
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -150,6 +150,53 @@ def fully_sharded(rank, size):
         CASE.optimizer(model)
     except ValueError as error:
         return str(error)
+
+
+def owner_local_and_more(rank, size, more):
+    """DP-KFAC whose curvature gets one batch more between observe and step."""
+    model, _, optimizer, placed = built(owner_local=True, factor_every=1, lr=0.0)
+    batches = list(CASE.batches())
+    for step in range(3):
+        X, y = (t[shard(UNEQUAL, rank)] for t in batches[step])
+        optimizer.zero_grad()
+        CASE.loss()(model(X), y).backward()
+        optimizer.observe(X, y)
+        part = shard(SHARDS[size][more], rank)
+        optimizer.update_curvature(*(t[part] for t in batches[5]))
+        optimizer.step()
+    return {name: leaves(M) for name, M in optimizer.matrices.items()}, placed.owners
+
+
+def unsendable(rank, size):
+    """An inverse of a class that only one function knows, which has to be sent."""
+    model, _, optimizer, _ = built(
+        workers=1.0, invert=lambda M, damping: local_class()(M.inverse(damping))
+    )
+    try:
+        train(CASE, model, optimizer, shard(UNEQUAL, rank))
+    except AgreedError as error:
+        return str(error)
+
+
+def promoting(rank, size, workers):
+    """Inverses in double precision of matrices in single precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4)).float()
+    optimizer = CASE.optimizer(model, invert=in_double)
+    if size > 1:
+        distribute(optimizer, workers, timeout=30)
+    for X, y in CASE.batches():
+        part = shard(UNEQUAL, rank) if size > 1 else slice(None)
+        X, y = X[part], y[part]
+        optimizer.zero_grad()
+        CASE.loss()(model(X.float()), y).backward()
+        optimizer.observe(X.float(), y)
+        optimizer.step()
+    return flat(model)
+
+
+def in_double(M, damping):
+    return Promoting(M.inverse(damping))
 
 
 def recorder_of_one(rank, size):
@@ -340,26 +387,25 @@ class MeanOfMeans(Together):
 class OwnCurvature(Together):
     """No word between the ranks about one layer."""
 
-    def updated(self, estimator, states, ios, weights):
-        joint = super().updated(estimator, states, ios, weights)
+    def updated(self, part, estimator, states, ios, weights):
+        joint = super().updated(part, estimator, states, ios, weights)
         return joint | {"0": estimator.update(states.get("0"), ios["0"], weights["0"])}
 
 
 class OwnDivisor(Together):
     """The vectors of every rank with the divisor of its own loss."""
 
-    def updated(self, estimator, states, ios, weights):
-        own = {name: replace(io, g=self._whole**0.5 * io.g) for name, io in ios.items()}
-        return super().updated(estimator, states, own, weights)
+    def updated(self, part, estimator, states, ios, weights):
+        own = {name: replace(io, g=part**-0.5 * io.g) for name, io in ios.items()}
+        return super().updated(part, estimator, states, own, weights)
 
 
 class MeanFactors(Together):
     """Both factors averaged without weights, as gpauloski/kfac-pytorch does."""
 
-    def updated(self, estimator, states, ios, weights):
+    def updated(self, part, estimator, states, ios, weights):
         own = {
-            name: kfac(replace(io, g=(self._whole / self.size) ** 0.5 * io.g))
-            for name, io in ios.items()
+            name: kfac(replace(io, g=(part * self.size) ** -0.5 * io.g)) for name, io in ios.items()
         }
         sums = iter(self.ranks.summed("factors", [t for K in own.values() for t in leaves(K)]))
         return {
@@ -373,9 +419,9 @@ class MeanFactors(Together):
 class DecayOfTheNew(Together):
     """The share of the old matrix given to the new one."""
 
-    def updated(self, estimator, states, ios, weights):
+    def updated(self, part, estimator, states, ios, weights):
         swapped = {name: 1 - weight if weight < 1 else 1.0 for name, weight in weights.items()}
-        return super().updated(estimator, states, ios, swapped)
+        return super().updated(part, estimator, states, ios, swapped)
 
 
 class DampedInPlace(Together):
@@ -430,12 +476,12 @@ def owner_local_defined(sizes, reduction):
     owners = assignment({n: float(sum(d**3 for d in W.shape)) for n, W in values.items()}, SIZE)
     counts = {}
 
-    def of_owners(estimator, states, ios, weights):
+    def of_owners(part, estimator, states, ios, weights):
         X, y = seen[-1]
         found = {}
         for name, owner in owners.items():
-            part = shard(sizes, owner)
-            io = layer_ios(model, case.loss(), X[part], y[part], type2)[name]
+            own = shard(sizes, owner)
+            io = layer_ios(model, case.loss(), X[own], y[own], type2)[name]
             scale = (len(y) / sizes[owner]) ** 0.5 if reduction == "sum" else 1.0
             counts[name] = counts.get(name, 0) + 1
             weight = weight_of_newest(optimizer.decay, counts[name])
@@ -519,6 +565,35 @@ def differences(rank, size):
 
 
 # ---- refusals ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Transposing:
+    """A map whose result has another shape than its argument."""
+
+    M: object
+
+    def __matmul__(self, V):
+        return (self.M @ V).mT
+
+
+@dataclass(frozen=True, eq=False)
+class Promoting(Transposing):
+    """A map whose results are in double precision."""
+
+    def __matmul__(self, V):
+        return (self.M @ V).double()
+
+
+def local_class():
+    @dataclass(frozen=True, eq=False)
+    class Local(Transposing):
+        """A map that cannot be pickled."""
+
+        def __matmul__(self, V):
+            return self.M @ V
+
+    return Local
 
 
 def raising(*_):
@@ -625,6 +700,39 @@ class Refusals:
         finally:
             group["lr"] = before
 
+    def frozen_before(self):
+        """One rank freezes a layer before its batch is observed."""
+        X, y = self.batch()
+        try:
+            self.model[2].requires_grad_(self.rank == 0)
+            self.backward(X, y)
+            self.optimizer.observe(X, y)
+        finally:
+            self.model[2].requires_grad_(True)
+
+    def other_layers(self):
+        """The ranks freeze different layers of one shape after the batch was observed."""
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        layer = self.model[0 if self.rank == 0 else 6]
+        try:
+            layer.requires_grad_(False)
+            self.optimizer.step()
+        finally:
+            layer.requires_grad_(True)
+
+    def other_shape(self):
+        X, y = self.batch()
+        self.backward(X, y)
+        self.optimizer.observe(X, y)
+        before = self.optimizer.invert
+        try:
+            self.optimizer.invert = lambda M, damping: Transposing(M.inverse(damping))
+            self.optimizer.step()
+        finally:
+            self.optimizer.invert = before
+
     def state(self):
         matrices = self.optimizer._progress.matrices
         values = {f"matrix {n}": t for n, M in matrices.items() for t in leaves(M)}
@@ -643,8 +751,11 @@ REFUSED = {
     "unobserved": r"refused in 'step' of step 2.*Call observe\(X, y\) in every step",
     "closure": r"refused in 'step' of step 2.*Pass no closure",
     "other_order": r"rank 0 at '\w+' of step 2, rank 1 at '\w+' of step 2.*same order",
-    "other_rate": r"The ranks have different groups: .*'lr': 0.1, .*'lr': 0.2",
-    "other_parameters": r"The ranks train \[8, 7\] parameters|Only a part|refused",
+    "other_rate": r"The ranks differ in parameters and groups: .*'lr': 0.1, .*'lr': 0.2",
+    "frozen_before": r"rank 0 .*rank 1|The ranks have different layers in 'factors'",
+    "other_layers": r"The ranks differ in parameters and groups: .*'0.weight'",
+    "other_shape": r"The inverse of block '\w+' makes",
+    "other_parameters": r"differ in parameters and groups|Only a part|refused",
 }
 
 
@@ -695,6 +806,15 @@ RUNS = {
     "update_curvature with DDP": curvature_under_ddp,
     "one overflow": one_overflow,
     "recorder of one": recorder_of_one,
+    "unsendable": unsendable,
+    **{
+        f"promoting {workers}": functools.partial(promoting, workers=workers)
+        for workers in (0.0, 1.0)
+    },
+    **{
+        f"more {more}": functools.partial(owner_local_and_more, more=more)
+        for more in ("equal", "unequal")
+    },
     "fully sharded": fully_sharded,
     "own labels": own_labels,
     "streams of a generator": functools.partial(streams, given=True),

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from kfac_scratch import kfac_over, monte_carlo
+from kfac_scratch import kfac, kfac_over, layer_ios, monte_carlo
+from kfac_scratch.approximations.estimators import MovingAverage, weight_of_newest
 from kfac_scratch.distributed.packing import leaves
 from kfac_scratch.losses import divisor
 from tests.distributed.behaviour import (
@@ -21,6 +22,7 @@ from tests.distributed.behaviour import (
     data_set,
     epochs,
     owner_local_defined,
+    promoting,
     trained_on,
     work,
 )
@@ -99,6 +101,37 @@ def test_what_one_rank_alone_cannot_use_is_refused_once_by_all():
         assert len(said) == 1
         assert re.search(r"Rank \d of 2 refused .*not finite", said[0])
         assert equal
+
+
+@pytest.mark.parametrize("more", ["equal", "unequal"])
+def test_each_batch_of_dp_kfac_has_its_own_share(more):
+    """Curvature may get a batch with other shards between observe and step."""
+    model, batches = CASE.model(), list(CASE.batches())
+    rank = {name: owner for _, owners in results(f"more {more}") for name, owner in owners.items()}
+    for name, owner in rank.items():
+        state, count = None, 0
+        for step in range(3):
+            for number, sizes in ((5, SHARDS[SIZE][more]), (step, UNEQUAL)):
+                X, y = (t[shard(sizes, owner)] for t in batches[number])
+                io = layer_ios(model, CASE.loss(), X, y)[name]
+                count += 1
+                state = MovingAverage(kfac).update(state, io, weight_of_newest(0.8, count))
+        found, _ = results(f"more {more}")[owner]
+        for actual, expected in zip(found[name], leaves(state), strict=True):
+            assert (actual - expected).abs().max() <= EXACT * expected.abs().max()
+
+
+def test_an_inverse_that_cannot_be_sent_is_refused_by_all():
+    for said in results("unsendable"):
+        assert re.search(r"Rank \d of 2 refused in 'step' of step 0.*Local", said), said
+
+
+@pytest.mark.parametrize("workers", [0.0, 1.0])
+def test_inverses_of_higher_precision_are_as_in_one_process(workers):
+    expected = promoting(0, 1, workers)
+    for theta in results(f"promoting {workers}"):
+        assert (theta - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32
+        assert torch.equal(theta, results(f"promoting {workers}")[0])
 
 
 def test_a_record_of_dp_kfac_on_one_rank_is_refused_at_once():

@@ -46,7 +46,7 @@ def formula(case, size, shards, workers, rank, owners):
     updates, inversions = (len(range(0, STEPS, PERIODS[key])) for key in sorted(PERIODS))
     averages = not (shards == "equal" and case.targets != "ignored") and case.reduction == "mean"
     exchanges = STEPS * (5 + (width > 1) + averages) + updates + (1 + (rows > 1)) * inversions
-    exchanges += 1  # that of the settings, at the beginning
+    exchanges += 2  # before the settings are compared, and when they are
     counted = {
         "control": 8 * exchanges,
         "factors": updates * sum(half[n] + 1 for n in shapes),
