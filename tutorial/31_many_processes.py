@@ -40,8 +40,9 @@ set_up()  # seed 0, float64, the GPU where there is one
 # ## The question
 #
 # A batch that is too large for one device is cut into *shards*. Each of $P$ processes, the *ranks*, has a copy of the
-# model and one shard. For SGD, one thing must be exchanged: the gradient of the batch is the mean of the ranks'
-# gradients, if all shards have the same size. PyTorch's `DistributedDataParallel` computes it.
+# model and one shard. For SGD, one thing must be exchanged: the gradient. That of the batch is the mean of the ranks'
+# gradients, if the loss is a mean and all shards have the same number of terms. PyTorch's
+# `DistributedDataParallel` computes this mean.
 #
 # KFAC needs more, because each rank sees the curvature of its own shard only. Let us leave the curvature where it is,
 # and exchange only gradients. Here are two ranks in one process. Each has an optimizer of its own, and both get the
@@ -73,10 +74,10 @@ print(f"after 10 steps, the ranks differ by {drift:.2f} of the way that rank 0 h
 assert drift > 0.05
 
 # %% [markdown]
-# The ranks began at one point and always got one gradient. But each multiplied it by the inverse of another matrix. So
-# they took different steps, and from then on their gradients belong to different points. The mean of two such
-# gradients is the gradient of neither network. Nothing warns of it. So an optimizer of this package raises in one of several processes,
-# until one line tells it that they belong together:
+# The ranks began at one point and always got one gradient. But each multiplied it by the inverse of another
+# matrix. So they took different steps, and from then on their gradients belong to different points. The mean of
+# two such gradients is the gradient of neither network. Nothing warns of it. So in a job of several processes, an
+# optimizer of this package raises until one line tells it that they belong together:
 #
 # ``````py
 # torch.distributed.init_process_group()
@@ -84,13 +85,15 @@ assert drift > 0.05
 # distribute(optimizer)
 # ``````
 #
-# The training loop stays as it is. This chapter shows what the line does. The command
-# `torchrun --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
+# The training loop stays as it is, with one exception: with `DistributedDataParallel`, a sum or shards of unequal
+# size need another loss (Exercise 31.1). This chapter shows what the line does. The command `torchrun
+# --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
 #
 # ## One line that everything follows from
 #
-# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. Each target is a term with a weight: its class
-# weight if there are such, 0 if it is ignored, else 1. $D_r$ is the sum of these weights. With $D = \sum_r D_r$, the loss of the whole batch is
+# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. Each target is a term with a weight: 0 if it is
+# ignored, else its class weight, if there are such, else 1. $D_r \gt 0$ is the sum of these weights. With $D =
+# \sum_r D_r$, the loss of the whole batch is
 #
 # $$
 # \mathcal{L} = \sum_r \frac{D_r}{D} \mathcal{L}_r .
@@ -104,8 +107,9 @@ assert drift > 0.05
 # <div class="admonition theorem" markdown="1" id="thm-31.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 31.1 (the joined layer)</b></p>
 #
-# Let $(a_r, g_r)$ be a layer's inputs and vectors for the shard and the loss of rank $r$, with the exact (type-2)
-# Fisher. Then the layer on the whole batch, with the loss of [(31.1)], is
+# Let the outputs of a sample depend on its own input alone. Let $(a_r, g_r)$ be a layer's inputs and vectors for the
+# shard and the loss of rank $r$, with the exact (type-2) Fisher. Then the layer on the whole batch, with the loss
+# of [(31.1)], is
 #
 # $$
 # (a, g) = \operatorname{concatenate}_r \Bigl( a_r, \sqrt{D_r / D}\; g_r \Bigr) ,
@@ -141,10 +145,10 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 # %% [markdown]
 # ## What is sent for the curvature
 #
-# An approximation is a function of $(a, g)$. So every paper of this book can be distributed in one way: send
-# all $a$ and $g$ to everybody, and let each rank compute. A layer with $d_\text{in}$ inputs and $d_\text{out}$ outputs
-# then takes $N S (d_\text{in} + V d_\text{out})$ numbers, for $N$ samples, $S$ positions in each, and $V$ vectors for
-# every output.
+# An approximation is a function of $(a, g)$. So every approximation of this book can be distributed in one way: send
+# all $a$ and $g$ to everybody, and let each rank compute. A layer with $d_\text{in}$ inputs and $d_\text{out}$
+# outputs then takes $N S (d_\text{in} + V d_\text{out})$ numbers, for $N$ samples, $S$ positions in each, and $V$
+# vectors for every output.
 #
 # KFAC has a cheaper way, because its factors are sums over samples. An input at one position is a *row* of $a$. With
 # $R_r$ rows on rank $r$,
@@ -185,8 +189,8 @@ assert_exact(moments, ekfac(whole).scale)
 # %% [markdown]
 # ## What goes wrong
 #
-# All of the following run without an error, and train somehow. Some of them are known from public code. The distance
-# from the right matrix is that of products with random directions.
+# All of the following run without an error, and train somehow. Some of them are known from public code. We
+# measure the distance from the right matrix by products with random directions.
 
 # %%
 V = torch.randn(50, 8, 7)
@@ -382,8 +386,9 @@ else:
     print("No results here: clone the repository and run python -m benchmarks.distributed")
 
 # %% [markdown]
-# The columns say what each rank has, at most: ranks that own less hold less. The last column counts the numbers that a
-# rank hands to collectives in a step, to send or to receive. Copying between the processes is a part of the time.
+# The columns say what each rank has, at most: ranks that own less hold less. The last column counts the numbers
+# that a rank hands to collectives in a step, to send or to receive. Copying between the processes is a part of
+# the time.
 #
 # ## Where it stops
 #
@@ -435,9 +440,11 @@ assert min(noise) > 0.05
 #
 # ## When a rank fails
 #
-# A collective waits for all ranks. If one of them is killed, or hangs, the others wait. On CPUs, PyTorch's default is 30
-# minutes, and the message then names no rank. So a few numbers are exchanged on the CPU before ranks send each other
-# anything: what this rank is about to do, in which step, and whether it refuses. Three things follow.
+# A collective waits for all ranks. If one of them is killed, or hangs, the others wait. On CPUs, PyTorch's
+# default is 30 minutes, and the message then names no rank. So a few numbers are exchanged on the CPU before
+# ranks send each other anything: what this rank is about to do, in which step, and whether it refuses. (The
+# backward pass of `DistributedDataParallel` has its own messages; an exchange comes before the forward pass.)
+# Three things follow.
 #
 # - **A refusal is everybody's.** A shard with a number that is not finite, or a matrix without an inverse, is seen by
 #   one rank. All raise the same error, which names it, and no rank has changed anything.
@@ -450,9 +457,9 @@ assert min(noise) > 0.05
 #
 # ## Exercises
 #
-# **Exercise 31.1.** Two ranks have 10 and 30 samples, and a loss that is a *sum*. `DistributedDataParallel` gives both
-# the mean of their two gradients. By which factor must rank $r$ multiply its loss, so that this mean is the gradient
-# of the whole batch? And for a mean loss?
+# **Exercise 31.1.** Two ranks have 10 and 30 samples, and a loss that is a *sum*. `DistributedDataParallel` gives
+# both the mean of their two gradients. By which factor must rank $r$ multiply its loss, so that this mean is the
+# gradient of the whole batch? And for a mean loss?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
