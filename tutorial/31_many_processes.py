@@ -86,14 +86,14 @@ assert drift > 0.05
 # ``````
 #
 # The training loop stays as it is, with one exception: with `DistributedDataParallel`, a sum or shards of unequal
-# size need another loss (Exercise 31.1). This chapter shows what the line does. The command `torchrun
-# --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
+# size need another loss (Exercise 31.1). This chapter shows what the line does. The command
+# `torchrun --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
 #
 # ## One line that everything follows from
 #
 # Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. Each target is a term with a weight: 0 if it is
-# ignored, else its class weight, if there are such, else 1. $D_r \gt 0$ is the sum of these weights. With $D =
-# \sum_r D_r$, the loss of the whole batch is
+# ignored, else its class weight, if there are such, else 1. $D_r \gt 0$ is the sum of these weights. With
+# $D = \sum_r D_r$, the loss of the whole batch is
 #
 # $$
 # \mathcal{L} = \sum_r \frac{D_r}{D} \mathcal{L}_r .
