@@ -418,8 +418,69 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# This counts operations, and says nothing of seconds: they depend on the network between the ranks. And more ranks
-# with larger batches need not mean fewer steps. [Ma et al. (2020)](bibliography.md#large-batches) found that KFAC
+# ## A plan on paper
+#
+# What would thousands of ranks do? Nobody here has them, so this is a plan with assumptions, and no measurement:
+#
+# - A rank computes matrix products with $10^{14}$ operations in a second, and eigendecompositions with $10^{12}$. An
+#   eigendecomposition of width $d$ takes as long as six products, $12 d^3$ operations.
+# - Numbers have four bytes. Sending overlaps with computing, and latency counts nothing. So a step takes the larger
+#   one of both times.
+# - Factors are renewed every 10 steps, inverses every 100 steps.
+# - Every rank has 32 images, or 4096 tokens, however many ranks there are (*weak scaling*).
+#
+# With more ranks, the inversions of each rank fall to the share of the widest layer. All other work of a rank stays
+# the same. What a rank sends grows towards a limit, by [(31.4)].
+
+# %% tags=["hide-input"] alt="Two panels, ResNet-50 and GPT-2. Milliseconds of a step over the number of ranks, up to 4096. At 50 GB/s, the time falls at first, as inversions are shared, and is then constant. At 3 GB/s it rises within the first few ranks, where sending takes longer than computing, and is then constant, for mem-opt above comm-opt." caption="The plan: time of a step with a fixed batch for each rank. Lines that rise and become flat are limited by what is sent."
+MACS = {
+    "ResNet-50": 32 * 4.1e9,
+    "GPT-2 small": 4096 * sum(o * i for o, i in gpt2()),
+}  # a forward pass
+ROWS = {"ResNet-50": 32 * 1000, "GPT-2 small": 4096}  # of a layer; for ResNet-50 a rough mean
+
+
+def milliseconds(name: str, P: int, m: int, bytes_per_second: float) -> dict[str, float]:
+    """The two times of the plan."""
+    layers = resnet50() if name == "ResNet-50" else gpt2()
+    costs = {str(k): float(o**3 + i**3) for k, (o, i) in enumerate(layers)}
+    owner, loads = assignment(costs, P), [0.0] * P
+    for layer, rank in owner.items():
+        loads[rank] += costs[layer]
+    products = 6 * MACS[name] + sum(4 * (o * o * i + o * i * i) for o, i in layers) * m / P
+    products += sum(ROWS[name] * (o * o + i * i) for o, i in layers) / 10  # half of 2 d^2, each
+    compute = products / 1e14 + 12 * max(loads) / 100 / 1e12
+    return {
+        "compute": 1e3 * compute,
+        "send": 1e3 * 4 * sum(sent(layers, P, m).values()) / bytes_per_second,
+    }
+
+
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
+sizes = [2**k for k in range(13)]
+for ax, name in zip(axes, MACS, strict=True):
+    for speed, style in ((50e9, "-"), (3.1e9, "--")):
+        for mode, color in (("comm-opt", "C0"), ("mem-opt", "C1")):
+            plans = [milliseconds(name, P, P if mode == "comm-opt" else 1, speed) for P in sizes]
+            times = [max(plan.values()) for plan in plans]
+            ax.loglog(sizes, times, style, color=color, label=f"{mode}, {speed / 1e9:.0f} GB/s")
+            print(
+                f"{name}, {mode}, {speed / 1e9:.0f} GB/s: {times[0]:.0f} ms alone, {times[-1]:.0f} ms"
+            )
+            assert (plans[-1]["send"] > plans[-1]["compute"]) == (speed < 10e9)
+            assert (times[-1] < times[0]) == (speed > 10e9)
+    parts = sent(resnet50() if name == "ResNet-50" else gpt2(), 4096, 1)
+    assert parts["gradients"] > sum(parts.values()) / 2
+    ax.set(xlabel="ranks", ylabel="milliseconds of a step", title=name)
+axes[0].legend(fontsize=7)
+plt.show()
+
+# %% [markdown]
+# With the fast network, computing takes longer than sending, and a step of 4096 ranks costs less than one of a rank
+# alone, because inversions are shared. With the slow one, sending takes longer, and most of it are the gradients that
+# every data-parallel training sends. There, comm-opt is the better choice, and mem-opt where memory is short.
+#
+# More ranks with larger batches need not mean fewer steps. [Ma et al. (2020)](bibliography.md#large-batches) found that KFAC
 # does not use large batches better than SGD.
 #
 # ## No factors at all
