@@ -132,6 +132,13 @@ def test_there_is_a_recipe_for_what_people_add_and_each_ends_with_a_command():
         assert "pytest" in "".join(recipe.commands), recipe.title
 
 
+def test_the_number_of_the_recipes_chapter_is_free():
+    (number,) = set(re.findall(r'title="tutorial/(\d+)_', PAGE.read_text(encoding="utf-8")))
+    taken = [path.name.split("_")[0] for path in (ROOT / "tutorial").glob("[0-9]*.py")]
+    assert number not in taken
+    assert len(set(taken)) == len(taken)
+
+
 def test_changes_are_hunks_of_a_diff():
     assert changed("a\nb\nc\n", " b\n+x\n") == "a\nb\nx\nc\n"
     assert changed("a\nb\nc\n", " a\n+x\n\n-c\n+y\n+z\n") == "a\nx\nb\ny\nz\n"
