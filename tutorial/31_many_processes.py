@@ -298,7 +298,14 @@ for ax, m in zip(axes, (1, 2, 4), strict=True):
             ax.add_patch(
                 plt.Rectangle((c, -r), 0.9, 0.8, fill=False, edgecolor=f"C{c}", linewidth=2)
             )
-            ax.text(c + 0.45, -r + 0.4, f"rank {rank}\n{', '.join(held)}", ha="center", va="center")
+            ax.text(
+                c + 0.45,
+                -r + 0.4,
+                f"rank {rank}\n{', '.join(held)}",
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
     ax.set(xlim=(-0.1, 4), ylim=(-3.1, 0.9), title=f"{m} {'row' if m == 1 else 'rows'}")
     ax.axis("off")
 plt.show()
@@ -360,7 +367,7 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
         parts = {what: count / 1e6 for what, count in sent(layers, P, m).items()}
         extra = sum(parts.values()) / parts["gradients"] - 1
         words = ", ".join(f"{what} {count:.1f}" for what, count in parts.items())
-        print(f"{name}, {mode}: {words} million numbers; {extra:.0%} more than gradients alone")
+        print(f"{name}, {mode}: {words} million; {extra:.0%} more than gradients")
 
 # %% [markdown]
 # So KFAC's factors and inverses are a fraction of what any data-parallel training sends, if they are not renewed in
