@@ -398,7 +398,7 @@ class Board:
             target=lambda: verdicts.append(self._verdict()), daemon=True
         )
         examination.start()
-        examination.join(3 * self.seconds)
+        examination.join(self.seconds + SLACK)
         if verdicts and self.rank == 0:
             self._wait_for_the_rest()
         return verdicts[0] if verdicts else RANK_0_IS_GONE
@@ -448,6 +448,7 @@ class Board:
 
 _board_of: list[tuple[Any, Board]] = []  # the group of all processes, and its board
 SIGNS = 4  # signs of life within one diagnosis
+SLACK = 3.0  # seconds more than a diagnosis, for a connection that does not return
 RANK_0_IS_GONE = "Rank 0 does not answer: it has ended, or is stopped."
 
 
