@@ -400,7 +400,7 @@ class Board:
         examination.start()
         examination.join(self.seconds + SLACK)
         if verdicts and self.rank == 0:
-            self._wait_for_the_rest()
+            self._wait_for_the_rest(verdicts[0])
         return verdicts[0] if verdicts else RANK_0_IS_GONE
 
     def _verdict(self) -> str:
@@ -431,7 +431,7 @@ class Board:
         missing = dead or late  # those who are late may wait for the dead
         return " ".join(missing) or "All ranks are there: one was too slow, or the network was."
 
-    def _wait_for_the_rest(self) -> None:
+    def _wait_for_the_rest(self, verdict: str) -> None:
         """Keep the board until all ranks that live have read it, or their time is over."""
         end = time.monotonic() + self.patience
         while time.monotonic() < end:
@@ -439,6 +439,7 @@ class Board:
             time.sleep(self.seconds)
             after = self._read("sign")
             alive = [r for r in range(self.size) if before[r] != after[r]]
+            alive = [rank for rank in alive if f"Rank {rank} " not in verdict]  # which may hang
             if all(self._store.check([f"told {rank}"]) for rank in alive):
                 return
 
