@@ -48,7 +48,7 @@ from kfac_scratch.distributed.sharing import assignment, columns, gradient_worke
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.losses import monte_carlo
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
-from kfac_scratch.optimizer.observed import terms_of
+from kfac_scratch.optimizer.observed import adds_up, terms_of
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.placement import AgreedError, Invert
 from kfac_scratch.optimizer.preconditioner import inverses
@@ -146,7 +146,6 @@ def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[
     Functions are compared by their names and by the arguments that `functools.partial` keeps.
     """
     parameters = dict(optimizer.model.named_parameters())
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     settings = ("decay", "factor_every", "inverse_every", "adapt_every", "adapt_damping")
     functions = ("estimator", "invert", "fisher", "flavour", "counted", "controls")
     return [
@@ -155,7 +154,7 @@ def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[
             for name, p in parameters.items()
         ),
         *((f"block {n!r}", str(shape)) for n, shape in optimizer._arranged().shapes.items()),
-        *((f"group {i}", str(group)) for i, group in enumerate(groups)),
+        *((f"group {i}", str(group)) for i, group in enumerate(_numbers(optimizer))),
         *((name, _words(getattr(optimizer, name))) for name in settings + functions),
         ("loss", str(optimizer.loss)),
         *((f"loss.{name}", value) for name, value in _attributes(optimizer.loss)),
@@ -168,6 +167,11 @@ def described(optimizer: KFAC, workers: float, owner_local: bool) -> list[tuple[
             for name, p in parameters.items()
         ),
     ]
+
+
+def _numbers(optimizer: KFAC) -> list[dict[str, Any]]:
+    """The numbers of every parameter group."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
 def _attributes(loss: Module) -> list[tuple[str, str]]:
@@ -252,7 +256,7 @@ class Together:
             here = terms_of(Batch(self._optimizer.model, loss, None, y))
             table = self.ranks.exchange("terms of the loss", [here])
         self._joint_loss_of = self._optimizer.steps
-        return self.size * (1.0 if _is_sum(loss) else here / float(table.sum()))
+        return self.size * (1.0 if adds_up(loss) else here / float(table.sum()))
 
     # ---- labels -------------------------------------------------------------------------------
 
@@ -338,7 +342,7 @@ class Together:
         """
         here = [p.grad is not None for p in trained.values()]
         names = [(name, tuple(p.shape), str(p.dtype)) for name, p in trained.items()]
-        numbers = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
+        numbers = _numbers(self._optimizer)
         same = crc32(str((names, numbers)).encode())
         table = self.ranks.exchange("parameters", [len(here), crc32(bytes(here)), same, share])
         if (table[:, 2] != table[0, 2]).any():
@@ -356,9 +360,6 @@ class Together:
         _set_gradients(list(zip(joined, self.ranks.summed("gradients", local), strict=True)))
         return undo
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
-
     def _check_averaged(self, trained: Mapping[str, Parameter], shares: list[float]) -> None:
         """Refuse gradients that are averaged where they should not be, and the other way round."""
         equal = max(shares) - min(shares) < 1e-9
@@ -368,9 +369,9 @@ class Together:
         total = float(torch.stack([g.double().sum() for g in gradients]).sum()) if gradients else 0
         totals = self.ranks.exchange("averages", [total])[:, 0].tolist()
         alike = len(set(totals)) == 1 and total != 0 and total == total
-        summed = _is_sum(self._optimizer.loss)
+        summed = adds_up(self._optimizer.loss)
         used = self._joint_loss_of == self._optimizer.steps
-        if self._ddp is None and alike and not equal:
+        if self._ddp is None and alike:
             raise ValueError(
                 "All ranks have the same gradients, although their shards count "
                 f"{shares} of the loss: were they averaged by a DistributedDataParallel that KFAC "
@@ -614,10 +615,6 @@ def _checked(name: str, P: Tensor, V: Tensor) -> Tensor:
             f"The inverse of block {name!r} makes {tuple(P.shape)} of {tuple(V.shape)}."
         )
     return P.to(V.dtype)
-
-
-def _is_sum(loss: Module) -> bool:
-    return getattr(loss, "reduction", None) == "sum"
 
 
 def _set_gradients(gradients: Sequence[tuple[Parameter, Tensor | None]]) -> None:

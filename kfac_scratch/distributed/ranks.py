@@ -50,7 +50,7 @@ class Ranks:
     """
 
     def __init__(self, timeout: float = 60.0, diagnosis: float = 5.0) -> None:
-        """Make the groups for tensors, for exchanges and for a diagnosis.
+        """Make the groups for tensors and for exchanges, and find the board.
 
         Args:
             timeout: Seconds that a rank waits for the others.

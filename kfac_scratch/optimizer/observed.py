@@ -138,7 +138,12 @@ def shares(batches: Sequence[Batch], total: float | None = None) -> list[float]:
 
 def is_sum(batches: Sequence[Batch]) -> bool:
     """Whether the loss of the batches adds up its terms, so that it divides by nothing."""
-    return any(getattr(batch.loss, "reduction", None) == "sum" for batch in batches)
+    return any(adds_up(batch.loss) for batch in batches)
+
+
+def adds_up(loss: Module) -> bool:
+    """Whether a loss is the sum of its terms, so that it divides by nothing."""
+    return getattr(loss, "reduction", None) == "sum"
 
 
 def terms_of(batch: Batch) -> float:

@@ -550,7 +550,7 @@ class KFAC(Optimizer):
             ValueError: If nothing was observed yet, a number is not finite, or a matrix has no
                 inverse.
         """
-        self._check()
+        check_processes(self.placement.size)
         loss = None
         with ExitStack() as undo:
             undo.callback(self._give_up, self._progress)
