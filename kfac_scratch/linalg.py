@@ -74,10 +74,16 @@ def stored_as_columns(rows: Float[Tensor, "*batch S d"]) -> bool:
     return rows.mT.is_contiguous()
 
 
+TERMS = 512
+"""Outer products in one sum of `gram`."""
+
+
 def gram(rows: Float[Tensor, "K S d"]) -> Float[Tensor, "d d"]:
     """Sum of `r r^T` over all rows `r`, in either layout (see `stored_as_columns`).
 
-    Law: symmetric up to the rounding of `torch.matmul`.
+    Law: symmetric up to the rounding of `torch.matmul`. Sums of more than `TERMS` products are sums
+    of such sums: the round-off of one long sum grows with its length, and so much in float32 that
+    ten thousand equal rows give a matrix with negative eigenvalues of a thousand `eps`.
     Cost: `K * S * d**2` operations, and half of them for large `d`: above 192, products are made by
     quarters. Rows that are stored as columns are not copied if `d < S`: then 32 of the `K` matrices
     at a time are multiplied as a batch, which needs memory for 32 products at once. Otherwise they
@@ -109,7 +115,11 @@ def _symmetric_product(
 
 
 def _product(x: Float[Tensor, "K p"], y: Float[Tensor, "K q"]) -> Float[Tensor, "p q"]:
-    return x.mT @ y
+    whole = len(x) - len(x) % TERMS
+    if whole <= TERMS:
+        return x.mT @ y
+    short = _product_of_columns(*(t[:whole].unflatten(0, (-1, TERMS)) for t in (x, y)))
+    return short.addmm_(x[whole:].mT, y[whole:])
 
 
 def _product_of_columns(
@@ -155,7 +165,9 @@ def psd_eigh(
 
     Raises:
         ValueError: If the matrix has non-finite entries, is not symmetric, or has an eigenvalue
-            that is negative beyond round-off, `10 * eps` of the largest.
+            that is negative beyond the round-off of long sums, `eps**0.5` of the largest: the
+            error of a sum of `K` outer products is up to `K * eps`, and reaches a good part of that
+            if all are equal.
     """
     if not M.isfinite().all():
         raise ValueError(f"A {tuple(M.shape)} matrix to be decomposed has non-finite entries.")
@@ -166,7 +178,7 @@ def psd_eigh(
     exact = M.double()
     eigenvalues, Q = torch.linalg.eigh((exact + exact.mT) / 2)
     top = torch.maximum(eigenvalues.abs().amax(), largest.double())
-    tolerance = (10 * unit.eps * top).clamp(min=unit.tiny)
+    tolerance = (unit.eps**0.5 * top).clamp(min=unit.tiny)
     if (eigenvalues < -tolerance).any():
         raise ValueError(
             f"A matrix that should be positive semi-definite has the eigenvalue "
@@ -220,7 +232,8 @@ def told_from_zero(eigenvalues: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     damping: genuine eigenvalues may be small. Of a Kronecker product, ask it for each factor.
 
     Law: what is below `10 * eps` of the largest becomes zero. Round-off in a rank-deficient sum of
-    outer products is at most `3 * eps` of the largest, for every width.
+    a few hundred outer products is at most `3 * eps` of the largest, for every width. It grows with
+    the number of products, which a matrix does not tell.
     """
     unit = torch.finfo(eigenvalues.dtype)
     tolerance = (10 * unit.eps * eigenvalues.amax()).clamp(min=unit.tiny)
