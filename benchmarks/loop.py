@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.calls import counted
+from benchmarks.measure import first_line
 from benchmarks.methods import Config, Method
 from benchmarks.tasks import Task
 from kfac_scratch import KFAC
@@ -26,6 +29,7 @@ class Run:
     metric: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)  # on the batch
     error: str | None = None  # why it ended early
+    calls: dict[str, int] = field(default_factory=dict)  # of the functions that prove the method
 
 
 def train(task: Task, method: Method, config: Config, seed: int, limit: float | None = None) -> Run:
@@ -33,18 +37,25 @@ def train(task: Task, method: Method, config: Config, seed: int, limit: float | 
 
     The clock runs from the batch to the new parameters, and stands still while they are evaluated.
     """
-    torch.manual_seed(seed)
+    run = Run(seed)
+    with counted(method.proof) as run.calls:
+        _train(run, task, method, config, limit)
+    return run
+
+
+def _train(run: Run, task: Task, method: Method, config: Config, limit: float | None) -> None:
+    torch.manual_seed(run.seed)
     model = task.model()
     optimizer = method.build(task, model, config)
     horizon = round(config["horizon"] * task.budget)
     schedule = LambdaLR(optimizer, lambda k: cosine(k / horizon, config["warmup"]))
-    data, run, clock = batches(task, seed), Run(seed), []
+    data, clock = batches(task, run.seed), []
     for step in range(1, horizon + 1):
         start = time.process_time()
         try:
             loss = take_step(model, task.loss, optimizer, *next(data))
-        except ValueError as error:  # of KFAC: a gradient is not finite, a matrix has no inverse
-            run.error = str(error)
+        except (ValueError, LinAlgError) as error:  # not finite, or a matrix without an inverse
+            run.error = first_line(error)
             break
         schedule.step()
         run.total += time.process_time() - start
@@ -59,7 +70,6 @@ def train(task: Task, method: Method, config: Config, seed: int, limit: float | 
                 break
             if limit is not None and (run.steps is not None or step * run.total > limit):
                 break
-    return run
 
 
 def take_step(

@@ -1,12 +1,15 @@
-"""The methods of `benchmarks.training`, and where each may look for its settings.
+"""The usual methods of `benchmarks.training`, and where each may look for its settings.
 
 Every method gets the same schedule, a cosine that ends at a horizon of its own choice, after a
-linear warm-up. Settings are drawn from quasi-random sequences with fixed seeds.
+linear warm-up. Settings are drawn from quasi-random sequences with fixed seeds. All methods with
+curvature are one optimizer: they share every axis, and the length of each layer's step is Adam's.
+What papers add is in `benchmarks.papers`, and optimizers that only see gradients are in
+`benchmarks.relatives`.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -15,12 +18,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.averaging import AVERAGES
 from benchmarks.tasks import Task
-from kfac_scratch import EXPAND, REDUCE, factored_inverse, kfac
+from kfac_scratch import REDUCE, factored_inverse, kfac
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
+from kfac_scratch.approximations.estimators import Estimator, MovingAverage
 from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.optimizer import KFAC
-from kfac_scratch.optimizer.step_control import graft
+from kfac_scratch.optimizer.step_control import Control, Step, graft, norm
 
 Config = dict[str, Any]
 
@@ -63,7 +68,7 @@ class Method:
 
     space: Space
     build: Callable[[Task, nn.Module, Config], Optimizer]
-    usual: Config | None = None  # where a sweep of learning rates starts, if there is one
+    proof: tuple[str, ...] = ()  # functions that a run must have called, or it was another method
 
 
 Point = list[float]  # of the unit cube, one coordinate for each axis of a space
@@ -73,12 +78,6 @@ def spread(space: Space, count: int, seed: int) -> list[Point]:
     """Points of a scrambled Sobol sequence: they fill the space evenly."""
     engine = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed)
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
-
-
-def sweep(space: Space, usual: Config, count: int) -> list[Point]:
-    """Learning rates over their whole range, with the usual settings for all else."""
-    rates = (space["lr"]((i + 0.5) / count) for i in range(count))
-    return [place(space, usual | {"lr": rate}) for rate in rates]
 
 
 def neighbour(space: Space, point: Point, random: Random) -> Point:
@@ -121,7 +120,6 @@ def adamw(task: Task, model: nn.Module, config: Config) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), betas=betas, **options)
 
 
-USUAL: Config = {"horizon": 0.9, "warmup": 0.1}
 FIRST_ORDER = {
     "sgd": Method(
         SCHEDULE
@@ -132,11 +130,9 @@ FIRST_ORDER = {
             "weight_decay": Choice((0.0, 1e-4, 1e-3)),
         },
         sgd,
-        USUAL | {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0},
+        ("torch.optim.sgd:sgd",),
     ),
-    "adamw": Method(
-        SCHEDULE | ADAM, adamw, USUAL | {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0}
-    ),
+    "adamw": Method(SCHEDULE | ADAM, adamw, ("torch.optim.adamw:AdamW.step",)),
 }
 
 # ---- KFAC ---------------------------------------------------------------------------------------
@@ -150,30 +146,60 @@ CURVATURE: Space = {
 }
 
 
+def graft_network(betas: tuple[float, float]) -> Control:
+    """The direction of the whole network with the norm of Adam's step: layers keep their ratios."""
+    by_layer = graft(betas)
+
+    def control(step: Step) -> Step:
+        found = by_layer(step)
+        ratio = norm(found.direction) / norm(step.direction)
+        return replace(found, direction={n: ratio * d for n, d in step.direction.items()})
+
+    return control
+
+
+LENGTHS = {"layer": graft, "network": graft_network}
+SHARED: Space = SCHEDULE | ADAM | CURVATURE
+INVERSE: Space = {"inverse": Choice(tuple(INVERSES))}
+AVERAGE: Space = {"average": Choice(tuple(AVERAGES))}
+LENGTH: Space = {"length": Choice(tuple(LENGTHS))}
+
+
 def curvature(
-    task: Task, model: nn.Module, config: Config, approximation=kfac, flavour=EXPAND
+    task: Task, model: nn.Module, config: Config, approximation=kfac, **options: Any
 ) -> KFAC:
     """KFAC with the length of every layer's step from Adam.
 
     `lr` means what it means for Adam: with momentum, steps add up to a multiple of it, which is
     divided out. Parameters of norms and positions get AdamW.
+
+    Args:
+        task: What is trained.
+        model: The network.
+        config: Settings; `average` and `inverse` are moving and exact if they are missing.
+        approximation: From a `LayerIO` to a matrix, which is averaged as the settings say, or an
+            `Estimator`, which has its own average.
+        options: Further arguments of `KFAC`. `controls` act before the length is Adam's.
     """
     betas, momentum = (config["beta1"], config["beta2"]), config["momentum"]
     adam = {"lr": config["lr"], "betas": betas, "weight_decay": config["weight_decay"]}
+    length = LENGTHS[config.get("length", "layer")]
+    controls = (*options.pop("controls", ()), length(betas))
+    if not isinstance(approximation, Estimator):
+        approximation = AVERAGES[config.get("average", "moving")](approximation)
     return KFAC(
         *(model, task.loss),
         lr=config["lr"] * (1 - momentum),
         momentum=momentum,
         weight_decay=config["weight_decay"],
-        invert=INVERSES[config["inverse"]],
-        controls=[graft(betas)],
+        controls=controls,
         rest=lambda params: torch.optim.AdamW(params, **adam),
         approximation=approximation,
-        flavour=flavour,
         damping=config["damping"],
         decay=config["decay"],
         factor_every=config["periods"][0],
         inverse_every=config["periods"][1],
+        **{"invert": INVERSES[config.get("inverse", "exact")]} | options,
     )
 
 
@@ -183,22 +209,52 @@ def no_curvature(task: Task, model: nn.Module, config: Config) -> KFAC:
     return curvature(task, model, config | once | {"inverse": "factored"})
 
 
-def amortised_ekfac(task: Task, model: nn.Module, config: Config) -> KFAC:
+def amortised_ekfac(
+    task: Task, model: nn.Module, config: Config, basis: Estimator | None = None, **options: Any
+) -> KFAC:
     """Eigenvalues follow every update of the matrices, bases every so many steps."""
-    update, basis = config["periods"]
+    update, every = config["periods"]
     own = {"inverse": "exact", "periods": (update, update)}
-    return curvature(task, model, config | own, AmortisedEKFAC(basis // update))
+    found = AmortisedEKFAC(every // update, basis or MovingAverage(kfac))
+    return curvature(task, model, config | own, found, **options)
 
 
-ANY_INVERSE: Space = {"inverse": Choice(tuple(INVERSES))}
+KFACS = "kfac_scratch.approximations.kfac"
+REDUCING = "kfac_scratch.capture.flavours:_mean"
+MOMENTS = "kfac_scratch.approximations.ekfac:second_moments"
 SECOND_ORDER = {
-    "kfac-expand": Method(SCHEDULE | ADAM | CURVATURE | ANY_INVERSE, curvature),
+    "kfac-expand": Method(SHARED | INVERSE | AVERAGE, curvature, (f"{KFACS}:one_product",)),
     "kfac-reduce": Method(
-        SCHEDULE | ADAM | CURVATURE | ANY_INVERSE, partial(curvature, flavour=REDUCE)
+        SHARED | INVERSE | AVERAGE, partial(curvature, flavour=REDUCE), (REDUCING,)
     ),
-    "ekfac": Method(SCHEDULE | ADAM | CURVATURE, amortised_ekfac),
+    "ekfac": Method(SHARED, amortised_ekfac, (MOMENTS,)),
 }
 CONTROL = {
-    "no-curvature": Method(SCHEDULE | ADAM | {"momentum": CURVATURE["momentum"]}, no_curvature)
+    "no-curvature": Method(
+        SCHEDULE | ADAM | {"momentum": CURVATURE["momentum"]},
+        no_curvature,
+        ("kfac_scratch.optimizer.optimizer:KFAC.step",),
+    )
 }
-METHODS = FIRST_ORDER | SECOND_ORDER | CONTROL
+
+
+def fixed(average: str, inverse: str) -> Method:
+    """A control: KFAC with one average and one damping, which are then no choices."""
+
+    def build(task: Task, model: nn.Module, config: Config) -> KFAC:
+        return curvature(task, model, config | {"average": average, "inverse": inverse})
+
+    return Method(SHARED, build, (f"{KFACS}:one_product",))
+
+
+KFAC_UNDER_ALL = {
+    f"kfac, {average}, {inverse}": fixed(average, inverse)
+    for average in AVERAGES
+    for inverse in INVERSES
+}
+LENGTHS_OF_KFAC = {
+    "kfac, two lengths": Method(
+        SHARED | INVERSE | AVERAGE | LENGTH, curvature, (f"{KFACS}:one_product",)
+    )
+}
+USUAL_METHODS = FIRST_ORDER | SECOND_ORDER | CONTROL
