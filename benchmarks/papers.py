@@ -175,7 +175,7 @@ def updated(name: str, task: Task, model: nn.Module, config: Config) -> KFAC:
 
 TAIL = {"tail": Choice(tuple(TAILS))}
 BRAND_TAIL = {"tail": Choice(("trace", "zero"))}
-REPAIR = {"repair": Choice((2, 5, 10))}
+REPAIR = {"repair": Choice((1, 2, 4))}  # updates from one to the next
 BRAND_PROOF = (f"{AT}.brand:brand_update",)
 
 # ---- mini-blocks, conjugate gradients, two levels -----------------------------------------------

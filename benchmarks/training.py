@@ -1,12 +1,12 @@
 """Steps and CPU time to a target, every method beside the others: `python -m benchmarks.training`.
 
 Protocol. On a task, every method has the same budget of steps, the same family of schedules, and
-the same number of trials, all of which are stored. A hit is the first of two consecutive evaluations
-that reach the target. CPU time is that of training alone, on one thread. Settings are drawn and
-tried on one seed, the best of them are tried on a few more, and the smallest median of steps times
-seconds wins. All numbers that count are from fresh seeds, where the methods take turns. A run that
-misses counts as infinite in every median. A run counts the calls of the functions that make its
-method: a method that did not run is no result.
+the same number of trials, all of which are stored. A hit is the first of two consecutive
+evaluations that reach the target. CPU time is that of training alone, on one thread. Settings are
+drawn and tried on one seed, the best of them are tried on a few more, and the smallest median of
+steps times seconds wins. All numbers that count are from fresh seeds, where the methods take turns.
+A run that misses counts as infinite in every median. A run counts the calls of the functions that
+make its method, and a trial in which one of them was not called counts as a miss.
 
 Controls: KFAC under every average and damping that another method may choose; KFAC's optimizer
 without curvature; SGD and AdamW.
@@ -101,10 +101,8 @@ def search(task: Task, name: str) -> dict:
         limit = best[-1]["cost"] or math.inf if len(best) == KEPT else math.inf
         config = settings(method.space, near)
         run = train(task, method, config, 0, limit)
-        tried.append(
-            {"config": config, "cost": cost(run), "best": task.best(run.metric)}
-            | ({"error": run.error} if run.error else {})
-        )
+        trial = {"config": config, "cost": cost(run), "best": task.best(run.metric)}
+        tried.append(trial | ({"error": run.error} if run.error else {}))
     kept = sorted(tried, key=partial(rank, task))[:KEPT]
     for trial in kept:
         runs = [train(task, method, trial["config"], s, math.inf) for s in range(task.seeds)]
@@ -114,8 +112,13 @@ def search(task: Task, name: str) -> dict:
 
 
 def cost(run: Run) -> float | None:
-    """Steps times CPU seconds to the hit: a method should be good at both."""
-    return None if run.steps is None or run.cpu is None else run.steps * run.cpu
+    """Steps times CPU seconds to the hit: a method should be good at both.
+
+    None for a miss, and for a run that did not call all that makes the method.
+    """
+    if run.steps is None or run.cpu is None or 0 in run.calls.values():
+        return None
+    return run.steps * run.cpu
 
 
 def rank(task: Task, trial: dict) -> tuple[float, float]:

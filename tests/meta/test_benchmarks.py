@@ -17,13 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import kfac_scratch
 from benchmarks import applications, capture, distributed, factors, growth, step
 from benchmarks.contenders import FLAVOURS, Contender, contenders, disagreements, ours
-from benchmarks.defaults import BOUND, SEARCHED, row_of, tuned_steps
+from benchmarks.defaults import BOUND, row_of, tuned_steps
 from benchmarks.defaults import SEEDS as DEFAULT_SEEDS
 from benchmarks.limit import Limit, limit, parts
 from benchmarks.loop import batches, cosine, first_hit, train
 from benchmarks.measure import RESULTS, at_most, fastest, peak, stored, written
 from benchmarks.methods import (
-    METHODS,
     Choice,
     Log,
     Method,
@@ -31,14 +30,12 @@ from benchmarks.methods import (
     place,
     settings,
     spread,
-    sweep,
 )
 from benchmarks.nets import TINY, problem_of
 from benchmarks.optimizers import DEFAULT, EVERY_5, EVERY_STEP, STEPS
 from benchmarks.sweeps import SWEEPS
-from benchmarks.tasks import TASKS, Task, autoencoder, squared_error
-from benchmarks.training import cost, median, rank, search, summary
-from benchmarks.variants import VARIANTS
+from benchmarks.tasks import MAIN, TASKS, Task, autoencoder, curves, squared_error
+from benchmarks.training import METHODS, cost, median, rank, search, summary
 from kfac_scratch import EXPAND, KFAC, REDUCE, layer_ios, monte_carlo
 from kfac_scratch.capture.layer_groups import layer_groups, uncovered
 
@@ -189,9 +186,6 @@ def test_settings_are_seeded_and_fill_the_space():
     assert points == spread(SPACE, 16, seed=0) != spread(SPACE, 16, seed=1)
     assert len({int(16 * p[0]) for p in points}) == 16  # one in each sixteenth
     assert {settings(SPACE, p)["mode"] for p in points} == {"a", "b", "c"}
-    swept = [settings(SPACE, p) for p in sweep(SPACE, {"mode": "b"}, 4)]
-    assert [c["mode"] for c in swept] == ["b"] * 4
-    assert [c["lr"] for c in swept] == [SPACE["lr"]((i + 0.5) / 4) for i in range(4)]
 
 
 def test_neighbours_differ_and_stay_in_the_space():
@@ -211,14 +205,13 @@ def test_the_search_prefers_hits_then_cost_then_progress():
     assert cost(run) == run.steps * run.cpu
 
 
-def test_search_gives_first_order_methods_more_trials_and_returns_one_of_them():
+@pytest.mark.parametrize("name", ["adamw", "kfac-expand"])
+def test_search_gives_every_method_the_same_number_of_trials_and_returns_one_of_them(name):
     task = toy(target=2.0)
-    found = search(task, "adamw")
-    assert len(found["trials"]) == 8 + 6
+    found = search(task, name)
+    assert len(found["trials"]) == task.trials
     assert found["winner"] in [trial["config"] for trial in found["trials"]]
-    assert all(set(t["config"]) == set(METHODS["adamw"].space) for t in found["trials"])
-    longer = search(task, "adamw", json.loads(written(found))["trials"], more=3)
-    assert len(longer["trials"]) == len(found["trials"]) + 3
+    assert all(set(t["config"]) == set(METHODS[name].space) for t in found["trials"])
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -489,7 +482,10 @@ def test_a_pattern_without_a_row_says_which_there_are():
 # ---- tasks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TASKS)
+DIFFERENT = [name for name in TASKS if not name.startswith("batch")]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
 @pytest.mark.parametrize("flavour", [EXPAND, REDUCE])
 @pytest.mark.filterwarnings("ignore:No block covers")
 def test_kfac_sees_every_layer_of_every_task(name, flavour):
@@ -505,10 +501,10 @@ def test_kfac_sees_every_layer_of_every_task(name, flavour):
     assert not left
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_training_and_test_data_do_not_overlap(name):
     task = TASKS[name]()
-    if task.metric is squared_error:  # the training error is what T3 is about
+    if task.metric is squared_error:  # the training error is what autoencoders are about
         assert task.X is task.X_test
         return
     seen = {x.numpy().tobytes() for x in task.X}
@@ -525,6 +521,21 @@ def test_the_graph_task_hides_labels_but_no_pixels():
     assert (torch.linalg.eigvalsh(adjacency)[:, -1] <= 1 + 1e-5).all()
 
 
+def test_curves_are_drawn_in_one_stroke_and_are_all_different():
+    images = curves(50).unflatten(1, (16, 16))
+    assert ((images >= 0) & (images <= 1)).all()
+    assert (images.flatten(1).amax(1) > 0.8).all()
+    assert len({image.numpy().tobytes() for image in images}) == 50
+    for image in images:  # from one dark pixel, all others are reached by steps to a neighbour
+        dark = image > 0.5
+        reached = torch.zeros_like(dark)
+        reached.view(-1)[int(dark.flatten().nonzero()[0])] = True
+        for _ in range(256):
+            near = nn.functional.max_pool2d(reached.float()[None], 3, 1, 1)[0] > 0
+            reached = near & dark
+        assert torch.equal(reached, dark)
+
+
 def test_the_autoencoder_has_its_widths():
     layers = [m for m in autoencoder() if isinstance(m, nn.Linear)]
     assert [m.out_features for m in layers] == [100, 50, 10, 50, 100, 64]
@@ -533,30 +544,9 @@ def test_the_autoencoder_has_its_widths():
 # ---- stored results -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in SEARCHED])
-def test_stored_results_hold_every_method_and_their_ratios(name):
-    result, task = stored(RESULTS / f"training-{name}.json"), TASKS[name]()
-    assert set(result["search"]) == set(result["finals"]) == set(METHODS)
-    for method, runs in result["finals"].items():
-        assert len({run["seed"] for run in runs}) == len(runs) >= 5
-        assert all(run["seed"] >= task.seeds for run in runs)  # none that the search has seen
-        horizon = round(result["search"][method]["winner"]["horizon"] * task.budget)
-        for run in runs:
-            assert len(run["metric"]) == horizon // task.every or run["error"]
-            hit = first_hit(task, run["metric"])
-            assert run["steps"] == (None if hit is None else (hit + 1) * task.every)
-    assert (
-        json.loads(written({"summary": summary(result["finals"])}))["summary"]
-        == (result["summary"])
-    )
-    trials = {method: len(of["trials"]) for method, of in result["search"].items()}
-    kfac = [n for method, n in trials.items() if method not in ("sgd", "adamw")]
-    assert min(trials["sgd"], trials["adamw"]) >= max(kfac)
-
-
 def test_stored_defaults_hold_every_task_with_bounds_from_tuned_steps():
     result = stored(RESULTS / "defaults-cpu.json")
-    assert [row["task"] for row in result["rows"]] == list(TASKS)
+    assert [row["task"] for row in result["rows"]] == list(MAIN)
     for row in result["rows"]:
         assert row["tuned"] == tuned_steps(row["task"], result["search"])
         assert row["median"] == median([run["steps"] for run in row["runs"]])
@@ -574,13 +564,6 @@ def test_bare_defaults_reach_the_target_in_less_than_one_and_a_half_tuned_steps(
     tuned = tuned_steps(name, {})
     row = row_of(name, tuned, DEFAULT_SEEDS[:3], steps=int(BOUND * tuned) + 2 * TASKS[name]().every)
     assert row["within"], row
-
-
-def test_stored_variants_are_all_of_them():
-    result = stored(RESULTS / "training-variants.json")
-    for name in ("T3", "T4"):
-        assert set(result[name]) == set(VARIANTS)
-        assert all(len(of["best"]) == 3 for of in result[name].values())
 
 
 SPEED = {
