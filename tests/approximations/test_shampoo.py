@@ -302,3 +302,26 @@ def test_the_optimizer_takes_the_steps_of_shampoo(approximation, invert, powers,
             W[f"{k}.bias"] = W[f"{k}.bias"] - 0.1 * step[:, -1]
     for name, p in model.named_parameters():
         check_equal(p, W[name])
+
+
+# ---- at a real width --------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fraction", [1e-2, 1e-4])
+@pytest.mark.parametrize(
+    ("make", "invert"), [(shampoo_bound, shampoo_inverse), (tkfac, inverse_root)]
+)
+def test_at_a_real_width_single_precision_gives_the_step_of_double(make, invert, fraction, device):
+    """From the same gradients. Rounding changes a matrix by `eps * top`, which is what the damping
+    is compared with; the constant does not depend on the width.
+    """
+    a = torch.randn(24, 1, 512, device=device).relu().float()
+    io = ks.pooled(LayerIO(a, torch.randn(1, 24, 1, 32, device=device).float()))
+    M, exact = make(io), make(LayerIO(io.a.double(), io.g.double()))
+    eps, top = torch.finfo(torch.float32).eps, float(torch.linalg.eigvalsh(exact.B)[-1])
+    damping, V = fraction * top, torch.randn(32, 512, device=device).float()
+    found, expected = invert(M, damping) @ V, invert(exact, damping) @ V.double()
+    assert found.dtype == torch.float32
+    error = float((found.double() - expected).norm() / expected.norm())
+    assert error <= 2 * eps / fraction + 20 * eps

@@ -249,3 +249,22 @@ def test_a_checkpoint_continues_bit_by_bit(device):
 def test_makers_of_batches_have_names_of_their_own():
     assert name_of(ks.OfBatch(soap(3))) == "OfBatch(AmortisedEKFAC(MovingAverage(tkfac)))"
     assert name_of(ks.OfBatch(tkfac)) != name_of(ks.MovingAverage(tkfac))
+
+
+# ---- at a real width --------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fraction", [1e-2, 1e-4])
+def test_at_a_real_width_in_single_precision_the_root_undoes_the_moments(fraction, device):
+    """The bound of `tests/matrices/test_roots.py`: the constant does not depend on the width."""
+    state, estimator = None, ks.OfBatch(soap(2))
+    for weight in (1.0, 0.5, 0.3):
+        a = torch.randn(16, 1, 512, device=device).relu().float()
+        g = torch.randn(1, 16, 1, 32, device=device).float()
+        state = estimator.update(state, LayerIO(a, g), weight)
+    eps, top = torch.finfo(torch.float32).eps, float(state.M.scale.max())
+    damping, V = fraction * top, torch.randn(32, 512, device=device).float()
+    root = inverse_root(state, damping)
+    back = root @ (root @ (state @ V + damping * V))
+    assert float((back - V).norm() / V.norm()) <= 2 * eps / fraction + 20 * eps
