@@ -14,8 +14,8 @@ Let the samples be independent draws, and $m$ the mean of $\operatorname{vec}(G_
 of the second is that of $F$ plus $N (N - 1)\, m m^\top$. It is unbiased where $m$ vanishes: at a
 stationary point, and everywhere if the labels are drawn from the model.
 
-Sources: Morwani et al. 2024 (arXiv:2406.17748), who compare both; with labels from the model, Liu
-et al. 2023 (arXiv:2305.14342), for the diagonal.
+Sources: Morwani et al. 2025 (arXiv:2406.17748), who compare both; with labels from the model, Liu
+et al. 2024 (arXiv:2305.14342), for the diagonal.
 """
 
 from dataclasses import dataclass

@@ -79,11 +79,13 @@ class KLShampoo:
     `AmortisedEKFAC`, which is KL-SOAP. Not with the damping of a Levenberg-Marquardt rule, because
     it stays in the averages.
 
-    The factors are updated in turn, the inputs' by the new one of the outputs. A loss that is
-    multiplied by `c`, with `c` times the damping, then multiplies the matrix by `c` from the first
-    batch on, which two updates from the old factors need long averages for.
+    The first batch gives `kl_factors` with one flip-flop. Then the factors are updated in turn, the
+    inputs' by the new one of the outputs.
 
-    Law: with one batch again and again it tends to `kl_factors` of that batch.
+    Law: with one batch again and again it tends to `kl_factors` of that batch; without memory every
+    update is one more flip-flop. A loss that is multiplied by `c`, with `c` times the damping,
+    multiplies the matrix by `c`. If both first factors were made of the identity, it would be by
+    `c**2` at first.
     Cost: as one step of `kl_factors`.
 
     Args:

@@ -24,13 +24,13 @@ from torch import Tensor
 from kfac_scratch.border import check_count
 from kfac_scratch.linalg import told_from_zero
 
-Coefficients = tuple[float, float, float]
+Polynomial = tuple[float, float, float]
 """The numbers `a`, `b` and `c` of a polynomial `a x + b x^3 + c x^5`."""
 
-CUBIC: Coefficients = (1.5, -0.5, 0.0)
+CUBIC: Polynomial = (1.5, -0.5, 0.0)
 """Newton and Schulz: `(3 x - x^3) / 2`, which converges to 1 from every start in (0, sqrt(3))."""
 
-MUON: Coefficients = (3.4445, -4.7750, 2.0315)
+MUON: Polynomial = (3.4445, -4.7750, 2.0315)
 """Muon's numbers: steep at zero, but without a stable fixed point. It does not converge."""
 
 
@@ -56,7 +56,7 @@ def polar_factor(V: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 
 
 def newton_schulz(
-    V: Float[Tensor, "m n"], steps: int, coefficients: Coefficients = CUBIC
+    V: Float[Tensor, "m n"], steps: int, coefficients: Polynomial = CUBIC
 ) -> Float[Tensor, "m n"]:
     """The polar factor by a polynomial in `V`, of which every step is three products of matrices.
 

@@ -14,7 +14,7 @@ Three matrices go by this name. The bound is `shampoo_bound`. Its square, divide
 `tkfac`, the first step of the iteration that `kpsvd` runs to its end. One side alone is
 `one_sided`. As published, all are of gradients of batches: `OfBatch(shampoo_bound)`.
 
-Sources: Gupta, Koren and Singer 2018 (arXiv:1802.09568); Morwani et al. 2024 (arXiv:2406.17748),
+Sources: Gupta, Koren and Singer 2018 (arXiv:1802.09568); Morwani et al. 2025 (arXiv:2406.17748),
 for the square; An et al. 2025 (arXiv:2503.20762), for one side.
 """
 
@@ -40,8 +40,10 @@ class ShampooBound:
     `MovingAverage(shampoo_bound)` is the bound of the averaged block. In directions that a factor
     lacks, half of the digits are lost: round-off of `eps` becomes its root.
 
-    Cost: memory `d_in**2 + d_out**2`. Every use decomposes both factors, `O(d_in**3 + d_out**3)`;
-    take `eigen()` once for many.
+    Use it as `shampoo_bound` makes it, and `MovingAverage` averages it. Not for many products:
+    every use decomposes both factors, and `eigen()` does so once for all.
+
+    Cost: memory `d_in**2 + d_out**2`; every use two eigendecompositions, `O(d_in**3 + d_out**3)`.
     """
 
     A: Float[Tensor, "d_in d_in"]

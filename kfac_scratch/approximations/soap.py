@@ -12,7 +12,7 @@ so that TKFAC, whose eigenvalues are $\lambda_o(B) \lambda_i(A) / \operatorname{
 left of $s$ if only these sums are kept, as Adafactor keeps them. EKFAC's second moments have no
 such sums, because KFAC's factors are no partial traces.
 
-Source: Vyas et al. 2024 (arXiv:2409.11321), claim 1 for the sums.
+Source: Vyas et al. 2025 (arXiv:2409.11321), claim 1 for the sums.
 """
 
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC

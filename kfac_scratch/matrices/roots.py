@@ -21,11 +21,11 @@ from kfac_scratch.matrices.kronecker import KroneckerEigen
 from kfac_scratch.matrices.low_rank import FourBlocks
 from kfac_scratch.matrices.matrix import Matrix
 
-Decomposed = KroneckerEigen | DiagonalKroneckerEigen | DenseEigen | Diagonal | FourBlocks
+Spectral = KroneckerEigen | DiagonalKroneckerEigen | DenseEigen | Diagonal | FourBlocks
 """Matrices whose eigenvalues are numbers in them, and whose eigenvectors are orthonormal."""
 
 
-def inverse_root(M: Matrix, damping: float, p: int = 2) -> Decomposed:
+def inverse_root(M: Matrix, damping: float, p: int = 2) -> Spectral:
     """The symmetric map `R` with `R^p = (M + damping * I)^-1`.
 
     Use it as `invert=` of an optimizer for Shampoo, SOAP, and every matrix that stands for second
@@ -51,7 +51,7 @@ def inverse_root(M: Matrix, damping: float, p: int = 2) -> Decomposed:
     """
     check_count("p", p)
     inverse = (M.eigen() if isinstance(M, Dense) else M).inverse(damping)
-    if not isinstance(inverse, Decomposed):
+    if not isinstance(inverse, Spectral):
         raise TypeError(
             f"A {type(M).__name__} has no inverse root here, because its inverse is not found by "
             "orthonormal eigenvectors: use exact_inverse, or Dense(M.dense()) for a small layer."
@@ -59,7 +59,7 @@ def inverse_root(M: Matrix, damping: float, p: int = 2) -> Decomposed:
     return _root(inverse, p)
 
 
-def _root(M: Decomposed, p: int) -> Decomposed:
+def _root(M: Spectral, p: int) -> Spectral:
     """The same eigenvectors with the roots of the eigenvalues."""
     if isinstance(M, FourBlocks):
         parts = (M.both, M.left, M.right, M.rest)

@@ -170,8 +170,19 @@ def test_one_batch_again_and_again_tends_to_the_nearest_product(weight, device):
     check_equal(state.dense(), kl_factors(io, damping, 300).dense())
 
 
+def test_without_memory_an_update_is_one_more_flip_flop(device):
+    io = generic(device)
+    state = kl_factors(io, 0.1, steps=2)
+    check_equal(ks.KLShampoo(0.1).update(state, io, 1.0).dense(), kl_factors(io, 0.1, 3).dense())
+    check_differs(kl_factors(io, 0.1, 3).B, state.B)
+
+
 def test_a_loss_times_c_multiplies_every_matrix_by_c(device):
     """From the first batch on; if both first factors were made of the identity, by c squared."""
+    io = generic(device)
+    louder = replace(io, g=10 * io.g)
+    one, other = (ks.Kronecker(tkfac(x).A / 3, tkfac(x).B / 5) for x in (io, louder))
+    check_equal(other.dense(), 100**2 * one.dense())
     c, states = 100.0, [None, None]
     for seed in range(3):
         torch.manual_seed(seed)

@@ -244,6 +244,15 @@ def test_the_damping_of_the_paper_is_for_two_sums_only(device):
         shampoo_inverse(shampoo_bound(LayerIO(io.a[:2], io.g[:, :2])), 0.0)
 
 
+def test_without_damping_the_bound_of_too_few_samples_has_no_inverse(device):
+    """Round-off in the null space of a factor is no eigenvalue, and its root is none."""
+    for _ in range(20):
+        M = shampoo_bound(random_io(device, N=4))
+        with pytest.raises(ValueError, match="singular"):
+            M.inverse(0.0)
+        assert M.inverse(1e-3).dense().isfinite().all()
+
+
 def test_a_loss_times_c_multiplies_the_bound_by_c(device):
     io = random_io(device, S=4)
     scaled = shampoo_bound(replace(io, g=3 * io.g))

@@ -19,7 +19,7 @@ from kfac_scratch.approximations.cg_fac import cg_fac
 from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.matrices.matrix import LinearMap
-from kfac_scratch.matrices.roots import Decomposed
+from kfac_scratch.matrices.roots import Spectral
 from tests.laws import check_differs, check_equal
 from tests.matrices.test_real_widths import EPS, problem
 from tests.spectra import few_samples, images, relu, tabular
@@ -176,7 +176,7 @@ def test_without_damping_a_singular_matrix_is_refused_as_is_a_negative_damping(k
 
 def test_the_roots_are_of_all_matrices_with_their_own_eigenvalues(device):
     for make in KINDS.values():
-        assert isinstance(inverse_root(make(device), DAMPING), Decomposed)
+        assert isinstance(inverse_root(make(device), DAMPING), Spectral)
 
 
 # ---- precision --------------------------------------------------------------------------------
