@@ -185,9 +185,9 @@ def test_muons_numbers_bring_singular_values_into_a_band_and_keep_them_there(dev
     after = polynomial(x, 5, MUON)
     assert 1.19 < float(after.max()) < 1.21
     assert float(after[x >= 0.01].min()) > 0.68
-    assert float(after[x <= 1e-3].max()) < 0.6
+    assert float(after[x <= 1e-3].max()) < 0.5
     end = polynomial(torch.logspace(-4, 0, 4001, device=device), 60, MUON)
-    assert 0.67 < float(end.min()) < float(end.max()) < 1.14
+    assert 0.675 < float(end.min()) < float(end.max()) < 1.135
     fixed = ((4.7750 - (4.7750**2 - 4 * 2.0315 * 2.4445) ** 0.5) / (2 * 2.0315)) ** 0.5
     assert polynomial(fixed, 1, MUON) == pytest.approx(fixed)
     slope = 3.4445 - 3 * 4.7750 * fixed**2 + 5 * 2.0315 * fixed**4
