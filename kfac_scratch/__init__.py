@@ -40,11 +40,13 @@ from kfac_scratch.applications.trained import (
     weights_without_biases,
 )
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
+from kfac_scratch.approximations.batch_gradients import OfBatch, from_gradient, pooled
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, ekfac_reduce, rescaled
 from kfac_scratch.approximations.estimators import Approximation, Estimator, Latest, MovingAverage
 from kfac_scratch.approximations.kfac import foof, kfac, kfac_reduce
+from kfac_scratch.approximations.kl_shampoo import KLShampoo, kl_factors
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     deflation,
@@ -63,6 +65,7 @@ from kfac_scratch.approximations.mini_block import (
     mini_block_rows,
     mini_block_shared,
 )
+from kfac_scratch.approximations.muon import CUBIC, MUON, newton_schulz, polar_factor
 from kfac_scratch.approximations.randomized import (
     Sketch,
     nystrom,
@@ -73,7 +76,14 @@ from kfac_scratch.approximations.randomized import (
     trace_matched,
     zero_tail,
 )
+from kfac_scratch.approximations.shampoo import (
+    ShampooBound,
+    one_sided,
+    shampoo_bound,
+    shampoo_inverse,
+)
 from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac, subsampled
+from kfac_scratch.approximations.soap import soap
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
@@ -110,6 +120,7 @@ from kfac_scratch.matrices.kronecker_columns import KroneckerColumns
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+from kfac_scratch.matrices.roots import inverse_root
 from kfac_scratch.one_hot import OneHot
 from kfac_scratch.optimizer.coarse_spaces import (
     krylov_space,
@@ -147,8 +158,10 @@ from kfac_scratch.taylor.partials import Partials, biharmonic, univariate_jets
 __version__ = "0.1.0"
 
 __all__ = [
+    "CUBIC",
     "EXPAND",
     "KFAC",
+    "MUON",
     "REDUCE",
     "Accumulator",
     "AmortisedEKFAC",
@@ -174,6 +187,7 @@ __all__ = [
     "Joined",
     "KFACKrylov",
     "KFACStar",
+    "KLShampoo",
     "Kronecker",
     "KroneckerColumns",
     "KroneckerEigen",
@@ -187,6 +201,7 @@ __all__ = [
     "LowRankKronecker",
     "Matrix",
     "MovingAverage",
+    "OfBatch",
     "OneHot",
     "OnlinePrior",
     "Partials",
@@ -201,6 +216,7 @@ __all__ = [
     "Repaired",
     "ScaledVectors",
     "SecondOrder",
+    "ShampooBound",
     "Sketch",
     "Spring",
     "Term",
@@ -231,6 +247,7 @@ __all__ = [
     "factored_inverse",
     "foof",
     "forward_laplacian",
+    "from_gradient",
     "functional_covariance",
     "graft",
     "guarded",
@@ -238,6 +255,7 @@ __all__ = [
     "influence_by_block",
     "influence_scores",
     "inverse_as_sum",
+    "inverse_root",
     "inverses",
     "kernel_inverse",
     "kfac",
@@ -246,6 +264,7 @@ __all__ = [
     "kfac_over_ranks",
     "kfac_reduce",
     "kl_clip",
+    "kl_factors",
     "kpsvd",
     "krylov_space",
     "lanczos",
@@ -267,14 +286,18 @@ __all__ = [
     "monte_carlo",
     "nearest_product",
     "nearest_sum",
+    "newton_schulz",
     "nicolaides_space",
     "norm_constraint",
     "nystrom",
+    "one_sided",
     "output_vectors",
     "over_loader",
     "parameters_from",
     "pinn_loss",
     "plan",
+    "polar_factor",
+    "pooled",
     "preconditioner",
     "predicted_outputs",
     "probit",
@@ -290,8 +313,11 @@ __all__ = [
     "sampled_weights",
     "second_order_sum",
     "self_influence",
+    "shampoo_bound",
+    "shampoo_inverse",
     "skfac",
     "smallest_kept",
+    "soap",
     "spectral_space",
     "srevd",
     "stream",

@@ -59,13 +59,19 @@ def check_callable(parameter: str, value: object, example: str) -> None:
 
 
 def makes_a_function(function: Any) -> bool:
-    """Whether a function's annotation says that it returns a function."""
+    """Whether a function's annotation says that it returns a function, or an estimator.
+
+    An estimator is known by its method `update`, which collections have, too.
+    """
     if isinstance(function, FunctionType):  # as below, but much faster
-        return get_origin(function.__annotations__.get("return")) is Callable
-    try:
-        returned = inspect.signature(function).return_annotation
-    except (TypeError, ValueError):  # built-in functions may have no signature
-        return False
+        returned = function.__annotations__.get("return")
+    else:
+        try:
+            returned = inspect.signature(function).return_annotation
+        except (TypeError, ValueError):  # built-in functions may have no signature
+            return False
+    if inspect.isclass(returned) and not issubclass(returned, Collection):
+        return hasattr(returned, "update")
     return get_origin(returned) is Callable
 
 

@@ -80,6 +80,12 @@ REFUSED = [
     (ks.GaussNewton, {"solver": "dense"}, "solver='dense' is a string.*solver=kernel_solver"),
     # the function that makes one
     (optimizer, {"approximation": ks.randomized}, r"call it, approximation=randomized\(...\)"),
+    (optimizer, {"approximation": ks.soap}, r"call it, approximation=soap\(...\)"),
+    (ks.OfBatch, {"inner": ks.soap}, r"inner=soap is a function that makes one: call it"),
+    (ks.OfBatch, {"inner": "soap"}, "inner='soap' is a string: pass the function.*inner=tkfac"),
+    (ks.OfBatch, {"inner": ks.KLShampoo}, r"inner=KLShampoo is a class: make an instance"),
+    (optimizer, {"approximation": ks.OfBatch}, r"approximation=OfBatch is a class: make an inst"),
+    (ks.MovingAverage, {"approximation": ks.soap}, r"call it, approximation=soap\(...\)"),
     (optimizer, {"approximation": mini_block_filters}, r"approximation=mini_block_filters\(...\)"),
     (optimizer, {"controls": [ks.graft]}, r"control=graft is a function that makes one: call it"),
     (optimizer, {"controls": [ks.quadratic_model]}, r"control=quadratic_model is a function that"),
@@ -194,6 +200,17 @@ def test_arguments_of_the_right_kind_pass():
 def test_functions_that_make_functions_are_known_by_their_annotation():
     assert all(map(makes_a_function, (ks.graft, ks.randomized, ks.monte_carlo, ks.krylov_space)))
     assert not any(map(makes_a_function, (ks.kfac, ks.type2, len, lambda: lambda: 0, print)))
+
+
+def test_a_function_that_returns_an_estimator_makes_one_and_one_that_returns_numbers_does_not():
+    def numbers(io) -> dict[str, float]:
+        return {}
+
+    def more(io) -> dict:
+        return {}
+
+    assert makes_a_function(ks.soap)
+    assert not any(map(makes_a_function, (numbers, more, ks.tkfac, ks.one_sided)))
 
 
 def test_counts_and_names_are_checked():

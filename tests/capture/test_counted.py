@@ -138,6 +138,11 @@ APPROXIMATIONS = {
     "tkfac": ks.tkfac,
     "tekfac": ks.tekfac,
     "kpsvd": ks.kpsvd,
+    "shampoo": ks.shampoo_bound,
+    "one-sided": ks.one_sided,
+    "kl-shampoo": partial(ks.kl_factors, damping=0.1, steps=2),
+    "soap": lambda io: ks.OfBatch(ks.soap()).update(None, io, 1.0),
+    "kfac of the batch": lambda io: ks.kfac(ks.pooled(io)),
     "skfac": skfac,
     "skfac of means": lambda io: skfac(mean_over_positions(io)),
     "cg_fac": ks.cg_fac,
@@ -146,6 +151,7 @@ APPROXIMATIONS = {
     "mini blocks": ks.mini_block_rows,
 }
 ALONE = {"tkfac", "tekfac", "kpsvd", "cg_fac", "mini blocks"}  # functions of gradients alone
+ALONE |= {"shampoo", "one-sided", "kl-shampoo", "soap"}
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)

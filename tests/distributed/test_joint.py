@@ -13,7 +13,9 @@ import torch
 from kfac_scratch import (
     AmortisedEKFAC,
     Brand,
+    KLShampoo,
     LayerIO,
+    OfBatch,
     Window,
     ekfac,
     ekfac_reduce,
@@ -23,6 +25,7 @@ from kfac_scratch import (
     kfac_reduce,
     kpsvd,
     mini_block,
+    shampoo_bound,
     skfac,
     tkfac,
 )
@@ -122,6 +125,9 @@ ESTIMATORS = {
     },
     "amortised": AmortisedEKFAC(2),
     "amortised tkfac": AmortisedEKFAC(2, MovingAverage(tkfac)),
+    "soap": OfBatch(AmortisedEKFAC(2, MovingAverage(tkfac))),
+    "shampoo": OfBatch(shampoo_bound),
+    "kl-shampoo": OfBatch(KLShampoo(0.1)),
     "window": Window(2),
     "brand": Brand(3),
 }

@@ -21,17 +21,25 @@ import pytest
 import torch
 
 from kfac_scratch import approximations, matrices
+from kfac_scratch.approximations.batch_gradients import OfBatch
 from kfac_scratch.approximations.brand import Brand, Repaired, refreshed
 from kfac_scratch.approximations.cg_fac import Gradients
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
 from kfac_scratch.approximations.estimators import Latest, MovingAverage
 from kfac_scratch.approximations.kfac import kfac
+from kfac_scratch.approximations.kl_shampoo import KLShampoo, kl_factors
 from kfac_scratch.approximations.kpsvd import Recompressed, deflation, kfac_corrected, nearest_sum
-from kfac_scratch.approximations.mini_block import mini_block_filters
+from kfac_scratch.approximations.mini_block import (
+    BlocksByRows,
+    mini_block_filters,
+)
 from kfac_scratch.approximations.randomized import Randomized, Sketch, randomized
+from kfac_scratch.approximations.shampoo import ShampooBound
 from kfac_scratch.approximations.skfac import Window
 from kfac_scratch.approximations.tkfac import PartialTraces
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.linalg import positive_part
+from kfac_scratch.matrices.block_diagonal import BlockDiagonal, FiltersAndBias
 from kfac_scratch.matrices.damping import HasDiagonal, HasFactors, relative_damping
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
@@ -99,11 +107,27 @@ INVERSIONS = {
     for name, thing in public(package)
     if is_inversion(thing) and name != "guarded"  # the matrix that `guarded_inverse` inverts
 }
+
+
+class HasEigenvectors(type):
+    """Of matrices whose exact inverse is found by orthonormal eigenvectors."""
+
+    def __instancecheck__(cls, M):
+        without = (KroneckerSum, Gradients, BlockDiagonal, BlocksByRows, FiltersAndBias)
+        return not isinstance(M, without)
+
+
+class WithEigenvectors(metaclass=HasEigenvectors):
+    """Stands for all kinds that `inverse_root` takes."""
+
+
 GOES_WITH = {
     "exact_inverse": object,
     "factored_inverse": HasFactors,
     "guarded_inverse": KroneckerSum,
     "kernel_inverse": Gradients,
+    "inverse_root": WithEigenvectors,
+    "shampoo_inverse": ShampooBound,
 }
 INACCURATE = {"truncated_inverse"}  # it stops early, and says so
 PASSED_ON = {"default_inverse"}  # to one of the others, see test_damping
@@ -135,6 +159,9 @@ EXAMPLES = {
     "Recompressed": followed(Recompressed(partial(nearest_sum, tolerance=1e-2))),
     "Window": followed(Window(2)),
     "Brand": followed(Brand(8)),
+    "OfBatch": followed(OfBatch(Latest(kfac))),
+    "kl_factors": partial(kl_factors, damping=0.1),
+    "KLShampoo": followed(KLShampoo(0.1)),
     "Repaired": followed(Repaired(Brand(8), refreshed(Sketch(8)), 2)),
 }
 FEW_ROWS = ["skfac", "mini_block_rows", "cg_fac", "Window", "Brand", "Repaired"]  # keep rows
@@ -200,7 +227,7 @@ def in_float64(value):
     """The same numbers, in every tensor of a matrix; factors without their asymmetric round-off."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double()
-    if isinstance(value, Kronecker | PartialTraces):
+    if isinstance(value, Kronecker | PartialTraces | ShampooBound):
         A, B = value.A.double(), value.B.double()
         return type(value)((A + A.T) / 2, (B + B.T) / 2)
     if isinstance(value, DiagonalKronecker):
@@ -221,7 +248,14 @@ def truth(M, invert, damping, V):
         dense = M64.dense()
         eye = torch.eye(len(dense), dtype=dense.dtype)
         return torch.linalg.solve(dense + damping * eye, V.flatten(-2).T).T.reshape(V.shape)
-    return invert(M64, damping) @ V
+    return invert(with_positive_factors(M64), damping) @ V
+
+
+def with_positive_factors(M):
+    """The same factors without the negative eigenvalues that rounding to float32 has made."""
+    if not isinstance(M, Kronecker | PartialTraces | ShampooBound):
+        return M
+    return replace(M, A=positive_part(M.A), B=positive_part(M.B))
 
 
 def kronecker_truth(K, damping, V):

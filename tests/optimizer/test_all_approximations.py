@@ -7,10 +7,12 @@ import torch
 from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, Sequential, Tanh
 
 from kfac_scratch import EXPAND, KFAC, REDUCE, Latest, factored_inverse, graft, layer_ios, type2
+from kfac_scratch.approximations.batch_gradients import OfBatch
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
 from kfac_scratch.approximations.estimators import MovingAverage
+from kfac_scratch.approximations.kl_shampoo import KLShampoo
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
     deflation,
@@ -24,10 +26,13 @@ from kfac_scratch.approximations.kpsvd import (
 )
 from kfac_scratch.approximations.mini_block import mini_block, mini_block_rows, mini_block_shared
 from kfac_scratch.approximations.randomized import Sketch, randomized, srevd
+from kfac_scratch.approximations.shampoo import one_sided, shampoo_bound, shampoo_inverse
 from kfac_scratch.approximations.skfac import Window, skfac
+from kfac_scratch.approximations.soap import soap
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.matrices.matrix import exact_inverse
+from kfac_scratch.matrices.roots import inverse_root
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
@@ -64,6 +69,16 @@ VARIANTS = {
     "mini-block-shared": {"approximation": mini_block_shared, "invert": factored_inverse},
     "cg-fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
     "cg-fac-direct": {"approximation": Latest(cg_fac), "invert": kernel_inverse},
+    "shampoo": {"approximation": OfBatch(shampoo_bound), "invert": shampoo_inverse},
+    "shampoo-exact": {"approximation": shampoo_bound, "invert": inverse_root},
+    "shampoo-squared": {"approximation": OfBatch(tkfac), "invert": inverse_root},
+    "one-sided": {"approximation": OfBatch(one_sided), "invert": inverse_root},
+    "soap": {"approximation": OfBatch(soap(2)), "invert": inverse_root},
+    "kl-shampoo": {"approximation": OfBatch(KLShampoo(1e-3)), "invert": inverse_root},
+    "kl-soap": {
+        "approximation": OfBatch(AmortisedEKFAC(2, KLShampoo(1e-3))),
+        "invert": inverse_root,
+    },
     "two-level": {"controls": [coarse_correction(type2), graft()]},
     "two-level-adef2": {"controls": [coarse_correction(type2, combine=adef2), graft()]},
 }
