@@ -102,8 +102,10 @@ class Chapter:
 
 
 def chapters() -> list[Chapter]:
-    """All chapters in reading order."""
-    return [Chapter(path) for path in sorted(TUTORIAL.glob(NAV))]
+    """All chapters in reading order: part after part, as they begin, and by number within a part."""
+    found = [Chapter(path) for path in sorted(TUTORIAL.glob(NAV))]
+    parts = list(dict.fromkeys(chapter.part for chapter in found))
+    return sorted(found, key=lambda chapter: parts.index(chapter.part))
 
 
 # ------------------------------------------------------------------ lists made from the files

@@ -1,0 +1,653 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 32. Relatives: Shampoo, SOAP and Muon
+#
+# **Part III: Better and faster.** Shampoo, SOAP and Muon multiply gradients by matrices on both sides, as KFAC
+# does, and need neither the loss nor the layers: why take KFAC, and when not?
+#
+# These optimizers have an advantage that comes before every comparison. All that they ask of a model is its
+# gradient. KFAC must know which layer a weight is in, what the layer received, and how the loss bends. In
+# return it knows more. This chapter says what. Every method of the family makes three choices:
+#
+# 1. **Which gradients?** Those of every sample, or their mean over a batch. With labels of the data, or
+#    of the model.
+# 2. **Which matrix?** An approximation of the sum of their outer products.
+# 3. **Which power** of the matrix meets the gradient: the inverse, or the inverse root.
+#
+# | Method | Gradients | Matrix | Power |
+# | --- | --- | --- | --- |
+# | KFAC, EKFAC | of samples, labels of the model | `kfac`, `ekfac` | $-1$ |
+# | TKFAC, TEKFAC, KPSVD | of samples, labels of the model | `tkfac`, `tekfac`, `kpsvd` | $-1$ |
+# | Adam | of batches | a diagonal | $-1/2$ |
+# | Shampoo | of batches | `shampoo_bound`, $B^{1/2} \otimes A^{1/2}$ | $-1/2$ |
+# | Shampoo with power 1/2 | of batches | `tkfac` | $-1/2$ |
+# | SOAP | of batches | `tekfac` | $-1/2$ |
+# | KL-Shampoo | of batches | `kl_factors` | $-1/2$ |
+# | Muon | of one batch, averaged | `tekfac`, without memory | $-1/2$ |
+#
+# By the end you will be able to read any of them as a line of this table, to check an implementation by four
+# identities, and to say what was measured and what was not.
+
+# %%
+import itertools
+import json
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
+
+import kfac_scratch
+from kfac_scratch import (
+    KFAC,
+    LayerIO,
+    ekfac,
+    empirical,
+    graft,
+    kfac,
+    kpsvd,
+    layer_ios,
+    monte_carlo,
+    tekfac,
+    tkfac,
+    type2,
+)
+from kfac_scratch.approximations.batch_gradients import OfBatch, from_gradient, pooled
+from kfac_scratch.approximations.kl_shampoo import kl_factors
+from kfac_scratch.approximations.muon import CUBIC, MUON, newton_schulz, polar_factor
+from kfac_scratch.approximations.shampoo import shampoo_bound
+from kfac_scratch.approximations.soap import soap
+from kfac_scratch.checks import assert_exact, relative_error, set_up
+from kfac_scratch.linalg import vec
+from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.rearranged import Rearranged
+from kfac_scratch.matrices.roots import inverse_root
+from kfac_scratch.show import code, matrices
+
+set_up()  # seed 0, float64, the GPU where there is one
+
+data = load_digits()
+images = torch.tensor(data.images[:1400]).unflatten(0, (-1,))[:, ::2, ::2].flatten(1) / 16
+labels = torch.tensor(data.target[:1400])
+net, loss = Sequential(Linear(16, 12), Tanh(), Linear(12, 10)), CrossEntropyLoss()
+adam = torch.optim.Adam(net.parameters(), 1e-2)
+for _ in range(300):
+    chosen = torch.randint(1400, (100,))
+    adam.zero_grad()
+    loss(net(images[chosen]), labels[chosen]).backward()
+    adam.step()
+ios = layer_ios(net, loss, images, labels, type2)
+of_data = layer_ios(net, loss, images, labels, empirical)
+
+# %% [markdown]
+# ## One gradient, three steps
+#
+# Forget averages for a moment. There is one gradient $G$, of shape `[4, 7]`, and nothing else. Here is
+# what the three optimizers do with it, each in its own words:
+
+# %%
+G = torch.randn(4, 7)
+
+
+def power(M: Tensor, p: float) -> Tensor:
+    """A power of a PSD matrix on its range."""
+    d, Q = torch.linalg.eigh(M)
+    kept = d > 1e-12 * d[-1]
+    return (Q[:, kept] * d[kept] ** p) @ Q[:, kept].T
+
+
+left, right = G @ G.T, G.T @ G  # Shampoo's L and R
+by_shampoo = power(left, -1 / 4) @ G @ power(right, -1 / 4)
+
+QL, QR = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
+rotated = QL.T @ G @ QR  # SOAP: Adam in the eigenbasis of L and R
+seen = rotated.abs() > 1e-12
+by_soap = QL @ torch.where(seen, rotated / rotated.square().sqrt(), 0) @ QR.T
+
+U, _, Wh = torch.linalg.svd(G, full_matrices=False)  # Muon: the singular values become 1
+by_muon = U @ Wh
+
+assert_exact(by_shampoo, by_muon)
+assert_exact(by_soap, by_muon)
+
+# %% [markdown]
+# All three are the same step! With $G = U \Sigma W^\top$ the reason is one line: $L = U \Sigma^2 U^\top$ and
+# $R = W \Sigma^2 W^\top$, so that
+#
+# $$
+# L^{-1/4} G R^{-1/4} = U \Sigma^{-1/2} \Sigma\, \Sigma^{-1/2} W^\top = U W^\top .
+# \tag{32.1}
+# $$
+#
+# In the eigenbasis, $G$ is the diagonal $\Sigma$ up to signs, and Adam without memory divides every entry by
+# its size. So what tells the three apart is **memory**: Muon has none for squares, Shampoo and SOAP
+# average $L$, $R$ and squares over batches. The power matters, too. Many implementations of Shampoo take
+# $1/2$ in the place of $1/4$ on each side. Without memory that *inverts* the singular values:
+
+# %%
+with_half = power(left, -1 / 2) @ G @ power(right, -1 / 2)
+assert_exact(with_half, torch.linalg.pinv(G).T)
+assert relative_error(with_half, by_muon) > 0.1
+
+# %% [markdown]
+# ## A gradient is a layer
+#
+# KFAC's functions take a `LayerIO`: inputs $a$ and vectors $g$ with $G_n = \sum_s g_{ns} a_{ns}^\top$. A bare
+# gradient can be written so, since $G = \sum_i G_{:,i} e_i^\top$. And a batch becomes *one* sample if its
+# samples are put where positions were:
+
+# %% tags=["remove-input"]
+code(from_gradient, pooled)
+
+# %% [markdown]
+# The gradient of the pooled layer is that of the whole batch. For a mean loss over $N$ samples,
+# `pooled(io).block()` is $N \operatorname{vec}(\bar G) \operatorname{vec}(\bar G)^\top$ with
+# $\bar G$ the `.grad` that PyTorch computes. The factor $N$ makes it estimate the Fisher; an inverse root then
+# gives Adam's step divided by $\sqrt N$. Whoever mixes the two up trains with a learning rate that is wrong by
+# $\sqrt N$.
+
+# %%
+net.zero_grad()
+loss(net(images), labels).backward()
+grads = {n: torch.cat([net[int(n)].weight.grad, net[int(n)].bias.grad[:, None]], 1) for n in ios}
+for n, io in of_data.items():
+    assert_exact(from_gradient(grads[n]).gradients()[0, 0], grads[n])
+    mean = vec(grads[n])
+    assert_exact(pooled(io).block(), 1400 * torch.outer(mean, mean))
+    assert_exact(tkfac(pooled(io)).B, 1400 * grads[n] @ grads[n].T)  # Shampoo's L
+    assert_exact(kfac(pooled(io)).dense(), kfac(io).dense())
+    assert relative_error(tkfac(pooled(io)).dense(), tkfac(io).dense()) > 0.1
+
+# %% [markdown]
+# The last two lines deserve a second look. TKFAC of the batch differs from TKFAC of the samples. KFAC does
+# not differ at all: KFAC-expand never asks which rows belong to one sample. That is why KFAC has nothing to
+# say about the difference, and why this chapter's family grows from TKFAC.
+#
+# ## Shampoo is TKFAC
+#
+# Shampoo's sums $L = \sum_k G_k G_k^\top$ and $R = \sum_k G_k^\top G_k$ are the partial traces of the block,
+# which [Chapter 11](11_tkfac.md) calls $B$ and $A$. TKFAC is $B \otimes A / \operatorname{tr} A$. Shampoo
+# as published takes roots, and it is cautious on purpose. If no gradient has a rank above $r$,
+#
+# $$
+# F \preceq r \; B^{1/2} \otimes A^{1/2} .
+# \tag{32.2}
+# $$
+#
+# A matrix that is too large gives steps that are too short, which is safe. TKFAC is no such bound:
+
+# %%
+for io in of_data.values():
+    F = io.block()
+    rank = min(io.a.shape[1], io.a.shape[2], io.g.shape[3])
+    assert torch.linalg.eigvalsh(rank * shampoo_bound(io).dense() - F)[0] > -1e-10 * F.norm()
+    assert torch.linalg.eigvalsh(tkfac(io).dense() - F)[0] < -1e-2 * F.norm()
+
+# %% [markdown]
+# "Shampoo is safe" and "its square is nearer" are both theorems, then, and about two different matrices.
+#
+# ## One weight for every sample
+#
+# For a layer with one position and one vector for each sample, every product in the family is a pair of
+# weighted sums,
+#
+# $$
+# A = \sum_n w^A_n \, a_n a_n^\top , \qquad B = \sum_n w^B_n \, g_n g_n^\top ,
+# $$
+#
+# and the methods differ in two numbers for each sample:
+#
+# | | $w^A_n$ | $w^B_n$ | what it minimises |
+# | --- | --- | --- | --- |
+# | KFAC | $1 / N$ | $1$ | nothing; exact if $a$ and $g$ are independent |
+# | TKFAC, Shampoo's sums | $\lVert g_n \rVert^2$ | $\lVert a_n \rVert^2$ | nothing; both partial traces are right |
+# | KPSVD | $g_n^\top B\, g_n$ | $a_n^\top A\, a_n$ | the distance $\lVert F - B \otimes A \rVert$ |
+# | KL-Shampoo | $g_n^\top B^{-1} g_n / d_\text{out}$ | $a_n^\top A^{-1} a_n / d_\text{in}$ | the divergence $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$ |
+#
+# KFAC counts samples. TKFAC weights a sample's input by the size of its vector. The last two ask each
+# other: a fixed point, which an iteration finds. KPSVD's weights are up to a scale, which may move from one
+# factor to the other.
+
+# %%
+io = of_data["0"]
+a, g = io.a[:, 0], io.g[0, :, 0]
+
+
+def weighted(w: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("n,ni,nj->ij", w, x, x)
+
+
+def quadratic(x: Tensor, M: Tensor) -> Tensor:
+    return torch.einsum("ni,ij,nj->n", x, M, x)
+
+
+assert_exact(tkfac(io).A, weighted(g.square().sum(1), a))
+assert_exact(tkfac(io).B, weighted(a.square().sum(1), g))
+K = kpsvd(io, 1e-13)
+for found, again in ((K.A, weighted(quadratic(g, K.B), a)), (K.B, weighted(quadratic(a, K.A), g))):
+    assert_exact(again / again.norm(), found / found.norm())
+inputs = a.square().sum(0).topk(5).indices  # without pixels that are always blank,
+small = LayerIO(io.a[:, :, inputs], io.g[..., :3])  # the block has full rank: no damping
+K = kl_factors(small, 0.0, steps=200)
+a_, g_ = small.a[:, 0], small.g[0, :, 0]
+assert_exact(K.A, weighted(quadratic(g_, torch.linalg.inv(K.B)) / g_.shape[1], a_))
+assert_exact(K.B, weighted(quadratic(a_, torch.linalg.inv(K.A)) / a_.shape[1], g_))
+
+# %% [markdown]
+# Put $A = B = I$ into the last two rows: both become TKFAC's. Shampoo's sums are the first step of the power
+# iteration that ends at KPSVD ([Chapter 12](12_kpsvd.md)), and of the flip-flop that ends at KL-Shampoo. How
+# much is left to gain after that first step? The next figure follows both iterations from the identity.
+
+# %% tags=["hide-input"] alt="Two panels against half steps from 0 to 8. Left: the cosine between the exact block and the iterates of power iteration rises steeply in the first two half steps and is flat afterwards; a dotted line marks KFAC below the final value. Right: the divergence of the flip-flop falls in the same way." caption="From the identity. Left: cosine of the angle to the exact block, power iteration. Right: divergence, flip-flop. After two half steps little is left to gain."
+F, R = io.block(), Rearranged(io)
+damping = 1e-3 * float(F.diagonal().mean())
+damped = F + damping * torch.eye(len(F))
+
+
+def cosine(M: Tensor) -> float:
+    return float((M * F).sum() / M.norm() / F.norm())
+
+
+def divergence(M: Tensor) -> float:
+    """Per weight, of the damped block from a product."""
+    ratio = torch.linalg.solve(M, damped)
+    return float(0.5 * (ratio.trace() - torch.logdet(ratio) - len(F)) / len(F))
+
+
+A, cosines = torch.eye(io.a.shape[-1]), [cosine(torch.eye(len(F)))]
+for _ in range(4):
+    B = R.to_outputs(A / A.norm())
+    cosines.append(cosine(Kronecker(A, B).dense()))
+    A = R.to_inputs(B / B.norm())
+    cosines.append(cosine(Kronecker(A, B).dense()))
+assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(cosines))
+size = float(damped.diagonal().mean())
+kls = [divergence(size * torch.eye(len(F)))]
+kls += [divergence(kl_factors(io, damping, steps=k).dense()) for k in range(1, 9)]
+assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(kls))
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+axes[0].plot(cosines, "o-")
+axes[0].axhline(cosine(kfac(io).dense()), linestyle=":", color="C1")
+axes[0].text(8, cosine(kfac(io).dense()) - 0.03, "KFAC", color="C1", ha="right")
+axes[0].set(xlabel="half steps", title="cosine to the block")
+axes[1].plot(kls, "o-")
+axes[1].set(xlabel="flip-flops", title="divergence per weight", yscale="log")
+plt.show()
+
+# %% [markdown]
+# ## SOAP is EKFAC of TKFAC
+#
+# SOAP runs Adam in the eigenbasis of Shampoo's factors. Adam keeps second moments, and second moments of
+# gradients in a Kronecker basis are EKFAC's eigenvalues ([Chapter 10](10_ekfac.md)). So SOAP's matrix is
+# EKFAC with TKFAC's basis, which is TEKFAC. This one basis has a property that KFAC's has not:
+
+# %% tags=["hide-input"] alt="A heat map of the second moments of a layer in the eigenbasis of TKFAC, with 12 rows and 17 columns, large at one corner. A narrow strip to its right shows the row sums, one below it the column sums." caption="Second moments $s_{oi}$ in TKFAC's eigenbasis (logarithmic), their row sums and their column sums: these are the eigenvalues of $B$ and of $A$."
+T = tekfac(io)
+rows, columns = T.scale.sum(1), T.scale.sum(0)
+assert_exact(rows, torch.diag(T.QB.T @ tkfac(io).B @ T.QB))
+assert_exact(columns, torch.diag(T.QA.T @ tkfac(io).A @ T.QA))
+assert_exact(torch.outer(rows, columns) / T.scale.sum(), tkfac(io).eigen().scale)
+E = ekfac(io)
+adafactor = torch.outer(E.scale.sum(1), E.scale.sum(0)) / E.scale.sum()
+assert relative_error(adafactor, kfac(io).eigen().scale) > 0.01
+fig, axes = plt.subplots(
+    2, 2, figsize=(6, 4.4), layout="constrained", width_ratios=[10, 1], height_ratios=[10, 1]
+)
+tables = {(0, 0): T.scale.flip(0, 1), (0, 1): rows.flip(0)[:, None], (1, 0): columns.flip(0)[None]}
+for place, table in tables.items():
+    logarithm = table.clamp(min=1e-6 * rows.max()).log10()
+    axes[place].imshow(logarithm.cpu().numpy(), cmap="viridis", aspect="auto")
+axes[1, 1].axis("off")
+axes[0, 0].set(ylabel="eigenvector of $B$", xticks=[], yticks=[])
+axes[0, 1].set(xticks=[], yticks=[], title="sum")
+axes[1, 0].set(xticks=[], yticks=[], xlabel="eigenvector of $A$: column sums")
+plt.show()
+
+# %% [markdown]
+# The rank-one table with these sums, $s^{\text{row}} s^{\text{col}} / \sum s$, is what Adafactor keeps of
+# Adam's moments. In TKFAC's basis that table *is* TKFAC. In KFAC's basis it is not KFAC. The identity is a
+# sharp test of an implementation: if rows and columns do not add up, basis and moments have got out of step.
+#
+# ## Muon is what is left without memory
+#
+# Equation (32.1) says what Muon aims at: $U W^\top$, the **polar factor** of the gradient. It computes it without a
+# decomposition, by an odd polynomial $X \leftarrow a X + b X X^\top X + c (X X^\top)^2 X$ that acts on every
+# singular value as $x \leftarrow a x + b x^3 + c x^5$. With Newton's and Schulz's numbers this converges. With
+# Muon's numbers it does not: it is steep at zero, and then moves about within a band.
+
+# %% tags=["hide-input"] alt="Two panels of the singular value after 5 steps against the one before, from 0.0001 to 1 on a logarithmic axis. Left, the cubic polynomial: rises smoothly to 1 only for values above 0.1. Right, Muon's polynomial: reaches the band between 0.68 and 1.2 already at 0.005 and oscillates in it." caption="A singular value after 5 and 10 steps, by its value before, relative to the norm of the matrix. Left: the convergent cubic. Right: Muon's polynomial, in its band."
+before = torch.logspace(-4, 0, 400)
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+for ax, (name, (c1, c3, c5)) in zip(axes, {"cubic": CUBIC, "Muon": MUON}.items(), strict=True):
+    x = before.clone()
+    for step in range(1, 11):
+        x = c1 * x + c3 * x**3 + c5 * x**5
+        if step in (5, 10):
+            ax.plot(before.cpu(), x.cpu(), label=f"{step} steps")
+        if name == "Muon" and step == 5:
+            assert 0.6 < x[before > 0.01].min() < 0.75
+            assert 1.1 < x.max() < 1.25
+    ax.set(xscale="log", xlabel="singular value before", title=name)
+axes[0].legend()
+plt.show()
+assert_exact(newton_schulz(G, 30), polar_factor(G))
+assert relative_error(newton_schulz(G, 30, MUON), polar_factor(G)) > 0.01
+
+# %% [markdown]
+# ## The mean of squares, or the square of the mean
+#
+# What does the gradient of a batch know of the Fisher? Let $N$ samples be drawn, and call $F_1$ the mean of
+# $\operatorname{vec}(G_n) \operatorname{vec}(G_n)^\top$ and $m$ the mean of $\operatorname{vec}(G_n)$ over the
+# whole population. Then
+#
+# $$
+# N \, \mathbb E \bigl[ \operatorname{vec}(\bar G) \operatorname{vec}(\bar G)^\top \bigr]
+# = F_1 + (N - 1) \, m m^\top .
+# \tag{32.3}
+# $$
+#
+# The second term is a bias: $N - 1$ times the square of the gradient that training is about to remove. Where
+# does it vanish? At a stationary point, $m = 0$. And *everywhere*, if the labels are drawn from the
+# model: then the mean over labels of every sample's gradient is zero. The first can be checked by counting
+# out all $6^3$ batches of three out of six samples, the second by all $10^2$ labels of two samples:
+
+# %%
+six = of_data["2"].gradients()[0, :6].flatten(1)
+mean, F_1 = six.mean(0), six.T @ six / 6
+draws = [six[list(c)].mean(0) for c in itertools.product(range(6), repeat=3)]
+expected = 3 * sum(torch.outer(x, x) for x in draws) / len(draws)
+assert_exact(expected, F_1 + 2 * torch.outer(mean, mean))
+assert relative_error(expected, F_1) > 0.1
+
+two = images[:2]
+chances, total = net(two).detach().softmax(1), {}
+for pair in itertools.product(range(10), repeat=2):
+    sampled = layer_ios(net, loss, two, torch.tensor(pair), empirical)
+    for n, io_ in sampled.items():
+        share = chances[0, pair[0]] * chances[1, pair[1]]
+        total[n] = total.get(n, 0) + share * pooled(io_).block()
+for n, io_ in layer_ios(net, loss, two, labels[:2], type2).items():
+    assert_exact(total[n], io_.block())
+
+# %% [markdown]
+# One batch gives a matrix of rank one, so that a long memory must make up for it. How far do 400 batches of
+# 100 get? In the next figure the exact block of the second layer stands beside KFAC and TEKFAC of all samples,
+# and beside SOAP's matrix from 400 batches, once with the labels of the data and once with labels of the
+# model.
+
+# %% tags=["hide-input"] alt="Five square heat maps of a layer's block: exact, KFAC, TEKFAC, SOAP with data's labels and SOAP with the model's labels. All show the same tiles; SOAP with the data's labels is paler." caption="The last layer's exact block and four approximations, on one scale; the first 52 of 130 rows. SOAP's moments come from 400 batch gradients."
+generator = torch.Generator(images.device).manual_seed(1)
+batch_gradients = {"data's labels": [], "model's labels": []}
+for _ in range(400):
+    index = torch.randperm(1400, generator=generator, device=images.device)[:100]
+    for name, fisher in (
+        ("data's labels", empirical),
+        ("model's labels", monte_carlo(1, generator)),
+    ):
+        part = layer_ios(net, loss, images[index], labels[index], fisher, layers=["2"])["2"]
+        batch_gradients[name].append(pooled(part).gradients()[0, 0])
+io = ios["2"]
+F = io.block()
+shown = {"exact": F, "KFAC": kfac(io).dense(), "TEKFAC": tekfac(io).dense()}
+for name, gradients in batch_gradients.items():
+    stacked = torch.cat(gradients, dim=1).T.unflatten(0, (400, -1)) / 20  # [400, d_in, d_out]
+    eyes = torch.eye(stacked.shape[1]).expand(400, -1, -1)
+    shown[f"SOAP, {name}"] = tekfac(LayerIO(eyes, stacked[None])).dense()
+matrices({name: M[:52, :52] for name, M in shown.items()}, blocks=dict.fromkeys(shown, (13, 13)))
+
+# %%
+exact_step = torch.linalg.solve(F + 1e-3 * F.diagonal().mean() * torch.eye(len(F)), vec(grads["2"]))
+print(f"{'':24}{'sine of the angle':>18}{'trace':>8}{'cosine of the step':>20}")
+sines, steps = {}, {}
+for name, M in shown.items():
+    sines[name] = max(0.0, 1 - cosine(M) ** 2) ** 0.5
+    step = torch.linalg.solve(M + 1e-3 * F.diagonal().mean() * torch.eye(len(F)), vec(grads["2"]))
+    steps[name] = float(step @ exact_step / step.norm() / exact_step.norm())
+    print(f"{name:24}{sines[name]:18.3f}{float(M.trace() / F.trace()):8.2f}{steps[name]:20.3f}")
+assert sines["TEKFAC"] < sines["SOAP, model's labels"] < sines["SOAP, data's labels"]
+
+# %% [markdown]
+# For this network, the *labels* make more of a difference than the pooling: with labels of the model, 400 batch
+# gradients come close to what all samples give. The repository's optimizer can do either, because the choice is
+# an argument and not a method.
+#
+# ## In the optimizer
+#
+# Three arguments name the three choices. This is SOAP, with exact eigenvectors:
+
+# %%
+torch.manual_seed(0)
+model = Sequential(Linear(16, 12), Tanh(), Linear(12, 10))
+optimizer = KFAC(
+    model,
+    loss,
+    fisher=empirical,  # which gradients: the data's labels,
+    approximation=OfBatch(soap(basis_every=10)),  # of batches; which matrix
+    invert=inverse_root,  # which power
+    controls=[graft()],  # the length of Adam's step
+    damping=1e-12,
+)
+for step in range(60):
+    index = torch.arange(step * 100, step * 100 + 100) % 1400
+    optimizer.zero_grad()
+    value = loss(model(images[index]), labels[index])
+    value.backward()
+    optimizer.observe(images[index], labels[index])
+    optimizer.step()
+    if step % 20 == 0:
+        print(f"step {step:2}: loss {value.item():.3f}")
+assert value.item() < 0.7
+
+# %% [markdown]
+# This is for understanding, and for exchanging one choice at a time. Whoever wants SOAP, Shampoo or Muon in
+# practice needs no capture, and takes an optimizer that sees gradients only: `torch.optim.Muon`, the package
+# `pytorch-optimizer` for SOAP, or
+# [facebookresearch/optimizers](https://github.com/facebookresearch/optimizers/tree/f60660661194de26d3ee78bae6d15820ff8e583d)
+# for Shampoo.
+
+# %% [markdown]
+# ## In training
+#
+# `benchmarks/training.py` gives every method the same number of trials on five small tasks, on one CPU thread:
+# a vision transformer (T1), a graph network (T2), an autoencoder (T3), a convolutional network (T4) and a
+# language model of characters (T5). SOAP and Muon are the packages named above. Shampoo, with the
+# length of Adam's step and either power, is forty lines of the benchmark. Their learning rates, averages,
+# periods and shapes are searched like all others. A hit is the first of two consecutive evaluations that reach
+# the task's target. The numbers are medians over fresh seeds, with an interval that holds the median with a
+# confidence of 90 %; "—" means that more than half of the runs missed.
+
+# %% tags=["hide-input"]
+RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
+FAMILY = ("kfac-expand", "ekfac", "soap", "shampoo", "muon", "adamw", "sgd")
+trained = {}
+for path_ in sorted(RESULTS.glob("training-T*.json")):
+    stored = json.loads(path_.read_text())
+    if set(FAMILY) <= set(stored.get("summary", {})):
+        trained[path_.stem.removeprefix("training-")] = stored
+if not trained:
+    print(
+        "No results of the benchmark: run this chapter in a clone of the repository, which has them."
+    )
+
+
+def number(value: float | None, digits: int) -> str:
+    return "—" if value is None or math.isinf(value) else f"{value:.{digits}f}"
+
+
+for task, stored in trained.items():
+    trials = {len(stored["search"][name]["trials"]) for name in FAMILY}
+    seeds = len(stored["finals"]["adamw"])
+    print(
+        f"{task}: {'/'.join(map(str, trials))} trials each, {seeds} final seeds, "
+        f"{stored['processor']}, torch {stored['versions']['torch']}"
+    )
+    for name in FAMILY:
+        row = stored["summary"][name]
+        steps, cpu = (
+            f"{number(row[key], n):>6} [{', '.join(number(v, n) for v in row[f'{key}_interval'])}]"
+            for key, n in (("steps", 0), ("cpu", 2))
+        )
+        print(f"    {name:12} hits {row['hits']}/{seeds}   steps {steps:20} CPU seconds {cpu}")
+
+# %% tags=["hide-input"] alt="One row of dots for each task: the median number of steps to the target of KFAC, EKFAC, SOAP, Shampoo, Muon and SGD relative to AdamW, on a logarithmic axis. (Without the benchmark's files, an empty picture.)" caption="Median steps to the target relative to AdamW's. A method whose median run misses is not drawn."
+fig, ax = plt.subplots(figsize=(8, 0.6 * len(trained) + 1.4), layout="constrained")
+for k, name in enumerate(FAMILY):
+    points = []
+    for i, stored in enumerate(trained.values()):
+        ours, theirs = (stored["summary"][n]["steps"] for n in (name, "adamw"))
+        if ours is not None and theirs is not None:
+            points.append((ours / theirs, i + 0.08 * (k - 3)))
+    if points:
+        ax.plot(*zip(*points, strict=True), "osD^v<>"[k], color=f"C{k}", label=name)
+ax.axvline(1, linestyle=":", linewidth=1)
+ax.set(xscale="log", xlabel="steps to the target, AdamW = 1")
+ax.set_yticks(range(len(trained)), list(trained))
+ax.invert_yaxis()
+if trained:
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+plt.show()
+
+# %% [markdown]
+# What may be concluded is what the intervals show for these tasks. Whether one method is ahead of another on a
+# task is a question of pairs: the same seed means the same start and the same batches. The next cell counts in
+# how many of the pairs KFAC needs fewer steps than each of the others, and how probable that or more would be
+# if both were equally good.
+
+# %% tags=["hide-input"]
+
+
+def chance(wins: int, losses: int) -> float:
+    """Of at least so many wins, if wins and losses are equally likely."""
+    n = wins + losses
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+for task, stored in trained.items():
+    told = []
+    ours = [run["steps"] or math.inf for run in stored["finals"]["kfac-expand"]]
+    for name in FAMILY[1:]:
+        theirs = [run["steps"] or math.inf for run in stored["finals"][name]]
+        wins, losses = (
+            sum(f(x, y) for x, y in zip(ours, theirs, strict=True))
+            for f in (float.__lt__, float.__gt__)
+        )
+        told.append(f"{name} {wins}:{losses} ({chance(wins, losses):.3f})")
+    print(f"{task}: KFAC against {', '.join(told)}")
+
+# %% [markdown]
+# And what may not be concluded: anything about large models, long training, GPUs, or the loss at the end of
+# training. The targets are reached within tens to hundreds of steps, where the memory of curvature matters
+# little. The networks are small and their losses are standard ones, for which KFAC has rules. For any
+# other loss, or a layer without a rule, the relatives just work.
+#
+# ## What goes wrong
+#
+# - **Basis and moments out of step.** When a new basis is sorted, the second moments must be sorted with it.
+#   [Emerging-Optimizers #274](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/274) lost that, and
+#   [#300](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/300) describes it;
+#   [HeavyBall #42](https://github.com/HomebrewML/HeavyBall/issues/42) is about the first moments. SOAP's own
+#   code sorts the second moments
+#   ([`soap.py`, line 414](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L414)).
+#   Test: a relabelled basis must not change a step.
+# - **The wrong root.** Two ports took $-1/2$ for $-1/4$ on each side
+#   ([pytorch-optimizer #502](https://github.com/jettify/pytorch-optimizer/issues/502),
+#   [shampoo.pytorch #2](https://github.com/moskomule/shampoo.pytorch/issues/2)), a third computed
+#   $-1/2$ by an iteration that should have given $-1/4$, and tested it on multiples of the identity
+#   ([Odyssey #5497](https://github.com/HomericIntelligence/Odyssey/pull/5497)). Roots of multiples of the identity
+#   cannot tell: use a matrix with two different eigenvalues.
+# - **The kernel taken for the matrix.** Muon scales its step by the matrix's shape. Computed after the step is a
+#   tensor again, the shape is that of the kernel
+#   ([`muon.py`, line 40](https://github.com/KellerJordan/Muon/blob/857d1adc159e098212f828d927460782d3da59e9/muon.py#L40)
+#   reads the last two axes of the gradient;
+#   [pytorch-image-models #2791](https://github.com/huggingface/pytorch-image-models/pull/2791) mended the same in
+#   another optimizer).
+# - **The first step.** SOAP skips it, to have a basis that the gradient is not part of
+#   ([`soap.py`, line 153](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L153)).
+#   A comparison step by step must skip it, too.
+# - **The factor $N$** between `pooled` and `from_gradient`, above.
+#
+# ## In one minute
+#
+# - One family: gradients, matrix, power. Without memory, Shampoo, SOAP and Muon are the same step, (32.1).
+# - Shampoo's sums are TKFAC's factors. SOAP is EKFAC of TKFAC. KFAC is the one member that pooling does not change.
+# - Batch gradients estimate the Fisher with a bias, (32.3), that vanishes for labels of the model.
+# - Four checks of an implementation: row and column sums (SOAP), a batch of one (`pooled` changes nothing), the
+#   polar factor (no memory), a matrix with two different eigenvalues (roots).
+# - KFAC uses gradients of samples, and so can divide by curvature. The price is knowing the layer and the loss.
+#
+# ## Exercises
+#
+# **Exercise 32.1.** Why is $r$ needed in (32.2)? Find a block of one gradient for which
+# $B^{1/2} \otimes A^{1/2}$ alone is no bound.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $G = I_3$: the block $\operatorname{vec}(I) \operatorname{vec}(I)^\top$ has the eigenvalue 3, and
+# $B^{1/2} \otimes A^{1/2}$ is the identity.
+#
+# </details>
+#
+# **Exercise 32.2.** Show that `kfac(from_gradient(G))` is $G G^\top \otimes I / d_\text{in}$. Which relative is
+# that?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The inputs are the unit vectors, one at each position: their mean outer product is $I / d_\text{in}$. The
+# vectors are the columns of $G$: the sum of their outer products is $G G^\top$. This is Shampoo on the side of
+# the outputs alone.
+#
+# </details>
+#
+# **Exercise 32.3.** Write SOAP's step for one matrix in ten lines, with exact eigenvectors, and check it against the
+# optimizer above with one update of the basis. Why does the result not depend on the order of the eigenvectors?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The step is $Q_B \bigl( (Q_B^\top G Q_A) / \sqrt{s + \delta} \bigr) Q_A^\top$, entry by entry. A permutation
+# of the columns of $Q_A$ permutes the columns of $s$ and of the rotated gradient alike, and the last product
+# undoes it. The check is the next cell.
+#
+# </details>
+#
+# The solutions, checked:
+
+# %% tags=["hide-input"]
+eye = from_gradient(torch.eye(3))  # 32.1
+assert_exact(torch.linalg.eigvalsh(eye.block())[-1], torch.tensor(3.0))
+assert_exact(shampoo_bound(eye).dense(), torch.eye(9))
+assert_exact(kfac(from_gradient(G)).dense(), torch.kron(G @ G.T, torch.eye(7) / 7))  # 32.2
+moments = tekfac(from_gradient(G))  # 32.3
+step = moments.QB @ ((moments.QB.T @ G @ moments.QA) / (moments.scale + 1e-6).sqrt()) @ moments.QA.T
+assert_exact(inverse_root(moments, 1e-6) @ G, step)
+order = torch.randperm(7)
+permuted = (
+    moments.QB
+    @ ((moments.QB.T @ G @ moments.QA[:, order]) / (moments.scale[:, order] + 1e-6).sqrt())
+    @ moments.QA[:, order].T
+)
+assert_exact(permuted, step)
+
+# %% [markdown]
+# ## Further reading
+#
+# Shampoo: [Gupta et al. 2018](bibliography.md#shampoo). Its square and the power iteration:
+# [Morwani et al. 2025](bibliography.md#shampoo-square). SOAP: [Vyas et al. 2025](bibliography.md#soap).
+# KL-Shampoo: [Lin et al. 2025](bibliography.md#kl-shampoo). Muon: [Jordan et al. 2024](bibliography.md#muon). The
+# shipped functions: `batch_gradients`, `shampoo`, `soap`, `kl_shampoo` and `muon`; their theorems are tests.
