@@ -40,7 +40,14 @@ from kfac_scratch.applications.trained import (
     weights_without_biases,
 )
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
-from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
+from kfac_scratch.approximations.adaptive_rank import AdaptiveRank, rank_by_ratio
+from kfac_scratch.approximations.brand import (
+    Brand,
+    Repaired,
+    corrected,
+    is_low_rank_update,
+    refreshed,
+)
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, ekfac_reduce, rescaled
 from kfac_scratch.approximations.estimators import Approximation, Estimator, Latest, MovingAverage
@@ -65,6 +72,7 @@ from kfac_scratch.approximations.mini_block import (
 )
 from kfac_scratch.approximations.randomized import (
     Sketch,
+    SketchedInverse,
     nystrom,
     randomized,
     rsvd,
@@ -101,6 +109,8 @@ from kfac_scratch.matrices.damping import (
     factored_inverse,
     levenberg_marquardt,
     relative_damping,
+    relative_factored_inverse,
+    relative_inverse,
 )
 from kfac_scratch.matrices.dense import Dense, DenseEigen
 from kfac_scratch.matrices.diagonal import Diagonal
@@ -151,6 +161,7 @@ __all__ = [
     "KFAC",
     "REDUCE",
     "Accumulator",
+    "AdaptiveRank",
     "AmortisedEKFAC",
     "Approximation",
     "BackpropagatedVectors",
@@ -202,6 +213,7 @@ __all__ = [
     "ScaledVectors",
     "SecondOrder",
     "Sketch",
+    "SketchedInverse",
     "Spring",
     "Term",
     "TermWise",
@@ -239,6 +251,7 @@ __all__ = [
     "influence_scores",
     "inverse_as_sum",
     "inverses",
+    "is_low_rank_update",
     "kernel_inverse",
     "kfac",
     "kfac_corrected",
@@ -281,8 +294,11 @@ __all__ = [
     "product_kernels",
     "quadratic_model",
     "randomized",
+    "rank_by_ratio",
     "refreshed",
     "relative_damping",
+    "relative_factored_inverse",
+    "relative_inverse",
     "rescaled",
     "residual_space",
     "rsvd",

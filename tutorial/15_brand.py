@@ -25,7 +25,9 @@
 
 # %%
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import torch
@@ -34,10 +36,13 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
 import kfac_scratch
+import kfac_scratch.approximations.brand as parts_of_brand
+import kfac_scratch.approximations.randomized as parts_of_sketches
 from kfac_scratch.approximations.brand import (
     Brand,
     Repaired,
     corrected,
+    is_low_rank_update,
     product_of_rows,
     refreshed,
     ritz,
@@ -60,6 +65,7 @@ from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.losses import monte_carlo
 from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update, reorthonormalized, split_by_span
+from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
@@ -321,7 +327,26 @@ assert_exact(follow(Brand(rank=8), small).dense(), follow(MovingAverage(kfac), s
 # A batch has $N S$ rows of inputs and $V N S$ rows of vectors. **A convolution has too many positions** $S$ for this: if
 # $r + K$ exceeds $d$, an update is no cheaper than a full decomposition. The package then keeps the
 # factor in full, as above, and the result is KFAC's. The same happens with type-2
-# vectors of many classes, $V = C - 1$; with Monte Carlo or empirical vectors, $V = 1$.
+# vectors of many classes, $V = C - 1$; with Monte Carlo or empirical vectors, $V = 1$. One function decides it
+# at every update, and can be asked before a run:
+
+# %% tags=["remove-input"]
+code(is_low_rank_update)
+
+# %%
+print("rank 64, batches of N samples with one position and one vector: is the update of low rank?")
+for width in (101, 257, 1025):
+    answers = {N: is_low_rank_update(width, 64, N) for N in (32, 128, 700)}
+    print(
+        f"width {width:4}: ",
+        ", ".join(f"N = {N}: {'yes' if a else 'no'}" for N, a in answers.items()),
+    )
+assert not is_low_rank_update(101, 64, 128)
+assert is_low_rank_update(1025, 64, 700)
+
+# %% [markdown]
+# So a comparison on a narrow network with a large batch is a comparison of KFAC with KFAC. Whether a run
+# used the method that it is named after, one should count, as a section below does.
 #
 # ## A gradient in factors
 #
@@ -553,6 +578,54 @@ assert found["B, never refreshed"] < 0.5 * stale
 # %% [markdown]
 # Following is what counts. Whether there was a refresh 20 batches ago is hardly seen, since errors of old
 # truncations decay, as [(15.4)] says.
+#
+# ## In the optimizer
+#
+# All three are estimators, and the optimizer takes them as its `approximation=`. It saves and loads their state with
+# its own. We train with each of them and count which parts were called:
+
+# %%
+PARTS = {
+    "low-rank updates": (parts_of_brand, "brand_update"),
+    "updates in full": (parts_of_brand, "updated_in_full"),
+    "sketches (R)": (parts_of_sketches, "range_basis"),
+    "corrections (C)": (parts_of_brand, "ritz"),
+}
+three = {
+    "B-KFAC": Brand(32),
+    "B-R-KFAC": Repaired(Brand(32), refreshed(Sketch(32)), period=10),
+    "B-KFAC-C": Repaired(Brand(32), corrected(0.2), period=5),
+}
+counts = {}
+for name, approximation in three.items():
+    torch.manual_seed(1)
+    model = Sequential(Linear(64, 256), Tanh(), Linear(256, 256), Tanh(), Linear(256, 10))
+    optimizer = KFAC(model, loss, approximation=approximation, damping=1e-3, factor_every=1)
+    with ExitStack() as stack:
+        spies = {
+            what: stack.enter_context(patch.object(where, part, wraps=getattr(where, part)))
+            for what, (where, part) in PARTS.items()
+        }
+        for _ in range(30):
+            batch = torch.randint(1500, (64,))
+            optimizer.zero_grad()
+            loss(model(images[batch]), labels[batch]).backward()
+            optimizer.observe(images[batch], labels[batch])
+            optimizer.step()
+    counts[name] = {what: spy.call_count for what, spy in spies.items()}
+    final = loss(model(images[:1500]), labels[:1500]).item()
+    print(
+        f"{name:8} loss {final:.2f};", ", ".join(f"{n} {w}" for w, n in counts[name].items() if n)
+    )
+    assert final < 0.5
+assert set(counts["B-KFAC"].values()) == {121, 59, 0}
+assert counts["B-R-KFAC"]["sketches (R)"] == 5 * 3
+assert counts["B-KFAC-C"]["corrections (C)"] == 6 * 6
+
+# %% [markdown]
+# Three layers have six factors. Two of them are too small for 32 eigenpairs and 64 columns: that of the 65 inputs,
+# and that of the 10 outputs. They are decomposed in full in 30 updates each, but for one: in the first batch the
+# inputs' 64 columns fit, as there are no eigenpairs yet. Sketches are made of all factors but the smallest.
 #
 # ## What goes wrong in practice
 #

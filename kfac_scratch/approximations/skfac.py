@@ -148,6 +148,10 @@ class RecentBatches:
         """Of `A` and of `B`."""
         return self.columns().mean_eigenvalues()
 
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.columns().largest_eigenvalues()
+
     def inverse_of_damped_factors(
         self, damping_A: float, damping_B: float
     ) -> FactoredWoodburyInverse:

@@ -58,6 +58,10 @@ class PartialTraces:
         """Of `A` and of `B`."""
         return self.kronecker().mean_eigenvalues()
 
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A / tr A` and of `B`."""
+        return self.kronecker().largest_eigenvalues()
+
     def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> Kronecker:
         """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`."""
         return self.kronecker().inverse_of_damped_factors(damping_A, damping_B)

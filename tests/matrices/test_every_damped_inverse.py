@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from kfac_scratch import approximations, matrices
+from kfac_scratch.approximations.adaptive_rank import AdaptiveRank
 from kfac_scratch.approximations.brand import Brand, Repaired, refreshed
 from kfac_scratch.approximations.cg_fac import Gradients
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
@@ -134,6 +135,7 @@ EXAMPLES = {
     "AmortisedEKFAC": followed(AmortisedEKFAC(2)),
     "Recompressed": followed(Recompressed(partial(nearest_sum, tolerance=1e-2))),
     "Window": followed(Window(2)),
+    "AdaptiveRank": followed(AdaptiveRank(Sketch(20))),
     "Brand": followed(Brand(8)),
     "Repaired": followed(Repaired(Brand(8), refreshed(Sketch(8)), 2)),
 }

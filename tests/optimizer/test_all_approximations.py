@@ -1,12 +1,28 @@
 """Every variant in the optimizer: it descends, on expand and reduce views, and it resumes."""
 
 import io as files
+from collections import Counter
+from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import Conv2d, CrossEntropyLoss, Flatten, Linear, Sequential, Tanh
 
-from kfac_scratch import EXPAND, KFAC, REDUCE, Latest, factored_inverse, graft, layer_ios, type2
+import kfac_scratch.approximations.brand as brand
+import kfac_scratch.approximations.randomized as sketches
+from kfac_scratch import (
+    EXPAND,
+    KFAC,
+    REDUCE,
+    Latest,
+    factored_inverse,
+    graft,
+    kfac,
+    layer_ios,
+    type2,
+)
+from kfac_scratch.approximations.adaptive_rank import AdaptiveRank, rank_by_ratio
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
@@ -23,10 +39,17 @@ from kfac_scratch.approximations.kpsvd import (
     nearest_sum,
 )
 from kfac_scratch.approximations.mini_block import mini_block, mini_block_rows, mini_block_shared
-from kfac_scratch.approximations.randomized import Sketch, randomized, srevd
+from kfac_scratch.approximations.randomized import (
+    Sketch,
+    SketchedInverse,
+    randomized,
+    smallest_kept,
+    srevd,
+)
 from kfac_scratch.approximations.skfac import Window, skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.matrices.damping import relative_factored_inverse, relative_inverse
 from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.preconditioner import preconditioner
@@ -55,7 +78,14 @@ VARIANTS = {
     "skfac": {"approximation": Latest(skfac), "invert": factored_inverse},
     "skfac-window": {"approximation": Window(3)},
     "rs": {"approximation": randomized(3, oversampling=2)},
-    "sre": {"approximation": randomized(3), "invert": lambda M, d: M.low_rank(srevd).inverse(d)},
+    "rs-relative": {
+        "approximation": randomized(3),
+        "invert": SketchedInverse(tail=smallest_kept, invert=relative_factored_inverse),
+        "damping": 0.1,
+    },
+    "rs-adaptive": {"approximation": AdaptiveRank(Sketch(3), rank_by_ratio(step=1), 2)},
+    "sre": {"approximation": randomized(3), "invert": SketchedInverse(srevd)},
+    "kfac-relative": {"approximation": kfac, "invert": relative_inverse, "damping": 0.01},
     "b": {"approximation": Brand(3)},
     "b-r": {"approximation": Repaired(Brand(3), refreshed(Sketch(3, 2)), 2)},
     "b-c": {"approximation": Repaired(Brand(3), corrected(0.5), 2)},
@@ -77,6 +107,7 @@ def problem(device):
 
 
 KEEP_THE_FACTORS = {"skfac", "skfac-window", "rs", "sre", "b", "b-r", "b-c"}  # of KFAC
+KEEP_THE_FACTORS |= {"rs-relative", "rs-adaptive", "kfac-relative"}
 KEEP_THE_FACTORS |= {name for name, settings in VARIANTS.items() if "controls" in settings}
 
 
@@ -146,6 +177,73 @@ def test_checkpoint_restores_matrices_and_inverses(name, device):
         W = torch.randn(*_shape(optimizer, key), device=device)
         assert torch.equal(other.matrices[key] @ W, M @ W)
         assert torch.equal(other.inverses[key] @ W, optimizer.inverses[key] @ W)
+
+
+def wide(device):
+    """Layers that are wider than the rank and a batch together."""
+    torch.manual_seed(0)
+    model = Sequential(Linear(14, 16), Tanh(), Linear(16, 12)).to(device)
+    X, y = torch.randn(8, 14, device=device), torch.randint(12, (8,), device=device)
+    return model, CrossEntropyLoss(), X, y
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the parts of Brand new K-FACs are called."""
+    found = Counter()
+    parts = [(brand, "brand_update"), (brand, "updated_in_full"), (brand, "ritz")]
+    for module, name in [*parts, (sketches, "range_basis")]:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, partial(counted, found, name, function))
+    return found
+
+
+def counted(found, name, function, *args):
+    found[name] += 1
+    return function(*args)
+
+
+REPAIRS = {"b": {}, "b-r": {"range_basis": 8}, "b-c": {"ritz": 8}}  # of two layers' factors, twice
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_brand_new_kfacs_train_by_low_rank_updates_alone(name, calls, device):
+    """Five updates of two layers' factors in ten steps, every second one with a repair."""
+    _, losses = trained(VARIANTS[name], device, 10, problem=wide)
+    assert calls == {"brand_update": 20} | REPAIRS[name]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def continued(optimizer, X, y, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        optimizer.loss(optimizer.model(X), y).backward()
+        optimizer.observe(X, y)
+        optimizer.step()
+    return [p.detach().clone() for p in optimizer.model.parameters()]
+
+
+def resumed(name, optimizer, device):
+    file = files.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other, _ = trained(VARIANTS[name], device, 1, problem=wide)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    other.model.load_state_dict(optimizer.model.state_dict())
+    return other
+
+
+COPIES = {"checkpoint": resumed, "deepcopy": lambda name, optimizer, device: deepcopy(optimizer)}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", REPAIRS)
+def test_a_run_of_brand_new_kfacs_goes_on_bit_by_bit(name, how, device):
+    """The repairs after the copy included, which are two and choose by the number of batches."""
+    optimizer, _ = trained(VARIANTS[name], device, 6, problem=wide)
+    taken, (X, y) = COPIES[how](name, optimizer, device), wide(device)[2:]
+    ends = [continued(run, X, y, 6) for run in (optimizer, taken)]
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
 def _shape(optimizer, name):
