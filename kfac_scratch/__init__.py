@@ -81,7 +81,14 @@ from kfac_scratch.approximations.randomized import (
     trace_matched,
     zero_tail,
 )
-from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac, subsampled
+from kfac_scratch.approximations.skfac import (
+    Window,
+    mean_over_positions,
+    reduce_sum,
+    skfac,
+    spatial_subsampling,
+    subsampled,
+)
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
@@ -295,6 +302,7 @@ __all__ = [
     "quadratic_model",
     "randomized",
     "rank_by_ratio",
+    "reduce_sum",
     "refreshed",
     "relative_damping",
     "relative_factored_inverse",
@@ -308,6 +316,7 @@ __all__ = [
     "self_influence",
     "skfac",
     "smallest_kept",
+    "spatial_subsampling",
     "spectral_space",
     "srevd",
     "stream",

@@ -46,7 +46,7 @@ from kfac_scratch.approximations.randomized import (
     smallest_kept,
     srevd,
 )
-from kfac_scratch.approximations.skfac import Window, skfac
+from kfac_scratch.approximations.skfac import Window, reduce_sum, skfac, spatial_subsampling
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.matrices.damping import relative_factored_inverse, relative_inverse
@@ -77,6 +77,10 @@ VARIANTS = {
     "kfac-corrected": {"approximation": Latest(kfac_corrected), "invert": guarded_inverse},
     "skfac": {"approximation": Latest(skfac), "invert": factored_inverse},
     "skfac-window": {"approximation": Window(3)},
+    "skfac-reduce-sum": {"approximation": Window(3, lambda io: skfac(reduce_sum(io)))},
+    "skfac-subsampling": {
+        "approximation": Window(3, lambda io: skfac(spatial_subsampling(io, 2))),
+    },
     "rs": {"approximation": randomized(3, oversampling=2)},
     "rs-relative": {
         "approximation": randomized(3),
@@ -108,6 +112,7 @@ def problem(device):
 
 KEEP_THE_FACTORS = {"skfac", "skfac-window", "rs", "sre", "b", "b-r", "b-c"}  # of KFAC
 KEEP_THE_FACTORS |= {"rs-relative", "rs-adaptive", "kfac-relative"}
+KEEP_THE_FACTORS |= {"skfac-reduce-sum", "skfac-subsampling"}
 KEEP_THE_FACTORS |= {name for name, settings in VARIANTS.items() if "controls" in settings}
 
 
