@@ -90,7 +90,7 @@ from kfac_scratch.approximations.skfac import (
     subsampled,
 )
 from kfac_scratch.approximations.tekfac import tekfac
-from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.approximations.tkfac import even_traces_inverse, tkfac
 from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
 from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
@@ -245,6 +245,7 @@ __all__ = [
     "ekfac_reduce",
     "ekpsvd",
     "empirical",
+    "even_traces_inverse",
     "evidence_gradient",
     "exact_inverse",
     "factored_inverse",

@@ -103,6 +103,7 @@ INVERSIONS = {
 GOES_WITH = {
     "exact_inverse": object,
     "factored_inverse": HasFactors,
+    "even_traces_inverse": PartialTraces,
     "guarded_inverse": KroneckerSum,
     "kernel_inverse": Gradients,
 }

@@ -48,7 +48,7 @@ from kfac_scratch.approximations.randomized import (
 )
 from kfac_scratch.approximations.skfac import Window, reduce_sum, skfac, spatial_subsampling
 from kfac_scratch.approximations.tekfac import tekfac
-from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.approximations.tkfac import even_traces_inverse, tkfac
 from kfac_scratch.matrices.damping import relative_factored_inverse, relative_inverse
 from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
@@ -63,6 +63,7 @@ PLAIN = {"lr": 0.03, "momentum": 0.9, "damping": 1e-3, "decay": 0.95, "controls"
 PLAIN |= {"invert": exact_inverse}
 VARIANTS = {
     "tkfac": {"approximation": tkfac},
+    "tkfac-damping": {"approximation": tkfac, "invert": even_traces_inverse},
     "tekfac": {"approximation": tekfac},
     "tekfac-amortised": {"approximation": AmortisedEKFAC(2, MovingAverage(tkfac))},
     "kpsvd": {"approximation": kpsvd},
