@@ -40,6 +40,7 @@ from kfac_scratch.approximations.ekfac import (
     rescaled,
     second_moments,
 )
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kfac import kfac, kfac_reduce
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
@@ -234,6 +235,15 @@ except ValueError as error:
     print(fill(str(error), 90))
 else:
     raise AssertionError("the gradients of data are lost")
+
+# %% [markdown]
+# In training, `KFAC(model, loss, approximation=AmortisedEKFAC(factors=MovingAverage(kfac_reduce)))` is its moving
+# average, with the default flavour, whose rows are all positions (see [the amortised form](#the-amortised-form)).
+# The first batch gives the same matrix:
+
+# %%
+amortised_reduce = AmortisedEKFAC(factors=MovingAverage(kfac_reduce))
+assert_exact(amortised_reduce.update(None, io, 1.0).dense(), E.dense())
 
 # %% [markdown]
 # ## Where EKFAC is exact

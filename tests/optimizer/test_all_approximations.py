@@ -16,16 +16,18 @@ from kfac_scratch import (
     KFAC,
     REDUCE,
     Latest,
+    empirical,
     factored_inverse,
     graft,
     kfac,
+    kfac_reduce,
     layer_ios,
     type2,
 )
 from kfac_scratch.approximations.adaptive_rank import AdaptiveRank, rank_by_ratio
 from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
-from kfac_scratch.approximations.ekfac import AmortisedEKFAC
+from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, ekfac_reduce
 from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kpsvd import (
     Recompressed,
@@ -55,7 +57,7 @@ from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space,
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction, two_level
-from tests.laws import check_equal
+from tests.laws import check_differs, check_equal
 from tests.thinned import thinned
 
 pytestmark = pytest.mark.long
@@ -94,7 +96,9 @@ VARIANTS = {
     "b": {"approximation": Brand(3)},
     "b-r": {"approximation": Repaired(Brand(3), refreshed(Sketch(3, 2)), 2)},
     "b-c": {"approximation": Repaired(Brand(3), corrected(0.5), 2)},
+    "ekfac-reduce": {"approximation": AmortisedEKFAC(2, MovingAverage(kfac_reduce))},
     "mini-block": {"approximation": mini_block},
+    "mini-block-empirical": {"approximation": mini_block, "fisher": empirical, "damping": 0.1},
     "mini-block-rows": {"approximation": Latest(mini_block_rows)},
     "mini-block-shared": {"approximation": mini_block_shared, "invert": factored_inverse},
     "cg-fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
@@ -250,6 +254,34 @@ def test_a_run_of_brand_new_kfacs_goes_on_bit_by_bit(name, how, device):
     taken, (X, y) = COPIES[how](name, optimizer, device), wide(device)[2:]
     ends = [continued(run, X, y, 6) for run in (optimizer, taken)]
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_with_the_empirical_fisher_mini_blocks_are_those_of_the_samples_own_gradients(device):
+    """A neuron's block is the mean of `v v^T`, where `v` is its gradient of one sample's loss."""
+    model, loss, X, y = problem(device)
+    optimizer = KFAC(model, loss, approximation=mini_block, fisher=empirical)
+    optimizer.observe(X, y)
+    for index in (3, 5):
+        layer, blocks = model[index], 0
+        for x, label in zip(X.split(1), y.split(1), strict=True):
+            W, b = torch.autograd.grad(loss(model(x), label), (layer.weight, layer.bias))
+            G = torch.cat([W, b.unsqueeze(1)], 1)
+            blocks = blocks + G.unsqueeze(2) * G.unsqueeze(1) / len(X)
+        check_equal(optimizer.matrices[str(index)].blocks, blocks)
+    other = KFAC(model, loss, approximation=mini_block, fisher=type2)
+    other.observe(X, y)
+    check_differs(other.matrices["5"].blocks, optimizer.matrices["5"].blocks)
+
+
+def test_amortised_ekfac_reduce_in_training_begins_as_ekfac_reduce(device):
+    """With rows of all positions: the second moments are those of the samples' gradients."""
+    model, loss, X, y = problem(device)
+    optimizer = KFAC(model, loss, fisher=type2, **VARIANTS["ekfac-reduce"])
+    optimizer.observe(X, y)
+    for name, io in layer_ios(model, loss, X, y, type2).items():
+        check_equal(optimizer.matrices[name].trace(), io.block().trace())
+        check_equal(optimizer.matrices[name].dense(), ekfac_reduce(io).dense())
+    check_differs(ekfac(layer_ios(model, loss, X, y)["0"]).dense(), optimizer.matrices["0"].dense())
 
 
 def _shape(optimizer, name):
