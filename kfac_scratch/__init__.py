@@ -43,6 +43,7 @@ from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Ga
 from kfac_scratch.approximations.adaptive_rank import AdaptiveRank, rank_by_ratio
 from kfac_scratch.approximations.brand import (
     Brand,
+    ContinuedInverse,
     Repaired,
     corrected,
     is_low_rank_update,
@@ -174,6 +175,7 @@ __all__ = [
     "BackpropagatedVectors",
     "BlockDiagonal",
     "Brand",
+    "ContinuedInverse",
     "Dense",
     "DenseEigen",
     "Diagonal",

@@ -40,6 +40,7 @@ import kfac_scratch.approximations.brand as parts_of_brand
 import kfac_scratch.approximations.randomized as parts_of_sketches
 from kfac_scratch.approximations.brand import (
     Brand,
+    ContinuedInverse,
     Repaired,
     corrected,
     is_low_rank_update,
@@ -627,6 +628,19 @@ assert counts["B-KFAC-C"]["corrections (C)"] == 6 * 6
 # and that of the 10 outputs. They are decomposed in full in 30 updates each, but for one: in the first batch the
 # inputs' 64 columns fit, as there are no eigenpairs yet. Sketches are made of all factors but the smallest.
 #
+# The paper has no tail between updates, and the author's code continues the spectrum where an inverse is taken, with a
+# damping relative to the largest eigenvalue, as in [Chapter 14](14_randomized.py). This is an `invert=` as well:
+
+# %% tags=["remove-input"]
+code(ContinuedInverse.__call__)
+
+# %%
+M = follow(Brand(8, zero_tail), ios)
+A, B = (from_pairs(U, d, d[-1]) for U, d in ((M.UA, M.dA), (M.UB, M.dB)))
+A, B = (F + 0.1 * torch.linalg.eigvalsh(F)[-1] * torch.eye(len(F)) for F in (A, B))
+assert_exact(ContinuedInverse()(M, 0.1) @ (B @ G @ A), G)
+
+# %% [markdown]
 # ## What goes wrong in practice
 #
 # **A batch that adds nothing.** Look at [(15.1)] again. If $X$ lies in the span of $U$, then $X - UC$ is zero, in

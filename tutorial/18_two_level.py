@@ -621,11 +621,11 @@ assert step.keys() == one_level.keys()
 
 # %% [markdown]
 # In the optimizer of [Chapter 9](09_optimizer.py) the second level is a step control: the additive form
-# and ADEF2 start from the fine step, which the optimizer has already. It looks at the batch of the step
-# once more, with vectors of its own, and belongs in front of whatever changes the length. A step of
-# ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*: nothing makes
-# $r^\top p$ positive. In our training runs the additive form trained like KFAC, and ADEF2 did not train.
-# So the default is the additive form.
+# and ADEF2 start from the fine step, which the optimizer has already, and the other two apply the inverses once
+# more. It looks at the batch of the step once more, with vectors of its own, and belongs in front of whatever
+# changes the length. A step of ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*:
+# nothing makes $r^\top p$ positive, and the same holds for ADEF1. The additive form and BNN are positive definite. In
+# our training runs the additive form trained like KFAC, and ADEF2 did not train. So the default is the additive form.
 
 # %% tags=["remove-input"]
 code(coarse_correction, _corrected)

@@ -28,9 +28,11 @@ from kfac_scratch.approximations.randomized import Randomized, Sketch, Tail, tra
 from kfac_scratch.border import check_count, check_function, check_instance
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
+from kfac_scratch.matrices.damping import relative_factored_inverse
 from kfac_scratch.matrices.factors_and_eigenpairs import FactorsAndEigenpairs
 from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
 
 TruncatedFactor = tuple[Float[Tensor, "d _"], Float[Tensor, " _"], Float[Tensor, ""]]  # U, d, c
 
@@ -163,6 +165,44 @@ def product_of_rows(
     h = M.cB * g + ((g @ M.UB) * (M.dB - M.cB)) @ M.UB.mT
     b = M.cA * a + ((a @ M.UA) * (M.dA - M.cA)) @ M.UA.mT
     return h, b
+
+
+@dataclass(frozen=True)
+class ContinuedInverse:
+    """An `invert=` for Brand new K-FACs without a tail: at every inverse the spectrum goes on.
+
+    All directions without eigenpair get the smallest eigenvalue that there is, for the inverse
+    only. `KFAC(..., approximation=Brand(220, zero_tail), invert=ContinuedInverse(), damping=0.1)`
+    has the tail and the damping of the author's code, with the fraction 0.1.
+
+    Use it to reproduce that code. Not with a tail of the updates, which it replaces: in chapter 15
+    `trace_matched` is the more accurate one.
+
+    Law: of exact eigenpairs, it is at least every eigenvalue that was left out.
+    Cost: that of `invert`.
+
+    Attributes:
+        invert: From the `LowRankKronecker` with that tail and a damping to the inverse.
+
+    Raises:
+        TypeError: If the matrix is no state of `Brand` or `Repaired`.
+    """
+
+    invert: Callable[[LowRankKronecker, float], LinearMap] = relative_factored_inverse
+
+    def __post_init__(self) -> None:
+        check_function("invert", self.invert, "invert=factored_inverse")
+
+    def __call__(self, M: Matrix, damping: float) -> LinearMap:
+        """The inverse of the matrix with another tail."""
+        modes = M.modes if isinstance(M, FactorsAndEigenpairs) else M
+        if not isinstance(modes, LowRankKronecker):
+            raise TypeError(
+                f"ContinuedInverse inverts eigenpairs of Brand or Repaired, not a "
+                f"{type(M).__name__}: for randomized, use SketchedInverse(tail=smallest_kept)."
+            )
+        cA, cB = (d[-1] if len(d) else c for d, c in ((modes.dA, modes.cA), (modes.dB, modes.cB)))
+        return self.invert(replace(modes, cA=cA, cB=cB), damping)
 
 
 # ---- B-R-KFAC and B-KFAC-C ----------------------------------------------------------------------

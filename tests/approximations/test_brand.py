@@ -7,6 +7,7 @@ import kfac_scratch.approximations.brand as brand
 from kfac_scratch import LayerIO, kfac, layer_ios
 from kfac_scratch.approximations.brand import (
     Brand,
+    ContinuedInverse,
     Repaired,
     corrected,
     is_low_rank_update,
@@ -28,9 +29,11 @@ from kfac_scratch.approximations.randomized import (
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import concatenate
 from kfac_scratch.linalg import eye_like
+from kfac_scratch.matrices.damping import factored_inverse, relative_factored_inverse
 from kfac_scratch.matrices.factors_and_eigenpairs import FactorsAndEigenpairs
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import LowRankKronecker
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix, error
@@ -452,6 +455,29 @@ def test_dead_units_and_zero_vectors(device):
     check_equal(M.factors()[0], kfac(dead).A)
     V = torch.randn(23, 31, device=device)
     check_equal(M.inverse(0.5) @ V, 2 * V)
+
+
+@pytest.mark.parametrize("invert", [exact_inverse, factored_inverse, relative_factored_inverse])
+def test_a_continued_inverse_has_the_smallest_eigenvalue_for_all_other_directions(invert, device):
+    ios = [random_io(device) for _ in range(4)]
+    M = follow(Brand(4, zero_tail), ios)
+    A, B = (dense(U, d, d[-1]) for U, d in ((M.UA, M.dA), (M.UB, M.dB)))
+    found = ContinuedInverse(invert)(M, 0.1)
+    check_equal(found.dense(), invert(Kronecker(A, B), 0.1).dense())
+    check_differs(found.dense(), invert(M, 0.1).dense())
+    repaired = follow(Repaired(Brand(4, zero_tail), corrected(), 9), ios)
+    check_equal(ContinuedInverse(invert)(repaired, 0.1).dense(), found.dense())
+
+
+def test_the_damping_of_the_authors_code_is_the_default_of_a_continued_inverse(device):
+    M, V = follow(Brand(4, zero_tail), [random_io(device)] * 4), torch.randn(23, 31, device=device)
+    check_equal(
+        ContinuedInverse()(M, 0.1) @ V, ContinuedInverse(relative_factored_inverse)(M, 0.1) @ V
+    )
+    nothing = zero_factors(random_io(device))  # no eigenpairs: the tail stays
+    check_equal(ContinuedInverse()(nothing, 0.1) @ V, 100 * V)
+    with pytest.raises(TypeError, match=r"not a Kronecker.*SketchedInverse"):
+        ContinuedInverse()(kfac(random_io(device)), 0.1)
 
 
 def test_impossible_settings_of_brand_are_refused():

@@ -25,7 +25,13 @@ from kfac_scratch import (
     type2,
 )
 from kfac_scratch.approximations.adaptive_rank import AdaptiveRank, rank_by_ratio
-from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
+from kfac_scratch.approximations.brand import (
+    Brand,
+    ContinuedInverse,
+    Repaired,
+    corrected,
+    refreshed,
+)
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, ekfac_reduce
 from kfac_scratch.approximations.estimators import MovingAverage
@@ -47,6 +53,7 @@ from kfac_scratch.approximations.randomized import (
     randomized,
     smallest_kept,
     srevd,
+    zero_tail,
 )
 from kfac_scratch.approximations.skfac import Window, reduce_sum, skfac, spatial_subsampling
 from kfac_scratch.approximations.tekfac import tekfac
@@ -56,7 +63,14 @@ from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.optimizer.step_control import kl_clip
-from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction, two_level
+from kfac_scratch.optimizer.two_level import (
+    additive,
+    adef1,
+    adef2,
+    bnn,
+    coarse_correction,
+    two_level,
+)
 from tests.laws import check_differs, check_equal
 from tests.thinned import thinned
 
@@ -105,6 +119,8 @@ VARIANTS = {
     "cg-fac-direct": {"approximation": Latest(cg_fac), "invert": kernel_inverse},
     "two-level": {"controls": [coarse_correction(type2), graft()]},
     "two-level-adef2": {"controls": [coarse_correction(type2, combine=adef2), graft()]},
+    "two-level-bnn": {"controls": [coarse_correction(type2, combine=bnn), graft()]},
+    "b-continued": {"approximation": Brand(3, zero_tail), "invert": ContinuedInverse()},
 }
 
 
@@ -115,7 +131,7 @@ def problem(device):
     return model.to(device), CrossEntropyLoss(), X, y
 
 
-KEEP_THE_FACTORS = {"skfac", "skfac-window", "rs", "sre", "b", "b-r", "b-c"}  # of KFAC
+KEEP_THE_FACTORS = {"skfac", "skfac-window", "rs", "sre", "b", "b-r", "b-c", "b-continued"}
 KEEP_THE_FACTORS |= {"rs-relative", "rs-adaptive", "kfac-relative"}
 KEEP_THE_FACTORS |= {"skfac-reduce-sum", "skfac-subsampling"}
 KEEP_THE_FACTORS |= {name for name, settings in VARIANTS.items() if "controls" in settings}
@@ -292,7 +308,7 @@ def _shape(optimizer, name):
 # ---- two levels -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("combine", [additive, adef2])
+@pytest.mark.parametrize("combine", [additive, adef1, adef2, bnn])
 @pytest.mark.parametrize(
     "space", [nicolaides_space, residual_space, krylov_space(nicolaides_space)]
 )
