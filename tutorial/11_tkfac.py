@@ -668,6 +668,22 @@ assert (dead.dense() == 0).all()
 assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Gao et al. (2021)](bibliography.md#tkfac) and their second paper on TEKFAC, as far as abstracts
+# and public summaries tell, and what is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | algorithms | TKFAC; TEKFAC | `tkfac`; `tekfac`, and `AmortisedEKFAC(factors=MovingAverage(tkfac))` in training |
+# | shared weights | a formula for convolutions: not checked | partial traces of the exact block, with the products of all positions |
+# | average over batches | of the damped factors | of the factors without damping and without their division by the trace, which is exact for the averaged block |
+# | Fisher | not checked | any; in the optimizer, one drawn label for each sample |
+# | damping | $\sqrt\lambda$ on two factors of equal trace | `even_traces_inverse`; the default is `factored_inverse`, which adds less |
+# | damping for convolutional networks | a second one | missing, because no text with its formula was at hand |
+# | numbers | not checked | those of the optimizer, [Chapter 9](09_optimizer.py) |
+# | headline | better than several other methods on several deep networks | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 11.1.** Inputs and vectors are one-hot: each datum has $a_n = e_i$ and $g_n = e_o$. What is

@@ -702,6 +702,23 @@ assert len(set(near) & set(kept)) < len(near) / 2
 assert set(kept) - set(near)
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Koroko et al. (2022)](bibliography.md#kpsvd-kfac), as far as its abstract and public code tell,
+# and what is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | algorithms | KPSVD, Deflation, Lanczos, KFAC-CORRECTED | `kpsvd`, `deflation`, `lanczos`, `kfac_corrected`; `ekpsvd` is an addition |
+# | iterations | residual $10^{-6}$, 1000 at most; Lanczos with 2 steps and a restart | the same residual and limit, with a warning at it; Lanczos with 12 steps, since 2 need not reach the second pair |
+# | convolutions | pairs of positions that are near in raster order | all pairs of positions |
+# | damping, one product | $\pi$, as KFAC; divided by the positions for convolutions | `factored_inverse`, not divided |
+# | damping, two products | $\lambda$ on both first factors, and the inverse of $1 + \lvert q p \rvert$ | `guarded_inverse`: $\pi$ and $\sqrt\lambda$, and the second term shrunk where it must be, so that it is the inverse of a matrix that one can look at |
+# | average over batches | of each factor | `Recompressed`: nearest to the averaged block; or `Latest` |
+# | schedule | matrices and inverses every 100 steps, decay up to .95, a smaller batch for curvature | the optimizer's, [Chapter 9](09_optimizer.py), the batch of the step |
+# | numbers | damping $10^{-3}$, clipping $10^{-2}$ | not used |
+# | headline | nearer to the Fisher at slight extra cost, and faster than KFAC and first-order methods on three deep autoencoders | cost: counted above; see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 12.1.** Show that KPSVD equals KFAC if and only if KFAC's $\operatorname{vec}(B)$ and

@@ -769,6 +769,23 @@ G = torch.randn(3, 3)
 assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Tang et al. (2021)](bibliography.md#skfac), as far as its abstract and public code tell, and what
+# is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | fully connected layers | the damped factors of one batch, inverted by a small matrix | the same, `skfac` |
+# | form | explicit inverses of the factors' size | applied, never formed; pushed through for the batch's own gradient |
+# | convolutions | spatial subsampling, and reduce sum; the code averages inputs and vectors | `spatial_subsampling`, `reduce_sum`; `mean_over_positions` for the code |
+# | receptive fields | the abstract names them as something to reduce over: not checked | nothing |
+# | bias | left out in the code | a column like any other |
+# | damping | $\sqrt\lambda$ on both factors, $\lambda = .03$ | `factored_inverse`, balanced by $\pi$; the exact one, too |
+# | average over batches | none in the code | `Window`, or `Latest` for none |
+# | schedule | a new batch every 834 or 278 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | headline | comparable to KFAC on CIFAR-10 and ImageNet, in less time | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 13.1.** What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for $\gamma \to 0$? What is

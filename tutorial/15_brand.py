@@ -727,6 +727,25 @@ V, w = brand_update(torch.zeros(30, 0), torch.zeros(0), 0.05 * X)
 assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Puiu (2022)](bibliography.md#brand), as far as its abstract and its author's public code tell, and
+# what is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | algorithms | B-KFAC, B-R-KFAC, B-KFAC-C | `Brand`, `Repaired` with `refreshed` and with `corrected` |
+# | basis of a batch | QR without a test of the rank | projected twice, and directions of round-off dropped |
+# | truncation | before the next update | the same |
+# | tail | none between updates, the smallest eigenvalue at an inverse | a part of the matrix, `trace_matched`; `Brand(rank, zero_tail)` with `ContinuedInverse()` for the code's |
+# | start of the average | the identity, as $\rho^t$ in the damping | none |
+# | damping | each factor by a fraction of its largest eigenvalue | `factored_inverse`; `ContinuedInverse()` for the code's |
+# | application | linear: to a gradient in factors | `product_of_rows`; the optimizer applies the inverse to the formed gradient, at the price of RS-KFAC's |
+# | layers | mainly fully connected ones | any; too narrow ones are updated in full |
+# | rank | 220; adaptive, 5 down or 10 up, 70 at least | 64, constant |
+# | schedule | B-updates every 5 and later every update of factors, R every 5 inversions, C every 5 B-updates of a share .2; decay .95 | B with every update, `period` chosen; share .2 |
+# | headline | two of the three faster than RS-KFAC to any accuracy (CIFAR-10, VGG16) | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 15.1.** Start with nothing, $U$ empty and $c = 0$, and update with one batch. Show that the damped

@@ -718,6 +718,21 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # **One damping for neurons of different scale.** A neuron that hardly matters has a small block, which
 # a damping made for the layer drowns. Exercise 16.3 looks at this.
 #
+# ## The paper and this package
+#
+# What is in [Bahamou et al. (2023)](bibliography.md#mini-block), as far as its abstract tells, and what is
+# here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | fully connected layers | a block for every neuron | `mini_block`; `mini_block_rows` for few samples |
+# | convolutions | a block for every filter | `mini_block_filters(size)`, and the bias by its diagonal |
+# | one block for all neurons | not checked | `mini_block_shared` |
+# | Fisher | empirical | any: `fisher=empirical` is the paper's, one drawn label the default |
+# | damping | not checked | `exact_inverse`, one number for all blocks |
+# | average and schedule | not checked | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | headline | a cost per step only slightly above that of first-order methods; good on autoencoders, convolutional and graph networks | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 16.1.** The input of a layer is one-hot (an embedding). Show that mini-blocks are

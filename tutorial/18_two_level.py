@@ -719,6 +719,22 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
     assert (coupling[0, 1].abs() > 0.3) == (ios is once)
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Tselepidis et al. (2020)](bibliography.md#two-level), as far as its abstract and public code tell,
+# and what is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | form | the sum of both levels, each with a weight, both 1 | `additive`, without weights; also `adef1`, `adef2`, `bnn` |
+# | coarse space | one direction of ones for each layer | `nicolaides_space`; the spaces of the second paper, too: `residual_space`, `spectral_space`, `krylov_space` |
+# | coarse matrix | Kronecker products of sums over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
+# | damping of the coarse level | a multiple of the identity | $\delta Z^\top Z$, which is that of $F + \delta I$ |
+# | Fisher | not checked | that of `coarse_correction(fisher)`, with the same vectors in all layers |
+# | schedule | factors every 10 steps, inverses every 100; decay up to .95 | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
+# | numbers | damping $10^{-3}$, KL clipping $10^{-2}$ | not used; `kl_clip` is a control |
+# | headline | a few experiments suggest better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no gain | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 18.1.** Let $F$ be block-diagonal and $M = F_\delta$. What do the four forms do?

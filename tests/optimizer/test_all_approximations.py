@@ -116,6 +116,7 @@ VARIANTS = {
     "mini-block-rows": {"approximation": Latest(mini_block_rows)},
     "mini-block-shared": {"approximation": mini_block_shared, "invert": factored_inverse},
     "cg-fac": {"approximation": Latest(cg_fac), "invert": truncated_inverse},
+    "cg-kfac": {"approximation": kfac, "invert": truncated_inverse},
     "cg-fac-direct": {"approximation": Latest(cg_fac), "invert": kernel_inverse},
     "two-level": {"controls": [coarse_correction(type2), graft()]},
     "two-level-adef2": {"controls": [coarse_correction(type2, combine=adef2), graft()]},
@@ -132,7 +133,7 @@ def problem(device):
 
 
 KEEP_THE_FACTORS = {"skfac", "skfac-window", "rs", "sre", "b", "b-r", "b-c", "b-continued"}
-KEEP_THE_FACTORS |= {"rs-relative", "rs-adaptive", "kfac-relative"}
+KEEP_THE_FACTORS |= {"rs-relative", "rs-adaptive", "kfac-relative", "cg-kfac"}
 KEEP_THE_FACTORS |= {"skfac-reduce-sum", "skfac-subsampling"}
 KEEP_THE_FACTORS |= {name for name, settings in VARIANTS.items() if "controls" in settings}
 
