@@ -250,11 +250,14 @@ def continued(optimizer, X, y, steps):
     return [p.detach().clone() for p in optimizer.model.parameters()]
 
 
+AT_LABELS = {"fisher": empirical}  # one vector for each sample, and nothing is drawn
+
+
 def resumed(name, optimizer, device):
     file = files.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    other, _ = trained(VARIANTS[name], device, 1, problem=wide)
+    other, _ = trained(VARIANTS[name] | AT_LABELS, device, 1, problem=wide)
     other.load_state_dict(torch.load(file, weights_only=True))
     other.model.load_state_dict(optimizer.model.state_dict())
     return other
@@ -267,7 +270,7 @@ COPIES = {"checkpoint": resumed, "deepcopy": lambda name, optimizer, device: dee
 @pytest.mark.parametrize("name", REPAIRS)
 def test_a_run_of_brand_new_kfacs_goes_on_bit_by_bit(name, how, device):
     """The repairs after the copy included, which are two and choose by the number of batches."""
-    optimizer, _ = trained(VARIANTS[name], device, 6, problem=wide)
+    optimizer, _ = trained(VARIANTS[name] | AT_LABELS, device, 6, problem=wide)
     taken, (X, y) = COPIES[how](name, optimizer, device), wide(device)[2:]
     ends = [continued(run, X, y, 6) for run in (optimizer, taken)]
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
