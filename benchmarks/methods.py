@@ -23,6 +23,7 @@ from benchmarks.tasks import Task
 from kfac_scratch import REDUCE, factored_inverse, kfac
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
 from kfac_scratch.approximations.estimators import Estimator, MovingAverage
+from kfac_scratch.matrices.damping import relative_factored_inverse
 from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.step_control import Control, Step, graft, norm
@@ -160,7 +161,9 @@ def graft_network(betas: tuple[float, float]) -> Control:
 
 LENGTHS = {"layer": graft, "network": graft_network}
 SHARED: Space = SCHEDULE | ADAM | CURVATURE
+DAMPINGS = INVERSES | {"relative": lambda M, damping: relative_factored_inverse(M, damping**0.5)}
 INVERSE: Space = {"inverse": Choice(tuple(INVERSES))}
+RELATIVE: Space = {"inverse": Choice(tuple(DAMPINGS))}
 AVERAGE: Space = {"average": Choice(tuple(AVERAGES))}
 LENGTH: Space = {"length": Choice(tuple(LENGTHS))}
 
@@ -199,7 +202,7 @@ def curvature(
         decay=config["decay"],
         factor_every=config["periods"][0],
         inverse_every=config["periods"][1],
-        **{"invert": INVERSES[config.get("inverse", "exact")]} | options,
+        **{"invert": DAMPINGS[config.get("inverse", "exact")]} | options,
     )
 
 
@@ -252,9 +255,12 @@ KFAC_UNDER_ALL = {
     for average in AVERAGES
     for inverse in INVERSES
 }
-LENGTHS_OF_KFAC = {
+MORE_OF_KFAC = {
     "kfac, two lengths": Method(
         SHARED | INVERSE | AVERAGE | LENGTH, curvature, (f"{KFACS}:one_product",)
-    )
+    ),
+    "kfac, three dampings": Method(
+        SHARED | RELATIVE | AVERAGE, curvature, (f"{KFACS}:one_product",)
+    ),
 }
 USUAL_METHODS = FIRST_ORDER | SECOND_ORDER | CONTROL

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.averaging import AVERAGES, WINDOW
 from benchmarks.methods import (
     AVERAGE,
+    DAMPINGS,
     INVERSE,
     INVERSES,
     LENGTH,
     MOMENTS,
+    RELATIVE,
     SHARED,
     Choice,
     Config,
@@ -28,7 +29,14 @@ from benchmarks.methods import (
 )
 from benchmarks.tasks import Task
 from kfac_scratch import KFAC, empirical, foof, kfac, monte_carlo
-from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
+from kfac_scratch.approximations.adaptive_rank import AdaptiveRank
+from kfac_scratch.approximations.brand import (
+    Brand,
+    ContinuedInverse,
+    Repaired,
+    corrected,
+    refreshed,
+)
 from kfac_scratch.approximations.cg_fac import cg_fac, truncated_inverse
 from kfac_scratch.approximations.estimators import Estimator, Latest
 from kfac_scratch.approximations.kpsvd import (
@@ -47,7 +55,9 @@ from kfac_scratch.approximations.mini_block import (
     mini_block_shared,
 )
 from kfac_scratch.approximations.randomized import (
+    Decomposition,
     Sketch,
+    SketchedInverse,
     randomized,
     rsvd,
     smallest_kept,
@@ -55,12 +65,18 @@ from kfac_scratch.approximations.randomized import (
     trace_matched,
     zero_tail,
 )
-from kfac_scratch.approximations.skfac import Window, at_positions, mean_over_positions, skfac
+from kfac_scratch.approximations.skfac import (
+    Window,
+    mean_over_positions,
+    reduce_sum,
+    skfac,
+    spatial_subsampling,
+)
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices.matrix import Matrix, exact_inverse
+from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
 from kfac_scratch.optimizer.coarse_spaces import nicolaides_space, residual_space, spectral_space
-from kfac_scratch.optimizer.two_level import additive, adef2, coarse_correction
+from kfac_scratch.optimizer.two_level import additive, adef1, adef2, bnn, coarse_correction
 
 AT = "kfac_scratch.approximations"
 TOLERANCE = Choice((1e-1, 1e-2, 1e-3))  # of power iterations
@@ -117,23 +133,11 @@ TWO_AVERAGES = {"average": Choice(("newest", "moving"))}
 # ---- SKFAC --------------------------------------------------------------------------------------
 
 POSITIONS: dict[str, Callable[[LayerIO], LayerIO]] = {
-    "reduce sum": LayerIO.reduced,
-    "every second": lambda io: _grid(io, 2),
-    "every fourth": lambda io: _grid(io, 4),
-    "mean": mean_over_positions,
+    "reduce sum": reduce_sum,
+    "every second": partial(spatial_subsampling, stride=2),
+    "every fourth": partial(spatial_subsampling, stride=4),
+    "mean": mean_over_positions,  # the paper's code
 }
-
-
-def _grid(io: LayerIO, stride: int) -> LayerIO:
-    """Positions of a square image on a coarser grid; a layer without positions as it is."""
-    S = io.a.shape[1]
-    side = round(S**0.5)
-    if S == 1:
-        return io
-    if side**2 != S:
-        raise ValueError(f"{S} positions are no square image.")
-    grid = torch.arange(S, device=io.a.device).unflatten(0, (side, side))
-    return at_positions(io, grid[::stride, ::stride].flatten())
 
 
 def columns(task: Task, model: nn.Module, config: Config) -> KFAC:
@@ -146,14 +150,19 @@ def columns(task: Task, model: nn.Module, config: Config) -> KFAC:
 # ---- randomised and updated eigenpairs ----------------------------------------------------------
 
 
-def sketched(decomposition: Callable, task: Task, model: nn.Module, config: Config) -> KFAC:
-    """RS-KFAC and SRE-KFAC: the paper's choice of the tail, damping and average are axes."""
-    tail, inverse = TAILS[config["tail"]], INVERSES[config["inverse"]]
-
-    def invert(M: Any, damping: float) -> Any:
-        return inverse(getattr(M, "mean", M).low_rank(decomposition, tail), damping)
-
+def sketched(decomposition: Decomposition, task: Task, model: nn.Module, config: Config) -> KFAC:
+    """RS-KFAC and SRE-KFAC: tail, damping and average are axes."""
+    inverse = INVERSES[config["inverse"]]
+    found = SketchedInverse(decomposition, TAILS[config["tail"]], inverse)
+    invert = lambda M, damping: found(getattr(M, "mean", M), damping)  # noqa: E731
     return curvature(task, model, config, randomized(config["rank"]), invert=invert)
+
+
+def adaptive(task: Task, model: nn.Module, config: Config) -> KFAC:
+    """RS-KFAC with the rank of its author's code, which follows the spectrum of every factor."""
+    sketch, tail = Sketch(config["rank"]), TAILS[config["tail"]]
+    found = AdaptiveRank(sketch, period=config["period"], tail=tail)
+    return curvature(task, model, config, found, invert=DAMPINGS[config["inverse"]])
 
 
 BRANDS: dict[str, Callable[[Config, Brand], Estimator]] = {
@@ -166,15 +175,21 @@ BRANDS: dict[str, Callable[[Config, Brand], Estimator]] = {
 
 
 def updated(name: str, task: Task, model: nn.Module, config: Config) -> KFAC:
-    """The three of Brand new K-FACs. `smallest_kept` is no choice: its excess adds up."""
-    found = BRANDS[name](config, Brand(config["rank"], TAILS[config["tail"]]))
-    inverse = INVERSES[config["inverse"]]
-    invert = lambda M, damping: inverse(getattr(M, "modes", M), damping)  # noqa: E731
+    """The three of Brand new K-FACs. `continued` is the tail of their author's code."""
+    continued, inverse = config["tail"] == "continued", DAMPINGS[config["inverse"]]
+    tail = zero_tail if continued else TAILS[config["tail"]]
+    found = BRANDS[name](config, Brand(config["rank"], tail))
+    invert = ContinuedInverse(inverse) if continued else of_modes(inverse)
     return curvature(task, model, config, found, invert=invert)
 
 
+def of_modes(inverse: Callable[[Any, float], LinearMap]) -> Callable[[Any, float], LinearMap]:
+    """An inverse of the eigenpairs alone, for states that keep the factors too."""
+    return lambda M, damping: inverse(getattr(M, "modes", M), damping)
+
+
 TAIL = {"tail": Choice(tuple(TAILS))}
-BRAND_TAIL = {"tail": Choice(("trace", "zero"))}
+BRAND_TAIL = {"tail": Choice(("trace", "zero", "continued"))}
 REPAIR = {"repair": Choice((1, 2, 4))}  # updates from one to the next
 BRAND_PROOF = (f"{AT}.brand:brand_update",)
 
@@ -209,7 +224,7 @@ def conjugate(task: Task, model: nn.Module, config: Config) -> KFAC:
 
 
 SPACES = {"nicolaides": nicolaides_space, "residual": residual_space, "spectral": spectral_space}
-FORMS = {"additive": additive, "adef2": adef2}
+FORMS = {"additive": additive, "adef1": adef1, "adef2": adef2, "bnn": bnn}
 
 
 def two_levels(task: Task, model: nn.Module, config: Config) -> KFAC:
@@ -260,16 +275,21 @@ PAPERS = {
         partial(sketched, srevd),
         (f"{AT}.randomized:range_basis",),
     ),
+    "rs-kfac, adaptive rank": Method(
+        SHARED | RELATIVE | TAIL | {"rank": RANK, "period": Choice((1, 2, 4))},
+        adaptive,
+        (f"{AT}.adaptive_rank:leading",),
+    ),
     "b-kfac": Method(
-        SHARED | INVERSE | BRAND_TAIL | {"rank": RANK}, partial(updated, "b-kfac"), BRAND_PROOF
+        SHARED | RELATIVE | BRAND_TAIL | {"rank": RANK}, partial(updated, "b-kfac"), BRAND_PROOF
     ),
     "b-r-kfac": Method(
-        SHARED | INVERSE | BRAND_TAIL | REPAIR | {"rank": RANK},
+        SHARED | RELATIVE | BRAND_TAIL | REPAIR | {"rank": RANK},
         partial(updated, "b-r-kfac"),
         (*BRAND_PROOF, f"{AT}.randomized:range_basis"),
     ),
     "b-kfac-c": Method(
-        SHARED | INVERSE | BRAND_TAIL | REPAIR | {"rank": RANK},
+        SHARED | RELATIVE | BRAND_TAIL | REPAIR | {"rank": RANK},
         partial(updated, "b-kfac-c"),
         (*BRAND_PROOF, f"{AT}.brand:ritz"),
     ),

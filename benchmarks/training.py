@@ -36,7 +36,7 @@ from benchmarks.measure import RESULTS, about, stored, written
 from benchmarks.methods import (
     FIRST_ORDER,
     KFAC_UNDER_ALL,
-    LENGTHS_OF_KFAC,
+    MORE_OF_KFAC,
     USUAL_METHODS,
     Method,
     neighbour,
@@ -51,26 +51,27 @@ from benchmarks.tasks import BATCHES, TASKS, Task
 KEPT = 4  # settings of the second round
 FIRST_FINAL_SEED = 100
 
-METHODS: dict[str, Method] = USUAL_METHODS | RELATIVES | KFAC_UNDER_ALL | LENGTHS_OF_KFAC | PAPERS
+METHODS: dict[str, Method] = USUAL_METHODS | RELATIVES | KFAC_UNDER_ALL | MORE_OF_KFAC | PAPERS
 MAIN = (*USUAL_METHODS, *RELATIVES)
-WIDE = ("skfac", "rs-kfac", "sre-kfac", "b-kfac", "b-r-kfac", "b-kfac-c")
+UPDATED = ("rs-kfac, adaptive rank", "b-kfac", "b-r-kfac", "b-kfac-c")
 CONTROLS = ("sgd", "adamw", "no-curvature", "kfac-expand")
 PRODUCTS = ("tkfac", "tekfac", "kpsvd", "deflation", "lanczos", "kfac-corrected")
-OF_PAPERS = tuple(name for name in PAPERS if name not in WIDE[3:])
+OF_PAPERS = tuple(name for name in PAPERS if name not in UPDATED)
 COMPARED: dict[str, tuple[str, ...]] = {
     "T1": MAIN,
     "T2": (*MAIN, *PRODUCTS),
     "T3": tuple(n for n in (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS) if n != "kfac-reduce"),
     "T4": (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS),
     "T5": MAIN,
-    "wide": (*CONTROLS, *WIDE),
+    "wide": (*CONTROLS, "kfac, three dampings", "skfac", "rs-kfac", "sre-kfac", *UPDATED),
     "curves": (*CONTROLS, "ekfac", *KFAC_UNDER_ALL, *PRODUCTS, "mini-block"),
     "deep": (*CONTROLS, "kfac, two lengths", "two-level"),
     **{f"batch-{batch}": ("sgd", "adamw", "kfac-expand") for batch in BATCHES},
 }
 """Which methods are tried on which task.
 
-The updates of Brand need layers wider than rank and batch, so that they stand in `wide` alone.
+The updates of Brand and adaptive ranks need layers wider than rank and batch, so that they stand
+in `wide` alone.
 """
 
 

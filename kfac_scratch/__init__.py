@@ -40,8 +40,16 @@ from kfac_scratch.applications.trained import (
     weights_without_biases,
 )
 from kfac_scratch.approximations.accumulators import Accumulator, FactorSums, Gathered
+from kfac_scratch.approximations.adaptive_rank import AdaptiveRank, rank_by_ratio
 from kfac_scratch.approximations.batch_gradients import OfBatch, from_gradient, pooled
-from kfac_scratch.approximations.brand import Brand, Repaired, corrected, refreshed
+from kfac_scratch.approximations.brand import (
+    Brand,
+    ContinuedInverse,
+    Repaired,
+    corrected,
+    is_low_rank_update,
+    refreshed,
+)
 from kfac_scratch.approximations.cg_fac import cg_fac, kernel_inverse, truncated_inverse
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac, ekfac_reduce, rescaled
 from kfac_scratch.approximations.estimators import Approximation, Estimator, Latest, MovingAverage
@@ -68,6 +76,7 @@ from kfac_scratch.approximations.mini_block import (
 from kfac_scratch.approximations.muon import CUBIC, MUON, newton_schulz, polar_factor
 from kfac_scratch.approximations.randomized import (
     Sketch,
+    SketchedInverse,
     nystrom,
     randomized,
     rsvd,
@@ -82,10 +91,17 @@ from kfac_scratch.approximations.shampoo import (
     shampoo_bound,
     shampoo_inverse,
 )
-from kfac_scratch.approximations.skfac import Window, mean_over_positions, skfac, subsampled
+from kfac_scratch.approximations.skfac import (
+    Window,
+    mean_over_positions,
+    reduce_sum,
+    skfac,
+    spatial_subsampling,
+    subsampled,
+)
 from kfac_scratch.approximations.soap import soap
 from kfac_scratch.approximations.tekfac import tekfac
-from kfac_scratch.approximations.tkfac import tkfac
+from kfac_scratch.approximations.tkfac import even_traces_inverse, tkfac
 from kfac_scratch.capture.flavours import EXPAND, REDUCE, Flavour
 from kfac_scratch.capture.forward_pass import layer_ios, stream
 from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
@@ -111,6 +127,8 @@ from kfac_scratch.matrices.damping import (
     factored_inverse,
     levenberg_marquardt,
     relative_damping,
+    relative_factored_inverse,
+    relative_inverse,
 )
 from kfac_scratch.matrices.dense import Dense, DenseEigen
 from kfac_scratch.matrices.diagonal import Diagonal
@@ -164,11 +182,13 @@ __all__ = [
     "MUON",
     "REDUCE",
     "Accumulator",
+    "AdaptiveRank",
     "AmortisedEKFAC",
     "Approximation",
     "BackpropagatedVectors",
     "BlockDiagonal",
     "Brand",
+    "ContinuedInverse",
     "Dense",
     "DenseEigen",
     "Diagonal",
@@ -218,6 +238,7 @@ __all__ = [
     "SecondOrder",
     "ShampooBound",
     "Sketch",
+    "SketchedInverse",
     "Spring",
     "Term",
     "TermWise",
@@ -242,6 +263,7 @@ __all__ = [
     "ekfac_reduce",
     "ekpsvd",
     "empirical",
+    "even_traces_inverse",
     "evidence_gradient",
     "exact_inverse",
     "factored_inverse",
@@ -257,6 +279,7 @@ __all__ = [
     "inverse_as_sum",
     "inverse_root",
     "inverses",
+    "is_low_rank_update",
     "kernel_inverse",
     "kfac",
     "kfac_corrected",
@@ -304,8 +327,12 @@ __all__ = [
     "product_kernels",
     "quadratic_model",
     "randomized",
+    "rank_by_ratio",
+    "reduce_sum",
     "refreshed",
     "relative_damping",
+    "relative_factored_inverse",
+    "relative_inverse",
     "rescaled",
     "residual_space",
     "rsvd",
@@ -318,6 +345,7 @@ __all__ = [
     "skfac",
     "smallest_kept",
     "soap",
+    "spatial_subsampling",
     "spectral_space",
     "srevd",
     "stream",

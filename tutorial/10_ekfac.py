@@ -40,6 +40,7 @@ from kfac_scratch.approximations.ekfac import (
     rescaled,
     second_moments,
 )
+from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.kfac import kfac, kfac_reduce
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
@@ -234,6 +235,15 @@ except ValueError as error:
     print(fill(str(error), 90))
 else:
     raise AssertionError("the gradients of data are lost")
+
+# %% [markdown]
+# In training, `KFAC(model, loss, approximation=AmortisedEKFAC(factors=MovingAverage(kfac_reduce)))` is its moving
+# average, with the default flavour, whose rows are all positions (see [the amortised form](#the-amortised-form)).
+# The first batch gives the same matrix:
+
+# %%
+amortised_reduce = AmortisedEKFAC(factors=MovingAverage(kfac_reduce))
+assert_exact(amortised_reduce.update(None, io, 1.0).dense(), E.dense())
 
 # %% [markdown]
 # ## Where EKFAC is exact
@@ -571,6 +581,23 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 
 # %% [markdown]
 # **Moments per position**, as above: KFAC gives no hint, since its factors are the same.
+#
+# ## The paper and this package
+#
+# What is in [George et al. (2018)](bibliography.md#ekfac), as far as it was checked, and what is here. A cell
+# "not checked" means that nothing we read says it.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | algorithm | KFAC's eigenvectors with second moments as eigenvalues | the same: `ekfac`, and `AmortisedEKFAC` in training |
+# | new basis | eigenvalues follow far more often than the basis does | every `basis_every` updates, 10 by default |
+# | moments at a new basis | not checked | carried over into it, which keeps the trace |
+# | average over batches | the reference code has a variant that squares the gradient of the mini-batch | of the moments of single samples; the other is another quantity, as shown above |
+# | shared weights | not checked | the moments of a sample's gradient, in the basis of KFAC-expand or -reduce |
+# | Fisher | not checked | any; in the optimizer, one drawn label for each sample |
+# | damping | added to the eigenvalues | the same, `exact_inverse` |
+# | numbers | not checked | those of the optimizer, [Chapter 9](09_optimizer.py) |
+# | headline | nearer to the Fisher, and faster than KFAC on autoencoders, VGG11 and ResNet34 | see [Chapter 19](19_comparison.py) |
 #
 # ## Exercises
 #

@@ -40,7 +40,9 @@ from kfac_scratch.approximations.skfac import (
     at_positions,
     mean_over_positions,
     push_through,
+    reduce_sum,
     skfac,
+    spatial_subsampling,
     subsampled,
 )
 from kfac_scratch.capture.forward_pass import layer_ios
@@ -56,6 +58,7 @@ from kfac_scratch.matrices.kronecker_columns import (
     reduced_columns,
 )
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
+from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
@@ -429,11 +432,13 @@ for io in ios.values():
 # ## Convolutions: fewer positions
 #
 # A convolution has $S$ patches per datum, so that $N S$ columns soon outnumber $d_\text{in}$. SKFAC
-# brings them back to about $N$ in one of two ways.
+# brings them back to about $N$. The paper's abstract names two methods for it, "Spatial Subsampling and Reduce
+# Sum".
 #
-# **Reduce**: average the patches, and the vectors. With the *sum* of the vectors this is KFAC-reduce
-# ([Chapter 6](06_weight_sharing.py)). The paper's code takes the mean of both. All its curvature is
-# then smaller by $S^2$, and so must be the damping.
+# **Reduce sum**: one row for each datum, from a sum over the patches, and one over the vectors. With the
+# mean of the patches in place of their sum, which only changes the scale of $A$, this is KFAC-reduce
+# ([Chapter 6](06_weight_sharing.py)), and `reduce_sum(io)` is `io.reduced()`. The public code takes the mean of
+# both, `mean_over_positions(io)`. All its curvature is then smaller by $S^2$, and so must be the damping.
 #
 # **Spatial subsampling**: let a subset $\mathcal T$ of the positions stand for all,
 #
@@ -446,10 +451,17 @@ for io in ios.values():
 #
 # $A$ is a mean and needs no correction, $B$ is a sum and does. If one partitions the
 # positions into parts of equal size, the $A_{\mathcal T}$ of all parts average to the full $A$,
-# and the $B_{\mathcal T}$ to the full $B$: each part is an unbiased guess of both.
+# and the $B_{\mathcal T}$ to the full $B$: each part is an unbiased guess of both. For an image the subset is a
+# grid, every second row and every second column, say: the positions that the same convolution would have if it
+# moved two pixels at a time. `spatial_subsampling(io, 2)` keeps those. (`subsampled` keeps every so many positions of
+# a sequence, and `at_positions` any others.)
+#
+# The abstract says that both methods reduce "across the spatial dimension or receptive fields of feature maps". We
+# read the abstract and the public code only, and know no formula for a reduction within a receptive field, that
+# is, of the entries of one patch. So there is none here.
 
 # %% tags=["remove-input"]
-code(mean_over_positions, subsampled, at_positions)
+code(reduce_sum, spatial_subsampling, at_positions)
 
 
 # %%
@@ -477,15 +489,19 @@ parts = [kfac(subsampled(io, 4, start)) for start in range(4)]
 assert_exact(sum(part.A for part in parts) / 4, expand.A)
 assert_exact(sum(part.B for part in parts) / 4, expand.B)
 assert_exact(skfac(subsampled(io, 1)).dense(), expand.dense())
+grid = [kfac(spatial_subsampling(io, 2, (r, c))) for r in (0, 1) for c in (0, 1)]
+assert_exact(sum(part.A for part in grid) / 4, expand.A)
+assert_exact(sum(part.B for part in grid) / 4, expand.B)
+assert_exact(spatial_subsampling(io, 2).a, at_positions(io, torch.tensor([0, 2, 8, 10])).a)
 assert_exact(skfac(mean_over_positions(io)).dense() * S**2, kfac(io.reduced()).dense())
 
 views = {
     "expand": io,
     "every second position": subsampled(io, 2),
     "every fourth position": subsampled(io, 4),
-    "a grid of 2 × 2": at_positions(io, torch.tensor([0, 2, 8, 10])),
-    "reduce": io.reduced(),
-    "the paper's averages": mean_over_positions(io),
+    "spatial subsampling": spatial_subsampling(io, 2),
+    "reduce sum": reduce_sum(io),
+    "the code's averages": mean_over_positions(io),
 }
 errors = {}
 print("                       positions | distance from expand | distance from the exact block")
@@ -493,9 +509,9 @@ for name, view in views.items():
     M = skfac(view).dense()
     errors[name] = relative_error(M, expand.dense()), relative_error(M, F)
     print(f"{name:22} {view.a.shape[1]:9} | {errors[name][0]:20.2f} | {errors[name][1]:.3f}")
-assert errors["a grid of 2 × 2"][0] < 0.7 * errors["every fourth position"][0]
-assert errors["reduce"][1] < 0.7 * errors["expand"][1]
-assert errors["the paper's averages"][1] > 0.98
+assert errors["spatial subsampling"][0] < 0.7 * errors["every fourth position"][0]
+assert errors["reduce sum"][1] < 0.7 * errors["expand"][1]
+assert errors["the code's averages"][1] > 0.98
 
 # %% [markdown]
 # Three things can be read off. First, which positions one keeps matters as much as how many. The flat
@@ -503,9 +519,33 @@ assert errors["the paper's averages"][1] > 0.98
 # *column* of it, its left border. A grid of the same size is much nearer to expand. Second, near to
 # expand need not mean near to the block. This network averages its output over all positions, the
 # setting for which reduce is made ([Chapter 6](06_weight_sharing.py)), and there one averaged patch is a
-# better approximation than sixteen. Third, the paper's averages come with a curvature of $1 / S^2$ of
+# better approximation than sixteen. Third, the public code's averages come with a curvature of $1 / S^2$ of
 # reduce's, which is next to nothing.
 #
+# In the optimizer, the choice is a part of the approximation. Layers with one position, such as the last one
+# here, are not changed by any of them:
+
+# %%
+choices = {
+    "reduce sum": Window(5, lambda io: skfac(reduce_sum(io))),
+    "spatial subsampling": Window(5, lambda io: skfac(spatial_subsampling(io, 2))),
+}
+for name, approximation in choices.items():
+    torch.manual_seed(0)
+    small = Sequential(Conv2d(1, 6, 3), Tanh(), Conv2d(6, 8, 3), Tanh(), Pool(), Linear(8, 10))
+    optimizer = KFAC(small, loss, approximation=approximation, damping=1e-4)
+    before = loss(small(pictures[:1000]), labels[:1000]).item()
+    for _ in range(40):
+        batch = torch.randint(1000, (32,))
+        optimizer.zero_grad()
+        loss(small(pictures[batch]), labels[batch]).backward()
+        optimizer.observe(pictures[batch], labels[batch])
+        optimizer.step()
+    after = loss(small(pictures[:1000]), labels[:1000]).item()
+    print(f"{name:19} loss before training {before:.2f}, after 40 steps {after:.2f}")
+    assert after < 0.7 * before
+
+# %% [markdown]
 # ## What one batch does not know
 #
 # So far SKFAC was KFAC, since both saw one batch. KFAC goes on to average its factors over many
@@ -729,6 +769,23 @@ G = torch.randn(3, 3)
 assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Tang et al. (2021)](bibliography.md#skfac), as far as its abstract and public code tell, and what
+# is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | fully connected layers | the damped factors of one batch, inverted by a small matrix | the same, `skfac` |
+# | form | explicit inverses of the factors' size | applied, never formed; pushed through for the batch's own gradient |
+# | convolutions | spatial subsampling, and reduce sum; the code averages inputs and vectors | `spatial_subsampling`, `reduce_sum`; `mean_over_positions` for the code |
+# | receptive fields | the abstract names them as something to reduce over: not checked | nothing |
+# | bias | left out in the code | a column like any other |
+# | damping | $\sqrt\lambda$ on both factors, $\lambda = .03$ | `factored_inverse`, balanced by $\pi$; the exact one, too |
+# | average over batches | none in the code | `Window`, or `Latest` for none |
+# | schedule | a new batch every 834 or 278 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | headline | comparable to KFAC on CIFAR-10 and ImageNet, in less time | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 13.1.** What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for $\gamma \to 0$? What is

@@ -62,6 +62,7 @@ from kfac_scratch.matrices.damping import levenberg_marquardt, reduction_ratio
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
@@ -691,8 +692,46 @@ for seed in range(3):
     assert shares[-1][0] > shares[-1][1] + 0.2
 
 # %% [markdown]
+# In the optimizer, the Fisher is an argument, and the paper's setting is one line. Its default is another one: one
+# label for each image, drawn from the model.
+
+# %%
+for name, fisher in (("empirical", empirical), ("one drawn label", None)):
+    torch.manual_seed(0)
+    model = Sequential(Linear(64, 16), Tanh(), Linear(16, 16), Tanh(), Linear(16, 10))
+    optimizer = KFAC(model, loss, approximation=mini_block, fisher=fisher, damping=0.01)
+    for _ in range(40):
+        batch = torch.randint(1000, (100,))
+        optimizer.zero_grad()
+        loss(model(pixels[batch]), targets[batch]).backward()
+        optimizer.observe(pixels[batch], targets[batch])
+        optimizer.step()
+    final = loss(model(pixels[:1000]), targets[:1000]).item()
+    print(f"{name:15} loss after 40 steps {final:.2f}")
+    assert final < 0.7
+
+# %% [markdown]
+# For convolutions the paper's blocks are those of filters, `mini_block_filters(size)`. A network with both kinds of
+# layers needs a function that tells them apart by the length of their rows:
+# `lambda io: (mini_block_filters(9) if io.a.shape[-1] in {10, 55} else mini_block)(io)`.
+#
 # **One damping for neurons of different scale.** A neuron that hardly matters has a small block, which
 # a damping made for the layer drowns. Exercise 16.3 looks at this.
+#
+# ## The paper and this package
+#
+# What is in [Bahamou et al. (2023)](bibliography.md#mini-block), as far as its abstract tells, and what is
+# here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | fully connected layers | a block for every neuron | `mini_block`; `mini_block_rows` for few samples |
+# | convolutions | a block for every filter | `mini_block_filters(size)`, and the bias by its diagonal |
+# | one block for all neurons | not checked | `mini_block_shared` |
+# | Fisher | empirical | any: `fisher=empirical` is the paper's, one drawn label the default |
+# | damping | not checked | `exact_inverse`, one number for all blocks |
+# | average and schedule | not checked | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | headline | a cost per step only slightly above that of first-order methods; good on autoencoders, convolutional and graph networks | see [Chapter 19](19_comparison.py) |
 #
 # ## Exercises
 #

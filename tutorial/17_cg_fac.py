@@ -621,6 +621,20 @@ print(f"inner product with the gradient: {(moved * G).sum().item():.1f}")
 assert (moved * G).sum() < 0
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Chen (2021)](bibliography.md#cg-fac), as far as its abstract and public code tell, and what is
+# here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | system | without forming the Fisher or its factors; in the code, KFAC's averaged factors | the exact block of the newest batch, `cg_fac`; the code's is `approximation=kfac` with `invert=truncated_inverse` |
+# | steps | at most 10, until the *squared* residual is .01 of the start | at most 20, until the residual is .01 of the start; both are arguments |
+# | without convergence | the plain gradient | what the steps have reached, which descends |
+# | direct solution | none known | `kernel_inverse`, for few gradients |
+# | average over batches | of the factors, in the code | none |
+# | headline | much less time and memory than KFAC | counted above; see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 17.1.** All data of a batch are copies of three. How many steps are enough?

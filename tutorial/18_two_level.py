@@ -621,11 +621,11 @@ assert step.keys() == one_level.keys()
 
 # %% [markdown]
 # In the optimizer of [Chapter 9](09_optimizer.py) the second level is a step control: the additive form
-# and ADEF2 start from the fine step, which the optimizer has already. It looks at the batch of the step
-# once more, with vectors of its own, and belongs in front of whatever changes the length. A step of
-# ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*: nothing makes
-# $r^\top p$ positive. In our training runs the additive form trained like KFAC, and ADEF2 did not train.
-# So the default is the additive form.
+# and ADEF2 start from the fine step, which the optimizer has already, and the other two apply the inverses once
+# more. It looks at the batch of the step once more, with vectors of its own, and belongs in front of whatever
+# changes the length. A step of ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*:
+# nothing makes $r^\top p$ positive, and the same holds for ADEF1. The additive form and BNN are positive definite. In
+# our training runs the additive form trained like KFAC, and ADEF2 did not train. So the default is the additive form.
 
 # %% tags=["remove-input"]
 code(coarse_correction, _corrected)
@@ -719,6 +719,22 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
     assert (coupling[0, 1].abs() > 0.3) == (ios is once)
 
 # %% [markdown]
+# ## The paper and this package
+#
+# What is in [Tselepidis et al. (2020)](bibliography.md#two-level), as far as its abstract and public code tell,
+# and what is here.
+#
+# | | the paper | here |
+# | --- | --- | --- |
+# | form | the sum of both levels, each with a weight, both 1 | `additive`, without weights; also `adef1`, `adef2`, `bnn` |
+# | coarse space | one direction of ones for each layer | `nicolaides_space`; the spaces of the second paper, too: `residual_space`, `spectral_space`, `krylov_space` |
+# | coarse matrix | Kronecker products of sums over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
+# | damping of the coarse level | a multiple of the identity | $\delta Z^\top Z$, which is that of $F + \delta I$ |
+# | Fisher | not checked | that of `coarse_correction(fisher)`, with the same vectors in all layers |
+# | schedule | factors every 10 steps, inverses every 100; decay up to .95 | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
+# | numbers | damping $10^{-3}$, KL clipping $10^{-2}$ | not used; `kl_clip` is a control |
+# | headline | a few experiments suggest better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no gain | see [Chapter 19](19_comparison.py) |
+#
 # ## Exercises
 #
 # **Exercise 18.1.** Let $F$ be block-diagonal and $M = F_\delta$. What do the four forms do?

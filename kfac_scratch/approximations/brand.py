@@ -11,7 +11,7 @@ are those of a matrix with $r + K$ rows, rotated. This update is exact, at a cos
 $\mathcal{O}(d (r + K)^2)$. The only error is the truncation to $r$ eigenpairs before the next
 batch. The paper's three algorithms are `Brand()` (B-KFAC), and two that also keep the factors,
 `Repaired(brand, refreshed(sketch), period)` (B-R-KFAC) and `Repaired(brand, corrected(), period)`
-(B-KFAC-C).
+(B-KFAC-C). Each is an `approximation=` of the optimizer.
 
 Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`.
 """
@@ -28,9 +28,11 @@ from kfac_scratch.approximations.randomized import Randomized, Sketch, Tail, tra
 from kfac_scratch.border import check_count, check_function, check_instance
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh
-from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
+from kfac_scratch.matrices.damping import relative_factored_inverse
+from kfac_scratch.matrices.factors_and_eigenpairs import FactorsAndEigenpairs
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
 
 TruncatedFactor = tuple[Float[Tensor, "d _"], Float[Tensor, " _"], Float[Tensor, ""]]  # U, d, c
 
@@ -47,23 +49,49 @@ def truncated(factor: TruncatedFactor, rank: int, tail: Tail) -> TruncatedFactor
     return U[:, :rank], d[:rank], tail(d[:rank], trace, len(U))
 
 
+def is_low_rank_update(size: int, pairs: int, columns: int) -> bool:
+    """Whether the next update of a factor is the low-rank one: pairs and columns fit into the size.
+
+    Use it to choose a rank and a batch for `Brand`, which asks it at every update. Not as a proof
+    of what a run did: for that, count the calls of `brand_update` and `updated_in_full` in this
+    module.
+
+    Law: once a factor has `rank` eigenpairs or more, it is `rank + columns <= size`. Until then it
+    has those of all its batches, so that the first updates may be of low rank and the others not.
+    Cost: none.
+
+    Args:
+        size: The number of rows of the factor: `d_in`, with the bias, or `d_out`.
+        pairs: The eigenpairs that the factor has after truncation: `rank` at most.
+        columns: The columns that a batch adds: `N * S` for `A`, `V * N * S` for `B`.
+    """
+    return pairs + columns <= size
+
+
 def updated_factor(
     factor: TruncatedFactor, X: Float[Tensor, "d K"], weight: float, rank: int, tail: Tail
 ) -> TruncatedFactor:
     """The eigenpairs of `(1 - weight)` times the truncated factor plus `weight * X X^T`.
 
-    A factor that is too small for `rank + K` eigenpairs is not truncated, and decomposed in full,
-    which costs `O(d**3)` and memory `d**2`.
+    By `brand_update` where `is_low_rank_update` says so. A factor that is too small for that is not
+    truncated: see `updated_in_full`.
     """
     U, d, c = truncated(factor, rank, tail)
-    if len(d) + X.shape[1] > len(U):
-        return _in_full(factor, X, weight)
+    if not is_low_rank_update(len(U), len(d), X.shape[1]):
+        return updated_in_full(factor, X, weight)
     c = (1 - weight) * c
     U, d = brand_update(U, (1 - weight) * d - c, weight**0.5 * X)
     return U, (d + c).clamp(min=0), c
 
 
-def _in_full(factor: TruncatedFactor, X: Tensor, weight: float) -> TruncatedFactor:
+def updated_in_full(
+    factor: TruncatedFactor, X: Float[Tensor, "d K"], weight: float
+) -> TruncatedFactor:
+    """The same update by an eigendecomposition of the whole factor, as KFAC has it.
+
+    Law: nothing is lost; all eigenpairs are kept, and there is no tail.
+    Cost: `O(d**3)` operations, memory `d**2`.
+    """
     U, d, c = factor
     M = (1 - weight) * (U * (d - c) @ U.mT) + weight * (X @ X.mT)
     M.diagonal().add_((1 - weight) * c)
@@ -80,7 +108,8 @@ class Brand:
 
     Use it for fully connected layers much wider than `rank` plus the number of columns of a batch:
     `N * S` for `A`, `V * N * S` for `B`. Not for convolutions: with many positions or vectors, the
-    columns reach the size of a factor, which is then decomposed in full at every update.
+    columns reach the size of a factor, which is then decomposed in full at every update, and the
+    method is KFAC. `is_low_rank_update` tells the two cases apart.
 
     Law: without truncation, the factors are the moving averages of KFAC's; with `trace_matched`,
     their traces always are. The tail is a part of the matrix that is updated, so that the excess of
@@ -138,38 +167,45 @@ def product_of_rows(
     return h, b
 
 
-# ---- B-R-KFAC and B-KFAC-C ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class ContinuedInverse:
+    """An `invert=` for Brand new K-FACs without a tail: at every inverse the spectrum goes on.
 
+    All directions without eigenpair get the smallest eigenvalue that there is, for the inverse
+    only. `KFAC(..., approximation=Brand(220, zero_tail), invert=ContinuedInverse(), damping=0.1)`
+    has the tail and the damping of the author's code, with the fraction 0.1.
 
-@dataclass(frozen=True, eq=False)
-class FactorsAndEigenpairs:
-    """The state of `Repaired`: the averaged factors, and their eigenpairs.
+    Use it to reproduce that code. Not with a tail of the updates, which it replaces: in chapter 15
+    `trace_matched` is the more accurate one.
+
+    Law: of exact eigenpairs, it is at least every eigenvalue that was left out.
+    Cost: that of `invert`.
 
     Attributes:
-        factors: The moving average of KFAC's factors, dense.
-        modes: The eigenpairs. Product, inverse and dense matrix are those of `modes`.
-        count: The number of batches so far.
+        invert: From the `LowRankKronecker` with that tail and a damping to the inverse.
+
+    Raises:
+        TypeError: If the matrix is no state of `Brand` or `Repaired`.
     """
 
-    factors: Kronecker
-    modes: LowRankKronecker
-    count: int
+    invert: Callable[[LowRankKronecker, float], LinearMap] = relative_factored_inverse
 
-    def __matmul__(self, V: Float[Tensor, "*batch d_out d_in"]) -> Tensor:
-        """`modes @ V`."""
-        return self.modes @ V
+    def __post_init__(self) -> None:
+        check_function("invert", self.invert, "invert=factored_inverse")
 
-    def inverse(self, damping: float) -> FourBlocks:
-        """The inverse of `modes + damping * I`, exact."""
-        return self.modes.inverse(damping)
+    def __call__(self, M: Matrix, damping: float) -> LinearMap:
+        """The inverse of the matrix with another tail."""
+        modes = M.modes if isinstance(M, FactorsAndEigenpairs) else M
+        if not isinstance(modes, LowRankKronecker):
+            raise TypeError(
+                f"ContinuedInverse inverts eigenpairs of Brand or Repaired, not a "
+                f"{type(M).__name__}: for randomized, use SketchedInverse(tail=smallest_kept)."
+            )
+        cA, cB = (d[-1] if len(d) else c for d, c in ((modes.dA, modes.cA), (modes.dB, modes.cB)))
+        return self.invert(replace(modes, cA=cA, cB=cB), damping)
 
-    def dense(self) -> Float[Tensor, "D D"]:
-        """The matrix of `modes`, dense."""
-        return self.modes.dense()
 
-    def diagonal(self) -> Float[Tensor, " D"]:
-        """Diagonal entries in the order of `vec(V)`."""
-        return self.modes.diagonal()
+# ---- B-R-KFAC and B-KFAC-C ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.approximations.kfac import kfac_in_full
-from kfac_scratch.border import check_count
+from kfac_scratch.border import check_count, check_function
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import psd_eigh, told_from_zero
+from kfac_scratch.matrices.damping import default_inverse
 from kfac_scratch.matrices.low_rank import FourBlocks, LowRankKronecker
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
 
 Eigenpairs = tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]  # eigenvalues descending
 Decomposition = Callable[[Float[Tensor, "d d"], Float[Tensor, "d q"]], Eigenpairs]
@@ -224,7 +226,7 @@ class Randomized:
     def low_rank(
         self, decomposition: Decomposition = rsvd, tail: Tail = trace_matched
     ) -> LowRankKronecker:
-        """Both factors by leading eigenpairs and a tail. SRE-KFAC inverts `low_rank(srevd)`."""
+        """Both factors by leading eigenpairs and a tail, which `SketchedInverse` inverts."""
         (dA, UA), (dB, UB) = (leading(M, self.sketch, decomposition) for M in (self.A, self.B))
         return LowRankKronecker(
             *(UA, dA, tail(dA, self.A.trace(), len(UA))),
@@ -240,8 +242,12 @@ class Randomized:
         return self.low_rank().inverse(damping)
 
     def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Of `A` and of `B`."""
-        return self.low_rank().mean_eigenvalues()
+        """Of both factors of `low_rank()`, whose traces are those of `A` and `B`."""
+        return self.A.trace() / len(self.A), self.B.trace() / len(self.B)
+
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of both factors of `low_rank()`."""
+        return self.low_rank().largest_eigenvalues()
 
     def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> LowRankKronecker:
         """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`."""
@@ -259,3 +265,48 @@ class Randomized:
     def trace(self) -> Float[Tensor, ""]:
         """Sum of the eigenvalues, which is that of `B ⊗ A`."""
         return self.B.trace() * self.A.trace()
+
+    def diagonal(self) -> Float[Tensor, " D"]:
+        """Diagonal entries of `low_rank()` in the order of `vec(V)`."""
+        return self.low_rank().diagonal()
+
+
+@dataclass(frozen=True)
+class SketchedInverse:
+    """An `invert=` for `randomized`: another decomposition, another tail, another damping.
+
+    Use it in the optimizer for what the papers and their code have.
+    `KFAC(..., approximation=randomized(64), invert=SketchedInverse(srevd))` is SRE-KFAC, and
+    `invert=SketchedInverse(tail=smallest_kept, invert=relative_factored_inverse)` has spectrum
+    continuation and the damping of the author's code, with `damping=` for the fraction. Not for
+    other approximations, which have no sketch.
+
+    Law: `SketchedInverse(rsvd, trace_matched, invert)` is `invert` itself.
+    Cost: one decomposition of both factors, see `Sketch`, and `invert` of a `LowRankKronecker`.
+
+    Attributes:
+        decomposition: `rsvd`, `srevd` or `nystrom`.
+        tail: `trace_matched`, `smallest_kept` or `zero_tail`.
+        invert: From the `LowRankKronecker` and a damping to the inverse.
+
+    Raises:
+        TypeError: If the matrix is not one of `randomized`.
+    """
+
+    decomposition: Decomposition = rsvd
+    tail: Tail = trace_matched
+    invert: Callable[[LowRankKronecker, float], LinearMap] = default_inverse
+
+    def __post_init__(self) -> None:
+        check_function("decomposition", self.decomposition, "decomposition=srevd")
+        check_function("tail", self.tail, "tail=smallest_kept")
+        check_function("invert", self.invert, "invert=factored_inverse")
+
+    def __call__(self, M: Matrix, damping: float) -> LinearMap:
+        """The inverse of the low-rank matrix."""
+        if not isinstance(M, Randomized):
+            raise TypeError(
+                f"SketchedInverse inverts what approximation=randomized(...) makes, not a "
+                f"{type(M).__name__}: use factored_inverse, or exact_inverse."
+            )
+        return self.invert(M.low_rank(self.decomposition, self.tail), damping)

@@ -2,16 +2,18 @@ r"""SKFAC: KFAC by the rows of a batch, without a square matrix of a factor's si
 
 KFAC's factors are sums of outer products, $A$ of the $N S$ scaled inputs and $B$ of the $V N S$
 vectors. Stored as these columns, they are multiplied and inverted at a cost that is linear in the
-sizes of the layer (`kronecker_columns`). To have few columns, a convolution averages over its
-positions, or leaves out most of them. The average over a few batches has few columns, too
-(`Window`).
+sizes of the layer (`kronecker_columns`). To have few columns, a convolution sums over its positions
+(`reduce_sum`), or leaves out most of them (`spatial_subsampling`): the two methods that the paper
+names. The average over a few batches has few columns, too (`Window`).
 
-Source: Tang et al. 2021 (CVPR), who invert the damped factors of one batch. The exact inverse of
-the damped product, the window, and one step for the batch's own gradient are additions.
+Source: Tang et al. 2021 (CVPR), who invert the damped factors of one batch. Of the paper, the
+abstract and public code were read. The exact inverse of the damped product, the window, and one
+step for the batch's own gradient are additions.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ def skfac(io: LayerIO) -> KroneckerColumns:
 
     Use it for wide layers and small batches, with the paper's inverse `factored_inverse`.
     Not for averages over many batches: use `Window` for a few. Not for convolutions as they are:
-    pass `io.reduced()`, `mean_over_positions(io)` or `subsampled(io, stride)`.
+    pass `reduce_sum(io)` or `spatial_subsampling(io, stride)`. In the optimizer, this is
+    `approximation=Window(5, lambda io: skfac(reduce_sum(io)))`.
 
     Law: `skfac(io).dense() == kfac(io).dense()`.
     Cost: memory `d_in * min(N * S, d_in) + d_out * min(V * N * S, d_out)`. A factor with more
@@ -45,11 +48,26 @@ def skfac(io: LayerIO) -> KroneckerColumns:
     return KroneckerColumns(reduced_columns(a.mT), reduced_columns(io.g.flatten(0, 2).mT))
 
 
+def reduce_sum(io: LayerIO) -> LayerIO:
+    """SKFAC's "reduce sum": one row for each sample, the mean of its inputs and the sum of vectors.
+
+    Use it for convolutions whose outputs are averaged over positions in the end. Not where the
+    positions of a sample receive very different vectors.
+
+    Law: KFAC of it is KFAC-reduce; it is `io.reduced()`. A sum of inputs in place of the mean
+    multiplies `A` by `S` squared, which is a matter of the damping.
+    Cost: memory `N * (d_in + V * d_out)`; `flavour=REDUCE` gives the same without the rows of a
+    convolution.
+    """
+    return io.reduced()
+
+
 def mean_over_positions(io: LayerIO) -> LayerIO:
     """The layer with the mean of its inputs and the mean of its vectors over positions.
 
-    Use it to reproduce the paper's code. Not with a damping that was chosen for `io.reduced()`: the
-    vectors are those of `io.reduced()` divided by `S`, so the curvature is divided by `S` squared.
+    Use it to reproduce the public code of SKFAC. Not with a damping that was chosen for
+    `reduce_sum`: the vectors are those of `reduce_sum(io)` divided by `S`, so that the curvature is
+    divided by `S` squared.
 
     Cost: memory `N * (d_in + V * d_out)`.
     """
@@ -58,12 +76,51 @@ def mean_over_positions(io: LayerIO) -> LayerIO:
     return replace(reduced, g=reduced.g / S)
 
 
+def spatial_subsampling(
+    io: LayerIO, stride: int, start: tuple[int, int] = (0, 0), height: int | None = None
+) -> LayerIO:
+    """SKFAC's "spatial subsampling": every `stride`-th row and column of a grid of positions.
+
+    Use it for convolutions of images, whose number of columns it divides by `stride` squared. Not
+    for sequences, which have no second axis: `subsampled` is for these. A layer with one position,
+    such as a linear one, stays as it is.
+
+    Law: as `at_positions`; the factors of the `stride**2` parts of a grid that `stride` divides
+    average to those of all positions.
+    Cost: memory of the rows that are kept.
+
+    Args:
+        io: The layer, with positions row by row.
+        stride: The distance of two rows, and of two columns, that are kept.
+        start: The first row and the first column.
+        height: The number of rows. Default: as many as columns, which suits square images.
+
+    Raises:
+        ValueError: If the positions fill no such grid, nothing is left, or the stride is not
+            positive.
+    """
+    S = io.a.shape[1]
+    rows = isqrt(S) if height is None else height
+    if rows < 1 or S % rows or (height is None and rows**2 != S):
+        raise ValueError(
+            f"{S} positions are no grid of {rows} rows: pass height=, the rows of the layer's "
+            "output, or use subsampled for positions that are no image."
+        )
+    within = 0 <= start[0] < rows and 0 <= start[1] < S // rows
+    if stride < 1 or not within:
+        raise ValueError(
+            f"stride={stride} from {start} on keeps none of {rows} × {S // rows} positions."
+        )
+    grid = torch.arange(S, device=io.a.device).reshape(rows, -1)
+    return at_positions(io, grid[start[0] :: stride, start[1] :: stride].flatten())
+
+
 def subsampled(io: LayerIO, stride: int, start: int = 0) -> LayerIO:
     """The layer at every `stride`-th position of the flat axis `S`, from `start` on.
 
-    Use it to shorten convolutions for `skfac`. Not with a stride that divides the width of an
-    image: the flat axis runs along its rows, so that whole columns are kept. For other patterns,
-    `at_positions` takes any list.
+    Use it to shorten sequences for `skfac`. Not for images: the flat axis runs along their rows, so
+    that a stride that divides the width keeps whole columns. There, use `spatial_subsampling`. For
+    other patterns, `at_positions` takes any list.
 
     Law: as `at_positions`. Cost: memory of the rows that are kept.
 
@@ -147,6 +204,10 @@ class RecentBatches:
     def mean_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Of `A` and of `B`."""
         return self.columns().mean_eigenvalues()
+
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        return self.columns().largest_eigenvalues()
 
     def inverse_of_damped_factors(
         self, damping_A: float, damping_B: float

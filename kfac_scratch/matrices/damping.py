@@ -41,6 +41,15 @@ class HasFactors(Protocol):
         ...
 
 
+@runtime_checkable
+class HasLargestEigenvalues(HasFactors, Protocol):
+    """A Kronecker product that knows the largest eigenvalue of each factor."""
+
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`."""
+        ...
+
+
 def factored_inverse(M: HasFactors, damping: float) -> LinearMap:
     r"""The inverse of `(B + sqrt(damping) / pi * I) ⊗ (A + sqrt(damping) * pi * I)`.
 
@@ -105,6 +114,60 @@ def relative_damping(M: HasDiagonal, fraction: float) -> float:
     Cost: linear in the number of weights, and one synchronisation with the device.
     """
     return fraction * float(M.diagonal().mean())
+
+
+@runtime_checkable
+class HasDiagonalAndInverse(HasDiagonal, Matrix, Protocol):
+    """A matrix with a diagonal."""
+
+
+def relative_inverse(M: HasDiagonalAndInverse, fraction: float) -> LinearMap:
+    """The exact inverse with a damping of each layer's own: a fraction of its mean eigenvalue.
+
+    A matrix of zeros counts as if its mean eigenvalue were 1.
+
+    Use it as `invert=` of an optimizer, whose `damping=` is then the fraction. Not together with
+    `adapt_damping=`, which expects a damping in the units of the loss.
+
+    Law: a loss that is multiplied by `c` divides the inverse by `c`.
+    Cost: that of the exact inverse and of `relative_damping`.
+
+    Raises:
+        ValueError: As the exact inverse.
+    """
+    return exact_inverse(M, relative_damping(M, fraction) or fraction)
+
+
+def relative_factored_inverse(M: Matrix, fraction: float) -> LinearMap:
+    r"""The inverse of both factors, each damped by a fraction of its own largest eigenvalue.
+
+    It inverts $(B + f \beta_1 I) \otimes (A + f \alpha_1 I)$ with the largest eigenvalues
+    $\alpha_1$ and $\beta_1$. A factor that is zero counts as if its largest eigenvalue were 1.
+
+    Use it as `invert=` of an optimizer, whose `damping=` is then the fraction `f`, to reproduce the
+    code of RS-KFAC and the Brand new K-FACs. Not together with `adapt_damping=`, which expects a
+    damping in the units of the loss, and not as the inverse of `M` with any multiple of the
+    identity. Steps become shorter at once when a largest eigenvalue jumps.
+
+    Law: rescaling `A` by `c` and `B` by `1 / c` does not change it; a loss that is multiplied by
+    `c` divides it by `c`.
+    Cost: that of the matrix's methods `largest_eigenvalues` and `inverse_of_damped_factors`; no
+    more than of the latter for low-rank factors, and for `Kronecker` the eigenvalues of both.
+    Source: public code of Puiu 2022 (arXiv:2206.15397), as far as it was read.
+
+    Raises:
+        TypeError: If the matrix is no Kronecker product with that method.
+        ValueError: If the fraction is not positive, or a damped factor not positive definite.
+    """
+    if not isinstance(M, HasLargestEigenvalues):
+        raise TypeError(
+            f"A {type(M).__name__} has no two factors with known largest eigenvalues: use "
+            "relative_inverse, or factored_inverse."
+        )
+    if not fraction > 0:
+        raise ValueError(f"Damping both factors needs a positive fraction, got {fraction}.")
+    largest = (float(value) for value in M.largest_eigenvalues())
+    return M.inverse_of_damped_factors(*(fraction * (value or 1.0) for value in largest))
 
 
 def reduction_ratio(

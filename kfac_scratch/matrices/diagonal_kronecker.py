@@ -154,6 +154,10 @@ class DiagonalKronecker:
         """Of `A` and of `B`."""
         return self.a.mean(), self.B.diagonal().mean()
 
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `diag(a)` and of `B`."""
+        return self.a.amax(), torch.linalg.eigvalsh(self.B)[-1]
+
     def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> "DiagonalKronecker":
         """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`, by one Cholesky factor.
 

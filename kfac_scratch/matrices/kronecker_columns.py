@@ -59,6 +59,11 @@ class KroneckerColumns:
         """Of `A` and of `B`."""
         return self.UA.square().sum() / len(self.UA), self.UB.square().sum() / len(self.UB)
 
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`: the squared norms of their columns."""
+        norm = torch.linalg.matrix_norm
+        return norm(self.UA, 2).square(), norm(self.UB, 2).square()
+
     def inverse_of_damped_factors(
         self, damping_A: float, damping_B: float
     ) -> "FactoredWoodburyInverse":

@@ -72,6 +72,10 @@ class LowRankKronecker:
         mean_A = _diagonal(self.UA, self.dA, self.cA).mean()
         return mean_A, _diagonal(self.UB, self.dB, self.cB).mean()
 
+    def largest_eigenvalues(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of `A` and of `B`, the tails included."""
+        return _largest(self.UA, self.dA, self.cA), _largest(self.UB, self.dB, self.cB)
+
     def inverse_of_damped_factors(self, damping_A: float, damping_B: float) -> "LowRankKronecker":
         """The inverse of `(B + damping_B * I) ⊗ (A + damping_A * I)`: low-rank factors again.
 
@@ -183,3 +187,9 @@ def _diagonal(
     U: Float[Tensor, "d r"], d: Float[Tensor, " r"], c: Float[Tensor, ""]
 ) -> Float[Tensor, " d"]:
     return c + U.square() @ (d - c)
+
+
+def _largest(
+    U: Float[Tensor, "d r"], d: Float[Tensor, " r"], c: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    return torch.cat([d, c.reshape(1)])[: len(U)].amax()  # a tail without directions is left out

@@ -277,8 +277,9 @@ def coarse_correction(
     Args:
         fisher: The vectors, see `losses`.
         space: The coarse space.
-        combine: `additive` or `adef2`, which use the fine level once. A step of `adef2` may ascend,
-            since its guarantee is about another norm: in training, `additive` is the safer one.
+        combine: `additive`, `adef1`, `adef2` or `bnn`. With a positive definite fine level,
+            `additive` and `bnn` are positive definite, too, and their steps descend. Those of
+            `adef1` and `adef2` may ascend: the guarantee of `adef2` is about another norm.
 
     Raises:
         ValueError: From the control, if the batch is not known or dampings differ.
@@ -310,7 +311,11 @@ def _corrected(
     ios = _on_all(step.batches, fisher, layer_names(model, groups), plans)
     r, x = (block_matrices(groups, values) for values in (step.gradient, step.direction))
     Q = coarse_inverse(ios, space(step.inverses, r), damping)
-    both = combine(lambda _: x, joint_curvature(ios, damping), Q)
+
+    def fine(v: BlockValues) -> dict[str, Tensor]:
+        return dict(x) if v is r else {name: step.inverses[name] @ V for name, V in v.items()}
+
+    both = combine(fine, joint_curvature(ios, damping), Q)
     return replace(step, direction=blockwise(groups, lambda _: both(r))(step.gradient))
 
 

@@ -1,12 +1,16 @@
+from collections import Counter
+
 import pytest
 import torch
 
+import kfac_scratch.approximations.brand as brand
 from kfac_scratch import LayerIO, kfac, layer_ios
 from kfac_scratch.approximations.brand import (
     Brand,
-    FactorsAndEigenpairs,
+    ContinuedInverse,
     Repaired,
     corrected,
+    is_low_rank_update,
     product_of_rows,
     refreshed,
     ritz,
@@ -25,8 +29,11 @@ from kfac_scratch.approximations.randomized import (
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import concatenate
 from kfac_scratch.linalg import eye_like
+from kfac_scratch.matrices.damping import factored_inverse, relative_factored_inverse
+from kfac_scratch.matrices.factors_and_eigenpairs import FactorsAndEigenpairs
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import LowRankKronecker
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix, error
@@ -112,6 +119,43 @@ def test_small_layers_are_never_truncated(device):
     batch = kfac(ios[0])
     for new, old, share in zip(after, M.factors(), (batch.A, batch.B), strict=True):
         check_equal(new, 0.7 * old + 0.3 * share)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often a factor was updated in each of the two ways."""
+    calls = Counter()
+    for name in ("brand_update", "updated_in_full"):
+        function = getattr(brand, name)
+
+        def counting(*args, name=name, function=function):
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(brand, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(12, 2), (13, 1), (20, 1), (21, 0)])
+def test_an_update_is_of_low_rank_where_pairs_and_columns_fit_into_a_factor(
+    rank, fits, ran, device
+):
+    """A factor with 31 rows and one with 23, and 11 columns in every batch."""
+    state = follow(Brand(rank), [random_io(device, 11) for _ in range(4)])
+    ran.clear()
+    Brand(rank).update(state, random_io(device, 11), 0.1)
+    assert (ran["brand_update"], ran["updated_in_full"]) == (fits, 2 - fits)
+    assert sum(is_low_rank_update(size, rank, 11) for size in (31, 23)) == fits
+
+
+def test_the_first_updates_may_be_of_low_rank_where_the_others_are_not(ran, device):
+    state = Brand(20).update(None, random_io(device, 12), 1.0)
+    assert ran == {"brand_update": 2}
+    ran.clear()
+    follow(Brand(20), [random_io(device, 12) for _ in range(3)])
+    assert ran == {"brand_update": 3, "updated_in_full": 3}
+    assert is_low_rank_update(31, len(state.dA), 12)
+    assert not is_low_rank_update(31, 20, 12)
 
 
 @pytest.mark.parametrize("case", DEEP_LINEAR, ids=str)
@@ -411,6 +455,29 @@ def test_dead_units_and_zero_vectors(device):
     check_equal(M.factors()[0], kfac(dead).A)
     V = torch.randn(23, 31, device=device)
     check_equal(M.inverse(0.5) @ V, 2 * V)
+
+
+@pytest.mark.parametrize("invert", [exact_inverse, factored_inverse, relative_factored_inverse])
+def test_a_continued_inverse_has_the_smallest_eigenvalue_for_all_other_directions(invert, device):
+    ios = [random_io(device) for _ in range(4)]
+    M = follow(Brand(4, zero_tail), ios)
+    A, B = (dense(U, d, d[-1]) for U, d in ((M.UA, M.dA), (M.UB, M.dB)))
+    found = ContinuedInverse(invert)(M, 0.1)
+    check_equal(found.dense(), invert(Kronecker(A, B), 0.1).dense())
+    check_differs(found.dense(), invert(M, 0.1).dense())
+    repaired = follow(Repaired(Brand(4, zero_tail), corrected(), 9), ios)
+    check_equal(ContinuedInverse(invert)(repaired, 0.1).dense(), found.dense())
+
+
+def test_the_damping_of_the_authors_code_is_the_default_of_a_continued_inverse(device):
+    M, V = follow(Brand(4, zero_tail), [random_io(device)] * 4), torch.randn(23, 31, device=device)
+    check_equal(
+        ContinuedInverse()(M, 0.1) @ V, ContinuedInverse(relative_factored_inverse)(M, 0.1) @ V
+    )
+    nothing = zero_factors(random_io(device))  # no eigenpairs: the tail stays
+    check_equal(ContinuedInverse()(nothing, 0.1) @ V, 100 * V)
+    with pytest.raises(TypeError, match=r"not a Kronecker.*SketchedInverse"):
+        ContinuedInverse()(kfac(random_io(device)), 0.1)
 
 
 def test_impossible_settings_of_brand_are_refused():

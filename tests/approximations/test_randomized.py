@@ -3,11 +3,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+import kfac_scratch.approximations.randomized as module
 from kfac_scratch import LayerIO, kfac, layer_ios
 from kfac_scratch.approximations.estimators import MovingAverage
 from kfac_scratch.approximations.randomized import (
     Randomized,
     Sketch,
+    SketchedInverse,
     leading,
     nystrom,
     randomized,
@@ -20,9 +22,17 @@ from kfac_scratch.approximations.randomized import (
 )
 from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.linalg import eye_like
+from kfac_scratch.matrices.damping import (
+    default_inverse,
+    factored_inverse,
+    relative_factored_inverse,
+    relative_inverse,
+)
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.low_rank import LowRankKronecker
+from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.checkpoints import restored, tensors
+from kfac_scratch.optimizer.state_dicts import name_of
 from tests.cases import CONV_PER_LOCATION, DEEP_LINEAR, NONLINEAR
 from tests.laws import check_differs, check_equal, check_matrix
 
@@ -282,6 +292,55 @@ def test_other_decompositions_are_other_matrices(decomposition, device):
     M = randomized(3, oversampling=0, iterations=0)(random_io(device, n=30))
     check_equal(M.low_rank(rsvd).dense(), M.dense())
     check_differs(M.low_rank(decomposition).dense(), M.dense(), by=1e-3)
+
+
+INVERSES = [default_inverse, exact_inverse, relative_factored_inverse, relative_inverse]
+
+
+@pytest.mark.parametrize("invert", INVERSES)
+@TAILS
+@EACH
+def test_an_inverse_of_the_optimizer_has_any_decomposition_tail_and_damping(
+    decomposition, tail, invert, device
+):
+    M = randomized(7, oversampling=0, iterations=0)(random_io(device, n=30))
+    found = SketchedInverse(decomposition, tail, invert)(M, 0.1)
+    check_equal(found.dense(), invert(M.low_rank(decomposition, tail), 0.1).dense())
+    other = smallest_kept if tail is not smallest_kept else zero_tail
+    check_differs(SketchedInverse(decomposition, other, invert)(M, 0.1).dense(), found.dense())
+
+
+@pytest.mark.parametrize("invert", INVERSES)
+def test_the_default_of_a_sketched_inverse_is_the_inverse_itself(invert, device):
+    M = randomized(7, oversampling=0)(random_io(device, n=30))
+    found = SketchedInverse(invert=invert)(M, 0.1)
+    check_equal(found.dense(), invert(M, 0.1).dense())
+
+
+def test_a_factored_inverse_decomposes_each_factor_once(device, monkeypatch):
+    M, calls = randomized(7, oversampling=0)(random_io(device, n=30)), []
+    monkeypatch.setattr(
+        module, "leading", lambda *args, f=module.leading: calls.append(1) or f(*args)
+    )
+    factored_inverse(M, 0.1)
+    assert len(calls) == 2
+
+
+def test_an_average_of_sketches_knows_its_diagonal_and_eigenvalues(device):
+    M = randomized(7, oversampling=0)(random_io(device, n=30))
+    check_equal(M.diagonal(), M.dense().diagonal())
+    for mean, largest, F in zip(
+        M.mean_eigenvalues(), M.largest_eigenvalues(), M.low_rank().factors(), strict=True
+    ):
+        check_equal(mean, F.diagonal().mean())
+        check_equal(largest, torch.linalg.eigvalsh(F)[-1])
+
+
+def test_a_sketched_inverse_says_what_it_is_and_refuses_other_matrices(device):
+    invert = SketchedInverse(srevd, smallest_kept, factored_inverse)
+    assert name_of(invert) == "SketchedInverse(srevd, smallest_kept, factored_inverse)"
+    with pytest.raises(TypeError, match=r"randomized\(...\) makes, not a Kronecker"):
+        invert(kfac(random_io(device)), 0.1)
 
 
 def test_factors_are_averaged_before_they_are_decomposed(device):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import AdaptiveAvgPool2d, Conv2d, CrossEntropyLoss, Flatten, Sequential
 
 from kfac_scratch.approximations.estimators import Estimator, MovingAverage, weight_of_newest
 from kfac_scratch.approximations.kfac import kfac
@@ -8,7 +9,9 @@ from kfac_scratch.approximations.skfac import (
     at_positions,
     mean_over_positions,
     push_through,
+    reduce_sum,
     skfac,
+    spatial_subsampling,
     subsampled,
 )
 from kfac_scratch.capture.forward_pass import layer_ios
@@ -23,7 +26,7 @@ from tests.cases import CONV_PER_LOCATION, NONLINEAR, ONE_DATUM, SEVERAL_DATA
 from tests.laws import check_differs, check_equal, check_matrix
 
 D_IN, D_OUT = 7, 5
-VIEWS = pytest.mark.parametrize("view", [lambda io: io, LayerIO.reduced, mean_over_positions])
+VIEWS = pytest.mark.parametrize("view", [lambda io: io, reduce_sum, mean_over_positions])
 
 
 def random_io(device, N=3, S=1, V=1, dtype=torch.float64):
@@ -128,7 +131,8 @@ def test_the_papers_mean_of_vectors_divides_reduce_by_the_square_of_positions(de
 
 def test_one_position_leaves_nothing_to_choose(device):
     io = random_io(device, V=2)
-    for other in (io.reduced(), mean_over_positions(io), subsampled(io, 1), subsampled(io, 3)):
+    views = (io.reduced(), mean_over_positions(io), subsampled(io, 1), subsampled(io, 3))
+    for other in (*views, reduce_sum(io), spatial_subsampling(io, 2)):
         check_equal(skfac(other).dense(), skfac(io).dense())
 
 
@@ -153,6 +157,79 @@ def test_subsampled_factors_average_to_those_of_all_positions(stride, device):
     check_equal(sum(p.A for p in parts) / stride, kfac(io).A)
     check_equal(sum(p.B for p in parts) / stride, kfac(io).B)
     check_differs(parts[0].dense(), kfac(io).dense())
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "stride", "start"),
+    [(4, 4, 2, (0, 0)), (3, 5, 2, (1, 0)), (2, 6, 3, (0, 2)), (5, 5, 9, (3, 4))],
+)
+def test_spatial_subsampling_keeps_every_stride_th_row_and_column(
+    rows, columns, stride, start, device
+):
+    io = random_io(device, S=rows * columns, V=2)
+    kept = [
+        r * columns + c
+        for r in range(rows)
+        for c in range(columns)
+        if r in range(start[0], rows, stride) and c in range(start[1], columns, stride)
+    ]
+    A = sum(io.a[:, s].T @ io.a[:, s] for s in kept) / (3 * len(kept))
+    B = sum(io.g[v, :, s].T @ io.g[v, :, s] for s in kept for v in range(2))
+    expected = Kronecker(A, B * rows * columns / len(kept)).dense()
+    height = None if rows == columns else rows
+    check_equal(skfac(spatial_subsampling(io, stride, start, height)).dense(), expected)
+
+
+def test_the_parts_of_a_grid_average_to_all_positions(device):
+    io = random_io(device, S=24, V=2)
+    parts = [kfac(spatial_subsampling(io, 2, (r, c), height=4)) for r in range(2) for c in range(2)]
+    check_equal(sum(p.A for p in parts) / 4, kfac(io).A)
+    check_equal(sum(p.B for p in parts) / 4, kfac(io).B)
+    check_differs(parts[0].dense(), kfac(io).dense())
+
+
+@pytest.mark.parametrize(
+    ("stride", "fits"), [(1, (6, 6)), (2, (3, 3)), (3, (2, 2)), (4, (2, 2)), (6, (1, 1))]
+)
+def test_a_grid_of_a_convolution_is_the_output_of_one_with_a_larger_stride(stride, fits, device):
+    """The rows that are kept are those of the same layer moved `stride` pixels at a time."""
+    torch.manual_seed(0)
+    X = torch.randn(3, 2, 8, 8, device=device)
+    y = torch.randint(4, (3,), device=device)
+    slow = Sequential(Conv2d(2, 4, 3), AdaptiveAvgPool2d(1), Flatten()).to(device)
+    fast = Sequential(Conv2d(2, 4, 3, stride=stride), AdaptiveAvgPool2d(1), Flatten()).to(device)
+    fast.load_state_dict(slow.state_dict())
+    all_rows, rows = (layer_ios(m, CrossEntropyLoss(), X, y)["0"] for m in (slow, fast))
+    kept = spatial_subsampling(all_rows, stride)
+    assert kept.a.shape[1] == fits[0] * fits[1] == rows.a.shape[1]
+    check_equal(kept.a, rows.a)
+    if stride in (2, 3):  # as many positions of the flat axis are others
+        check_differs(subsampled(all_rows, stride**2).a, rows.a)
+
+
+def test_reduce_sum_is_kfac_reduce(device):
+    io = random_io(device, S=4, V=2)
+    M = skfac(reduce_sum(io))
+    check_equal(M.dense(), kfac(io.reduced()).dense())
+    assert M.UA.shape[1] == 3  # one column for each sample
+    summed = LayerIO(io.a.sum(1, keepdim=True), io.g.sum(2, keepdim=True))
+    check_equal(kfac(summed).dense(), 16 * M.dense())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 2}, "6 positions are no grid of 2 rows.*height="),
+        ({"stride": 2, "height": 4}, "no grid of 4 rows"),
+        ({"stride": 2, "height": 0}, "no grid of 0 rows"),
+        ({"stride": 0, "height": 2}, "keeps none of 2 × 3"),
+        ({"stride": 2, "height": 2, "start": (2, 0)}, "keeps none"),
+        ({"stride": 2, "height": 2, "start": (0, -1)}, "keeps none"),
+    ],
+)
+def test_what_is_no_grid_and_what_keeps_nothing_is_refused(options, message, device):
+    with pytest.raises(ValueError, match=message):
+        spatial_subsampling(random_io(device, S=6), **options)
 
 
 def test_constant_positions_need_only_one(device):

@@ -4,8 +4,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch import LayerIO, kfac, layer_ios
 from kfac_scratch.approximations.estimators import MovingAverage, weight_of_newest
-from kfac_scratch.approximations.tkfac import PartialTraces, tkfac
+from kfac_scratch.approximations.tkfac import PartialTraces, even_traces_inverse, tkfac
 from kfac_scratch.curvature import diagonal_blocks, ggn
+from kfac_scratch.linalg import eye_like
+from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.optimizer.checkpoints import restored, tensors
 from tests.cases import (
     CONSTANT_HESSIAN,
@@ -253,6 +255,33 @@ def test_a_batch_without_gradients_gives_zero(device):
 def test_one_input_and_one_output(S, device):
     io = LayerIO(torch.randn(4, S, 1, device=device), torch.randn(2, 4, S, 1, device=device))
     check_equal(tkfac(io).dense(), io.block())
+
+
+# ---- the paper's damping ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 3.0])
+def test_the_papers_damping_adds_one_root_to_two_factors_of_one_trace(damping, device):
+    M, V = tkfac(random_io(device)), torch.randn(3, 5, device=device)
+    Phi, Psi, delta = M.A / M.A.trace(), M.B / M.B.trace(), M.trace()
+    A, B = (delta.sqrt() * F + damping**0.5 * eye_like(F) for F in (Phi, Psi))
+    check_equal(even_traces_inverse(M, damping) @ (B @ V @ A), V)
+    check_differs(even_traces_inverse(M, damping) @ V, factored_inverse(M, damping) @ V)
+    check_differs(even_traces_inverse(M, damping) @ V, M.inverse(damping) @ V)
+
+
+def test_for_square_layers_the_papers_damping_is_that_by_mean_eigenvalues(device):
+    a, g = torch.randn(20, 1, 4, device=device), torch.randn(2, 20, 1, 4, device=device)
+    M, V = tkfac(LayerIO(a, g)), torch.randn(4, 4, device=device)
+    check_equal(even_traces_inverse(M, 0.1) @ V, factored_inverse(M, 0.1) @ V)
+
+
+def test_the_papers_damping_of_a_layer_without_curvature_divides_by_it(device):
+    io, V = random_io(device), torch.randn(3, 5, device=device)
+    M = tkfac(LayerIO(io.a, 0 * io.g))
+    check_equal(even_traces_inverse(M, 0.1) @ V, 10 * V)
+    with pytest.raises(ValueError, match="positive damping"):
+        even_traces_inverse(M, 0.0)
 
 
 # ---- over batches -----------------------------------------------------------------------------

@@ -9,9 +9,14 @@ from kfac_scratch.matrices.damping import (
     levenberg_marquardt,
     reduction_ratio,
     relative_damping,
+    relative_factored_inverse,
+    relative_inverse,
 )
 from kfac_scratch.matrices.dense import Dense
+from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
 from kfac_scratch.matrices.kronecker import Kronecker
+from kfac_scratch.matrices.kronecker_columns import KroneckerColumns
+from kfac_scratch.matrices.low_rank import LowRankKronecker
 from tests.laws import check_differs, check_equal
 
 DAMPING = 0.1
@@ -88,6 +93,79 @@ def test_relative_damping_is_a_fraction_of_the_mean_eigenvalue(device):
         )
     scaled = Kronecker(K.A, 5 * K.B)
     assert relative_damping(scaled, 0.3) == pytest.approx(5 * relative_damping(K, 0.3), rel=1e-12)
+
+
+# ---- dampings of each layer's own ---------------------------------------------------------------
+
+
+def products(device):
+    """Kronecker products in every form that knows the largest eigenvalues of its factors."""
+    UA, UB = torch.randn(5, 2, device=device), torch.randn(3, 7, device=device)
+    QA, QB = (torch.linalg.qr(torch.randn(d, 2, device=device)).Q for d in (5, 3))
+    d, c = torch.tensor([2.0, 1.0], device=device), torch.tensor(0.3, device=device)
+    return {
+        "factors": example(device),
+        "columns": KroneckerColumns(UA, UB),
+        "low rank": LowRankKronecker(QA, d, c, QB, 3 * d, c),
+        "nothing but tails": LowRankKronecker(QA[:, :0], d[:0], c, QB[:, :0], d[:0], 2 * c),
+        "full rank": LowRankKronecker(
+            *(torch.linalg.qr(UA @ UA.T + 1).Q, torch.arange(5.0, 0, -1, device=device), 99 * c),
+            *(torch.linalg.qr(UB @ UB.T).Q, torch.arange(3.0, 0, -1, device=device), 99 * c),
+        ),
+        "a diagonal": DiagonalKronecker(torch.rand(5, device=device), UB @ UB.T),
+    }
+
+
+def factors(M):
+    if isinstance(M, Kronecker):
+        return M.A, M.B
+    if isinstance(M, KroneckerColumns):
+        return M.UA @ M.UA.T, M.UB @ M.UB.T
+    return (M.a.diag(), M.B) if isinstance(M, DiagonalKronecker) else M.factors()
+
+
+FORMS = ["factors", "columns", "low rank", "nothing but tails", "full rank", "a diagonal"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_factor_may_be_damped_by_a_fraction_of_its_largest_eigenvalue(form, device):
+    M = products(device)[form]
+    A, B = (F + 0.3 * torch.linalg.eigvalsh(F)[-1] * eye_like(F) for F in factors(M))
+    V = torch.randn(3, 5, device=device)
+    check_equal(relative_factored_inverse(M, 0.3) @ (B @ V @ A), V)
+
+
+def test_damping_by_largest_eigenvalues_does_not_see_scales(device):
+    K, c = example(device), 7.0
+    found = relative_factored_inverse(K, 0.3).dense()
+    check_equal(relative_factored_inverse(Kronecker(c * K.A, K.B / c), 0.3).dense(), found)
+    check_equal(c * relative_factored_inverse(Kronecker(K.A, c * K.B), 0.3).dense(), found)
+    check_equal(c * relative_inverse(Kronecker(K.A, c * K.B), 0.3).dense(), K_inverse(K, 0.3))
+    absolute = factored_inverse(Kronecker(K.A, c * K.B), 0.3)
+    check_differs(c * absolute.dense(), factored_inverse(K, 0.3).dense())
+
+
+def K_inverse(K, fraction):
+    return K.inverse(fraction * float(K.eigenvalues().mean())).dense()
+
+
+@pytest.mark.parametrize("zero", ["A", "B"])
+def test_a_zero_factor_counts_as_one_with_the_largest_eigenvalue_one(zero, device):
+    K, V = example(device), torch.randn(3, 5, device=device)
+    K = Kronecker(*(0 * M if name == zero else M for name, M in vars(K).items()))
+    kept = K.B if zero == "A" else K.A
+    damped = kept + 0.3 * torch.linalg.eigvalsh(kept)[-1] * eye_like(kept)
+    once = damped @ V if zero == "A" else V @ damped
+    check_equal(relative_factored_inverse(K, 0.3) @ (0.3 * once), V)
+    check_equal(relative_inverse(K, 0.3) @ (0.3 * V), V)
+
+
+def test_relative_dampings_refuse_what_they_cannot_damp(device):
+    K = example(device)
+    with pytest.raises(ValueError, match="positive fraction"):
+        relative_factored_inverse(K, 0.0)
+    with pytest.raises(TypeError, match=r"A Dense has no two factors.*relative_inverse"):
+        relative_factored_inverse(Dense(K.dense()), 0.1)
 
 
 # ---- Levenberg-Marquardt ----------------------------------------------------------------------

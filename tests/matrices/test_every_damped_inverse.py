@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from kfac_scratch import approximations, matrices
+from kfac_scratch.approximations.adaptive_rank import AdaptiveRank
 from kfac_scratch.approximations.batch_gradients import OfBatch
 from kfac_scratch.approximations.brand import Brand, Repaired, refreshed
 from kfac_scratch.approximations.cg_fac import Gradients
@@ -124,6 +125,7 @@ class WithEigenvectors(metaclass=HasEigenvectors):
 GOES_WITH = {
     "exact_inverse": object,
     "factored_inverse": HasFactors,
+    "even_traces_inverse": PartialTraces,
     "guarded_inverse": KroneckerSum,
     "kernel_inverse": Gradients,
     "inverse_root": WithEigenvectors,
@@ -158,6 +160,7 @@ EXAMPLES = {
     "AmortisedEKFAC": followed(AmortisedEKFAC(2)),
     "Recompressed": followed(Recompressed(partial(nearest_sum, tolerance=1e-2))),
     "Window": followed(Window(2)),
+    "AdaptiveRank": followed(AdaptiveRank(Sketch(20))),
     "Brand": followed(Brand(8)),
     "OfBatch": followed(OfBatch(Latest(kfac))),
     "kl_factors": partial(kl_factors, damping=0.1),
