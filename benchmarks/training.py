@@ -60,7 +60,11 @@ OF_PAPERS = tuple(name for name in PAPERS if name not in UPDATED)
 COMPARED: dict[str, tuple[str, ...]] = {
     "T1": MAIN,
     "T2": (*MAIN, *PRODUCTS),
-    "T3": tuple(n for n in (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS) if n != "kfac-reduce"),
+    "T3": tuple(
+        name
+        for name in (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS)
+        if name not in ("kfac-reduce", "foof", "tekfac", "lanczos", "sre-kfac", "cg-fac")
+    ),
     "T4": (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS),
     "T5": MAIN,
     "wide": (*CONTROLS, "kfac, three dampings", "skfac", "rs-kfac", "sre-kfac", *UPDATED),
