@@ -16,14 +16,16 @@
 # **Part III: Better and faster.** Eight chapters, some twenty methods, each better in its own way. Which
 # one should you use, and when does it matter?
 #
-# Papers compare methods by training curves, which also depend on a learning rate, a schedule, a damping and a
-# machine. This chapter compares what the methods are about. The same trained networks,
-# the same batch, the same damping; four numbers for the quality, each on a finer scale than the one
-# before; and what it costs, counted by formulas instead of a clock. All numbers are from this page.
-# They hold for small networks, and the last section says what that leaves open.
+# There are two ways to compare. The first half of this chapter compares what the methods are about: the same trained
+# networks, the same batch, the same damping; four numbers for the quality, each on a finer scale than the one
+# before; and what it costs, counted by formulas instead of a clock. The second half trains. There a learning
+# rate, a schedule, an average and a damping come in, each of which may matter more than the method, so that every
+# method gets the same number of trials, and KFAC is trained under every average and damping as a control. The
+# guide at the end has no row without a run.
 
 # %%
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -104,8 +106,8 @@ METHODS: dict[str, tuple[Callable[[LayerIO], Matrix], Callable[[Matrix, float], 
     "mini-block, shared": (mini_block_shared, exactly),
     "KFAC, factored damping": (kfac, factored_inverse),
     "KFAC": (kfac, exactly),
-    "RS-KFAC, rank 4": (randomized(4), exactly),
-    "RS-KFAC, rank 8": (randomized(8), exactly),
+    "RS-KFAC, rank 4": (randomized(4, oversampling=2), exactly),
+    "RS-KFAC, rank 8": (randomized(8, oversampling=2), exactly),
     "TKFAC": (tkfac, exactly),
     "KPSVD": (kpsvd, exactly),
     "EKFAC": (ekfac, exactly),
@@ -474,7 +476,7 @@ def costs(d_in: int, d_out: int, N: int, K: int, r: int) -> dict[str, Cost]:
         "KFAC, factored damping": Cost(2 * both, grams, d_in**3 + d_out**3, sides),
         "KFAC": Cost(2 * both, grams, eigen, 2 * sides),
         "TKFAC": Cost(2 * both, grams, eigen, 2 * sides),
-        "KPSVD": Cost(2 * both, 10 * 2 * grams, eigen, 2 * sides),
+        "KPSVD": Cost(2 * both, 18 * grams, eigen, 2 * sides),  # as counted in Chapter 12
         "EKFAC": Cost(2 * both + D, grams + moments, eigen, 2 * sides),
         "TEKFAC": Cost(2 * both + D, grams + moments, eigen, 2 * sides),
         "Lanczos, two products": Cost(6 * both, 24 * grams, 2 * eigen, 2 * sides),
@@ -484,6 +486,12 @@ def costs(d_in: int, d_out: int, N: int, K: int, r: int) -> dict[str, Cost]:
             3 * mul(d_in + d_out, tracked, tracked) + 2 * 9 * tracked**3,
             0,
             2 * (mul(d_out, tracked, d_in) + mul(d_in, tracked, d_out)),
+        ),
+        "B-KFAC, step on rows": Cost(
+            tracked * (d_in + d_out),
+            3 * mul(d_in + d_out, tracked, tracked) + 2 * 9 * tracked**3,
+            0,
+            2 * mul(K, tracked, d_in + d_out),
         ),
         "SKFAC": Cost(
             N * d_in + K * d_out,
@@ -534,6 +542,7 @@ for name, cost in table.items():
     numbers = (cost.update / unit, cost.inverse / unit, cost.step / unit, per_step(name))
     print(f"{name:28}{cost.kept / (d_in * d_out):8.1f}×", *(f"{x:9.2f}" for x in numbers))
 assert per_step("RS-KFAC") < 0.25 * per_step("KFAC")
+assert table["B-KFAC, step on rows"].step < 0.3 * table["B-KFAC"].step
 assert per_step("mini-block") > 5 * per_step("KFAC")
 assert per_step("mini-block by rows") < 0.25 * per_step("mini-block")
 
@@ -541,7 +550,9 @@ assert per_step("mini-block by rows") < 0.25 * per_step("mini-block")
 # *Kept* is in units of the layer's weights, the others in passes through the layer. A few things stand out.
 # With a batch smaller than the layer is wide, KFAC's *step* costs more than its statistics: four products
 # with full matrices, for the exact damping, two for the factored one. That is what low-rank methods
-# save. Mini-blocks are out of reach in full. By rows they take little time, though their small factors
+# save. B-KFAC has two prices: its step on a gradient that is formed, as the optimizer of this package takes it, and on
+# the rows that the gradient is a product of, as the paper takes it for fully connected layers, which costs a
+# quarter. Mini-blocks are out of reach in full. By rows they take little time, though their small factors
 # are many. EKFAC costs hardly more than KFAC. Two levels and two steps of CG have the same price.
 # And none of this counts what hardware makes of it: eigendecompositions use a GPU badly, and many small
 # Cholesky factorisations at once use it well.
@@ -585,65 +596,125 @@ plt.show()
 # %% [markdown]
 # ## In training
 #
-# A step on a parabola is not a training run. `benchmarks/training.py` puts every method into the
-# optimizer of [Chapter 9](09_optimizer.py), with the settings that were found for EKFAC, grafted, and
-# trains two of its tasks, a deep autoencoder (T3) and a convolutional network (T4), on three seeds. Nothing
-# was tuned for a method, so the table says whether it trains as it is, and no more.
+# A step on a parabola is not a training run. `benchmarks/training.py` puts every method into the optimizer of
+# [Chapter 9](09_optimizer.py), with the length of each layer's step from Adam. What makes the comparison fair:
+#
+# - **Equal trials.** On a task every method gets the same number of settings to try, the same budget of steps and the
+#   same schedules. All trials are stored. Settings are searched on some seeds; the numbers are from others.
+# - **Controls.** A method that averages over a window and damps factors is not to be compared with a KFAC that does
+#   neither. So KFAC is searched for under all six combinations of an average (newest batch, a window of five, moving)
+#   and a damping (exact, factored), besides KFAC that may choose, KFAC's optimizer without curvature, SGD and AdamW.
+# - **Proof.** Every run counts calls of the functions that make the method. A rank above every width, for example,
+#   makes RS-KFAC the same as KFAC; such a run counts as a miss.
+#
+# `python -m benchmarks.training --check` holds what is stored to these rules, and so does a test.
 
 # %% tags=["hide-input"]
-stored = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
-stored /= "training-variants.json"
-table = json.loads(stored.read_text()) if stored.exists() else {}
-if not table:
-    print(
-        "No results of the benchmark: run this chapter in a clone of the repository, which has them."
-    )
-else:
-    print(f"{'':20}{'T3: steps to .40':>24}{'error':>8}{'T4: steps to .98':>24}{'accuracy':>10}")
-for name in table.get("T3", ()):
-    cells = []
-    for task, best in (("T3", min), ("T4", max)):
-        steps = ["never" if n is None else str(n) for n in table[task][name]["steps"]]
-        cells.append(f"{', '.join(steps):>24}{best(table[task][name]['best']):8.3f}")
-    print(f"{name:20}{'  '.join(cells)}")
-if table:
-    hits = {
-        n: sum(s is not None for t in ("T3", "T4") for s in table[t][n]["steps"])
-        for n in table["T3"]
-    }
-    assert not any(table[t][n]["errors"] for t in ("T3", "T4") for n in table[t])
-    assert hits["none"] == hits["two_level_adef2"] == 0
-    assert min(hits[n] for n in ("ekfac", "tkfac", "tekfac", "kpsvd", "two_level_additive")) == 6
+RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
+TRAINED = {
+    "T4": "a convolutional network, accuracy .98",
+    "T3": "a deep autoencoder, squared error .40",
+    "T2": "a graph network, accuracy .96",
+    "wide": "layers of 1024, batch 64, accuracy .97",
+    "deep": "16 layers, accuracy .95",
+    "curves": "a second autoencoder, squared error 4.2",
+}
+trained_on = {}
+for name in TRAINED:
+    path = RESULTS / f"training-{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if "kfac-expand" in stored.get("summary", {}) and "calls" in stored["finals"]["sgd"][0]:
+        trained_on[name] = stored
+if not trained_on:
+    print("No results of the benchmark: run this chapter in a clone of the repository, which has them.")
+
+
+def number(value: float | None, digits: int) -> str:
+    return "—" if value is None else f"{value:.{digits}f}"
+
+
+def setting(config: dict) -> str:
+    """The average and the damping that a search ended with, as far as it had a choice."""
+    damping = config.get("inverse") or config.get("sum") or "exact"
+    return f"{config.get('average', '')} {damping}".strip() if "damping" in config else ""
+
+
+for task, stored in trained_on.items():
+    trials = len(stored["search"]["sgd"]["trials"])
+    seeds = len(stored["finals"]["sgd"])
+    print(f"{task}: {TRAINED[task]}; {trials} trials each, {seeds} final seeds")
+    print(f"    {'':24}{'chosen':18} hits   steps [90 %]          CPU seconds [90 %]")
+    for name, row in sorted(stored["summary"].items(), key=lambda item: item[1]["steps"] or math.inf):
+        chosen = setting(stored["search"][name]["winner"])
+        steps, cpu = (
+            f"{number(row[key], n)} [{', '.join(number(v, n) for v in row[f'{key}_interval'])}]"
+            for key, n in (("steps", 0), ("cpu", 2))
+        )
+        print(f"    {name:24}{chosen:18} {row['hits']}/{seeds}    {steps:22} {cpu}")
+    print()
 
 # %% [markdown]
-# `none` is the same run without curvature: it reaches neither target. Most methods that approximate a
-# layer's block by Kronecker factors are close to KFAC. In T3, `skfac` and `kfac_corrected` need somewhat
-# fewer steps, `deflation` some more, and `randomized`, with a fixed rank, ends just above the target. In T4 the
-# differences are within the spread of the seeds. What stands out is bad news: mini-blocks and the exact
-# block of one batch (`cg_fac`) train, but miss T3; `skfac` averages positions in T4, as the paper
-# does for convolutions, and misses there; and two levels by ADEF2 do not train at all, because its
-# step may ascend ([Chapter 18](18_two_level.py)).
-#
-# ## Which one when
-#
-# What follows from the chapters and from this page. "Theorem" means that it always holds; "here" means
-# that it was so in these networks.
-#
-# | Situation | Choice | Why |
-# | --- | --- | --- |
-# | the first attempt | KFAC with exact damping | here, no other cheap method was clearly better for both losses; damping alone mattered as much |
-# | squared error | KFAC with one length per layer, or two steps of CG | here, blocks were nearly exact and only coupling was left |
-# | softmax, eigenbases at hand anyway | TEKFAC or EKFAC | theorem: never farther than the product they start from; one more array of the size of $W$ |
-# | softmax, narrow layers, memory to spare | mini-blocks, above all in the last layer | here, the best step of all matrices; theorem: exact in the last layer if the loss does not mix outputs |
-# | layers wider than the batch | SKFAC, or mini-blocks by rows | theorem: the same step as KFAC's or mini-blocks' on that batch; no average over batches |
-# | wide layers, averages over batches | RS-KFAC, B-KFAC | a few eigenpairs and a tail; check the rank: here, 8 of at most 17 was enough, 4 was not |
-# | one right-hand side, a good solution | CG-FAC, or CG with KFAC for the network | here, 20 steps came close to the exact blocks, and two steps for the network gained more than any approximate matrix |
-# | a posterior, an influence, a determinant | KFAC, EKFAC | needs a matrix that can be kept, rooted and sampled from; CG and rows have none |
-#
-# Before any of this: expand or reduce ([Chapter 6](06_weight_sharing.py)), which labels
-# ([Chapter 3](03_losses.py)), and how much damping ([Chapter 8](08_damping.py)). These three change more
-# than the choice within a row.
-#
+# Medians, with an interval that holds the median at a confidence of at least 90 %. Is a method *better* than KFAC?
+# The next cell compares each with its control, which is KFAC under the same average and damping where the task has
+# that control, and KFAC that may choose otherwise. Runs are pairs: the same seed gives the same start and the same
+# batches. Under "ahead" stand the methods that win so many pairs that a fair coin would do as well in at most one of
+# twenty trials, separately for steps and seconds; under "behind" those that lose so many. With this many
+# comparisons, one in twenty verdicts is to be expected by chance.
+
+# %% tags=["hide-input"]
+
+
+def coin(wins: int, losses: int) -> float:
+    n = wins + losses
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+def control(stored: dict, name: str) -> str:
+    config = stored["search"][name]["winner"]
+    same = f"kfac, {config.get('average', 'moving')}, {config.get('inverse', 'exact')}"
+    return same if same in stored["finals"] and same != name else "kfac-expand"
+
+
+verdicts: dict[tuple[str, str, str], str] = {}
+for task, stored in trained_on.items():
+    for key in ("steps", "cpu"):
+        found: dict[str, list[str]] = {"ahead": [], "behind": []}
+        for name, runs in stored["finals"].items():
+            if name.startswith("kfac") and "corrected" not in name:
+                continue
+            pairs = [
+                tuple(math.inf if run[key] is None else run[key] for run in pair)
+                for pair in zip(runs, stored["finals"][control(stored, name)], strict=True)
+            ]
+            wins, losses = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+            verdict = "ahead" if coin(wins, losses) <= 0.05 else "open"
+            verdict = "behind" if coin(losses, wins) <= 0.05 else verdict
+            verdicts[task, name, key] = verdict
+            if verdict != "open":
+                found[verdict].append(name)
+        print(f"{task:7}{key:6} ahead of its KFAC: {', '.join(found['ahead']) or 'none'}")
+        print(f"{'':13} behind it: {', '.join(found['behind']) or 'none'}")
+
+# %% tags=["hide-input"] alt="For each task one panel: methods as dots at the median CPU seconds to the target relative to KFAC's, with bars for the interval, sorted. (Without the benchmark's files, an empty picture.)" caption="CPU seconds to the target, KFAC that may choose = 1. Bars: intervals of 90 %. Hollow: KFAC under fixed averages and dampings. Methods whose median run misses are not drawn."
+tasks = list(trained_on)[:4]
+fig, axes = plt.subplots(1, max(len(tasks), 1), figsize=(10.4, 5.4), layout="constrained", squeeze=False)
+for ax, task in zip(axes[0], tasks, strict=False):
+    table_ = trained_on[task]["summary"]
+    unit_ = table_["kfac-expand"]["cpu"]
+    rows_ = sorted((n for n in table_ if table_[n]["cpu"]), key=lambda n: -table_[n]["cpu"])
+    for y, name in enumerate(rows_):
+        low, high = (v or table_[name]["cpu"] for v in table_[name]["cpu_interval"])
+        color = "C1" if name.startswith("kfac") else "C2" if name in ("sgd", "adamw") else "C0"
+        ax.plot([low / unit_, high / unit_], [y, y], color=color, linewidth=1)
+        hollow = {"markerfacecolor": "none"} if name.startswith("kfac, ") else {}
+        ax.plot(table_[name]["cpu"] / unit_, y, "o", color=color, **hollow)
+    ax.set_yticks(range(len(rows_)), rows_, fontsize="x-small")
+    ax.axvline(1, linestyle=":", linewidth=0.8, color="C1")
+    ax.set(xscale="log", title=task, xlabel="CPU seconds, KFAC = 1")
+plt.show()
+
+# %% [markdown]
+@@TEXT@@
 # ### What this page leaves open
 #
 # The networks are small, the layers fully connected, the batch is the one that the curvature comes from. A
