@@ -37,6 +37,7 @@ PACKAGES = (
     "nngeometry",
     "laplace-torch",
     "singd",
+    "pytorch-optimizer",
 )
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], Any]
