@@ -626,7 +626,9 @@ for name in TRAINED:
     if "kfac-expand" in stored.get("summary", {}) and "calls" in stored["finals"]["sgd"][0]:
         trained_on[name] = stored
 if not trained_on:
-    print("No results of the benchmark: run this chapter in a clone of the repository, which has them.")
+    print(
+        "No results of the benchmark: run this chapter in a clone of the repository, which has them."
+    )
 
 
 def number(value: float | None, digits: int) -> str:
@@ -644,7 +646,9 @@ for task, stored in trained_on.items():
     seeds = len(stored["finals"]["sgd"])
     print(f"{task}: {TRAINED[task]}; {trials} trials each, {seeds} final seeds")
     print(f"    {'':24}{'chosen':18} hits   steps [90 %]          CPU seconds [90 %]")
-    for name, row in sorted(stored["summary"].items(), key=lambda item: item[1]["steps"] or math.inf):
+    for name, row in sorted(
+        stored["summary"].items(), key=lambda item: item[1]["steps"] or math.inf
+    ):
         chosen = setting(stored["search"][name]["winner"])
         steps, cpu = (
             f"{number(row[key], n)} [{', '.join(number(v, n) for v in row[f'{key}_interval'])}]"
@@ -697,7 +701,9 @@ for task, stored in trained_on.items():
 
 # %% tags=["hide-input"] alt="For each task one panel: methods as dots at the median CPU seconds to the target relative to KFAC's, with bars for the interval, sorted. (Without the benchmark's files, an empty picture.)" caption="CPU seconds to the target, KFAC that may choose = 1. Bars: intervals of 90 %. Hollow: KFAC under fixed averages and dampings. Methods whose median run misses are not drawn."
 tasks = list(trained_on)[:4]
-fig, axes = plt.subplots(1, max(len(tasks), 1), figsize=(10.4, 5.4), layout="constrained", squeeze=False)
+fig, axes = plt.subplots(
+    1, max(len(tasks), 1), figsize=(10.4, 5.4), layout="constrained", squeeze=False
+)
 for ax, task in zip(axes[0], tasks, strict=False):
     table_ = trained_on[task]["summary"]
     unit_ = table_["kfac-expand"]["cpu"]
@@ -714,7 +720,68 @@ for ax, task in zip(axes[0], tasks, strict=False):
 plt.show()
 
 # %% [markdown]
-@@TEXT@@
+# ## Which one when
+#
+# The guide asks the questions that a user has, and lets the runs answer. Each line names the tasks on which a method was
+# ahead of its KFAC control, or behind it, in steps and in seconds. "Open" means that the pairs of runs do not tell;
+# a task in parentheses was not run for that method. There is no line without a run.
+
+# %% tags=["hide-input"]
+GUIDE = {
+    "First a usual optimizer, or KFAC?": ("adamw", "sgd"),
+    "KFAC without its curvature?": ("no-curvature",),
+    "A better matrix of the same size?": ("ekfac", "tkfac", "tekfac", "kpsvd", "foof"),
+    "A sum of two products?": ("deflation", "lanczos", "kfac-corrected"),
+    "Blocks for single neurons?": ("mini-block",),
+    "Columns of a batch in the place of factors?": ("skfac",),
+    "A few eigenpairs?": (
+        "rs-kfac",
+        "sre-kfac",
+        "rs-kfac, adaptive rank",
+        "b-kfac",
+        "b-r-kfac",
+        "b-kfac-c",
+    ),
+    "No matrix at all?": ("cg-fac",),
+    "A coarse level for the network?": ("two-level",),
+    "Gradients only?": ("soap", "shampoo", "muon"),
+}
+
+
+def answer(name: str, key: str) -> str:
+    by: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+    for task in trained_on:
+        if (task, name, key) in verdicts:
+            by[verdicts[task, name, key]].append(task)
+    return ", ".join(f"{verdict} {' '.join(of)}" for verdict, of in by.items() if of)
+
+
+for question, names in GUIDE.items():
+    lines = [n for n in names if any((task, n, "steps") in verdicts for task in trained_on)]
+    if lines:
+        print(question)
+    for name in lines:
+        missing = [t for t in trained_on if (t, name, "steps") not in verdicts]
+        left = f"   ({' '.join(missing)})" if missing else ""
+        print(
+            f"    {name:24}steps: {answer(name, 'steps'):32} seconds: {answer(name, 'cpu')}{left}"
+        )
+
+# %% [markdown]
+# @@CONCLUSIONS@@
+#
+# What does not depend on a run is what the chapters prove:
+#
+# | If you need | then | because |
+# | --- | --- | --- |
+# | a matrix that is nearer to the block, whatever it costs | KPSVD, sums of products, corrected eigenvalues | theorem: nearest product; nearest in a basis; two terms are nearer than one |
+# | the exact block of a layer whose loss does not mix outputs | mini-blocks, in the last layer | theorem: then the block has no other entries |
+# | KFAC's step for layers much wider than the batch | SKFAC, or mini-blocks by rows | theorem: the same step as KFAC's or mini-blocks' on that batch |
+# | a posterior, an influence, a determinant | KFAC, EKFAC | they can be kept, rooted and sampled from; CG and rows cannot |
+#
+# Before any of this: expand or reduce ([Chapter 6](06_weight_sharing.py)), which labels
+# ([Chapter 3](03_losses.py)), and how much damping ([Chapter 8](08_damping.py)).
+#
 # ### What this page leaves open
 #
 # The networks are small, the layers fully connected, the batch is the one that the curvature comes from. A
