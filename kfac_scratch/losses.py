@@ -35,6 +35,7 @@ softmax's Hessian.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -200,8 +201,9 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Backpropaga
     Use it in training, where moving averages reduce the noise. Not for a single batch that decides
     something by itself: the relative error falls as one over the root of the number of labels.
 
-    Cost: memory `f.numel()` for each vector that is read, and the drawn labels: `samples` numbers
-    for each position of cross-entropy, and for each entry of `f` otherwise.
+    Cost: memory `f.numel()` for each vector that is read, and the drawn labels: a number for each
+    position of cross-entropy, and for each entry of `f` otherwise, times `samples` or `BLOCK`, the
+    smaller of both. Each block is drawn again when it is read again, unless it was the last one.
 
     Args:
         samples: How many labels to draw for each sample of the batch. Each vector carries
@@ -218,10 +220,58 @@ def monte_carlo(samples: int, generator: Generator | None = None) -> Backpropaga
 
     def vectors(loss: Module, f: Tensor, y: Tensor) -> SampledScores:
         weight = _hessian_weights(loss, f, y) / samples
-        drawn = _sampled(loss, _rows(loss, f), samples, generator)
+        draw = partial(_sampled, loss, _rows(loss, f.detach()))
+        few = samples <= BLOCK
+        drawn = draw(samples, generator) if few else _in_blocks(draw, samples, f, generator)
         return SampledScores(loss, f.detach(), weight, drawn)
 
     return vectors
+
+
+BLOCK = 64
+"""Labels for each sample that are drawn at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnLabels:
+    """Very many labels, block after block, and the same ones whenever they are read.
+
+    Use it through `monte_carlo`. Not for single numbers: it is read by slices only.
+
+    Cost: memory for `BLOCK` labels of each sample, and for those that are read.
+
+    Attributes:
+        block: From the number of a block to its labels, the last of which are kept.
+        samples: The number of labels for each sample.
+    """
+
+    block: Callable[[int], Num[Tensor, "block N P ..."]]
+    samples: int
+
+    def __len__(self) -> int:
+        """The number of labels for each sample."""
+        return self.samples
+
+    def __getitem__(self, part: slice) -> Num[Tensor, "V N P ..."]:
+        """Some of the labels."""
+        start, stop, step = part.indices(self.samples)
+        first = start // BLOCK
+        blocks = [self.block(i) for i in range(first, -(-stop // BLOCK))] or [self.block(0)[:0]]
+        return torch.cat(blocks)[start - first * BLOCK : max(stop - first * BLOCK, 0) : step]
+
+
+def _in_blocks(
+    draw: Callable[[int, Generator], Tensor], samples: int, f: Tensor, generator: Generator | None
+) -> DrawnLabels:
+    """Every block from a generator of its own, whose seed is drawn once for all."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=f.device))
+
+    @lru_cache(maxsize=1)
+    def block(number: int) -> Tensor:
+        size = min(BLOCK, samples - number * BLOCK)
+        return draw(size, Generator(f.device).manual_seed(seed + number))
+
+    return DrawnLabels(block, samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +293,7 @@ class SampledScores:
     loss: Module
     f: Float[Tensor, "N ..."]
     weight: Float[Tensor, "N P #C"]
-    drawn: Num[Tensor, "V N P ..."]
+    drawn: Num[Tensor, "V N P ..."] | DrawnLabels
 
     @property
     def shape(self) -> torch.Size:

@@ -1,10 +1,14 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, L1Loss, MSELoss
 
+from kfac_scratch import losses
 from kfac_scratch.curvature import loss_hessian
 from kfac_scratch.losses import (
+    BLOCK,
     ScaledVectors,
     divisor,
     empirical,
@@ -254,6 +258,56 @@ def test_monte_carlo_is_reproducible_by_its_generator(device):
 
     check_equal(draw(0), draw(0))
     check_differs(draw(1), draw(0))
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("name", ["mse", "ce", "bce"])
+def test_many_labels_are_drawn_in_blocks_and_are_the_same_at_every_reading(name, device):
+    """Memory is bounded in their number: what is held is one block."""
+    loss, f, y = example(name, "mean", device)
+    samples = 2 * BLOCK + 7
+    vectors = monte_carlo(samples, torch.Generator(device).manual_seed(3))(loss, f, y)
+    whole = vectors[:]
+    assert whole.shape == vectors.shape == (samples, *f.shape)
+    for chunk in (1, BLOCK - 1, BLOCK, samples):
+        parts = [vectors[i : i + chunk] for i in range(0, samples, chunk)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(vectors[BLOCK - 1 : BLOCK + 1], whole[BLOCK - 1 : BLOCK + 1])
+    assert vectors[5:5].shape == (0, *f.shape)
+    assert len({v.cpu().numpy().tobytes() for v in whole.split(BLOCK)}) == 3  # no block twice
+    again = monte_carlo(samples, torch.Generator(device).manual_seed(3))(loss, f, y)
+    assert torch.equal(again[:], whole)
+    generator = torch.Generator(device).manual_seed(3)
+    first, second = (monte_carlo(samples, generator)(loss, f, y)[:] for _ in range(2))
+    check_differs(second, first)
+
+
+@pytest.mark.parametrize("name", ["mse", "ce", "bce"])
+def test_many_labels_average_to_type2(name, device):
+    """5 standard errors over vectors, all of which are draws of the same distribution."""
+    loss, f, y = example(name, "mean", device)
+    samples = 20 * BLOCK + 1
+    drawn = monte_carlo(samples, torch.Generator(device).manual_seed(0))(loss, f, y)
+    each = torch.stack([samples * per_datum(v.unsqueeze(0)) for v in drawn[:]])
+    error = each.mean(0) - per_datum(type2(loss, f, y))
+    assert (error.abs() <= 5 * each.std(0) / samples**0.5 + 1e-12).all()
+
+
+def test_no_more_than_one_block_of_labels_is_held():
+    loss, f, y = example("mse", "mean", "cpu")
+    made = []
+    original = losses._sampled
+
+    def watched(loss, rows, samples, generator):
+        made.append(samples)
+        return original(loss, rows, samples, generator)
+
+    with patch.object(losses, "_sampled", watched):
+        vectors = monte_carlo(3 * BLOCK)(loss, f, y)
+        assert made == []
+        for i in range(3 * BLOCK):
+            vectors[i : i + 1]
+    assert made == [BLOCK] * 3
 
 
 def test_monte_carlo_needs_a_sample():
