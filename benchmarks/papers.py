@@ -74,7 +74,7 @@ from kfac_scratch.approximations.skfac import (
 )
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices.matrix import LinearMap, Matrix, exact_inverse
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.coarse_spaces import nicolaides_space, residual_space, spectral_space
 from kfac_scratch.optimizer.two_level import additive, adef1, adef2, bnn, coarse_correction
 
@@ -113,21 +113,21 @@ SUMS: dict[str, Callable[[Config], Callable[[LayerIO], Matrix]]] = {
     "lanczos": lambda config: partial(lanczos, steps=config["steps"]),
     "kfac-corrected": lambda config: partial(kfac_corrected, tolerance=config["tolerance"]),
 }
-SUM_INVERSES = {"exact": exact_inverse, "guarded": guarded_inverse}
 
 
 def sum_of_two(name: str, task: Task, model: nn.Module, config: Config) -> KFAC:
-    """The sum of two products, of the newest batch or, for deflation, of the average too."""
+    """The sum of two products, of the newest batch or, for deflation, of the average too.
+
+    Damping is that of factors, guarded: with an exact damping so small, sums are seldom positive.
+    """
     newest = Latest(SUMS[name](config))
     found: dict[str, Estimator] = {"newest": newest}
     if name == "deflation":
         found["moving"] = Recompressed(partial(nearest_sum, tolerance=config["tolerance"]))
     estimator = found[config.get("average", "newest")]
-    config = config | {"inverse": "exact"}  # replaced by the next line
-    return curvature(task, model, config, estimator, invert=SUM_INVERSES[config["sum"]])
+    return curvature(task, model, config, estimator, invert=guarded_inverse)
 
 
-SUM = {"sum": Choice(tuple(SUM_INVERSES))}
 TWO_AVERAGES = {"average": Choice(("newest", "moving"))}
 
 # ---- SKFAC --------------------------------------------------------------------------------------
@@ -244,17 +244,17 @@ PAPERS = {
         (f"{AT}.kpsvd:power_svd",),
     ),
     "deflation": Method(
-        SHARED | SUM | TWO_AVERAGES | {"tolerance": TOLERANCE},
+        SHARED | TWO_AVERAGES | {"tolerance": TOLERANCE},
         partial(sum_of_two, "deflation"),
         (f"{AT}.kpsvd:power_svd",),
     ),
     "lanczos": Method(
-        SHARED | SUM | {"steps": Choice((4, 8, 12))},
+        SHARED | {"steps": Choice((4, 8, 12))},
         partial(sum_of_two, "lanczos"),
         (f"{AT}.kpsvd:lanczos_svd",),
     ),
     "kfac-corrected": Method(
-        SHARED | SUM | {"tolerance": TOLERANCE},
+        SHARED | {"tolerance": TOLERANCE},
         partial(sum_of_two, "kfac-corrected"),
         (f"{AT}.kpsvd:power_svd",),
     ),

@@ -637,8 +637,7 @@ def number(value: float | None, digits: int) -> str:
 
 def setting(config: dict) -> str:
     """The average and the damping that a search ended with, as far as it had a choice."""
-    damping = config.get("inverse") or config.get("sum") or "exact"
-    return f"{config.get('average', '')} {damping}".strip() if "damping" in config else ""
+    return f"{config.get('average', '')} {config.get('inverse', '')}".strip()
 
 
 for task, stored in trained_on.items():
