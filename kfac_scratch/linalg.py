@@ -119,7 +119,7 @@ def _product(x: Float[Tensor, "K p"], y: Float[Tensor, "K q"]) -> Float[Tensor, 
     if whole <= TERMS:
         return x.mT @ y
     short = _product_of_columns(*(t[:whole].unflatten(0, (-1, TERMS)) for t in (x, y)))
-    return short.addmm_(x[whole:].mT, y[whole:])
+    return torch.addmm(short, x[whole:].mT, y[whole:])
 
 
 def _product_of_columns(
@@ -165,9 +165,9 @@ def psd_eigh(
 
     Raises:
         ValueError: If the matrix has non-finite entries, is not symmetric, or has an eigenvalue
-            that is negative beyond the round-off of long sums, `eps**0.5` of the largest: the
+            that is negative beyond the round-off of long sums, `1000 * eps` of the largest: the
             error of a sum of `K` outer products is up to `K * eps`, and reaches a good part of that
-            if all are equal.
+            if all are equal. That of `gram` stays below, however many there are.
     """
     if not M.isfinite().all():
         raise ValueError(f"A {tuple(M.shape)} matrix to be decomposed has non-finite entries.")
@@ -178,7 +178,7 @@ def psd_eigh(
     exact = M.double()
     eigenvalues, Q = torch.linalg.eigh((exact + exact.mT) / 2)
     top = torch.maximum(eigenvalues.abs().amax(), largest.double())
-    tolerance = (unit.eps**0.5 * top).clamp(min=unit.tiny)
+    tolerance = (1000 * unit.eps * top).clamp(min=unit.tiny)
     if (eigenvalues < -tolerance).any():
         raise ValueError(
             f"A matrix that should be positive semi-definite has the eigenvalue "

@@ -84,14 +84,14 @@ def test_psd_eigh_decomposes(device):
 def test_psd_eigh_takes_round_off_for_zero_and_refuses_more_at_every_width(d, dtype, device):
     """A bound that grows with the width would let a negative eigenvalue of 1e-3 pass."""
     eps, s = torch.finfo(dtype).eps, torch.ones(d, device=device, dtype=dtype)
-    s[0] = -0.3 * eps**0.5
+    s[0] = -300 * eps
     assert (psd_eigh(torch.diag(s))[0] >= 0).all()
-    s[0] = -3 * eps**0.5
+    s[0] = -3000 * eps
     with pytest.raises(ValueError, match="positive semi-definite"):
         psd_eigh(torch.diag(s))
 
 
-@pytest.mark.parametrize("K", [700, 10_000, 100_000])
+@pytest.mark.parametrize("K", [1000, 10_000, 100_000])
 def test_a_sum_of_many_equal_rows_is_decomposed(K):
     """Its round-off grows with the number of rows: up to thousands of `eps`."""
     row = torch.rand(11, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -100,7 +100,7 @@ def test_a_sum_of_many_equal_rows_is_decomposed(K):
     s, Q = psd_eigh(M)
     assert (s >= 0).all()
     error = (Q * s @ Q.mT - torch.outer(row, row)).abs().max()
-    assert error <= torch.finfo(torch.float32).eps ** 0.5 * row.square().sum()
+    assert error <= 1000 * torch.finfo(torch.float32).eps * row.square().sum()
 
 
 def test_psd_eigh_changes_no_eigenvalue_that_is_positive(device):
