@@ -731,9 +731,9 @@ assert squared_error(M2.dense(), target) < squared_error(
 # What follows is in [the authors' public code](https://github.com/Abdoulaye-Koroko/natural-gradients/tree/97105b613b54915b83c627e8aa5ca6e45edc2c2d), in its state of September 2024. It is about that code, not about the
 # paper. The same repository stores
 # [results](https://github.com/Abdoulaye-Koroko/natural-gradients/tree/97105b613b54915b83c627e8aa5ca6e45edc2c2d/apps/mlp_cnn/results_ref/kpsvd_approx) of all four methods on the paper's three autoencoders, and they show what the abstract
-# says. They are single runs of 200 epochs, each with the best of
+# says. They are single runs of 200 epochs. A script beside them picks, for each method, the best of
 # [16 settings](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/apps/mlp_cnn/results_ref/kpsvd_approx/.ipynb_checkpoints/main-checkpoint.py#L191-L193),
-# as many for KFAC. Epochs until the final training loss of KFAC:
+# as many as for KFAC. Epochs until the final training loss of KFAC:
 #
 # | | CURVES | FACES | MNIST |
 # | --- | --- | --- | --- |

@@ -247,7 +247,9 @@ code(range_basis)
 #
 # The $\theta_i$ are called Ritz values. **RS** takes a singular value decomposition
 # $Q^\top M = \tilde U \operatorname{diag}(\sigma)\, V^\top$, throws $\tilde U$ away and takes
-# $V \operatorname{diag}(\sigma)\, V^\top$. What matrix is this? Its square is
+# $V \operatorname{diag}(\sigma)\, V^\top$
+# ([the author's code, line 141](https://github.com/ConstantinPuiu/Randomized-KFACs/blob/2e11df097f04743f9e57e9a976c405249d579536/Lib_files/RS_KFAC_optimizer_file.py#L141)).
+# What matrix is this? Its square is
 # $V \operatorname{diag}(\sigma^2)\, V^\top = (Q^\top M)^\top (Q^\top M)$, so
 #
 # $$
@@ -601,8 +603,8 @@ assert relative_error(approximate, step) < 0.01
 # times less time per epoch than KFAC and about 3.3 times less to the same accuracy. It performs on par with SENG, another
 # natural gradient method, whose cost is linear in the width. (SENG is not in this package.) The outputs that are
 # stored in the notebooks of [the author's repository](https://github.com/ConstantinPuiu/Randomized-KFACs/tree/2e11df097f04743f9e57e9a976c405249d579536)
-# show the times: on one V100, 50 epochs take 1613 to 1645 seconds with RS-KFAC (nine runs), 1356 to 1359 with SRE-KFAC
-# (three), and 3756 to 3811 with KFAC (five).
+# show the times: on a V100, 50 epochs take 1613 to 1645 seconds with RS-KFAC (nine runs) and 3756 to 3811 with KFAC
+# (five). SRE-KFAC takes 1356 to 1359 (three runs), on an A100.
 #
 # Behind this are two statements: that training is the same, and that the inverses are cheaper. We look at each.
 #
