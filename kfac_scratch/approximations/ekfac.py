@@ -12,7 +12,8 @@ where KFAC has products of the factors' eigenvalues. The Frobenius error satisfi
 $\|F - U \operatorname{diag}(s) U^\top\|^2 = \|F\|^2 - \|s\|^2$, so that it is at most KFAC's, and
 the trace is exact.
 
-Source: George et al. 2018 (arXiv:1806.03884), §3.
+Source: George et al. 2018 (arXiv:1806.03884), §3, who call the basis the Kronecker-factored
+eigenbasis.
 """
 
 from dataclasses import dataclass, field

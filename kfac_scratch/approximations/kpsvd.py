@@ -32,8 +32,9 @@ from kfac_scratch.matrices.rearranged import Rearranged, lanczos_svd, power_svd
 def kpsvd(io: LayerIO, tolerance: float = 1e-6) -> Kronecker:
     """KPSVD: the Kronecker product nearest to the exact block, by power iteration.
 
-    Use it where the distance to the block matters, and to judge other products. Not for cheap
-    updates: it costs many times what `kfac` does, and a nearer matrix need not give a better step.
+    Use it where the distance to the block matters, and to judge other products. Not where an update
+    must be cheap: each costs many times what `kfac` does, and a nearer matrix need not give a
+    better step.
 
     Law: no Kronecker product is nearer; both factors are positive semi-definite.
     Cost: for each iteration twice that of `kfac` with one position, or

@@ -275,7 +275,9 @@ class Randomized:
 class SketchedInverse:
     """An `invert=` for `randomized`: another decomposition, another tail, another damping.
 
-    Use it in the optimizer for what the papers and their code have.
+    Use it in the optimizer for what the paper and its author's code have. Tail and damping of the
+    latter are in
+    https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L7
     `KFAC(..., approximation=randomized(64), invert=SketchedInverse(srevd))` is SRE-KFAC, and
     `invert=SketchedInverse(tail=smallest_kept, invert=relative_factored_inverse)` has spectrum
     continuation and the damping of the author's code, with `damping=` for the fraction. Not for

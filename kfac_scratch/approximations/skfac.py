@@ -7,8 +7,9 @@ sizes of the layer (`kronecker_columns`). To have few columns, a convolution sum
 names. The average over a few batches has few columns, too (`Window`).
 
 Source: Tang et al. 2021 (CVPR), who invert the damped factors of one batch. Of the paper, the
-abstract and public code were read. The exact inverse of the damped product, the window, and one
-step for the batch's own gradient are additions.
+abstract and its authors' code (github.com/fL0n9/SKFAC-MindSpore, commit aca020f) were read. The
+exact inverse of the damped product, the window, and one step for the batch's own gradient are
+additions.
 """
 
 from collections.abc import Callable
@@ -65,9 +66,10 @@ def reduce_sum(io: LayerIO) -> LayerIO:
 def mean_over_positions(io: LayerIO) -> LayerIO:
     """The layer with the mean of its inputs and the mean of its vectors over positions.
 
-    Use it to reproduce the public code of SKFAC. Not with a damping that was chosen for
-    `reduce_sum`: the vectors are those of `reduce_sum(io)` divided by `S`, so that the curvature is
-    divided by `S` squared.
+    Use it to reproduce the code of SKFAC's authors, where it is the only reduction:
+    https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L166
+    Not with a damping that was chosen for `reduce_sum`: the vectors are those of `reduce_sum(io)`
+    divided by `S`, so that the curvature is divided by `S` squared.
 
     Cost: memory `N * (d_in + V * d_out)`.
     """

@@ -3,7 +3,8 @@ r"""TEKFAC: the best eigenvalues in TKFAC's eigenbasis.
 TEKFAC is to TKFAC what EKFAC is to KFAC. Its eigenvectors $U = Q_B \otimes Q_A$ are TKFAC's, its
 eigenvalues the second moments of the gradients along them, $s = \operatorname{diag}(U^\top F U)$.
 
-Source: Gao et al. 2020, who correct TKFAC as George et al. 2018 (arXiv:1806.03884) correct KFAC.
+Source: Gao et al. 2020 (arXiv:2011.13609), who correct TKFAC as George et al. 2018
+(arXiv:1806.03884) correct KFAC.
 """
 
 from kfac_scratch.approximations.ekfac import rescaled

@@ -13,8 +13,9 @@ $B \otimes A / \operatorname{tr} A$. With one position, $A = \sum_n \|g_n\|^2 a_
 $B = \sum_n \|a_n\|^2 g_n g_n^\top$, where KFAC has no weights.
 
 Source: Gao et al. 2021 (arXiv:2011.10741), where $A$ and $B$ are $\delta \Phi$ and $\delta \Psi$
-with $\delta$ the trace. Their usual damping is `even_traces_inverse`. Their other one, for
-convolutional networks, is missing here, because no text with its formula was at hand.
+with $\delta$ the trace. Their usual damping is `even_traces_inverse`. They have another one for
+convolutional networks, which chapter 11 is about. For convolutions they take positions as
+uncorrelated, as notes on the paper say; here the products of all positions are kept.
 """
 
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def even_traces_inverse(M: PartialTraces, damping: float) -> Kronecker:
 
     Law: for square layers it is `factored_inverse`.
     Cost: two Cholesky factorisations, `O(d_in**3 + d_out**3)`.
-    Source: Gao et al. 2021, by public summaries of it.
+    Source: Gao et al. 2021, by a public summary of it:
+    https://github.com/junaidaliop/zij/blob/74a271e44cd8b7d1d855bd90a879c4449e359033/docs/math/tkfac.md#L7
 
     Raises:
         ValueError: If the damping is not positive, or a damped factor not positive definite.

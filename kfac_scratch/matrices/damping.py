@@ -153,7 +153,8 @@ def relative_factored_inverse(M: Matrix, fraction: float) -> LinearMap:
     `c` divides it by `c`.
     Cost: that of the matrix's methods `largest_eigenvalues` and `inverse_of_damped_factors`; no
     more than of the latter for low-rank factors, and for `Kronecker` the eigenvalues of both.
-    Source: public code of Puiu 2022 (arXiv:2206.15397), as far as it was read.
+    Source: code of Puiu 2022 (arXiv:2206.15397):
+    https://github.com/ConstantinPuiu/Randomized-KFACs/blob/2e11df097f04743f9e57e9a976c405249d579536/Lib_files/RS_KFAC_optimizer_file.py#L16
 
     Raises:
         TypeError: If the matrix is no Kronecker product with that method.
