@@ -667,14 +667,16 @@ assert needed < 25
 # solution, KFAC\* with its two directions does not. More directions make it converge like the exact method,
 # at a price between the two.
 #
-# The benchmark `python -m benchmarks.pinn training` trains four problems at the size of the paper's, for a
+# An earlier benchmark trained four problems at the size of the paper's, for a
 # minute of a processor's time each. Points are drawn afresh now and then, errors are measured on other points. The
 # settings of each method were chosen on seed 0, the runs have the seeds 1, 2 and 3. "KFAC\*, more directions" is `KFACKrylov` with
 # EKFAC's correction: on the first two problems with one new direction and the last eight steps, which suits cheap steps, on the others with
 # ten and twenty new ones. `pinn-tuning-cpu.json` beside the stored curves lists what was tried. KFAC\* with its two directions gets stuck
 # on the heat equation from two of the three seeds. The curves of Gauss-Newton, and those of ENGD on the second and third problem, are from a version with slower steps.
+# `python -m benchmarks.pinn_training` replaces this benchmark: nine methods, Hessian-free and SPRING among them, with equally
+# many stored trials each, other seeds for the results, and counts that tell which code ran.
 
-# %% tags=["hide-input"] alt="Four panels, one for each problem, with the error against seconds of processor time on logarithmic axes. An exact method reaches the smallest error on the three small networks, KFAC star with more directions on the deep one. Adam and L-BFGS stay orders of magnitude above them." caption="Stored results of `python -m benchmarks.pinn training`: error against seconds of processor time, one thread, float64. Lines are medians over three seeds."
+# %% tags=["hide-input"] alt="Four panels, one for each problem, with the error against seconds of processor time on logarithmic axes. An exact method reaches the smallest error on the three small networks, KFAC star with more directions on the deep one. Adam and L-BFGS stay orders of magnitude above them." caption="Stored results of an earlier benchmark: error against seconds of processor time, one thread, float64. Lines are medians over three seeds."
 folder = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 
 
