@@ -202,8 +202,8 @@ def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: floa
         for slope in slopes
     ]
     back = iter(
-        _cat([of_residual.unsqueeze(0) for of_residual in of_call], 0)  # [M, N, S, d_out]
-        for of_call in zip(*sent, strict=True)
+        _cat([of_residual.unsqueeze(0) for of_residual in of_call], 0).flatten(2, -2)
+        for of_call in zip(*sent, strict=True)  # [M, N, S, d_out]
     )
     ios = {}
     for group in groups:
@@ -312,7 +312,10 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
             c, ends, random_like(c), retain_graph=True, allow_unused=True, materialize_grads=True
         )
     )
-    gs = {group.name: _cat([next(sent) for _ in calls[group.name]], 1) for group in groups}
+    gs = {
+        group.name: _cat([next(sent).flatten(1, -2) for _ in calls[group.name]], 1)
+        for group in groups
+    }
     gradients = dict(zip(parameters, sent, strict=True))
     for group in groups:
         rows = _cat([a for a, _ in calls[group.name]], 1)
@@ -367,10 +370,13 @@ def _record(
     inputs: tuple[Jet],
     output: Jet,
 ) -> None:
-    """Record a call; the bias is a column that is 1 for the value and 0 for every derivative."""
+    """Record a call; the bias is a column that is 1 for the value and 0 for every derivative.
+
+    Positions at which the layer is applied to one point follow each coefficient.
+    """
     c = inputs[0].c.detach()
     columns = [] if group.weight is None else [c]
-    bias = c.new_zeros(*c.shape[:2], len(group.biases))
+    bias = c.new_zeros(*c.shape[:-1], len(group.biases))
     names = (n for n, b in group.biases.items() if b is layer._parameters.get("bias"))
     bias[:, 0] = bias.new_tensor(group.bias_inputs(next(names, None)))
-    calls.append((torch.cat([*columns, bias], dim=2), output.c))
+    calls.append((torch.cat([*columns, bias], dim=-1).flatten(1, -2), output.c))
