@@ -56,7 +56,7 @@ from kfac_scratch.pinn.gramian import (
 )
 from kfac_scratch.pinn.krylov import KFACKrylov, krylov_direction
 from kfac_scratch.pinn.preconditioners import TermWise, congruence, damped_factors, ekfac_inverse
-from kfac_scratch.pinn.problems import kovasznay, mlp, poisson
+from kfac_scratch.pinn.problems import heat, kovasznay, mlp, poisson
 from kfac_scratch.pinn.solvers import (
     best_combination,
     dense_solver,
@@ -832,6 +832,44 @@ axes[0].quiver(
     )
 )
 plt.show()
+
+# %% [markdown]
+# ## An unknown constant
+#
+# In an inverse problem a constant of the equation is unknown, and measurements of the solution are given instead. A parameter of
+# the model that no layer holds, and that a residual uses, is one more block: a layer whose input is 1 at every point. Its block is
+# exact, and so are the blocks that it has in common with the layers.
+
+
+# %%
+class Rod(nn.Module):
+    """A network for the temperature, and the unknown conductivity of the rod, which is 1/4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.conductivity = mlp(2, 12, 1), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+torch.manual_seed(0)
+rod, rod_problem, state = Rod(), heat(1), None
+measured = rod_problem.points(40, generator)
+rod_terms = [
+    Term(
+        lambda u, x: u.d[0] - rod.conductivity * u.lap,
+        rod_problem.points(80, generator),
+        laplacian(2, [1]),
+    ),
+    Term(lambda u, x: u.value - rod_problem.solution(x), measured, value_only(2)),
+]
+constant = flat(linearize(rod, rod_terms))[0].ios["conductivity"]
+assert_exact(kfac(constant).dense(), constant.block())
+for _ in range(60):
+    state = GaussNewton().step(rod, rod_terms, state)
+print(f"conductivity 1 before, {rod.conductivity.item():.3f} after 60 steps, 0.25 in truth")
+assert abs(rod.conductivity.item() - 0.25) < 0.02
 
 # %% [markdown]
 # ## What goes wrong in practice
