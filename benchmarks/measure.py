@@ -68,6 +68,14 @@ def fastest(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str
 # ---- memory --------------------------------------------------------------------------------------
 
 
+def keep_memory() -> None:
+    """Let the process keep memory that it frees, instead of giving it back and asking again."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 def peak_memory(run: Run, device: torch.device) -> float | None:
     """Mebibytes above what was in use before, if the system can tell."""
     if device.type == "cuda":

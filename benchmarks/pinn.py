@@ -1,24 +1,22 @@
-"""Taylor mode and PINN optimizers: `python -m benchmarks.pinn laplacian`, `steps`, `training`, ...
+"""Taylor mode and PINN optimizers: `python -m benchmarks.pinn laplacian`, `steps`, ...
 
 - `laplacian`: time and memory of a Laplacian with its gradient, by forward Laplacian, by nested
   reverse mode and by `torch.func.hessian`, for dimensions 2 to 100.
 - `steps`: milliseconds of processor time for one step of each optimizer, beside the same KFAC* step
   with autograd's passes instead of cached coefficients (`KFAC* by autograd`).
-- `training`: error against seconds of processor time. Rows are added to the file given by `--json`,
-  so that runs may be split: `--problem`, `--method`, `--seeds`.
-- `preconditioners`: the same for one method with EKFAC, TKFAC, KPSVD in the place of KFAC.
+- `preconditioners`: error against seconds of processor time for one method with EKFAC, TKFAC, KPSVD
+  in the place of KFAC. Rows are added to the file given by `--json`, so that runs may be split:
+  `--problem`, `--method`, `--seeds`.
+
+Methods are compared with each other by `benchmarks.pinn_training`.
 
 Float64. Implementations take turns in every round, and results are compared before they are timed.
 """
 
 import argparse
-import ctypes
 import json
-import math
 import statistics
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.measure import about, clock, peak_memory
+from benchmarks.measure import about, clock, keep_memory, peak_memory
+from benchmarks.pinn_methods import PINN_TASKS, PinnTask
 from kfac_scratch import ekfac, kfac
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.approximations.kpsvd import kpsvd
@@ -37,14 +36,12 @@ from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.pinn.gramian import assign, block_weights, flat, moved, residuals
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, TermWise, ekfac_inverse
-from kfac_scratch.pinn.problems import Problem, heat, mlp, poisson, poisson_cosines
+from kfac_scratch.pinn.problems import mlp
 from kfac_scratch.pinn.solvers import (
-    dense_solver,
-    kernel_solver,
     linear_combination,
     two_directions_per_layer,
 )
-from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, Spring
+from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, PinnOptimizer
 from kfac_scratch.pinn.terms import Field, linearize, pinn_loss
 from kfac_scratch.taylor.jets import forward_laplacian, taylor_coefficients
 
@@ -121,14 +118,6 @@ def laplacians(device: torch.device, rounds: int) -> list[dict]:
     return rows
 
 
-def keep_memory() -> None:
-    """Let the process keep memory that it frees, instead of giving it back and asking again."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
 def processor_times(
     runs: dict[str, Callable], rounds: int, device: torch.device
 ) -> dict[str, float]:
@@ -145,43 +134,13 @@ def processor_times(
 
 # ---- problems and methods ------------------------------------------------------------------------
 
-PROBLEMS: dict[str, tuple[Problem, tuple[int, ...], int, int]] = {
-    "Poisson 2d": (poisson(2), (2, 64, 1), 900, 120),
-    "heat 1+1d": (heat(1), (2, 64, 1), 900, 120),
-    "Poisson 5d": (poisson_cosines(5), (5, 64, 1), 3000, 500),
-    "Poisson 2d, deep": (poisson(2), (2, 64, 64, 48, 48, 1), 900, 120),
+NAMES = {
+    "Poisson 2d": "poisson-2d",
+    "heat 1+1d": "heat",
+    "Poisson 5d": "poisson-5d",
+    "Poisson 2d, deep": "poisson-2d-deep",
 }
-LARGE = {
-    "Poisson 2d, D = 116 097": (poisson(2), (2, 256, 256, 128, 128, 1), 900, 120),
-    "Poisson 5d, D = 116 865": (poisson_cosines(5), (5, 256, 256, 128, 128, 1), 3000, 500),
-}
-CHUNK = {"Poisson 5d": 500}
-
-
-class First:
-    """A first-order optimizer of torch behind the interface of the others.
-
-    Its learning rate stays, or falls like a cosine over `budget` seconds of processor time.
-    """
-
-    def __init__(self, make: Callable[..., torch.optim.Optimizer], budget: float | None = None):
-        self.make, self.budget = make, budget
-
-    def step(self, model: nn.Module, terms: list, state=None) -> tuple:
-        start = time.process_time()
-        optimizer, used = state or (self.make(model.parameters()), 0.0)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = pinn_loss(model, terms)
-            value.backward()
-            return value
-
-        for group in optimizer.param_groups if self.budget else ():
-            fraction = min(1.0, used / self.budget)
-            group["lr"] = optimizer.defaults["lr"] * (1 + math.cos(math.pi * fraction)) / 2
-        optimizer.step(closure)
-        return optimizer, used + time.process_time() - start
+PROBLEMS = {name: PINN_TASKS[short] for name, short in NAMES.items()}
 
 
 class StarByAutograd:
@@ -241,60 +200,35 @@ class Setup(NamedTuple):
     keep: int = 100
 
 
-NEVER = 10**9
-ADAM = {  # learning rate, and whether it falls; tuned on seed 0 as the others
-    "Poisson 2d": (3e-2, True),
-    "heat 1+1d": (3e-2, True),
-    "Poisson 5d": (3e-2, False),
-    "Poisson 2d, deep": (3e-3, False),
-}
-
-
-def methods(problem: str, budget: float) -> dict[str, Setup]:
-    options = {"chunk": CHUNK.get(problem)}
-    exact = kernel_solver if "deep" in problem or "116" in problem else dense_solver
-    wise, corrected = TermWise(0.6), TermWise(0.6, ekfac_inverse)
-    rate, falls = ADAM.get(problem, (3e-3, False))
+def methods(task: PinnTask) -> dict[str, PinnOptimizer]:
+    options, wise = {"chunk": task.chunk}, TermWise(0.6)
+    corrected = TermWise(0.6, ekfac_inverse)
     return {
-        "Adam": Setup(First(partial(torch.optim.Adam, lr=rate), budget if falls else None)),
-        "L-BFGS": Setup(First(lbfgs), NEVER),
-        "KFAC": Setup(PinnKFAC(preconditioner=wise, **options)),
-        "KFAC*": Setup(KFACStar(preconditioner=wise, **options)),
-        "KFAC* per layer": Setup(
-            KFACStar(candidates=two_directions_per_layer, preconditioner=wise, **options)
+        "KFAC": PinnKFAC(preconditioner=wise, **options),
+        "KFAC*": KFACStar(preconditioner=wise, **options),
+        "KFAC* per layer": KFACStar(
+            candidates=two_directions_per_layer, preconditioner=wise, **options
         ),
-        "EKFAC*": Setup(KFACStar(preconditioner=corrected, **options)),
-        "KFAC*, more directions": more_directions(problem),
-        "Gauss-Newton": Setup(GaussNewton(solver=exact, **options)),
-        "ENGD": Setup(Spring(1e-12, solver=exact, **options)),
-        "SPRING": Setup(Spring(1e-10, 0.9, solver=exact, **options)),
+        "EKFAC*": KFACStar(preconditioner=corrected, **options),
+        "KFAC*, more directions": more_directions(task).method,
+        "Gauss-Newton": GaussNewton(solver=task.solver, **options),
     }
 
 
-def lbfgs(parameters) -> torch.optim.LBFGS:
-    return torch.optim.LBFGS(
-        parameters,
-        history_size=100,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=0,
-        tolerance_change=0,
-    )
-
-
-def more_directions(problem: str) -> Setup:
+def more_directions(task: PinnTask) -> Setup:
     """Settings found on seed 0."""
     corrected = TermWise(0.6, ekfac_inverse)
-    if "deep" in problem or "116" in problem:
+    if len(task.sizes) > 3:
         return Setup(KFACKrylov(20, 1, 1e-13, preconditioner=corrected), 10)
-    if "5d" in problem:
+    if task.sizes[0] == 5:
         slowly = TermWise(0.9, ekfac_inverse)
-        return Setup(KFACKrylov(10, 1, 1e-2, preconditioner=slowly, chunk=CHUNK.get(problem)))
+        return Setup(KFACKrylov(10, 1, 1e-2, preconditioner=slowly, chunk=task.chunk))
     return Setup(KFACKrylov(1, 8, 1e-10, 1e-10, preconditioner=corrected))
 
 
-def preconditioners(problem: str) -> dict[str, Setup]:
+def preconditioners(task: PinnTask) -> dict[str, Setup]:
     """The method with more directions, with any approximation in the place of the paper's KFAC."""
-    method, keep = more_directions(problem)
+    method, keep = more_directions(task)
     wise = {
         "KFAC for each term": TermWise(0.6),
         "EKFAC for each term": TermWise(0.6, ekfac_inverse),
@@ -328,16 +262,13 @@ def stepper(method, model: nn.Module, terms: list) -> Callable[[], None]:
 
 def steps(device: torch.device, rounds: int) -> list[dict]:
     rows = []
-    for name, (problem, sizes, inside, border) in PROBLEMS.items():
-        terms = problem.terms(inside, border, torch.Generator(device).manual_seed(0))
-        found = methods(name, 60.0)
-        left_out = ("Adam", "L-BFGS", "ENGD", "SPRING")
-        chosen = {n: found[n].method for n in found if n not in left_out}
-        chosen["KFAC* by autograd"] = StarByAutograd(TermWise(0.6), 1e-10)
+    for name, task in PROBLEMS.items():
+        terms = task.terms(torch.Generator(device).manual_seed(0))
+        chosen = methods(task) | {"KFAC* by autograd": StarByAutograd(TermWise(0.6), 1e-10)}
         runs = {}
         for method_name, method in chosen.items():
             torch.manual_seed(0)
-            runs[method_name] = stepper(method, mlp(*sizes).to(device), terms)
+            runs[method_name] = stepper(method, mlp(*task.sizes).to(device), terms)
         ms = processor_times(runs, rounds, device)
         rows.append({"problem": name, "ms": ms})
         print(f"{name:18}" + "  ".join(f"{n} {t:6.1f}" for n, t in ms.items()), flush=True)
@@ -348,19 +279,19 @@ def steps(device: torch.device, rounds: int) -> list[dict]:
 
 
 def run(
-    case: tuple[Problem, tuple, int, int], setup: Setup, seconds: float, seed: int, device
+    task: PinnTask, setup: Setup, seconds: float, seed: int, device: torch.device
 ) -> list[tuple[float, float]]:
     """Pairs of processor time, of the steps only, and error; fresh points now and then."""
-    problem, sizes, inside, border = case
+    problem = task.problem
     torch.manual_seed(seed)
-    model, state = mlp(*sizes).to(device), None
+    model, state = mlp(*task.sizes).to(device), None
     generator = torch.Generator(device).manual_seed(seed)
     test = problem.points(9000, torch.Generator(device).manual_seed(1000 + seed))
     used, count, curve, due = 0.0, 0, [(0.0, problem.error(model, test))], 0.25
     while used < seconds:
         start = clock(device)
         if count % setup.keep == 0:
-            terms = problem.terms(inside, border, generator)
+            terms = task.terms(generator)
         state = setup.method.step(model, terms, state)
         used, count = used + clock(device) - start, count + 1
         if used >= due:
@@ -375,41 +306,37 @@ def at(curve: list[tuple[float, float]], seconds: float) -> float:
     return [error for t, error in curve if t <= seconds * 1.001 or t == 0][-1]
 
 
-def training(args: argparse.Namespace, setups: Callable[[str], dict[str, Setup]]) -> list[dict]:
-    rows = []
-    for name, case in (LARGE if args.large else PROBLEMS).items():
+def training(args: argparse.Namespace) -> None:
+    for name, task in PROBLEMS.items():
         if args.problem not in (None, name):
             continue
-        for method_name, setup in setups(name).items():
+        for method_name, setup in preconditioners(task).items():
             if args.method and method_name not in args.method:
                 continue
             print(f"{name}, {method_name}", flush=True)
             curves = [
-                run(case, setup, args.seconds, seed, args.device)
+                run(task, setup, args.seconds, seed, args.device)
                 for seed in range(args.first_seed, args.first_seed + args.seeds)
             ]
             grid = [t for t in (0.25 * 1.15**k for k in range(60)) if t < args.seconds]
             grid.append(args.seconds * 1.01)
             median = [statistics.median(at(curve, t) for curve in curves) for t in grid]
-            rows.append(
-                {
-                    "problem": name,
-                    "method": method_name,
-                    "seeds": [args.first_seed + i for i in range(args.seeds)],
-                    "seconds": [round(t, 3) for t in grid],
-                    "median": [float(f"{e:.3e}") for e in median],
-                    "final": [float(f"{curve[-1][1]:.3e}") for curve in curves],
-                }
-            )
+            row = {
+                "problem": name,
+                "method": method_name,
+                "seeds": [args.first_seed + i for i in range(args.seeds)],
+                "seconds": [round(t, 3) for t in grid],
+                "median": [float(f"{e:.3e}") for e in median],
+                "final": [float(f"{curve[-1][1]:.3e}") for curve in curves],
+            }
             if args.json:
-                save(args, rows[-1:])
-    return rows
+                save(args, [row])
 
 
 def save(args: argparse.Namespace, rows: list[dict]) -> None:
     """Write rows; training keeps those of other problems and methods that are in the file."""
     result = about(args.device) | {"dtype": "float64", "rows": []}
-    if args.what in ("training", "preconditioners"):
+    if args.what == "preconditioners":
         result["budget"] = args.seconds
         if args.json.exists():
             new = {(row["problem"], row["method"]) for row in rows}
@@ -422,27 +349,23 @@ def save(args: argparse.Namespace, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["laplacian", "steps", "training", "preconditioners"])
+    parser.add_argument("what", choices=["laplacian", "steps", "preconditioners"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--rounds", default=15, type=int)
     parser.add_argument("--threads", default=1, type=int)
-    parser.add_argument("--seconds", default=60.0, type=float, help="budget of a training run")
+    parser.add_argument("--seconds", default=10.0, type=float, help="budget of a training run")
     parser.add_argument("--seeds", default=3, type=int)
     parser.add_argument("--first-seed", default=1, type=int, help="settings were tuned on seed 0")
     parser.add_argument("--problem", help="only this one")
     parser.add_argument("--method", action="append", help="only this one; may be repeated")
-    parser.add_argument("--large", action="store_true", help="the networks with 117k weights")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_default_dtype(torch.float64)
     if args.what != "laplacian":  # which measures memory
         keep_memory()
-    if args.what == "training":
-        training(args, partial(methods, budget=args.seconds))
-        return
     if args.what == "preconditioners":
-        training(args, preconditioners)
+        training(args)
         return
     rows = (laplacians if args.what == "laplacian" else steps)(args.device, args.rounds)
     if args.json:

@@ -159,6 +159,7 @@ from kfac_scratch.optimizer.two_level import (
     coarse_correction,
     two_level,
 )
+from kfac_scratch.pinn.hessian_free import HessianFree
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, PinnPreconditioner, TermWise
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar, PinnKFAC, PinnOptimizer, Spring
@@ -203,6 +204,7 @@ __all__ = [
     "Gathered",
     "GaussNewton",
     "Growing",
+    "HessianFree",
     "Jet",
     "Joined",
     "KFACKrylov",

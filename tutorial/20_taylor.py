@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch import checks
 from kfac_scratch.show import code
-from kfac_scratch.taylor import activations
+from kfac_scratch.taylor import activations, rules
 from kfac_scratch.taylor import jets as taylor
 from kfac_scratch.taylor.expansions import SecondOrder, laplacian, second_order_sum
 from kfac_scratch.taylor.faa_di_bruno import partitions
@@ -442,7 +442,7 @@ plt.show()
 # to know:
 
 # %% tags=["remove-input"]
-code(taylor.Jet.__torch_function__, taylor._linear, taylor.taylor_coefficients)
+code(taylor.Jet.__torch_function__, rules._linear, taylor.taylor_coefficients)
 
 # %% [markdown]
 # Sums of jets are sums of coefficients, a constant changes the value only, and products follow
@@ -612,7 +612,7 @@ assert_exact(careless(unbiased, X), forward_laplacian(unbiased, X)[2])
 # batch. `Jet` knows only functions for which the question makes sense, and names the others:
 
 # %%
-for layer in (nn.LayerNorm(3), nn.ELU()):
+for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Softsign()):
     try:
         taylor.taylor_coefficients(layer, X, laplacian(3))
         raise AssertionError("should have been refused")

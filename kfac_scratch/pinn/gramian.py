@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.capture.layer_groups import layer_groups
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.pinn.constants import pinn_blocks
 from kfac_scratch.pinn.terms import Linearization
 
 Direction = Mapping[str, Tensor]  # a matrix [d_out, d_in] for each block; a missing one is zero
@@ -35,7 +35,7 @@ def block_weights(model: Module) -> dict[str, Tensor]:
     values = {name: p.detach() for name, p in model.named_parameters()}
     return {
         name: W.clone()
-        for block in layer_groups(model)
+        for block in pinn_blocks(model)
         for name, W in zip(block.names, block.matrices(values), strict=True)
     }
 
@@ -43,7 +43,7 @@ def block_weights(model: Module) -> dict[str, Tensor]:
 def assign(model: Module, W: Direction) -> None:
     """Write the `W` of every block into the model's parameters."""
     with torch.no_grad():
-        for block in layer_groups(model):
+        for block in pinn_blocks(model):
             for name, value in block.parameters([W[n] for n in block.names]).items():
                 model.get_parameter(name).copy_(value)
 

@@ -277,7 +277,8 @@ class Spring:
         with kept_on_error(model) as W:
             parts = flat(linearize(model, terms, self.chunk))
             rho = residuals(parts)
-            kept = {n: self.momentum * V for n, V in state.previous.items()} if state else {}
+            old = state.previous if state and self.momentum else {}
+            kept = {name: self.momentum * V for name, V in old.items()}
             solve = self.solver(parts, rho + times(parts, kept) if kept else rho)
             change, used = solve(self.damping)
             direction = moved(change, kept)

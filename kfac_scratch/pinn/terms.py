@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kfac_scratch.border import check_function, check_instance
-from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups, uncovered
+from kfac_scratch.capture.layer_groups import LayerGroup, layer_groups
 from kfac_scratch.capture.plan import (
     check_sums,
     random_half,
@@ -37,6 +37,7 @@ from kfac_scratch.capture.plan import (
     separating_sets,
 )
 from kfac_scratch.layer_io import LayerIO
+from kfac_scratch.pinn.constants import Constant, constants, slopes_of
 from kfac_scratch.taylor.expansions import Expansion
 from kfac_scratch.taylor.faa_di_bruno import Multiset
 from kfac_scratch.taylor.jets import Jet, taylor_coefficients
@@ -89,7 +90,8 @@ class Term:
 
     Attributes:
         residual: From the field and the points to residuals `[N]` or `[N, M]`, linear or not. The
-            residuals at point `n` depend on the field at point `n` only.
+            residuals at point `n` depend on the field at point `n` only. They may use trainable
+            parameters of the model that are in no layer: unknown constants of the equation.
         X: The points.
         expansion: The derivatives that the field has.
         weight: The weight of this term in the loss.
@@ -159,22 +161,27 @@ def linearize(
     Raises:
         ValueError: If a residual has a wrong shape, is not finite, ignores a derivative that was
             declared for it, or depends on the field at other points; if a layer never runs; if a
-            trainable parameter is in no layer.
+            trainable parameter is in no layer, and in no residual or in the network, too.
         NotImplementedError: If the network calls a function that has no rule, or uses a parameter
             where no call of its layer explains it. That is tried on up to eight points, once for
             each kind of network and expansion.
     """
     check_terms(terms)
     groups = layer_groups(model)
-    if names := uncovered(model, groups):
-        raise ValueError(
-            f"No linear layer holds the trainable parameters {names}, so that no step could change "
-            "them: freeze them with requires_grad_(False)."
-        )
+    unknown = dict.fromkeys(constants(model, groups), False)
     with torch.enable_grad():
         for term in terms:
             _check_once(model, groups, term)
-        return [[_linearized(model, groups, *pair) for pair in _parts(t, chunk)] for t in terms]
+        result = [
+            [_linearized(model, groups, unknown, *pair) for pair in _parts(term, chunk)]
+            for term in terms
+        ]
+    if names := [constant.name for constant, used in unknown.items() if not used]:
+        raise ValueError(
+            f"No linear layer holds the trainable parameters {names}, and no residual uses them, "
+            "so that no step could change them: freeze them with requires_grad_(False)."
+        )
+    return result
 
 
 def check_terms(terms: object) -> None:
@@ -189,10 +196,17 @@ def check_terms(terms: object) -> None:
         check_instance(f"terms[{i}]", term, Term, "Term(residual, X, laplacian(2))")
 
 
-def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: float) -> Linearization:
+def _linearized(
+    model: Module,
+    groups: list[LayerGroup],
+    unknown: dict[Constant, bool],
+    part: Term,
+    scale: float,
+) -> Linearization:
+    """One part of a term; notes which of the unknown constants its residual uses."""
     c, calls = _forward(model, groups, part)
     tried = CHECKED.setdefault(model, set())
-    r, slopes = _operator(part, c.detach(), _sets(part, tried))
+    r, slopes, of_constants = _operator(part, c.detach(), _sets(part, tried), list(unknown))
     tried.add(_code(part.residual))
     outputs = [z for group in groups for _, z in calls[group.name]]
     sent = [  # one reverse pass for each residual at a point
@@ -202,13 +216,17 @@ def _linearized(model: Module, groups: list[LayerGroup], part: Term, scale: floa
         for slope in slopes
     ]
     back = iter(
-        _cat([of_residual.unsqueeze(0) for of_residual in of_call], 0)  # [M, N, S, d_out]
-        for of_call in zip(*sent, strict=True)
+        _cat([of_residual.unsqueeze(0) for of_residual in of_call], 0).flatten(2, -2)
+        for of_call in zip(*sent, strict=True)  # [M, N, S, d_out]
     )
     ios = {}
     for group in groups:
         a = _cat([a for a, _ in calls[group.name]], 1)
         ios[group.name] = LayerIO(a, _cat([next(back) for _ in calls[group.name]], 2))
+    for constant, found in zip(unknown, of_constants, strict=True):
+        unknown[constant] |= found is not None
+        zero = r.new_zeros(*r.T.shape, constant.value.numel())
+        ios[constant.name] = constant.io(zero if found is None else scale * found)
     return Linearization(scale * r.T, ios)
 
 
@@ -218,14 +236,18 @@ def _cat(tensors: list[Tensor], dim: int) -> Tensor:
 
 
 def _operator(
-    part: Term, c: Float[Tensor, "N S k"], sets: Bool[Tensor, "sets N"]
-) -> tuple[Tensor, Float[Tensor, "M N S k"]]:
-    """Residuals, and their derivatives with respect to the coefficients of the output.
+    part: Term,
+    c: Float[Tensor, "N S k"],
+    sets: Bool[Tensor, "sets N"],
+    unknown: Sequence[Constant],
+) -> tuple[Tensor, Float[Tensor, "M N S k"], list[Tensor | None]]:
+    """Residuals, and their derivatives by the coefficients of the output, and by the constants.
 
     Args:
         part: What the residuals are.
         c: The coefficients.
         sets: Points that are tried apart from the others.
+        unknown: The constants.
     """
     leaves = [coefficient.clone().requires_grad_() for coefficient in c.unbind(1)]
     r = _residuals(part, leaves)
@@ -246,7 +268,7 @@ def _operator(
     _check_apart(r, leaves, sets)
     zero = torch.zeros_like(c[:, 0])
     slopes = [torch.stack([zero if g is None else g for g in of_m], dim=1) for of_m in of_residuals]
-    return r.detach(), torch.stack(slopes)
+    return r.detach(), torch.stack(slopes), slopes_of(r, unknown)
 
 
 def _check_apart(
@@ -297,6 +319,7 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     kind = (
         tuple(type(module) for module in model.modules()),
         tuple((group.name, group.parameter_names) for group in groups),
+        tuple(constant.name for constant in constants(model, groups)),
         type(term.expansion),
     )
     known = CHECKED.setdefault(model, set())
@@ -305,6 +328,7 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
     few = slice(0, 8)
     part = replace(term, X=term.X[few], expansion=term.expansion.part(few))
     c, calls = _forward(model, groups, part)
+    _check_outside(c, constants(model, groups))
     parameters = {name: p for group in groups for name, p in group.trainable.items()}
     ends = [*(z for group in groups for _, z in calls[group.name]), *parameters.values()]
     sent = iter(
@@ -312,12 +336,28 @@ def _check_once(model: Module, groups: list[LayerGroup], term: Term) -> None:
             c, ends, random_like(c), retain_graph=True, allow_unused=True, materialize_grads=True
         )
     )
-    gs = {group.name: _cat([next(sent) for _ in calls[group.name]], 1) for group in groups}
+    gs = {
+        group.name: _cat([next(sent).flatten(1, -2) for _ in calls[group.name]], 1)
+        for group in groups
+    }
     gradients = dict(zip(parameters, sent, strict=True))
     for group in groups:
         rows = _cat([a for a, _ in calls[group.name]], 1)
         check_sums(group, [rows], [gs[group.name]], gradients, [c.dtype])
     known.add(kind)
+
+
+def _check_outside(c: Float[Tensor, "N S k"], unknown: Sequence[Constant]) -> None:
+    """Refuse parameters that the network uses, but no layer holds."""
+    values = [constant.value for constant in unknown]
+    sent = (
+        torch.autograd.grad(c.sum(), values, retain_graph=True, allow_unused=True) if values else []
+    )
+    if names := [u.name for u, g in zip(unknown, sent, strict=True) if g is not None]:
+        raise ValueError(
+            f"No linear layer holds the trainable parameters {names}, which the network uses, so "
+            "that no step could change them: freeze them with requires_grad_(False)."
+        )
 
 
 def _residuals(part: Term, coefficients: list[Tensor]) -> Float[Tensor, "N M"]:
@@ -367,10 +407,13 @@ def _record(
     inputs: tuple[Jet],
     output: Jet,
 ) -> None:
-    """Record a call; the bias is a column that is 1 for the value and 0 for every derivative."""
+    """Record a call; the bias is a column that is 1 for the value and 0 for every derivative.
+
+    Positions at which the layer is applied to one point follow each coefficient.
+    """
     c = inputs[0].c.detach()
     columns = [] if group.weight is None else [c]
-    bias = c.new_zeros(*c.shape[:2], len(group.biases))
+    bias = c.new_zeros(*c.shape[:-1], len(group.biases))
     names = (n for n, b in group.biases.items() if b is layer._parameters.get("bias"))
     bias[:, 0] = bias.new_tensor(group.bias_inputs(next(names, None)))
-    calls.append((torch.cat([*columns, bias], dim=2), output.c))
+    calls.append((torch.cat([*columns, bias], dim=-1).flatten(1, -2), output.c))

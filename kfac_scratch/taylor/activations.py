@@ -19,6 +19,8 @@ from math import pi, prod
 import torch
 from torch import Tensor
 
+from kfac_scratch.taylor.faa_di_bruno import partitions
+
 Derivatives = Callable[[Tensor, int], list[Tensor]]
 
 
@@ -67,11 +69,13 @@ def cos(z: Tensor, K: int) -> list[Tensor]:
 def softplus(z: Tensor, K: int, beta: float = 1.0, threshold: float = 20.0) -> list[Tensor]:
     """The softplus `log(1 + exp(beta z)) / beta`; its first derivative is `sigmoid(beta z)`.
 
-    The value is linear above `beta z > threshold`, as PyTorch's; the derivatives are those of the
-    formula everywhere.
+    It is linear where `beta z > threshold`, and its derivatives are those of a line there, as
+    PyTorch's are. The jump at the threshold is that of the value, and has no derivative.
     """
     value = torch.nn.functional.softplus(z, beta, threshold)
-    return [value, *(beta**k * s for k, s in enumerate(sigmoid(beta * z, K - 1)))]
+    curved, linear = sigmoid(beta * z, K - 1), beta * z > threshold
+    slopes = [(beta**k * s).masked_fill(linear, 0.0 if k else 1.0) for k, s in enumerate(curved)]
+    return [value, *slopes][: K + 1]
 
 
 def silu(z: Tensor, K: int) -> list[Tensor]:
@@ -91,6 +95,83 @@ def relu(z: Tensor, K: int) -> list[Tensor]:
     activation of a PINN with second derivatives: its Laplacian is zero almost everywhere.
     """
     return [z.relu(), (z > 0).to(z.dtype), *([torch.zeros_like(z)] * (K - 1))][: K + 1]
+
+
+def sinh(z: Tensor, K: int) -> list[Tensor]:
+    """The hyperbolic sine, whose derivatives repeat after two."""
+    return [z.cosh() if k % 2 else z.sinh() for k in range(K + 1)]
+
+
+def cosh(z: Tensor, K: int) -> list[Tensor]:
+    """The hyperbolic cosine: the first derivative of the hyperbolic sine."""
+    return sinh(z, K + 1)[1:]
+
+
+def log(z: Tensor, K: int) -> list[Tensor]:
+    """The natural logarithm, whose first derivative is `1 / z`."""
+    return [z.log(), *power(z, K - 1, -1)]
+
+
+def atan(z: Tensor, K: int) -> list[Tensor]:
+    """The inverse tangent, by Leibniz's rule for `(1 + z^2) f' = 1`."""
+    f = [z.atan(), 1 / (1 + z * z)]
+    for k in range(1, K):
+        f.append(-(2 * k * z * f[k] + (k * (k - 1) * f[k - 1] if k > 1 else 0)) * f[1])
+    return f[: K + 1]
+
+
+def erf(z: Tensor, K: int) -> list[Tensor]:
+    """The error function; its first derivative is a Gaussian of variance 1/2, times 2."""
+    density = _gaussian(2**0.5 * z, K - 1)
+    return [z.erf(), *(2 ** (1.5 + k / 2) * phi for k, phi in enumerate(density))]
+
+
+def elu(z: Tensor, K: int, alpha: float = 1.0) -> list[Tensor]:
+    """The ELU: the identity where `z > 0`, else `alpha (exp(z) - 1)`; the kink is ignored."""
+    right = [z, torch.ones_like(z), *[torch.zeros_like(z)] * (K - 1)][: K + 1]
+    left = z.clamp(max=0).exp()  # finite where it is not chosen
+    return [
+        torch.where(z > 0, line, alpha * (left if k else left - 1)) for k, line in enumerate(right)
+    ]
+
+
+def mish(z: Tensor, K: int) -> list[Tensor]:
+    """The Mish, `z tanh(softplus(z))`."""
+    return _times_z(z, composed(tanh, softplus(z, K)))
+
+
+def gelu_tanh(z: Tensor, K: int) -> list[Tensor]:
+    """The tanh fit of the GELU, `z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2`."""
+    c = (2 / pi) ** 0.5
+    cubic = [0.044715 * c * f for f in power(z, K, 3)]
+    line = [c * z, torch.full_like(z, c)]
+    inner = [f + line[k] if k < 2 else f for k, f in enumerate(cubic)]
+    value, *slopes = composed(tanh, inner)
+    return _times_z(z, [(1 + value) / 2, *(f / 2 for f in slopes)])
+
+
+def abs(z: Tensor, K: int) -> list[Tensor]:
+    """The absolute value. Its derivatives from the second on are zero: the kink is ignored."""
+    return [z.abs(), z.sign(), *[torch.zeros_like(z)] * (K - 1)][: K + 1]
+
+
+def composed(sigma: Derivatives, inner: list[Tensor]) -> list[Tensor]:
+    """The derivatives of `sigma(h)` of one variable, given those of `h`: Faà di Bruno's formula."""
+    outer = sigma(inner[0], len(inner) - 1)
+    result = [outer[0]]
+    for k in range(1, len(inner)):
+        terms = partitions((0,) * k).items()
+        result.append(
+            torch.stack(
+                [
+                    n
+                    * outer[len(pi)]
+                    * prod((inner[len(b)] for b in pi[1:]), start=inner[len(pi[0])])
+                    for pi, n in terms
+                ]
+            ).sum(0)
+        )
+    return result
 
 
 def power(z: Tensor, K: int, exponent: float | int) -> list[Tensor]:

@@ -265,9 +265,17 @@ def laplacian(d: int, coordinates: Sequence[int] | None = None) -> SecondOrder:
 
     Cost: `d + 2` coefficients. Over all coordinates, the sum has one weight for all directions, in
     the shape `[1, 1]`, which is cheaper than one for each (see `SecondOrder.C`).
+
+    Raises:
+        ValueError: If a coordinate is given twice, or does not exist.
     """
     if coordinates is None:
         return SecondOrder(torch.eye(d), torch.ones(1, 1))
+    if len({*coordinates} & {*range(d)}) < len(coordinates):
+        raise ValueError(
+            f"The coordinates {list(coordinates)} of a Laplacian must be different numbers from 0 "
+            f"to {d - 1}. A weight of 2 is an entry of second_order_sum's C."
+        )
     C = torch.zeros(1, d)
     C[0, list(coordinates)] = 1.0
     return SecondOrder(torch.eye(d), C)

@@ -3,8 +3,8 @@ r"""Taylor mode: the derivatives of a network by its input, in one forward pass.
 A `Jet` stands for a batch of vectors `[N, h]` that depend on the network's input. It holds their
 value and some derivatives: the coefficients `c[n, s]` that an `Expansion` names. `Jet` overloads
 PyTorch's functions, so that a module can be called with a jet in place of a tensor. So *any*
-forward pass that is built of the functions in `RULES` has a Taylor mode: residual connections,
-Fourier features, a factor that enforces boundary conditions.
+forward pass that is built of the functions in `rules.RULES` has a Taylor mode: residual
+connections, Fourier features, a factor that enforces boundary conditions.
 
 $$
 \begin{aligned}
@@ -22,7 +22,7 @@ Sources: Bettencourt, Johnson and Duvenaud 2019; Dangel et al. 2024 (arXiv:2405.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,28 +31,43 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from kfac_scratch.taylor import activations
+from kfac_scratch.taylor import activations, rules
 from kfac_scratch.taylor.activations import Derivatives
 from kfac_scratch.taylor.expansions import Expansion, laplacian
+from kfac_scratch.taylor.rules import RULES
 
 
 @dataclass(frozen=True, eq=False)
 class Jet:
     """A batch of vectors `[N, h]` with their derivatives, to be used like the tensor of values.
 
-    Use it through `taylor_coefficients`, which makes the first jet. Not with in-place operations or
+    Inside a network, it may be a batch of arrays `[N, ...]` of any shape. Use it through
+    `taylor_coefficients`, which makes the first jet. Not with in-place operations or
     indices of the first axis, which have no rule.
 
     Cost: `S` times the memory of the values, and `S` times the work of a linear layer.
     """
 
-    c: Float[Tensor, "N S h"]
+    c: Float[Tensor, "N S *shape"]
     expansion: Expansion
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the values, `[N, h]`."""
+        """The shape of the values, `[N, h]`, say."""
         return self.c[:, 0].shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the values."""
+        return self.c.ndim - 1
+
+    def dim(self) -> int:
+        """The number of axes of the values."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape of the values, or the length of one axis."""
+        return self.shape if dim is None else self.shape[dim]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,49 +93,66 @@ class Jet:
             )
         return rule(*args, **(kwargs or {}))
 
-    def __add__(self, other: Jet | Tensor | float | int) -> Jet:
-        return _add(self, other)
-
-    def __sub__(self, other: Jet | Tensor | float | int) -> Jet:
-        return _add(self, -other)
-
-    def __rsub__(self, other: Tensor | float | int) -> Jet:
-        return _add(-self, other)
-
-    def __mul__(self, other: Jet | Tensor | float | int) -> Jet:
-        return _multiply(self, other)
-
-    def __truediv__(self, other: Jet | Tensor | float | int) -> Jet:
-        return _divide(self, other)
-
-    def __rtruediv__(self, other: Tensor | float | int) -> Jet:
-        return _divide(other, self)
-
-    def __neg__(self) -> Jet:
-        return replace(self, c=-self.c)
-
-    def __pow__(self, exponent: float | int) -> Jet:
-        return _power(self, exponent)
-
-    def __matmul__(self, M: Any) -> Jet:
-        return _matmul(self, M)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """A method is the function of its name: `x.tanh()` is `torch.tanh(x)`."""
+        if name not in RULES:
+            raise AttributeError(
+                f"A jet has no method {name!r}. Its methods are: {', '.join(sorted(RULES))}."
+            )
+        return partial(RULES[name], self)
 
     def __getitem__(self, key: Any) -> Jet:
-        match key:
-            case (slice(start=None, stop=None, step=None), slice() | list() as columns):
-                return replace(self, c=self.c[..., columns])
-        raise IndexError("A jet is indexed by a slice of its last axis only: x[:, 0:1].")
+        return rules.take(self, key)
 
-    def sum(self, dim: int, keepdim: bool = False) -> Jet:
-        """The sum over the last axis, which must be kept."""
-        return _sum(self, dim, keepdim)
+    def __len__(self) -> int:
+        return len(self.c)
+
+    def __add__(self, other: Any) -> Jet:
+        return rules.add(self, other)
+
+    def __sub__(self, other: Any) -> Jet:
+        return rules.add(self, other, alpha=-1)
+
+    def __rsub__(self, other: Any) -> Jet:
+        return rules.add(other, self, alpha=-1)
+
+    def __mul__(self, other: Any) -> Jet:
+        return rules.multiply(self, other)
+
+    def __truediv__(self, other: Any) -> Jet:
+        return rules.divide(self, other)
+
+    def __rtruediv__(self, other: Any) -> Jet:
+        return rules.divide(other, self)
+
+    def __neg__(self) -> Jet:
+        return rules.multiply(self, -1)
+
+    def __abs__(self) -> Jet:
+        return rules.elementwise(activations.abs, self)
+
+    def __pow__(self, exponent: Any) -> Jet:
+        return rules.raised(self, exponent)
+
+    def __rpow__(self, base: Any) -> Jet:
+        return rules.raised(base, self)
+
+    def __matmul__(self, M: Any) -> Jet:
+        return rules.matmul(self, M)
+
+    def __gt__(self, other: Any) -> Tensor:
+        return RULES["gt"](self, other)
+
+    def __lt__(self, other: Any) -> Tensor:
+        return RULES["lt"](self, other)
+
+    def __ge__(self, other: Any) -> Tensor:
+        return RULES["ge"](self, other)
+
+    def __le__(self, other: Any) -> Tensor:
+        return RULES["le"](self, other)
 
     __radd__, __rmul__ = __add__, __mul__
-
-
-def elementwise(derivatives: Derivatives, x: Jet) -> Jet:
-    """The jet of an elementwise function of a jet, given the function's derivatives."""
-    return replace(x, c=x.expansion.compose(derivatives, x.c))
 
 
 class Elementwise(Module):
@@ -139,7 +171,11 @@ class Elementwise(Module):
 
     def forward(self, x: Any) -> Any:
         """The value at a tensor, all coefficients of a jet."""
-        return elementwise(self.derivatives, x) if isinstance(x, Jet) else self.derivatives(x, 0)[0]
+        return (
+            rules.elementwise(self.derivatives, x)
+            if isinstance(x, Jet)
+            else self.derivatives(x, 0)[0]
+        )
 
 
 def taylor_coefficients(
@@ -148,7 +184,7 @@ def taylor_coefficients(
     """The coefficients `[N, S, outputs]` of a network's output at `X`, in one forward pass.
 
     Use it for derivatives by the input that a residual needs. Not for functions without a rule
-    (see `RULES`): nested autodiff takes any.
+    (see `rules.RULES`): nested autodiff takes any.
 
     Law: coefficient `s` is the derivative `expansion.names[s]`; autograd can differentiate it.
     Cost: about `S` ordinary forward passes, and `S` times their memory.
@@ -162,6 +198,11 @@ def taylor_coefficients(
     out = model(Jet(expansion.start(X), expansion))
     if not isinstance(out, Jet):
         raise ValueError(f"The network's output is a {type(out).__name__}: it ignores its input.")
+    if out.ndim != 2 or len(out) != len(X):
+        raise ValueError(
+            f"The network's output has shape {tuple(out.shape)}, not [{len(X)}, outputs]: "
+            "out.unsqueeze(1) makes [N, 1] of [N]."
+        )
     return out.c
 
 
@@ -177,100 +218,3 @@ def forward_laplacian(
     """
     c = taylor_coefficients(model, X, laplacian(X.shape[1]))
     return c[:, 0], c[:, 1:-1], c[:, -1]
-
-
-# ---- the rules ----------------------------------------------------------------------------------
-
-
-def _linear(x: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet:
-    c = x.c @ weight.T
-    return replace(x, c=c if bias is None else c + _to_value(bias, x))
-
-
-def _to_value(constant: Float[Tensor, "... h"], x: Jet) -> Float[Tensor, "... S h"]:
-    """A constant as coefficients: it has no derivatives."""
-    zeros = constant.new_zeros(*constant.shape[:-1], x.c.shape[1] - 1, constant.shape[-1])
-    return torch.cat([constant.unsqueeze(-2), zeros], dim=-2)
-
-
-def _matmul(x: Any, M: Any) -> Jet:
-    if isinstance(x, Tensor) or isinstance(M, Jet) or M.ndim != 2:
-        raise ValueError("A jet is multiplied by a constant matrix from the right: x @ M.")
-    return replace(x, c=x.c @ M)
-
-
-def _add(x: Any, y: Any, alpha: float | int = 1) -> Jet:
-    if isinstance(x, Jet) and isinstance(y, Jet):
-        return replace(x, c=torch.add(x.c, y.c, alpha=alpha))
-    if isinstance(y, Jet):
-        return _add(alpha * y, x)
-    y = alpha * torch.as_tensor(y, dtype=x.c.dtype, device=x.c.device)
-    return replace(x, c=x.c + _to_value(y if y.ndim else y.expand(1), x))
-
-
-def _multiply(x: Any, y: Any) -> Jet:
-    if isinstance(x, Jet) and isinstance(y, Jet):
-        return replace(x, c=x.expansion.product(x.c, y.c))
-    if isinstance(y, Jet):
-        return _multiply(y, x)
-    return replace(x, c=x.c * (y.unsqueeze(-2) if isinstance(y, Tensor) and y.ndim > 1 else y))
-
-
-def _divide(x: Any, y: Any) -> Jet:
-    return _multiply(x, _power(y, -1) if isinstance(y, Jet) else 1 / y)
-
-
-def _power(x: Jet, exponent: float | int) -> Jet:
-    return elementwise(partial(activations.power, exponent=exponent), x)
-
-
-def _cat(xs: Sequence[Any], dim: int = 0) -> Jet:
-    if dim not in (1, -1):
-        raise ValueError(f"Jets are joined along their last axis, not along {dim}.")
-    like = next(x for x in xs if isinstance(x, Jet))
-    parts = [x.c if isinstance(x, Jet) else _to_value(x, like) for x in xs]
-    return replace(like, c=torch.cat(parts, dim=-1))
-
-
-def _sum(x: Jet, dim: int, keepdim: bool = False) -> Jet:
-    if dim not in (1, -1) or not keepdim:
-        raise ValueError("A jet is summed over its last axis only: x.sum(-1, keepdim=True).")
-    return replace(x, c=x.c.sum(-1, keepdim=True))
-
-
-def _gelu(x: Jet, approximate: str = "none") -> Jet:
-    if approximate != "none":
-        raise NotImplementedError("Taylor mode has the exact GELU only: nn.GELU().")
-    return elementwise(activations.gelu, x)
-
-
-def _softplus(x: Jet, beta: float = 1.0, threshold: float = 20.0) -> Jet:
-    return elementwise(partial(activations.softplus, beta=beta, threshold=threshold), x)
-
-
-def _of(derivatives: Derivatives) -> Callable[..., Jet]:
-    return lambda x, inplace=False: elementwise(derivatives, x)
-
-
-RULES: dict[str, Callable[..., Jet]] = {
-    "linear": _linear,
-    "matmul": _matmul,
-    "add": _add,
-    "sub": lambda x, y: _add(-y, x),
-    "neg": lambda x: -x,
-    "mul": _multiply,
-    "div": _divide,
-    "pow": _power,
-    "square": lambda x: _power(x, 2),
-    "cat": _cat,
-    "sum": _sum,
-    "gelu": _gelu,
-    "softplus": _softplus,
-    "tanh": _of(activations.tanh),
-    "sigmoid": _of(activations.sigmoid),
-    "silu": _of(activations.silu),
-    "relu": _of(activations.relu),
-    "exp": _of(activations.exp),
-    "sin": _of(activations.sin),
-    "cos": _of(activations.cos),
-}

@@ -79,6 +79,7 @@ CHOICES = (  # modules whose exported names a user chooses between
     "taylor.",
     "pinn.steps",
     "pinn.krylov",
+    "pinn.hessian_free",
     "pinn.preconditioners",
     "capture.forward_pass",
     "losses",

@@ -33,6 +33,7 @@ from kfac_scratch.pinn.gramian import (
     residuals,
     transposed_times,
 )
+from kfac_scratch.pinn.hessian_free import truncated_solutions
 from kfac_scratch.pinn.krylov import krylov_direction
 from kfac_scratch.pinn.preconditioners import (
     Joined,
@@ -67,6 +68,7 @@ SOLVES = (
     | {"psd_eigh", "simultaneous_eigh", "conjugate_gradient", "exact_inverse", "factored_inverse"}
 )
 BY_ANOTHER = {"PinnKFAC", "KFACStar", "KFACKrylov", "GaussNewton", "Spring"}  # of the examples
+BY_ANOTHER |= {"HessianFree"}
 NO_SOLVE = {"damped_factors", "PinnState", "PinnPreconditioner"}  # hold a damping only
 
 
@@ -309,6 +311,16 @@ def krylov(spectrum, d, dtype, fraction):
     check_law(flat(found), exact, 1 / fraction, dtype)
 
 
+def hessian_free(spectrum, d, dtype, fraction):
+    """As `krylov`: with so many iterations that conjugate gradients have converged."""
+    lin = parts(spectrum, d, dtype, d // 4)
+    G, h = gramian(lin).double(), transposed_times(lin, residuals(lin))
+    damping = fraction * float(torch.linalg.eigvalsh(G)[-1])
+    start = {n: torch.zeros_like(V) for n, V in h.items()}
+    found = truncated_solutions(lin, damping, start, 10 * len(G), -1.0)[-1]
+    check_law(flat(found), -solved([G, damping * eye_like(G)], flat(h), dtype), 1 / fraction, dtype)
+
+
 def combination(spectrum, d, dtype, fraction):
     """Three directions, of which two are nearly parallel; the truth is a least-squares problem."""
     for lin in systems(spectrum, d, dtype):
@@ -340,6 +352,7 @@ EXAMPLES = {
     "layerwise_solver": gauss_newton(layerwise_solver),
     "best_combination": combination,
     "krylov_direction": krylov,
+    "truncated_solutions": hessian_free,
 }
 
 # ---- the law ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from kfac_scratch.pinn.gramian import (
     times,
     transposed_times,
 )
+from kfac_scratch.pinn.hessian_free import HessianFree
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import Joined, TermWise, damped_factors, ekfac_inverse
 from kfac_scratch.pinn.problems import kovasznay, mlp, poisson
@@ -57,6 +58,7 @@ OPTIMIZERS = {
     "kfac-star-joined": KFACStar(preconditioner=Joined(kfac)),
     "ekfac-star-joined": KFACStar(preconditioner=Joined(Latest(ekfac))),
     "kfac-krylov": KFACKrylov(4, 2),
+    "hessian-free": HessianFree(20),
     "gauss-newton": GaussNewton(),
     "gauss-newton-kernel": GaussNewton(solver=kernel_solver),
     "gauss-newton-layerwise": GaussNewton(solver=layerwise_solver),

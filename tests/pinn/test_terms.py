@@ -523,7 +523,7 @@ def test_linearizing_leaves_no_trace(problem):
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(NotImplementedError):
-        linearize(nn.Sequential(*model, nn.ELU()), terms)
+        linearize(nn.Sequential(*model, nn.Softsign()), terms)
     assert not any(m._forward_hooks for m in model.modules())
     with torch.no_grad():
         check_equal(
@@ -585,8 +585,39 @@ def test_networks_that_no_step_could_train():
             self.extra = nn.Linear(2, 2)
 
     refused(poisson, r"\['extra'\] never ran", model=Unused())
-    normed = nn.Sequential(nn.LayerNorm(2, elementwise_affine=False), nn.Linear(2, 1))
-    refused(poisson, "layer_norm", model=normed, error=NotImplementedError)
+    unknown = nn.Sequential(nn.Softmax(-1), nn.Linear(2, 1))
+    refused(poisson, "softmax", model=unknown, error=NotImplementedError)
+
+
+def layer_norm(h):
+    centred = h - h.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+class AtPositions(nn.Module):
+    """One layer for every coordinate, whose outputs are multiplied and normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.out = nn.Linear(1, 3), nn.Linear(3, 1)
+        self.norm = nn.LayerNorm(3, elementwise_affine=False)
+
+    def forward(self, x):
+        h = self.each(x.unsqueeze(-1)).tanh()  # [N, 2, 3]
+        a, b = h.unbind(1)
+        return self.out(self.norm(a * b + h.mean(1)))
+
+
+@pytest.mark.parametrize("name", ["poisson", "burgers"])
+def test_a_layer_at_several_positions_has_the_exact_block(name, device):
+    residual, by_nesting, expansion, _ = OPERATORS[name]
+    model, X = AtPositions().to(device), torch.randn(6, 2, device=device)
+    parts = flat(linearize(model, [Term(residual, X, expansion)]))
+    model.norm.forward = layer_norm  # a third derivative through PyTorch's is wrong
+    J = jacobian_by_autodiff(model, by_nesting(model, X).reshape(6, -1) / 6**0.5)
+    check_equal(gramian(parts), J.T @ J)
+    assert parts[0].ios["each"].a.shape == (6, 2 * 4, 2)
+    check_equal(parts[0].ios["each"].block(), (J.T @ J)[:6, :6])
 
 
 def test_terms_without_points_are_refused():
