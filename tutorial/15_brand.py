@@ -689,7 +689,10 @@ for update, rank in ((naive_update, 8), (naive_update, 16), (brand_update, 16)):
     inverse = 10 * torch.eye(100) + V * (1 / (w + 0.1) - 10) @ V.T  # (14.7)
     wrong[update, rank] = relative_error(inverse, torch.linalg.inv(M + 0.1 * torch.eye(100)))
     orthogonality = (V.T @ V - torch.eye(len(w))).norm().item()
-    print(f"{update.__name__:12} r = {rank:2}: {len(w):2} pairs, |V'V - I| = {orthogonality:.0e},", end=" ")
+    print(
+        f"{update.__name__:12} r = {rank:2}: {len(w):2} pairs, |V'V - I| = {orthogonality:.0e},",
+        end=" ",
+    )
     print(f"error of M {relative_error(from_pairs(V, w), M):.0e},", end=" ")
     print(f"of its inverse {wrong[update, rank]:.0e}")
     assert relative_error(from_pairs(V, w), M) < 1e-12

@@ -712,13 +712,13 @@ for name, choice in forms_in_training.items():
     ended[name] = torch.tensor(
         [[train(seed, choice, lr) for seed in range(3)] for lr in rates], device="cpu"
     )
-print(f"{'loss, three seeds':18}", "".join(f"learning rate {lr:<12}" for lr in rates), " uphill")
+print(f"{'loss, three seeds':20}", "".join(f"learning rate {lr:<12}" for lr in rates), "uphill")
 for name, runs in ended.items():
     cells = ["".join(f"{v:7.2f}" for v in row[:, 0].tolist()) for row in runs]
     print(f"{name:18}", "     ".join(cells), f"{runs[..., 1].mean():11.0%}")
 
 plain, summed, ones_after, fine_after = (runs[..., 0] for runs in ended.values())
-assert plain[:2].max() < 0.6 and summed[:2].max() < 0.6  # the additive form trains as KFAC does
+assert max(plain[:2].max(), summed[:2].max()) < 0.6  # the additive form trains as KFAC does
 assert ones_after.min() > 0.8  # ones after the fine step: at no rate
 assert fine_after[0].min() > 2 * plain[0].max()  # fine steps: slow at KFAC's rate,
 assert fine_after[2].max() < 0.5 < plain[2].min()  # and good at a larger one, where KFAC fails

@@ -20,8 +20,9 @@ Everything here maps dictionaries of matrices `[d_out, d_in]` by block name to s
 
 Sources: Tselepidis, Kohler and Orvieto 2020 (arXiv:2011.00573), the additive form, with one
 direction per layer in their code (github.com/ntselepidis/KFAC-Pytorch at 74b6c7d,
-`optimizers/gkfac.py`, line 301); Koroko et al. 2023 (arXiv:2303.18083) for other coarse spaces; the names of the
-forms are those of Tang, Nabben, Vuik and Erlangga 2009 (doi:10.1007/s10915-009-9272-6).
+`optimizers/gkfac.py`, line 301); Koroko et al. 2023 (arXiv:2303.18083) for other coarse spaces; the
+names of the forms are those of Tang, Nabben, Vuik and Erlangga 2009
+(doi:10.1007/s10915-009-9272-6).
 """
 
 import warnings
