@@ -164,8 +164,8 @@ code(brand_update)
 # damping instead ([`solver_LA_utils.py`, line 9](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L9)),
 # which is the same.
 #
-# "The author's code" in this chapter is that repository, at this commit. It belongs to the author's thesis of
-# 2023 and not to the paper, which names no code in its abstract. Its algorithms are called B, B-R and B-R-C, and
+# "The author's code" in this chapter is that repository, at this commit. It belongs to the author's thesis
+# and not to the paper, which names no code in its abstract. Its algorithms are called B, B-R and B-R-C, and
 # its scripts train them beside KFAC, R-KFAC and SGD on CIFAR-10, CIFAR-100 and ImageNet.
 
 # %% tags=["remove-input"]

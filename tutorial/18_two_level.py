@@ -446,10 +446,10 @@ assert scaled >= problem.reached(x, r)[1]
 # %% [markdown]
 # ## Does it help?
 #
-# The experiments of both papers are trainings of larger networks: in the first one's code, convolutional networks on
-# CIFAR and a deep autoencoder on MNIST
-# ([README](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/README.md)); in the second one's code, four autoencoders and three convolutional networks, with their
-# results ([folder](https://github.com/Abdoulaye-Koroko/natural-gradients/tree/97105b613b54915b83c627e8aa5ca6e45edc2c2d/apps/mlp_cnn/results_ref/twolevel_kfac)).
+# The experiments of both papers are trainings of other networks. The first one's code has networks for CIFAR-10 and
+# CIFAR-100, and linear and non-linear MLPs on Gaussian data ([README](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/README.md)). The second one's code
+# stores results of, among others, FACES, CURVES and MNIST, a cuda-convnet, ResNet-18 and ResNet-34
+# ([folder](https://github.com/Abdoulaye-Koroko/natural-gradients/tree/97105b613b54915b83c627e8aa5ca6e45edc2c2d/apps/mlp_cnn/results_ref/twolevel_kfac)).
 # We have no such network here. At our size we can compare with the exact answer instead. The competitors:
 #
 # - KFAC and exact blocks, as above;
@@ -874,13 +874,13 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 #
 # | | the paper | here |
 # | --- | --- | --- |
-# | form | a coarse correction is added to the preconditioner; code: each level [with a weight](https://github.com/ntselepidis/KFAC-Pytorch/blob/2ff652ff0adef75ff16d37c80cbd4d147ba34cb5/utils/get_args.py#L58-L59), both 1 | `additive`, without weights; also `adef1`, `adef2`, `bnn` |
+# | form | a coarse correction is added to the preconditioner; code: each level [with a weight](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L58-L59), both 1 | `additive`, without weights; also `adef1`, `adef2`, `bnn` |
 # | coarse space | code: [one direction of ones for each layer](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L301) | `nicolaides_space`; spaces of the [second paper's code](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/optimizers/twolevel_kfac.py#L602-L614), too: `residual_space`, `spectral_space`, `krylov_space` |
 # | coarse matrix | the Fisher at a coarser scale; code: [Kronecker products of sums](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185) over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
 # | damping of the coarse level | code: [a multiple of the identity](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L190) | $\delta Z^\top Z$, which is that of $F + \delta I$ |
-# | Fisher | the actual one, not the empirical; code: [labels drawn from the model](https://github.com/ntselepidis/KFAC-Pytorch/blob/2ff652ff0adef75ff16d37c80cbd4d147ba34cb5/train_cifar.py#L37) | that of `coarse_correction(fisher)`, with the same vectors in all layers |
-# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/2ff652ff0adef75ff16d37c80cbd4d147ba34cb5/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
-# | numbers | code: damping $10^{-3}$, [KL clipping $10^{-2}$](https://github.com/ntselepidis/KFAC-Pytorch/blob/2ff652ff0adef75ff16d37c80cbd4d147ba34cb5/utils/get_args.py#L49-L50) | damping is the optimizer's; `kl_clip` is a control |
+# | Fisher | the actual one, not the empirical; code: [labels drawn from the model](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/main.py#L92) | that of `coarse_correction(fisher)`, with the same vectors in all layers |
+# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
+# | numbers | code: damping $10^{-3}$, [KL clipping $10^{-2}$](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L49-L50) | damping is the optimizer's; `kl_clip` is a control |
 # | headline | a small set of experiments suggests better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no real gain with several coarse spaces | [Chapter 19](19_comparison.py) trains it beside its controls |
 #
 # ## Exercises
