@@ -508,7 +508,7 @@ for case in ("zero padding", "no padding"):
 #
 # ## Reduce without patches
 #
-# Reduce has another advantage, its cost. Expand needs all $N S$ patches, and every pixel of the
+# Reduce has another advantage, its cost: the paper finds it generally faster than expand. Expand needs all $N S$ patches, and every pixel of the
 # image is copied into as many patches as cover it: with stride one and away from the border, as
 # many as the kernel has entries. Reduce needs only the *average* patch. Entry $j$ of it, for a
 # kernel along one axis, is
@@ -525,7 +525,9 @@ for case in ("zero padding", "no padding"):
 #
 # The pattern $P$ says which pixels meet which entry of the kernel. In two dimensions there is one
 # pattern per axis, because rows and columns of the image are chosen independently. So the average
-# patch is the image contracted with one small matrix per axis, and no patch is ever formed.
+# patch is the image contracted with one small matrix per axis, and no patch is ever formed. Patterns of this kind are
+# those of [Dangel (2024)](bibliography.md#einsum), who writes convolutions as contractions and reports that a KFAC variant
+# becomes up to 4.5 times faster.
 
 
 # %% tags=["hide-input"] alt="Three heat maps of zeros and ones with three rows, one per entry of the kernel, and ten columns, one per pixel. For stride 1 each row is a bar of eight pixels, shifted by one from row to row. For stride 2 every second pixel is marked. For dilation 2 bars of six pixels are shifted by two." caption="The pattern $P^\\top$ for ten pixels and a kernel of three: each row marks the pixels that one entry of the kernel meets."
@@ -789,6 +791,13 @@ matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(sh
 # when positions are averaged before the loss (classification of images, sequences and graphs),
 # layer by layer where a network does both, and expand for keys. Behind the average it makes no
 # difference. `layer_ios` takes `flavour` and `layers`, so both can be used in one network.
+#
+# This is advice about the matrix: which of the two is nearer to the exact block. In training, the paper found **little
+# difference** between them, for a graph network and a vision transformer. With either, a fixed target of validation was
+# reached in 50 to 75 % of the steps of a first-order reference, and in a comparable share of its time. It also used the
+# lower cost of reduce, to choose hyperparameters of a Wide ResNet by the marginal likelihood. This chapter repeats none
+# of these experiments, because they need networks and data of another size.
+#
 #
 # There is one more choice for losses per token. Type-2 vectors are an exact square root of the loss
 # Hessian only with one vector for every class *and position* ([chapter 3](03_losses.py)). One
@@ -1247,8 +1256,8 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) introduce the two settings and prove
-# when each is exact. [Grosse and Martens (2016)](bibliography.md#kfc) derive what is now called
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) introduce the two settings as K-FAC-expand and
+# K-FAC-reduce, prove that each is exact for deep linear networks in its setting, and train with both. [Grosse and Martens (2016)](bibliography.md#kfc) derive what is now called
 # expand, for convolutions, from assumptions about images: compare these with [Theorem 6.1].
 # [Dangel et al. (2025)](bibliography.md#from-scratch) have KFAC with code.
 # [Dangel, Müller and Zeinhofer (2024)](bibliography.md#pinns) use the positions for something

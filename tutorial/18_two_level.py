@@ -20,11 +20,14 @@
 # solvers, this is block Jacobi, a method that is known to be good at what is local and bad at what is
 # global. The usual cure is a second level: a very small system for the whole, solved exactly, beside
 # the many local ones. This chapter builds the second level, proves what it can promise, and finds
-# out how much of what is missing it brings back. The answer to the last question is sobering, and the
-# literature says the same.
+# out how much of what is missing it brings back. Two papers have answered the last question.
+# [Tselepidis et al. (2020)](bibliography.md#two-level), who brought the idea to KFAC, see improved convergence in a few
+# experiments. [Koroko et al. (2023)](bibliography.md#two-level-koroko), who tried more coarse spaces, see no real gain.
+# At the size of this chapter the gain is small.
 
 # %%
 from collections.abc import Callable
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -51,6 +54,7 @@ from kfac_scratch.optimizer.coarse_spaces import (
 )
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
+from kfac_scratch.optimizer.step_control import Step, dot, graft, norm
 from kfac_scratch.optimizer.two_level import (
     _corrected,
     additive,
@@ -442,10 +446,11 @@ assert scaled >= problem.reached(x, r)[1]
 # %% [markdown]
 # ## Does it help?
 #
-# [Tselepidis et al. (2020)](bibliography.md#two-level) report "a small set of experiments suggesting
-# improved convergence". [Koroko et al. (2023)](bibliography.md#two-level-koroko) tried several coarse
-# spaces, and conclude that layer interactions do not really improve the performance of KFAC.
-# At our size we can compare with the exact answer. The competitors:
+# The experiments of both papers are trainings of other networks. The first one's code has networks for CIFAR-10 and
+# CIFAR-100, and linear and non-linear MLPs on Gaussian data ([README](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/README.md)). The second one's code
+# stores results of, among others, FACES, CURVES and MNIST, a cuda-convnet, ResNet-18 and ResNet-34
+# ([folder](https://github.com/Abdoulaye-Koroko/natural-gradients/tree/97105b613b54915b83c627e8aa5ca6e45edc2c2d/apps/mlp_cnn/results_ref/twolevel_kfac)).
+# We have no such network here. At our size we can compare with the exact answer instead. The competitors:
 #
 # - KFAC and exact blocks, as above;
 # - the paper's additive form with ones, and ADEF2 with ones, with the fine steps, and with the fine steps
@@ -517,7 +522,7 @@ ax.set(xlim=(0, 1), xlabel="share of the possible decrease, with the best length
 plt.show()
 
 # %% [markdown]
-# The paper's form changes nothing that a learning rate would not hide. ADEF2 with ones keeps its promise,
+# In this network, the paper's form changes nothing that a learning rate would not hide. ADEF2 with ones keeps its promise,
 # and shortens the step as it is, but from there to a useful step is a long way; a common length gets there at
 # once. One length per layer is a little better than a common length. Doubling the space with a second
 # application of KFAC adds a little more. Even then, less is gained than by exact blocks *without* any
@@ -598,8 +603,9 @@ plt.show()
 # rest turns the direction for the worse, as the table said before. The best two need more: as many
 # products with directions as there are layers, twice, or a second product with $F$.
 #
-# Our nets are small, our batch is fixed, and a deeper network couples more layers. What can be said is
-# that at this size we find what Koroko et al. found for the coarse spaces that cost little, and that a
+# Our nets are small, our batch is fixed, and a deeper network couples more layers. The conditions of the two papers
+# are others: small batches, averages, a fixed rule for the length. What can be said is
+# that at this size ones gain nothing, that fine steps twice gain a little, and that a
 # second level should be measured against the other uses of a product with $F$. And this is a classifier.
 # In [Chapter 19](19_comparison.py) there is an autoencoder whose blocks KFAC models almost exactly, so that
 # coupling is all that is missing: there one length per layer recovers half of it, ones again nothing.
@@ -624,8 +630,8 @@ assert step.keys() == one_level.keys()
 # and ADEF2 start from the fine step, which the optimizer has already, and the other two apply the inverses once
 # more. It looks at the batch of the step once more, with vectors of its own, and belongs in front of whatever
 # changes the length. A step of ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*:
-# nothing makes $r^\top p$ positive, and the same holds for ADEF1. The additive form and BNN are positive definite. In
-# our training runs the additive form trained like KFAC, and ADEF2 did not train. So the default is the additive form.
+# nothing makes $r^\top p$ positive, and the same holds for ADEF1. The additive form and BNN are positive definite. The
+# default is the additive form. The next section shows why.
 
 # %% tags=["remove-input"]
 code(coarse_correction, _corrected)
@@ -650,6 +656,140 @@ expected = two_level(problem.model, ios, fine, problem.delta)(g)
 assert_exact(taken, torch.cat([expected[name].flatten() for name in parameters]))
 
 # %% [markdown]
+# ### What training makes of each form
+#
+# Batches of 100 images, KFAC's moving average, one drawn label for each image, and the same damping for all. Nothing
+# changes the lengths but the learning rate, and every form gets the same three learning rates and three seeds. A control
+# behind the coarse level counts how often a step points uphill on its own batch, $r^\top p \lt 0$.
+
+
+# %%
+def watch(uphill: list[bool]) -> Callable[[Step], Step]:
+    """A control that changes nothing, and notes whether the step ascends."""
+
+    def control(step: Step) -> Step:
+        uphill.append(dot(step.direction, step.gradient) < 0)
+        return step
+
+    return control
+
+
+def train(seed: int, choice: tuple | None, lr: float, *length) -> tuple[float, float]:
+    """Loss on 1000 images after 25 steps, and the share of steps that point uphill."""
+    torch.manual_seed(seed)
+    model, uphill = network(), []
+    coarse = [] if choice is None else [coarse_correction(monte_carlo(1), *choice)]
+    optimizer = KFAC(
+        *(model, loss),
+        lr=lr,
+        momentum=0.0,
+        damping=1e-3,
+        decay=0.9,
+        invert=exact_inverse,
+        controls=[*coarse, watch(uphill), *length],
+        factor_every=1,
+        inverse_every=1,
+    )
+    for _ in range(25):
+        batch = torch.randint(1000, (100,))
+        optimizer.zero_grad()
+        loss(model(images[batch]), targets[batch]).backward()
+        optimizer.observe(images[batch], targets[batch])
+        optimizer.step()
+    with torch.no_grad():
+        return loss(model(images[:1000]), targets[:1000]).item(), sum(uphill) / 25
+
+
+forms_in_training = {
+    "no coarse level": None,
+    "additive, ones": (nicolaides_space, additive),
+    "ADEF2, ones": (nicolaides_space, adef2),
+    "ADEF2, fine steps": (residual_space, adef2),
+}
+rates = (0.03, 0.1, 0.3)
+ended = {}  # [rates, seeds, (loss, share uphill)]
+for name, choice in forms_in_training.items():
+    ended[name] = torch.tensor(
+        [[train(seed, choice, lr) for seed in range(3)] for lr in rates], device="cpu"
+    )
+print(f"{'loss, three seeds':20}", "".join(f"learning rate {lr:<12}" for lr in rates), "uphill")
+for name, runs in ended.items():
+    cells = ["".join(f"{v:7.2f}" for v in row[:, 0].tolist()) for row in runs]
+    print(f"{name:18}", "     ".join(cells), f"{runs[..., 1].mean():11.0%}")
+
+plain, summed, ones_after, fine_after = (runs[..., 0] for runs in ended.values())
+assert max(plain[:2].max(), summed[:2].max()) < 0.6  # the additive form trains as KFAC does
+assert ones_after.min() > 0.8  # ones after the fine step: at no rate
+assert fine_after[0].min() > 2 * plain[0].max()  # fine steps: slow at KFAC's rate,
+assert fine_after[2].max() < 0.5 < plain[2].min()  # and good at a larger one, where KFAC fails
+assert max(runs[..., 1].mean() for runs in ended.values()) < 0.1  # seldom uphill
+
+# %% [markdown]
+# The additive form trains as KFAC does. ADEF2 with ones fails at each of the three rates. Steps uphill are not the
+# reason, since there are hardly any. Its coarse part is the right one beside a fine step of length one, as in
+# [Theorem 18.1], and a learning rate shortens both.
+#
+# ADEF2 with the fine steps depends on the rate. Its lengths are the best ones for the parabola, a fraction of
+# KFAC's. At the rates that suit KFAC it is slow. At the largest one it does as well as KFAC at its own rate, and KFAC
+# fails there. So at one common rate either of them can win. Each at its own rate, there is no clear
+# winner here, and ADEF2 costs a product with $F$ more.
+#
+# ### What a graft per layer leaves of it
+#
+# The control `graft` ([Chapter 9](09_optimizer.py)) is the optimizer's default. It gives the step of *every layer* the length
+# of Adam's. But the second level is about the lengths of layers relative to each other. With the residual space it is
+# about nothing else: ADEF2's step in layer $l$ is $\alpha_l z_l$. After the graft, only the sign of $\alpha_l$ is left, and
+# where it is negative, a layer goes uphill with Adam's full length. A graft for the *whole network* keeps the ratios:
+
+
+# %%
+def graft_network(betas: tuple[float, float]) -> Callable[[Step], Step]:
+    """The direction of the whole network, with the norm of Adam's step."""
+    by_layer = graft(betas)
+
+    def control(step: Step) -> Step:
+        found = by_layer(step)
+        ratio = norm(found.direction) / norm(step.direction)
+        return replace(found, direction={n: ratio * d for n, d in step.direction.items()})
+
+    return control
+
+
+def one_step(*controls) -> dict[str, Tensor]:
+    """What one step of the optimizer does to the trained network, layer by layer."""
+    problem.model.load_state_dict(before)
+    optimizer = KFAC(problem.model, loss, controls=controls, **settings)
+    optimizer.zero_grad()
+    loss(problem.model(problem.X), problem.y).backward()
+    optimizer.observe(problem.X, problem.y)
+    optimizer.step()
+    moved = [(before[name] - p.detach()).flatten() for name, p in parameters.items()]
+    problem.model.load_state_dict(before)
+    return problem.split(torch.cat(moved))
+
+
+betas, with_fine_steps = (0.9, 0.99), coarse_correction(type2, residual_space, adef2)
+raw, without = one_step(with_fine_steps), one_step()
+grafted, alone = one_step(with_fine_steps, graft(betas)), one_step(graft(betas))
+kept = one_step(with_fine_steps, graft_network(betas))
+common = kept["0"].norm() / raw["0"].norm()
+for name in raw:
+    sign = (raw[name] * without[name]).sum().sign()
+    assert_exact(grafted[name], sign * alone[name])  # nothing of the coarse level but a sign
+    assert_exact(kept[name], common * raw[name])  # everything but one common length
+
+for length, control in (("per layer", graft), ("for the network", graft_network)):
+    for name in ("no coarse level", "ADEF2, fine steps"):
+        runs = [train(seed, forms_in_training[name], 0.03, control(betas)) for seed in range(3)]
+        print(f"graft {length:16}{name:18}", *(f"{value:6.2f}" for value, _ in runs))
+        ended[length, name] = sum(value for value, _ in runs) / 3
+assert ended["for the network", "ADEF2, fine steps"] < ended["per layer", "ADEF2, fine steps"]
+assert ended["per layer", "no coarse level"] < ended["per layer", "ADEF2, fine steps"]
+
+# %% [markdown]
+# So a comparison of coarse levels behind a graft per layer says little about them. In
+# [Chapter 19](19_comparison.py) the kind of graft is one of the settings that are searched.
+#
 # The extra cost of a step is one product with $F$, [(18.2)], about that of a forward and a backward pass
 # per vector, and half of that for each set of directions in $\Phi$. The additive form with ones needs
 # no product. Its $\Phi$ consists of sums of $a$ and of $g$, and costs next to nothing.
@@ -657,8 +797,10 @@ assert_exact(taken, torch.cat([expected[name].flatten() for name in parameters])
 # ## What goes wrong in practice
 #
 # **Damping with the identity.** $Z^\top (F + \delta I) Z = Z^\top F Z + \delta Z^\top Z$, and a direction of
-# ones has as many entries as the layer has weights. A
-# [public implementation](https://github.com/ntselepidis/KFAC-Pytorch) (`gkfac.py`) adds $\delta I$. Then the
+# ones has as many entries as the layer has weights. The authors'
+# code of the days of the paper adds $\delta I$ ([`gkfac.py`, line 190](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L190),
+# and so does its last version, [line 176](https://github.com/ntselepidis/KFAC-Pytorch/blob/2ff652ff0adef75ff16d37c80cbd4d147ba34cb5/optimizers/gkfac.py#L176)). The code of Koroko et al. adds
+# $\delta n_l$ ([`twolevel_kfac.py`, line 1130](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/optimizers/twolevel_kfac.py#L1130)). With $\delta I$ the
 # coarse level is damped by a number that is hundreds of times too small, and it is no projection any more:
 
 # %%
@@ -673,9 +815,10 @@ print(
 assert right_share >= wrong_share
 
 # %% [markdown]
-# **Factors between layers.** The same code approximates $E_{kl}$ by
+# **Factors between layers.** The authors' code approximates $E_{kl}$ by
 # $(\mathbf{1}^\top A_{kl} \mathbf{1}) (\mathbf{1}^\top B_{kl} \mathbf{1})$ with KFAC-like factors between two
-# layers. The exact matrix [(18.4)] is cheaper, since it needs no factors:
+# layers, which it averages over batches ([line 185](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185)). The exact matrix [(18.4)] is
+# cheaper, since it needs no factors; it is that of one batch:
 
 # %%
 a = torch.stack([io.a[:, 0].sum(1) for io in problem.ios.values()])  # [L, N]
@@ -686,9 +829,14 @@ print(f"factored coarse matrix: off by {relative(factored, exact_E):.0%}")
 assert relative(factored, exact_E) > 0.01
 
 # %% [markdown]
-# **The other triangle.** The same code computes the lower triangle of $E$ and fills the upper one by
-# `E = E + E.T`, before it writes the diagonal. But `E` is kept from one inversion to the next, and at the
-# second one its upper triangle is no longer empty. What was there is added once more, every time.
+# **The other triangle.** The authors' code computes the lower triangle of $E$ and fills the upper one by
+# `E = E + E.T`, before it writes the diagonal ([lines 183 to 190](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L183-L190)).
+# But `E` is kept from one inversion to the next ([line 180](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L180-L181)), and at the
+# second one its upper triangle is no longer empty. What was there is added once more, every time. The last version does
+# the same with the two matrices whose entrywise product is $E$ ([line 174](https://github.com/ntselepidis/KFAC-Pytorch/blob/2ff652ff0adef75ff16d37c80cbd4d147ba34cb5/optimizers/gkfac.py#L174-L175)).
+# The code clips the length of every step ([line 248](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L248)), inverts every 100 steps, and stops if
+# a step points uphill ([line 247](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L247)). What the fault did to the experiments of the paper, we do
+# not know. With the first inversion alone, $E$ is right.
 
 # %%
 truth, kept, history = torch.tensor([[1.0, 0.5], [0.5, 1.0]]), torch.zeros(2, 2), []
@@ -721,19 +869,19 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 # %% [markdown]
 # ## The paper and this package
 #
-# What is in [Tselepidis et al. (2020)](bibliography.md#two-level), as far as its abstract and public code tell,
-# and what is here.
+# What is in [Tselepidis et al. (2020)](bibliography.md#two-level), as far as its abstract and its authors' code of those
+# days tell, and what is here.
 #
 # | | the paper | here |
 # | --- | --- | --- |
-# | form | the sum of both levels, each with a weight, both 1 | `additive`, without weights; also `adef1`, `adef2`, `bnn` |
-# | coarse space | one direction of ones for each layer | `nicolaides_space`; the spaces of the second paper, too: `residual_space`, `spectral_space`, `krylov_space` |
-# | coarse matrix | Kronecker products of sums over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
-# | damping of the coarse level | a multiple of the identity | $\delta Z^\top Z$, which is that of $F + \delta I$ |
-# | Fisher | not checked | that of `coarse_correction(fisher)`, with the same vectors in all layers |
-# | schedule | factors every 10 steps, inverses every 100; decay up to .95 | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
-# | numbers | damping $10^{-3}$, KL clipping $10^{-2}$ | not used; `kl_clip` is a control |
-# | headline | a few experiments suggest better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no gain | see [Chapter 19](19_comparison.py) |
+# | form | a coarse correction is added to the preconditioner; code: each level [with a weight](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L58-L59), both 1 | `additive`, without weights; also `adef1`, `adef2`, `bnn` |
+# | coarse space | code: [one direction of ones for each layer](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L301) | `nicolaides_space`; spaces of the [second paper's code](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/optimizers/twolevel_kfac.py#L602-L614), too: `residual_space`, `spectral_space`, `krylov_space` |
+# | coarse matrix | the Fisher at a coarser scale; code: [Kronecker products of sums](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185) over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
+# | damping of the coarse level | code: [a multiple of the identity](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L190) | $\delta Z^\top Z$, which is that of $F + \delta I$ |
+# | Fisher | the actual one, not the empirical; code: [labels drawn from the model](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/main.py#L92) | that of `coarse_correction(fisher)`, with the same vectors in all layers |
+# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
+# | numbers | code: damping $10^{-3}$, [KL clipping $10^{-2}$](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L49-L50) | damping is the optimizer's; `kl_clip` is a control |
+# | headline | a small set of experiments suggests better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no real gain with several coarse spaces | [Chapter 19](19_comparison.py) trains it beside its controls |
 #
 # ## Exercises
 #

@@ -9,11 +9,14 @@ $$
 
 are those of a matrix with $r + K$ rows, rotated. This update is exact, at a cost of
 $\mathcal{O}(d (r + K)^2)$. The only error is the truncation to $r$ eigenpairs before the next
-batch. The paper's three algorithms are `Brand()` (B-KFAC), and two that also keep the factors,
+batch. There are three algorithms: `Brand()` (B-KFAC), and two that also keep the factors,
 `Repaired(brand, refreshed(sketch), period)` (B-R-KFAC) and `Repaired(brand, corrected(), period)`
 (B-KFAC-C). Each is an `approximation=` of the optimizer.
 
-Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`.
+Sources: Puiu 2022 (arXiv:2210.08494); the update is that of `low_rank_update`. "The author's code"
+is github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs at 74bac50, of the author's
+thesis: in `solvers/solver_utils`, line 3 of `Brand_S_subroutine.py` and line 2 of
+`solver_LA_utils.py`.
 """
 
 from collections.abc import Callable
@@ -113,7 +116,7 @@ class Brand:
 
     Law: without truncation, the factors are the moving averages of KFAC's; with `trace_matched`,
     their traces always are. The tail is a part of the matrix that is updated, so that the excess of
-    `smallest_kept` over the eigenvalues that were cut off adds up. The paper has no tail
+    `smallest_kept` over the eigenvalues that were cut off adds up. The author's code has no tail
     (`zero_tail`).
     Cost: with `K` columns, `O(d * (rank + K)**2)` operations and memory `d * (rank + K)` for a
     factor of size `d`.
@@ -176,7 +179,8 @@ class ContinuedInverse:
     has the tail and the damping of the author's code, with the fraction 0.1.
 
     Use it to reproduce that code. Not with a tail of the updates, which it replaces: in chapter 15
-    `trace_matched` is the more accurate one.
+    `trace_matched` is the more accurate one. Where a batch adds fewer directions than columns, that
+    code keeps pairs with eigenvalues about 0, and continues with these; `Brand` keeps none.
 
     Law: of exact eigenpairs, it is at least every eigenvalue that was left out.
     Cost: that of `invert`.

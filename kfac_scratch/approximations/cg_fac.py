@@ -9,7 +9,8 @@ $$
 
 and conjugate gradients solve $(F + \delta I) X = V$ by such products. With $K = V N$ gradients,
 $F + \delta I$ has at most $K + 1$ different eigenvalues, and that many steps are enough.
-KFAC's matrix has such a product, too: `skfac(io)`.
+KFAC's matrix has such a product, too: `skfac(io)`. The abstract of the source does not say with
+which of the two it solves.
 
 The kernel $\langle G_{vn}, G_{wm} \rangle$, of size $K \times K$, solves the same system directly.
 

@@ -12,7 +12,8 @@ the best approximation that does not mix neurons: the squared Frobenius error is
 $\|F\|^2 - \sum_o \|F_o\|^2$, and the trace is exact. For a convolution, the blocks are those of
 single filters, one for each pair of an output and an input channel.
 
-Source: Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), who use the empirical Fisher.
+Source: Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), MBF, who use the empirical Fisher. Their
+abstract does not say where a layer is cut; rows and filters are not checked against the paper.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ def mini_block(io: LayerIO) -> BlockDiagonal:
 
     Use it for layers with few inputs or few neurons, where it keeps the correlation of inputs and
     vectors that KFAC drops. Not for wide layers: its memory is `d_out` times that of KFAC's `A`.
-    The paper trains with `KFAC(..., approximation=mini_block, fisher=empirical)`.
+    The paper has the empirical Fisher: `KFAC(..., approximation=mini_block, fisher=empirical)`.
 
     Law: exact if no sample's vectors reach two neurons, or if there is one neuron; no matrix
     without entries between neurons is nearer.

@@ -9,8 +9,9 @@ direction in every step (mem-opt).
 Everything here is a function of numbers and names, so that all processes come to the same result
 without a word.
 
-Sources: Pauloski et al. 2021 (arXiv:2107.01739), for the grid; Graham 1969, "Bounds on
-Multiprocessing Timing Anomalies", for the assignment.
+Sources: Pauloski et al. 2021 (arXiv:2107.01739), for the grid and its names; Graham 1969, "Bounds
+on Multiprocessing Timing Anomalies", for the assignment, which their code has as well
+(github.com/gpauloski/kfac-pytorch at 869cf11, `kfac/assignment.py`, line 228).
 """
 
 from collections.abc import Mapping

@@ -4,8 +4,10 @@ A coarse space is a function of the fine level (one map for each block, usually 
 and of the gradient. Every direction lies in one block, so that a space is one stack of matrices
 for each block.
 
-Sources: Nicolaides 1987 for one constant direction per subdomain, used by Tselepidis, Kohler and
-Orvieto 2020 (arXiv:2011.00573); the others as in Koroko et al. 2023 (arXiv:2303.18083).
+Sources: Nicolaides 1987 for one constant direction per subdomain, used in the code of Tselepidis,
+Kohler and Orvieto 2020 (arXiv:2011.00573; github.com/ntselepidis/KFAC-Pytorch at 74b6c7d,
+`optimizers/gkfac.py`, line 301); the others as in the code of Koroko et al. 2023 (arXiv:2303.18083;
+github.com/Abdoulaye-Koroko/natural-gradients at 97105b6, `optimizers/twolevel_kfac.py`, line 588).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +27,7 @@ CoarseSpace = Callable[[BlockMaps, BlockValues], Space]
 
 
 def nicolaides_space(maps: BlockMaps, r: BlockValues) -> Space:
-    """One direction for each block, all ones: the paper's choice.
+    """One direction for each block, all ones: the choice of two-level KFAC's authors.
 
     Use it as the reference. Not for the largest effect: the direction knows nothing of the network.
 

@@ -18,9 +18,11 @@ where $F$ is the full curvature of all layers on a batch. There are four ways to
 
 Everything here maps dictionaries of matrices `[d_out, d_in]` by block name to such dictionaries.
 
-Sources: Tselepidis, Kohler and Orvieto 2020 (arXiv:2011.00573), the additive form with one
-direction per layer; Koroko et al. 2023 (arXiv:2303.18083) for other coarse spaces; the names of the
-forms are those of Tang, Nabben, Vuik and Erlangga 2009 (doi:10.1007/s10915-009-9272-6).
+Sources: Tselepidis, Kohler and Orvieto 2020 (arXiv:2011.00573), the additive form, with one
+direction per layer in their code (github.com/ntselepidis/KFAC-Pytorch at 74b6c7d,
+`optimizers/gkfac.py`, line 301); Koroko et al. 2023 (arXiv:2303.18083) for other coarse spaces; the
+names of the forms are those of Tang, Nabben, Vuik and Erlangga 2009
+(doi:10.1007/s10915-009-9272-6).
 """
 
 import warnings
@@ -170,7 +172,9 @@ def adef2(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
     r"""The fine step first, then the coarse step on its residual.
 
     Use it to solve the system of one batch better than the fine level. Not in training without a
-    check: its guarantee is about another norm, and a step may ascend.
+    check: its guarantee is about another norm and about steps as they are, before a learning rate.
+    In chapter 18 it trains with `residual_space` and a learning rate ten times KFAC's, and does not
+    train with `nicolaides_space`.
 
     Law: the error to $F_\delta^{-1} r$ in the norm of $F_\delta$ is at most that of the fine step,
     for every fine level, every coarse space and every `r`.
@@ -268,7 +272,9 @@ def coarse_correction(
 ) -> Control:
     """Two-level KFAC as a control: it corrects the preconditioned gradient of an optimizer's step.
 
-    Use it as the first control, before those that change the length of the step. Not with groups
+    Use it as the first control, before those that change the length of the step. Not before
+    `graft`, the optimizer's default: new lengths for every layer discard the ratios of lengths that
+    a coarse level finds, and leave only signs of those of `residual_space`. And not with groups
     that differ in damping: a coarse level has one.
 
     Cost: in every step one more capture of the batch with the vectors of `fisher`, which gives the
