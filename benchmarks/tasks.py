@@ -287,7 +287,7 @@ def batch_task(batch: int) -> Task:
     return replace(convolutional_task(), **options)
 
 
-BATCHES = (32, 64, 128, 256, 512, 1400)
+BATCHES = (32, 64, 128, 256, 512)
 TASKS: dict[str, Callable[[], Task]] = {
     "T1": transformer_task,
     "T2": graph_task,

@@ -171,10 +171,10 @@ plt.show()
 #
 # Any of these may take the advantage away. So it has to be measured.
 #
-# ## One network, six batch sizes
+# ## One network, five batch sizes
 #
-# The convolutional network T4 of the benchmark is trained to a validation accuracy of 98 %, with batches of 32 up to all
-# 1400 training images. For *every* batch size, SGD, AdamW and KFAC each get the same number of trials, as
+# The convolutional network T4 of the benchmark is trained to a validation accuracy of 98 %, with batches of 32 up to 512 of
+# its 1400 training images. For *every* batch size, SGD, AdamW and KFAC each get the same number of trials, as
 # [Chapter 9](09_optimizer.py) describes, within the same number of steps. The numbers are medians over fresh seeds with an
 # interval of 90 % confidence.
 
