@@ -209,7 +209,15 @@ def split(X: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def transformer_task() -> Task:
-    options = {"target": 0.95, "batch": 64, "budget": 600, "every": 5, "trials": 20, "seeds": 5}
+    options = {
+        "target": 0.95,
+        "batch": 64,
+        "budget": 600,
+        "every": 5,
+        "trials": 20,
+        "seeds": 5,
+        "finals": 5,
+    }
     data = split(*digits())
     return Task(
         VisionTransformer, nn.CrossEntropyLoss(), **data, metric=accuracy, sign=1, **options
@@ -225,7 +233,15 @@ def graph_task() -> Task:
 
 
 def autoencoder_task() -> Task:
-    options = {"target": 0.40, "batch": 700, "budget": 2000, "every": 10, "trials": 20, "seeds": 3}
+    options = {
+        "target": 0.40,
+        "batch": 700,
+        "budget": 2000,
+        "every": 10,
+        "trials": 20,
+        "seeds": 3,
+        "finals": 5,
+    }
     X = digits()[0][:TRAINING].flatten(1)
     return Task(autoencoder, nn.MSELoss(), X, X, X, X, metric=squared_error, sign=-1, **options)
 

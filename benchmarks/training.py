@@ -63,7 +63,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "T3": tuple(
         name
         for name in (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS)
-        if name not in ("kfac-reduce", "foof", "tekfac", "lanczos", "sre-kfac", "cg-fac")
+        if name
+        not in ("kfac-reduce", "foof", "tekfac", "lanczos", "sre-kfac", "mini-block", "cg-fac")
     ),
     "T4": (*MAIN, *KFAC_UNDER_ALL, *OF_PAPERS),
     "T5": MAIN,
