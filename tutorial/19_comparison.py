@@ -672,10 +672,18 @@ def coin(wins: int, losses: int) -> float:
     return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
 
 
+SUMS = ("deflation", "lanczos", "kfac-corrected")  # damped by factors, guarded
+GRADIENTS = ("sgd", "adamw", "soap", "shampoo", "muon")
+AVERAGED = {"skfac": "window", "lanczos": "newest", "kfac-corrected": "newest", "cg-fac": "newest"}
+
+
 def control(stored: dict, name: str) -> str:
+    """KFAC under the average and the damping of a method, where the task has it."""
     config = stored["search"][name]["winner"]
-    same = f"kfac, {config.get('average', 'moving')}, {config.get('inverse', 'exact')}"
-    return same if same in stored["finals"] and same != name else "kfac-expand"
+    average = config.get("average", AVERAGED.get(name, "moving"))
+    damping = config.get("inverse", "factored" if name in SUMS else "exact")
+    same = f"kfac, {average}, {damping}"
+    return same if same in stored["finals"] and name not in GRADIENTS else "kfac-expand"
 
 
 verdicts: dict[tuple[str, str, str], str] = {}
