@@ -680,6 +680,8 @@ AVERAGED = {"skfac": "window", "lanczos": "newest", "kfac-corrected": "newest", 
 
 def control(stored: dict, name: str) -> str:
     """KFAC under the average and the damping of a method, where the task has it."""
+    if name == "two-level" and "kfac, two lengths" in stored["finals"]:
+        return "kfac, two lengths"  # which may choose the length of the network, as it may
     config = stored["search"][name]["winner"]
     average = config.get("average", AVERAGED.get(name, "moving"))
     damping = config.get("inverse", "factored" if name in SUMS else "exact")
