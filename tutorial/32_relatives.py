@@ -543,7 +543,7 @@ for task, stored in trained.items():
         theirs = [run["steps"] or math.inf for run in stored["finals"][name]]
         wins, losses = (
             sum(f(x, y) for x, y in zip(ours, theirs, strict=True))
-            for f in (float.__lt__, float.__gt__)
+            for f in (operator.lt, operator.gt)
         )
         told.append(f"{name} {wins}:{losses} ({chance(wins, losses):.3f})")
     print(f"{task}: KFAC against {', '.join(told)}")
