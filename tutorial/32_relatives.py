@@ -43,6 +43,7 @@
 import itertools
 import json
 import math
+import operator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
