@@ -212,14 +212,18 @@ for io in of_data.values():
 #
 # and the methods differ in two numbers for each sample:
 #
-# | | $w^A_n$ | $w^B_n$ | what it minimises |
-# | --- | --- | --- | --- |
-# | KFAC | $1 / N$ | $1$ | nothing; exact if $a$ and $g$ are independent |
-# | TKFAC, Shampoo's sums | $\lVert g_n \rVert^2$ | $\lVert a_n \rVert^2$ | nothing; both partial traces are right |
-# | KPSVD | $g_n^\top B\, g_n$ | $a_n^\top A\, a_n$ | the distance $\lVert F - B \otimes A \rVert$ |
-# | KL-Shampoo | $g_n^\top B^{-1} g_n / d_\text{out}$ | $a_n^\top A^{-1} a_n / d_\text{in}$ | a divergence of two Gaussians |
+# | | $w^A_n$ | $w^B_n$ |
+# | --- | --- | --- |
+# | KFAC | $1 / N$ | $1$ |
+# | TKFAC, Shampoo's sums | $\lVert g_n \rVert^2$ | $\lVert a_n \rVert^2$ |
+# | KPSVD | $g_n^\top B\, g_n$ | $a_n^\top A\, a_n$ |
+# | KL-Shampoo | $g_n^\top B^{-1} g_n / d_\text{out}$ | $a_n^\top A^{-1} a_n / d_\text{in}$ |
 #
-# The divergence is $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$. KFAC counts samples. TKFAC weights a sample's input by the size of its vector. The last two ask each
+# KFAC minimises nothing, and is exact if $a$ and $g$ are independent. TKFAC minimises nothing either, and has both partial
+# traces right. KPSVD minimises the distance $\lVert F - B \otimes A \rVert$, and KL-Shampoo a divergence of Gaussians,
+# $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$.
+#
+# KFAC counts samples. TKFAC weights a sample's input by the size of its vector. The last two ask each
 # other: a fixed point, which an iteration finds. KPSVD's weights are up to a scale, which may move from one
 # factor to the other.
 
