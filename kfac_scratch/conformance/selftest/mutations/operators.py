@@ -39,8 +39,8 @@ MUTANTS = [
     ),
     Mutant(
         "a bias added to every derivative",
-        "return replace(x, c=c if bias is None else c + _to_value(bias, x))",
-        "return replace(x, c=c if bias is None else c + bias)",
+        "return _with(x, c if bias is None else c + _coefficients(bias, x))",
+        "return _with(x, c if bias is None else c + bias)",
         REDUCE,
     ),
     Mutant(
