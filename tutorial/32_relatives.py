@@ -212,14 +212,16 @@ for io in of_data.values():
 #
 # and the methods differ in two numbers for each sample:
 #
-# | | $w^A_n$ | $w^B_n$ |
-# | --- | --- | --- |
-# | KFAC | $1 / N$ | $1$ |
-# | TKFAC, Shampoo's sums | $\lVert g_n \rVert^2$ | $\lVert a_n \rVert^2$ |
-# | KPSVD | $g_n^\top B\, g_n$ | $a_n^\top A\, a_n$ |
-# | KL-Shampoo | $g_n^\top B^{-1} g_n / d_\text{out}$ | $a_n^\top A^{-1} a_n / d_\text{in}$ |
+# $$
+# \begin{aligned}
+# \text{KFAC} && w^A_n &= 1 / N , & w^B_n &= 1 , \\
+# \text{TKFAC} && w^A_n &= \lVert g_n \rVert^2 , & w^B_n &= \lVert a_n \rVert^2 , \\
+# \text{KPSVD} && w^A_n &= g_n^\top B\, g_n , & w^B_n &= a_n^\top A\, a_n , \\
+# \text{KL-Shampoo} && w^A_n &= g_n^\top B^{-1} g_n / d_\text{out} , & w^B_n &= a_n^\top A^{-1} a_n / d_\text{in} .
+# \end{aligned}
+# $$
 #
-# KFAC minimises nothing, and is exact if $a$ and $g$ are independent. TKFAC minimises nothing either, and has both partial
+# (Shampoo's sums are TKFAC's.) KFAC minimises nothing, and is exact if $a$ and $g$ are independent. TKFAC minimises nothing either, and has both partial
 # traces right. KPSVD minimises the distance $\lVert F - B \otimes A \rVert$, and KL-Shampoo a divergence of Gaussians,
 # $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$.
 #
@@ -253,7 +255,7 @@ assert_exact(K.A, weighted(quadratic(g_, torch.linalg.inv(K.B)) / g_.shape[1], a
 assert_exact(K.B, weighted(quadratic(a_, torch.linalg.inv(K.A)) / a_.shape[1], g_))
 
 # %% [markdown]
-# Put $A = B = I$ into the last two rows: both become TKFAC's. Shampoo's sums are the first step of the power
+# Put $A = B = I$ into the last two lines: both become TKFAC's. Shampoo's sums are the first step of the power
 # iteration that ends at KPSVD ([Chapter 12](12_kpsvd.md)), and of the flip-flop that ends at KL-Shampoo. How
 # much is left to gain after that first step? The next figure follows both iterations from the identity.
 
