@@ -11,7 +11,7 @@ from typing import Any
 
 from kfac_scratch.approximations.estimators import Approximation, Estimator, Latest, MovingAverage
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices.matrix import Matrix
+from kfac_scratch.matrices.matrix import LinearMap, Matrix
 
 WINDOW = 5  # batches
 
@@ -27,16 +27,16 @@ class Recent:
     def __matmul__(self, V):
         return self.mean @ V
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.mean, name)
-
     def inverse(self, damping: float):
         return self.mean.inverse(damping)
 
     def dense(self):
         return self.mean.dense()
+
+
+def of_mean(invert: Callable[[Any, float], LinearMap]) -> Callable[[Any, float], LinearMap]:
+    """An inverse that takes the mean of a window, and every other matrix as it is."""
+    return lambda M, damping: invert(M.mean if isinstance(M, Recent) else M, damping)
 
 
 @dataclass(frozen=True)

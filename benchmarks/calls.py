@@ -27,13 +27,12 @@ def counted(names: Iterable[str]) -> Iterator[dict[str, int]]:
             module, _, path = name.partition(":")
             *owners, attribute = path.split(".")
             owner = reduce(getattr, owners, import_module(module))
-            stack.enter_context(patch.object(owner, attribute, _counting(owner, name, calls)))
+            counting = _counting(getattr(owner, attribute), name, calls)
+            stack.enter_context(patch.object(owner, attribute, counting))
         yield calls
 
 
-def _counting(owner: Any, name: str, calls: dict[str, int]) -> Any:
-    function = getattr(owner, name.rpartition(":")[2].rpartition(".")[2])
-
+def _counting(function: Any, name: str, calls: dict[str, int]) -> Any:
     @wraps(function)
     def of(*args: Any, **options: Any) -> Any:
         calls[name] += 1

@@ -209,15 +209,16 @@ def _processor() -> str:
 
 def written(result: dict) -> str:
     """JSON with every list of numbers on one line, and null for what is infinite."""
-    text = json.dumps(_finite(result), indent=1)
+    text = json.dumps(finite(result), indent=1)
     return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """As JSON stores it: null for what is no finite number, and lists for tuples."""
     if isinstance(value, dict):
-        return {key: _finite(of) for key, of in value.items()}
+        return {key: finite(of) for key, of in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(of) for of in value]
+        return [finite(of) for of in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.averaging import AVERAGES
+from benchmarks.averaging import AVERAGES, of_mean
 from benchmarks.tasks import Task
 from kfac_scratch import REDUCE, factored_inverse, kfac
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC
@@ -188,6 +188,7 @@ def curvature(
     adam = {"lr": config["lr"], "betas": betas, "weight_decay": config["weight_decay"]}
     length = LENGTHS[config.get("length", "layer")]
     controls = (*options.pop("controls", ()), length(betas))
+    invert = options.pop("invert", DAMPINGS[config.get("inverse", "exact")])
     if not isinstance(approximation, Estimator):
         approximation = AVERAGES[config.get("average", "moving")](approximation)
     return KFAC(
@@ -202,7 +203,8 @@ def curvature(
         decay=config["decay"],
         factor_every=config["periods"][0],
         inverse_every=config["periods"][1],
-        **{"invert": DAMPINGS[config.get("inverse", "exact")]} | options,
+        invert=of_mean(invert),
+        **options,
     )
 
 

@@ -74,7 +74,7 @@ from kfac_scratch.approximations.skfac import (
 )
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.matrices.matrix import LinearMap, Matrix
+from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.coarse_spaces import nicolaides_space, residual_space, spectral_space
 from kfac_scratch.optimizer.two_level import additive, adef1, adef2, bnn, coarse_correction
 
@@ -153,8 +153,7 @@ def columns(task: Task, model: nn.Module, config: Config) -> KFAC:
 def sketched(decomposition: Decomposition, task: Task, model: nn.Module, config: Config) -> KFAC:
     """RS-KFAC and SRE-KFAC: tail, damping and average are axes."""
     inverse = INVERSES[config["inverse"]]
-    found = SketchedInverse(decomposition, TAILS[config["tail"]], inverse)
-    invert = lambda M, damping: found(getattr(M, "mean", M), damping)  # noqa: E731
+    invert = SketchedInverse(decomposition, TAILS[config["tail"]], inverse)
     return curvature(task, model, config, randomized(config["rank"]), invert=invert)
 
 
@@ -162,7 +161,7 @@ def adaptive(task: Task, model: nn.Module, config: Config) -> KFAC:
     """RS-KFAC with the rank of its author's code, which follows the spectrum of every factor."""
     sketch, tail = Sketch(config["rank"]), TAILS[config["tail"]]
     found = AdaptiveRank(sketch, period=config["period"], tail=tail)
-    return curvature(task, model, config, found, invert=DAMPINGS[config["inverse"]])
+    return curvature(task, model, config, found)
 
 
 BRANDS: dict[str, Callable[[Config, Brand], Estimator]] = {
@@ -176,16 +175,11 @@ BRANDS: dict[str, Callable[[Config, Brand], Estimator]] = {
 
 def updated(name: str, task: Task, model: nn.Module, config: Config) -> KFAC:
     """The three of Brand new K-FACs. `continued` is the tail of their author's code."""
-    continued, inverse = config["tail"] == "continued", DAMPINGS[config["inverse"]]
+    continued = config["tail"] == "continued"
     tail = zero_tail if continued else TAILS[config["tail"]]
     found = BRANDS[name](config, Brand(config["rank"], tail))
-    invert = ContinuedInverse(inverse) if continued else of_modes(inverse)
-    return curvature(task, model, config, found, invert=invert)
-
-
-def of_modes(inverse: Callable[[Any, float], LinearMap]) -> Callable[[Any, float], LinearMap]:
-    """An inverse of the eigenpairs alone, for states that keep the factors too."""
-    return lambda M, damping: inverse(getattr(M, "modes", M), damping)
+    own = {"invert": ContinuedInverse(DAMPINGS[config["inverse"]])} if continued else {}
+    return curvature(task, model, config, found, **own)
 
 
 TAIL = {"tail": Choice(tuple(TAILS))}

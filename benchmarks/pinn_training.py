@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,14 +30,13 @@ import torch
 from torch.linalg import LinAlgError
 
 from benchmarks.calls import counted
-from benchmarks.measure import RESULTS, about, first_line, keep_memory, stored, write
+from benchmarks.measure import RESULTS, about, finite, first_line, keep_memory, stored, write
 from benchmarks.methods import Config, neighbour, place, settings, spread
 from benchmarks.pinn_methods import MAIN, PINN_METHODS, PINN_TASKS, PinnTask
-from benchmarks.training import math_free
+from benchmarks.protocol import check, final_seeds, never_called
 from kfac_scratch.pinn.problems import mlp
 
 SEARCH_SEED = 0
-FIRST_FINAL_SEED = 100
 FEWEST_SEEDS = 3
 DRIFT = 1.15  # the ratio of the times of two evaluations
 CONDITIONS = ("versions", "processor", "threads", "clock", "dtype")
@@ -118,7 +118,7 @@ def proposal(task: PinnTask, name: str, tried: list[dict]) -> Config:
     best, random = place(method.space, min(tried, key=rank)["config"]), Random(number)
     for _ in range(100):  # coordinates can move without another choice
         found = settings(method.space, neighbour(method.space, best, random))
-        if math_free(found) not in [math_free(trial["config"]) for trial in tried]:
+        if finite(found) not in [finite(trial["config"]) for trial in tried]:
             break
     return found
 
@@ -175,10 +175,6 @@ def winner(tried: list[dict]) -> Config:
     return min(tried, key=rank)["config"]
 
 
-def final_seeds(task: PinnTask) -> list[int]:
-    return list(range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + task.finals))
-
-
 def conditions() -> dict[str, Any]:
     return about(torch.device("cpu")) | {"dtype": "float64"}
 
@@ -217,7 +213,7 @@ def summary(finals: dict[str, list[dict]]) -> dict[str, dict]:
         errors = sorted(rank(run) for run in runs)
         steps = statistics.median(run["steps"][-1] for run in runs)
         table[name] = {"median": statistics.median(errors), "errors": errors, "steps": steps}
-    return math_free(table)
+    return finite(table)
 
 
 # ---- check --------------------------------------------------------------------------------------
@@ -248,9 +244,7 @@ def broken(name: str, result: dict) -> Iterator[str]:
         for run in runs:
             if search.get(method) and run["config"] != winner(search[method]):
                 yield f"{name}, {method}, seed {run['seed']}: its settings did not win the search"
-            for function, count in run["calls"].items():
-                if count == 0:
-                    yield f"{name}, {method}, seed {run['seed']}: {function} was never called"
+            yield from never_called(f"{name}, {method}, seed {run['seed']}", run["calls"])
     if result.get("summary") != summary(final):
         yield f"{name}: the summary does not follow from the runs"
     for key in CONDITIONS:
@@ -304,7 +298,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     keep_memory()
-    chosen, faults = args.problem or (PINN_TASKS if args.check else MAIN), []
+    chosen = args.problem or (PINN_TASKS if args.check else MAIN)
     given = {"seconds": args.seconds, "trial_seconds": args.trial_seconds}
     tasks = {
         name: replace(PINN_TASKS[name], **{k: v for k, v in given.items() if v is not None})
@@ -325,13 +319,8 @@ def main() -> None:
             run_search(task, paths[name], names)
         if args.finals:
             run_finals(task, paths[name], names)
-        if args.check:
-            found = list(broken(name, stored(paths[name]))) if paths[name].exists() else []
-            state = (found or "kept") if paths[name].exists() else "not stored"
-            print(f"{paths[name].name}: {state}")
-            faults += found
-    if faults:
-        raise SystemExit(f"{len(faults)} violations of the protocol.")
+    if args.check:
+        check({path: partial(broken, name) for name, path in paths.items()})
 
 
 if __name__ == "__main__":

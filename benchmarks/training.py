@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.loop import Run, first_hit, train
-from benchmarks.measure import RESULTS, about, stored, written
+from benchmarks.measure import RESULTS, about, finite, stored, write
 from benchmarks.methods import (
     FIRST_ORDER,
     KFAC_UNDER_ALL,
@@ -45,11 +45,11 @@ from benchmarks.methods import (
     spread,
 )
 from benchmarks.papers import PAPERS
+from benchmarks.protocol import check, final_seeds, never_called
 from benchmarks.relatives import RELATIVES
 from benchmarks.tasks import BATCHES, TASKS, Task
 
 KEPT = 4  # settings of the second round
-FIRST_FINAL_SEED = 100
 
 METHODS: dict[str, Method] = USUAL_METHODS | RELATIVES | KFAC_UNDER_ALL | MORE_OF_KFAC | PAPERS
 MAIN = (*USUAL_METHODS, *RELATIVES)
@@ -135,11 +135,6 @@ def rank(task: Task, trial: dict) -> tuple[float, float]:
 # ---- finals -------------------------------------------------------------------------------------
 
 
-def final_seeds(task: Task) -> range:
-    """Fresh seeds."""
-    return range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + task.finals)
-
-
 def finals(task: Task, winners: Mapping[str, dict[str, Any]]) -> dict[str, list[dict]]:
     """Fresh seeds, one after the other; in each the methods take turns.
 
@@ -213,7 +208,7 @@ def broken(name: str, result: dict) -> Iterator[str]:
             yield f"{name}, {method}: the winner is none of the trials"
         if set(of["winner"]) != set(METHODS[method].space):
             yield f"{name}, {method}: the winner has other axes than the method's space"
-    seeds = list(final_seeds(task))
+    seeds = final_seeds(task)
     if len(seeds) < 5 or min(seeds) < task.seeds:
         yield f"{name}: final seeds {seeds} are fewer than 5 or were searched on"
     for method, runs in final.items():
@@ -223,26 +218,15 @@ def broken(name: str, result: dict) -> Iterator[str]:
             where = f"{name}, {method}, seed {run['seed']}"
             if set(run["calls"]) != set(METHODS[method].proof) or not run["calls"]:
                 yield f"{where}: other functions were counted than those that prove the method"
-            for function, count in run["calls"].items():
-                if count == 0:
-                    yield f"{where}: {function} was never called"
+            yield from never_called(where, run["calls"])
             hit = first_hit(task, [math.nan if m is None else m for m in run["metric"]])
             if run["steps"] != (None if hit is None else (hit + 1) * task.every):
                 yield f"{where}: the hit is not that of the curve"
-    if final and math_free(summary(final)) != result.get("summary"):
+    if final and finite(summary(final)) != result.get("summary"):
         yield f"{name}: the summary does not follow from the runs"
     for key in ("versions", "processor", "threads", "clock"):
         if final and not result.get(key):
             yield f"{name}: {key} is missing"
-
-
-def math_free(value: Any) -> Any:
-    """As JSON stores it: null for what is infinite."""
-    if isinstance(value, dict):
-        return {key: math_free(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [math_free(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -254,7 +238,7 @@ def run_search(task: Task, path: Path, names: Iterable[str]) -> None:
         found = search(task, name)
         result = stored(path)
         result.setdefault("search", {})[name] = found
-        path.write_text(written(result))
+        write(path, result)
         seconds = time.process_time() - start
         print(path.stem, name, found["winner"], found["steps"], f"{seconds:.0f} s", flush=True)
 
@@ -266,7 +250,7 @@ def run_finals(task: Task, path: Path, names: Iterable[str]) -> None:
     ordered = {name: found[name] for name in names}
     result |= about(torch.device("cpu")) | {"search": ordered, "finals": runs}
     result["summary"] = summary(runs)
-    path.write_text(written(result))
+    write(path, result)
     for name, row in result["summary"].items():
         print(path.stem, f"{name:24s}", row, flush=True)
 
@@ -287,21 +271,17 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Converting a tensor")
     warnings.filterwarnings("ignore", message="Power iteration stopped")
-    faults: list[str] = []
-    for name in args.task or TASKS:
-        path = args.results / f"training-{name}.json"
+    names = args.task or list(TASKS)
+    paths = {name: args.results / f"training-{name}.json" for name in names}
+    for name, path in paths.items():
         methods = [m for m in COMPARED[name] if m in (args.method or METHODS)]
         if args.search:
             known = stored(path).get("search", {}) if args.missing else {}
             run_search(TASKS[name](), path, [m for m in methods if m not in known])
         if args.finals:
             run_finals(TASKS[name](), path, COMPARED[name])
-        if args.check:
-            found = list(broken(name, stored(path))) if path.exists() else []
-            print(f"{path.name}: {(found or 'kept') if path.exists() else 'not stored'}")
-            faults += found
-    if faults:
-        raise SystemExit(f"{len(faults)} violations of the protocol.")
+    if args.check:
+        check({path: partial(broken, name) for name, path in paths.items()})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Sources: Lin et al. 2025 (arXiv:2509.03378); Dutilleul 1999 (The MLE algorithm f
 distribution), for the flip-flop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,8 @@ def kl_factors(io: LayerIO, damping: float, steps: int = 30) -> Kronecker:
     R = _rearranged(io)
     A = eye_like(R.io.a.new_empty(2 * R.io.a.shape[-1:]))
     for _ in range(steps):
-        B = _output_factor(R, A, damping)
-        A = _input_factor(R, B, damping)
+        B = _best_factor(R.to_outputs, A, damping)
+        A = _best_factor(R.to_inputs, B, damping)
     return Kronecker(A, B)
 
 
@@ -109,8 +110,8 @@ class KLShampoo:
         if state is None:
             return kl_factors(io, self.damping, steps=1)
         R = _rearranged(io)
-        B = torch.lerp(state.B, _output_factor(R, state.A, self.damping), weight)
-        A = torch.lerp(state.A, _input_factor(R, B, self.damping), weight)
+        B = torch.lerp(state.B, _best_factor(R.to_outputs, state.A, self.damping), weight)
+        A = torch.lerp(state.A, _best_factor(R.to_inputs, B, self.damping), weight)
         return Kronecker(A, B)
 
 
@@ -119,22 +120,13 @@ def _rearranged(io: LayerIO) -> Rearranged:
     return Rearranged(io)
 
 
-def _output_factor(
-    R: Rearranged, A: Float[Tensor, "d_in d_in"], damping: float
-) -> Float[Tensor, "d_out d_out"]:
-    """The best `B` for an `A`."""
-    inverse = _inverse(A)
-    B = R.to_outputs(inverse)
-    return (B + damping * inverse.trace() * eye_like(B)) / len(A)
-
-
-def _input_factor(
-    R: Rearranged, B: Float[Tensor, "d_out d_out"], damping: float
-) -> Float[Tensor, "d_in d_in"]:
-    """The best `A` for a `B`."""
-    inverse = _inverse(B)
-    A = R.to_inputs(inverse)
-    return (A + damping * inverse.trace() * eye_like(A)) / len(B)
+def _best_factor(
+    weighted: Callable[[Tensor], Tensor], other: Float[Tensor, "d d"], damping: float
+) -> Float[Tensor, "e e"]:
+    """The best factor for the other one, given the sum of gradients that its inverse weights."""
+    inverse = _inverse(other)
+    M = weighted(inverse)
+    return (M + damping * inverse.trace() * eye_like(M)) / len(other)
 
 
 def _inverse(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

@@ -1,6 +1,5 @@
 """The comparison of PINN optimizers: its protocol, and that every method is what it says."""
 
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,6 +28,7 @@ from kfac_scratch.pinn.solvers import dense_solver, kernel_solver
 from kfac_scratch.pinn.steps import Spring
 from kfac_scratch.pinn.terms import pinn_loss
 from tests.laws import check_differs, check_equal
+from tests.meta.stored_results import spoiled
 
 pytestmark = pytest.mark.long
 NAME = "poisson-2d"
@@ -160,20 +160,6 @@ def path(task, tmp_path):
     run_search(task, path, task.compared)
     run_finals(task, path, task.compared)
     return path
-
-
-def spoiled(result, *path):
-    """A copy without the last element that a path leads to, or with another value."""
-    result = copy.deepcopy(result)
-    *path, last, value = path
-    at = result
-    for key in path:
-        at = at[key]
-    if value == "pop":
-        at[last].pop()
-    else:
-        at[last] = value
-    return result
 
 
 def test_the_check_passes_what_keeps_the_protocol_and_names_what_does_not(path):

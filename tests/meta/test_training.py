@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.protocol as protocol
 import benchmarks.training as training
 from benchmarks.averaging import LastBatches
 from benchmarks.calls import counted
@@ -32,6 +33,7 @@ from benchmarks.training import (
 )
 from kfac_scratch import LayerIO, MovingAverage, kfac, tkfac
 from tests.laws import check_differs, check_equal
+from tests.meta.stored_results import spoiled
 
 pytestmark = pytest.mark.long
 
@@ -74,7 +76,7 @@ def test_a_window_forgets_what_is_older():
     ios = batches(5)
     window = averaged(LastBatches(2, kfac), ios)
     parts = [kfac(io) for io in ios[-2:]]
-    check_equal(window.A, (0.8 * parts[0].A + parts[1].A) / 1.8)
+    check_equal(window.mean.A, (0.8 * parts[0].A + parts[1].A) / 1.8)
     check_differs(window.dense(), averaged(MovingAverage(kfac), ios).dense())
 
 
@@ -222,32 +224,18 @@ def small(tmp_path, monkeypatch):
     return stored(path)
 
 
-def spoiled(result, *path):
-    """A copy without the last trial, seed or call that a path leads to."""
-    result = copy.deepcopy(result)
-    *path, last = path
-    at = result
-    for key in path:
-        at = at[key]
-    if last == "pop":
-        at.pop()
-    else:
-        at[last] = 0
-    return result
-
-
 def test_the_check_passes_what_keeps_the_protocol_and_names_what_does_not(small):
     assert list(broken("T2", small)) == []
     proof = METHODS["kfac-expand"].proof[0]
     for path, words in {
         ("search", "adamw", "trials", "pop"): "3 trials, 4 expected",
         ("finals", "kfac-expand", "pop"): "the seeds are not",
-        ("finals", "kfac-expand", 0, "calls", proof): f"{proof} was never called",
-        ("finals", "adamw", 1, "seed"): "the seeds are not",
-        ("finals", "adamw", 1, "steps"): "the hit is not that of the curve",
-        ("search", "adamw", "winner", "lr"): "the winner is none of the trials",
-        ("processor",): "processor is missing",
-        ("summary",): "the summary does not follow",
+        ("finals", "kfac-expand", 0, "calls", proof, 0): f"{proof} was never called",
+        ("finals", "adamw", 1, "seed", 0): "the seeds are not",
+        ("finals", "adamw", 1, "steps", 0): "the hit is not that of the curve",
+        ("search", "adamw", "winner", "lr", 0): "the winner is none of the trials",
+        ("processor", 0): "processor is missing",
+        ("summary", 0): "the summary does not follow",
     }.items():
         assert any(words in fault for fault in broken("T2", spoiled(small, *path))), words
     del small["finals"]["adamw"]
@@ -255,7 +243,7 @@ def test_the_check_passes_what_keeps_the_protocol_and_names_what_does_not(small)
 
 
 def test_final_seeds_that_were_searched_on_are_a_violation(small, monkeypatch):
-    monkeypatch.setattr(training, "FIRST_FINAL_SEED", 1)
+    monkeypatch.setattr(protocol, "FIRST_FINAL_SEED", 1)
     assert any("were searched on" in fault for fault in broken("T2", small))
 
 
