@@ -119,7 +119,8 @@ def truncated_solutions(
 
     The kept ones are the first that are at least 1, 1.3, 1.3**2, ... . The iteration stops after
     number `i` if the model, relative to its value at 0, fell by less than the share `k * progress`
-    in the last `k = max(10, i / 10)` iterations.
+    in the last `k = max(10, i / 10)` iterations, and where round-off is all that is left of the
+    gradient.
 
     Law: after as many iterations as weights, in exact arithmetic, the last one is the step of
     `GaussNewton`. Cost: a product with `J` and one with `J^T` for each iteration.
@@ -134,17 +135,19 @@ def truncated_solutions(
     rho = residuals(parts)
     lowest, x, Jx = half_square(rho), dict(start), times(parts, start)
     r = _downhill(parts, Jx + rho, x, damping)
-    p, square = r, inner_product(r, r)
+    p, square = r, _square(r)
     values, kept, due = [_model(Jx + rho, x, damping) - lowest], [], 1.0
+    smallest = (10 * torch.finfo(rho.dtype).eps) ** 2 * square  # below it, round-off is left
     for i in range(1, iterations + 1):
-        if not square > 0:
-            break
         Jp = times(parts, p)
-        step = float(square / (Jp.square().sum() + damping * inner_product(p, p)))
+        curvature = float(Jp.double().square().sum()) + damping * _square(p)
+        if not (square > smallest and curvature > 0):
+            break
+        step = square / curvature
         x, Jx = moved(x, p, step), Jx + step * Jp
-        r, old = _downhill(parts, Jx + rho, x, damping), square
-        square = inner_product(r, r)
-        p = moved(r, p, float(square / old))
+        r, old = moved(r, _downhill(parts, Jp, p, damping), step), square
+        square = _square(r)
+        p = moved(r, p, square / old)
         values.append(_model(Jx + rho, x, damping) - lowest)
         if i >= due:
             kept.append(x)
@@ -160,6 +163,11 @@ def _downhill(
 ) -> dict[str, Tensor]:
     """Minus the gradient of the model, given `J x + rho`."""
     return {n: -V - damping * x[n] for n, V in transposed_times(parts, left).items()}
+
+
+def _square(x: Direction) -> float:
+    """The squared norm, in float64, in which the square of a small number does not underflow."""
+    return sum(float(V.double().square().sum()) for V in x.values())
 
 
 def _model(left: Tensor, x: Direction, damping: float) -> float:

@@ -1,5 +1,6 @@
 """Hessian-free optimization: conjugate gradients on the exact model, stopped early."""
 
+from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -98,6 +99,24 @@ def test_the_iteration_stops_when_the_model_hardly_falls(device):
     assert gaps[0] < gaps[1] < gaps[2]
     values = [gap(parts, x, damping) for x in stopped]
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("damping", [1e-6, DAMPING, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_more_iterations_than_needed_change_nothing(dtype, damping, device):
+    """Whether they run (a rule that never stops) or not, and however small the residuals are."""
+    model, terms = setting(device)
+    terms = [replace(term, X=term.X.to(dtype)) for term in terms]
+    parts = flat(linearize(model.to(dtype), terms))
+    condition = 1 + float(torch.linalg.eigvalsh(gramian(parts))[-1]) / damping
+    size = sum(V.numel() for V in zero(model).values())
+    found = as_vector(truncated_solutions(parts, damping, zero(model), 10 * size, -1.0)[-1])
+    more = as_vector(truncated_solutions(parts, damping, zero(model), 100 * size, -1.0)[-1])
+    small = [replace(part, residuals=1e-25 * part.residuals) for part in parts]
+    tiny = as_vector(truncated_solutions(small, damping, zero(model), 10 * size, -1.0)[-1])
+    for other in (more, 1e25 * tiny):
+        error = float((other - found).norm() / found.norm())
+        assert error <= (2 * condition + 20) * torch.finfo(dtype).eps
 
 
 def test_a_start_at_the_solution_is_the_solution(device):
