@@ -144,6 +144,8 @@ def test_a_chapter_and_its_row_of_the_reading_map_lead_to_all_modules_that_it_us
         assert f'<a href="api/{name}.html"><code>{name}</code></a>' in row, name
     for place in re.findall(r"<code>(tests/[^<]*)</code>", row):
         assert (ROOT / place).exists()
+    for script in re.findall(r"<code>(benchmarks/[^<]*)</code>", row):
+        assert (ROOT / script).exists()
     assert "Tests: " in row
 
 

@@ -34,6 +34,7 @@ log = logging.getLogger("mkdocs.hooks.chapters")
 
 TUTORIAL = ROOT / "tutorial"
 CACHE = ROOT / ".cache" / "chapters"
+RUNS = re.compile(r"\bbenchmarks[./](\w+)")  # `python -m benchmarks.training`, `benchmarks/step.py`
 EVERYWHERE = {"checks", "show"}  # tools of all chapters, which say nothing about one of them
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
@@ -91,14 +92,23 @@ class Chapter:
         return [name for name in order if name in used - EVERYWHERE - {""}]
 
     @property
+    def runs(self) -> list[str]:
+        """Scripts of benchmarks that the chapter names."""
+        found = dict.fromkeys(RUNS.findall(self.path.read_text(encoding="utf-8")))
+        scripts = [f"benchmarks/{name}.py" for name in found]
+        return [script for script in scripts if (ROOT / script).exists()]
+
+    @property
     def tests(self) -> list[str]:
-        """Where these are tested: a folder, where several of its files do."""
+        """Where modules are tested, a folder if several of its files do; and then the scripts."""
         places = dict.fromkeys(filter(None, map(package.tests, self.modules)))
         folders = [posixpath.dirname(place.rstrip("/")) for place in places]
         several = {f"{f}/" for f in folders if f != "tests" and folders.count(f) > 1}
         several |= {place for place in places if place.endswith("/")}
         shown = [next((f for f in several if place.startswith(f)), place) for place in places]
-        return list(dict.fromkeys(shown))
+        own = [f"tests/meta/test_{Path(script).stem}.py" for script in self.runs]
+        own = [place if (ROOT / place).exists() else "tests/meta/test_benchmarks.py" for place in own]
+        return list(dict.fromkeys([*shown, *own]))
 
 
 def chapters() -> list[Chapter]:
@@ -123,10 +133,12 @@ def _reading_map(config) -> str:
 
 
 def _code(chapter: Chapter, config, between: str) -> str:
-    """Links to the modules that a chapter uses, and where these are tested."""
+    """Links to modules and benchmarks that a chapter uses, and where these are tested."""
     modules = ", ".join(f"[`{name}`]({api.uri(name)})" for name in chapter.modules)
+    runs = ", ".join(_in_repository(script, config) for script in chapter.runs)
     tests = ", ".join(_in_repository(place, config) for place in chapter.tests)
-    return modules + (f"{between}Tests: {tests}" if tests else "")
+    found = [modules, runs and f"Benchmark: {runs}", tests and f"Tests: {tests}"]
+    return between.join(filter(None, found))
 
 
 def _in_repository(place: str, config) -> str:
@@ -154,7 +166,7 @@ def _head(chapter: Chapter, config) -> str:
     stem = chapter.path.stem
     files = {"notebook-outline: Notebook": f"{stem}.ipynb", "language-python: Script": f"{stem}.py"}
     links = [f'[:material-{label}]({file}){{ download="{file}" }}' for label, file in files.items()]
-    code = f"Code: {_code(chapter, config, '. ')}\n{{ .uses }}" if chapter.modules else ""
+    code = f"Code: {_code(chapter, config, '. ')}\n{{ .uses }}" if chapter.tests else ""
     text = f"{' '.join(links)}\n\n{code}"
     return f'<div class="downloads" data-search-exclude markdown="1">\n{text}\n</div>'
 
