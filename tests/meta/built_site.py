@@ -35,8 +35,7 @@ def unavailable(reason: str) -> None:
 def mkdocs_build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
     """`mkdocs build --strict` of the repository in `source`."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
-    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
 
 
 @cache

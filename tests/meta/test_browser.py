@@ -29,6 +29,17 @@ OUT_OF_REACH = """() => [...document.querySelectorAll('.md-content *:not(span.ar
     .filter(e => e.checkVisibility() && /auto|scroll/.test(getComputedStyle(e).overflowX))
     .filter(e => e.scrollWidth > e.clientWidth + 1 && !e.querySelector('a, button, [tabindex]'))
     .filter(e => e.tabIndex < 0).map(e => e.className + ': ' + e.textContent.slice(0, 80))"""
+CUT_CODE = """() => [...document.querySelectorAll('.md-content pre > code')]
+    .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.textContent.slice(0, 60))"""
+CODE_SHARE = """() => {
+    const height = e => e.getBoundingClientRect().height;
+    const shown = [...document.querySelectorAll('.md-content div.highlight:not(.output)')];
+    return shown.filter(e => e.checkVisibility()).reduce((sum, e) => sum + height(e), 0)
+        / height(document.querySelector('.md-content'));
+}"""
+FIRST_FIGURE = """() => [...document.querySelectorAll('.md-content figure')]
+    .filter(e => e.checkVisibility()).slice(0, 1).map(e => e.getBoundingClientRect().top + scrollY)"""
 SHOWN = """() => [...document.querySelectorAll('figure.plot img')].filter(i => i.offsetParent)
     .map(i => i.getAttribute('src'))"""
 
@@ -70,7 +81,15 @@ def visit(browser):
 def survey(browser):
     """Answers by page and question, from one visit of every page for each screen and scheme."""
     asked = {
-        "desktop": {"broken": BROKEN_MATH, "raw": UNTYPESET, "cut off": CUT_OFF, "shown": SHOWN},
+        "desktop": {
+            "broken": BROKEN_MATH,
+            "raw": UNTYPESET,
+            "cut off": CUT_OFF,
+            "cut code": CUT_CODE,
+            "code share": CODE_SHARE,
+            "first figure": FIRST_FIGURE,
+            "shown": SHOWN,
+        },
         "phone": {"sideways": SIDEWAYS, "out of reach": OUT_OF_REACH},
     }
 
@@ -109,6 +128,11 @@ def inaccessible(page):
     return results.generate_report() if results.violations_count else ""
 
 
+def chapter(path):
+    """Is this the page of a chapter?"""
+    return path.name[:2].isdigit() and path.parent.name != "api"
+
+
 def some(answers):
     """Pages with an answer that should be empty."""
     return {path.name: answer for path, answer in answers.items() if answer}
@@ -121,6 +145,22 @@ def test_every_formula_is_typeset(survey):
 
 def test_no_formula_is_cut_off_on_a_desktop(survey):
     assert some(survey("cut off", "desktop")) == {}
+
+
+def test_no_code_and_no_output_is_cut_off_on_a_desktop(survey):
+    assert some(survey("cut code", "desktop")) == {}
+
+
+def test_a_chapter_shows_its_first_figure_within_1200_pixels(survey):
+    tops = {p.name: top for p, top in survey("first figure", "desktop").items() if chapter(p)}
+    assert len(tops) > 30
+    assert {name: top for name, top in tops.items() if not top or top[0] > 1200} == {}
+
+
+def test_code_takes_at_most_two_fifths_of_a_chapter(survey):
+    """Of the page's height, as it opens; folded code is not shown."""
+    shares = {p.name: share for p, share in survey("code share", "desktop").items() if chapter(p)}
+    assert {name: share for name, share in shares.items() if share > 0.4} == {}
 
 
 @SCHEMES

@@ -295,6 +295,7 @@ def test_a_folder_without_a_group_stops_the_build(small_site):
 def test_the_small_site_builds(small_site):
     built = build(small_site, HEADER)
     assert built.returncode == 0, built.stderr
+    assert "end of life" not in built.stderr  # of Material, which prints it above all others
     assert r"\(a^\top b\)" in (small_site / "site" / "01_probe.html").read_text()
     figures = small_site / "site" / "01_probe_files"
     assert "#23262d" in (figures / "figure-1.svg").read_text()

@@ -23,10 +23,14 @@ from traitlets.config import Config
 
 TIMEOUT = 300  # seconds per cell
 MAX_SVG = 400_000  # bytes
+BESIDE = 62  # characters of code that fit beside a text in a window of 1280 pixels
 PLACEHOLDERS = ("#010203", "#fdfcfb")  # ink and paper while a figure is drawn
 COLOURS = {"": ("#23262d", "#ffffff"), "-dark": ("#d8dbe3", "#1b1d23")}
 # Headers of cells are read as Python strings; this undoes what becomes of \\top, \\beta, \\nu.
 UNREAD = {ord(c): rf"\{name}" for c, name in zip("\a\b\t\n\v\f\r", "abtnvfr", strict=True)}
+SET_UP = re.compile(
+    r"^set_up\(\)", re.MULTILINE
+)  # the cell of imports, which every chapter begins with
 LINK = re.compile(r"\]\((\d\d_\w+)\.py(#[^)]*)?\)")
 
 SETUP = f"""\
@@ -70,7 +74,7 @@ TEMPLATE = """\
 {% endblock -%}
 {%- block input -%}
 {%- if 'hide-input' in cell.metadata.tags -%}
-{%- call fold('Code') %}{{ fence(cell.source, 'python') }}{% endcall -%}
+{%- call fold(cell.metadata.fold or 'Code') %}{{ fence(cell.source, 'python') }}{% endcall -%}
 {%- else -%}{{ fence(cell.source, 'python') }}{%- endif -%}
 {%- endblock -%}
 {%- block outputs -%}
@@ -157,8 +161,12 @@ def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
     cells: list[NotebookNode] = []
     for number, cell in enumerate(nb.cells, 1):
         tags = cell.metadata.setdefault("tags", [])
+        cell.metadata.setdefault("fold", "")
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(r"](\1.md\2)", cell.source)
+        elif SET_UP.search(cell.source):
+            tags.append("hide-input")
+            cell.metadata.fold = cell.metadata.fold or "Set-up"
         for output in cell.get("outputs", ()):
             where = f"{name}.py, code cell {number}, {cell.source[:60]!r}"
             if output.get("name") == "stderr":
@@ -166,7 +174,8 @@ def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
             if "image/svg+xml" in output.get("data", {}) or "image/png" in output.get("data", {}):
                 figure = _figure(output.data, cell, name, files, where)
                 output.data = NotebookNode({"text/markdown": figure})
-        cells += _beside(cells.pop(), cell) if "beside" in tags else [cell]
+        beside = "beside" in tags and _width(cell) <= BESIDE
+        cells += _beside(cells.pop(), cell) if beside else [cell]
     nb.cells = cells
     tagged = {"enabled": True, "remove_cell_tags": {"remove-cell"}}
     tagged |= {"remove_input_tags": {"remove-input"}, "remove_all_outputs_tags": {"remove-output"}}
@@ -174,6 +183,18 @@ def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
     exporter.raw_template = TEMPLATE
     text, _ = exporter.from_notebook_node(nb)
     return text, files
+
+
+def _width(cell: NotebookNode) -> int:
+    """The longest line of what a cell shows, in characters; none of a figure."""
+    shown = [] if "remove-input" in cell.metadata.tags else [cell.source]
+    for output in cell.get("outputs", ()):
+        data = output.get("data", {})
+        if "image/svg+xml" not in data and "image/png" not in data:
+            shown.append(
+                output.get("text") or data.get("text/markdown") or data.get("text/plain", "")
+            )
+    return max((len(line) for text in shown for line in text.splitlines()), default=0)
 
 
 def _beside(left: NotebookNode, right: NotebookNode) -> list[NotebookNode]:

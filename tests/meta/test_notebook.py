@@ -1,0 +1,53 @@
+"""How an executed notebook becomes a page: what is folded, and what stands beside a text."""
+
+import sys
+
+import pytest
+
+from tests.meta.built_site import ROOT, missing
+
+missing("jupytext", "nbformat", "nbclient", "nbconvert")
+sys.path.insert(0, str(ROOT / "tutorial" / "_site"))
+nbformat = pytest.importorskip("nbformat")
+notebook = pytest.importorskip("notebook")
+v4 = nbformat.v4
+
+
+def page(*cells):
+    nb = v4.new_notebook(
+        cells=[v4.new_markdown_cell("# 1. Title\n\n## A section\n\nText."), *cells]
+    )
+    return notebook.render(nb, "01_probe")[0]
+
+
+def cell(source, *tags, output="", **metadata):
+    made = v4.new_code_cell(source, metadata={"tags": list(tags), **metadata})
+    if output:
+        made.outputs = [v4.new_output("stream", name="stdout", text=output)]
+    return made
+
+
+def test_the_set_up_is_folded_by_itself_and_says_so():
+    text = page(cell("import torch\n\nset_up()  # seed 0"), cell("x = 1"))
+    folded, open_ = text.split("</details>")
+    assert "<summary>Set-up</summary>" in folded
+    assert "import torch" in folded
+    assert "x = 1" in open_
+    assert "<details" not in page(cell("found = set_up_of(1)"))
+
+
+def test_a_fold_has_the_title_that_its_cell_states():
+    assert "<summary>Code</summary>" in page(cell("x = 1", "hide-input"))
+    checked = page(cell("assert 1 == 1", "hide-input", fold="Checked: one is one"))
+    assert "<summary>Checked: one is one</summary>" in checked
+
+
+@pytest.mark.parametrize("length", [62, 63])
+def test_code_that_would_be_cut_stands_below_its_text(length):
+    """In the source of a cell, and in what it prints."""
+    line = "x = " + "1" * (length - 4)
+    beside = '<div class="beside"'
+    assert (beside in page(cell(line, "beside"))) == (length == 62)
+    assert (beside in page(cell("x", "beside", output=line))) == (length == 62)
+    assert beside in page(cell("x", "beside"))
+    assert (beside in page(cell(line, "beside", "remove-input", output="x"))) is True
