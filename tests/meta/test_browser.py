@@ -39,7 +39,8 @@ CODE_SHARE = """() => {
         / height(document.querySelector('.md-content'));
 }"""
 FIRST_FIGURE = """() => [...document.querySelectorAll('.md-content figure')]
-    .filter(e => e.checkVisibility()).slice(0, 1).map(e => e.getBoundingClientRect().top + scrollY)"""
+    .filter(e => e.checkVisibility()).slice(0, 1)
+    .map(e => e.getBoundingClientRect().top + scrollY)"""
 SHOWN = """() => [...document.querySelectorAll('figure.plot img')].filter(i => i.offsetParent)
     .map(i => i.getAttribute('src'))"""
 
