@@ -208,10 +208,30 @@ def test_a_numbered_equation_can_be_jumped_to(visit):
     assert page.evaluate("document.querySelector(':target').id") == "eq-1.6"
 
 
-def test_search_works_from_disk(visit):
+OBVIOUS = {  # what a reader looks for, and what the first page that is found has in its address
+    "KFAC": ["KFAC", "kfac"],
+    "natural gradient": ["losses", "natural"],
+    "expand reduce": ["weight_sharing"],
+    "damping": ["damping"],
+    "empirical Fisher": ["losses", "fisher"],
+    "marginal likelihood": ["laplace"],
+    "Kronecker": ["flattening", "matrices", "kfac"],
+}
+
+
+@pytest.mark.parametrize("words", OBVIOUS)
+def test_search_works_from_disk_and_finds_the_obvious_chapter_first(visit, words):
     page = visit("index.html")
     page.click(".md-search__input")
-    page.keyboard.type("Kronecker", delay=20)
-    page.wait_for_selector(".md-search-result__item")
-    assert page.locator(".md-search-result__item").count() >= 2
+    page.keyboard.type(words, delay=20)
+    result = page.locator(".md-search-result__link")
+    page.wait_for_function(  # of these words, not of the first few letters
+        "n => document.querySelector('.md-search-result__meta').textContent.includes(n)",
+        arg="matching",
+    )
+    page.wait_for_timeout(1000)
+    found = result.first.get_attribute("href").rpartition("/")[2].partition("?")[0]
+    assert found[:2].isdigit(), found
+    assert any(part in found for part in OBVIOUS[words]), found
+    assert result.count() >= 2
     assert page.problems == []

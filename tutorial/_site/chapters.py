@@ -34,6 +34,7 @@ log = logging.getLogger("mkdocs.hooks.chapters")
 
 TUTORIAL = ROOT / "tutorial"
 CACHE = ROOT / ".cache" / "chapters"
+INSIDES = "The oracle's insides"  # a group of the API
 RUNS = re.compile(r"\bbenchmarks[./](\w+)")  # `python -m benchmarks.training`, `benchmarks/step.py`
 EVERYWHERE = {"checks", "show"}  # tools of all chapters, which say nothing about one of them
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
@@ -269,8 +270,18 @@ def on_files(files, config):
 
 
 def on_page_markdown(text, page, config, files):
-    """Fill in the lists and turn [(1.2)], [Theorem 1.1] and [Figure 1.1] into links."""
+    """Fill in the lists and turn [(1.2)], [Theorem 1.1] and [Figure 1.1] into links.
+
+    In searches, chapters come before all else, the API comes last, and what only the oracle itself
+    uses does not appear.
+    """
     here = page.file.src_uri
+    if (TUTORIAL / f"{page.file.name}.py").exists():
+        page.meta["search"] = {"boost": 4}
+    elif here.startswith("api/"):
+        inside = api.grouped(config.extra["api"])[INSIDES]
+        hidden = posixpath.dirname(here) == "api" and page.file.name.startswith(tuple(inside))
+        page.meta["search"] = {"exclude": True} if hidden else {"boost": 0.25}
     for mark, written in LISTS.items():
         if mark in text:
             text = text.replace(mark, written(config))
@@ -288,13 +299,14 @@ def on_page_content(html, page, config, files):
     """Lists of contents show text only: leave out the marks of formulas in headings.
 
     In code, names and spaces have the colour of code itself and need no element of their own,
-    which would be a third of a page.
+    which would be a third of a page. Code and output are not searched.
     """
     entries = list(page.toc)
     while entries:
         entry = entries.pop()
         entry.title = re.sub(r"\\\((.*?)\\\)", r"\1", entry.title)
         entries += entry.children
+    html = re.sub(r'<div class="([^"]*\bhighlight)"', r'<div data-search-exclude class="\1"', html)
     return re.sub(r'<span class="[nw]">([^<]*)</span>', r"\1", html)
 
 
