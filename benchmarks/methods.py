@@ -9,7 +9,7 @@ What papers add is in `benchmarks.papers`, and optimizers that only see gradient
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -26,7 +26,7 @@ from kfac_scratch.approximations.estimators import Estimator, MovingAverage
 from kfac_scratch.matrices.damping import relative_factored_inverse
 from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.optimizer import KFAC
-from kfac_scratch.optimizer.step_control import Control, Step, graft, norm
+from kfac_scratch.optimizer.step_control import graft
 
 Config = dict[str, Any]
 
@@ -147,25 +147,13 @@ CURVATURE: Space = {
 }
 
 
-def graft_network(betas: tuple[float, float]) -> Control:
-    """The direction of the whole network with the norm of Adam's step: layers keep their ratios."""
-    by_layer = graft(betas)
-
-    def control(step: Step) -> Step:
-        found = by_layer(step)
-        ratio = norm(found.direction) / norm(step.direction)
-        return replace(found, direction={n: ratio * d for n, d in step.direction.items()})
-
-    return control
-
-
-LENGTHS = {"layer": graft, "network": graft_network}
+LENGTHS = ("layer", "network")  # whose norm is that of Adam's step
 SHARED: Space = SCHEDULE | ADAM | CURVATURE
 DAMPINGS = INVERSES | {"relative": lambda M, damping: relative_factored_inverse(M, damping**0.5)}
 INVERSE: Space = {"inverse": Choice(tuple(INVERSES))}
 RELATIVE: Space = {"inverse": Choice(tuple(DAMPINGS))}
 AVERAGE: Space = {"average": Choice(tuple(AVERAGES))}
-LENGTH: Space = {"length": Choice(tuple(LENGTHS))}
+LENGTH: Space = {"length": Choice(LENGTHS)}
 
 
 def curvature(
@@ -186,8 +174,8 @@ def curvature(
     """
     betas, momentum = (config["beta1"], config["beta2"]), config["momentum"]
     adam = {"lr": config["lr"], "betas": betas, "weight_decay": config["weight_decay"]}
-    length = LENGTHS[config.get("length", "layer")]
-    controls = (*options.pop("controls", ()), length(betas))
+    length = graft(betas, per=config.get("length", "layer"))
+    controls = (*options.pop("controls", ()), length)
     invert = options.pop("invert", DAMPINGS[config.get("inverse", "exact")])
     if not isinstance(approximation, Estimator):
         approximation = AVERAGES[config.get("average", "moving")](approximation)

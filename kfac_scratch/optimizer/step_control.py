@@ -151,28 +151,41 @@ def _norm_constrained(limit: float, step: Step) -> Step:
     return step.scaled(dict.fromkeys(step.direction, min(1.0, limit / size if size else 1.0)))
 
 
-def graft(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Control:
+def graft(
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    per: str = "layer",
+) -> Control:
     """A control: the direction of every layer, with the norm that Adam's step would have.
 
     Use it to reuse learning rates that were found for Adam. Not before `kl_clip`, and not where the
-    length of the natural gradient step is the point, which it discards.
+    length of the natural gradient step is the point, which it discards. With `per="network"` only
+    the length of the whole step is Adam's, and layers keep the ratios of their lengths: use this
+    behind `coarse_correction`, whose second level consists of such ratios.
 
     Cost: Adam's operations, and its two moments for every parameter, as part of the optimizer's
     state. Source: Agarwal et al. 2020 (arXiv:2002.11803).
 
+    Args:
+        betas: Adam's decay rates of the first and the second moment.
+        eps: Adam's constant in the denominator.
+        per: Whose norm is Adam's: that of each `"layer"`, or that of the `"network"`.
+
     Raises:
-        ValueError: If `eps` is not positive.
+        ValueError: If `eps` is not positive, or `per` is neither of the two.
     """
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}: gradients may be zero.")
-    return partial(_grafted, betas, eps)
+    if per not in ("layer", "network"):
+        raise ValueError(f"per must be 'layer' or 'network', got {per!r}.")
+    return partial(_grafted, betas, eps, per)
 
 
-def _grafted(betas: tuple[float, float], eps: float, step: Step) -> Step:
+def _grafted(betas: tuple[float, float], eps: float, per: str, step: Step) -> Step:
     moments = {n: _moments(step.memory[n], g, betas) for n, g in step.gradient.items()}
     adam = {name: _adam(m, betas, eps) for name, m in moments.items()}
     scales: dict[str, Tensor | float] = {}
-    for names in step.layers:
+    for names in step.layers if per == "layer" else [[n for of in step.layers for n in of]]:
         wanted, length = (_norm([v[n] for n in names]) for v in (adam, step.direction))
         scale = torch.where(length > 0, wanted / length, torch.zeros_like(length))
         scales |= dict.fromkeys(names, scale)

@@ -157,6 +157,7 @@ METHODS = {
     "brand": Case(options={"approximation": Brand(6)}),
     "factored": Case(options={"invert": factored_inverse}),
     "graft": Case(options={"controls": [graft()], "lr": 0.02}),
+    "graft of the network": Case(options={"controls": [graft(per="network")], "lr": 0.02}),
     "norm_constraint": Case(options={"controls": [norm_constraint(0.05)]}),
     "quadratic_model": Case(options={"controls": [quadratic_model()]}),
     "levenberg_marquardt": Case(options={"adapt_damping": levenberg_marquardt, "adapt_every": 2}),

@@ -13,7 +13,7 @@ from kfac_scratch.optimizer.step_control import (
     norm_constraint,
     squared_length,
 )
-from tests.laws import check_equal
+from tests.laws import check_differs, check_equal
 
 NAMES = ("first", "second")
 SHAPES = {"first": (3, 5), "second": (4, 3)}
@@ -188,9 +188,24 @@ def test_a_dead_layer_stays_where_it_is(device):
     assert step.direction["second"].abs().max() > 0
 
 
-def test_graft_needs_a_positive_eps():
+def test_a_graft_of_the_network_keeps_the_ratios_of_its_layers(device):
+    """The whole step is as long as Adam's; a graft per layer changes the ratios."""
+    step = example(device)
+    together, by_layer = graft(per="network")(step), graft()(step)
+    assert norm(together.direction) == pytest.approx(norm(by_layer.direction), rel=1e-12)
+    ratios = [together.direction[n].norm() / step.direction[n].norm() for n in NAMES]
+    check_equal(ratios[0], ratios[1])
+    ratios = [by_layer.direction[n].norm() / step.direction[n].norm() for n in NAMES]
+    check_differs(ratios[0], ratios[1])
+    for name in NAMES:
+        check_equal(together.memory[name]["step"], by_layer.memory[name]["step"])
+
+
+def test_what_graft_cannot_use_is_refused():
     with pytest.raises(ValueError, match="eps must be positive"):
         graft(eps=0.0)
+    with pytest.raises(ValueError, match="per must be 'layer' or 'network', got 'block'"):
+        graft(per="block")
 
 
 def test_controls_compose_from_left_to_right(device):
