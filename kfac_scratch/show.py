@@ -1,6 +1,6 @@
-"""What chapters show: the source that is installed, and matrices as pictures.
+"""What chapters show: the source that is installed, tables, and matrices as pictures.
 
-Both return a value that Jupyter displays, so put the call at the end of a cell. matplotlib is
+All return a value that Jupyter displays, so put the call at the end of a cell. matplotlib is
 needed only to draw.
 """
 
@@ -8,7 +8,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,26 @@ class Markdown:
 
     def _repr_markdown_(self) -> str:
         return self.text
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> Markdown:
+    """A table: columns of text, then columns of numbers, which stand to the right.
+
+    Use it for the results that a chapter is about. Not for the numbers of a check: print these.
+
+    Args:
+        head: The head of every column.
+        rows: The cells of every row, as text in Markdown.
+        text_columns: How many columns are text.
+
+    Raises:
+        ValueError: If a row has another number of cells than the head.
+    """
+    for row in rows:
+        if len(row) != len(head):
+            raise ValueError(f"A row has {len(row)} cells, the head {len(head)}: {list(row)}.")
+    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows)))
 
 
 def source(*objects: Any) -> Source:

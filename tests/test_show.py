@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kfac_scratch import linalg
-from kfac_scratch.show import Source, code, source
+from kfac_scratch.show import Source, code, source, table
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,18 @@ def test_markdown_survives_fences_in_the_source():
     assert lines[0] == "``````python"
     assert lines[-1] == "``````"
     assert repr(shown) == shown.text
+
+
+def test_a_table_has_text_to_the_left_and_numbers_to_the_right():
+    shown = table(["method", "steps", "seconds"], [["KFAC", "8", "1.5"]])
+    lines = ["| method | steps | seconds |", "| --- | ---: | ---: |", "| KFAC | 8 | 1.5 |"]
+    assert shown._repr_markdown_().splitlines() == repr(shown).splitlines() == lines
+    assert "| --- | --- | ---: |" in table(["a", "b", "c"], [], text_columns=2).text
+
+
+def test_a_row_with_another_number_of_cells_is_refused():
+    with pytest.raises(ValueError, match="A row has 1 cells, the head 2"):
+        table(["method", "steps"], [["KFAC"]])
 
 
 @pytest.fixture

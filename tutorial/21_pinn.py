@@ -13,28 +13,32 @@
 # %% [markdown]
 # # 21. KFAC for PINNs: derivatives share weights
 #
-# **Part IV: PINNs.** What is KFAC for a loss that is made of derivatives, and when does it pay?
+# **Part IV: PINNs.** What is KFAC for a loss that is made of derivatives?
 #
-# Networks that solve differential equations are small, smooth, and hard to train. Gradient descent
-# and Adam take hundreds of thousands of steps, and stop early on the way to the solution. The
-# loss is badly conditioned, because a differential operator is. Second-order methods
-# divide by the curvature and get orders of magnitude further. The exact Gauss-Newton
-# matrix is affordable for small networks only. KFAC is meant for the larger ones. [Chapter 20](20_taylor.py)
-# turned the operator into a network with shared weights; this chapter applies what
-# [Chapter 6](06_weight_sharing.py) knows about such networks, and then compares it honestly with the
-# exact methods.
+# A physics-informed neural network (PINN) is trained to satisfy a differential equation. Its loss contains derivatives of the
+# network with respect to its *inputs*, and a differential operator makes it badly conditioned. Adam takes hundreds of
+# thousands of steps and stops far from the solution; methods that divide by the curvature get orders of magnitude
+# further. [Chapter 20](20_taylor.py) wrote the network with its derivatives as a network of Taylor coefficients in which all of
+# them share the weights. KFAC for a PINN is KFAC for this network:
+#
+# $$
+# F = \sum_n \operatorname{vec}(G_n) \operatorname{vec}(G_n)^\top , \quad
+# G_n = \sum_s g_{ns} a_{ns}^\top
+# \qquad \approx \qquad
+# \sum_{n s} g_{ns} g_{ns}^\top \; \otimes \; \frac{1}{N S} \sum_{n s} a_{ns} a_{ns}^\top .
+# $$
+#
+# Here $a_{ns}$ is coefficient $s$ of a layer's input at point $n$ (the value, the first derivatives, the Laplacian), and $g_{ns}$ is
+# the derivative of the residual at this point with respect to the layer's output.
 
-# %%
-import json
+# %% tags=["hide-input"]
 import textwrap
 from itertools import product
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-import kfac_scratch
 from kfac_scratch.approximations.ekfac import ekfac
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.checks import assert_exact, relative_error, set_up
@@ -62,7 +66,6 @@ from kfac_scratch.pinn.solvers import (
     dense_solver,
     kernel_solver,
     line_search,
-    two_directions_per_layer,
 )
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar
 from kfac_scratch.pinn.terms import Term, linearize
@@ -70,10 +73,29 @@ from kfac_scratch.show import code, matrices
 from kfac_scratch.taylor.expansions import laplacian, value_only
 
 set_up()  # seed 0, float64, the GPU where there is one
-generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
+# %% tags=["hide-input"] alt="Two rows of two heat maps, for the interior term and the boundary term, of the middle layer. The exact block and KFAC's approximation beside it; the boundary pair looks alike, the interior pair differs in scale and in many details." caption="Poisson's equation, the middle layer of a small network: exact block and KFAC in one colour scale. Top: the interior term, whose residual is a Laplacian. Bottom: the boundary term, whose residual is a value."
+generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+first = flat(linearize(mlp(2, 6, 5, 1), poisson(2).terms(60, 20, generator)))
+fig, axes = plt.subplots(2, 2, figsize=(5.4, 5.0), layout="constrained")
+for row, part, title in zip(axes, first, ("interior", "boundary"), strict=True):
+    F, K = part.ios["2"].block(), kfac(part.ios["2"]).dense()
+    end = F.abs().max().item()
+    for ax, M, kind in zip(row, (F, K), ("exact", "KFAC"), strict=True):
+        ax.imshow(M.tolist(), cmap="RdBu", vmin=-end, vmax=end)
+        ax.set(title=f"{title}: {kind}", xticks=[], yticks=[])
+plt.show()
 
 # %% [markdown]
+# After this chapter you will be able to
+#
+# - write an equation, its boundary conditions and measurements as terms of a loss,
+# - get gradient, Jacobian products and Gauss-Newton blocks of that loss from one forward and one reverse pass,
+# - say where KFAC of such a loss is exact, and how wrong it can be elsewhere,
+# - invert the sum of two Kronecker products, and choose the length of a step by the exact model.
+#
+# [Chapter 37](37_pinn_results.py) measures when this pays.
+#
 # ## A differential equation as data
 #
 # Poisson's equation on the unit square, $\Delta u + f = 0$ with $u = 0$ on the boundary. We choose the
@@ -217,22 +239,13 @@ code(pinn_gramian._times, pinn_gramian.transposed_times)
 # \tag{21.4}
 # $$
 
-# %% tags=["hide-input"] alt="Two rows of two heat maps, for the interior term and the boundary term, of the middle layer. The exact block and KFAC's approximation beside it; the boundary pair looks alike, the interior pair differs in scale and in many details." caption="The middle layer: exact block and KFAC. Top: the interior term, whose residual is a Laplacian. Bottom: the boundary term, whose residual is a value."
-fig, axes = plt.subplots(2, 2, figsize=(6.6, 6.2), layout="constrained")
-for row, part, title in zip(axes, parts, ("interior", "boundary"), strict=True):
-    io = part.ios["2"]
-    F, K = io.block(), kfac(io).dense()
-    end = F.abs().max().item()
-    for ax, M, kind in zip(row, (F, K), ("exact", "KFAC"), strict=True):
-        ax.imshow(M.tolist(), cmap="RdBu", vmin=-end, vmax=end)
-        ax.set(title=f"{title}: {kind}", xticks=[], yticks=[])
-plt.show()
+# %%
 for part, title in zip(parts, ("interior", "boundary"), strict=True):
     errors = [relative_error(kfac(io).dense(), io.block()) for io in part.ios.values()]
     print(f"{title}: relative errors", *(f"{e:.2f}" for e in errors))
 
 # %% [markdown]
-# The interior term is approximated badly. Is that a bug? To tell, we need a case in which KFAC must be exact.
+# The interior term is approximated badly, as [Figure 21.1] shows. Is that a bug? To tell, we need a case in which KFAC must be exact.
 # Take a *linear* network, that is, linear layers with nothing between them, and an operator of the first
 # coefficients with factors that may differ from datum to datum, $r_n = \sum_s c_{ns} u_{ns}$ with $u_{n0} = u$,
 # $u_{ni} = \partial_i u$, and so on. The rest of the network is one matrix, so all positions get the same
@@ -363,7 +376,7 @@ assert_exact((congruence(damped) @ V).flatten(), torch.linalg.solve(P, V.flatten
 # %% [markdown]
 # ### A damping that nobody mentions
 #
-# The authors' code averages factors over steps, $\hat A_t = \beta \hat A_{t-1} + (1 - \beta) A_t$, and starts from
+# The authors' code [averages factors over steps](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/kfac.py#L600), $\hat A_t = \beta \hat A_{t-1} + (1 - \beta) A_t$, and starts from
 # $\hat A_0 = I$. Unroll it: $\hat A_t = \beta^t I + (1 - \beta^t) \bar A_t$ with a proper weighted mean $\bar A_t$.
 # So $\beta^t$ is a damping, which starts at 1 and decays to far below any $\lambda$ that one would set by hand. It is not an
 # artefact to be corrected away: without it, the first steps use $\lambda = 10^{-10}$ alone and the
@@ -514,221 +527,10 @@ code(kernel_solver)
 
 # %% [markdown]
 # `GaussNewton` uses either with the rule of Levenberg and Marquardt ([Chapter 8](08_damping.py)): a step that lowers the loss as
-# predicted lowers $\lambda$, one that fails is not taken.
+# predicted lowers $\lambda$, one that fails is not taken. `HessianFree` solves the same system by conjugate gradients, without a
+# matrix, and stops early. `Spring` keeps $\lambda$ fixed, adds momentum to the kernel form, and searches along the line; without
+# momentum it is the energy natural gradient, ENGD.
 #
-# ## Training
-#
-# A small example first, with few steps, so that this page can be run: 200 points inside, 60 on the
-# boundary, 24 hidden units. Every method makes 40 steps, Adam 150.
-
-
-# %%
-def train(method, steps: int, seed: int = 0) -> tuple[nn.Module, list[float]]:
-    torch.manual_seed(seed)
-    net, state, errors = mlp(2, 24, 1), None, []
-    problem = poisson(2)
-    draw = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    terms, test = problem.terms(200, 60, draw), problem.points(500, draw)
-    for _ in range(steps):
-        state = method.step(net, terms, state)
-        errors.append(problem.error(net, test))
-    return net, errors
-
-
-class Adam:
-    """Stochastic gradients, here of all points, as a method like the others."""
-
-    def step(self, net: nn.Module, terms: list[Term], optimizer=None):
-        optimizer = optimizer or torch.optim.Adam(net.parameters(), lr=0.01)
-        optimizer.zero_grad()
-        pinn.pinn_loss(net, terms).backward()
-        optimizer.step()
-        return optimizer
-
-
-methods = {
-    "Adam": (Adam(), 150),
-    "KFAC*": (KFACStar(preconditioner=TermWise(0.6)), 40),
-    "KFAC* per layer": (
-        KFACStar(candidates=two_directions_per_layer, preconditioner=TermWise(0.6)),
-        40,
-    ),
-    "EKFAC* per layer": (
-        KFACStar(1e-10, two_directions_per_layer, TermWise(0.6, ekfac_inverse)),
-        40,
-    ),
-    "KFAC*, 20 directions": (
-        KFACKrylov(20, 1, 1e-8, preconditioner=TermWise(0.6, ekfac_inverse)),
-        40,
-    ),
-    "Gauss-Newton": (GaussNewton(), 40),
-}
-runs = {name: train(*pair) for name, pair in methods.items()}
-for name, (_, errors) in runs.items():
-    print(f"{name:20} error {errors[-1]:.1e} after {len(errors)} steps")
-final = {name: errors[-1] for name, (_, errors) in runs.items()}
-assert final["Gauss-Newton"] < final["KFAC*"] / 3
-assert final["KFAC*"] < final["Adam"]
-
-# %% tags=["hide-input"] alt="Error against steps on a logarithmic axis. Adam falls slowly over 150 steps; the three KFAC curves fall faster within 40 steps and lie close together; exact Gauss-Newton falls by orders of magnitude." caption="Root mean square error against steps; the horizontal axis is logarithmic."
-fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-for name, (_, errors) in runs.items():
-    ax.loglog(range(1, len(errors) + 1), errors, label=name)
-ax.set(xlabel="steps", ylabel="error")
-ax.legend(fontsize="small")
-plt.show()
-
-# %% tags=["hide-input"] alt="Three square panels over the unit square. The solution of the trained network is a single smooth bump. The error fields of Gauss-Newton and of KFAC star have patterns of both signs, with much smaller numbers for Gauss-Newton." caption="The solution, and two error fields $u - u^*$, each in its own colour scale."
-grid = torch.stack(
-    torch.meshgrid(torch.linspace(0, 1, 60), torch.linspace(0, 1, 60), indexing="xy"), -1
-)
-with torch.no_grad():
-    fields = {"Gauss-Newton: $u$": runs["Gauss-Newton"][0](grid.view(-1, 2))}
-    for name in ("Gauss-Newton", "KFAC* per layer"):
-        fields[f"{name}: error"] = runs[name][0](grid.view(-1, 2)) - solution(grid.view(-1, 2))
-fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.0), layout="constrained")
-for ax, (title, f) in zip(axes, fields.items(), strict=True):
-    end = f.abs().max().item()
-    image = ax.imshow(
-        f.view(60, 60).tolist(),
-        cmap="RdBu",
-        vmin=-end,
-        vmax=end,
-        origin="lower",
-        extent=(0, 1, 0, 1),
-    )
-    ax.set(title=title, xticks=[0, 1], yticks=[0, 1])
-    fig.colorbar(image, ax=ax, shrink=0.85)
-plt.show()
-
-# %% [markdown]
-# ## When KFAC pays
-#
-# At this size the exact method wins by far. Is that an accident of the example? Two numbers decide: how many KFAC
-# steps take as long as one exact step, and how many are needed to get as far. The first can be counted.
-# Per step, for a network of $D$ weights in layers of width $h$, and $N$ residuals:
-#
-# | | arithmetic | memory |
-# | --- | --- | --- |
-# | dense Gauss-Newton | $N D^2 + D^3 / 3$ | $N D + D^2$ |
-# | kernel form | $N^2 D + N^3 / 3$ | $N D_\text{layer} + N^2$ |
-# | KFAC\* | $c \, N S D + c' \sum h^3$ | $N S \sum h + \sum h^2$ |
-#
-# We take $c = 10$ (a forward and a reverse pass, two factors, three products with the
-# Jacobian) and $c' = 20$ (decompositions), which are rough. As long as the decompositions are not the larger part,
-#
-# $$
-# \frac{\text{kernel}}{\text{KFAC*}} \approx \frac{N}{10\, S} :
-# \tag{21.11}
-# $$
-#
-# the *number of points* decides, and not the size of the network.
-
-# %%
-NETS = [
-    (2, 64, 1),
-    (2, 64, 64, 48, 48, 1),
-    (5, 256, 256, 128, 128, 1),
-    (100, 768, 768, 512, 512, 1),
-]
-print(f"{'D':>10} {'N':>7} {'dense':>14} {'kernel':>12} {'KFAC*':>9}   KFAC* steps per exact step")
-ratio = {}
-for sizes in NETS:
-    layers = list(zip(sizes[:-1], sizes[1:], strict=True))
-    D, S = sum((a + 1) * b for a, b in layers), sizes[0] + 2
-    for N in (1_000, 30_000):
-        decompositions = 20 * sum((a + 1) ** 3 + b**3 for a, b in layers)
-        per_step = (
-            N * D**2 + D**3 / 3,
-            N**2 * D + N**3 / 3,
-            10 * N * S * D + decompositions,
-        )
-        ratio[D, N] = min(per_step[:2]) / per_step[2]
-        numbers = "".join(
-            f"{c / 1e9:{width},.2f}" for c, width in zip(per_step, (15, 13, 10), strict=True)
-        )
-        print(f"{D:10,} {N:7,}{numbers} {ratio[D, N]:10.0f}")
-print("(10^9 multiplications per step)")
-assert all(r < 50 for (_, N), r in ratio.items() if N == 1_000)
-assert max(ratio.values()) > 100
-
-
-def steps_to(name: str, error: float) -> int:
-    return next(i + 1 for i, e in enumerate(runs[name][1]) if e <= error)
-
-
-reached = final["KFAC* per layer"]
-needed = steps_to("Gauss-Newton", reached)
-print(f"Gauss-Newton is as far as KFAC* per layer after 40 steps in {needed} steps")
-assert needed < 25
-
-# %% [markdown]
-# The second number grows with the accuracy: the exact method converges faster and faster near the
-# solution, KFAC\* with its two directions does not. More directions make it converge like the exact method,
-# at a price between the two.
-#
-# An earlier benchmark trained four problems at the size of the paper's, for a
-# minute of a processor's time each. Points are drawn afresh now and then, errors are measured on other points. The
-# settings of each method were chosen on seed 0, the runs have the seeds 1, 2 and 3. "KFAC\*, more directions" is `KFACKrylov` with
-# EKFAC's correction: on the first two problems with one new direction and the last eight steps, which suits cheap steps, on the others with
-# ten and twenty new ones. `pinn-tuning-cpu.json` beside the stored curves lists what was tried. KFAC\* with its two directions gets stuck
-# on the heat equation from two of the three seeds. The curves of Gauss-Newton, and those of ENGD on the second and third problem, are from a version with slower steps.
-# `python -m benchmarks.pinn_training` replaces this benchmark: nine methods, Hessian-free and SPRING among them, with equally
-# many stored trials each, other seeds for the results, and counts that tell which code ran.
-
-# %% tags=["hide-input"] alt="Four panels, one for each problem, with the error against seconds of processor time on logarithmic axes. An exact method reaches the smallest error on the three small networks, KFAC star with more directions on the deep one. Adam and L-BFGS stay orders of magnitude above them." caption="Stored results of an earlier benchmark: error against seconds of processor time, one thread, float64. Lines are medians over three seeds."
-folder = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
-
-
-def stored(name: str) -> list[dict]:
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
-results = stored("pinn-training-cpu")
-names = list(dict.fromkeys(row["problem"] for row in results))
-lines = list(dict.fromkeys(row["method"] for row in results))
-if results:
-    fig, axes = plt.subplots(2, 2, figsize=(9.2, 6.4), layout="constrained")
-    for ax, name in zip(axes.flat, names, strict=True):
-        for row in results:
-            if row["problem"] == name:
-                color = f"C{lines.index(row['method'])}"
-                ax.loglog(row["seconds"], row["median"], color, label=row["method"])
-        ax.set(title=name, xlabel="seconds", ylabel="error")
-    axes.flat[0].legend(fontsize="x-small")
-    plt.show()
-
-# %%
-at_the_end = {(row["problem"], row["method"]): sorted(row["final"])[1] for row in results}
-print(f"{'median error after 60 s':24}", *(f"{name:>16}" for name in names))
-for line in lines:
-    found = (at_the_end.get((name, line)) for name in names)
-    print(f"{line:24}", *(f"{'-':>16}" if e is None else f"{e:16.1e}" for e in found))
-for name in names:
-    ours = at_the_end[name, "KFAC*, more directions"]
-    exact = min(at_the_end[name, kind] for kind in ("ENGD", "Gauss-Newton"))
-    assert ours < min(at_the_end[name, "Adam"], at_the_end[name, "L-BFGS"]) / 10
-    assert (ours < exact) == ("deep" in name)
-heat_runs = [row for row in results if (row["problem"], row["method"]) == ("heat 1+1d", "KFAC*")]
-assert all(sum(error > 1e-2 for error in row["final"]) == 2 for row in heat_runs)
-
-# %% [markdown]
-# This is the answer to the question of this chapter, as far as four problems can tell:
-#
-# - **Few weights** (the first three networks have some hundred): the exact matrix is small, and an exact method wins:
-#   Gauss-Newton with an adapted damping at first, ENGD with a tiny constant damping and a line search in the end.
-# - **Few points, many weights** (the fourth: 9873 weights, 1020 residuals): the kernel makes the exact step affordable, and KFAC
-#   as a *preconditioner* makes a step that is nearly as good at a lower price. It is ahead in the first seconds and
-#   at the end; in between, the two are close.
-# - **Many points**: the kernel is too large, and [(21.11)] says how much cheaper the steps of KFAC are.
-# - KFAC\* with two directions is the cheapest step, and the least memory. Its place is where even
-#   twenty products with $J$ per step are too many.
-#
-# This differs from the impression that the published curves give. There, the exact method for $D = 9873$ is
-# the dense one, and it made three steps in the time that KFAC\* had for eleven thousand.
-
-# %% [markdown]
 # ## Any approximation runs on a PINN
 #
 # Interior and boundary have different numbers of positions. To hand both to an approximation that knows of one batch only,
@@ -763,29 +565,8 @@ shown = {"exact": io.block(), "KFAC": kfac(io).dense(), "EKFAC": ekfac(io).dense
 matrices(shown, scale=io.block().abs().max().item())
 
 # %% [markdown]
-# Whether a step is better is another question, as in [Chapter 10](10_ekfac.py). Here is one method, `KFACKrylov`, with each of them as its
-# preconditioner, for ten seconds: `python -m benchmarks.pinn preconditioners`.
-
-# %% tags=["hide-input"]
-shorter = stored("pinn-preconditioners-cpu")
-errors = {(row["problem"], row["method"]): sorted(row["final"])[1] for row in shorter}
-short = list(dict.fromkeys(problem for problem, _ in errors))
-print(f"{'median error after 10 s':24}", *(f"{name:>16}" for name in short))
-for kind in dict.fromkeys(kind for _, kind in errors):
-    print(f"{kind:24}", *(f"{errors[name, kind]:16.1e}" for name in short))
-for name in short:
-    of_problem = {kind: error for (problem, kind), error in errors.items() if problem == name}
-    worse = [of_problem.pop(f"{kind} of all terms") for kind in ("EKFAC", "KPSVD")]
-    order = sorted(of_problem, key=of_problem.get)
-    print(f"{name}, from the best:", ", ".join(order))
-    assert min(worse) > 5 * of_problem[order[-1]]
-    assert of_problem[order[-1]] < 15 * of_problem[order[0]]
-
-# %% [markdown]
-# Four of the six end within a factor of ten, and in a different order on each problem: TKFAC is first on the small network, and last
-# of the four on the deep one. So they do not help much here. EKFAC of all terms and KPSVD are far behind on both, and KPSVD makes
-# fewer steps in the same time. Yet both are nearer to the exact block than KFAC is, in Frobenius norm. A likely reason: near in this norm
-# means right where the curvature is large, and these problems are hard where it is small.
+# Near in the norm of Frobenius is not yet better in training, as in [Chapter 10](10_ekfac.py). [Chapter 37](37_pinn_results.py) trains
+# `KFACKrylov` with each of them as its preconditioner.
 
 # %% [markdown]
 # ## A system of equations
@@ -875,7 +656,7 @@ assert abs(rod.conductivity.item() - 0.25) < 0.02
 # ## What goes wrong in practice
 #
 # **A line search that can choose NaN.** Python's `min` over a list that contains NaN depends on the order, as every comparison with NaN is
-# false. A grid search that takes the smallest of 31 losses can pick a step at which the
+# false. [A grid search that takes the smallest of 31 losses](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/line_search.py#L87) can pick a step at which the
 # loss overflowed. Here, what is not a number counts as infinite.
 
 # %%
@@ -905,10 +686,6 @@ assert rounded > 1e-10
 assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 
 # %% [markdown]
-# **What is compared with what.** In papers on this subject, "relative error" may be absolute (divide by the root mean
-# square of $u^*$), "momentum" may act on steps or on directions before the line search, budgets may include logging, and one
-# run may be drawn again on other equations. Say which. The numbers here are absolute.
-#
 # **Two reverse passes.** A second pass for the gradient and two more for the products with $J$ give the same numbers as the
 # first one. In the authors' code, the line search (31 losses per step) or those products take more than half of the time, inverting the
 # factors almost none.
@@ -996,10 +773,19 @@ for name, io in flat(linearize(model, [heavy]))[0].ios.items():
 print("all hold")
 
 # %% [markdown]
+# ## In one minute
+#
+# - A term of a PINN's loss is a function of the network's Taylor coefficients. These share the weights of every layer.
+# - One forward and one reverse pass give $a_{ns}$ and $g_{ns}$. Gradient, Jacobian products and Gauss-Newton blocks follow from these.
+# - KFAC-expand is exact for linear networks and orthogonal designs ([Theorem 21.1]), and for a single datum without derivatives. It is never too
+#   small by more than a known factor ([Theorem 21.2]), and can be far too large.
+# - The damped sum of two Kronecker products has a closed-form inverse, [(21.7)].
+# - KFAC\* takes the length of its step and of its momentum from the exact model; more directions lead to the Gauss-Newton step.
+#
 # ## Further reading
 #
 # [Dangel et al. (2024)](bibliography.md#pinns) derive KFAC for PINNs and KFAC\*. [Müller and Zeinhofer
 # (2023)](bibliography.md#engd) introduce the exact method with a dense matrix, energy natural gradients;
 # [Guzmán-Cordero et al. (2025)](bibliography.md#engd-w) its kernel form with momentum, after
 # [Goldshlager et al. (2024)](bibliography.md#spring), who had it for quantum chemistry. Each of their
-# methods is a dozen lines in [`pinn_steps`](api/pinn.steps.md) and [`pinn_solvers`](api/pinn.solvers.md).
+# methods is a dozen lines in [`pinn.steps`](api/pinn.steps.md) and [`pinn.solvers`](api/pinn.solvers.md).

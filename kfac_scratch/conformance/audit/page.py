@@ -14,7 +14,7 @@ from kfac_scratch.conformance.cases.families import FAMILIES
 from kfac_scratch.conformance.judging.judge import Result
 from kfac_scratch.conformance.judging.report import Report
 from kfac_scratch.conformance.vocabulary import VERDICTS
-from kfac_scratch.show import Markdown
+from kfac_scratch.show import Markdown, table
 
 # What a verdict can become from one release to the next, in the words of a table's head.
 CHANGES = {
@@ -55,15 +55,6 @@ def judged_results(run: Report, family: str = "") -> list[Result]:
     ]
 
 
-def markdown_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1
-) -> Markdown:
-    """A Markdown table: columns of text, then columns of numbers, which stand to the right."""
-    numbers = len(head) - text_columns
-    lines = [head, ["---"] * text_columns + ["---:"] * numbers, *rows]
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
-
-
 def overview(runs: Mapping[str, Report]) -> Markdown:
     """How many verdicts pass, of how many that were judged, by family; what is stale is marked."""
     old, rows = {stale.what for stale in stale_results(runs)}, []
@@ -71,7 +62,7 @@ def overview(runs: Mapping[str, Report]) -> Markdown:
         cells = [_share(judged_results(run, family)) for family in (*FAMILIES, "")]
         mark = " (stale)" if f"results/{stem}.json" in old else ""
         rows.append([f"{name_and_version(run)}{mark}", *cells])
-    return markdown_table(["implementation", *FAMILIES, "all"], rows)
+    return table(["implementation", *FAMILIES, "all"], rows)
 
 
 def notices() -> Markdown:
@@ -90,7 +81,7 @@ def verdicts(runs: Mapping[str, Report]) -> Markdown:
         [name_and_version(run), *(str(counts[stem][v] or "") for v in VERDICTS)]
         for stem, run in runs.items()
     ]
-    return markdown_table(["implementation", *VERDICTS], rows)
+    return table(["implementation", *VERDICTS], rows)
 
 
 def changes(runs: Mapping[str, Report]) -> Markdown:
@@ -107,7 +98,7 @@ def changes(runs: Mapping[str, Report]) -> Markdown:
             counts = [sum(pairs[pair] for pair in kind) for kind in CHANGES.values()]
             between = f"{old.capabilities['version']} → {new.capabilities['version']}"
             rows.append([name, between, *(str(n or "") for n in counts)])
-    return markdown_table(["implementation", "releases", *CHANGES], rows, text_columns=2)
+    return table(["implementation", "releases", *CHANGES], rows, text_columns=2)
 
 
 def _state(r: Result) -> str:
@@ -124,7 +115,7 @@ def documented_scales(runs: Mapping[str, Report]) -> Markdown:
         words = "; ".join(words for words, _ in scaled.most_common(3))
         if scaled:
             rows.append([name_and_version(run), words, str(scaled.total())])
-    return markdown_table(
+    return table(
         ["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2
     )
 
