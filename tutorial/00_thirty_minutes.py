@@ -41,7 +41,7 @@ from kfac_scratch.show import code, matrices
 
 set_up(1)  # a seed, float64, the GPU where there is one
 model, loss = Sequential(Linear(5, 4), Tanh(), Linear(4, 3)), CrossEntropyLoss()
-X, y = torch.randn(100, 5), torch.randint(3, (100,))
+X, y = torch.randn(100, 5).cumsum(1), torch.randint(3, (100,))  # correlated inputs
 F = diagonal_blocks(model, ggn(model, loss, X, y))["0"]
 K = kfac(layer_ios(model, loss, X, y)["0"]).dense()
 titles = {"exact curvature $F$": F, r"KFAC, $B \otimes A$": K, "difference": F - K}
@@ -383,8 +383,8 @@ print(check(attempt))
 # <summary>Solution</summary>
 #
 # For every $s \gt 0$, $\eta s\, (s B \otimes A + s \delta I)^{-1} = \eta\, (B \otimes A + \delta I)^{-1}$.
-# With $s = 1/N^2$, a learning rate and a damping that are $N^2$ times smaller give the right steps. Whoever tunes both tunes the
-# mistake away.
+# With $s = 1/N^2$, a learning rate and a damping that are $N^2$ times smaller give the right steps. Whoever
+# tunes both tunes the mistake away.
 #
 # </details>
 #
