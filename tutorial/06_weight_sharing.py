@@ -800,7 +800,7 @@ matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(sh
 #
 #
 # There is one more choice for losses per token. Type-2 vectors are an exact square root of the loss
-# Hessian only with one vector for every class *and position* ([chapter 3](03_losses.py)). One
+# Hessian only with one vector for every class *and position* ([Chapter 34](34_other_losses.py)). One
 # vector per class, sent to all positions at once, is cheaper by a factor of $S$. As long as
 # positions do not mix, the factors of expand cannot tell the difference; after attention they can.
 
