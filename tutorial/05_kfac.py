@@ -316,7 +316,7 @@ for ax, (title, kind) in zip(axes, {"tanh": Tanh, "linear": None}.items(), stric
         size = (x_n - corner[0], z_n - corner[1])
         ax.add_patch(plt.Rectangle(corner, *size, color=colour, alpha=0.12, linewidth=0))
     ax.plot(x.cpu(), z.cpu(), "o", color="C2", markersize=4)
-    ax.set(title=f"{title}: signed area {areas.sum().item():.2f}", xlabel="entry of $A_n$")
+    ax.set(title=f"{title}: signed area {abs(areas.sum().item()):.2f}", xlabel="entry of $A_n$")
     ax.ticklabel_format(useOffset=False)
 axes[0].set_ylabel("entry of $B_n$")
 axes[1].set_ylim(0, 2 * every_B[:, row].abs().max().item() + 1e-3)
