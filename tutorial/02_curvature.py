@@ -634,6 +634,7 @@ with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
 # $\theta_2 \gt \theta_1^2 + \tfrac{1}{200}$. The determinant of the GGN is 400 everywhere.
 
 
+# %%
 slope, H_start, GGN_start = curvature_at(*start)
 assert_close((H_start - GGN_start)[0, 0].item(), -400 * (start[1] - start[0] ** 2))
 for shift, sign in {-1e-3: 1, 1e-3: -1}.items():  # just below and just above the boundary
