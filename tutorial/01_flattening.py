@@ -16,19 +16,18 @@
 # **Part I: Curvature.** How does a weight matrix become a vector, and how can I multiply with
 # a matrix that is far too big to write down?
 #
-# The curvature of a loss is a matrix with one row and one column per parameter. Parameters,
-# however, come as matrices, so before there is any curvature there is a decision: in which
-# order are the entries of a weight matrix lined up? KFAC then replaces the curvature of a layer
-# by a Kronecker product $B \otimes A$, and which factor stands first depends on that decision.
-# Getting it wrong is the classic mistake of a KFAC implementation, and, as we will see, most
-# obvious tests do not notice.
+# KFAC, *Kronecker-factored approximate curvature*, makes the curvature of a network affordable. Curvature is good for
+# training in fewer steps, for error bars on predictions, for finding the training data behind an answer, and for
+# deciding which weights to remove or how to merge two models ([the reading map](reading_map.md) has a chapter on
+# each). But it is a matrix with one row and one column per parameter. KFAC replaces it, layer by layer, by a
+# Kronecker product of two small matrices, and never writes the large one down. With the rows of a matrix $V$ lined up
+# as $\operatorname{vec}(V)$,
 #
-# Why bother with structure at all? Take one square layer:
+# $$
+# (B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^\top).
+# $$
 
-# %%
-import time
-
-import matplotlib.pyplot as plt
+# %% tags=["hide-input"]
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -39,6 +38,22 @@ from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
+# %% tags=["hide-input"] alt="Heat maps of a 3 by 3 matrix B, a 4 by 4 matrix A and their 12 by 12 Kronecker product. Lines divide the product into nine blocks of 4 by 4; every block repeats the pattern of A in a colour strength given by one entry of B." caption="Every block of the product is a copy of $A$, scaled by one entry of $B$."
+B, A = torch.randn(3, 3), torch.randn(4, 4)
+product = {"$B$": B, "$A$": A, r"$B \otimes A$": torch.kron(B, A)}
+matrices(product, blocks={r"$B \otimes A$": (4, 4)})
+
+# %% [markdown]
+# After this chapter you can
+#
+# - flatten a layer's weight and bias in the right order, and translate between rows and columns;
+# - multiply with $B \otimes A$, invert it and decompose it from its factors;
+# - say when a damped Kronecker product is a Kronecker product;
+# - find a wrong order of factors, which most obvious tests do not notice.
+#
+# How much is saved? Take one square layer:
+
+# %%
 d = 1024
 dense_bytes, factor_bytes = 4 * (d * d) ** 2, 4 * 2 * d * d
 print(f"curvature of one {d} × {d} layer: {dense_bytes / 2**40:.0f} TiB in float32")
@@ -143,12 +158,7 @@ def kron_by_hand(B: Tensor, A: Tensor) -> Tensor:
     return K
 
 
-B, A = torch.randn(3, 3), torch.randn(4, 4)
 assert_close(kron_by_hand(B, A), torch.kron(B, A))
-
-# %% tags=["hide-input"] alt="Heat maps of a 3 by 3 matrix B, a 4 by 4 matrix A and their 12 by 12 Kronecker product. Lines divide the product into nine blocks of 4 by 4; every block repeats the pattern of A in a colour strength given by one entry of B." caption="Every block of the product is a copy of $A$, scaled by one entry of $B$."
-product = {"$B$": B, "$A$": A, r"$B \otimes A$": torch.kron(B, A)}
-matrices(product, blocks={r"$B \otimes A$": (4, 4)})
 
 # %% [markdown]
 # For two vectors the product has a meaning that we will use in every chapter. The gradient of a
@@ -318,8 +328,9 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # %% [markdown]
 # ### What it does not inherit
 #
-# Sums. In particular $B \otimes A + \delta I$ is not a Kronecker product, so adding a damping to
-# both factors is an approximation, not the damped matrix:
+# Sums. In particular $B \otimes A + \delta I$ is a Kronecker product only if $A$ or $B$ is a multiple of the identity
+# ([Theorem 7.1]). If $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. In all other cases,
+# adding a damping to both factors is an approximation, not the damped matrix:
 #
 # $$
 # (B + \sqrt{\delta} I) \otimes (A + \sqrt{\delta} I)
@@ -344,6 +355,18 @@ damped = kron(B, A) + damping * I12
 factored = kron(B + damping**0.5 * I3, A + damping**0.5 * I4)
 
 assert not torch.allclose(factored, damped)
+assert_close(kron(B, 2 * I4) + damping * I12, kron(2 * B + damping * I3, I4))  # A = 2 I
+
+
+def products_needed(M: Tensor) -> int:
+    """How many Kronecker products add up to M: the rank with one row for each 4 × 4 block."""
+    blocks = M.reshape(3, 4, 3, 4).permute(0, 2, 1, 3).reshape(9, 16)
+    return torch.linalg.matrix_rank(blocks).item()
+
+
+needed = [products_needed(M) for M in (kron(B, A), damped, kron(B, 2 * I4) + damping * I12)]
+print("Kronecker products that add up to B ⊗ A, damped, damped with A = 2 I:", needed)
+assert needed == [1, 2, 1]
 assert_close(factored - damped, damping**0.5 * (kron(B, I4) + kron(I3, A)))
 assert_close(Q @ (1 / (eigenvalues + damping)).diag() @ Q.mT, inv(damped))
 
@@ -370,36 +393,6 @@ trick = operations(kron_matvec, B, A, v)
 print(f"{m} × {n} layer: dense {dense:,}, vec trick {trick:,}, ratio {dense / trick:.1f}")
 assert dense == 2 * m**2 * n**2
 assert trick == 2 * m * n * (m + n)
-
-# %% [markdown]
-# On a clock, with the dense matrix already in memory:
-
-
-# %% tags=["hide-input"] alt="Log-log plot of seconds per product against the size of a square layer. The time of the dense product rises steeply; the time of the vec trick stays nearly flat and far below it for the larger sizes." caption="Shortest of 15 runs of one product for a square layer of $d$ inputs and outputs, on the CPU of the machine that built this page."
-def seconds(function, *arguments) -> float:
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        function(*arguments)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-sizes, dense_times, trick_times = [8, 12, 16, 24, 32, 48], [], []
-for size in sizes:
-    B, A = (torch.randn(size, size, device="cpu") for _ in range(2))
-    v = torch.randn(size * size, device="cpu")
-    dense_times.append(seconds(torch.mv, torch.kron(B, A), v))
-    trick_times.append(seconds(kron_matvec, B, A, v))
-
-fig, ax = plt.subplots(figsize=(6, 3.2))
-ax.loglog(sizes, dense_times, "o-", label=r"dense $B \otimes A$")
-ax.loglog(sizes, trick_times, "s-", label="vec trick")
-ax.set(xlabel="inputs = outputs $d$", ylabel="seconds per product", xticks=sizes)
-ax.set_xticks(sizes, labels=sizes)
-ax.minorticks_off()
-ax.legend()
-plt.show()
 
 # %% [markdown]
 # ## Many parameters, one vector
@@ -500,6 +493,14 @@ assert_close(transposed, W.mT)
 # the border with an index as above.
 
 # %% [markdown]
+# ## In one minute
+#
+# - $\operatorname{vec}$ stacks rows, as PyTorch does; a bias is the last column of $W$.
+# - $(B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^\top)$, with the factor of the outputs first. The
+#   gradient of one datum is $g \otimes a$.
+# - Inverse, trace and eigenvalues of a product come from the factors. With damping, the eigenvectors still do.
+# - Test with $d_\text{in} \ne d_\text{out}$, and compare entries. Spectra do not see the order of the factors.
+#
 # ## Exercises
 #
 # **Exercise 1.1.** Show that $\operatorname{vec}(U)^\top \operatorname{vec}(V) =

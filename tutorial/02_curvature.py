@@ -16,19 +16,35 @@
 # **Part I: Curvature.** What is the curvature of a network, and why is the Hessian not what we
 # approximate?
 #
-# A gradient says which way is down, but not how far to go. For that one must know how fast the
-# gradient itself changes, and this is curvature: the second derivatives of the loss, one row and
-# one column per parameter. KFAC approximates curvature, but, as nearly every method of its kind,
-# not *this* one. It approximates the generalised Gauss-Newton matrix, GGN for short. This chapter
-# derives both matrices, shows where they agree and where not, and multiplies with them without
-# ever writing them down.
+# A gradient says which way is down, but not how far to go. For that one must know how fast the gradient itself
+# changes: the curvature, a matrix of second derivatives with one row and one column per parameter. With the Jacobian
+# $J$ of the outputs $f_k$ and the Hessian $H_f$ of the loss with respect to the outputs, it has two parts:
+#
+# $$
+# \underbrace{\nabla^2_\theta L}_\text{Hessian}
+# = \underbrace{J^\top H_f\, J}_\text{GGN}
+# + \sum_k \frac{\partial L}{\partial f_k}\, \nabla^2_\theta f_k .
+# $$
+#
+# KFAC approximates the first part, the generalised Gauss-Newton matrix. Here are steps with both, on a function of two
+# parameters:
 
-# %%
+# %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.func import functional_call, jacrev
-from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Parameter, ReLU, Sequential, Tanh
+from torch.nn import (
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    Linear,
+    Module,
+    MSELoss,
+    Parameter,
+    ReLU,
+    Sequential,
+    Tanh,
+)
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -55,7 +71,88 @@ def relative(part: Tensor, whole: Tensor) -> float:
     return (part.abs().max() / whole.abs().max()).item()
 
 
+class Rosenbrock(Module):
+    """The function as a network: it ignores its input."""
+
+    def __init__(self, *start: float):
+        super().__init__()
+        self.theta = Parameter(torch.tensor(start))
+
+    def forward(self, X: Tensor) -> Tensor:
+        first, second = self.theta
+        return torch.stack([1 - first, 10 * (second - first**2)])[None]
+
+
+def curvature_at(*start: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient, Hessian and GGN of the Rosenbrock function."""
+    network, none, zero = Rosenbrock(*start), torch.zeros(1), torch.zeros(1, 2)
+    (gradient,) = torch.autograd.grad(loss(network(none), zero), network.parameters())
+    return gradient, hessian(network, loss, none, zero), ggn(network, loss, none, zero)
+
+
+def rosenbrock(point: Tensor) -> float:
+    return ((1 - point[0]) ** 2 + 100 * (point[1] - point[0] ** 2) ** 2).item()
+
+
+def descend(step, steps: int) -> list[Tensor]:
+    path = [torch.tensor(start)]
+    for _ in range(steps):
+        path.append(path[-1] - step(*curvature_at(*path[-1].tolist())))
+    return path
+
+
+def damped_gauss_newton(steps: int, damping: float = 1.0) -> list[Tensor]:
+    path = [torch.tensor(start)]
+    for _ in range(steps):
+        slope, _, GGN = curvature_at(*path[-1].tolist())
+        candidate = path[-1] - torch.linalg.solve(GGN + damping * torch.eye(2), slope)
+        if rosenbrock(candidate) < rosenbrock(path[-1]):
+            path.append(candidate)
+            damping /= 4
+        else:
+            damping *= 4
+    return path
+
+
+loss = MSELoss(reduction="sum")
+start = (-0.5, 0.2625)
+paths = {
+    "gradient descent": descend(lambda slope, H, GGN: slope / 600, 300),
+    "Newton": descend(lambda slope, H, GGN: torch.linalg.solve(H, slope), 8),
+    "damped Gauss-Newton": damped_gauss_newton(30),
+}
+losses = {name: [rosenbrock(p) for p in path] for name, path in paths.items()}
+x1, x2 = torch.meshgrid(
+    torch.linspace(-1.9, 1.7, 240, device="cpu"),
+    torch.linspace(-1.7, 2.4, 240, device="cpu"),
+    indexing="xy",
+)
+surface = (1 - x1) ** 2 + 100 * (x2 - x1**2) ** 2
+
+# %% tags=["hide-input"] alt="Left: paths on the Rosenbrock function. Gradient descent creeps along the valley floor. Newton first jumps backwards up the valley's tangent and then returns. Damped Gauss-Newton follows the valley to the minimum. Right: the loss, which for Newton rises before it falls." caption="The paths from ● to the minimum ★, and the loss along them."
+fig, (ax, curves) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
+ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.3)
+for (name, path), color, marker in zip(paths.items(), ("C0", "C1", "C2"), "osD", strict=True):
+    points = torch.stack(path).cpu()
+    ax.plot(points[:, 0], points[:, 1], marker + "-", color=color, markersize=4, label=name)
+    curves.semilogy(losses[name], marker + "-", color=color, markersize=3)
+curves.set_xscale("symlog", linthresh=20)
+ax.plot(*start, "o", color="C2", markersize=8)
+ax.plot(1, 1, "*", color="C3", markersize=12)
+ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-1.9, 1.7), ylim=(-1.7, 2.4))
+curves.set(xlabel="step (logarithmic beyond 20)", ylabel="loss", ylim=(1e-12, 1e4))
+ax.legend(loc="lower left")
+plt.show()
+
 # %% [markdown]
+# Newton's method, which uses the Hessian, first jumps away from the minimum. Gauss-Newton with damping follows the
+# valley. After this chapter you can
+#
+# - derive the two parts of the Hessian, and say which network has the first part as its Hessian;
+# - say what semi-definiteness gives, and what it does not: when the quadratic model has a minimum;
+# - say where Hessian and GGN agree, for the whole matrix and layer by layer;
+# - multiply with both without writing them down.
+#
 # Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the
 # vector of all its $D$ parameters, flattened by rows as in [Chapter 1](01_flattening.py). All
 # outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, data first. The targets never
@@ -71,7 +168,6 @@ def relative(part: Tensor, whole: Tensor) -> float:
 # %%
 N, C = 7, 2
 model = Sequential(Linear(3, 5), Tanh(), Linear(5, C))
-loss = MSELoss(reduction="sum")
 X, y = torch.randn(N, 3), torch.randn(N, C)
 
 theta = parameter_vector(model)
@@ -334,7 +430,7 @@ assert abs(ratio - 4) < 0.3
 # %% [markdown]
 # ### What is gained
 #
-# Why would anyone want the worse parabola? Because it has a bottom.
+# Why would anyone want the worse parabola? Because it is nowhere curved downward.
 #
 # <div class="admonition theorem" markdown="1" id="thm-2.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 2.2 (the GGN is positive semi-definite)</b></p>
@@ -349,9 +445,31 @@ assert abs(ratio - 4) < 0.3
 #
 # Squared error and cross-entropy are convex in $f$. The loss as a function of $\theta$ is not, and
 # its Hessian usually has negative eigenvalues: directions in which the parabola falls forever, so that
-# the point where it is flat is no minimum. A second reason is that the GGN contains no second derivative of
-# the network, only $J$. The third reason is the one that KFAC is built on: a positive
-# semi-definite $H_f$ has a square root $S$ with $S S^\top = H_f$, and then
+# the point where it is flat is no minimum.
+#
+# Semi-definite is not enough for a minimum, however. In a direction of the null space the GGN's model is a straight
+# line, and it falls forever if the gradient has a part along that line:
+#
+# <div class="admonition theorem" markdown="1" id="cor-2.1">
+# <p class="admonition-title" markdown="1"><b>Corollary 2.1 (when the model has a minimum)</b></p>
+#
+# Let the loss be convex in the outputs. The quadratic model
+# $\nabla L^\top \delta + \tfrac12\, \delta^\top \mathrm{GGN}\, \delta$ is bounded below if and only if $\nabla L$
+# lies in the range of the GGN. This holds if $\nabla_f\, \ell$ lies in the range of $H_f$, as it does for the squared
+# error, cross-entropy and BCE with logits. With damping, $\mathrm{GGN} + \delta I$, the model always has a minimum.
+#
+# </div>
+#
+# **Proof.** Split $\nabla L$ into a part in the range and a part $n$ in the null space, which is orthogonal to it. At
+# $\delta = -t n$ the model is $-t \lVert n \rVert^2$, which has no bound unless $n = 0$. If $n = 0$, then
+# $\nabla L = \mathrm{GGN}\, u$ for some $u$, and completing the square shows the minimum at $-u$. For the second
+# claim, let $\nabla_f\, \ell = H_f w$ and $S S^\top = H_f$. Then $\nabla L = J^\top S (S^\top w)$ lies in the range
+# of $J^\top S$, which is that of $(J^\top S)(J^\top S)^\top = \mathrm{GGN}$. The squared error has $H_f = 2 I$, up to
+# its divisor, and BCE a diagonal without zeros. The range of the softmax's $\operatorname{diag}(p) - p p^\top$ is the
+# vectors whose entries sum to zero, such as $p - e_y$. $\blacksquare$
+#
+# A second reason for the GGN is that it contains no second derivative of the network, only $J$. The third reason is
+# the one that KFAC is built on: a positive semi-definite $H_f$ has a square root $S$ with $S S^\top = H_f$, and then
 #
 # $$
 # \mathrm{GGN} = (J^\top S)(J^\top S)^\top
@@ -373,6 +491,17 @@ S = torch.linalg.cholesky(H_f.reshape(N * C, N * C))
 sent_back = [torch.func.vjp(network_at, theta)[1](s)[0] for s in S.T]
 outer_products = sum(torch.outer(w, w) for w in sent_back)
 assert_exact(outer_products, GGN)
+
+bits = labels[:, None].double().expand(N, C)
+for kind, target in ((MSELoss, y), (CrossEntropyLoss, labels), (BCEWithLogitsLoss, bits)):
+    G = ggn(model, kind(), X, target)
+    slope = jacrev(lambda t: kind()(network_at(t).reshape(N, C), target))(theta)  # noqa: B023
+    values, basis = torch.linalg.eigh(G)
+    null = basis[:, values < 1e-12 * values[-1]]
+    part = relative(null.T @ slope, slope)
+    print(f"{kind.__name__:18} null space of {null.shape[1]} dimensions, gradient in it {part:.0e}")
+    assert null.shape[1] > 0
+    assert part < 1e-10
 
 # %% [markdown]
 # ## When do the two agree?
@@ -506,26 +635,6 @@ with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
 
 
 # %%
-class Rosenbrock(Module):
-    """The function as a network: it ignores its input."""
-
-    def __init__(self, *start: float):
-        super().__init__()
-        self.theta = Parameter(torch.tensor(start))
-
-    def forward(self, X: Tensor) -> Tensor:
-        first, second = self.theta
-        return torch.stack([1 - first, 10 * (second - first**2)])[None]
-
-
-def curvature_at(*start: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient, Hessian and GGN of the Rosenbrock function."""
-    network, none, zero = Rosenbrock(*start), torch.zeros(1), torch.zeros(1, 2)
-    (gradient,) = torch.autograd.grad(loss(network(none), zero), network.parameters())
-    return gradient, hessian(network, loss, none, zero), ggn(network, loss, none, zero)
-
-
-start = (-0.5, 0.2625)
 slope, H_start, GGN_start = curvature_at(*start)
 assert_close((H_start - GGN_start)[0, 0].item(), -400 * (start[1] - start[0] ** 2))
 for shift, sign in {-1e-3: 1, 1e-3: -1}.items():  # just below and just above the boundary
@@ -542,12 +651,6 @@ print(
 # The starting point lies above that boundary. Here are both quadratic models of the loss there:
 
 # %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: those of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. That of the GGN's model is a minimum, on the right side, but beyond where the model is any good."
-x1, x2 = torch.meshgrid(
-    torch.linspace(-1.9, 1.7, 240, device="cpu"),
-    torch.linspace(-1.7, 2.4, 240, device="cpu"),
-    indexing="xy",
-)
-surface = (1 - x1) ** 2 + 100 * (x2 - x1**2) ** 2
 offset = torch.stack([x1 - start[0], x2 - start[1]], -1)
 height = (1 - start[0]) ** 2 + 100 * (start[1] - start[0] ** 2) ** 2
 
@@ -578,33 +681,9 @@ plt.show()
 # \tag{2.11}
 # $$
 #
-# with a $\delta$ that shrinks after a step that lowered the loss, and otherwise grows until one
-# does. For a squared error this is the method of Levenberg and Marquardt. Three methods, one start:
-
-
-# %%
-def rosenbrock(point: Tensor) -> float:
-    return ((1 - point[0]) ** 2 + 100 * (point[1] - point[0] ** 2) ** 2).item()
-
-
-def descend(step, steps: int) -> list[Tensor]:
-    path = [torch.tensor(start)]
-    for _ in range(steps):
-        path.append(path[-1] - step(*curvature_at(*path[-1].tolist())))
-    return path
-
-
-def damped_gauss_newton(steps: int, damping: float = 1.0) -> list[Tensor]:
-    path = [torch.tensor(start)]
-    for _ in range(steps):
-        slope, _, GGN = curvature_at(*path[-1].tolist())
-        candidate = path[-1] - torch.linalg.solve(GGN + damping * torch.eye(2), slope)
-        if rosenbrock(candidate) < rosenbrock(path[-1]):
-            path.append(candidate)
-            damping /= 4
-        else:
-            damping *= 4
-    return path
+# with a $\delta$ that shrinks after a step that lowered the loss, and otherwise grows until one does. For a squared
+# error this is the method of Levenberg and Marquardt. [Figure 2.1] has three methods with one start. (Their code is
+# in the folded cell at the top.)
 
 
 # %% [markdown]
@@ -612,12 +691,6 @@ def damped_gauss_newton(steps: int, damping: float = 1.0) -> list[Tensor]:
 # and far more steps than the others:
 
 # %%
-paths = {
-    "gradient descent": descend(lambda slope, H, GGN: slope / 600, 300),
-    "Newton": descend(lambda slope, H, GGN: torch.linalg.solve(H, slope), 8),
-    "damped Gauss-Newton": damped_gauss_newton(30),
-}
-losses = {name: [rosenbrock(p) for p in path] for name, path in paths.items()}
 for name, values in losses.items():
     print(f"{name:20} start {values[0]:.2f}   after one step {values[1]:6.2f}   ", end="")
     print(f"after {len(values) - 1} steps {values[-1]:.0e}")
@@ -629,21 +702,6 @@ accepted = losses["damped Gauss-Newton"]
 assert all(after < before for before, after in zip(accepted, accepted[1:], strict=False))
 assert accepted[-1] < 1e-12
 assert losses["gradient descent"][-1] > 0.1
-
-# %% tags=["hide-input"] alt="Left: paths on the Rosenbrock function. Gradient descent creeps along the valley floor. Newton first jumps backwards up the valley's tangent and then returns. Damped Gauss-Newton follows the valley to the minimum. Right: the loss, which for Newton rises before it falls." caption="The paths from ● to the minimum ★, and the loss along them."
-fig, (ax, curves) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
-ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.3)
-for (name, path), color, marker in zip(paths.items(), ("C0", "C1", "C2"), "osD", strict=True):
-    points = torch.stack(path).cpu()
-    ax.plot(points[:, 0], points[:, 1], marker + "-", color=color, markersize=4, label=name)
-    curves.semilogy(losses[name], marker + "-", color=color, markersize=3)
-curves.set_xscale("symlog", linthresh=20)
-ax.plot(*start, "o", color="C2", markersize=8)
-ax.plot(1, 1, "*", color="C3", markersize=12)
-ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-1.9, 1.7), ylim=(-1.7, 2.4))
-curves.set(xlabel="step (logarithmic beyond 20)", ylabel="loss", ylim=(1e-12, 1e4))
-ax.legend(loc="lower left")
-plt.show()
 
 # %% [markdown]
 # Newton's method recovers here, because on this function each of its steps lands on or below the
@@ -782,95 +840,12 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## The spectrum of a trained network
-#
-# How different are the two in practice? Three spiral arms, three classes, and a network that is
-# trained until it separates them. For cross-entropy each $H_n$ has rank at most $C - 1$, because
-# adding the same number to all logits changes nothing. By [(2.6)], the rank of the GGN is at most
-# $N (C - 1)$. We take few data, such that this is less than the number of parameters.
-
-# %%
-arm = torch.arange(42) % 3
-radius = torch.linspace(0.3, 2.0, 42)
-angle = 2 * torch.pi / 3 * arm + 1.6 * radius
-spirals = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-
-mlp = Sequential(Linear(2, 8), Tanh(), Linear(8, 8), Tanh(), Linear(8, 3))
-mean_entropy, optimizer = CrossEntropyLoss(), torch.optim.Adam(mlp.parameters(), lr=0.02)
-history = []
-for step in range(601):
-    value = mean_entropy(mlp(spirals), arm)
-    if step in (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 600):
-        pair = (hessian(mlp, mean_entropy, spirals, arm), ggn(mlp, mean_entropy, spirals, arm))
-        history.append((step, value.item(), *pair))
-    optimizer.zero_grad()
-    value.backward()
-    optimizer.step()
-
-for step, value, H_mlp, GGN_mlp in history[:: len(history) // 2]:
-    low = torch.linalg.eigvalsh(H_mlp)[0].item()
-    rank, gap = torch.linalg.matrix_rank(GGN_mlp).item(), (H_mlp - GGN_mlp).norm() / H_mlp.norm()
-    print(f"step {step:3}: loss {value:.4f}, smallest eigenvalue of H {low:9.1e}, ", end="")
-    print(f"rank of the GGN {rank} of {len(GGN_mlp)}, ‖H − GGN‖/‖H‖ = {gap:.2f}")
-    assert rank <= 42 * (3 - 1) < len(GGN_mlp)
-    assert low < 0
-    assert torch.linalg.eigvalsh(GGN_mlp)[0] > -1e-12
-assert history[-1][1] < 0.1 * history[0][1]
-
-# %% [markdown]
-# Eigenvalues of symmetric matrices cannot differ by more than the matrices do. Weyl's inequality
-# says so for each pair, in order of size:
-#
-# $$
-# |\lambda_i(\nabla^2_\theta L) - \lambda_i(\mathrm{GGN})|
-# \le \lVert \nabla^2_\theta L - \mathrm{GGN} \rVert_2.
-# \tag{2.14}
-# $$
-#
-# At the start, the network's own curvature is most of the Hessian. Once the data are fitted, the GGN
-# is, and its largest eigenvalues follow those of the Hessian, though not closely. The small ones, the
-# negative ones among them, still have little in common. Nor need the relative distance vanish with
-# the slopes, as it does for a squared error: with cross-entropy, the slopes $p - e_y$ and the loss
-# Hessian get small together.
-
-# %%
-for _, _, H_mlp, GGN_mlp in history:
-    apart = torch.linalg.eigvalsh(H_mlp) - torch.linalg.eigvalsh(GGN_mlp)
-    assert apart.abs().max() <= torch.linalg.matrix_norm(H_mlp - GGN_mlp, 2) * (1 + 1e-10)
-
-for step, _, *pair in (history[0], history[-1]):
-    top_H, top_GGN = (torch.linalg.eigvalsh(M).flip(0)[:5] for M in pair)
-    ratios = top_GGN / top_H
-    distance = (pair[0] - pair[1]).norm() / pair[0].norm()
-    print(f"step {step:3}: distance {distance:.2f}, five largest eigenvalues of the GGN", end="")
-    print(" relative to those of H:", ", ".join(f"{ratio:.2f}" for ratio in ratios.tolist()))
-    assert distance > 0.5 if step == 0 else distance < 0.4
-    assert ratios.min() < 0.4 if step == 0 else ratios.min() > 0.5
-
-# %% tags=["hide-input"] alt="Three panels. Sorted eigenvalues of Hessian and GGN before training: the Hessian's fall well below zero. The same after training: the largest agree, the Hessian still has small negative ones, the GGN none. Third: the loss and the relative distance of the two matrices during training." caption="Eigenvalues in order of size before and after training, on a scale that is linear near zero; and how far apart the two matrices are during training."
-fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
-for ax, (step, _, *pair) in zip(axes, (history[0], history[-1]), strict=False):
-    for M, label, marker in zip(pair, ("Hessian", "GGN"), "o.", strict=True):
-        ax.plot(torch.linalg.eigvalsh(M).flip(0).cpu(), marker, markersize=4, label=label)
-    ax.set_yscale("symlog", linthresh=1e-4)
-    ax.axhline(0, color=ax.xaxis.label.get_color(), linewidth=0.6, alpha=0.5)
-    ax.set(title=f"after {step} steps", xlabel="index", ylabel="eigenvalue" if step == 0 else "")
-axes[0].legend()
-steps, values, *_ = zip(*history, strict=True)
-gaps = [((H_ - G_).norm() / H_.norm()).item() for _, _, H_, G_ in history]
-axes[2].semilogy(steps, values, "o-", color="C2", label="loss")
-axes[2].semilogy(steps, gaps, "s-", color="C3", label=r"$\|H - \mathrm{GGN}\|\, /\, \|H\|$")
-axes[2].set(title="during training", xlabel="step")
-axes[2].legend()
-plt.show()
-
-# %% [markdown]
 # ## What goes wrong in practice
 #
 # **A factor that nobody wrote down.** PyTorch's `MSELoss()` divides by *all* output entries, $NC$,
 # `CrossEntropyLoss()` by the labels, here $N$, and textbooks put $\tfrac12$ before the square. Every
 # one of these scales the curvature, and well-tested libraries have had to correct one of them
-# ([an example](https://github.com/f-dangel/curvlinops/issues/108)). Compare matrices, and let $N$,
+# ([Chapter 28](28_museum.py) has an example). Compare matrices, and let $N$,
 # $C$ and 2 all differ, so that the wrong factor names itself. For once we need a third output:
 
 
@@ -893,11 +868,11 @@ per_datum = CrossEntropyLoss()
 assert_exact(N * ggn(model, per_datum, X, labels), exact)
 
 # %% [markdown]
-# **The softmax on the wrong side of the cut.** The GGN depends on where the composition [(2.1)] is
-# cut. If the network ends with `LogSoftmax` and the loss is `NLLLoss`, then $\ell$ is linear in $f$,
-# $H_f = 0$, and the GGN is zero, although $L$ is the same function as before. The curvature of the
-# softmax now belongs to the second term. Keep all that is curved *and convex* on the side of the
-# loss:
+# **The softmax on the wrong side of the cut.** The GGN depends on where the composition [(2.1)] is cut. If the
+# network ends with `LogSoftmax` and the loss is `NLLLoss`, then $\ell$ is linear in $f$, $H_f = 0$, and the GGN is
+# zero, although $L$ is the same function as before. The curvature of the softmax now belongs to the second term. The
+# range condition of the corollary fails: $\nabla_f\, \ell \ne 0$ is not in the range of $H_f = 0$, and the quadratic
+# model falls forever. Keep all that is curved *and convex* on the side of the loss:
 
 # %%
 inside = Sequential(*model, torch.nn.LogSoftmax(1))
@@ -906,6 +881,9 @@ H_entropy = hessian(model, cross_entropy, X, labels)
 assert_exact(hessian(inside, outside_loss, X, labels), H_entropy)
 assert ggn(inside, outside_loss, X, labels).abs().max() == 0
 assert exact.abs().max() > 0
+slope_inside = jacrev(lambda t: cross_entropy(network_at(t).reshape(N, C), labels))(theta)
+print(f"GGN zero, norm of the gradient {slope_inside.norm():.2f}: the model has no minimum")
+assert slope_inside.norm() > 0.1
 
 # %% [markdown]
 # **A slice instead of a block.** The parameters of a layer are neighbours in the flat vector, but
@@ -946,6 +924,16 @@ dropout.eval()
 assert_close(product(v), product(v))
 
 # %% [markdown]
+# ## In one minute
+#
+# - The Hessian is $J^\top H_f J$, the GGN, plus slopes of the loss times second derivatives of the network.
+# - The GGN is the Hessian of the linearised network. It is positive semi-definite if the loss is convex in the outputs.
+# - Its quadratic model has a minimum if the gradient lies in its range, as for the usual losses, and always with
+#   damping.
+# - The two matrices agree where the network is linear in its parameters or the slopes vanish, and in piecewise linear
+#   networks layer by layer.
+# - Products with both cost a few gradients.
+#
 # ## Exercises
 #
 # **Exercise 2.1.** Show that undamped Gauss-Newton reaches the minimum of the Rosenbrock function in
@@ -1028,6 +1016,89 @@ for _ in range(300):
     length = w.norm()
 assert_close(length, eigenvalues_GGN[-1])
 print("all hold")
+
+# %% [markdown]
+# ## Appendix: the spectrum of a trained network
+#
+# How different are the two in practice? Three spiral arms, three classes, and a network that is
+# trained until it separates them. For cross-entropy each $H_n$ has rank at most $C - 1$, because
+# adding the same number to all logits changes nothing. By [(2.6)], the rank of the GGN is at most
+# $N (C - 1)$. We take few data, such that this is less than the number of parameters.
+
+# %%
+arm = torch.arange(42) % 3
+radius = torch.linspace(0.3, 2.0, 42)
+angle = 2 * torch.pi / 3 * arm + 1.6 * radius
+spirals = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+mlp = Sequential(Linear(2, 8), Tanh(), Linear(8, 8), Tanh(), Linear(8, 3))
+mean_entropy, optimizer = CrossEntropyLoss(), torch.optim.Adam(mlp.parameters(), lr=0.02)
+history = []
+for step in range(601):
+    value = mean_entropy(mlp(spirals), arm)
+    if step in (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 600):
+        pair = (hessian(mlp, mean_entropy, spirals, arm), ggn(mlp, mean_entropy, spirals, arm))
+        history.append((step, value.item(), *pair))
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+
+for step, value, H_mlp, GGN_mlp in history[:: len(history) // 2]:
+    low = torch.linalg.eigvalsh(H_mlp)[0].item()
+    rank, gap = torch.linalg.matrix_rank(GGN_mlp).item(), (H_mlp - GGN_mlp).norm() / H_mlp.norm()
+    print(f"step {step:3}: loss {value:.4f}, smallest eigenvalue of H {low:9.1e}, ", end="")
+    print(f"rank of the GGN {rank} of {len(GGN_mlp)}, ‖H − GGN‖/‖H‖ = {gap:.2f}")
+    assert rank <= 42 * (3 - 1) < len(GGN_mlp)
+    assert low < 0
+    assert torch.linalg.eigvalsh(GGN_mlp)[0] > -1e-12
+assert history[-1][1] < 0.1 * history[0][1]
+
+# %% [markdown]
+# Eigenvalues of symmetric matrices cannot differ by more than the matrices do. Weyl's inequality
+# says so for each pair, in order of size:
+#
+# $$
+# |\lambda_i(\nabla^2_\theta L) - \lambda_i(\mathrm{GGN})|
+# \le \lVert \nabla^2_\theta L - \mathrm{GGN} \rVert_2.
+# \tag{2.14}
+# $$
+#
+# At the start, the network's own curvature is most of the Hessian. Once the data are fitted, the GGN
+# is, and its largest eigenvalues follow those of the Hessian, though not closely. The small ones, the
+# negative ones among them, still have little in common. Nor need the relative distance vanish with
+# the slopes, as it does for a squared error: with cross-entropy, the slopes $p - e_y$ and the loss
+# Hessian get small together.
+
+# %%
+for _, _, H_mlp, GGN_mlp in history:
+    apart = torch.linalg.eigvalsh(H_mlp) - torch.linalg.eigvalsh(GGN_mlp)
+    assert apart.abs().max() <= torch.linalg.matrix_norm(H_mlp - GGN_mlp, 2) * (1 + 1e-10)
+
+for step, _, *pair in (history[0], history[-1]):
+    top_H, top_GGN = (torch.linalg.eigvalsh(M).flip(0)[:5] for M in pair)
+    ratios = top_GGN / top_H
+    distance = (pair[0] - pair[1]).norm() / pair[0].norm()
+    print(f"step {step:3}: distance {distance:.2f}, five largest eigenvalues of the GGN", end="")
+    print(" relative to those of H:", ", ".join(f"{ratio:.2f}" for ratio in ratios.tolist()))
+    assert distance > 0.5 if step == 0 else distance < 0.4
+    assert ratios.min() < 0.4 if step == 0 else ratios.min() > 0.5
+
+# %% tags=["hide-input"] alt="Three panels. Sorted eigenvalues of Hessian and GGN before training: the Hessian's fall well below zero. The same after training: the largest agree, the Hessian still has small negative ones, the GGN none. Third: the loss and the relative distance of the two matrices during training." caption="Eigenvalues in order of size before and after training, on a scale that is linear near zero; and how far apart the two matrices are during training."
+fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
+for ax, (step, _, *pair) in zip(axes, (history[0], history[-1]), strict=False):
+    for M, label, marker in zip(pair, ("Hessian", "GGN"), "o.", strict=True):
+        ax.plot(torch.linalg.eigvalsh(M).flip(0).cpu(), marker, markersize=4, label=label)
+    ax.set_yscale("symlog", linthresh=1e-4)
+    ax.axhline(0, color=ax.xaxis.label.get_color(), linewidth=0.6, alpha=0.5)
+    ax.set(title=f"after {step} steps", xlabel="index", ylabel="eigenvalue" if step == 0 else "")
+axes[0].legend()
+steps, values, *_ = zip(*history, strict=True)
+gaps = [((H_ - G_).norm() / H_.norm()).item() for _, _, H_, G_ in history]
+axes[2].semilogy(steps, values, "o-", color="C2", label="loss")
+axes[2].semilogy(steps, gaps, "s-", color="C3", label=r"$\|H - \mathrm{GGN}\|\, /\, \|H\|$")
+axes[2].set(title="during training", xlabel="step")
+axes[2].legend()
+plt.show()
 
 # %% [markdown]
 # ## Further reading

@@ -16,41 +16,74 @@
 # **Part I: Curvature.** What does a loss send back through the network, and why is the result the
 # Fisher?
 #
-# [Chapter 2](02_curvature.py) took the network out of the question: the GGN is $J^\top H_f J$, and
-# all that a loss contributes is $H_f$, its Hessian with respect to the outputs. Autodiff, however,
-# does not send matrices backward. It sends vectors. This chapter splits $H_f$ into vectors, in three
-# ways. Two of them give the same matrix, which is at once the GGN and the Fisher. The third gives
-# another matrix that looks similar and is often mistaken for it.
+# The GGN of [Chapter 2](02_curvature.py) is $\sum_n J_n^\top H_n J_n$, and all that a loss contributes is $H_n$, its
+# Hessian with respect to the outputs for datum $n$. Autodiff sends vectors backward, not matrices. So write $H_n$ as a
+# sum of outer products of vectors $s_{vn}$, and send these:
+#
+# $$
+# F = \sum_n J_n^\top H_n J_n = \sum_{v, n} \bigl(J_n^\top s_{vn}\bigr) \bigl(J_n^\top s_{vn}\bigr)^\top,
+# \qquad
+# \operatorname{KL}(p_W \,\Vert\, p_{W + \Delta}) \approx \tfrac12\, \Delta^\top F \Delta .
+# $$
+#
+# The matrix $F$ is also the Fisher information of the network's predictions. Vectors that are drawn at random give it
+# in expectation. A third kind, the gradients at the labels of the data, gives another matrix, which is often mistaken
+# for it.
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import itertools
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.nn import (
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    Linear,
-    Module,
-    MSELoss,
-    PoissonNLLLoss,
-    Sequential,
-    Tanh,
-)
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
 from kfac_scratch import curvature, losses
-from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2, type2_classwise
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
+# %% tags=["hide-input"] alt="Two triangles whose corners are the three classes. Left: a prediction near the centre, with three arrows of similar length towards the corners. Right: a prediction near one corner, where all three arrows are short." caption="What a loss sends back: the vectors of [(3.5)] for an undecided (left) and a confident prediction (right). The ellipse is that of the Hessian, the sum of the arrows' outer products."
+corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], device="cpu")
+turn = torch.linspace(0, 2 * torch.pi, 100, device="cpu")
+circle = torch.stack([turn.cos(), turn.sin()])
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), layout="constrained")
+for ax, probabilities in zip(axes, ([0.4, 0.35, 0.25], [0.05, 0.88, 0.07]), strict=True):
+    p3 = torch.tensor(probabilities, device="cpu")
+    at, S3 = p3 @ corners, p3.sqrt().diag() - torch.outer(p3, p3.sqrt())
+    ax.fill(*corners.T, fill=False, linewidth=1, edgecolor=ax.xaxis.label.get_color(), alpha=0.5)
+    lengths, axes_of_ellipse = torch.linalg.eigh(corners.T @ S3 @ S3.T @ corners)
+    ellipse = at[:, None] + axes_of_ellipse @ (lengths.sqrt()[:, None] * circle)
+    ax.fill(*ellipse, color="C0", alpha=0.2)
+    for c in range(3):
+        arrow = {"arrowstyle": "->", "color": f"C{c + 1}", "linewidth": 2}
+        ax.annotate("", xy=(at + S3[:, c] @ corners).tolist(), xytext=at.tolist(), arrowprops=arrow)
+        ax.annotate(f"$e_{c + 1}$", corners[c].tolist(), xytext=(4, 4), textcoords="offset points")
+    ax.set(
+        aspect="equal",
+        title=f"$p$ = ({', '.join(map(str, probabilities))})",
+        xlim=(-0.1, 1.3),
+        ylim=(-0.28, 1.0),
+    )
+    ax.axis("off")
+plt.show()
+
 # %% [markdown]
+# A prediction for three classes is a point of a triangle whose corners are certainty. Vector $s_c$ points from
+# the prediction towards corner $c$.
+#
+# After this chapter you can
+#
+# - say which distribution a loss stands for, and derive its Hessian;
+# - choose the vectors: exact (`type2`), drawn (`monte_carlo`), or at the data's labels (`empirical`);
+# - prove that the Fisher is the GGN for these losses, and that it is the curvature of KL;
+# - say what the natural gradient is, in which sense it does not depend on coordinates, and what it is not.
+#
 # ## A loss is a likelihood
 #
 # Let the network's output $f_n \in \mathbb{R}^C$ for datum $n$ be the parameters of a distribution
@@ -78,7 +111,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 # $\sigma^2 = \tfrac12$. (With the half, the variance is 1: another loss, half the curvature.) The
 # constant depends on nothing that is trained; compare differences of two outputs:
 
-# %%
+# %% tags=["hide-input"]
 N, C = 7, 3
 X = torch.randn(N, 4)
 model = Sequential(Linear(4, 6), Tanh(), Linear(6, C))
@@ -98,6 +131,7 @@ for kind, y in targets.items():
     of_loss = loss(f, y) - loss(other, y)
     of_likelihood = [likelihoods[kind](outputs).log_prob(y).sum() for outputs in (other, f)]
     assert_close(of_loss, of_likelihood[0] - of_likelihood[1])
+print("differences of the loss are differences of the log-likelihood, for all three losses")
 
 # %% [markdown]
 # ### The divisor
@@ -121,7 +155,7 @@ def divisor_by_hand(loss: Module, f: Tensor, y: Tensor) -> float:
 # %% tags=["remove-input"]
 code(divisor)
 
-# %%
+# %% tags=["hide-input"]
 tokens, token_labels = torch.randn(N, C, 5), torch.randint(C, (N, 5))
 weighted = CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0]), ignore_index=1)
 for loss, outputs, y in [
@@ -272,13 +306,13 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 # ### In the package
 #
 # `type2` is that. The general shape $[N, C, P]$ with $P$ positions is for losses with several labels
-# per datum, to which we come below; here $P = 1$. What it returns makes its vectors when they are
+# per datum ([Chapter 34](34_other_losses.py)); here $P = 1$. What it returns makes its vectors when they are
 # read, so that those of a thousand classes are never all in memory; `[:]` reads all of them.
 
 # %% tags=["remove-input"]
 code(type2, losses.HessianRoot, losses._root_columns, losses._diagonal_root)
 
-# %%
+# %% tags=["hide-input"]
 J = curvature.jacobian(model, X)
 for kind, y in targets.items():
     for loss in (kind(reduction="sum"), kind(reduction="mean")):
@@ -300,33 +334,8 @@ matrices({"Hessian": H_p, "$S$": S_p, "triangular root": triangular})
 
 # %% [markdown]
 # A square root is not unique: $S Q$ is another one for every orthogonal $Q$, and the curvature is the
-# same. The columns of [(3.5)] are one too many, but they mean something. Picture the predictions for three classes as points of a triangle whose corners are certainty.
-# Column $c$ is an arrow from the prediction towards corner $c$, shortened by $\sqrt{p_c}$.
-
-# %% tags=["hide-input"] alt="Two triangles whose corners are the three classes. Left: a prediction near the centre, with three arrows of similar length towards the corners. Right: a prediction near one corner, where all three arrows are short." caption="The columns of [(3.5)] for an undecided (left) and a confident prediction (right). The ellipse is that of the Hessian, the sum of the arrows' outer products."
-corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], device="cpu")
-turn = torch.linspace(0, 2 * torch.pi, 100, device="cpu")
-circle = torch.stack([turn.cos(), turn.sin()])
-fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), layout="constrained")
-for ax, probabilities in zip(axes, ([0.4, 0.35, 0.25], [0.05, 0.88, 0.07]), strict=True):
-    p3 = torch.tensor(probabilities, device="cpu")
-    at, S3 = p3 @ corners, p3.sqrt().diag() - torch.outer(p3, p3.sqrt())
-    ax.fill(*corners.T, fill=False, linewidth=1, edgecolor=ax.xaxis.label.get_color(), alpha=0.5)
-    lengths, axes_of_ellipse = torch.linalg.eigh(corners.T @ S3 @ S3.T @ corners)
-    ellipse = at[:, None] + axes_of_ellipse @ (lengths.sqrt()[:, None] * circle)
-    ax.fill(*ellipse, color="C0", alpha=0.2)
-    for c in range(3):
-        arrow = {"arrowstyle": "->", "color": f"C{c + 1}", "linewidth": 2}
-        ax.annotate("", xy=(at + S3[:, c] @ corners).tolist(), xytext=at.tolist(), arrowprops=arrow)
-        ax.annotate(f"$e_{c + 1}$", corners[c].tolist(), xytext=(4, 4), textcoords="offset points")
-    ax.set(
-        aspect="equal",
-        title=f"$p$ = ({', '.join(map(str, probabilities))})",
-        xlim=(-0.1, 1.3),
-        ylim=(-0.28, 1.0),
-    )
-    ax.axis("off")
-plt.show()
+# same. The columns of [(3.5)] are one too many, but they mean something: in [Figure 3.1], column $c$ is the arrow
+# from the prediction towards corner $c$, shortened by $\sqrt{p_c}$.
 
 # %% [markdown]
 # ## Scores: the Fisher
@@ -420,7 +429,7 @@ def fisher_by_hand(loss: Module, f: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.block_diag(*blocks)
 
 
-# %%
+# %% tags=["hide-input"]
 for kind, y in targets.items():
     loss = kind(reduction="sum")
     mean_score, F_f = fisher_by_hand(loss, f)
@@ -441,17 +450,18 @@ for kind, y in targets.items():
 # %% tags=["remove-input"]
 code(curvature.fisher, curvature._labels)
 
-# %%
+# %% tags=["hide-input"]
 for kind, y in targets.items():
     for loss in (kind(reduction="sum"), kind(reduction="mean")):
         GGN = curvature.ggn(model, loss, X, y)
         assert_exact(curvature.fisher(model, loss, X, y), GGN)
+print("the oracle's Fisher is the GGN, for three losses and both reductions")
 
 # %% [markdown]
 # We can now say what the arrows in the picture are. By [(3.2)], the gradient at label $c$ is $p - e_c$,
 # and the term that it contributes to the expectation [(3.6)] is $p_c\, (p - e_c)(p - e_c)^\top$. The
 # column $s_c = \sqrt{p_c}\, (e_c - p)$ of [(3.5)] **is** the enumerated score of class $c$, up to a sign
-# that outer products do not see. (`type2_classwise`, of which more below, has these columns.)
+# that outer products do not see. ([Chapter 34](34_other_losses.py)'s `type2_classwise` has these columns.)
 
 # %%
 loss, y = CrossEntropyLoss(reduction="sum"), targets[CrossEntropyLoss]
@@ -494,6 +504,359 @@ assert all(largest_error(H, F_f) > 0.1 for H in hessians)  # but not Theorem 3.2
 assert torch.linalg.eigvalsh(hessians[0])[0] < 0
 
 # %% [markdown]
+# ## The Fisher measures how far a step moves the predictions
+#
+# Parameters are a means; what a network says about labels is the end. So measure a step $\Delta$ by what it
+# does to the model's distributions. With parameters $W$, datum $n$ has the distribution $p(y \mid f_n(W))$.
+# The labels of different data are independent, and all of them together have the distribution $p_W$, the
+# product over $n$. The **Kullback–Leibler divergence** compares it with the model after the step,
+#
+# $$
+# \operatorname{KL}(p_W \,\Vert\, p_{W + \Delta})
+# = \sum_n \mathbb{E}_{y \sim p(\cdot \mid f_n(W))}
+# \bigl[ \ell(f_n(W + \Delta), y) - \ell(f_n(W), y) \bigr].
+# \tag{3.7}
+# $$
+#
+# In words: by how much does the loss rise on average, if labels come from the model *before* the step? The
+# divergence is never negative, and it is zero if and only if the two models predict the same.
+#
+# <div class="admonition theorem" markdown="1" id="thm-3.3">
+# <p class="admonition-title" markdown="1"><b>Theorem 3.3 (the Fisher is the curvature of KL)</b></p>
+#
+# Let $F$ be the Fisher of the network for a summed loss, $D = 1$, and let $f_n$ and $\log p$ be three times
+# continuously differentiable. Then
+#
+# $$
+# \operatorname{KL}(p_W \,\Vert\, p_{W + \Delta})
+# = \tfrac12\, \Delta^\top F \Delta + O(\lVert \Delta \rVert^3).
+# $$
+#
+# For a mean loss, whose Fisher is divided by $D$, the same holds for $\operatorname{KL} / D$.
+#
+# </div>
+#
+# **Proof.** Expand [(3.7)] at $\Delta = 0$. There it is zero. The labels come from $p_W$, which $\Delta$ does
+# not change, so derivatives go into the expectation. Write $\ell_n$ for $\ell(f_n(W), y)$ as a function of $W$.
+# The proof of [Theorem 3.1] used nothing but that probabilities sum to one, so it holds for derivatives by
+# $W$ as well. Its first statement says that the first derivative of [(3.7)] vanishes,
+# $\sum_n \mathbb{E}[\nabla_W\, \ell_n] = 0$. Its second statement says what the second derivative is,
+# $\sum_n \mathbb{E}[\nabla^2_W\, \ell_n] = \sum_n \mathbb{E}[\nabla_W\, \ell_n\, \nabla_W\, \ell_n^\top] = F$. Taylor's
+# theorem bounds the rest by the third derivative. $\blacksquare$
+#
+# The theorem holds for every likelihood, also for those to which [Theorem 3.2] does not apply. And it contains a
+# Hessian, $\mathbb{E}[\nabla^2_W\, \ell_n]$, whose second part (the part that the GGN leaves out) is
+# $\sum_c \mathbb{E}[\partial \ell_n / \partial f_c]\, \nabla^2_W f_c = 0$: under the model's labels, nothing is left
+# out.
+#
+# To check it, we compute KL by enumeration, along a line $\Delta = t d$. Its second derivative at $t = 0$ must be
+# $d^\top F d$. Its third derivative says more: what remains, divided by $t^3$, must tend to a sixth of it.
+
+
+# %%
+def kl(loss: Module, f: Tensor, other: Tensor) -> Tensor:
+    """KL(p_f || p_other) over all data, from (3.7) with every label enumerated."""
+    total = 0
+    for f_n, other_n in zip(f, other, strict=True):
+        for label, probability in labels_with_probability(loss, f_n):
+            rise = loss(other_n[None], label[None]) - loss(f_n[None], label[None])
+            total = total + probability * rise
+    return total
+
+
+def outputs_at(theta: Tensor) -> Tensor:
+    """The network's outputs for all data with the parameters `theta`, one flat vector."""
+    parameters = dict(model.named_parameters())
+    parts = theta.split([p.numel() for p in parameters.values()])
+    values = {k: v.reshape(parameters[k].shape) for k, v in zip(parameters, parts, strict=True)}
+    return torch.func.functional_call(model, values, (X,))
+
+
+theta = curvature.parameter_vector(model)
+d = torch.randn(len(theta))
+d = d / d.norm()
+lengths = [0.2 / 2**k for k in range(6)]
+
+# %%
+remainders = {}
+for kind, target in targets.items():
+    criterion = kind(reduction="sum")
+    along = lambda t: kl(criterion, f, outputs_at(theta + t * d))  # noqa: B023, E731
+    first = torch.func.grad(along)
+    second = torch.func.grad(first)
+    third = torch.func.grad(second)
+    zero = torch.tensor(0.0)
+    dFd = d @ curvature.fisher(model, criterion, X, target) @ d
+    assert abs(first(zero)) < 1e-12
+    assert_exact(second(zero), dFd)  # Theorem 3.3
+
+    rest = torch.stack([along(t) - t**2 * dFd / 2 for t in lengths])
+    cubic = rest / torch.tensor(lengths) ** 3
+    off = (cubic - third(zero) / 6).abs() / abs(third(zero) / 6)
+    print(f"{kind.__name__:18} remainder / t³: from {cubic[0]:+.4f} to {cubic[-1]:+.4f}", end=", ")
+    print(f"by autodiff {third(zero) / 6:+.4f}")
+    assert abs(third(zero)) > 1e-3  # there is a cubic term
+    assert 0.45 < off[-1] / off[-2] < 0.55  # and what is left of the remainder is of order t⁴
+
+    swapped = lambda t: kl(criterion, outputs_at(theta + t * d), f)  # noqa: B023, E731
+    assert_exact(torch.func.grad(torch.func.grad(swapped))(zero), dFd)  # the other direction
+    remainders[kind] = torch.stack([along(t) for t in lengths]), rest.abs()
+
+# %% [markdown]
+# The last assert exchanges the two models. KL is not symmetric, but its quadratic part is the same in both directions.
+
+# %% tags=["hide-input"] alt="Log-log plot over the length of the step from 0.006 to 0.2 for three losses. KL divergences fall by a factor of four for each halving, along a line of slope two. What remains after subtracting the quadratic form falls by eight, along a line of slope three." caption="KL (filled) falls with the square of the step, the remainder of [Theorem 3.3] (open) with its cube. Thin lines have the slopes 2 and 3."
+fig, ax = plt.subplots(figsize=(5.6, 3.4))
+for i, (kind, (divergence, rest)) in enumerate(remainders.items()):
+    ax.loglog(lengths, divergence.tolist(), "o", color=f"C{i}", label=kind.__name__)
+    ax.loglog(lengths, rest.tolist(), "o", color=f"C{i}", fillstyle="none")
+    for values, slope in ((divergence, 2), (rest, 3)):
+        line = [values[-1].item() * (t / lengths[-1]) ** slope for t in lengths]
+        ax.loglog(lengths, line, color=f"C{i}", linewidth=0.8)
+ax.set(xlabel="length $t$ of the step", ylabel="KL, and its remainder")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## The natural gradient
+#
+# The gradient is called the direction of steepest descent. This is true among steps of the same *Euclidean*
+# length, and that length has no meaning: it adds squares of weights and of biases, which may have
+# different units. Measure the length of a step by KL instead, that is by $\tfrac12 \Delta^\top F \Delta$.
+#
+# <div class="admonition theorem" markdown="1" id="thm-3.4">
+# <p class="admonition-title" markdown="1"><b>Theorem 3.4 (steepest descent in KL)</b></p>
+#
+# Let $F$ be positive definite and $g = \nabla L \neq 0$. Among all $\Delta$ with
+# $\Delta^\top F \Delta \le \varepsilon^2$, the change $g^\top \Delta$ of the linearised loss is smallest for
+#
+# $$
+# \Delta = - \frac{\varepsilon}{\sqrt{g^\top F^{-1} g}}\; F^{-1} g,
+# \qquad \text{and there}\quad g^\top \Delta = - \varepsilon \sqrt{g^\top F^{-1} g},
+# \tag{3.8}
+# $$
+#
+# and for no other $\Delta$. The vector $F^{-1} \nabla L$ is the **natural gradient**.
+#
+# </div>
+#
+# **Proof.** By the inequality of Cauchy and Schwarz,
+#
+# $$
+# - g^\top \Delta = - (F^{-1/2} g)^\top (F^{1/2} \Delta)
+# \le \lVert F^{-1/2} g \rVert\, \lVert F^{1/2} \Delta \rVert
+# \le \varepsilon \sqrt{g^\top F^{-1} g},
+# $$
+#
+# with equality if and only if $F^{1/2} \Delta$ is a multiple $-c\, F^{-1/2} g$ with $c > 0$ and has the length
+# $\varepsilon$. $\blacksquare$
+#
+# By [Theorem 3.3] this is the best step of a given KL *in the limit* of short steps. We watch it with a model of two
+# parameters, a logistic regression $p = \sigma(w x + b)$: how much does the loss fall, divided by
+# $\sqrt{2 \operatorname{KL} / D}$, the length of the step? In the limit, no direction exceeds
+# $\sqrt{g^\top F^{-1} g}$.
+
+# %%
+points = torch.linspace(0, 4, 40)
+hits = torch.bernoulli(torch.sigmoid(2 * points - 4)).double()
+logistic = BCEWithLogitsLoss()  # D = 40
+
+
+def logits(theta: Tensor) -> Tensor:
+    return theta[0] * points + theta[1]
+
+
+def gradient_and_fisher(network, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the coordinates `at`, of which `network` makes the logits."""
+    J, p = torch.func.jacrev(network)(at), network(at).sigmoid()
+    return J.T @ (p - hits) / len(hits), (J.T * (p * (1 - p))) @ J / len(hits)
+
+
+at = torch.tensor([0.5, 0.5])
+g, F = gradient_and_fisher(logits, at)
+best = (g @ torch.linalg.solve(F, g)).sqrt()
+turns = torch.linspace(0, 2 * torch.pi, 361)[:-1]
+candidates = torch.stack([turns.cos(), turns.sin()], 1)
+candidates = torch.cat([candidates, -g[None] / g.norm(), -torch.linalg.solve(F, g)[None]])
+for length in (0.3, 0.03, 0.003):
+    rates = []
+    for direction in candidates:
+        step = length * direction / (direction @ F @ direction).sqrt()
+        before, after = (torch.distributions.Bernoulli(logits=logits(v)) for v in (at, at + step))
+        size = (2 * torch.distributions.kl_divergence(before, after).mean()).sqrt()
+        rates.append(
+            ((logistic(logits(at), hits) - logistic(logits(at + step), hits)) / size).item()
+        )
+    *circle, plain, natural = rates
+    print(
+        f"length {length}: gradient {plain:.4f}, natural {natural:.4f}, best of 360 {max(circle):.4f}"
+    )
+    assert max(circle) < best + length  # the limit is approached in proportion to the length
+    assert plain < 0.95 * natural
+    assert abs(natural - best) < length
+print(f"limit of the natural gradient: {best:.4f}")
+
+# %% [markdown]
+# ### The same step in all coordinates
+#
+# KL compares distributions, so it does not depend on how these are parametrised. Let $W = \varphi(\eta)$ with
+# other coordinates $\eta$ and an invertible Jacobian $K = \partial W / \partial \eta$. By the chain rule,
+# gradient and Fisher in the coordinates $\eta$ are
+#
+# $$
+# g_\eta = K^\top g, \qquad F_\eta = K^\top F K,
+# \qquad\text{hence}\qquad
+# K F_\eta^{-1} g_\eta = F^{-1} g, \qquad K g_\eta = K K^\top g.
+# \tag{3.9}
+# $$
+#
+# A step $-h F_\eta^{-1} g_\eta$ in $\eta$ thus moves $W$ by
+# $\varphi(\eta - h F_\eta^{-1} g_\eta) - \varphi(\eta) = -h F^{-1} g + O(h^2)$. **To first order in $h$ the natural
+# gradient makes the same step in all coordinates.** If $\varphi$ is affine, there is no second order, and the step is
+# exactly the same. If $h$ tends to zero, the two *paths* agree. The plain gradient moves $W$ by
+# $-h K K^\top g + O(h^2)$ instead. This depends on $\varphi$ already in first order, even if $\varphi$ is only a
+# change of units.
+#
+# Try two changes of coordinates of the logistic regression. The first measures $x$ in other units, as degrees
+# Celsius become Fahrenheit: affine. The second replaces the intercept $b$ by the threshold $c = -b / w$ at which
+# $p = \tfrac12$: $\varphi(w, c) = (w, -w c)$, not affine, but quadratic.
+
+
+# %%
+def other_units(eta: Tensor) -> Tensor:  # p = σ(w (1.8 x + 32) + b)
+    return torch.stack([1.8 * eta[0], 32 * eta[0] + eta[1]])
+
+
+def threshold(eta: Tensor) -> Tensor:  # p = σ(w (x - c))
+    return torch.stack([eta[0], -eta[0] * eta[1]])
+
+
+def moved(chart, eta: Tensor, h: float, natural: bool) -> tuple[Tensor, Tensor]:
+    """One step in the coordinates of a chart, seen there and as a move of slope and intercept."""
+    g, F = gradient_and_fisher(lambda e: logits(chart(e)), eta)
+    step = -h * (torch.linalg.solve(F, g) if natural else g)
+    return step, chart(eta + step) - chart(eta)
+
+
+same_point = {
+    other_units: torch.stack([at[0] / 1.8, at[1] - 32 * at[0] / 1.8]),
+    threshold: torch.stack([at[0], -at[1] / at[0]]),
+}
+for chart, eta in same_point.items():
+    assert_close(chart(eta), at)
+    K = torch.func.jacrev(chart)(eta)
+    g_eta, F_eta = gradient_and_fisher(lambda e: logits(chart(e)), eta)  # noqa: B023
+    assert_exact(g_eta, K.T @ g)  # (3.9)
+    assert_exact(F_eta, K.T @ F @ K)
+    for h in (0.1, 0.05):
+        natural, plain = (
+            largest_error(moved(chart, eta, h, kind)[1], -h * step)
+            for kind, step in ((True, torch.linalg.solve(F, g)), (False, g))
+        )
+        print(
+            f"{chart.__name__:12} h = {h:<5} differs by: natural {natural:.1e}, plain {plain:.1e}"
+        )
+        assert plain > 0.3  # whatever the length of the step
+        if chart is other_units:
+            assert natural < 1e-10
+        else:  # the quadratic term of φ, and nothing else
+            (dw, dc), total = moved(chart, eta, h, natural=True)
+            of_second_order = total + h * torch.linalg.solve(F, g)
+            assert_close(of_second_order, torch.stack([0 * dw, -dw * dc]))
+            assert dw * dc != 0
+
+# %% tags=["hide-input"] alt="Two panels with contours of a loss over slope and intercept, and two paths in each from the same start to the minimum. Left, the gradient: the path computed with the intercept and the path computed with the threshold run far apart. Right, the natural gradient: both paths lie on one curve." caption="The same descent, computed in the coordinates slope and intercept (line) and in slope and threshold (dots), drawn in the first: 300 steps. The plain gradient takes two paths, the natural gradient one."
+starts = {"intercept": (lambda e: e, at), "threshold": (threshold, same_point[threshold])}
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.4), sharey=True, layout="constrained")
+ws, bs = torch.linspace(0.2, 3.0, 80), torch.linspace(-6.0, 1.2, 80)
+surface = torch.stack(
+    [torch.stack([logistic(logits(torch.stack([w, b])), hits) for w in ws]) for b in bs]
+)
+apart = {}
+for ax, natural in zip(axes, (False, True), strict=True):
+    levels = surface.min().item() + torch.logspace(-2, 0, 7, device="cpu")
+    ax.contour(ws.cpu(), bs.cpu(), surface.cpu(), levels, colors="C4", linewidths=0.8)
+    paths = {}
+    for name, (chart, eta) in starts.items():
+        path = [chart(eta)]
+        for _ in range(300):
+            eta = eta + moved(chart, eta, 0.02 if natural else 0.1, natural)[0]
+            path.append(chart(eta))
+        paths[name] = torch.stack(path)
+        style = {"intercept": "-", "threshold": "."}[name]
+        every = 1 if style == "-" else 8
+        colour = {"intercept": "C0", "threshold": "C1"}[name]
+        ax.plot(
+            *paths[name][::every].T.cpu(),
+            style,
+            color=colour,
+            linewidth=2,
+            label=f"with the {name}",
+        )
+    ax.set(title="natural gradient" if natural else "gradient", xlabel="slope $w$")
+    apart[natural] = torch.cdist(*paths.values()).min(1).values.max().item()
+axes[0].set_ylabel("intercept $b$")
+axes[0].legend()
+plt.show()
+print(f"largest distance of the two paths: gradient {apart[False]:.2f}, natural {apart[True]:.3f}")
+assert apart[True] < 0.03 < 0.2 < apart[False]
+
+# %% [markdown]
+# ### What the natural gradient is not
+#
+# - **It is not Newton's step.** It divides by the Fisher, which is the GGN, and not by the Hessian of the loss at the
+#   data's labels. [Chapter 2](02_curvature.py) says where the two agree.
+# - **It has no length.** [Theorem 3.4] is about short steps and leaves $\varepsilon$ open. The step with $h = 1$ may
+#   raise the loss, for example where predictions are sure, so that $F$ is small.
+# - **With damping it depends on the coordinates again.** The $I$ in $(F + \delta I)^{-1} \nabla L$ measures Euclidean
+#   lengths.
+# - **It is not the step of the empirical Fisher**, the subject of a section below, which is the second derivative of
+#   no divergence from the model.
+# - **It needs an inverse, which may not exist.** With fewer data than parameters $F$ is singular. For the losses here
+#   $\nabla L$ lies in the range of $F$, so that $F^+ \nabla L$ with the pseudoinverse $F^+$ is a step of steepest
+#   descent.
+
+# %% tags=["hide-input"]
+criterion, target = CrossEntropyLoss(), targets[CrossEntropyLoss]
+assert (
+    largest_error(
+        curvature.hessian(model, criterion, X, target),
+        curvature.fisher(model, criterion, X, target),
+    )
+    > 0.1
+)
+
+sure = torch.tensor([2.0, 4.0])
+g_sure, F_sure = gradient_and_fisher(logits, sure)
+after = sure - torch.linalg.solve(F_sure, g_sure)
+losses_of_step = [logistic(logits(v), hits).item() for v in (sure, after)]
+print(
+    "where the model is sure, a step with h = 1 changes the loss from {:.2f} to {:.2f}".format(
+        *losses_of_step
+    )
+)
+assert losses_of_step[1] > losses_of_step[0]
+
+eta, damping = same_point[other_units], 0.1
+K = torch.func.jacrev(other_units)(eta)
+damped = torch.linalg.solve(F + damping * torch.eye(2), g)
+in_other_units = K @ torch.linalg.solve(K.T @ F @ K + damping * torch.eye(2), K.T @ g)
+print(
+    f"damped natural gradients in two units differ by {largest_error(in_other_units, damped):.2f}"
+)
+assert largest_error(in_other_units, damped) > 0.1
+
+for kind, target in targets.items():
+    criterion = kind()
+    F_net = curvature.fisher(model, criterion, X, target)
+    g_net = torch.func.grad(lambda t: criterion(outputs_at(t), target))(theta)  # noqa: B023
+    values, basis = torch.linalg.eigh(F_net)
+    kept = basis[:, values > 1e-10 * values[-1]]
+    print(f"{kind.__name__:18} rank {kept.shape[1]} of {len(theta)}; the gradient is in the range")
+    assert kept.shape[1] < len(theta)
+    assert_exact(kept @ (kept.T @ g_net), g_net, tolerance=1e-8)
+
+# %% [markdown]
 # ## Monte Carlo: draw the labels
 #
 # With many classes, one backward pass per class is too much. An expectation can be estimated: draw
@@ -504,7 +867,7 @@ assert torch.linalg.eigvalsh(hessians[0])[0] < 0
 # \nabla \ell(f_n, \hat y_{mn})^\top,
 # \qquad
 # s_{mn} = \frac{1}{\sqrt{D M}}\, \nabla \ell(f_n, \hat y_{mn}).
-# \tag{3.7}
+# \tag{3.10}
 # $$
 #
 # The factor $1 / (D M)$ belongs to outer products, so each *vector* carries its square root. The
@@ -546,14 +909,14 @@ code(monte_carlo, losses.SampledScores, losses._sampled, losses._scores)
 
 # %% [markdown]
 # How should one test a random function? First test all that is not random about it. Undo the scale
-# of [(3.7)], and each vector must be $p - e_c$ for *some* class, exactly. What remains is how often
+# of [(3.10)], and each vector must be $p - e_c$ for *some* class, exactly. What remains is how often
 # each class occurs. We take a number that depends on all classes, $u^\top \widehat H u$ for a fixed
 # $u$. Its expectation and its standard error $\sigma$ are known exactly, by enumeration. If the code
 # is right, a mean of this many independent terms is nearly normal, and a deviation of more than
 # $5 \sigma$ has a probability of less than one in a million. The cell also prints how small an error
 # it would notice.
 
-# %%
+# %% tags=["hide-input"]
 loss, M = CrossEntropyLoss(), 20_000
 generator = torch.Generator(device=f.device).manual_seed(0)
 vectors = monte_carlo(M, generator)(loss, f, y)[:]
@@ -597,7 +960,7 @@ plt.show()
 #
 # $$
 # E = \frac{1}{D} \sum_n \nabla_\theta\, \ell(f_n, y_n)\; \nabla_\theta\, \ell(f_n, y_n)^\top
-# \tag{3.8}
+# \tag{3.11}
 # $$
 #
 # is called the **empirical Fisher**. The name suggests an estimate of the Fisher; it is
@@ -607,7 +970,7 @@ plt.show()
 #
 # $$
 # E = \frac{1}{D} \sum_n 4\, J_n^\top r_n r_n^\top J_n.
-# \tag{3.9}
+# \tag{3.12}
 # $$
 #
 # ### In the package
@@ -640,7 +1003,7 @@ exact = curvature.ggn(model, loss, one, torch.tensor([0]))
 assert_exact(average, exact)
 
 # %% [markdown]
-# **When they do not.** By [(3.9)], the empirical Fisher is a square of residuals.
+# **When they do not.** By [(3.12)], the empirical Fisher is a square of residuals.
 #
 # - Where the network fits its data exactly, $E = 0$, whatever the curvature.
 # - Where all residuals are ten times larger, $E$ is a hundred times larger, while the GGN of a
@@ -780,210 +1143,6 @@ plt.show()
 # %% [markdown]
 # None of this forbids using $E$ as a preconditioner. It only is no approximation of the Fisher or the
 # GGN in general, and it should be neither tested nor named as one.
-#
-# ## Many labels for one datum
-#
-# A language model predicts a label at every position $s = 1, \dots, P$ of a sequence. PyTorch puts
-# the classes on axis 1, so $f$ has shape $[N, C, P]$. The labels are independent given the outputs,
-# hence the Hessian of one datum, of size $C P$, is block-diagonal with one block per position, and its exact
-# root has **$(C - 1) P$ columns**: each is nonzero at a single position. This is what `type2` returns.
-#
-# That is many backward passes. It is tempting to send, for each class, its columns for *all*
-# positions at once: $C$ passes instead of $(C - 1) P$. Is it allowed? The outer product of a sum is not the
-# sum of outer products; with $s_c = \sum_s s_{cs}$,
-#
-# $$
-# s_c s_c^\top = \sum_s s_{cs} s_{cs}^\top
-# + \underbrace{\sum_{s \neq s'} s_{cs} s_{cs'}^\top}_{\text{cross terms}},
-# \tag{3.10}
-# $$
-#
-# and the cross terms claim that the loss couples positions, which it does not.
-#
-# ### In the package
-#
-# The shortcut has a name of its own, `type2_classwise`, and nothing uses it unless it is asked for. Its
-# columns are those of [(3.5)]: the cross terms of another root would be others.
-
-# %% tags=["remove-input"]
-code(type2_classwise, losses._class_vectors)
-
-# %%
-loss, P = CrossEntropyLoss(), 5
-H_f = curvature.loss_hessian(loss, tokens, token_labels)
-exact_root, shortcut = (fisher(loss, tokens, token_labels) for fisher in (type2, type2_classwise))
-print("type2:", tuple(exact_root.shape), "  type2_classwise:", tuple(shortcut.shape))
-assert len(exact_root) == (C - 1) * P
-assert len(shortcut) == C
-assert_exact(curvature_of(exact_root), H_f)
-assert largest_error(curvature_of(shortcut), H_f) > 1e-2
-
-# %% tags=["hide-input"] alt="Two heat maps of 15 by 15. The exact Hessian of one sequence couples each position with itself only. The shortcut has further entries of both signs that couple different positions." caption="What the two say about one sequence (three classes at five positions, positions together). The cross terms of [(3.10)] fill the space between the blocks."
-by_position = torch.arange(C * P).reshape(C, P).T.flatten()  # positions first
-pictures = {"type2: the Hessian": exact_root, "type2_classwise": shortcut}
-pictures = {
-    name: curvature_of(v)[: C * P, : C * P][by_position][:, by_position]
-    for name, v in pictures.items()
-}
-matrices(pictures, blocks=dict.fromkeys(pictures, (C, C)))
-
-# %% [markdown]
-# When does nobody notice? KFAC in its expand setting ([Chapter 6](06_weight_sharing.py)) asks of the vectors
-# that reach a layer only for the sum of *their own* outer products over all positions,
-# $\sum_{v n s} g_{vns} g_{vns}^\top$. As long as no later layer mixes positions, what arrives at position $s$
-# of a layer started at position $s$ of the output. Then both give the same sum. Once
-# positions are mixed, by attention, by a convolution or by a mean, the vectors of different positions
-# are added up on the way, and cross terms enter. We watch the first layer of a small network for
-# sequences, without and with attention. Here $g$ comes from `layer_ios`, the subject of
-# [Chapter 4](04_layer_io.py).
-
-
-# %%
-class TokenModel(Module):
-    """A logit per class and position; optionally, one head of attention in between."""
-
-    def __init__(self, attention: bool):
-        super().__init__()
-        self.first, self.last = Linear(4, 6), Linear(6, C)
-        self.query, self.key = Linear(6, 2), Linear(6, 2)
-        self.attention = attention
-
-    def forward(self, X: Tensor) -> Tensor:  # [N, P, 4] -> [N, C, P]
-        h = self.first(X).tanh()
-        if self.attention:
-            h = (self.query(h) @ self.key(h).mT).softmax(-1) @ h
-        return self.last(h).mT
-
-
-def sum_of_outer_products(model: Module, fisher, layer: str) -> Tensor:
-    g = layer_ios(model, loss, sequences, token_labels, fisher, layers=[layer])[layer].g
-    return torch.einsum("vnso,vnsp->op", g, g)
-
-
-sequences = torch.randn(N, P, 4)
-for attention, layer in itertools.product((False, True), ("first", "last")):
-    network = TokenModel(attention)
-    exact, short = (sum_of_outer_products(network, v, layer) for v in (type2, type2_classwise))
-    error = largest_error(short, exact)
-    print(f"{'attention' if attention else 'no mixing':9}  {layer:5} layer: {error:.1e}")
-    mixed = attention and layer == "first"
-    assert error > 1e-2 if mixed else error < 1e-10
-
-# %% [markdown]
-# The last layer agrees in both networks, since nothing follows it. But the agreement is one of these sums, not of
-# curvature. The exact block of a layer that is used at several positions adds up a datum's gradient over
-# positions *before* taking the outer product, and meets the cross terms even where nothing
-# mixes:
-
-# %%
-network = TokenModel(attention=False)
-GGN = curvature.ggn(network, loss, sequences, token_labels)
-exact = curvature.diagonal_blocks(network, GGN)["last"]
-for fisher in (type2, type2_classwise):
-    io = layer_ios(network, loss, sequences, token_labels, fisher, layers=["last"])["last"]
-    error = largest_error(io.block(), exact)
-    print(f"{fisher.__name__:16} relative error of the block: {error:.1e}")
-    assert error < 1e-10 if fisher is type2 else error > 1e-2
-
-# %% [markdown]
-# ## Weights, smoothing, soft targets
-#
-# PyTorch's losses have options. What do they do to the Hessian? Each changes a term into a weighted
-# sum of the log-probabilities, and every $-\log p_c$ has the *same* Hessian [(3.3)], since its label
-# dropped out:
-#
-# $$
-# \ell = -\sum_c q_c w_c \log p_c
-# \quad\Longrightarrow\quad
-# \nabla^2 \ell = \Bigl(\sum_c q_c w_c\Bigr) \bigl(\operatorname{diag}(p) - p p^\top\bigr).
-# \tag{3.11}
-# $$
-#
-# Here $q$ is the target distribution ($e_y$ for a label, or what smoothing makes of it) and $w$
-# the class weights. So the vectors are those of before times one number per label,
-# $\sqrt{\sum_c q_c w_c}$. An ignored label has the number zero. Without class weights $\sum_c q_c = 1$:
-# **soft targets and label smoothing leave the curvature as it is.** For BCE, `pos_weight` multiplies
-# the first part of the term, $-y \log p$, by $w$, and the number is $w\, y + (1 - y)$.
-#
-# ### In the package
-#
-# One number for each label. Everything else, `type2` and `monte_carlo`, multiplies by its square root.
-
-# %% tags=["remove-input"]
-code(losses._hessian_weights)
-
-# %%
-w, soft = torch.tensor([0.5, 2.0, 1.0]), torch.softmax(torch.randn(N, C), 1)
-hard, bits = targets[CrossEntropyLoss], targets[BCEWithLogitsLoss]
-options = {
-    "class weights": (CrossEntropyLoss(weight=w), hard),
-    "ignore_index": (CrossEntropyLoss(ignore_index=2), hard),
-    "label_smoothing": (CrossEntropyLoss(label_smoothing=0.1), hard),
-    "all three": (CrossEntropyLoss(weight=w, ignore_index=2, label_smoothing=0.1), hard),
-    "soft targets": (CrossEntropyLoss(), soft),
-    "soft, weights, smoothing": (CrossEntropyLoss(weight=w, label_smoothing=0.1), soft),
-    "pos_weight": (BCEWithLogitsLoss(pos_weight=w), bits),
-    "weight and pos_weight": (BCEWithLogitsLoss(weight=1 / w, pos_weight=w), bits),
-}
-plain = {kind: curvature_of(type2(kind(), f, y)) for kind, y in targets.items()}
-for name, (loss, y) in options.items():
-    H_f, ours = curvature.loss_hessian(loss, f, y), curvature_of(type2(loss, f, y))
-    ignoring = largest_error(plain[type(loss)], H_f)
-    print(
-        f"{name:25} error {largest_error(ours, H_f):.1e}   if the option is ignored {ignoring:.2f}"
-    )
-    assert_exact(ours, H_f)
-    assert ignoring < 1e-10 if name in ("label_smoothing", "soft targets") else ignoring > 0.1
-
-# %% [markdown]
-# With weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no
-# longer the negative log-likelihood of a distribution. The GGN exists all the same. `monte_carlo` draws from the
-# unweighted model and multiplies by the number above. The oracle `fisher`, which stands for the
-# definition, refuses:
-
-# %%
-try:
-    curvature.fisher(model, CrossEntropyLoss(weight=w), X, hard)
-    raise AssertionError("a weighted loss has no distribution of labels")
-except NotImplementedError as error:
-    print(error)
-
-# %% [markdown]
-# ## Your own loss in five lines
-#
-# Another likelihood needs a function of the same kind, nothing to register. Take counts with a
-# Poisson distribution of rate $e^f$. Its term is $\ell = e^f - y f + \log y!$, so $\nabla^2 \ell = e^f$:
-# no $y$ in it, one vector per output entry.
-
-
-# %%
-def poisson(loss: PoissonNLLLoss, f: Tensor, y: Tensor) -> Tensor:
-    """A square root of the Hessian of `PoissonNLLLoss(log_input=True)`."""
-    D = f.numel() if loss.reduction == "mean" else 1
-    root = (f.detach().exp() / D).sqrt()  # [N, C]
-    return root.diag_embed().movedim(-1, 0)  # [V, N, C] with V = C
-
-
-counts = torch.randint(5, (N, C)).double()
-for loss in (PoissonNLLLoss(), PoissonNLLLoss(reduction="sum")):
-    H_f = curvature.loss_hessian(loss, f, counts)
-    assert_exact(curvature_of(poisson(loss, f, counts)), H_f)
-
-    GGN = curvature.ggn(model, loss, X, counts)
-    for name, block in curvature.diagonal_blocks(model, GGN).items():
-        ours = layer_ios(model, loss, X, counts, poisson)[name].block()
-        assert_exact(ours, block)
-
-# %% [markdown]
-# `type2`, in contrast, refuses a loss that it does not know, and says what to do. A wrong guess
-# would not be noticed.
-
-# %%
-try:
-    type2(PoissonNLLLoss(), f, counts)
-    raise AssertionError("type2 must not guess")
-except NotImplementedError as error:
-    print(error)
 
 # %% [markdown]
 # ## What goes wrong in practice
@@ -1006,6 +1165,7 @@ def softmax_root(f: Tensor, axis: int) -> Tensor:
 
 
 square, entropy, y = MSELoss(), CrossEntropyLoss(), targets[MSELoss]
+hard = targets[CrossEntropyLoss]
 total = CrossEntropyLoss(reduction="sum")
 by_mean = torch.func.grad(entropy)(f, hard)[None]  # what .backward() of a mean loss leaves behind
 mistakes = {
@@ -1090,6 +1250,17 @@ print(f"the statistical test finds a deviation of {((found - expected) / sigma).
 assert (found - expected).abs() > 5 * sigma
 
 # %% [markdown]
+# ## In one minute
+#
+# - A loss is a negative log-likelihood, divided by $D$. For squared error, cross-entropy and BCE its Hessian at the
+#   outputs does not contain the label.
+# - Columns of a square root of this Hessian, sent backward, give the GGN. Scores at labels that the model draws give
+#   the same matrix in expectation, with an error of $1 / \sqrt M$.
+# - For these losses the GGN is the Fisher. Gradients at the *data's* labels give the empirical Fisher, another matrix.
+# - $\operatorname{KL}(p_W \Vert p_{W + \Delta}) = \tfrac12 \Delta^\top F \Delta$ up to third order.
+# - The natural gradient $F^{-1} \nabla L$ is steepest descent in KL. It is the same step in all coordinates to first
+#   order, until damping is added.
+#
 # ## Exercises
 #
 # **Exercise 3.1.** The rank of [(3.3)] is at most $C - 1$, yet [(3.5)] has $C$ columns. Compute
@@ -1140,6 +1311,23 @@ assert (found - expected).abs() > 5 * sigma
 #
 # </details>
 #
+# **Exercise 3.5 (write it).** Write a function `natural_step(network, theta, loss, y, damping)` that returns
+# $-(F + \delta I)^{-1} \nabla L$. Here `network` maps parameters to outputs, as `outputs_at` does. Use `type2` for
+# the vectors, `torch.func` for the rest, and nothing of `curvature`. The cell below has `check_natural_step`, which
+# compares your function with `curvature`, and one solution.
+#
+# **Exercise 3.6.** For which networks and losses is $\tfrac12 \Delta^\top F \Delta$ the divergence itself, without a
+# remainder, for steps of any length?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# If the outputs are linear in the parameters and the loss is the squared error. The divergence of two Gaussians of
+# variance $\tfrac12$ is the squared distance of their means, $\sum_n \lVert J_n \Delta \rVert^2$, and
+# $F = \sum_n 2 J_n^\top J_n$. For cross-entropy, a remainder is left even for a linear network.
+#
+# </details>
+#
 # The solutions, checked:
 
 # %% tags=["hide-input"]
@@ -1162,17 +1350,54 @@ assert_close(
     curvature.loss_hessian(square, f, y) / 2,
 )
 
-logits = f[:, :1]
-with_zero = torch.cat([torch.zeros_like(logits), logits], 1)
+logit = f[:, :1]
+with_zero = torch.cat([torch.zeros_like(logit), logit], 1)
 two = curvature_of(type2(CrossEntropyLoss(reduction="sum"), with_zero, hard % 2))
-one = curvature_of(type2(BCEWithLogitsLoss(reduction="sum"), logits, bits[:, :1]))
+one = curvature_of(
+    type2(BCEWithLogitsLoss(reduction="sum"), logit, targets[BCEWithLogitsLoss][:, :1])
+)
 assert_close(one, two[1::2, 1::2])
 
 for q in (0.5, 0.3, 0.01):
     squares, weights = torch.tensor([(1 - q) ** 2, q**2]), torch.tensor([q, 1 - q])
     variance = weights @ squares**2 - (weights @ squares) ** 2
     assert_close(variance.item(), q * (1 - q) * (1 - 2 * q) ** 2)
-print("all hold")
+
+
+def natural_step(network, theta: Tensor, loss: Module, y: Tensor, damping: float) -> Tensor:
+    """A solution of Exercise 3.5."""
+    f, send = torch.func.vjp(network, theta)
+    sent = [send(s_n)[0] for s_v in type2(loss, f, y)[:] for s_n in one_datum_each(s_v)]
+    (gradient,) = send(torch.func.grad(loss)(f, y))
+    F = sum(torch.outer(v, v) for v in sent)
+    return -torch.linalg.solve(F + damping * torch.eye(len(theta)), gradient)
+
+
+def one_datum_each(vectors: Tensor) -> Tensor:
+    """From [N, C] to [N, N, C]: outer products of different data must not mix."""
+    return torch.stack([torch.eye(len(vectors))[n, :, None] * vectors for n in range(len(vectors))])
+
+
+def check_natural_step(function) -> None:
+    for kind, y in targets.items():
+        for loss in (kind(), kind(reduction="sum")):
+            found = function(outputs_at, theta, loss, y, 0.1)
+            gradient = torch.func.grad(lambda t: loss(outputs_at(t), y))(theta)  # noqa: B023
+            system = curvature.ggn(model, loss, X, y) + 0.1 * torch.eye(len(theta))
+            assert_exact(found, -torch.linalg.solve(system, gradient))
+
+
+check_natural_step(natural_step)
+
+straight = Linear(4, C)
+shift = torch.randn(C, 4)
+for kind, exactly in ((MSELoss, True), (CrossEntropyLoss, False)):
+    loss, y = kind(reduction="sum"), targets[kind]
+    step = curvature.flatten_values(straight, {"weight": shift})
+    half_form = step @ curvature.fisher(straight, loss, X, y) @ step / 2
+    divergence = kl(loss, straight(X), straight(X) + X @ shift.T)
+    assert (abs(divergence / half_form - 1) < 1e-10) == exactly
+print("Exercises 3.1 to 3.6: all hold")
 
 # %% [markdown]
 # ## Further reading

@@ -16,18 +16,17 @@
 # **Part II: KFAC.** Why do two tensors per layer hold everything that KFAC, Kronecker-factored
 # approximate curvature, and every method like it need to know about a network and its loss?
 #
-# A network can be a perceptron, a convolutional network or a transformer. The loss can be a squared
-# error or a cross-entropy, summed or averaged. A method that had to know about all of them at once
-# would be a long list of special cases. Two things about each layer are enough instead: the vector that
-# the layer's matrix $W$ multiplies, called $a$, and the derivatives that a backward pass brings to the
-# layer's output, called $g$.
+# For a layer that multiplies with a matrix $W$, these tensors are $a$, the vector that $W$ multiplies, and $g$, the
+# derivatives that a backward pass brings to the layer's output. With $V$ vectors $v$ sent back for each datum $n$, and
+# positions $s$ at which $W$ is used, they give the layer's gradients and its exact curvature:
 #
-# The curvature matrix of this chapter is the generalised Gauss-Newton matrix (GGN) of
-# [Chapter 2](02_curvature.py). The *block* of a layer is the part whose rows and columns belong to the
-# layer's parameters. We derive that $a$ and $g$ give this block exactly, build the code that records them,
-# and then look at what can go wrong on the way.
+# $$
+# G_{vn} = \sum_s g_{vns}\, a_{ns}^\top,
+# \qquad
+# \text{block} = \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top .
+# $$
 
-# %%
+# %% tags=["hide-input"]
 import copy
 import textwrap
 import warnings
@@ -53,27 +52,43 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 EXACT = 1e-10  # what we call equal in float64
 
-# %% tags=["hide-input"] alt="A network from left to right: input x, matrix W1, its output z1, tanh, matrix W2, the network's output f, and the loss. Blue arrows to the right carry the inputs a1 and a2 into the two matrices. Orange arrows to the left bring g1 and g2 back to the outputs of the two matrices." caption="A network with two layers. The forward pass (blue) brings $a$ to every matrix. A backward pass (orange) brings $g$ to every matrix's output. Capture records both."
-fig, ax = plt.subplots(figsize=(7.2, 1.9))
+# %% tags=["hide-input"] alt="A network from left to right: input x, matrix W1, tanh, matrix W2, loss. Blue arrows to the right carry a1 into W1, z1 out of it, a2 into W2 and z2 into the loss. Orange arrows to the left carry g2 from the loss to the output of W2, and g1 to the output of W1. Below each matrix stands its gradient, G1 as g1 times a1 transposed and G2 as g2 times a2 transposed." caption="The forward pass (blue) brings $a$ to every matrix. A backward pass (orange) brings $g$ to every matrix's output. Their outer product is the gradient."
+fig, ax = plt.subplots(figsize=(5.4, 2.5))
 boxes = {0.0: "$x$", 2.0: "$W_1$", 4.0: "tanh", 6.0: "$W_2$", 8.0: "loss"}
 for at, text in boxes.items():
-    frame = {"boxstyle": "round,pad=0.5", "fc": "none"}
-    ax.text(at, 0, text, ha="center", va="center", bbox=frame)
-forward, backward = ["$a_1$", "$z_1$", "$a_2$", "$f = z_2$"], [None, "$g_1$", None, "$g_2$"]
+    frame = {"boxstyle": "round,pad=0.35", "fc": "none"}
+    ax.text(at, 0, text, ha="center", va="center", fontsize=13, bbox=frame)
+forward, backward = ["$a_1$", "$z_1$", "$a_2$", "$z_2$"], [None, "$g_1$", "", "$g_2$"]
 for start, there, back in zip(boxes, forward, backward, strict=False):
-    ends = (start + 0.6, start + 1.4)
+    ends = (start + 0.65, start + 1.35)
     for height, (tail, head), colour, text in (
-        (0.25, ends, "C0", there),
-        (-0.25, ends[::-1], "C1", back),
+        (0.28, ends, "C0", there),
+        (-0.28, ends[::-1], "C1", back),
     ):
         if text is None:
             continue
-        arrow = {"arrowstyle": "->", "color": colour, "lw": 1.6}
+        arrow = {"arrowstyle": "->", "color": colour, "lw": 2}
         ax.annotate("", xy=(head, height), xytext=(tail, height), arrowprops=arrow)
-        ax.text(start + 1, 2.2 * height, text, ha="center", va="center", color=colour)
-ax.set(xlim=(-0.7, 8.8), ylim=(-0.9, 0.9))
+        ax.text(start + 1, 2.6 * height, text, ha="center", va="center", color=colour, fontsize=14)
+for at, layer in ((2.0, 1), (6.0, 2)):
+    product = rf"$G_{layer} = g_{layer}\, a_{layer}^\top$"
+    ax.text(at, -1.45, product, ha="center", va="center", color="C2", fontsize=13)
+    ax.plot([at, at], [-1.15, -0.5], ":", color="C2", linewidth=1.5)
+ax.set(xlim=(-0.6, 8.7), ylim=(-1.8, 1.05))
 ax.axis("off")
 plt.show()
+
+# %% [markdown]
+# A network can be a perceptron, a convolutional network or a transformer, and the loss a squared error or a
+# cross-entropy. A method that sees $(a, g)$ need not know. After this chapter you can
+#
+# - derive the gradient and the curvature block of any layer that applies a matrix;
+# - record $a$ and $g$ of a network by hand, with the right scale;
+# - say what a row $a_{ns}$ is for a convolution, an embedding, and a weight that is used twice;
+# - name the mistakes that no error message reports: in-place activations, lost calls, mean losses.
+#
+# The curvature matrix is the generalised Gauss-Newton matrix (GGN) of [Chapter 2](02_curvature.py). The *block* of a
+# layer is the part whose rows and columns belong to the layer's parameters.
 
 # %% [markdown]
 # ## A gradient is an outer product
@@ -331,79 +346,6 @@ assert torch.equal(total.a, mean.a)  # N times the loss, the same inputs
 assert_exact(total.g, N**0.5 * mean.g)
 
 # %% [markdown]
-# ## Why the hook returns a copy
-#
-# The hook above returns a copy of the output. The network above gets the same blocks without a copy, as the
-# first lines of the cell check. But many networks save memory by activations that write *into* their input:
-
-# %%
-not_copied = capture_by_hand(model, loss, X, y, pass_on=lambda z: z)
-assert max(check(not_copied, model, loss, X, y).values()) <= EXACT
-in_place = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
-
-with_copy = check(capture_by_hand(in_place, loss, X, y), in_place, loss, X, y)
-without = capture_by_hand(in_place, loss, X, y, pass_on=lambda z: z)
-without_copy = check(without, in_place, loss, X, y)
-for kind, errors in (("with a copy", with_copy), ("without a copy", without_copy)):
-    print(f"{kind:>14}:", {name: f"{e:.0e}" for name, e in errors.items()})
-assert max(with_copy.values()) <= EXACT
-assert without_copy["0"] > 0.1
-
-# %% [markdown]
-# Without the copy, the block of the first layer is wrong, and there is no error and no warning. The
-# tensor that we recorded as $z$ has been overwritten. Autograd now takes it for
-# $\operatorname{relu}(z)$, so we get the derivative *after* the activation. The factor $\operatorname{relu}'(z)$
-# is missing: it is 1 for active units and 0 for the others, so a multiplication with it repairs the
-# vectors. With the copy, the activation overwrites the copy. The price is memory: a layer's output may be
-# there twice until the backward pass is over.
-
-# %%
-correct = capture_by_hand(in_place, loss, X, y)["0"].g
-wrong = without["0"].g
-active = (in_place[0](X) > 0).unsqueeze(1)
-assert_exact(wrong * active.to(wrong), correct)
-assert largest_error(wrong, correct) > 0.1
-print(f"share of active units: {active.double().mean().item():.2f}")
-
-# %% [markdown]
-# ## What ships
-#
-# The package does the same in three pieces. The first one records. It looks at functions instead of modules:
-# every linear layer calls `functional.linear` in the end. Code that has weights but no layers may use `@` or
-# `einsum`, which have rules, too. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and
-# the recorder keeps those calls that get a layer's weight. There are three differences from our hook. There is a
-# list of calls, as a weight may be used several times. The recorder notes the output's place in autograd's graph,
-# `edge`, which survives an overwriting, so that most copies are not needed. And it notes the version of the
-# input, a counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input*
-# is noticed as well.
-#
-# [Chapter 26](26_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
-# this chapter passes over: when a copy is needed, functions that use a part of a weight (`unused`), products
-# from the left (`order`), and normalisations (`ScaleUse`).
-
-# %% tags=["remove-input"]
-code(calls.recorded, calls.Recorder._record)
-
-# %% [markdown]
-# The second piece sends vectors backward, at most `chunk` of them at once. Recorded outputs that the
-# network's output does not depend on get zeros, which is their derivative. A single vector is sent
-# without batching, because a few operations of PyTorch cannot be batched. If the user gives no `chunk`,
-# the first vectors show whether the network contains such an operation.
-
-# %% tags=["remove-input"]
-code(capture._backward, capture._batched_if_possible)
-
-# %% [markdown]
-# The third is the whole procedure: find the layers, run forward and record, ask the loss for its
-# vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
-# refuse networks in which they find an error; we will meet some of them. A `ForwardPass` makes the
-# tensors of one layer at a time, so that a loop over a data set need not hold those of all layers.
-# `stream` gives all layers, part by part, and `layer_ios` joins the parts.
-
-# %% tags=["remove-input"]
-code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
-
-# %% [markdown]
 # ## The theorem, checked
 #
 # Three networks are tried: a perceptron, a convolutional network with an in-place activation, and a
@@ -455,7 +397,7 @@ print("\n".join(report))
 # products is the full matrix, including the blocks that couple two layers. Block-diagonal methods drop
 # these blocks. Two tensors per layer are enough to compute them, if every parameter belongs to a layer.
 
-# %%
+# %% tags=["hide-input"]
 model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 4))
 X, y = torch.randn(N, 5), torch.randint(4, (N,))
 
@@ -546,7 +488,7 @@ code(input_rows, output_rows, weight_matrix, weight_view)
 # %% [markdown]
 # One check covers them all: a layer without bias must compute $W$ times its rows.
 
-# %%
+# %% tags=["hide-input"]
 kinds = [
     (nn.Linear(4, 3, bias=False), torch.randn(2, 5, 7, 4)),
     (nn.Conv1d(2, 3, 3, stride=2, padding=1, bias=False), torch.randn(2, 2, 11)),
@@ -621,6 +563,87 @@ shapes(frozen, torch.randn(N, 4))
 assert "4" not in layer_ios(frozen, nn.MSELoss(), torch.randn(N, 4), torch.randn(N, 2))
 
 # %% [markdown]
+# ## The engineering of a recorder
+#
+# The theorem needs $a$ and $g$, whatever records them. The rest of the chapter is about the recorder: why it copies,
+# what ships, what it does not cover, what it leaves behind, and how much memory it needs.
+# [Chapter 26](26_capture.py) goes on with networks that hooks cannot follow.
+#
+# ### Why the hook returns a copy
+#
+# The hook above returns a copy of the output. A perceptron with `Tanh` gets the same blocks without a copy, as the
+# first lines of the cell check. But many networks save memory by activations that write *into* their input:
+
+# %%
+model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+X, y = torch.randn(N, 4), torch.randint(3, (N,))
+not_copied = capture_by_hand(model, loss, X, y, pass_on=lambda z: z)
+assert max(check(not_copied, model, loss, X, y).values()) <= EXACT
+in_place = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+
+with_copy = check(capture_by_hand(in_place, loss, X, y), in_place, loss, X, y)
+without = capture_by_hand(in_place, loss, X, y, pass_on=lambda z: z)
+without_copy = check(without, in_place, loss, X, y)
+for kind, errors in (("with a copy", with_copy), ("without a copy", without_copy)):
+    print(f"{kind:>14}:", {name: f"{e:.0e}" for name, e in errors.items()})
+assert max(with_copy.values()) <= EXACT
+assert without_copy["0"] > 0.1
+
+# %% [markdown]
+# Without the copy, the block of the first layer is wrong, and there is no error and no warning. The
+# tensor that we recorded as $z$ has been overwritten. Autograd now takes it for
+# $\operatorname{relu}(z)$, so we get the derivative *after* the activation. The factor $\operatorname{relu}'(z)$
+# is missing: it is 1 for active units and 0 for the others, so a multiplication with it repairs the
+# vectors. With the copy, the activation overwrites the copy. The price is memory: a layer's output may be
+# there twice until the backward pass is over.
+
+# %%
+correct = capture_by_hand(in_place, loss, X, y)["0"].g
+wrong = without["0"].g
+active = (in_place[0](X) > 0).unsqueeze(1)
+assert_exact(wrong * active.to(wrong), correct)
+assert largest_error(wrong, correct) > 0.1
+print(f"share of active units: {active.double().mean().item():.2f}")
+
+# %% [markdown]
+# ### What ships
+#
+# The package does the same in three pieces. The first one records. It looks at functions instead of modules:
+# every linear layer calls `functional.linear` in the end. Code that has weights but no layers may use `@` or
+# `einsum`, which have rules, too. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and
+# the recorder keeps those calls that get a layer's weight. There are three differences from our hook. There is a
+# list of calls, as a weight may be used several times. The recorder notes the output's place in autograd's graph,
+# `edge`, which survives an overwriting, so that most copies are not needed. And it notes the version of the
+# input, a counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input*
+# is noticed as well.
+#
+# [Chapter 26](26_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
+# this chapter passes over: when a copy is needed, functions that use a part of a weight (`unused`), products
+# from the left (`order`), and normalisations (`ScaleUse`).
+
+# %% tags=["remove-input"]
+code(calls.recorded, calls.Recorder._record)
+
+# %% [markdown]
+# The second piece sends vectors backward, at most `chunk` of them at once. Recorded outputs that the
+# network's output does not depend on get zeros, which is their derivative. A single vector is sent
+# without batching, because a few operations of PyTorch cannot be batched. If the user gives no `chunk`,
+# the first vectors show whether the network contains such an operation.
+
+# %% tags=["remove-input"]
+code(capture._backward, capture._batched_if_possible)
+
+# %% [markdown]
+# The third is the whole procedure: find the layers, run forward and record, ask the loss for its
+# vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
+# refuse networks in which they find an error; we will meet some of them. A `ForwardPass` makes the
+# tensors of one layer at a time, so that a loop over a data set need not hold those of all layers.
+# `stream` gives all layers, part by part, and `layer_ios` joins the parts.
+
+# %% tags=["remove-input"]
+code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
+
+# %% [markdown]
 # ### What is not covered
 #
 # A layer norm has parameters, but they are not a matrix that is applied to rows. It gets a block only if
@@ -680,7 +703,7 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 # [Chapter 26](26_capture.py#two-checks).
 
 # %% [markdown]
-# ## What capture leaves behind
+# ### What capture leaves behind
 #
 # Capture leaves nothing behind. No hook is registered. The function mode ends with the forward pass, also
 # when that fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
@@ -689,7 +712,7 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 # forward pass does.)
 
 
-# %%
+# %% tags=["hide-input"]
 def traces(model: nn.Module) -> list:
     hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()]
     modes = [m.training for m in model.modules()]
@@ -716,9 +739,10 @@ assert torch.equal(torch.get_rng_state(), state)
 noisy(X)
 if not X.is_cuda:  # a GPU has a generator of its own
     assert not torch.equal(torch.get_rng_state(), state)
+print("hooks, modes, gradients, flags and random state are as before, also after a failure")
 
 # %% [markdown]
-# ## Memory, and chunks
+# ### Memory, and chunks
 #
 # A `LayerIO` holds
 #
@@ -784,13 +808,12 @@ plt.show()
 # ### Many vectors or one
 #
 # The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from
-# the model and sends one vector, whatever $V$ is for `type2`. So $g$ is smaller by the factor $V$, and
-# the block is random: its mean is exact, but a single sample is not. The average over more samples
-# approaches the exact block slowly. The error is a mean of independent terms, so its standard deviation
-# falls as one over the square root of their number. The gradients at the data's labels, `empirical`,
-# are one vector per datum as well, and give the block of the empirical Fisher exactly.
+# the model and sends one vector, whatever $V$ is for `type2`. So $g$ is smaller by the factor $V$, and the block is
+# right in expectation only. [Chapter 3](03_losses.py) derives the error, which falls as $1 / \sqrt M$ with $M$ samples.
+# The gradients at the data's labels, `empirical`, are one vector per datum as well, and give the block of the
+# empirical Fisher exactly. The cell checks all three against autodiff.
 
-# %%
+# %% tags=["hide-input"]
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randint(3, (N,))
 exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))["0"]
@@ -937,6 +960,15 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # batch that is not on axis 0 or an input that is overwritten.
 
 # %% [markdown]
+# ## In one minute
+#
+# - The gradient of a matrix that is used once is $g a^\top$. Used at several positions, it is the sum of the
+#   positions' outer products.
+# - With the columns of a square root of the loss's Hessian as vectors, the outer products of these gradients sum to the
+#   layer's exact GGN block ([Theorem 4.1]). All scale of the loss is in $g$.
+# - A convolution, an embedding and a tied layer differ only in what their rows $a_{ns}$ are.
+# - A recorder must copy what will be overwritten, see every use of a weight, and refuse networks in which data meet.
+#
 # ## Exercises
 #
 # **Exercise 4.1.** What is the largest rank that the block of a layer can have, and the largest

@@ -16,17 +16,19 @@
 # **Part II: KFAC.** What is lost when the curvature of a layer becomes one Kronecker product,
 # and when is nothing lost?
 #
-# [Chapter 4](04_layer_io.py) computed the exact curvature block of a layer from what the layer
-# received, $a$, and what the loss sent back to its output, $g$. The block is a square
-# matrix with as many rows as the layer has weights. For one datum it is a Kronecker product of
-# two small matrices. For many data it is a *sum* of such products, and a sum of Kronecker
-# products is not a Kronecker product. KFAC acts as if it were.
+# KFAC stands for *Kronecker-factored approximate curvature*. [Chapter 4](04_layer_io.py) computed the exact curvature
+# block $F$ of a layer from what the layer received, $a$, and what the loss sent back to its output, $g$. For one
+# datum the block is a Kronecker product of two small matrices. For many data it is a sum of such products, which is
+# no Kronecker product in general. KFAC replaces it by the product of two averages:
 #
-# This chapter derives that step, finds out exactly what it throws away, and lists the networks
-# for which it throws away nothing. That list is more than a curiosity: it is how an
-# implementation of KFAC is tested.
+# $$
+# F = \sum_n \Bigl(\sum_v g_{vn} g_{vn}^\top\Bigr) \otimes a_n a_n^\top
+# \;\approx\;
+# \underbrace{\Bigl(\sum_{n, v} g_{vn} g_{vn}^\top\Bigr)}_{B} \otimes
+# \underbrace{\Bigl(\frac{1}{N} \sum_n a_n a_n^\top\Bigr)}_{A} .
+# $$
 
-# %%
+# %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -48,6 +50,74 @@ from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
+
+def mlp(*sizes: int, activation: type[Module] | None = Tanh, bias: bool = True) -> Sequential:
+    """Linear layers with an activation between them, or with nothing between them."""
+    layers: list[Module] = []
+    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        layers += [Linear(d_in, d_out, bias=bias)]
+        layers += [activation()] if activation else []
+    return Sequential(*layers[:-1]) if activation else Sequential(*layers)
+
+
+model, loss = mlp(5, 4, 3), CrossEntropyLoss()
+N = 7
+X, y = 2 * torch.randn(N, 5), torch.randint(3, (N,))
+
+# %% tags=["hide-input"] alt="Three 24 by 24 heat maps with 6 by 6 blocks ruled off: the exact curvature block of a layer, KFAC's Kronecker product, in which every tile repeats one pattern, and the difference of the two, which is fainter but clearly not zero." caption="The exact block of the first layer, KFAC, and what is lost, in one colour scale. There is one $6 \\times 6$ tile for every pair of output units. In KFAC all tiles are multiples of $A$, in the exact block they are not."
+io = layer_ios(model, loss, X, y)["0"]  # the first layer
+F, K = io.block(), kfac(io).dense()
+picture = {"exact $F$": F, r"KFAC $B \otimes A$": K, "difference": F - K}
+matrices(picture, blocks=dict.fromkeys(picture, (6, 6)))
+
+# %% [markdown]
+# Two factors are cheap to store and to invert, and that makes curvature usable for training. After this chapter you can
+#
+# - derive KFAC's two factors and compute them from $a$ and $g$, with the right scale;
+# - say what the error is (a covariance), and measure it without forming the block;
+# - list the networks for which KFAC is exact, and test an implementation with them;
+# - tell KFAC of the Fisher, of sampled labels, and of the empirical Fisher apart.
+#
+# ## A first step
+#
+# Among other things, KFAC is for steps that take curvature into account. With $G_l$ the gradient of the loss with
+# respect to the $W$ of layer $l$, KFAC's step is $-\eta\, (B_l \otimes A_l + \delta I)^{-1} \operatorname{vec}(G_l)$
+# for every layer, with a damping $\delta$, the subject of [Chapter 8](08_damping.py). `inverse` computes it exactly,
+# in the eigenbasis of both factors ([Chapter 7](07_matrices.py)). We compare one such step with one gradient step
+# from the same start, each with the best step size of a wide grid, on images of handwritten digits.
+
+# %%
+digits = load_digits()
+images = torch.tensor(digits.data) / 16
+labels = torch.tensor(digits.target)
+order = torch.randperm(len(images))
+images, labels = images[order], labels[order]
+
+network_ = mlp(64, 20, 10)
+value = loss(network_(images[:500]), labels[:500])
+names = [name for name, _ in network_.named_parameters()]
+slopes = torch.autograd.grad(value, list(network_.parameters()))
+gradient = dict(zip(names, slopes, strict=True))
+
+inverses = {
+    n: kfac(io).inverse(1e-3)
+    for n, io in layer_ios(network_, loss, images[:500], labels[:500]).items()
+}
+natural = preconditioner(network_, inverses)(gradient)
+
+
+def after_step(step: dict[str, Tensor], rate: float) -> float:
+    moved = {n: p - rate * step[n] for n, p in network_.named_parameters()}
+    return loss(torch.func.functional_call(network_, moved, (images[:500],)), labels[:500]).item()
+
+
+rates = [2.0**k for k in range(-8, 8)]
+best = {name: min(after_step(step, rate) for rate in rates)
+        for name, step in (("gradient", gradient), ("KFAC", natural))}  # fmt: skip
+print(f"loss {value:.3f}; after the best gradient step {best['gradient']:.3f},", end=" ")
+print(f"after the best KFAC step {best['KFAC']:.3f}")
+assert best["KFAC"] < best["gradient"] < value
+
 # %% [markdown]
 # We measure two things, here and in all chapters that follow. `assert_exact` is for theorems: no entry
 # may deviate by more than $10^{-10}$ of the largest one. `relative_error` is for approximations: the norm of
@@ -57,19 +127,6 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 # %% tags=["remove-input"]
 code(assert_exact, largest_error, relative_error)
-
-# %% [markdown]
-# Networks for experiments:
-
-
-# %%
-def mlp(*sizes: int, activation: type[Module] | None = Tanh, bias: bool = True) -> Sequential:
-    """Linear layers with an activation between them, or with nothing between them."""
-    layers: list[Module] = []
-    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
-        layers += [Linear(d_in, d_out, bias=bias)]
-        layers += [activation()] if activation else []
-    return Sequential(*layers[:-1]) if activation else Sequential(*layers)
 
 
 # %% [markdown]
@@ -112,12 +169,6 @@ def mlp(*sizes: int, activation: type[Module] | None = Tanh, bias: bool = True) 
 # the same $a_n$. Only the sum over data is in the way.
 
 # %%
-model, loss = mlp(5, 4, 3), CrossEntropyLoss()
-N = 7
-X, y = 2 * torch.randn(N, 5), torch.randint(3, (N,))
-ios = layer_ios(model, loss, X, y)
-
-io = ios["0"]  # the first layer
 V, d_in, d_out = len(io.g), io.a.shape[-1], io.g.shape[-1]
 B_n, A_n = [], []
 for n in range(N):
@@ -170,11 +221,7 @@ assert_exact(K.dense(), torch.kron(sum(B_n), sum(A_n) / N))
 assert abs(K.A[-1, -1] - 1) < 1e-12
 
 print(f"numbers stored: exact {F.numel()}, KFAC {K.A.numel() + K.B.numel()}")
-print(f"relative error: {relative_error(K.dense(), F):.3f}")
-
-# %% tags=["hide-input"] alt="Three 24 by 24 heat maps with 6 by 6 blocks ruled off: the exact curvature block of a layer, KFAC's Kronecker product, in which every tile repeats one pattern, and the difference of the two, which is fainter but clearly not zero." caption="The exact block of the first layer, KFAC, and what is lost, in one colour scale. There is one $6 \\times 6$ tile for every pair of output units. In KFAC all tiles are multiples of $A$, in the exact block they are not."
-picture = {"exact $F$": F, r"KFAC $B \otimes A$": K.dense(), "difference": F - K.dense()}
-matrices(picture, blocks=dict.fromkeys(picture, (d_in, d_in)))
+print(f"relative error: {relative_error(K.dense(), F):.3f} (Figure 5.1)")
 
 # %% [markdown]
 # ## The error is a covariance
@@ -247,6 +294,35 @@ assert abs(error - N * covariance.norm()) <= 1e-10 * error
 print(f"‖F − B ⊗ A‖ = {error:.6f},  N ‖Cov‖ = {N * covariance.norm():.6f}")
 
 # %% [markdown]
+# For one entry of each, the covariance is an average of signed areas: datum $n$ adds the rectangle between its point
+# and the point of the means.
+
+# %% tags=["hide-input"] alt="Two panels with a point for each of 40 data: an entry of A_n to the right, an entry of B_n upward. From the point of the means to each datum there is a rectangle, blue where the product of the deviations is positive and orange where it is negative. Left, a layer of a tanh network: the points rise, and blue areas outweigh orange ones. Right, a layer of a deep linear network: all points lie on a horizontal line and there are no areas." caption="The sum of the signed areas is one entry of $F - B \\otimes A$. Left, a layer of a network with tanh, and the pair of entries with the largest error. Right, a deep linear network with squared error: $B_n$ does not vary, so there is no area."
+many, targets_ = 2 * torch.randn(40, 5), torch.randn(40, 3)
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
+for ax, (title, kind) in zip(axes, {"tanh": Tanh, "linear": None}.items(), strict=True):
+    layer = layer_ios(mlp(5, 4, 3, activation=kind), MSELoss(), many, targets_)["0"]
+    every_A = vec(torch.einsum("nsi,nsj->nij", layer.a, layer.a))
+    every_B = vec(torch.einsum("vnso,vnsp->nop", layer.g, layer.g))
+    lost = rearrange(layer.block() - kfac(layer).dense(), 4, 6)
+    if title == "tanh":
+        row, column = divmod(lost.abs().argmax().item(), lost.shape[1])
+    x, z = every_A[:, column], every_B[:, row]
+    areas = (x - x.mean()) * (z - z.mean())
+    assert abs(areas.sum() - lost[row, column]) < 1e-10 * every_B.abs().max()  # (5.6), one entry
+    for x_n, z_n, area in zip(x.tolist(), z.tolist(), areas.tolist(), strict=True):
+        corner = (x.mean().item(), z.mean().item())
+        colour = "C0" if area > 0 else "C1"
+        size = (x_n - corner[0], z_n - corner[1])
+        ax.add_patch(plt.Rectangle(corner, *size, color=colour, alpha=0.12, linewidth=0))
+    ax.plot(x.cpu(), z.cpu(), "o", color="C2", markersize=4)
+    ax.set(title=f"{title}: signed area {abs(areas.sum().item()):.2f}", xlabel="entry of $A_n$")
+    ax.ticklabel_format(useOffset=False)
+axes[0].set_ylabel("entry of $B_n$")
+axes[1].set_ylim(0, 2 * every_B[:, row].abs().max().item() + 1e-3)
+plt.show()
+
+# %% [markdown]
 # One more consequence is worth having. The norm of a covariance can be computed from inner
 # products between data alone, and here these are squares of inner products of vectors:
 #
@@ -314,13 +390,14 @@ for loss, target in ((CrossEntropyLoss(), torch.tensor([1])), (MSELoss(), torch.
 # <div class="admonition theorem" markdown="1" id="thm-5.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 5.2 (deep linear networks)</b></p>
 #
-# For a network of linear layers without activations and `MSELoss`, with mean or sum, with or
-# without biases and for every $N$, type-2 KFAC equals every layer's block of the GGN.
+# For a network of linear layers without activations, each of which is used once for every datum, and for `MSELoss`,
+# with mean or sum, with or without biases and for every $N$, type-2 KFAC equals every layer's block of the GGN.
 #
 # </div>
 #
-# This is the workhorse of testing: all sizes may differ, $N$ is large, and every factor of two
-# or $N$ or $C$ shows.
+# This theorem is the best test of an implementation: all sizes may differ, $N$ is large, and every factor of two
+# or $N$ or $C$ shows. The last lines use one layer twice. Then its gradient is a sum over two positions, and KFAC is
+# not exact, not even for a single datum ([Chapter 6](06_weight_sharing.py) has settings for that).
 
 # %%
 for reduction in ("mean", "sum"):
@@ -331,6 +408,17 @@ for reduction in ("mean", "sum"):
             exact = diagonal_blocks(linear, ggn(linear, loss, X, y))
             for name, layer in layer_ios(linear, loss, X, y).items():
                 assert_exact(kfac(layer).dense(), exact[name])
+print("exact: mean and sum, with and without bias, N = 1, 2, 11")
+
+again = Linear(4, 4)
+tied = Sequential(Linear(5, 4), again, again, Linear(4, 3))  # deep and linear, a layer used twice
+for size in (1, 11):
+    X, y = torch.rand(size, 5), torch.rand(size, 3)
+    twice = layer_ios(tied, MSELoss(), X, y)["1"]
+    for name, setting in {"expand": kfac(twice), "reduce": kfac(twice.reduced())}.items():
+        off = relative_error(setting.dense(), twice.block())
+        print(f"used twice, N = {size:2}, {name}: error {off:.2f}")
+        assert off > 0.05
 
 # %% [markdown]
 # **The last layer with squared error**, in *any* network. Nothing comes after it, so $J = I$ in
@@ -430,14 +518,14 @@ def errors(model: Module, loss: Module, X: Tensor, y: Tensor) -> list[float]:
 
 X = 2 * torch.randn(50, 5)
 linear = mlp(5, 4, 6, 3, activation=None)
-for parameter in linear.parameters():
+for parameter in (*linear.parameters(), *nonlinear.parameters()):
     parameter.data *= 2  # predictions that are not all alike
-targets, labels = torch.randn(50, 3), torch.randint(3, (50,))
+targets, classes = torch.randn(50, 3), torch.randint(3, (50,))
 table = {
     "linear, squared error": errors(linear, MSELoss(), X, targets),
-    "linear, cross-entropy": errors(linear, CrossEntropyLoss(), X, labels),
+    "linear, cross-entropy": errors(linear, CrossEntropyLoss(), X, classes),
     "tanh,   squared error": errors(nonlinear, MSELoss(), X, targets),
-    "tanh,   cross-entropy": errors(nonlinear, CrossEntropyLoss(), X, labels),
+    "tanh,   cross-entropy": errors(nonlinear, CrossEntropyLoss(), X, classes),
 }
 for regime, row in table.items():
     print(regime, "  ".join(f"{error:8.1e}" for error in row))
@@ -455,18 +543,12 @@ assert min(table["tanh,   cross-entropy"]) > 0.05
 # %% [markdown]
 # ## How wrong on real data?
 #
-# How does the error depend on the network and on the number of data? We classify handwritten
-# digits ($8 \times 8$ pixels, ten classes) with networks of different width and depth, before and
+# How does the error depend on the network and on the number of data? We classify the digits
+# ($8 \times 8$ pixels, ten classes) with networks of different width and depth, before and
 # after a short training, and measure each layer with [(5.7)], on up to 256 images.
 
+
 # %%
-digits = load_digits()
-images = torch.tensor(digits.data) / 16
-labels = torch.tensor(digits.target)
-order = torch.randperm(len(images))
-images, labels = images[order], labels[order]
-
-
 def train(model: Module, X: Tensor, y: Tensor, steps: int = 60) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(steps):
@@ -523,6 +605,9 @@ plt.show()
 
 mean = {key: sum(row) / len(row) for key, row in after.items()}
 start = {key: sum(row) / len(row) for key, row in before.items()}
+trained = [mean[key] for key in start]
+print(f"mean error after training: {min(trained):.0%} to {max(trained):.0%}")
+assert min(trained) > 0.1
 assert all(mean[key] > 3 * start[key] for key in start)  # training matters most
 assert max(mean[key] for key in start) < 3 * min(mean[key] for key in start)
 assert max(after["N", 1]) < 1e-7
@@ -595,11 +680,9 @@ assert relative_error(K, gradients.T @ gradients) > 0.1
 # %% [markdown]
 # ## Sampled vectors
 #
-# So far the vectors were *type-2*: an exact square root of the loss Hessian, one vector less than
-# classes. For a thousand classes these are 999 backward passes. The Monte Carlo Fisher of
-# [chapter 3](03_losses.py) draws labels from the model instead and sends back the gradients at
-# those. How does this go together with KFAC? Only $B$ is affected, and KFAC is linear in $B$, so
-# the expectation passes through:
+# So far the vectors were *type-2*, an exact square root of the loss Hessian. [Chapter 3](03_losses.py) also draws
+# labels from the model and sends back the gradients at those, $M$ for each datum, with an error of $1 / \sqrt M$. How
+# does this go together with KFAC? Only $B$ is affected, and KFAC is linear in $B$, so the expectation passes through:
 #
 # $$
 # \mathbb{E}[\hat B \otimes A] = \mathbb{E}[\hat B] \otimes A = B \otimes A.
@@ -658,7 +741,7 @@ print(f"distance {distance:.2e}, bound {bound:.2e}, norm of B {K.B.norm():.2e}")
 assert distance <= bound < K.B.norm() / 2  # half or twice B would fail
 assert_exact(kfac(sampled(1)).A, K.A)
 
-# %%
+# %% tags=["hide-input"]
 counts, repeats = [1, 2, 4, 8, 16, 32, 64], 12
 to_kfac, to_exact = [], []
 for M in counts:
@@ -669,11 +752,6 @@ for M in counts:
     rms = (squared / repeats).sqrt() / F.norm()
     to_kfac.append(rms[0].item())
     to_exact.append(rms[1].item())
-
-x, t = torch.tensor(counts).double().log(), torch.tensor(to_kfac).log()
-slope = ((x - x.mean()) * (t - t.mean())).sum() / (x - x.mean()).square().sum()
-print(f"slope of the sampling error in the doubly logarithmic plot: {slope:.2f}")
-assert -0.65 < slope < -0.35
 
 # %% tags=["hide-input"] alt="Double logarithmic plot against the number of samples M from 1 to 64. The distance of sampled KFAC from type-2 KFAC falls on the predicted line with slope minus one half. The distance from the exact block levels off at the error of KFAC itself, drawn as a horizontal line." caption="Sampling error falls as $1 / \\sqrt{M}$, as [(5.12)] predicts. The distance to the exact block does not: what remains is KFAC's own error, which no number of samples removes."
 predicted = [(sigma * K.A.norm() / F.norm() / M**0.5).item() for M in counts]
@@ -706,9 +784,9 @@ assert enough > 1  # a single sample does not reach it
 #
 # ## The empirical Fisher is another matrix
 #
-# It is tempting to use the gradient that training computes anyway, at the label of the *data*.
-# The result is KFAC of the empirical Fisher. It is an approximation of that matrix, with an error
-# of its own, and that matrix is not the Fisher.
+# The gradients that training computes anyway, at the labels of the *data*, give KFAC of the empirical Fisher.
+# [Chapter 3](03_losses.py) shows why that is another matrix. Two errors add up here: that of KFAC, and the distance of
+# the two matrices.
 
 # %%
 io = layer_ios(example, loss, X, y, empirical)["2"]
@@ -719,18 +797,6 @@ print(f"its KFAC from the empirical Fisher:    {relative_error(KE, E):.2f}")
 print(f"its KFAC from the Fisher:              {relative_error(KE, F):.2f}")
 print(f"KFAC of the Fisher from the Fisher:    {relative_error(K.dense(), F):.2f}")
 assert min(relative_error(E, F), relative_error(KE, E), relative_error(KE, F)) > 0.05
-
-# %% [markdown]
-# The difference is one of kind. Let a regression fit its data perfectly. Every gradient is zero
-# and so is the empirical Fisher, as if the loss were flat. The Fisher does not depend on the
-# targets at all:
-
-# %%
-X, perfect = torch.randn(11, 5), nonlinear[:]
-y = perfect(X).detach()
-for name, layer in layer_ios(perfect, MSELoss(), X, y, empirical).items():
-    assert layer.block().abs().max() < 1e-20
-    assert layer_ios(perfect, MSELoss(), X, y)[name].block().norm() > 0.01
 
 # %% [markdown]
 # ## Without $B$
@@ -750,7 +816,8 @@ for name, layer in layer_ios(perfect, MSELoss(), X, y, empirical).items():
 code(foof)
 
 # %%
-io = layer_ios(nonlinear, CrossEntropyLoss(), X, torch.randint(3, (11,)))["2"]
+X, y = torch.randn(11, 5), torch.randint(3, (11,))
+io = layer_ios(nonlinear, CrossEntropyLoss(), X, y)["2"]
 V = torch.randn(6, 5)
 A = kfac(io).A
 assert_exact(foof(io).inverse(0.1) @ V, V @ torch.linalg.inv(A + 0.1 * eye_like(A)))
@@ -809,40 +876,6 @@ for name in ("2", "4"):
     assert error > 0.01
 
 # %% [markdown]
-# ## A first step
-#
-# What is it good for? Among other things, for steps that take curvature into account. With
-# $G_l$ the gradient of the loss with respect to the $W$ of layer $l$, KFAC's step is
-# $-\eta\, (B_l \otimes A_l + \delta I)^{-1} \operatorname{vec}(G_l)$ for every layer, with a damping
-# $\delta$ about which a later chapter has more to say. `inverse` computes it exactly, in the
-# eigenbasis of both factors. We compare one such step with one gradient step from the same
-# start, each with the best step size of a wide grid.
-
-# %%
-network_ = mlp(64, 20, 10)
-X, y, loss = images[:500], labels[:500], CrossEntropyLoss()
-value = loss(network_(X), y)
-names = [name for name, _ in network_.named_parameters()]
-slopes = torch.autograd.grad(value, list(network_.parameters()))
-gradient = dict(zip(names, slopes, strict=True))
-
-inverses = {n: kfac(io).inverse(1e-3) for n, io in layer_ios(network_, loss, X, y).items()}
-natural = preconditioner(network_, inverses)(gradient)
-
-
-def after_step(step: dict[str, Tensor], rate: float) -> float:
-    moved = {n: p - rate * step[n] for n, p in network_.named_parameters()}
-    return loss(torch.func.functional_call(network_, moved, (X,)), y).item()
-
-
-rates = [2.0**k for k in range(-8, 8)]
-best = {name: min(after_step(step, rate) for rate in rates)
-        for name, step in (("gradient", gradient), ("KFAC", natural))}  # fmt: skip
-print(f"loss {value:.3f}; after the best gradient step {best['gradient']:.3f},", end=" ")
-print(f"after the best KFAC step {best['KFAC']:.3f}")
-assert best["KFAC"] < best["gradient"] < value
-
-# %% [markdown]
 # ## What goes wrong in practice
 #
 # Most mistakes with KFAC are mistakes of scale, and training hides them, because the step size
@@ -894,7 +927,7 @@ assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") 
 # about their own loss; a comparison has to know which one is meant.
 #
 # **Divided by what?** `MSELoss()` averages over all $N C$ entries of the output, not over the $N$
-# data ([curvlinops #108](https://github.com/f-dangel/curvlinops/issues/108)).
+# data. [Chapter 28](28_museum.py) shows a library that got this wrong.
 #
 # **The empirical Fisher taken for the Fisher.** Reading the factors off an ordinary backward pass
 # gives the empirical one. A library may choose that; its users should know
@@ -904,6 +937,16 @@ assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") 
 # factor $B$ made of these is too small by $N$ or $N^2$.
 #
 # **Equal weights for unequal batches**, as above. Test with a last batch that is smaller.
+#
+# ## In one minute
+#
+# - KFAC, Kronecker-factored approximate curvature, replaces an average of products $B_n \otimes A_n$ by the product of
+#   the averages: $B = \sum_{v, n} g_{vn} g_{vn}^\top$ and $A = \frac1N \sum_n a_n a_n^\top$.
+# - Its error is $N$ times the covariance of the entries of $B_n$ with those of $A_n$.
+# - It is exact for one datum, for deep linear networks with squared error whose layers are used once, and for the last
+#   layer with squared error. Test with the second of these.
+# - On real data a block is wrong by tens of per cent after training, and steps are useful all the same.
+# - Sampled vectors are right in expectation about KFAC, not about the block. The empirical Fisher is another matrix.
 #
 # ## Exercises
 #
@@ -959,6 +1002,11 @@ assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") 
 #
 # </details>
 #
+# **Exercise 5.5 (write it).** Write two functions with torch alone, for one position: `factors(a, g)` returns $A$ and
+# $B$ from $a$ of shape $[N, d_\text{in}]$ and $g$ of shape $[V, N, d_\text{out}]$, and `step(A, B, G, damping)`
+# returns $(B \otimes A + \delta I)^{-1} \operatorname{vec}(G)$ as a matrix, without a matrix larger than $A$, $B$ or
+# $G$. The cell below has `check_kfac`, which tests yours with [Theorem 5.2], and a solution.
+#
 # The solutions, checked:
 
 # %% tags=["hide-input"]
@@ -991,7 +1039,37 @@ W = block_index(only)["0"].flatten()
 io = layer_ios(only, MSELoss(), X, y)["0"]
 assert_exact(kfac(io).dense(), ggn(only, MSELoss(), X, y)[W][:, W])
 assert len(layer_groups(only)) == 1
-print("all hold")
+
+
+def factors(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A solution of Exercise 5.5: data are averaged in A and summed in B."""
+    rows = g.flatten(0, 1)  # vectors and data
+    return a.T @ a / len(a), rows.T @ rows
+
+
+def step(A: Tensor, B: Tensor, G: Tensor, damping: float) -> Tensor:
+    """A solution of Exercise 5.5: in the eigenbasis of both factors."""
+    alpha, QA = torch.linalg.eigh(A)
+    beta, QB = torch.linalg.eigh(B)
+    scaled = (QB.T @ G @ QA) / (beta[:, None] * alpha + damping)
+    return QB @ scaled @ QA.T
+
+
+def check_kfac(factors, step) -> None:
+    for reduction in ("mean", "sum"):
+        linear, loss = mlp(5, 4, 6, 3, activation=None), MSELoss(reduction=reduction)
+        X, y = torch.rand(11, 5), torch.rand(11, 3)
+        exact = diagonal_blocks(linear, ggn(linear, loss, X, y))
+        for name, io in layer_ios(linear, loss, X, y).items():
+            A, B = factors(io.a[:, 0], io.g[:, :, 0])
+            assert_exact(torch.kron(B, A), exact[name])
+            G = torch.randn(io.g.shape[-1], io.a.shape[-1])
+            system = exact[name] + 0.1 * eye_like(exact[name])
+            assert_exact(step(A, B, G, 0.1).flatten(), torch.linalg.solve(system, G.flatten()))
+
+
+check_kfac(factors, step)
+print("Exercises 5.1 to 5.5: all hold")
 
 # %% [markdown]
 # ## Further reading

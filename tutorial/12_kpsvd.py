@@ -23,6 +23,7 @@
 # derives that, goes on to sums of two products, meets a trap there, and ends with a warning about the word "nearest".
 
 # %%
+import textwrap
 from contextlib import ExitStack
 from functools import partial
 from unittest.mock import patch
@@ -56,12 +57,12 @@ from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.layer_io import LayerIO
-from kfac_scratch.linalg import simultaneous_eigh
+from kfac_scratch.linalg import conjugate_gradient, simultaneous_eigh, vec
 from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.matrices.kronecker_sum import Congruence, KroneckerSum
+from kfac_scratch.matrices.kronecker_sum import Congruence, ConjugateGradientInverse, KroneckerSum
 from kfac_scratch.matrices.rearranged import Rearranged, lanczos_svd, power_svd
-from kfac_scratch.show import code
+from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -250,8 +251,8 @@ assert errors[0] <= relative_error(tkfac(io).dense(), F)
 #
 # $$
 # \begin{aligned}
-# \text{KFAC} &: \textstyle\sum_k \kappa_k^2 , \\
-# \text{KFAC-CORRECTED} &: \textstyle\sum_k \kappa_k^2 - \kappa_1^2 , \\
+# \text{KFAC} &: \lVert F - B \otimes A \rVert^2 , \\
+# \text{KFAC-CORRECTED} &: \lVert F - B \otimes A \rVert^2 - \kappa_1^2 , \\
 # \text{KPSVD} &: \lVert F \rVert^2 - \sigma_1^2 , \\
 # \text{Deflation, Lanczos} &: \lVert F \rVert^2 - \sigma_1^2 - \sigma_2^2 .
 # \end{aligned}
@@ -260,7 +261,8 @@ assert errors[0] <= relative_error(tkfac(io).dense(), F)
 #
 # Hence Deflation is never farther than KPSVD, which is never farther than KFAC or TKFAC; and Deflation is
 # never farther than KFAC-CORRECTED, which is never farther than KFAC. With one position,
-# $\sigma_k$ and $\kappa_k$ are all the singular values; with more, those that belong to symmetric matrices.
+# $\sigma_k$ and $\kappa_k$ are all the singular values, and KFAC's error is $\sum_k \kappa_k^2$. With more positions, they
+# are those that belong to symmetric matrices, and "best" means best among symmetric factors.
 #
 # </div>
 #
@@ -492,13 +494,154 @@ assert_exact(F, torch.kron(torch.eye(2), torch.eye(2)) + torch.kron(J, J))  # a 
 assert_exact(deflation(io).dense(), torch.eye(4))  # of which one is left aside
 assert relative_error(deflation(io).dense(), F) > 0.5
 
+C, basis = rearranged(F - kfac(io).dense(), 2, 2), symmetric(2)  # KFAC's error
+kappa = torch.linalg.svdvals(basis.T @ C @ basis)  # of symmetric matrices alone
+print(
+    f"squared error of KFAC {C.square().sum():.2f}, from symmetric pairs {kappa.square().sum():.2f}"
+)
+assert kappa.square().sum() < C.square().sum() - 0.1
+
+# %% [markdown]
+# ## A sum of two products, and its inverse
+#
+# A step needs the inverse of $B_1 \otimes A_1 + B_2 \otimes A_2$. In general the two products have different
+# eigenvectors, so that no orthogonal basis makes both diagonal. A basis that is not orthogonal does, if the first product is
+# positive definite. (Such sums also occur when two losses act on one layer.)
+#
+# Take two symmetric matrices $P$ and $M$ with $P$ positive definite. Let $P = L L^\top$ be the
+# Cholesky decomposition of the first, and $L^{-1} M L^{-\top} = E \operatorname{diag}(p) E^\top$
+# the eigendecomposition of the second as seen in the coordinates of the first. Set
+# $K = L^{-\top} E$. Then
+#
+# $$
+# \begin{aligned}
+# K^\top P K &= E^\top L^{-1} (L L^\top) L^{-\top} E = E^\top E = I, \\
+# K^\top M K &= E^\top (L^{-1} M L^{-\top}) E = \operatorname{diag}(p) .
+# \end{aligned}
+# \tag{12.6}
+# $$
+#
+# Do this for the pair $A_1, A_2$, which gives $K_A$ and $p$, and for the pair $B_1, B_2$, which
+# gives $K_B$ and $q$. By the mixed product, with $K = K_B \otimes K_A$,
+#
+# $$
+# K^\top (B_1 \otimes A_1 + B_2 \otimes A_2) K
+# = I \otimes I + \operatorname{diag}(q) \otimes \operatorname{diag}(p)
+# = \operatorname{diag}(1 + q_o p_i) .
+# \tag{12.7}
+# $$
+#
+# Invert both sides, $K^{-1} (\cdots)^{-1} K^{-\top} = \operatorname{diag}(1 / (1 + q_o p_i))$,
+# and solve:
+#
+# $$
+# (B_1 \otimes A_1 + B_2 \otimes A_2)^{-1}
+# = (K_B \otimes K_A) \operatorname{diag}\Bigl(\frac{1}{1 + q_o p_i}\Bigr) (K_B \otimes K_A)^\top .
+# \tag{12.8}
+# $$
+#
+# It has the form of [(7.5)]; only the matrices at both ends are not orthogonal.
+#
+# ### In the package
+#
+# `simultaneous_eigh` is [(12.6)], line by line: two triangular solves for $L^{-1} M L^{-\top}$, an
+# eigendecomposition, and one more solve for $K$. `KroneckerSum` calls it twice and returns a
+# `Congruence`, which is the right-hand side of [(12.8)].
+
+# %% tags=["beside", "remove-input"]
+code(simultaneous_eigh)
+
+
+# %%
+def spd(size: int) -> Tensor:
+    """A symmetric positive definite matrix."""
+    M = torch.randn(size, size)
+    return M @ M.T / size + 0.1 * torch.eye(size)
+
+
+M, second = Kronecker(spd(5), spd(3)), Kronecker(spd(5), spd(3))
+p, KA = simultaneous_eigh(M.A, second.A)
+q, KB = simultaneous_eigh(M.B, second.B)
+assert_exact(KA.T @ M.A @ KA, torch.eye(5))
+assert_exact(KA.T @ second.A @ KA, p.diag())
+
+total = KroneckerSum(M, second)
+by_hand = torch.kron(KB, KA) @ (1 / (1 + torch.outer(q, p))).flatten().diag() @ torch.kron(KB, KA).T
+assert_exact(by_hand, torch.linalg.inv(total.dense()))
+
+direct = total.inverse(0.0)
+assert isinstance(direct, Congruence)
+V = torch.randn(3, 5)
+assert_exact(direct @ (total @ V), V)
+
+# %% [markdown]
+# ### Why damping spoils it
+#
+# With damping there is a third term, $\delta I$. In the common basis it becomes $\delta K^\top K =
+# \delta\, (K_B^\top K_B) \otimes (K_A^\top K_A)$. For an orthogonal basis that would be $\delta I$. This
+# basis is not orthogonal, and nothing has become simpler:
+
+# %% tags=["hide-input"] alt="Two 15 by 15 heat maps. The sum of two Kronecker products is diagonal in the common basis; the identity has entries of both signs everywhere." caption="In the common basis of two products the sum is diagonal, but the identity no longer is."
+K = torch.kron(KB, KA)
+in_basis = {"the sum": K.T @ total.dense() @ K, "the identity": K.T @ K}
+off_diagonal = [(C - C.diagonal().diag()).abs().max() for C in in_basis.values()]
+assert off_diagonal[0] <= 1e-10
+assert off_diagonal[1] > 0.1
+matrices(in_basis, scale=float(in_basis["the identity"].abs().max()) / 4)
+
+# %% [markdown]
+# In general three matrices cannot be diagonalised at once. `inverse` with a positive damping
+# therefore returns an `ConjugateGradientInverse`: each product with it solves a system by *conjugate
+# gradients*, which need only products with $M + \delta I$, and these are cheap. The number of
+# iterations depends on how far the eigenvalues are spread. A preconditioner narrows the spread:
+# here the inverse of the first term with damping, $(B_1 \otimes A_1 + \delta I)^{-1}$, which we
+# have exactly by [(7.5)]. If the first term is the larger one, little is left to do.
+
+# %% tags=["beside", "remove-input"]
+code(KroneckerSum.inverse, ConjugateGradientInverse.__matmul__)
+
+# %%
+steep = Kronecker(torch.logspace(0, -3, 12).diag(), torch.logspace(0, -2, 10).diag())
+small = Kronecker(0.1 * spd(12), 0.01 * spd(10))
+both, delta = KroneckerSum(steep, small), 1e-3
+b = torch.randn(10, 12)
+
+
+def iterations(precondition) -> int:
+    count = 0
+
+    def matvec(X: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return both @ X + delta * X
+
+    conjugate_gradient(matvec, b, precondition)
+    return count
+
+
+first = steep.inverse(delta)
+plain, with_first = iterations(lambda X: X), iterations(lambda X: first @ X)
+print(f"iterations: {plain} without, {with_first} with the first term as preconditioner")
+assert with_first < plain
+
+iterative = both.inverse(delta)
+assert isinstance(iterative, ConjugateGradientInverse)
+undamped_twin = both.dense() + delta * torch.eye(120)
+assert_exact(vec(iterative @ b), torch.linalg.solve(undamped_twin, vec(b)))
+
 # %% [markdown]
 # ## The trap: a sum that is not positive
 #
-# $F$ is positive semi-definite, and so is the nearest product. The nearest sum of two is not. The second pair
-# is orthogonal to the first, $\langle A_1, A_2 \rangle = \operatorname{tr}(A_1 A_2) = 0$. If $A_1$ is positive
-# definite, this forces $A_2$ to have eigenvalues of both signs; likewise $B_2$. So $B_2 \otimes A_2$ is always indefinite,
-# and for the sum nothing is guaranteed. A small table suffices, as the best
+# $F$ is positive semi-definite, and so is the nearest product. The nearest sum of two need not be. The second pair
+# is orthogonal to the first, $\langle A_1, A_2 \rangle = \operatorname{tr}(A_1 A_2) = 0$. Let $A_1$ and $B_1$ be positive
+# definite, and $A_2$ and $B_2$ not zero.
+#
+# - If $A_2$ is symmetric, then $A_1^{1/2} A_2 A_1^{1/2}$ is symmetric with trace zero. So it has eigenvalues of both
+#   signs, and by Sylvester's law of inertia $A_2$ has, too. The same holds for $B_2$.
+# - With several positions the best second pair may be antisymmetric, as above. Then the factors have no real eigenvalues
+#   but zero, and the trace of $B_2 \otimes A_2$ is zero.
+#
+# Either way $B_2 \otimes A_2$ is indefinite, and for the sum nothing is guaranteed. A small table suffices, as the best
 # approximation of rank two of a matrix with positive entries may have negative ones:
 
 # %%
@@ -508,14 +651,55 @@ print("diagonal of F:  ", io.block().diagonal().round(decimals=2).tolist())
 print("of two products:", M.diagonal().round(decimals=2).tolist())
 assert M.diagonal().min() < -0.1 < 0 <= io.block().diagonal().min()
 
+some = deflation(random_io(40))  # symmetric factors
+for factor in (some.second.A, some.second.B):
+    values = torch.linalg.eigvalsh(factor)
+    print("eigenvalues of a factor of a second term:", values.round(decimals=2).tolist())
+    assert values.min() < 0 < values.max()
+assert torch.equal(J, -J.T)  # the other kind: J ⊗ J is the second term of the last section
+assert (
+    torch.linalg.eigvalsh(torch.kron(J, J)).min()
+    < 0
+    < torch.linalg.eigvalsh(torch.kron(J, J)).max()
+)
+
 # %% [markdown]
 # The inverse of an eigenvalue $-\lambda$ with damping is $1 / (\delta - \lambda)$, which may be anything: a step of any
-# length, and uphill if $\delta \lt \lambda$. To see what to do, recall from [(7.10)] how a sum of two products is
-# inverted. In a common, not orthogonal basis $K_A$, $K_B$ the first term becomes the identity, and the second
-# one diagonal with entries $q_o p_i$. The sum is $1 + q_o p_i$ there, and by [(7.11)] the inverse is the
-# reciprocal of that.
-#
-# So positivity can be read off: $q_o p_i > -1$ for all pairs. If not, multiply the second term by the largest
+# length, and uphill if $\delta \lt \lambda$. Positivity can be read off [(12.7)]: the sum is positive definite if and only
+# if $q_o p_i > -1$ for all pairs. If it is not, `KroneckerSum.inverse` raises an error. The two sides of the limit, for a
+# second term that is scaled by $c$:
+
+# %%
+nearest, correction = some.first, some.second
+p = simultaneous_eigh(nearest.A, correction.A)[0]
+q = simultaneous_eigh(nearest.B, correction.B)[0]
+critical = -1 / torch.outer(q, p).min().item()  # 1 + c q p = 0
+
+
+def scaled(c: float) -> KroneckerSum:
+    return KroneckerSum(nearest, Kronecker(c * correction.A, correction.B))
+
+
+def refused(function) -> None:
+    """Run what has to fail, and print why it does."""
+    try:
+        function()
+    except ValueError as reason:
+        print(textwrap.fill(f"ValueError: {reason}", width=90))
+    else:
+        raise AssertionError("this should have been refused")
+
+
+V, mild, wild = torch.randn(3, 5), scaled(0.9 * critical), scaled(1.1 * critical)
+assert torch.linalg.eigvalsh(mild.dense()).min() > 0 > torch.linalg.eigvalsh(wild.dense()).min()
+assert_exact(mild.inverse(0.0) @ (mild @ V), V)
+refused(lambda: wild.inverse(0.0))
+refused(lambda: scaled(10 * critical).inverse(0.01) @ V)  # found while iterating
+refused(lambda: correction.inverse(0.1))  # not a curvature by itself
+refused(lambda: KroneckerSum(correction, nearest).inverse(0.0))  # the order matters
+
+# %% [markdown]
+# In training, an error is no help. So multiply the second term by the largest
 # $\theta \le 1$ for which $1 + \theta q_o p_i$ is at least a margin, say a tenth. Nothing has to be
 # decomposed again. What is shrunk is the correction, and only as much as needed. Before that the
 # first term's factors are damped as in [Chapter 8](08_damping.py), because $\delta I$ as a third term has no place in the
@@ -746,7 +930,7 @@ assert squared_error(M2.dense(), target) < squared_error(
 # missing. So the faults below need not have been in it.
 #
 # **An inverse of something else.** To stay positive, the code divides by $1 + \lvert q_o \rvert \lvert p_i \rvert$
-# instead of [(7.11)]. This is positive definite, but it is not the inverse of the sum. Where
+# instead of [(12.8)]. This is positive definite, but it is not the inverse of the sum. Where
 # $q_o p_i \lt 0$, it takes the second term with the wrong sign. As the table above shows, its steps are
 # about as good as ours.
 
@@ -913,6 +1097,20 @@ assert set(kept) - set(near)
 #
 # </details>
 #
+# **Exercise 12.4.** Write $B \otimes A + \delta I$ as a `KroneckerSum` that is inverted directly,
+# without conjugate gradients, and explain why there is no contradiction to what [Chapter 7](07_matrices.py) and this one say about
+# damping.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# `KroneckerSum(Kronecker(delta * I, I), Kronecker(A, B)).inverse(0.0)`: two terms, of which the
+# first is positive definite. The Cholesky factors are multiples of the identity, so the common
+# basis is orthogonal up to scale, and [(12.8)] is [(7.5)] in another scaling. It is the third term
+# that does not fit, not the identity.
+#
+# </details>
+#
 # The solutions, checked:
 
 # %% tags=["hide-input"]
@@ -935,11 +1133,17 @@ R = Rearranged(LayerIO(new.a, 0.9**0.5 * new.g), (Kronecker(0.1 * old.A, old.B),
 stuck, found = power_svd(R, old.B), power_svd(R, old.B + 0.01 * torch.eye(2))
 assert_exact(stuck.dense(), 0.1 * old.dense())
 assert relative_error(found.dense(), 0.9 * new.block()) < 1e-4
-print("all hold")
+
+M, E = Kronecker(spd(5), spd(3)), torch.randn(3, 5)  # 12.4
+as_sum = KroneckerSum(Kronecker(0.1 * torch.eye(5), torch.eye(3)), M).inverse(0.0)
+assert isinstance(as_sum, Congruence)
+assert_exact(as_sum @ E, M.inverse(0.1) @ E)
+print("Exercises 12.1 to 12.4: all hold")
 
 # %% [markdown]
 # ## Further reading
 #
 # [Koroko et al. (2022)](bibliography.md#kpsvd-kfac) for the four methods and their experiments;
 # [Van Loan and Pitsianis (1993)](bibliography.md#kpsvd) for the rearrangement. For TKFAC and TEKFAC see
-# [Chapter 11](11_tkfac.py), for sums of two products and their inverse [Chapter 7](07_matrices.py).
+# [Chapter 11](11_tkfac.py). Golub and Van Loan, *Matrix Computations*, for simultaneous diagonalisation and conjugate
+# gradients.
