@@ -623,7 +623,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # | shared weights | the code: the moments of a sample's gradient, in the basis of KFAC-expand | the same, or in that of KFAC-reduce |
 # | Fisher | the code: the gradients of the loss that is given, in the README's example that of the data's labels | any; in the optimizer, one drawn label for each sample |
 # | damping | the code: added to the eigenvalues ([line 172](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L172)) | the same, `exact_inverse` |
-# | numbers | the code's README: damping .1, a basis every 100 steps | those of the optimizer, [Chapter 9](09_optimizer.py) |
+# | numbers | the code's README: damping .1, a basis every 100 steps | those of the optimizer, [Chapter 36](36_in_practice.py) |
 # | headline | provably better than KFAC as an approximation, and faster than it in the training of several deep networks | the proof: [Theorem 10.1]; training: [Chapter 19](19_comparison.py) trains it beside its controls; networks of the size of the paper's are out of reach here |
 #
 # ## Exercises

@@ -712,7 +712,7 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # | Fisher | not checked | any; in the optimizer, one drawn label for each sample |
 # | damping | $\sqrt\lambda$ on two factors of equal trace | `even_traces_inverse`; the default is `factored_inverse`, which adds less |
 # | damping for convolutional networks | for TEKFAC the mean eigenvalue, with a floor; for TKFAC not checked | `relative_inverse` with `damping=1.0`, without the floor |
-# | numbers | not checked | those of the optimizer, [Chapter 9](09_optimizer.py) |
+# | numbers | not checked | those of the optimizer, [Chapter 36](36_in_practice.py) |
 # | headline, TKFAC | performs better than several state-of-the-art algorithms on some deep networks | [Chapter 19](19_comparison.py) trains it beside its controls, without the damping for convolutional networks; networks of the size of the paper's are out of reach here |
 # | headline, TEKFAC | outperforms SGD with momentum, Adam, EKFAC and TKFAC on several deep networks | the same |
 #

@@ -107,7 +107,9 @@ class Chapter:
         several |= {place for place in places if place.endswith("/")}
         shown = [next((f for f in several if place.startswith(f)), place) for place in places]
         own = [f"tests/meta/test_{Path(script).stem}.py" for script in self.runs]
-        own = [place if (ROOT / place).exists() else "tests/meta/test_benchmarks.py" for place in own]
+        own = [
+            place if (ROOT / place).exists() else "tests/meta/test_benchmarks.py" for place in own
+        ]
         return list(dict.fromkeys([*shown, *own]))
 
 
