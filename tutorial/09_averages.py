@@ -318,9 +318,8 @@ for t in (1, 2, 7):
     M = estimate(MovingAverage(kfac), stream[:t], decay)
     assert_exact(M.A, weighted([kfac(io).A for io in stream[:t]]))
     assert_exact(M.B, weighted([kfac(io).B for io in stream[:t]]))
-print(
-    f"Theorem 9.1: after 7 batches A differs by {largest_error(M.A, weighted([kfac(io).A for io in stream[:7]])):.0e}"
-)
+by_hand = weighted([kfac(io).A for io in stream[:7]])
+print(f"Theorem 9.1: after 7 batches A differs by {largest_error(M.A, by_hand):.0e}")
 
 # %% [markdown]
 # ### How many batches is that?
@@ -816,8 +815,9 @@ State = tuple[Tensor, Tensor, Tensor] | None  # A, B and the previous change of 
 def my_step(G: Tensor, io: LayerIO, state: State, count: int) -> tuple[Tensor, State]:
     """The change of the matrix `[W, b]` of shape `[d_out, d_in + 1]`, and the next state.
 
-    `G` is its gradient, `io.a` of shape `[N, 1, d_in + 1]` and `io.g` of shape `[V, N, 1, d_out]` are inputs and
-    vectors, and `count` is the number of batches so far, with this one. lr .1, momentum .9, decay .95, damping .1.
+    `G` is its gradient; `io.a` of shape `[N, 1, d_in + 1]` are inputs, `io.g` of shape
+    `[V, N, 1, d_out]` are vectors, and `count` is the number of batches so far, with this one.
+    Learning rate .1, momentum .9, decay .95, damping .1.
     """
     raise NotImplementedError
 

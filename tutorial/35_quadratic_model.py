@@ -135,18 +135,18 @@ looks = {
 }
 places = {
     "left": {
-        "SGD": (1.25, 1.0),
-        "momentum": (0.35, -0.55),
-        "Adam": (0.2, 1.65),
-        "KFAC": (-1.45, 1.75),
+        "SGD": (-0.75, -0.6),
+        "momentum": (-0.75, 0.7),
+        "Adam": (1.5, 0.75),
+        "KFAC": (-1.45, 1.7),
     },
     "right": {
-        "SGD": (1.15, 2.5),
-        "momentum": (0.75, 1.95),
-        "Adam": (1.1, 0.2),
-        "KFAC": (0.02, 2.7),
-        "KFAC, quadratic model": (1.3, 1.65),
-        "exact GGN": (2.15, 1.0),
+        "SGD": (0.95, 2.45),
+        "momentum": (-0.28, 1.4),
+        "Adam": (1.45, 1.3),
+        "KFAC": (0.62, 1.75),
+        "KFAC, quadratic model": (0.5, 0.3),
+        "exact GGN": (2.0, 1.2),
     },
 }
 fig, axes = plt.subplots(1, 2, figsize=(7.8, 4.0), layout="constrained")
@@ -527,7 +527,10 @@ plt.show()
 def my_rates(
     h: Tensor, P: Tensor, previous: Tensor, C: Tensor, damping: float
 ) -> tuple[float, float]:
-    """Learning rate and momentum; vectors of shape `[D]`, `C` of shape `[D, D]`. At first `previous` is zero."""
+    """Learning rate and momentum, from vectors of shape `[D]` and `C` of shape `[D, D]`.
+
+    In the first step `previous` is zero.
+    """
     raise NotImplementedError
 
 

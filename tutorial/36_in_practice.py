@@ -15,8 +15,8 @@
 #
 # **Part VII: Training.** What does KFAC gain in a training run, how is it used, and what goes wrong without an error?
 #
-# The settings of every method below were searched with the same effort, and the runs that are counted are from seeds that the search has not seen.
-# The table has the steps to a target: the median run, and the quartiles over seeds.
+# The settings of every method below were searched with the same effort. The runs in the figure and in the table are from
+# seeds that the search has not seen.
 
 # %% tags=["hide-input"]
 import io as files
@@ -61,8 +61,8 @@ from kfac_scratch.show import Markdown
 set_up()  # seed 0, float64, the GPU where there is one
 RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 ABSENT = (
-    "**No results.** The results of the benchmark are part of the repository and not of the package: run this "
-    "chapter in a clone of the repository."
+    "**No results.** The results of the benchmark are part of the repository and not of the "
+    "package: run this chapter in a clone of the repository."
 )
 TASKS = {  # network, what is measured, target, and +1 if it should rise
     "T1": ("small vision transformer", "validation accuracy", 0.95, 1),
@@ -97,10 +97,11 @@ def quartiles(runs: list[dict], key: str) -> tuple[float, float, float]:
     return tuple(values[round(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75))
 
 
-def shown(runs: list[dict], key: str, digits: int) -> str:
-    """Median and quartiles, where a dash is a miss."""
-    low, middle, high = ("—" if math.isinf(v) else f"{v:.{digits}f}" for v in quartiles(runs, key))
-    return f"{middle} ({low} to {high})" if low != "—" else "misses"
+def shown(runs: list[dict], key: str, digits: int, between: str = "<br>") -> str:
+    """Median and quartiles, or how many runs hit the target if the median run misses it."""
+    low, middle, high = ("∞" if math.isinf(v) else f"{v:.{digits}f}" for v in quartiles(runs, key))
+    hits = sum(run[key] is not None for run in runs)
+    return f"{middle}{between}{low}–{high}" if middle != "∞" else f"{hits} of {len(runs)} hit"
 
 
 def table(rows: list[list[str]]) -> str:
@@ -120,9 +121,6 @@ def by_task(key: str, digits: int) -> Markdown:
     return Markdown(table([head, *body]))
 
 
-# %% tags=["remove-input"]
-by_task("steps", 0)
-
 # %% tags=["hide-input"] alt="One plot for each task of the measured quantity against the step, for SGD, AdamW, KFAC with expand and reduce, EKFAC and the control without curvature: the median over seeds as a line and the range between the quartiles as a band, with the target as a dotted line. The three curves of KFAC and EKFAC lie close together and reach the target first. (Without the benchmark's files, an empty picture.)" caption="What was measured, with the settings that won each method's search: medians and quartiles over the final seeds. A line ends where the method's schedule does. Dotted: the target."
 looks = {
     "sgd": {"color": "C2", "marker": "x"},
@@ -141,7 +139,8 @@ for task, finals in results.items():
         i + 1 for i in range(len(reached) - 1) if reached[i] and reached[i + 1]
     )
 rows = max(1, (len(results) + 1) // 2)
-fig, axes = plt.subplots(rows, 2, figsize=(7.8, 3.3 * rows), layout="constrained", squeeze=False)
+size = (7.8, 0.6 + 2.1 * rows)
+fig, axes = plt.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False)
 for ax, (task, finals) in zip(axes.flat, results.items(), strict=False):
     network_, measured, target, sign = TASKS[task]
     for name, runs in finals.items():
@@ -163,6 +162,12 @@ for ax in axes.flat[len(results) :]:
 if results:
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
+
+# %% [markdown]
+# Steps to the target: median over seeds, and below it the quartiles.
+
+# %% tags=["remove-input"]
+by_task("steps", 0)
 
 # %% [markdown]
 # The runs are `KFAC(model, loss)` with other settings. Without any setting, a step of a linear layer or convolution is
@@ -258,14 +263,16 @@ for task, finals in results.items():
         final_gaps.append(abs(next(ends) - next(ends)))
         assert final_gaps[-1] < 0.04
 conclusions = f"""
-- **Steps.** KFAC needs clearly fewer steps than the best first-order method on all {len(results)} tasks, or hits the target where both
-  miss. Against the best of SGD and AdamW: {listed("kfac-expand", "steps")}.
-- **Time.** {listed("kfac-expand", "cpu")}. The gain in time is smaller than in steps, because a step costs more. No clear gain in time is left for
-  {", ".join(unclear)}: where time is what counts, KFAC does not win there.
-- **Control.** Without curvature, the same code shows no clear gain in steps over the best first-order method where that one hits:
-  {listed("no-curvature", "steps")}.
-- **End.** Where the target is an accuracy, AdamW and KFAC differ by at most {100 * max(final_gaps, default=0):.1f} percent when their schedules
-  end. The methods differ in when they reach the target, not in where they end.
+- **Steps.** KFAC needs clearly fewer steps than the best first-order method on all
+  {len(results)} tasks, or hits the target where both miss: {listed("kfac-expand", "steps")}.
+- **Time.** {listed("kfac-expand", "cpu")}. The gain in time is smaller than in steps,
+  because a step costs more. No clear gain in time is left for {", ".join(unclear)}: where time
+  is what counts, KFAC does not win there.
+- **Control.** Without curvature, the same code shows no clear gain in steps over the best
+  first-order method where that one hits: {listed("no-curvature", "steps")}.
+- **End.** Where the target is an accuracy, AdamW and KFAC differ by at most
+  {100 * max(final_gaps, default=0):.1f} percent when their schedules end. The methods differ in
+  when they reach the target, not in where they end.
 """
 Markdown(conclusions if results else ABSENT)
 
@@ -288,7 +295,7 @@ for task, finals in results.items():
             1e3 * run["total"] / len(run["metric"]) / spacing[task] for run in runs
         )
         counts = f"{len(searches[task][name]['trials']):6}  {hits}/{len(runs)}"
-        numbers = f"{shown(runs, 'steps', 0):22} {shown(runs, 'cpu', 3):24}"
+        numbers = f"{shown(runs, 'steps', 0, ' '):22} {shown(runs, 'cpu', 3, ' '):24}"
         lines.append(f"{METHODS[name]:13} {counts}   {numbers} {rate:11.2f}")
         for run in runs:  # what was stored must follow from the stored curves
             *_, sign = TASKS[task]
@@ -323,20 +330,18 @@ body = []
 for row in bare:
     low, middle, high = quartiles(row["runs"], "steps")
     body.append(
-        [row["task"], f"{row['tuned']:g}", f"{row['bound']:g}", f"{middle:g} ({low:g} to {high:g})"]
+        [row["task"], f"{row['tuned']:g}", f"{row['bound']:g}", f"{middle:g}<br>{low:g}–{high:g}"]
     )
     assert middle == (row["median"] or math.inf)
     assert row["within"] == (middle <= row["bound"])
 missed = [row["task"] for row in bare if not row["within"]]
 within = f"all but {', '.join(missed)}" if missed else f"all {len(bare)} tasks"
 stable = sum(row["stable"] for row in bare)
-text = (
-    f"Steps to the target: KFAC with settings searched for the task, the bound, and the defaults (median and quartiles of {len(bare[0]['runs'])} "
-    f"seeds). The defaults are within the bound on {within}. On {stable} of {len(bare)} tasks no mean loss between two measurements "
-    "was above the loss at the start."
-    if bare
-    else ABSENT
-)
+text = f"""
+Steps to the target: KFAC with settings searched for the task, the bound, and the defaults (median
+and quartiles over seeds). The defaults are within the bound on {within}. On {stable} of {len(bare)}
+tasks no mean loss between two measurements was above the loss at the start.
+"""
 Markdown(f"{table([head, *body])}\n\n{text}" if bare else ABSENT)
 
 # %% [markdown]
@@ -686,7 +691,10 @@ assert_exact(optimizer.inverses["0"] @ V, optimizer.matrices["0"].inverse(1.0) @
 
 # %%
 def my_factors(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """`A` of shape `[d_in + 1, d_in + 1]` and `B` of shape `[d_out, d_out]`, from `[N, d_in]` and `[N, d_out]`."""
+    """`A` of shape `[d_in + 1, d_in + 1]` and `B` of shape `[d_out, d_out]`.
+
+    `a` has the shape `[N, d_in]` and `g` has the shape `[N, d_out]`.
+    """
     raise NotImplementedError
 
 
