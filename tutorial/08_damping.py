@@ -351,8 +351,8 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # \tag{8.7}
 # $$
 #
-# The derivative by $\pi$ is $\sqrt\delta\, (d_\text{in} \operatorname{tr} B - d_\text{out} \operatorname{tr} A / \pi^2)$.
-# It is zero where
+# The derivative by $\pi$ is
+# $\sqrt\delta\, (d_\text{in} \operatorname{tr} B - d_\text{out} \operatorname{tr} A / \pi^2)$. It is zero where
 #
 # $$
 # \pi^2 = \frac{d_\text{out} \operatorname{tr} A}{d_\text{in} \operatorname{tr} B}
@@ -496,11 +496,11 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# A damping that was tuned for one kind is wrong for another; so a reported damping needs the name of its kind. The *lowest*
-# loss does not belong to exact damping here; even $\pi = 1$ reaches a lower one. Exact damping
-# inverts $B \otimes A + \delta I$ exactly, but $B \otimes A$ is an approximation, and the extra damping
-# of mixed directions happens to suit this network. An exact inverse makes a step well defined and independent
-# of conventions. It does not make it the best step.
+# A damping that was tuned for one kind is wrong for another; so a reported damping needs the name of its kind. The
+# *lowest* loss does not belong to exact damping here; even $\pi = 1$ reaches a lower one. Exact damping inverts
+# $B \otimes A + \delta I$ exactly, but $B \otimes A$ is an approximation, and the extra damping of mixed directions
+# happens to suit this network. An exact inverse makes a step well defined and independent of conventions. It does
+# not make it the best step.
 #
 # | | exact | factored | $\pi = 1$ |
 # | --- | --- | --- | --- |
@@ -681,11 +681,12 @@ plt.show()
 #
 # ### The end, and after the end
 #
-# At a minimum [(8.13)] becomes $0 / 0$, and in floating point round-off over round-off. If the loss does not change in its last digit, the ratio is zero, and a
-# rule that uses this ratio raises the damping again and again. `reduction_ratio` returns `None` when the
-# model predicts less than the loss can resolve, and damping stays. The opposite case is a step so long
-# that the loss is not a number. Every comparison with `nan` is false, so that a rule with two comparisons
-# leaves damping where it is, and the next step is as bad. `nan` must count as the worst ratio.
+# At a minimum [(8.13)] becomes $0 / 0$, and in floating point round-off over round-off. If the loss does not change
+# in its last digit, the ratio is zero, and a rule that uses this ratio raises the damping again and again.
+# `reduction_ratio` returns `None` when the model predicts less than the loss can resolve, and damping stays. The
+# opposite case is a step so long that the loss is not a number. Every comparison with `nan` is false, so that a
+# rule with two comparisons leaves damping where it is, and the next step is as bad. `nan` must count as the worst
+# ratio.
 
 # %%
 before, promised, nan = 0.8, -1e-18, float("nan")
@@ -742,13 +743,12 @@ for c in (0.1, 10.0):
     assert not torch.allclose(E_c, E, rtol=0.1)
 
 # %% [markdown]
-# **Damping in one term only.** Methods without inverses update their estimate $X$ by expressions in
-# which the curvature occurs several times, and each occurrence needs the damping
-# ([an example of a forgotten one](https://github.com/f-dangel/singd/issues/17)). A small iteration of
-# that kind is $X \leftarrow 2 X - \tfrac12 X M_1 X - \tfrac12 X M_2 X$. With
-# $M_1 = M_2 = M + \delta I$ it stops at the inverse, where $X = X (M + \delta I) X$. Forget $\delta$ in
-# $M_2$, and the fixed point is $X = X (M + \tfrac{\delta}{2} I) X$: the iteration converges to the inverse with half the
-# damping.
+# **Damping in one term only.** Methods without inverses update their estimate $X$ by expressions in which the
+# curvature occurs several times, and each occurrence needs the damping ([an example of a forgotten
+# one](https://github.com/f-dangel/singd/issues/17)). A small iteration of that kind is
+# $X \leftarrow 2 X - \tfrac12 X M_1 X - \tfrac12 X M_2 X$. With $M_1 = M_2 = M + \delta I$ it stops at the inverse,
+# where $X = X (M + \delta I) X$. Forget $\delta$ in $M_2$, and the fixed point is
+# $X = X (M + \tfrac{\delta}{2} I) X$: the iteration converges to the inverse with half the damping.
 
 
 # %%
@@ -768,12 +768,14 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 # ## In one minute
 #
 # - **Why.** Small eigenvalues are estimated too small, and the quadratic model holds near the present point only.
-# - **What.** Damping keeps the fraction $\lambda / (\lambda + \delta)$ of the Newton step along each eigenvector, [(8.4)]. It is the
-#   same as a bound on the length ([Theorem 8.1]).
-# - **Where.** Exact damping needs eigenvectors. Factored damping needs two Cholesky factorisations and over-damps, most where one
-#   eigenvalue is large and the other small ([Theorem 8.2]). Without $\pi$ it depends on the scale of the factors.
+# - **What.** Damping keeps the fraction $\lambda / (\lambda + \delta)$ of the Newton step along each eigenvector,
+#   [(8.4)]. It is the same as a bound on the length ([Theorem 8.1]).
+# - **Where.** Exact damping needs eigenvectors. Factored damping needs two Cholesky factorisations and over-damps,
+#   most where one eigenvalue is large and the other small ([Theorem 8.2]). Without $\pi$ it depends on the scale of
+#   the factors.
 # - **Unit.** Damping has the unit of curvature: a loss that is multiplied by $c$ needs $c \delta$.
-# - **How much.** The reduction ratio compares the change of the loss with the model's prediction, and damping follows it.
+# - **How much.** The reduction ratio compares the change of the loss with the model's prediction, and damping
+#   follows it.
 #
 # ## Exercises
 #
@@ -802,8 +804,9 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.3.** Write factored damping yourself: from $A$, $B$, a gradient $G$ and $\delta$ to the step, with $\pi$ from [(8.8)] and
-# with `torch.cholesky_solve` in the place of inverses. Compare it with `factored_inverse(Kronecker(A, B), d) @ G`.
+# **Exercise 8.3.** Write factored damping yourself: from $A$, $B$, a gradient $G$ and $\delta$ to the step, with
+# $\pi$ from [(8.8)] and with `torch.cholesky_solve` in the place of inverses. Compare it with
+# `factored_inverse(Kronecker(A, B), d) @ G`.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -818,8 +821,8 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.4.** How many directions are trusted, in the sense of the sum of the filter, if all $D$ eigenvalues are equal to $\lambda$?
-# Which damping trusts half of them?
+# **Exercise 8.4.** How many directions are trusted, in the sense of the sum of the filter, if all $D$ eigenvalues
+# are equal to $\lambda$? Which damping trusts half of them?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -828,14 +831,14 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.5.** Where does factored damping with $\pi$ from [(8.8)] shorten a coefficient most, for $x$ and $y$ of [(8.9)] with a given
-# product $x y = p$?
+# **Exercise 8.5.** Where does factored damping with $\pi$ from [(8.8)] shorten a coefficient most, for $x$ and $y$
+# of [(8.9)] with a given product $x y = p$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The ratio is $(p + 1) / (p + 1 + x + y)$. For a given product the sum $x + y$ is smallest at $x = y = \sqrt p$ and grows without bound as
-# one of them goes to zero. So mixed directions are shortened most, down to nothing.
+# The ratio is $(p + 1) / (p + 1 + x + y)$. For a given product the sum $x + y$ is smallest at $x = y = \sqrt p$ and
+# grows without bound as one of them goes to zero. So mixed directions are shortened most, down to nothing.
 #
 # </details>
 #

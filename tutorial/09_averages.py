@@ -165,9 +165,9 @@ plt.show()
 # - average matrices over batches without a start value, and recognise the two mistakes that public code makes here;
 # - say what each control bounds, and notice when a learning rate has no effect.
 #
-# The networks start with the same weights and the runs see the same batches, so that only the optimizer differs. Most runs
-# begin with the plain rule: no control, exact damping, matrices and inverses every ten steps. The optimizer's own
-# defaults are the subject of [Chapter 36](36_in_practice.py#with-no-argument).
+# The networks start with the same weights and the runs see the same batches, so that only the optimizer differs.
+# Most runs begin with the plain rule: no control, exact damping, matrices and inverses every ten steps. The
+# optimizer's own defaults are the subject of [Chapter 36](36_in_practice.py#with-no-argument).
 #
 # ## An optimizer in ten lines
 #
@@ -193,8 +193,8 @@ for count, (X, y) in enumerate(batches(10), start=1):
         change[name] = momentum * change[name] - lr * P
         parameters[name].data += change[name]
 # %% [markdown]
-# The shipped optimizer has PyTorch's interface. Its loop has one line more than usual: `observe` shows it the batch. If it
-# observes every batch, it takes the same steps as our loop, to the last bit.
+# The shipped optimizer has PyTorch's interface. Its loop has one line more than usual: `observe` shows it the
+# batch. If it observes every batch, it takes the same steps as our loop, to the last bit.
 
 # %%
 theirs = network()
@@ -252,9 +252,9 @@ assert max(reached.values()) < 0.3
 # %% [markdown]
 # ## Averages over batches
 #
-# The matrix of one batch is a noisy estimate. An optimizer averages over many batches; but the parameters move, so that old
-# batches should count less. The usual compromise is an exponential average: with a **decay** $\rho$, a batch that is $k$
-# batches old has the weight $\rho^k$. Divided by the sum of the weights,
+# The matrix of one batch is a noisy estimate. An optimizer averages over many batches; but the parameters move, so
+# that old batches should count less. The usual compromise is an exponential average: with a **decay** $\rho$, a
+# batch that is $k$ batches old has the weight $\rho^k$. Divided by the sum of the weights,
 #
 # $$
 # M_t = \frac{1}{Z_t} \sum_{i=1}^{t} \rho^{\,t-i} \hat M_i ,
@@ -358,7 +358,8 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # %% [markdown]
 # ### Do not start at the identity
 #
-# Some implementations start the average at $M_0 = I$ and use the constant weight $w = 1 - \rho$. Unrolled, each factor is
+# Some implementations start the average at $M_0 = I$ and use the constant weight $w = 1 - \rho$. Unrolled, each
+# factor is
 #
 # $$
 # A_t = \rho^t I + (1 - \rho) \sum_{i=1}^{t} \rho^{\,t-i} \hat A_i
@@ -410,14 +411,14 @@ assert max(lengths.values()) < 0.5 < shares[60] < shares[1]
 assert lengths[10] < lengths[30] < lengths[60]
 
 # %% [markdown]
-# After 60 updates, which at one update every ten steps are 600 steps, most of the trace of $B$ still comes from the identity. Training
-# often works nevertheless: the method then behaves like one that uses the factor $A$ only, and becomes KFAC late. A
-# damping that was tuned for such an optimizer is wrong in any other one.
+# After 60 updates, which at one update every ten steps are 600 steps, most of the trace of $B$ still comes from the
+# identity. Training often works nevertheless: the method then behaves like one that uses the factor $A$ only, and
+# becomes KFAC late. A damping that was tuned for such an optimizer is wrong in any other one.
 #
 # ### Factors, not products
 #
-# The average is taken of both factors separately. It is not the average of the products. For two batches with the weights
-# $1 - w$ and $w$,
+# The average is taken of both factors separately. It is not the average of the products. For two batches with the
+# weights $1 - w$ and $w$,
 #
 # $$
 # \begin{aligned}
@@ -429,9 +430,9 @@ assert lengths[10] < lengths[30] < lengths[60]
 # $$
 #
 # The difference is a covariance of $B$ and $A$ over batches. KFAC averages factors for two reasons. The average of
-# products is a sum of Kronecker products, which has no cheap inverse. And the average of factors is the matrix that KFAC would
-# give for *one large batch* made of the small ones, as long as the parameters stay. The average of products depends on
-# how the data were cut into batches.
+# products is a sum of Kronecker products, which has no cheap inverse. And the average of factors is the matrix that
+# KFAC would give for *one large batch* made of the small ones, as long as the parameters stay. The average of
+# products depends on how the data were cut into batches.
 
 # %%
 first, second = stream[:2]
@@ -448,15 +449,15 @@ products = (K1.dense() + K2.dense()) / 2
 assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()
 
 # %% [markdown]
-# Other kinds of matrices have other averages. `Diagonal` and `Dense` average entries. An eigenbasis is not averaged but
-# replaced, and its eigenvalues are carried over ([Chapter 10](10_ekfac.py)). Each kind has a method `mixed` for this; the
-# optimizer refuses a kind that has none.
+# Other kinds of matrices have other averages. `Diagonal` and `Dense` average entries. An eigenbasis is not averaged
+# but replaced, and its eigenvalues are carried over ([Chapter 10](10_ekfac.py)). Each kind has a method `mixed` for
+# this; the optimizer refuses a kind that has none.
 #
 # ## How long is a step?
 #
-# The undamped Newton step is right for a quadratic loss. KFAC's step is the minimum of an *approximate* quadratic, estimated
-# from a few batches, block by block. [Chapter 8](08_damping.py) damped one such step. [Figure 9.1] is about 15 of them,
-# and these are its findings:
+# The undamped Newton step is right for a quadratic loss. KFAC's step is the minimum of an *approximate* quadratic,
+# estimated from a few batches, block by block. [Chapter 8](08_damping.py) damped one such step. [Figure 9.1] is
+# about 15 of them, and these are its findings:
 
 # %% tags=["hide-input"]
 assert worse["no control"] > 6
@@ -476,19 +477,20 @@ print("KL clip, small damping: rates .1 and 1 end at the same loss, to", end=" "
 print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
 
 # %% [markdown]
-# Without control, damping and learning rate must be found together, in a narrow region. The reason is the length of the
-# step: a small damping makes it long, and so does a large learning rate. Each control of the package fixes the length by
-# another measure. A control does not make every setting a good one. A clip does not save a damping that is far too
-# small, and a grafted step with $\eta = 1$ is as much too long as Adam's would be. But with a control, good settings are easy to find.
+# Without control, damping and learning rate must be found together, in a narrow region. The reason is the length of
+# the step: a small damping makes it long, and so does a large learning rate. Each control of the package fixes the
+# length by another measure. A control does not make every setting a good one. A clip does not save a damping that
+# is far too small, and a grafted step with $\eta = 1$ is as much too long as Adam's would be. But with a control,
+# good settings are easy to find.
 #
 # In the package a control is a function from a `Step` to a `Step`. A `Step` is a value that holds gradient, direction
 # and rates, before any parameter has moved.
 #
 # ## The KL clip
 #
-# The first measure is the effect of the step on the model's *predictions*. By the expansion that [Chapter 3](03_losses.py)
-# proves under "The natural gradient", the KL divergence between the predicted distributions before and after a small
-# change $\Delta$, averaged over the data, is
+# The first measure is the effect of the step on the model's *predictions*. By the expansion that [Chapter
+# 3](03_losses.py) proves under "The natural gradient", the KL divergence between the predicted distributions before
+# and after a small change $\Delta$, averaged over the data, is
 #
 # $$
 # \operatorname{KL} = \tfrac12\, \Delta^\top F \Delta + O(\lVert \Delta \rVert^3)
@@ -577,8 +579,8 @@ assert lengths_squared(kl_clip(limit)(a_step(model, X, y, factored)).change())[1
 
 # %% [markdown]
 # With factored damping the length stays below the limit. The matrix that is inverted exceeds $M + \delta I$
-# ([Theorem 8.2]), so that $h^\top P$ over-estimates. Now we compare the limit with the KL divergence itself, for the exact
-# GGN of all layers and for KFAC:
+# ([Theorem 8.2]), so that $h^\top P$ over-estimates. Now we compare the limit with the KL divergence itself, for
+# the exact GGN of all layers and for KFAC:
 
 
 # %%
@@ -613,10 +615,10 @@ for name, direction in {"exact": newton_direction, "KFAC": kfac_direction}.items
     assert name == "KFAC" or wrong[2] < wrong[0] / 5
 
 # %% [markdown]
-# With the exact GGN the quadratic stays below half of the limit, and the KL divergence approaches the quadratic as the limit gets
-# smaller; at the largest limit they differ. With KFAC the clip bounds the length in *KFAC's* metric, and the predictions
-# change several times as much. To see where the difference comes from, we measure the same step with KFAC's
-# blocks, with the exact blocks, and with the exact GGN of all layers:
+# With the exact GGN the quadratic stays below half of the limit, and the KL divergence approaches the quadratic as
+# the limit gets smaller; at the largest limit they differ. With KFAC the clip bounds the length in *KFAC's* metric,
+# and the predictions change several times as much. To see where the difference comes from, we measure the same step
+# with KFAC's blocks, with the exact blocks, and with the exact GGN of all layers:
 
 # %%
 change = kl_clip(1e-3)(a_step(model, X, y, kfac_direction)).change()
@@ -633,21 +635,22 @@ print(
 assert 2 * seen[0] < seen[1] < seen[2]
 
 # %% [markdown]
-# Both approximations contribute: the product of averages within a layer, and the missing blocks between layers. The true
-# curvature along the step is larger than KFAC's, not smaller, for the reason given in [Chapter 8](08_damping.py): a step goes where
-# the inverse is large, that is, where KFAC's curvature is small, and errors of KFAC that make it too small are selected. So the limit $\kappa$ is
-# a number to be tuned, not a guarantee.
+# Both approximations contribute: the product of averages within a layer, and the missing blocks between layers. The
+# true curvature along the step is larger than KFAC's, not smaller, for the reason given in [Chapter
+# 8](08_damping.py): a step goes where the inverse is large, that is, where KFAC's curvature is small, and errors of
+# KFAC that make it too small are selected. So the limit $\kappa$ is a number to be tuned, not a guarantee.
 #
-# The clip leaves out two parts of the change. *Momentum* is added afterwards: if successive steps agree, $\mu = 0.9$ makes the
-# change up to ten times as long, a hundred times in squared length. *Weight decay* is added afterwards, too. Public
-# implementations of the clip also leave both out.
+# The clip leaves out two parts of the change. *Momentum* is added afterwards: if successive steps agree,
+# $\mu = 0.9$ makes the change up to ten times as long, a hundred times in squared length. *Weight decay* is added
+# afterwards, too. Public implementations of the clip also leave both out.
 #
 # ### The learning rate cancels
 #
-# While the clip is active, [(9.9)] says that $\nu \eta = \sqrt{\kappa / h^\top P}$. **The learning rate cancels.** This
-# explains the equal columns in [Figure 9.1]: there, a search over $\eta$ changes nothing. With a schedule the cancellation does
-# harm. A clip that uses the *current* rate undoes the schedule, and steps do not get shorter. The package uses the base rate in
-# the clip, so that the schedule acts. The other version is one line, and we compare both:
+# While the clip is active, [(9.9)] says that $\nu \eta = \sqrt{\kappa / h^\top P}$. **The learning rate cancels.**
+# This explains the equal columns in [Figure 9.1]: there, a search over $\eta$ changes nothing. With a schedule the
+# cancellation does harm. A clip that uses the *current* rate undoes the schedule, and steps do not get shorter. The
+# package uses the base rate in the clip, so that the schedule acts. The other version is one line, and we compare
+# both:
 
 
 # %%
@@ -691,8 +694,8 @@ right.set(xlabel="step", ylabel=r"$\nu$")
 plt.show()
 
 # %% [markdown]
-# So look at $\nu$, which `record=` collects. If $\nu \lt 1$ in every step, the learning rate has no effect: tune $\kappa$, and
-# let the schedule act outside the clip.
+# So look at $\nu$, which `record=` collects. If $\nu \lt 1$ in every step, the learning rate has no effect: tune
+# $\kappa$, and let the schedule act outside the clip.
 #
 # ## A norm, and Adam's norm
 #
@@ -707,8 +710,8 @@ plt.show()
 # \tag{9.10}
 # $$
 #
-# The learning rate then means the same as for Adam, and its usual range is known. The scale of each layer's matrix cancels:
-# $B \otimes A$ and $5 (B \otimes A)$ give the same step if the damping is scaled along.
+# The learning rate then means the same as for Adam, and its usual range is known. The scale of each layer's matrix
+# cancels: $B \otimes A$ and $5 (B \otimes A)$ give the same step if the damping is scaled along.
 
 # %% tags=["remove-input"]
 code(norm_constraint, _norm_constrained, graft, _grafted)
@@ -737,8 +740,8 @@ short = norm_constraint(0.1)(unclipped).change()
 assert abs(torch.cat([v.flatten() for v in short.values()]).norm().item() - 0.1) < 1e-10
 
 # %% [markdown]
-# Grafting gives up the length that curvature suggests. On a linear regression KFAC is the exact Hessian
-# ([Chapter 5](05_kfac.py)), so that one step with $\eta = 1$ ends at the minimum. A grafted step points to the minimum, too,
+# Grafting gives up the length that curvature suggests. On a linear regression KFAC is the exact Hessian ([Chapter
+# 5](05_kfac.py)), so that one step with $\eta = 1$ ends at the minimum. A grafted step points to the minimum, too,
 # but has Adam's length, and many steps are needed.
 
 # %%
@@ -770,10 +773,11 @@ assert regress(grafting, 5) > 1e-2
 # %% [markdown]
 # ### Several controls
 #
-# `controls=[graft(), norm_constraint(0.1)]` first grafts and then limits. The order matters: in the other order, graft would
-# replace the limited length. A clip behind a graft has another problem. Graft has scaled each layer by a number of its own,
-# so that $P$ is no longer $(M + \delta I)^{-1} h$, the sum in [(9.9)] is no longer a squared length, and
-# [Theorem 9.2] does not apply. The clip still shortens long steps, but not to the limit that it was given. After a graft, limit the norm.
+# `controls=[graft(), norm_constraint(0.1)]` first grafts and then limits. The order matters: in the other order,
+# graft would replace the limited length. A clip behind a graft has another problem. Graft has scaled each layer by
+# a number of its own, so that $P$ is no longer $(M + \delta I)^{-1} h$, the sum in [(9.9)] is no longer a squared
+# length, and [Theorem 9.2] does not apply. The clip still shortens long steps, but not to the limit that it was
+# given. After a graft, limit the norm.
 
 # %%
 both, limit = graft()(unclipped), 1e-3
@@ -792,11 +796,11 @@ assert abs(ratio - 1) > 0.05
 #
 # - **One loop.** For every layer the optimizer averages a matrix, inverts it with damping, and multiplies the gradient:
 #   [(9.1)]. It observes batches with vectors of its own, every few steps.
-# - **Averages.** A weight $w_t = (1 - \rho) / (1 - \rho^t)$ makes every average exact from the first batch on, without a start value
-#   ([Theorem 9.1]). The decay $\rho$ is the weight of the *old* matrix.
+# - **Averages.** A weight $w_t = (1 - \rho) / (1 - \rho^t)$ makes every average exact from the first batch on,
+#   without a start value ([Theorem 9.1]). The decay $\rho$ is the weight of the *old* matrix.
 # - **No identity.** A start at $I$ is a factored damping $\gamma_t^2$ that decays and that nobody chose, [(9.6)].
-# - **Length.** Damping and learning rate both set the length of a step. A control sets it once: by the change of the predictions
-#   (KL clip), by the norm, or by Adam's length (graft).
+# - **Length.** Damping and learning rate both set the length of a step. A control sets it once: by the change of
+#   the predictions (KL clip), by the norm, or by Adam's length (graft).
 # - **Check $\nu$.** While a KL clip is active, the learning rate cancels.
 #
 # [Chapter 35](35_quadratic_model.py) chooses the length by the exact curvature of the batch.
@@ -804,9 +808,10 @@ assert abs(ratio - 1) > 0.05
 #
 # ## Exercises
 #
-# **Exercise 9.1.** Write the step yourself. Fill in `my_step`, without `preconditioner` and without `Kronecker.inverse`: the update
-# [(9.1)] for one layer with weight $W$ and bias $b$, with factors $A$ and $B$, exact damping, and $\nu = 1$. Then call
-# `check_step(my_step)`. It trains a network with your step and compares every parameter with the shipped optimizer.
+# **Exercise 9.1.** Write the step yourself. Fill in `my_step`, without `preconditioner` and without
+# `Kronecker.inverse`: the update [(9.1)] for one layer with weight $W$ and bias $b$, with factors $A$ and $B$,
+# exact damping, and $\nu = 1$. Then call `check_step(my_step)`. It trains a network with your step and compares
+# every parameter with the shipped optimizer.
 
 # %%
 State = tuple[Tensor, Tensor, Tensor] | None  # A, B and the previous change of a layer
@@ -886,14 +891,15 @@ def check_step(step) -> None:
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Gradient and curvature are multiplied by $c$. With the damping $c\, \delta$, $P$ stays the same, by [(8.11)]. So the learning rate
-# stays, too; but $h^\top P$ in [(9.9)] is multiplied by $c$, and the limit must be $c\, \kappa$. With graft only the
-# damping changes, because Adam's step does not depend on the scale of the loss (up to its $\epsilon$).
+# Gradient and curvature are multiplied by $c$. With the damping $c\, \delta$, $P$ stays the same, by [(8.11)]. So
+# the learning rate stays, too; but $h^\top P$ in [(9.9)] is multiplied by $c$, and the limit must be $c\, \kappa$.
+# With graft only the damping changes, because Adam's step does not depend on the scale of the loss (up to its
+# $\epsilon$).
 #
 # </details>
 #
-# **Exercise 9.4.** An average with decay $\rho$ is updated every $T$ steps. What decay gives the same effective memory in steps with
-# an update in every step? Compute it for $\rho = 0.95$ and $T = 10$.
+# **Exercise 9.4.** An average with decay $\rho$ is updated every $T$ steps. What decay gives the same effective
+# memory in steps with an update in every step? Compute it for $\rho = 0.95$ and $T = 10$.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>

@@ -16,9 +16,9 @@
 # **Part III: Better and faster.** The eigenvalues of KFAC are products of averages. Which ones would
 # be best for its eigenvectors?
 #
-# KFAC gives each layer a basis, the eigenvectors $U = Q_B \otimes Q_A$, and an eigenvalue for each basis vector, the product
-# $\beta_o \alpha_i$. EKFAC keeps the basis, which its paper calls the Kronecker-factored eigenbasis, and replaces the
-# eigenvalues: [Figure 10.1].
+# KFAC gives each layer a basis, the eigenvectors $U = Q_B \otimes Q_A$, and an eigenvalue for each basis vector,
+# the product $\beta_o \alpha_i$. EKFAC keeps the basis, which its paper calls the Kronecker-factored eigenbasis,
+# and replaces the eigenvalues: [Figure 10.1].
 
 # %% tags=["hide-input"]
 from collections.abc import Iterator
@@ -60,8 +60,9 @@ assert_exact(E.scale.flatten(), (U.T @ io.block() @ U).diagonal())
 matrices(rotated)
 
 # %% [markdown]
-# The Kronecker structure is needed for the basis, because a general orthogonal matrix of this size can be neither stored nor
-# applied. It is not needed for the eigenvalues: there are only as many of them as weights. EKFAC's eigenvalues are
+# The Kronecker structure is needed for the basis, because a general orthogonal matrix of this size can be neither
+# stored nor applied. It is not needed for the eigenvalues: there are only as many of them as weights. EKFAC's
+# eigenvalues are
 #
 # $$
 # s_{oi} = \sum_{v, n} \bigl( Q_B^\top G_{vn} Q_A \bigr)_{oi}^2
@@ -184,9 +185,9 @@ for S in (1, 4):
 # \tag{10.5}
 # $$
 #
-# KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's
-# error is a covariance of all entries of $B_n$ and $A_n$; EKFAC adds the diagonal part of this covariance in KFAC's basis. The two agree if and only if no squared projection of $g$ is
-# correlated with one of $a$.
+# KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's error is a
+# covariance of all entries of $B_n$ and $A_n$; EKFAC adds the diagonal part of this covariance in KFAC's basis. The
+# two agree if and only if no squared projection of $g$ is correlated with one of $a$.
 #
 # ### In the package
 #
@@ -268,10 +269,9 @@ assert_exact(amortised_reduce.update(None, io, 1.0).dense(), E.dense())
 # %% [markdown]
 # ## Where EKFAC is exact
 #
-# $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single
-# datum, deep linear networks with squared error, the last layer with squared error
-# ([Chapter 5](05_kfac.py) has the list). By [Theorem 10.1], EKFAC is exact if and only if $F$ is diagonal in KFAC's basis. In an
-# ordinary network it is not:
+# $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single datum, deep
+# linear networks with squared error, the last layer with squared error ([Chapter 5](05_kfac.py) has the list). By
+# [Theorem 10.1], EKFAC is exact if and only if $F$ is diagonal in KFAC's basis. In an ordinary network it is not:
 
 # %%
 X, targets, classes = torch.randn(11, 5), torch.randn(11, 3), torch.randint(3, (11,))
@@ -409,10 +409,10 @@ assert 0 < farther < lower < trials / 2
 #
 # ## Basis now and then, eigenvalues often
 #
-# Two eigendecompositions cost $O(d_\text{out}^3 + d_\text{in}^3)$, and they use the hardware less well than products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$
-# with one position. This suggests to compute a basis rarely, and fresh eigenvalues in it often.
-# [Theorem 10.1] holds for *any* orthogonal basis, so fresh eigenvalues in an old basis are still
-# the best ones for it.
+# Two eigendecompositions cost $O(d_\text{out}^3 + d_\text{in}^3)$, and they use the hardware less well than
+# products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$ with one position. This
+# suggests to compute a basis rarely, and fresh eigenvalues in it often. [Theorem 10.1] holds for *any* orthogonal
+# basis, so fresh eigenvalues in an old basis are still the best ones for it.
 
 # %% tags=["beside", "remove-input"]
 code(rescaled)
@@ -545,13 +545,14 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 #
 # ## What goes wrong in practice
 #
-# **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after
-# every backward pass, gradients of single data are not. So it is tempting to rotate the *batch*
-# gradient and to average its square over steps, scaled by $N$. The authors' code offers that as an option, `ra`
-# ([`ekfac.py`, line 103](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L103)).
-# Its default is [(10.4)]: the squares of single gradients ([line 170](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L170)),
-# and for convolutions of each datum's sum over positions
-# ([lines 142 to 146](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L142-L146)).
+# **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after every backward
+# pass, gradients of single data are not. So it is tempting to rotate the *batch* gradient and to average its square
+# over steps, scaled by $N$. The authors' code offers that as an option, `ra` ([`ekfac.py`, line
+# 103](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L103)). Its
+# default is [(10.4)]: the squares of single gradients ([line
+# 170](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L170)), and
+# for convolutions of each datum's sum over positions ([lines 142 to
+# 146](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L142-L146)).
 # With $\hat G_n$ for the rotated gradients,
 #
 # $$
@@ -560,10 +561,10 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 # \tag{10.7}
 # $$
 #
-# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms. On average over batches of
-# independent data each of them is the square of the mean gradient, which vanishes only at a minimum. We try it with the gradients of the labels in the data, that is, with the
-# empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$ times the square of the mean
-# gradient, as in that implementation:
+# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms. On average over batches of independent data each
+# of them is the square of the mean gradient, which vanishes only at a minimum. We try it with the gradients of the
+# labels in the data, that is, with the empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$
+# times the square of the mean gradient, as in that implementation:
 
 # %%
 torch.manual_seed(2)
@@ -645,11 +646,13 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # ## In one minute
 #
-# - **Eigenvalues.** In a given basis the nearest matrix has the curvatures along the basis vectors as eigenvalues ([Theorem 10.1]).
-#   In KFAC's basis they are second moments of rotated gradients of single data, [(10.4)].
-# - **Promise.** EKFAC is never farther from the block than KFAC, and has its trace. It does not promise a better inverse or step.
+# - **Eigenvalues.** In a given basis the nearest matrix has the curvatures along the basis vectors as eigenvalues
+#   ([Theorem 10.1]). In KFAC's basis they are second moments of rotated gradients of single data, [(10.4)].
+# - **Promise.** EKFAC is never farther from the block than KFAC, and has its trace. It does not promise a better
+#   inverse or step.
 # - **Limit.** The basis stays KFAC's. On the trained network most of KFAC's error was in the basis.
-# - **In training.** The basis is renewed rarely and the eigenvalues often. Eigenvalues may be averaged in one basis only.
+# - **In training.** The basis is renewed rarely and the eigenvalues often. Eigenvalues may be averaged in one basis
+#   only.
 # - **Check** that squares are taken per datum, not per position and not of the batch's gradient.
 #
 # ## Exercises
@@ -672,8 +675,8 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The eigenvectors of $F$: then $\lVert s \rVert = \lVert F \rVert$ and the error is zero. $U = I$
-# gives the plain diagonal. KFAC's basis is in general neither: its error is never below the first and may be above the second.
+# The eigenvectors of $F$: then $\lVert s \rVert = \lVert F \rVert$ and the error is zero. $U = I$ gives the plain
+# diagonal. KFAC's basis is in general neither: its error is never below the first and may be above the second.
 #
 # </details>
 #
@@ -691,9 +694,9 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # </details>
 #
-# **Exercise 10.4.** Write EKFAC yourself: from `io.a` of shape $[N, S, d_\text{in}]$ and `io.g` of shape $[V, N, S, d_\text{out}]$ to
-# the bases and the eigenvalues $s$, with `torch.linalg.eigh` and `torch.einsum` only. Compare `KroneckerEigen(QA, QB, s).dense()` with
-# `ekfac(io).dense()`.
+# **Exercise 10.4.** Write EKFAC yourself: from `io.a` of shape $[N, S, d_\text{in}]$ and `io.g` of shape
+# $[V, N, S, d_\text{out}]$ to the bases and the eigenvalues $s$, with `torch.linalg.eigh` and `torch.einsum` only.
+# Compare `KroneckerEigen(QA, QB, s).dense()` with `ekfac(io).dense()`.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>

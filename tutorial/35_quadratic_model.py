@@ -13,11 +13,12 @@
 # %% [markdown]
 # # 35. The quadratic model: lengths from exact curvature
 #
-# **Part VII: Training.** How long should a step be, and how much of the previous step should it keep, if the exact curvature
-# of the batch may decide?
+# **Part VII: Training.** How long should a step be, and how much of the previous step should it keep, if the exact
+# curvature of the batch may decide?
 #
-# KFAC uses blocks because a *direction* must be cheap. A *length* along a given direction is a single number, and for one
-# number the exact curvature of all layers is affordable. [Figure 35.1] shows what it changes where the layers interact.
+# KFAC uses blocks because a *direction* must be cheap. A *length* along a given direction is a single number, and
+# for one number the exact curvature of all layers is affordable. [Figure 35.1] shows what it changes where the
+# layers interact.
 
 # %% tags=["hide-input"]
 import statistics
@@ -178,8 +179,9 @@ plt.show()
 # \tag{35.1}
 # $$
 #
-# with the gradient $h$, the exact GGN $C$ of *all* layers on the batch, the damping $\delta$, KFAC's direction $-P$ and the
-# previous change $\Delta_0$. The learning rate $\eta$ and the momentum $\mu$ are the two numbers that minimise $m$.
+# with the gradient $h$, the exact GGN $C$ of *all* layers on the batch, the damping $\delta$, KFAC's direction $-P$
+# and the previous change $\Delta_0$. The learning rate $\eta$ and the momentum $\mu$ are the two numbers that
+# minimise $m$.
 #
 # After this chapter you will be able to
 #
@@ -189,7 +191,8 @@ plt.show()
 #
 # ## The minimum over two directions
 #
-# Let $\tilde C = C + \delta I$ and $U = [-P, \Delta_0]$, a matrix with two columns, so that $\Delta = U (\eta, \mu)^\top$. Then
+# Let $\tilde C = C + \delta I$ and $U = [-P, \Delta_0]$, a matrix with two columns, so that
+# $\Delta = U (\eta, \mu)^\top$. Then
 #
 # $$
 # m = (U^\top h)^\top \begin{bmatrix} \eta \\ \mu \end{bmatrix}
@@ -229,12 +232,12 @@ code(quadratic_model, _minimised)
 #
 # </div>
 #
-# **Proof.** Step $t$ of the conjugate gradient method goes along $d_t = -P_t + \beta_t d_{t-1}$, where $d_{t-1}$
-# is a multiple of the method's previous change $\Delta_{t-1}$. So its next change lies in the plane of
-# $P_t$ and $\Delta_{t-1}$. The method is known to reach the minimum over *all* points
-# $\theta_0 + \operatorname{span}(P_1, \dots, P_t)$. This set contains the plane through the
-# present point, so that the method reaches the minimum over this plane, too. [(35.2)] computes the same minimum. By induction both
-# are at the same point, with the same previous change. $\blacksquare$
+# **Proof.** Step $t$ of the conjugate gradient method goes along $d_t = -P_t + \beta_t d_{t-1}$, where $d_{t-1}$ is
+# a multiple of the method's previous change $\Delta_{t-1}$. So its next change lies in the plane of $P_t$ and
+# $\Delta_{t-1}$. The method is known to reach the minimum over *all* points
+# $\theta_0 + \operatorname{span}(P_1, \dots, P_t)$. This set contains the plane through the present point, so that
+# the method reaches the minimum over this plane, too. [(35.2)] computes the same minimum. By induction both are at
+# the same point, with the same previous change. $\blacksquare$
 #
 # The optimizer satisfies the premise if its preconditioner is fixed. `invert` is a function that we can pass, so we
 # pass one that ignores the curvature. Beside it runs the textbook's method of conjugate gradients:
@@ -270,21 +273,21 @@ assert (linear[0].weight - minimum).norm() < 1e-7
 # %% [markdown]
 # ### On a network
 #
-# The classical test of KFAC is an autoencoder, a network that reproduces its input through a narrow
-# layer. We compare on one batch of 400 digits. Adam has the best of three learning rates. KFAC
-# with fixed rates has the best of eight settings. KFAC with the quadratic model has no learning rate and no momentum to be tuned, and
-# its damping starts from a guess.
+# The classical test of KFAC is an autoencoder, a network that reproduces its input through a narrow layer. We
+# compare on one batch of 400 digits. Adam has the best of three learning rates. KFAC with fixed rates has the best
+# of eight settings. KFAC with the quadratic model has no learning rate and no momentum to be tuned, and its damping
+# starts from a guess.
 #
 # The damping is adapted by the rule of Levenberg and Marquardt ([Chapter 8](08_damping.py)), which is passed as
-# `adapt_damping`. The rule compares the change of the loss with the change that the model predicted, [(8.13)]. The ratio is measured on
-# the batch of the step, with the exact GGN and without damping:
+# `adapt_damping`. The rule compares the change of the loss with the change that the model predicted, [(8.13)]. The
+# ratio is measured on the batch of the step, with the exact GGN and without damping:
 
 # %% tags=["remove-input"]
 code(ratio_after_step)
 
 # %% [markdown]
-# `record` is called after every step with a dictionary of numbers. A control is any function from step to step; so we put
-# one in front that changes nothing and measures the curvature along the direction.
+# `record` is called after every step with a dictionary of numbers. A control is any function from step to step; so
+# we put one in front that changes nothing and measures the curvature along the direction.
 
 # %%
 digits = load_digits()
@@ -403,21 +406,22 @@ assert history[-1]["damping"] < 0.1 * history[0]["damping"]
 
 # %% [markdown]
 # The learning rate is far below one in the whole run. Along KFAC's direction the exact curvature is several times
-# KFAC's, because of the approximation within layers and because of the missing blocks between layers; $\eta$ corrects the common
-# length. The momentum corrects more, since it brings a second direction. The learning rate has teeth with a period of five steps, the
-# period in which matrices and inverses are renewed: along a fresh direction the step is longer than along
-# the direction of the same inverse four steps later.
+# KFAC's, because of the approximation within layers and because of the missing blocks between layers; $\eta$
+# corrects the common length. The momentum corrects more, since it brings a second direction. The learning rate has
+# teeth with a period of five steps, the period in which matrices and inverses are renewed: along a fresh direction
+# the step is longer than along the direction of the same inverse four steps later.
 #
-# **Limits of the model.** It is exact *on the batch*. On a small batch it fits the noise of this batch, and the momentum that it
-# chooses follows the noise of the previous one. Use it with large batches. The parameters of another optimizer, `rest=` in
-# [Chapter 36](36_in_practice.py), are not in the model.
+# **Limits of the model.** It is exact *on the batch*. On a small batch it fits the noise of this batch, and the
+# momentum that it chooses follows the noise of the previous one. Use it with large batches. The parameters of
+# another optimizer, `rest=` in [Chapter 36](36_in_practice.py), are not in the model.
 #
 # ## Paths on a landscape
 #
-# [Figure 35.1] has two parameters, so that whole runs can be drawn. Its left problem is a linear regression with two inputs that are nearly
-# equal; the Hessian is KFAC's $B \otimes A$. Its right problem has one weight in each of two layers. The loss
-# hardly changes if one weight grows and the other shrinks, so that the valley is bent. KFAC treats each layer by itself: its matrix is
-# diagonal, and the valley is *not* along an axis. The first-order methods have the best of three learning rates each.
+# [Figure 35.1] has two parameters, so that whole runs can be drawn. Its left problem is a linear regression with
+# two inputs that are nearly equal; the Hessian is KFAC's $B \otimes A$. Its right problem has one weight in each of
+# two layers. The loss hardly changes if one weight grows and the other shrinks, so that the valley is bent. KFAC
+# treats each layer by itself: its matrix is diagonal, and the valley is *not* along an axis. The first-order
+# methods have the best of three learning rates each.
 
 # %% tags=["hide-input"]
 for title, paths in {"straight": left_paths, "bent": right_paths}.items():
@@ -429,14 +433,14 @@ assert right_paths["KFAC, quadratic model"][1] < 1.1 * floor
 assert right_paths["KFAC"][1] > 5 * floor
 
 # %% [markdown]
-# With two parameters the plane of $P$ and $\Delta_0$ is the whole space. From the second step on the quadratic model therefore *is*
-# the exact damped Newton step, and the two must agree. In a real network the plane is two directions out of many. There, too, the
-# model contains curvature between layers, which blocks do not.
+# With two parameters the plane of $P$ and $\Delta_0$ is the whole space. From the second step on the quadratic
+# model therefore *is* the exact damped Newton step, and the two must agree. In a real network the plane is two
+# directions out of many. There, too, the model contains curvature between layers, which blocks do not.
 #
 # ## Spectra during training
 #
-# Damping is compared with eigenvalues. How do these change in a run? We train a classifier on digits with graft and a learning rate
-# schedule, and keep the eigenvalues of both factors of the middle layer.
+# Damping is compared with eigenvalues. How do these change in a run? We train a classifier on digits with graft and
+# a learning rate schedule, and keep the eigenvalues of both factors of the middle layer.
 
 # %%
 loss = CrossEntropyLoss()
@@ -503,25 +507,28 @@ plt.show()
 
 # %% [markdown]
 # At first $B$ has nine large eigenvalues: the vectors come from ten classes and sum to zero, and the units, not yet
-# saturated, pass all of them on in the same way. Then features form. Both factors change by orders of magnitude within
-# a few dozen steps, and hardly afterwards. So matrices should be renewed often at first and may be kept
+# saturated, pass all of them on in the same way. Then features form. Both factors change by orders of magnitude
+# within a few dozen steps, and hardly afterwards. So matrices should be renewed often at first and may be kept
 # longer later, as [Chapter 10](10_ekfac.py) finds for bases. `factor_every` and `inverse_every` are attributes that
-# a loop may change at any time. A constant damping means something else when the eigenvalues move, because its effect is that of a place on their axis
-# ([Chapter 8](08_damping.py)).
+# a loop may change at any time. A constant damping means something else when the eigenvalues move, because its
+# effect is that of a place on their axis ([Chapter 8](08_damping.py)).
 #
 # ## In one minute
 #
-# - **Two numbers from exact curvature.** Learning rate and momentum minimise the quadratic model of the batch in the plane of KFAC's direction and the
-#   previous change, [(35.2)]. They cost two forward derivatives.
-# - **Conjugate gradients.** On a quadratic loss with a fixed preconditioner the steps are those of conjugate gradients ([Theorem 35.1]).
-# - **Between layers.** The model contains the blocks between layers that KFAC leaves out. So its learning rate is well below one.
+# - **Two numbers from exact curvature.** Learning rate and momentum minimise the quadratic model of the batch in
+#   the plane of KFAC's direction and the previous change, [(35.2)]. They cost two forward derivatives.
+# - **Conjugate gradients.** On a quadratic loss with a fixed preconditioner the steps are those of conjugate
+#   gradients ([Theorem 35.1]).
+# - **Between layers.** The model contains the blocks between layers that KFAC leaves out. So its learning rate is
+#   well below one.
 # - **Damping.** The rule of Levenberg and Marquardt compares the model's prediction with the change of the loss.
-# - **When.** Use the model with large batches. Renew matrices often at first, when spectra change, and less often later.
+# - **When.** Use the model with large batches. Renew matrices often at first, when spectra change, and less often
+#   later.
 #
 # ## Exercises
 #
-# **Exercise 35.1.** Write the control yourself. Fill in `my_rates`, then call `check_rates(my_rates)`, which compares your
-# numbers with those of the package in four steps.
+# **Exercise 35.1.** Write the control yourself. Fill in `my_rates`, then call `check_rates(my_rates)`, which
+# compares your numbers with those of the package in four steps.
 
 
 # %%
@@ -586,8 +593,8 @@ def check_rates(rates) -> None:
 #
 # </details>
 #
-# **Exercise 35.3.** What is the reduction ratio of *any* step if the loss is a quadratic function and $C$ its Hessian? What does
-# the rule of Levenberg and Marquardt then do to the damping?
+# **Exercise 35.3.** What is the reduction ratio of *any* step if the loss is a quadratic function and $C$ its
+# Hessian? What does the rule of Levenberg and Marquardt then do to the damping?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -632,5 +639,5 @@ print(
 # %% [markdown]
 # ## Further reading
 #
-# [Martens and Grosse (2015)](bibliography.md#kfac), sections 6 to 8: damping, the quadratic model with its momentum, and all of
-# it together. For conjugate gradients: Golub and Van Loan, *Matrix Computations*, chapter 11.
+# [Martens and Grosse (2015)](bibliography.md#kfac), sections 6 to 8: damping, the quadratic model with its
+# momentum, and all of it together. For conjugate gradients: Golub and Van Loan, *Matrix Computations*, chapter 11.

@@ -15,8 +15,8 @@
 #
 # **Part VII: Training.** What does KFAC gain in a training run, how is it used, and what goes wrong without an error?
 #
-# The settings of every method below were searched with the same effort. The runs in the figure and in the table are from
-# seeds that the search has not seen.
+# The settings of every method below were searched with the same effort. The runs in the figure and in the table are
+# from seeds that the search has not seen.
 
 # %% tags=["hide-input"]
 import io as files
@@ -180,7 +180,8 @@ by_task("steps", 0)
 # $$
 #
 # with averaged factors $A$ and $B$ ([Chapter 9](09_averages.py)), the gradient $G$ of the layer, factored damping
-# $\delta$ with its $\pi$ ([Chapter 8](08_damping.py)), Adam's step $u$ for this layer, and the previous change $\Delta_0$.
+# $\delta$ with its $\pi$ ([Chapter 8](08_damping.py)), Adam's step $u$ for this layer, and the previous change
+# $\Delta_0$.
 #
 # After this chapter you will be able to
 #
@@ -208,8 +209,9 @@ by_task("steps", 0)
 by_task("cpu", 2)
 
 # %% [markdown]
-# The next cell compares every method with the best first-order method of its task. *Clearly fewer* means
-# that the quartiles do not overlap: three quarters of the runs needed less than three quarters of the first-order method's runs.
+# The next cell compares every method with the best first-order method of its task. *Clearly fewer* means that the
+# quartiles do not overlap: three quarters of the runs needed less than three quarters of the first-order method's
+# runs.
 
 
 # %% tags=["hide-input"]
@@ -277,11 +279,12 @@ conclusions = f"""
 Markdown(conclusions if results else ABSENT)
 
 # %% [markdown]
-# These sentences have limits. The searches are short, so that SGD and AdamW miss targets for which a longer search might have found
-# settings; the comparison is of what equal effort finds. Another search would end with other settings:
-# [Chapter 19](19_comparison.py) searches for KFAC under six fixed combinations of average and damping, which shows how
-# far equals differ. The networks are small, and $d_\text{in}^3 + d_\text{out}^3$ grows faster than any other cost of a step.
-# A search for every method is rarely possible, and KFAC has more to choose. The cell below has all numbers.
+# These sentences have limits. The searches are short, so that SGD and AdamW miss targets for which a longer search
+# might have found settings; the comparison is of what equal effort finds. Another search would end with other
+# settings: [Chapter 19](19_comparison.py) searches for KFAC under six fixed combinations of average and damping,
+# which shows how far equals differ. The networks are small, and $d_\text{in}^3 + d_\text{out}^3$ grows faster than
+# any other cost of a step. A search for every method is rarely possible, and KFAC has more to choose. The cell
+# below has all numbers.
 
 # %% tags=["hide-input", "hide-output"]
 lines = []
@@ -470,9 +473,9 @@ for name, options in variants.items():
 # ### Mixed precision
 #
 # Keep the parameters in float32 and run the forward pass in `bfloat16`; call `observe` in the same context as the
-# forward pass. Factors and inverses stay in float32, because the eight bits of a `bfloat16` mantissa do not survive an
-# inversion ([Chapter 7](07_matrices.py)). With `float16`, step through a `GradScaler` as usual.
-# Parameters that are themselves in half precision are accepted, and their factors are in float32, too, but the vectors have been
+# forward pass. Factors and inverses stay in float32, because the eight bits of a `bfloat16` mantissa do not survive
+# an inversion ([Chapter 7](07_matrices.py)). With `float16`, step through a `GradScaler` as usual. Parameters that
+# are themselves in half precision are accepted, and their factors are in float32, too, but the vectors have been
 # rounded on their way. So this is not the recommended way.
 
 # %%
@@ -567,11 +570,11 @@ assert all(math.isfinite(value) for value in went_on)
 # %% [markdown]
 # ### What is promised
 #
-# A step that raises leaves no trace, wherever it raises: in `observe`, in a control, in `record`, or
-# by Ctrl-C between two parameters. Three things make this possible. Matrices are values: `observe` makes
-# new ones, and `step` decides whether they replace the old ones. Inputs, matrices, gradients, inverses and the step are
-# checked before the first parameter moves; one sum for each tensor and one transfer from the device are enough. And the optimizer keeps
-# the old values of what it writes in place until the step is complete.
+# A step that raises leaves no trace, wherever it raises: in `observe`, in a control, in `record`, or by Ctrl-C
+# between two parameters. Three things make this possible. Matrices are values: `observe` makes new ones, and `step`
+# decides whether they replace the old ones. Inputs, matrices, gradients, inverses and the step are checked before
+# the first parameter moves; one sum for each tensor and one transfer from the device are enough. And the optimizer
+# keeps the old values of what it writes in place until the step is complete.
 #
 # An infinite input is a good test, since `Tanh` hides it from the loss. One run meets such a batch
 # and skips it. Its twin never sees it.
@@ -674,19 +677,21 @@ assert_exact(optimizer.inverses["0"] @ V, optimizer.matrices["0"].inverse(1.0) @
 #
 # ## In one minute
 #
-# - **Results** are compared in steps and in CPU time, with equal searches, fresh seeds and their spread. The first section prints
-#   what follows from them.
+# - **Results** are compared in steps and in CPU time, with equal searches, fresh seeds and their spread. The first
+#   section prints what follows from them.
 # - **Start** with `KFAC(model, loss)` and no argument: graft, small factored damping, periods that grow.
-# - **Use.** `observe` before `step`; `rest=` for parameters without a block; groups, schedules and checkpoints as in PyTorch.
+# - **Use.** `observe` before `step`; `rest=` for parameters without a block; groups, schedules and checkpoints as
+#   in PyTorch.
 # - **Errors** are raised before anything has changed, so that a loop may skip a batch.
-# - **Check** five silent mistakes: the side of the decay, a start at the identity, a batch size in the damping, a clip with
-#   the current rate, a damping that arrives late.
+# - **Check** five silent mistakes: the side of the decay, a start at the identity, a batch size in the damping, a
+#   clip with the current rate, a damping that arrives late.
 #
 # ## Exercises
 #
-# **Exercise 36.1.** Write the factors of an implementation with hooks. A forward hook has the inputs `a` of the last layer, without
-# the bias. A backward hook has `g`, the gradient of the *mean* loss with respect to the layer's outputs. Fill in
-# `my_factors` such that both are KFAC's factors (with the labels of the data, to keep it short), and call `check_factors(my_factors)`.
+# **Exercise 36.1.** Write the factors of an implementation with hooks. A forward hook has the inputs `a` of the
+# last layer, without the bias. A backward hook has `g`, the gradient of the *mean* loss with respect to the layer's
+# outputs. Fill in `my_factors` such that both are KFAC's factors (with the labels of the data, to keep it short),
+# and call `check_factors(my_factors)`.
 
 
 # %%
@@ -716,8 +721,8 @@ def check_factors(factors) -> None:
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The bias is one more input that is 1. The gradient of the mean loss is $1/N$ times the gradient $\nabla_n$ of the datum's own loss, and
-# $B = \frac1N \sum_n \nabla_n \nabla_n^\top = N \sum_n g_n g_n^\top$.
+# The bias is one more input that is 1. The gradient of the mean loss is $1/N$ times the gradient $\nabla_n$ of the
+# datum's own loss, and $B = \frac1N \sum_n \nabla_n \nabla_n^\top = N \sum_n g_n g_n^\top$.
 #
 # ```
 # def solution(a, g):
@@ -727,25 +732,27 @@ def check_factors(factors) -> None:
 #
 # </details>
 #
-# **Exercise 36.2.** A method needs $r$ times the steps of AdamW, and a step takes $c$ times as long. When is it faster? Compute $r$ and $c$
-# of KFAC on T4 from the folded numbers above, and compare $r c$ with the ratio of the CPU seconds.
+# **Exercise 36.2.** A method needs $r$ times the steps of AdamW, and a step takes $c$ times as long. When is it
+# faster? Compute $r$ and $c$ of KFAC on T4 from the folded numbers above, and compare $r c$ with the ratio of the
+# CPU seconds.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# It is faster if $r c \lt 1$. Where the product is near one, the gain in steps pays for the longer steps and for no more.
-# The last cell prints the three numbers.
+# It is faster if $r c \lt 1$. Where the product is near one, the gain in steps pays for the longer steps and for no
+# more. The last cell prints the three numbers.
 #
 # </details>
 #
-# **Exercise 36.3.** You change the loss to `reduction="sum"`, with batches of 100. Which arguments of a run with graft must change so that
-# all steps stay the same?
+# **Exercise 36.3.** You change the loss to `reduction="sum"`, with batches of 100. Which arguments of a run with
+# graft must change so that all steps stay the same?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The loss, its gradient and its curvature are multiplied by 100. So the damping must be multiplied by 100 and nothing else: with graft the
-# length of the step is Adam's, which does not depend on the scale (up to its $\epsilon$).
+# The loss, its gradient and its curvature are multiplied by 100. So the damping must be multiplied by 100 and
+# nothing else: with graft the length of the step is Adam's, which does not depend on the scale (up to its
+# $\epsilon$).
 #
 # </details>
 #
@@ -799,7 +806,7 @@ print("36.3: a hundred times the damping, the same steps")
 # %% [markdown]
 # ## Further reading
 #
-# [Martens and Grosse (2015)](bibliography.md#kfac), section 8, has the whole method.
-# [Agarwal et al. (2020)](bibliography.md#grafting) study grafting. [Chapter 19](19_comparison.py) compares all methods of this
-# book in training, [Chapter 27](27_conformance.py) judges implementations by exact cases, and
-# [Chapter 28](28_museum.py) collects their mistakes.
+# [Martens and Grosse (2015)](bibliography.md#kfac), section 8, has the whole method. [Agarwal et al.
+# (2020)](bibliography.md#grafting) study grafting. [Chapter 19](19_comparison.py) compares all methods of this book
+# in training, [Chapter 27](27_conformance.py) judges implementations by exact cases, and [Chapter 28](28_museum.py)
+# collects their mistakes.
