@@ -16,14 +16,10 @@
 # **Part II: KFAC.** Why does the inverse of a curvature matrix need damping, how much of it, and
 # where does it go?
 #
-# Earlier chapters passed a small positive number to every inverse and promised an explanation. This
-# chapter gives it. Damping $\delta$ turns $(B \otimes A)^{-1}$ into
-# $(B \otimes A + \delta I)^{-1}$. That is one plus sign, but in practice it decides more about a
-# step than anything else in KFAC: too little and the step explodes, too much and nothing is left
-# of the curvature. We find out what damping does to each direction, compare the exact version with
-# the cheaper one that damps both factors, and let the loss itself tell how much is needed.
+# Damping is the small positive number $\delta$ that earlier chapters passed to every inverse. It is a filter on the
+# directions of a step: [Figure 8.1].
 
-# %%
+# %% tags=["hide-input"]
 import itertools
 
 import matplotlib.pyplot as plt
@@ -56,12 +52,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 kron, inv = torch.kron, torch.linalg.inv
 
-
-# %% [markdown]
-# The example is a network of two layers for the handwritten digits of the earlier chapters, after
-# a short training. Its gradient and curvature come from a batch of 200 images.
-
-# %%
+# %% tags=["hide-input"]
 digits = load_digits()
 order = torch.randperm(len(digits.target))
 images, labels = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
@@ -98,12 +89,41 @@ def length(s: dict[str, Tensor]) -> float:
 weights = length({name: p.detach() for name, p in model.named_parameters()})
 print(f"loss {value.item():.3f}, length of the vector of all weights {weights:.1f}")
 
+# %% tags=["hide-input"] alt="An S-shaped curve over the eigenvalue on a logarithmic axis, which rises from zero to one and crosses one half where the eigenvalue equals the damping, one thousandth. Left of it the directions take a gradient step, right of it a Newton step. Short strokes below the curve are the eigenvalues of the first layer's curvature; most of them lie left of the damping." caption="The fraction $\\lambda / (\\lambda + \\delta)$ of the Newton step that damping keeps, for $\\delta = 10^{-3}$. Strokes: the eigenvalues of the first layer's $B \\otimes A$. Damping decides which of these directions are trusted."
+fig, ax = plt.subplots(figsize=(6.6, 2.5), layout="constrained")
+axis, strokes = torch.logspace(-9, 0, 200).cpu(), factors["0"].eigenvalues().flatten().cpu()
+strokes = strokes[strokes > 1e-9]
+ax.semilogx(axis, axis / (axis + 1e-3), color="C0")
+ax.plot(strokes, torch.full_like(strokes, -0.1), "|", color="C0", alpha=0.25, rasterized=True)
+ax.axvline(1e-3, linestyle=":", color=ax.xaxis.label.get_color(), linewidth=1)
+ax.text(2e-9, 0.3, "gradient step\nwith rate $1 / \\delta$")
+ax.text(3e-2, 0.55, "Newton\nstep")
+ax.text(8e-4, 0.95, r"damping $\delta$", ha="right")
+ax.set(xlabel=r"eigenvalue $\lambda$", ylabel=r"$\lambda / (\lambda + \delta)$")
+plt.show()
+
 # %% [markdown]
+# For a layer with gradient $G$ and factors $A$ and $B$, the damped step is
+#
+# $$
+# \operatorname{vec}(S) = -(B \otimes A + \delta I)^{-1} \operatorname{vec}(G) .
+# $$
+#
+# After this chapter you will be able to
+#
+# - give the two reasons for damping, noise in small eigenvalues and a model that is local;
+# - say what a damping does to each direction, and in which unit it is measured;
+# - choose between exact and factored damping, and say why $\pi$ is not optional;
+# - let the loss decide how much damping is needed.
+#
+# The example is a network of two layers for the handwritten digits of the earlier chapters, after
+# a short training. Its gradient and curvature come from a batch of 200 images.
+#
 # ## What happens without
 #
 # Some pixels are zero in all images of the batch. The factor $A$ of the first layer then has rows
-# of zeros, and $B \otimes A$ has no inverse; the package says so. Round-off hides this in many
-# implementations, so let us come close to no damping instead:
+# of zeros, and $B \otimes A$ has no inverse. The package raises an error. In many implementations round-off
+# hides this case; so the next cell also takes steps with very small dampings:
 
 # %%
 try:
@@ -124,13 +144,13 @@ assert losses[0.1] < losses[10.0] < value  # too much damping: hardly a step
 
 # %% [markdown]
 # Nearly without damping the step is many times longer than the vector of all weights, and the
-# loss is many times larger afterwards. And this is the batch on which gradient and curvature
-# were computed. With damping, the same step is a good one. There are two different reasons.
+# loss is many times larger afterwards, on the very batch on which gradient and curvature
+# were computed. With a damping of 0.1 the step lowers the loss. There are two different reasons.
 #
 # ## Reason one: small eigenvalues are noise
 #
 # A step divides the gradient's coefficient along an eigenvector by the eigenvalue. So small
-# eigenvalues matter most, and they are the ones that we know least about. Take the factor $A$ of
+# eigenvalues have the largest effect, and their relative error is the largest, too. Take the factor $A$ of
 # the first layer, from 100 images. Eigenvalue $\alpha_i$ is the mean of $(q_i^\top a)^2$ over
 # these images. Measure the same mean along the same $q_i$ with *other* images:
 
@@ -149,15 +169,15 @@ assert ratio[:10].median() > 3
 assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are not flat at all
 
 # %% [markdown]
-# The large eigenvalues are right. The small ones are too small, systematically: the decomposition
-# *chose* those directions because these 100 images happened to vary little along them. Dividing by
+# The large eigenvalues are right. The small ones are too small, and not by chance: the decomposition
+# finds the directions along which *these* 100 images vary least. Dividing by
 # a number that is too small gives a step that is too long. Adding $\delta$ to all eigenvalues
-# repairs the small ones and leaves the large ones alone.
+# corrects the small ones and hardly changes the large ones.
 #
 # ## Reason two: the model is local
 #
-# With exact curvature from infinitely many data there would still be damping. The step minimises
-# a *model* of the loss, the parabola
+# Exact curvature from infinitely many data would still need damping. The step minimises
+# a *model* of the loss, the quadratic function
 #
 # $$
 # m(s) = L + h^\top s + \tfrac12 s^\top M s ,
@@ -165,8 +185,8 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 # $$
 #
 # where $h$ is the gradient of all weights as one vector and $M$ is the curvature. The model agrees
-# with the loss near $s = 0$ and says nothing about it far away, where its minimiser $-M^{-1} h$ may
-# be. One way out is to charge for distance,
+# with the loss near $s = 0$ only, but its minimiser $-M^{-1} h$ may be far away. One remedy is a penalty on the
+# length of the step,
 #
 # $$
 # m(s) + \tfrac{\delta}{2} \lVert s \rVert^2
@@ -175,9 +195,9 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 # \tag{8.2}
 # $$
 #
-# The gradient vanishes at $s_\delta = -(M + \delta I)^{-1} h$: the damped step. Another way out is
-# to forbid distance: minimise $m$ among all steps that are no longer than some radius. This is
-# called a **trust region**. The two are the same:
+# The gradient vanishes at $s_\delta = -(M + \delta I)^{-1} h$, the damped step. Another remedy is a bound:
+# minimise $m$ among all steps that are no longer than some radius. This is
+# called a **trust region**. Both give the same steps:
 #
 # <div class="admonition theorem" markdown="1" id="thm-8.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 8.1 (damping is a trust region)</b></p>
@@ -320,8 +340,8 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # \tag{8.6}
 # $$
 #
-# The first two terms are what we want. $E_\pi$ is the price. For $\pi = 1$ this is [(1.11)]. We
-# cannot make it vanish, but we can make it small. Measure it by its trace, which is the sum of its
+# The first two terms are the exactly damped matrix; $E_\pi$ is the error. For $\pi = 1$ this is [(1.11)]. No $\pi$
+# makes $E_\pi$ vanish, but one makes it smallest. Measure $E_\pi$ by its trace, the sum of its
 # eigenvalues, with $\operatorname{tr}(B \otimes I) = d_\text{in} \operatorname{tr} B$:
 #
 # $$
@@ -331,8 +351,8 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # \tag{8.7}
 # $$
 #
-# The derivative by $\pi$ is $\sqrt\delta\, (d_\text{in} \operatorname{tr} B - d_\text{out} \operatorname{tr} A / \pi^2)$.
-# It is zero where
+# The derivative by $\pi$ is
+# $\sqrt\delta\, (d_\text{in} \operatorname{tr} B - d_\text{out} \operatorname{tr} A / \pi^2)$. It is zero where
 #
 # $$
 # \pi^2 = \frac{d_\text{out} \operatorname{tr} A}{d_\text{in} \operatorname{tr} B}
@@ -416,9 +436,9 @@ for any_pi in (0.3, 1.0, pi, 5.0):
 # ### Why pi is not optional
 #
 # $B \otimes A = (B / c) \otimes (c A)$: how the scale is split between the factors is a
-# convention. Ours gives all of the loss's scale to $B$ ([Chapter 5](05_kfac.py)), others differ.
-# A result that depends on the convention is a bug waiting for a comparison. By [(8.8)], $\pi$ turns
-# into $c \pi$, so that
+# convention. Ours gives all of the loss's scale to $B$ ([Chapter 5](05_kfac.py)); other implementations differ.
+# A step should not depend on the convention. By [(8.8)], $\pi$ becomes
+# $c \pi$, so that
 #
 # $$
 # \Bigl(\tfrac1c B + \tfrac{\sqrt\delta}{c \pi} I\Bigr) \otimes \bigl(c A + c \pi \sqrt\delta I\bigr)
@@ -476,11 +496,20 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# A damping that was tuned for one kind is wrong for the other: say which one you use. And note
-# that the *lowest* loss is not that of exact damping here; even $\pi = 1$ does better. Exact damping
-# inverts $B \otimes A + \delta I$ exactly, but $B \otimes A$ is an approximation, and the extra damping
-# of mixed directions happens to suit this network. Exactness makes a step well defined and free
-# of conventions. It does not make it the best step.
+# A damping that was tuned for one kind is wrong for another; so a reported damping needs the name of its kind. The
+# *lowest* loss does not belong to exact damping here; even $\pi = 1$ reaches a lower one. Exact damping inverts
+# $B \otimes A + \delta I$ exactly, but $B \otimes A$ is an approximation, and the extra damping of mixed directions
+# happens to suit this network. An exact inverse makes a step well defined and independent of conventions. It does
+# not make it the best step.
+#
+# | | exact | factored | $\pi = 1$ |
+# | --- | --- | --- | --- |
+# | inverts $B \otimes A + \delta I$ | yes, [(8.5)] | plus $E_\pi$, [(8.6)] | plus a larger $E_\pi$ |
+# | step is as long | 1 | at most 1, [Theorem 8.2] | at most 1 |
+# | same for $cA$, $B / c$ | yes | yes, [(8.10)] | no |
+# | same for $cL$ and $c\delta$ | yes | yes | no |
+# | to make it | eigenvectors | Cholesky | Cholesky |
+# | products a step | 4 | 2 | 2 |
 #
 # ## The unit of damping
 #
@@ -507,7 +536,7 @@ assert not torch.allclose(fixed_pi(of_sum, N * 1e-3) @ (N * V), fixed_pi(of_mean
 # %% [markdown]
 # With $\pi = 1$ even the scaled damping gives another step; Exercise 8.2 asks why.
 #
-# A number that suits one loss or layer need not suit another. It helps to state damping as a
+# A damping that suits one loss or layer need not suit another. A remedy is to state damping as a
 # fraction $\varphi$ of the mean eigenvalue of each layer's own curvature:
 #
 # $$
@@ -531,16 +560,15 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 #
 # ## Levenberg and Marquardt: ask the loss
 #
-# How much damping is right depends on how well the model predicts the loss. That can be tested
-# at every step, because both are known afterwards. The **reduction ratio** is what happened over
-# what was promised:
+# How much damping is right depends on how well the model predicts the loss. Every step tests the prediction.
+# The **reduction ratio** is the change of the loss divided by the predicted change:
 #
 # $$
 # \rho = \frac{L(\theta + s) - L(\theta)}{h^\top s + \tfrac12 s^\top M s} .
 # \tag{8.13}
 # $$
 #
-# The denominator is $m(s) - L$ of [(8.1)], *without* the charge for distance: that is not part of
+# The denominator is $m(s) - L$ of [(8.1)], *without* the penalty, which is not part of
 # the loss. For the damped step it is always negative. Since $(M + \delta I) s = -h$, we can
 # replace $h$ by $-M s - \delta s$:
 #
@@ -562,7 +590,7 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 code(reduction_ratio, levenberg_marquardt)
 
 # %% [markdown]
-# On a loss that *is* a parabola, the ratio is one, whatever the step:
+# On a loss that *is* quadratic, the ratio is one for every step:
 
 # %%
 for s in (*damped.values(), torch.randn(12)):
@@ -577,7 +605,7 @@ assert [levenberg_marquardt(1.0, r, factor=0.5) for r in (0.9, 0.5, 0.1, -3.0)] 
 #
 # A small network learns a wave from 40 points. We use two models of its loss: the exact GGN of all
 # weights together, and KFAC's blocks. Each predicts with its own $M$, so that for KFAC the ratio
-# judges the whole model: the parabola *and* the approximation of its curvature. A step after which
+# judges the whole model: the quadratic form *and* the approximation of its curvature. A step after which
 # the loss is higher is not taken; only the damping changes.
 
 
@@ -645,21 +673,20 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# With exact curvature, damping starts high, while the parabola is good for short steps only, and
-# falls as the minimum comes near: the steps turn into those of Gauss and Newton. Neither of the two
-# fixed dampings does both. KFAC's damping is soon back where it was. Its $M$ leaves out the curvature
+# With exact curvature, damping starts high, while the model is good for short steps only, and
+# falls as the minimum comes near, so that the steps become Gauss-Newton steps. Neither of the two
+# fixed dampings does both. KFAC's damping soon returns to its first value. Its $M$ leaves out the curvature
 # between layers, and this error stays when the minimum is near. So the ratio falls below the threshold
 # whenever the damping gets low.
 #
 # ### The end, and after the end
 #
-# At a minimum there is nothing left to predict: [(8.13)] becomes $0 / 0$. In floating point this is
-# round-off over round-off. If the loss does not change in its last digit, the ratio is zero, and a
-# rule that believes it raises the damping again and again. `reduction_ratio` returns `None` when the
-# model promises less than the loss can resolve, and damping stays. The other end is a step so long
-# that the loss is not a number. Every comparison with `nan` is false, so a rule that only asks
-# "above?" and "below?" leaves damping where it is, and the next step is as bad. `nan` must count as
-# the worst ratio there is.
+# At a minimum [(8.13)] becomes $0 / 0$, and in floating point round-off over round-off. If the loss does not change
+# in its last digit, the ratio is zero, and a rule that uses this ratio raises the damping again and again.
+# `reduction_ratio` returns `None` when the model predicts less than the loss can resolve, and damping stays. The
+# opposite case is a step so long that the loss is not a number. Every comparison with `nan` is false, so that a
+# rule with two comparisons leaves damping where it is, and the next step is as bad. `nan` must count as the worst
+# ratio.
 
 # %%
 before, promised, nan = 0.8, -1e-18, float("nan")
@@ -675,9 +702,8 @@ assert levenberg_marquardt(0.1, reduction_ratio(before, nan, -0.5)) > 0.1
 #
 # **Damping stored in the factors.** Factors are averaged over steps,
 # $\bar A \leftarrow \mu \bar A + (1 - \mu) A_t$ with a decay $\mu$. An implementation adds the
-# damping to $\bar A$ in place, inverts, and averages on with the same tensor. What was added is
-# carried along. It obeys $e \leftarrow \mu e + \gamma$ if $\gamma$ is added each time, and the fixed
-# point $e = \mu e + \gamma$ is
+# damping to $\bar A$ in place, inverts, and averages on with the same tensor. The added damping $e$ then
+# stays in the average. It obeys $e \leftarrow \mu e + \gamma$ if $\gamma$ is added each time, with the fixed point
 #
 # $$
 # e = \frac{\gamma}{1 - \mu} .
@@ -696,15 +722,15 @@ effective = (stored - clean).diagonal()
 print(f"asked for {gamma}, got {effective.mean().item():.3f}")
 assert_exact(effective, torch.full((5,), gamma / (1 - decay)))
 # %% [markdown]
-# An optimiser with twenty times the damping still works; only its best settings are puzzling. A
-# relative, with eigenvalues in place of an average, is at the end of [Chapter 7](07_matrices.py).
+# An optimiser with twenty times the damping still works, but the best value of its setting is far from that of other
+# implementations. [Chapter 7](07_matrices.py) ends with the same mistake in eigenvalues in place of an average.
 #
 # **Pi or pi squared?** The traces give $\pi^2$. In one
 # [public discussion](https://github.com/Thrandis/EKFAC-pytorch/issues/4), a reader doubted lines
-# that were right, because the variable called `pi` held $\pi^2$ and was used under a root. Whoever
-# "corrects" such lines to the formula of the paper, and keeps the variable, damps with $\pi^2$ for
-# $\pi$. Nothing breaks: the two shares still multiply to $\delta$. But the trace is no longer
-# minimal, and the invariance is gone:
+# that were right, because the variable called `pi` held $\pi^2$ and was used under a root. A "correction" of
+# such lines to the formula of the paper, with the same variable, damps with $\pi^2$ in the place of
+# $\pi$. No error is raised, because the two shares still multiply to $\delta$. But the trace of $E_\pi$ is no longer
+# minimal, and the step depends on the convention:
 
 # %%
 confused = balance(small).item() ** 2
@@ -717,12 +743,12 @@ for c in (0.1, 10.0):
     assert not torch.allclose(E_c, E, rtol=0.1)
 
 # %% [markdown]
-# **Damping in one term only.** Methods without inverses update their estimate $X$ by expressions in
-# which the curvature occurs several times, and each occurrence needs the damping
-# ([an example of a forgotten one](https://github.com/f-dangel/singd/issues/17)). A small iteration of
-# that kind is $X \leftarrow 2 X - \tfrac12 X M_1 X - \tfrac12 X M_2 X$. With
-# $M_1 = M_2 = M + \delta I$ it stops at the inverse, where $X = X (M + \delta I) X$. Forget $\delta$ in
-# $M_2$, and $X = X (M + \tfrac{\delta}{2} I) X$. It converges all the same, to half the damping.
+# **Damping in one term only.** Methods without inverses update their estimate $X$ by expressions in which the
+# curvature occurs several times, and each occurrence needs the damping ([an example of a forgotten
+# one](https://github.com/f-dangel/singd/issues/17)). A small iteration of that kind is
+# $X \leftarrow 2 X - \tfrac12 X M_1 X - \tfrac12 X M_2 X$. With $M_1 = M_2 = M + \delta I$ it stops at the inverse,
+# where $X = X (M + \delta I) X$. Forget $\delta$ in $M_2$, and the fixed point is
+# $X = X (M + \tfrac{\delta}{2} I) X$: the iteration converges to the inverse with half the damping.
 
 
 # %%
@@ -739,6 +765,18 @@ assert not torch.allclose(forgotten, inv(A + 0.1 * I5), rtol=0.01)
 assert_exact(forgotten, inv(A + 0.05 * I5))
 
 # %% [markdown]
+# ## In one minute
+#
+# - **Why.** Small eigenvalues are estimated too small, and the quadratic model holds near the present point only.
+# - **What.** Damping keeps the fraction $\lambda / (\lambda + \delta)$ of the Newton step along each eigenvector,
+#   [(8.4)]. It is the same as a bound on the length ([Theorem 8.1]).
+# - **Where.** Exact damping needs eigenvectors. Factored damping needs two Cholesky factorisations and over-damps,
+#   most where one eigenvalue is large and the other small ([Theorem 8.2]). Without $\pi$ it depends on the scale of
+#   the factors.
+# - **Unit.** Damping has the unit of curvature: a loss that is multiplied by $c$ needs $c \delta$.
+# - **How much.** The reduction ratio compares the change of the loss with the model's prediction, and damping
+#   follows it.
+#
 # ## Exercises
 #
 # **Exercise 8.1.** For $A = \alpha I$ (a single input, say), $B \otimes A + \delta I$ *is* a
@@ -749,7 +787,7 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # $(B + \tfrac{\delta}{\alpha} I) \otimes \alpha I$: all of the damping goes to $B$. Factored damping
 # puts some into $A$, for every $\pi$, and $E_\pi$ is positive semi-definite with a positive trace.
-# It is not exact even here.
+# So factored damping is not exact even here.
 #
 # </details>
 #
@@ -766,6 +804,44 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
+# **Exercise 8.3.** Write factored damping yourself: from $A$, $B$, a gradient $G$ and $\delta$ to the step, with
+# $\pi$ from [(8.8)] and with `torch.cholesky_solve` in the place of inverses. Compare it with
+# `factored_inverse(Kronecker(A, B), d) @ G`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def solution(A, B, G, damping):
+#     pi = (A.trace() / len(A) / (B.trace() / len(B))).sqrt()
+#     LA = torch.linalg.cholesky(A + pi * damping**0.5 * torch.eye(len(A)))
+#     LB = torch.linalg.cholesky(B + damping**0.5 / pi * torch.eye(len(B)))
+#     return torch.cholesky_solve(torch.cholesky_solve(G, LB).T, LA).T
+# ```
+#
+# </details>
+#
+# **Exercise 8.4.** How many directions are trusted, in the sense of the sum of the filter, if all $D$ eigenvalues
+# are equal to $\lambda$? Which damping trusts half of them?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# $D \lambda / (\lambda + \delta)$. The damping $\delta = \lambda$ trusts $D / 2$: every direction by one half.
+#
+# </details>
+#
+# **Exercise 8.5.** Where does factored damping with $\pi$ from [(8.8)] shorten a coefficient most, for $x$ and $y$
+# of [(8.9)] with a given product $x y = p$?
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# The ratio is $(p + 1) / (p + 1 + x + y)$. For a given product the sum $x + y$ is smallest at $x = y = \sqrt p$ and
+# grows without bound as one of them goes to zero. So mixed directions are shortened most, down to nothing.
+#
+# </details>
+#
 # The solutions, checked:
 
 # %% tags=["hide-input"]
@@ -777,6 +853,23 @@ for c in (0.01, 30.0):  # 8.2
     scaled = Kronecker(A, c * B)
     assert_exact(factored_inverse(scaled, c * d) @ (c * G), factored_inverse(small, d) @ G)
     assert not torch.allclose(fixed_pi(scaled, c * d) @ (c * G), fixed_pi(small, d) @ G, rtol=0.05)
+
+
+def solution(A: Tensor, B: Tensor, G: Tensor, damping: float) -> Tensor:  # 8.3
+    pi = (A.trace() / len(A) / (B.trace() / len(B))).sqrt()
+    LA = torch.linalg.cholesky(A + pi * damping**0.5 * torch.eye(len(A)))
+    LB = torch.linalg.cholesky(B + damping**0.5 / pi * torch.eye(len(B)))
+    return torch.cholesky_solve(torch.cholesky_solve(G, LB).T, LA).T
+
+
+assert_exact(solution(A, B, G, d), factored_inverse(small, d) @ G)
+equal = torch.full((7,), 0.3)  # 8.4
+assert_close((equal / (equal + 0.3)).sum(), torch.tensor(3.5))
+p_, xs = 2.0, torch.logspace(-4, 4, 81)  # 8.5
+shortened = (p_ + 1) / ((xs + 1) * (p_ / xs + 1))
+assert (xs[shortened.argmax()] - p_**0.5).abs() < 0.2
+assert shortened[0] < 1e-3
+assert shortened[-1] < 1e-3
 print("all hold")
 
 # %% [markdown]

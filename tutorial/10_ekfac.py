@@ -16,15 +16,11 @@
 # **Part III: Better and faster.** The eigenvalues of KFAC are products of averages. Which ones would
 # be best for its eigenvectors?
 #
-# KFAC gives each layer two things: a basis, the eigenvectors $Q_B \otimes Q_A$, and a number for each
-# basis vector, the product $\beta_o \alpha_i$ of two eigenvalues. The Kronecker structure is needed
-# for the basis, since nobody can store or rotate with a general one. It is not needed for the
-# numbers: there are as many of them as weights, and that many we can store. EKFAC keeps the
-# basis, which its paper calls the Kronecker-factored eigenbasis, and replaces the numbers by the best
-# ones. This chapter shows which those are, what they repair and what they do not, and how they stay
-# fresh when the basis does not.
+# KFAC gives each layer a basis, the eigenvectors $U = Q_B \otimes Q_A$, and an eigenvalue for each basis vector,
+# the product $\beta_o \alpha_i$. EKFAC keeps the basis, which its paper calls the Kronecker-factored eigenbasis,
+# and replaces the eigenvalues: [Figure 10.1].
 
-# %%
+# %% tags=["hide-input"]
 from collections.abc import Iterator
 from textwrap import fill
 
@@ -49,17 +45,42 @@ from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import empirical
 from kfac_scratch.matrices.kronecker import KroneckerEigen
-from kfac_scratch.show import code
+from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
+# %% tags=["hide-input"] alt="Three 12 by 12 heat maps in one colour scale: the exact block in KFAC's eigenbasis, with a strong diagonal and weaker entries beside it; KFAC, a diagonal that differs from the first in several entries; and EKFAC, exactly the diagonal of the first." caption="A block $F$ of a small layer in KFAC's eigenbasis $U$. KFAC's diagonal has the products $\\beta_o \\alpha_i$. EKFAC's diagonal is the diagonal of $U^\\top F U$. Neither has the entries beside the diagonal."
+own = torch.Generator(torch.get_default_device()).manual_seed(1)
+io = LayerIO(torch.randn(8, 1, 4, generator=own), torch.randn(1, 8, 1, 3, generator=own))
+K, E = kfac(io).eigen(), ekfac(io)
+U = torch.kron(K.QB, K.QA)
+rotated = {r"exact: $U^\top F U$": U.T @ io.block() @ U}
+rotated |= {"KFAC": K.scale.flatten().diag(), "EKFAC": E.scale.flatten().diag()}
+assert_exact(E.scale.flatten(), (U.T @ io.block() @ U).diagonal())
+matrices(rotated)
 
 # %% [markdown]
+# The Kronecker structure is needed for the basis, because a general orthogonal matrix of this size can be neither
+# stored nor applied. It is not needed for the eigenvalues: there are only as many of them as weights. EKFAC's
+# eigenvalues are
+#
+# $$
+# s_{oi} = \sum_{v, n} \bigl( Q_B^\top G_{vn} Q_A \bigr)_{oi}^2
+# $$
+#
+# with the gradients $G_{vn}$ of single data: the second moments of the gradient along the basis vectors.
+#
+# After this chapter you will be able to
+#
+# - compute EKFAC's eigenvalues, and prove that no other eigenvalues in this basis are nearer to the block;
+# - say which part of KFAC's error they correct, and which part stays;
+# - keep eigenvalues fresh while the basis is old, and carry them over when it changes.
+#
 # ## The best diagonal in a given basis
 #
 # Let $F$ be the exact block of a layer and $U$ any orthogonal matrix of the same size. We look for
-# numbers $s_k$ such that $U \operatorname{diag}(s)\, U^\top$ is as near to $F$ as possible, in the
-# norm of Frobenius, $\lVert M \rVert^2 = \sum_{kl} M_{kl}^2 = \operatorname{tr}(M^\top M)$. This norm
+# numbers $s_k$ such that $U \operatorname{diag}(s)\, U^\top$ is as near to $F$ as possible in the
+# Frobenius norm, $\lVert M \rVert^2 = \sum_{kl} M_{kl}^2 = \operatorname{tr}(M^\top M)$. This norm
 # does not change under rotation: $\operatorname{tr}(U^\top M^\top U\, U^\top M U) = \operatorname{tr}(M^\top M)$,
 # as $U U^\top = I$ and factors may be moved around a trace. Therefore
 #
@@ -72,15 +93,15 @@ set_up()  # seed 0, float64, the GPU where there is one
 # \tag{10.1}
 # $$
 #
-# We have no influence on the first sum, and can make the second one zero. The best numbers are
+# The first sum does not depend on $s$. The second one is zero for
 #
 # $$
 # s_k = (U^\top F U)_{kk} = u_k^\top F u_k ,
 # \tag{10.2}
 # $$
 #
-# the curvatures along the basis vectors. Matrices that are diagonal in the basis $U$ are a linear
-# space, and [(10.1)] is the projection onto it: drop all other coordinates, leave those as they are.
+# the curvatures along the basis vectors. In other words: matrices that are diagonal in the basis $U$ are a linear
+# space, and [(10.2)] is the orthogonal projection of $F$ onto it.
 #
 # <div class="admonition theorem" markdown="1" id="thm-10.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 10.1 (the best eigenvalues)</b></p>
@@ -102,16 +123,16 @@ set_up()  # seed 0, float64, the GPU where there is one
 #
 # **Proof.** The second line is [(10.1)], first with $t$ for $s$ and then with $s$ itself, which leaves
 # the first sum. With $t = 0$ it reads $\lVert F \rVert^2 = \lVert F - E \rVert^2 + \lVert s \rVert^2$,
-# the first line. The trace of $U^\top F U$ is that of $F$ and the sum of the $s_k$.
+# the first line. The trace of $U^\top F U$ is the trace of $F$ and the sum of the $s_k$.
 # Finally $u_k^\top F u_k \ge 0$. $\blacksquare$
 #
 # Choose $U = Q_B \otimes Q_A$ and $t_{oi} = \beta_o \alpha_i$, and the second line compares with KFAC:
-# **EKFAC is never farther from the block than KFAC**, and as near only if it equals KFAC. What it
-# repairs is $\lVert s - \beta \alpha^\top \rVert$, and what stays is what KFAC's basis gets wrong.
+# **EKFAC is never farther from the block than KFAC**, and equally near only if it equals KFAC. EKFAC corrects the part
+# $\lVert s - \beta \alpha^\top \rVert$ of KFAC's error. The entries of $U^\top F U$ beside the diagonal stay wrong.
 #
 # ## As second moments
 #
-# How do we get $s$ without $F$? The block is a sum of outer products of gradients,
+# How is $s$ computed without $F$? The block is a sum of outer products of gradients,
 # $F = \sum_{vn} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top$ ([Theorem 4.1]). The basis
 # vector $r_o \otimes q_i$ is the matrix $r_o q_i^\top$ with its rows lined up, by [(1.5)]. So
 #
@@ -164,10 +185,9 @@ for S in (1, 4):
 # \tag{10.5}
 # $$
 #
-# KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's
-# error is a covariance of all entries of $B_n$ and $A_n$; EKFAC adds back the part of it that sits
-# on the diagonal of the basis. The two agree if and only if no squared projection of $g$ is
-# correlated with one of $a$.
+# KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's error is a
+# covariance of all entries of $B_n$ and $A_n$; EKFAC adds the diagonal part of this covariance in KFAC's basis. The
+# two agree if and only if no squared projection of $g$ is correlated with one of $a$.
 #
 # ### In the package
 #
@@ -201,9 +221,9 @@ assert_exact(E.scale - K.scale, 7 * covariance)
 # %% [markdown]
 # ### Per datum, not per position
 #
-# With weight sharing, a datum's gradient is a sum over positions, and [(10.4)] squares the sum. If
-# one squares every position's gradient and adds, the products of different positions are lost. The
-# result is the best diagonal for another matrix: that of data with one position each.
+# With weight sharing, a datum's gradient is a sum over positions, and [(10.4)] squares the sum. A sum of
+# squares of every position's gradient lacks the products of different positions. It is
+# the best diagonal for another matrix, the block of data with one position each.
 
 # %%
 io = random_io(7, S=4)
@@ -249,10 +269,9 @@ assert_exact(amortised_reduce.update(None, io, 1.0).dense(), E.dense())
 # %% [markdown]
 # ## Where EKFAC is exact
 #
-# $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single
-# datum, deep linear networks with squared error, the last layer with squared error
-# ([Chapter 5](05_kfac.py) has the list). By [Theorem 10.1], it is exact if and only if the eigenvectors
-# are right, that is, if $F$ is diagonal in KFAC's basis. For an ordinary network that is not so:
+# $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single datum, deep
+# linear networks with squared error, the last layer with squared error ([Chapter 5](05_kfac.py) has the list). By
+# [Theorem 10.1], EKFAC is exact if and only if $F$ is diagonal in KFAC's basis. In an ordinary network it is not:
 
 # %%
 X, targets, classes = torch.randn(11, 5), torch.randn(11, 3), torch.randint(3, (11,))
@@ -271,8 +290,8 @@ for io in layer_ios(bent, CrossEntropyLoss(), X, classes).values():
 # %% [markdown]
 # ## A trained network
 #
-# How much is gained where it matters? We train three layers on handwritten digits, and look at the
-# eigenvalues of every layer. Of KFAC's error, [(10.3)] says how much was in the eigenvalues.
+# How much does EKFAC gain in a trained network? We train three layers on handwritten digits and look at the
+# eigenvalues of every layer. [(10.3)] gives the share of KFAC's squared error that is in the eigenvalues.
 
 # %%
 digits = load_digits()
@@ -328,10 +347,10 @@ assert factor.max() > 2 > 0.5 > factor.min()
 
 # %% [markdown]
 # KFAC gets the order of magnitude right, over many orders of magnitude. Individual eigenvalues are
-# off by the printed factors, and a step divides by them. But note how little of the *error* was in
+# off by the printed factors, and a step divides by them. But only a small share of the *error* was in
 # the eigenvalues. Most of it is in the basis: $F$ is far from diagonal in it, and no
-# eigenvalues repair that. (This is one small network with one seed. The share may be another one
-# elsewhere; with four positions above, for example, it was larger.)
+# eigenvalues correct this. (This is one small network with one seed. The share depends on the network; with
+# four positions above, for example, it was larger.)
 #
 # ## What EKFAC does not promise
 #
@@ -361,10 +380,10 @@ assert 0 < len(diagonal_wins) < trials / 10
 # %% [markdown]
 # So "likely" is right: in more than nine of ten of these layers, KFAC's basis is the better one.
 #
-# Second, distance of matrices is not what an optimiser feels. It uses the damped *inverse*, in
-# which the smallest eigenvalues weigh most, while the norm of Frobenius is about the largest. Take the
-# same layers. Compare the inverses with that of $F + \delta I$. And compare steps: a step $p$ from a
-# gradient $h$, with the best learning rate, lowers the damped parabola by
+# Second, an optimiser uses the damped *inverse*, in
+# which the smallest eigenvalues weigh most, while the largest ones dominate the Frobenius norm. For the
+# same layers we compare the inverses with $(F + \delta I)^{-1}$, and we compare steps: a step $p$ from a
+# gradient $h$, with the best learning rate, lowers the damped quadratic model by
 # $\tfrac12 (h^\top p)^2 / \bigl( p^\top (F + \delta I) p \bigr)$.
 
 # %%
@@ -382,26 +401,25 @@ for seed in range(trials):
     farther += int(distance[1] > distance[0])
     lower += int(decrease[1] < decrease[0])
 print(f"EKFAC's inverse is farther off than KFAC's in {farther} of {trials} layers,")
-print(f"and its step lowers the parabola less in {lower}")
+print(f"and its step lowers the quadratic model less in {lower}")
 assert 0 < farther < lower < trials / 2
 
 # %% [markdown]
-# So "nearer" is a theorem, "a better step" is the usual outcome, and neither implies the other.
+# So EKFAC is always nearer to the block, its step is usually better, and neither implies the other.
 #
 # ## Basis now and then, eigenvalues often
 #
-# Two eigendecompositions cost of the order of $d_\text{out}^3 + d_\text{in}^3$, and not with the
-# efficiency of products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$
-# with one position. This suggests to compute a basis rarely, and fresh eigenvalues in it often.
-# [Theorem 10.1] holds for *any* orthogonal basis, so fresh eigenvalues in an old basis are still
-# the best ones for it.
+# Two eigendecompositions cost $O(d_\text{out}^3 + d_\text{in}^3)$, and they use the hardware less well than
+# products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$ with one position. This
+# suggests to compute a basis rarely, and fresh eigenvalues in it often. [Theorem 10.1] holds for *any* orthogonal
+# basis, so fresh eigenvalues in an old basis are still the best ones for it.
 
 # %% tags=["beside", "remove-input"]
 code(rescaled)
 
 # %% [markdown]
 # We train once more and watch the middle layer, always on the same 200 images. KFAC and its basis are
-# kept after 5 steps, in the wild beginning, and in a second experiment after 100 steps.
+# kept after 5 steps, when the network changes fast, and in a second experiment after 100 steps.
 
 # %%
 kinds = ("stale KFAC", "fresh KFAC", "stale basis, fresh eigenvalues", "fresh EKFAC")
@@ -445,9 +463,9 @@ plt.show()
 
 # %% [markdown]
 # In the beginning the features change, and a basis is out of date after a few steps. Fresh eigenvalues
-# then repair the *scale* of the block, since their trace is exact, and little else. Later a basis
-# lasts. So the period between two bases should be short at first and may be long later. Guaranteed
-# at every moment is only what the loop asserts: fresh eigenvalues are no worse than old ones.
+# then correct the *scale* of the block, since their trace is exact, and little else. Later a basis
+# lasts. So the period between two bases should be short at first and may be long later. Only one statement holds
+# at every step, and the loop asserts it: fresh eigenvalues are no worse than old ones.
 #
 # ### What may be averaged
 #
@@ -499,9 +517,9 @@ assert relative_error(mixed.dense(), F) > 1.2 * relative_error(M1.dense(), F)
 #
 # ### The amortised form
 #
-# An optimiser wants all of this from one object that it can show batch after batch. It averages
-# KFAC's factors, which is cheap; takes a new basis from them every `basis_every` batches, carrying the
-# old matrix over; and in between moves the eigenvalues in the basis it has. The argument `weight` is
+# `AmortisedEKFAC` does all of this, batch after batch. It averages
+# KFAC's factors, which is cheap. Every `basis_every` batches it takes a new basis from them and carries the
+# old matrix over. In between it averages eigenvalues in its present basis. The argument `weight` is
 # the share of the new batch in the average, so that `1 - weight` is $\mu$.
 
 # %% tags=["beside", "remove-input"]
@@ -522,18 +540,19 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 
 # %% [markdown]
 # The trace of the average is exact whenever and however often the basis changes, because a carried
-# matrix keeps its trace. What carrying over loses is what the old matrix had off the diagonal of the new
-# basis, as the last line shows.
+# matrix keeps its trace. Carrying over loses the entries of the old matrix beside the diagonal in the new
+# basis, as the last line of the cell shows.
 #
 # ## What goes wrong in practice
 #
-# **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after
-# every backward pass, gradients of single data are not. So it is tempting to rotate the *batch*
-# gradient and to average its square over steps, scaled by $N$. The authors' code offers that as an option, `ra`
-# ([`ekfac.py`, line 103](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L103)).
-# Its default is [(10.4)]: the squares of single gradients ([line 170](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L170)),
-# and for convolutions of each datum's sum over positions
-# ([lines 142 to 146](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L142-L146)).
+# **The square of the mean for the mean of the squares.** The gradient of the batch is at hand after every backward
+# pass, gradients of single data are not. So it is tempting to rotate the *batch* gradient and to average its square
+# over steps, scaled by $N$. The authors' code offers that as an option, `ra` ([`ekfac.py`, line
+# 103](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L103)). Its
+# default is [(10.4)]: the squares of single gradients ([line
+# 170](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L170)), and
+# for convolutions of each datum's sum over positions ([lines 142 to
+# 146](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L142-L146)).
 # With $\hat G_n$ for the rotated gradients,
 #
 # $$
@@ -542,11 +561,10 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 # \tag{10.7}
 # $$
 #
-# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms. On average over batches of
-# independent data each of them is the square of the mean gradient, so it vanishes only where that
-# does: at a minimum. We try it with the gradients of the labels in the data, that is, with the
-# empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$ times the square of the mean
-# gradient, as in that implementation:
+# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms. On average over batches of independent data each
+# of them is the square of the mean gradient, which vanishes only at a minimum. We try it with the gradients of the
+# labels in the data, that is, with the empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$
+# times the square of the mean gradient, as in that implementation:
 
 # %%
 torch.manual_seed(2)
@@ -623,8 +641,19 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # | shared weights | the code: the moments of a sample's gradient, in the basis of KFAC-expand | the same, or in that of KFAC-reduce |
 # | Fisher | the code: the gradients of the loss that is given, in the README's example that of the data's labels | any; in the optimizer, one drawn label for each sample |
 # | damping | the code: added to the eigenvalues ([line 172](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L172)) | the same, `exact_inverse` |
-# | numbers | the code's README: damping .1, a basis every 100 steps | those of the optimizer, [Chapter 9](09_optimizer.py) |
+# | numbers | the code's README: damping .1, a basis every 100 steps | those of the optimizer, [Chapter 36](36_in_practice.py) |
 # | headline | provably better than KFAC as an approximation, and faster than it in the training of several deep networks | the proof: [Theorem 10.1]; training: [Chapter 19](19_comparison.py) trains it beside its controls; networks of the size of the paper's are out of reach here |
+#
+# ## In one minute
+#
+# - **Eigenvalues.** In a given basis the nearest matrix has the curvatures along the basis vectors as eigenvalues
+#   ([Theorem 10.1]). In KFAC's basis they are second moments of rotated gradients of single data, [(10.4)].
+# - **Promise.** EKFAC is never farther from the block than KFAC, and has its trace. It does not promise a better
+#   inverse or step.
+# - **Limit.** The basis stays KFAC's. On the trained network most of KFAC's error was in the basis.
+# - **In training.** The basis is renewed rarely and the eigenvalues often. Eigenvalues may be averaged in one basis
+#   only.
+# - **Check** that squares are taken per datum, not per position and not of the batch's gradient.
 #
 # ## Exercises
 #
@@ -635,7 +664,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # <summary>Solution</summary>
 #
 # $a_n a_n^\top$ is diagonal, $B_n$ is a number, so $F = \sum_n B_n a_n a_n^\top$ and $A$ are diagonal.
-# If all frequencies differ, $A$'s eigenvectors are the unit vectors, up to sign, and $F$ is diagonal
+# If all frequencies differ, the eigenvectors of $A$ are the unit vectors, up to sign, and $F$ is diagonal
 # in this basis. KFAC replaces the mean of $B_n$ over the data with token $i$ by the mean over all.
 #
 # </details>
@@ -646,9 +675,8 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The eigenvectors of $F$: then $\lVert s \rVert = \lVert F \rVert$ and the error is zero. $U = I$
-# gives the plain diagonal. KFAC's basis is neither, which is why it can lose against the
-# second and never wins against the first.
+# The eigenvectors of $F$: then $\lVert s \rVert = \lVert F \rVert$ and the error is zero. $U = I$ gives the plain
+# diagonal. KFAC's basis is in general neither: its error is never below the first and may be above the second.
 #
 # </details>
 #
@@ -666,9 +694,40 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # </details>
 #
+# **Exercise 10.4.** Write EKFAC yourself: from `io.a` of shape $[N, S, d_\text{in}]$ and `io.g` of shape
+# $[V, N, S, d_\text{out}]$ to the bases and the eigenvalues $s$, with `torch.linalg.eigh` and `torch.einsum` only.
+# Compare `KroneckerEigen(QA, QB, s).dense()` with `ekfac(io).dense()`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def solution(io):
+#     N, S = io.a.shape[:2]
+#     QA = torch.linalg.eigh(torch.einsum("nsi,nsj->ij", io.a, io.a) / (N * S))[1]
+#     QB = torch.linalg.eigh(torch.einsum("vnso,vnsp->op", io.g, io.g))[1]
+#     G = torch.einsum("vnso,nsi->vnoi", io.g @ QB, io.a @ QA)
+#     return QA, QB, G.square().sum((0, 1))
+# ```
+#
+# </details>
+#
 # The solutions, checked:
 
+
 # %% tags=["hide-input"]
+def solution(io: LayerIO) -> tuple[Tensor, Tensor, Tensor]:  # 10.4
+    N, S = io.a.shape[:2]
+    QA = torch.linalg.eigh(torch.einsum("nsi,nsj->ij", io.a, io.a) / (N * S))[1]
+    QB = torch.linalg.eigh(torch.einsum("vnso,vnsp->op", io.g, io.g))[1]
+    G = torch.einsum("vnso,nsi->vnoi", io.g @ QB, io.a @ QA)
+    return QA, QB, G.square().sum((0, 1))
+
+
+for S in (1, 4):
+    io = random_io(20, S)
+    assert_exact(KroneckerEigen(*solution(io)).dense(), ekfac(io).dense())
+
 tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3, 3])  # 10.1
 io = LayerIO(torch.eye(4)[tokens][:, None], torch.randn(2, 10, 1, 1))
 assert_exact(ekfac(io).dense(), io.block())

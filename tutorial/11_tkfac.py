@@ -16,16 +16,11 @@
 # **Part III: Better and faster.** KFAC averages inputs as if every datum counted the same. The block does
 # not. What if each side is weighted by the other?
 #
-# Take a classifier that is right, and sure, about most of its data. For those the vectors $g$ that the
-# loss sends back are nearly zero, and so are their terms in the exact block. KFAC's factor of the
-# inputs is the mean of $a a^\top$ over *all* data, so it mostly describes data that do not matter. TKFAC
-# weights every $a a^\top$ by the squared length of its $g$, and every $g g^\top$ by the squared length
-# of its $a$. This chapter shows that these weights are not a heuristic: they give the
-# block's partial traces, and the only Kronecker product that has them. We will see in which
-# sense it is the best product, in which sense it need not be better than KFAC, and what the weights
-# cost.
+# A classifier is right, and sure, about most of its data. For these data the vectors $g$ that the loss sends back
+# are nearly zero, and so are their terms in the exact block. KFAC's factor of the inputs is the mean of $a a^\top$
+# over *all* data; so it mostly describes data that the block hardly contains: [Figure 11.1].
 
-# %%
+# %% tags=["hide-input"]
 from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
@@ -60,15 +55,7 @@ def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
     return LayerIO(torch.randn(N, S, 5), torch.randn(V, N, S, 3))
 
 
-# %% [markdown]
-# ## A datum that does not matter
-#
-# The smallest example has two data, and nothing comes back to the second: $g_2 = 0$. The block is
-# that of the first datum alone, $F = g_1 g_1^\top \otimes a_1 a_1^\top$, a Kronecker product. KFAC has the
-# right $B$, but its $A$ is half $a_1 a_1^\top$ and half $a_2 a_2^\top$, about which the block knows
-# nothing:
-
-# %% tags=["hide-input"] alt="Three 15 by 15 heat maps of a layer on two data, of which one has no gradient. The exact block and TKFAC look the same. KFAC has the same tiles in the right places, but the pattern within the tiles is another one." caption="A layer on two data, of which the second has no gradient: the exact block, KFAC, and what this chapter arrives at."
+# %% tags=["hide-input"] alt="Three 15 by 15 heat maps of a layer on two data, of which one has no gradient. The exact block and TKFAC look the same. KFAC has the same tiles in the right places, but the pattern within the tiles is another one." caption="A layer on two data, of which the second has no gradient: the exact block, KFAC, and TKFAC, which is exact here."
 io = random_io(2, V=1)
 forgotten = LayerIO(io.a, torch.stack([io.g[:, 0], 0 * io.g[:, 1]], dim=1))
 F, K, T = forgotten.block(), kfac(forgotten).dense(), tkfac(forgotten).dense()
@@ -78,11 +65,35 @@ picture = {"exact $F$": F, r"KFAC $B \otimes A$": K, "TKFAC": T}
 matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 
 # %% [markdown]
+# TKFAC weights every $a a^\top$ by the squared length of its $g$, and every $g g^\top$ by the squared length of its
+# $a$. For one position per datum it is
+#
+# $$
+# T = \frac{1}{\operatorname{tr} F}
+# \Bigl( \sum_{vn} \lVert a_n \rVert^2\, g_{vn} g_{vn}^\top \Bigr) \otimes
+# \Bigl( \sum_{vn} \lVert g_{vn} \rVert^2\, a_n a_n^\top \Bigr) ,
+# \qquad
+# \operatorname{tr} F = \sum_{vn} \lVert g_{vn} \rVert^2 \lVert a_n \rVert^2 .
+# $$
+#
+# After this chapter you will be able to
+#
+# - derive these weights: they give the partial traces of the block, and $T$ is the only Kronecker product that has
+#   them;
+# - say in which sense TKFAC is the nearest product, and in which sense KFAC may be nearer;
+# - average it over batches, damp it, and correct its eigenvalues (TEKFAC).
+#
+# ## A datum without gradient
+#
+# [Figure 11.1] has two data, and nothing comes back to the second: $g_2 = 0$. The block is the
+# block of the first datum alone, $F = g_1 g_1^\top \otimes a_1 a_1^\top$, a Kronecker product. KFAC has the
+# right $B$, but its $A$ is half $a_1 a_1^\top$ and half $a_2 a_2^\top$, and the second half is not in the block.
+#
 # ## Summing over the other side
 #
-# Rows and columns of $F$ are numbered by pairs: an output $o$ and an input $i$. Forget the outputs,
-# by summing over all $o = p$ in $F_{(o,i),(p,j)}$, and a matrix over the inputs is left. Forget the
-# inputs, and one over the outputs is left. These are the **partial traces** of $F$,
+# Rows and columns of $F$ are numbered by pairs: an output $o$ and an input $i$. The sum over all $o = p$ in
+# $F_{(o,i),(p,j)}$ is a matrix over the inputs. The sum over all $i = j$ is a matrix over the
+# outputs. They are the **partial traces** of $F$,
 #
 # $$
 # A_{ij} = \sum_o F_{(o,i),(o,j)} ,
@@ -91,11 +102,10 @@ matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 # \tag{11.1}
 # $$
 #
-# (In this chapter $A$ and $B$ are these, not KFAC's.) If one thinks of the diagonal of $F$ as a table with
-# rows $o$ and columns $i$, the diagonals of $B$ and $A$ are the sums along its rows and columns:
-# partial traces are to matrices what marginals are to tables. Both have the trace of $F$. Since $F$ is a
-# sum of $\operatorname{vec}(G) \operatorname{vec}(G)^\top$ with entries $G_{oi} G_{pj}$, over all
-# gradients $G_{vn}$,
+# (In this chapter $A$ and $B$ are these, not KFAC's.) Write the diagonal of $F$ as a table with rows $o$ and
+# columns $i$. Then the diagonals of $B$ and $A$ are the sums along its rows and columns, its marginals. Both have
+# the trace of $F$. Since $F$ is a sum of $\operatorname{vec}(G) \operatorname{vec}(G)^\top$ with entries
+# $G_{oi} G_{pj}$, over all gradients $G_{vn}$,
 #
 # $$
 # \begin{aligned}
@@ -166,7 +176,7 @@ for S in (1, 4):
 # $\operatorname{tr} X \operatorname{tr} Y = \operatorname{tr} F$, hence $Y \otimes X = T$. If $F$ is
 # a product, it is a product with its own partial traces. $\blacksquare$
 #
-# The last sentence says a lot. **TKFAC is exact wherever a Kronecker product can be exact.** KFAC is not:
+# By the last sentence **TKFAC is exact wherever a Kronecker product can be exact.** KFAC is not:
 # by [Theorem 5.1], it is exact only where $B_n = \sum_v g_{vn} g_{vn}^\top$ and
 # $A_n = a_n a_n^\top$ are uncorrelated over the data, and the two data above are not such a case.
 #
@@ -182,8 +192,8 @@ for S in (1, 4):
 # \tag{11.4}
 # $$
 #
-# KFAC's sums with a weight for every datum: how much comes back, and how much went in. No
-# gradient is formed; beyond KFAC's cost there are the squared lengths.
+# KFAC's sums with weights for every datum, the squared lengths of its vectors and of its input. No
+# gradient is formed; beyond KFAC's cost there are only these lengths.
 # [Gao et al. (2021)](bibliography.md#tkfac), who found the method, write it as $\delta\, \Psi \otimes \Phi$ with
 # $\Phi = A / \delta$ and $\Psi = B / \delta$ of trace one, and $\delta = \operatorname{tr} F$. "T" stands
 # for trace-restricted. (That the partial traces determine the product, and Theorem 11.2 below, are not from the
@@ -220,7 +230,7 @@ for S in (1, 4):
 # \tag{11.5}
 # $$
 #
-# because KFAC's is the product of $\sum_n b_n$ and the mean of $\lVert a_n \rVert^2$. It is too large if
+# because KFAC's trace is the product of $\sum_n b_n$ and the mean of $\lVert a_n \rVert^2$. It is too large if
 # large inputs have small vectors. Let all inputs be multiples of one vector and all vectors of another,
 # $a_n = c_n a$ and $g_n = g / c_n$: every datum has the same gradient $g a^\top$, the block is $N$
 # times one outer product, and KFAC is too large by the mean of $c^2$ times the mean of $c^{-2}$.
@@ -239,8 +249,8 @@ covariance = ((b - b.mean()) * (squares - squares.mean())).mean()
 assert_exact(kfac(io).trace() + 7 * covariance, io.block().trace())
 
 # %% [markdown]
-# And wherever KFAC is exact, $F$ is a product, so TKFAC is: deep linear networks with squared error,
-# the last layer with squared error, one datum. Ordinary networks are not among them.
+# Wherever KFAC is exact, $F$ is a Kronecker product, so that TKFAC is exact, too: deep linear networks with squared
+# error, the last layer with squared error, one datum. In ordinary networks neither is exact.
 
 # %%
 X, targets, classes = torch.randn(11, 5), torch.randn(11, 3), torch.randint(3, (11,))
@@ -332,9 +342,9 @@ right.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# Before training all images count nearly the same, so it makes little difference whether one
-# weights them. Afterwards few images make the block, and KFAC's mean over all inputs is about the
-# others. TKFAC's lead comes from there.
+# Before training all images have nearly the same weight, and the weights make little difference. Afterwards the
+# block consists of few images, and most of KFAC's mean over all inputs belongs to the others. So TKFAC's error is
+# the smaller one:
 
 # %%
 K, T = torch.tensor(errors["KFAC"]), torch.tensor(errors["TKFAC"])
@@ -345,7 +355,7 @@ assert (T / K)[4:].mean() < 0.95
 # %% [markdown]
 # ## In which sense it is the best
 #
-# "Nearest" needs a distance. In the norm of Frobenius the nearest product is another one, the subject of
+# "Nearest" needs a distance. In the Frobenius norm the nearest product is another one, the subject of
 # [Chapter 12](12_kpsvd.py). TKFAC is the nearest in the sense of **relative entropy**, which for two
 # positive definite matrices is
 #
@@ -354,9 +364,9 @@ assert (T / K)[4:].mean() < 0.95
 # \tag{11.6}
 # $$
 #
-# with the logarithm of matrices. It is zero for $M = F$ and positive otherwise. For diagonal
-# matrices it is the Kullback-Leibler divergence of tables, and the fact we are after is known there:
-# of all products of two marginal distributions, that of a table's own marginals is nearest to it.
+# with the logarithm of matrices. It is zero for $M = F$ and positive otherwise. For diagonal matrices it is the
+# Kullback-Leibler divergence of tables. For tables it is known that, of all products of two distributions, the
+# product of the table's own marginals is nearest to it. The same holds here:
 #
 # <div class="admonition theorem" markdown="1" id="thm-11.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 11.2 (nearest in relative entropy)</b></p>
@@ -366,10 +376,10 @@ assert (T / K)[4:].mean() < 0.95
 #
 # </div>
 #
-# **Proof.** Let $M = \mu\, Y \otimes X$ with $\operatorname{tr} X = \operatorname{tr} Y = 1$. The logarithm
-# turns the product into a sum, $\log M = \log(\mu) I + \log Y \otimes I + I \otimes \log X$, and the trace of
-# $F$ with $I \otimes \log X$ sees only the partial trace: it is $\operatorname{tr}(A \log X)$. Up to what
-# does not depend on $M$,
+# **Proof.** Let $M = \mu\, Y \otimes X$ with $\operatorname{tr} X = \operatorname{tr} Y = 1$. The logarithm turns
+# the product into a sum, $\log M = \log(\mu) I + \log Y \otimes I + I \otimes \log X$, and
+# $\operatorname{tr} \bigl( F\, (I \otimes \log X) \bigr) = \operatorname{tr}(A \log X)$ with the partial trace $A$.
+# Up to a constant that does not depend on $M$,
 #
 # $$
 # \mathcal{D}(F, M) = \mu - \operatorname{tr}(F) \log \mu
@@ -410,17 +420,16 @@ assert larger <= 2
 # %% [markdown]
 # ## Not always nearer than KFAC
 #
-# The paper's abstract announces an upper bound of TKFAC's error;
-# [a summary](https://liner.com/review/tracerestricted-kroneckerfactored-approximation-to-natural-gradient) says
-# that it is "generally smaller" than KFAC's, and that measured errors were smaller, too. So they were here, in all or nearly
-# all random layers above and at every step of the training. But a bound is no error, and no theorem says that TKFAC is
-# always the nearer one in the norm of Frobenius. The reason is
-# instructive. The error $F - T$ has partial traces of zero. If an error must sit somewhere, its
-# diagonal has to be made up for elsewhere. KFAC is free to leave it alone.
+# The paper's abstract announces an upper bound of TKFAC's error; [a
+# summary](https://liner.com/review/tracerestricted-kroneckerfactored-approximation-to-natural-gradient) says that
+# it is "generally smaller" than KFAC's, and that measured errors were smaller, too. So they were here, in all or
+# nearly all random layers above and at every step of the training. But an upper bound does not order two errors,
+# and no theorem says that TKFAC is always the nearer one in the Frobenius norm. The error $F - T$ has partial
+# traces of zero. So an error in one entry of the diagonal forces errors in other entries. KFAC has no such
+# constraint.
 #
 # Take eight data: $a = (10, \pm c)$ and $g = (10, \pm c)$ with all four combinations of signs, for
-# $c = \tfrac12$ and for $c = \tfrac32$. The signs are independent, only the size $c$ is
-# shared.
+# $c = \tfrac12$ and for $c = \tfrac32$. The signs are independent; only the size $c$ is common to $a$ and $g$.
 
 # %%
 points = torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0])])
@@ -437,18 +446,17 @@ for name, row in zip(("KFAC", "TKFAC"), rows, strict=True):
 assert abs(rows[0][:3]).max() < 1e-10 < abs(rows[0][3])
 
 # %% [markdown]
-# KFAC errs in a single entry, that of the second output and second input. TKFAC errs there as well,
-# and to keep the sums over rows and columns of this two by two table, it errs in all four
-# entries, with alternating signs: twice the norm. In the language of the rearranged matrix
-# $R = \mathcal{R}(F)$ of [Chapter 5](05_kfac.py): with $e = \operatorname{vec} I$,
+# KFAC errs in a single entry, the one of the second output and second input. TKFAC keeps the sums over rows and
+# columns of this two by two table, so that it errs in all four entries, with alternating signs: twice the norm.
+# With the rearranged matrix $R = \mathcal{R}(F)$ of [Chapter 5](05_kfac.py): with $e = \operatorname{vec} I$,
 #
 # $$
 # \mathcal{R}(T) = \frac{(R\, e)(e^\top R)}{e^\top R\, e} ,
 # \tag{11.8}
 # $$
 #
-# a matrix of rank one with the same products with $e$ as $R$. What is taken from $R$ is
-# not an orthogonal projection onto something, but an oblique one, and those can make vectors longer.
+# a matrix of rank one with the same products with $e$ as $R$. The map from $R$ to the error $R - \mathcal{R}(T)$ is
+# an oblique and not an orthogonal projection, and an oblique projection can make vectors longer.
 
 
 # %%
@@ -466,8 +474,8 @@ assert torch.linalg.matrix_rank(R - RT) == torch.linalg.matrix_rank(R) - 1
 # %% [markdown]
 # ## TEKFAC
 #
-# TKFAC's eigenvectors are a basis like any other, and [Theorem 10.1] gives the best
-# eigenvalues for any basis. Doing to TKFAC what EKFAC does to KFAC is TEKFAC, by
+# TKFAC's eigenvectors are an orthogonal basis, and [Theorem 10.1] gives the best
+# eigenvalues for any basis. TKFAC's basis with these eigenvalues is TEKFAC, by
 # [Gao et al. (2020)](bibliography.md#tekfac).
 
 # %% tags=["beside", "remove-input"]
@@ -483,11 +491,11 @@ for S in (1, 4):
         assert_exact(E.trace(), F.trace())
 
 # %% [markdown]
-# So TEKFAC is never farther than TKFAC. Is it nearer than EKFAC? The two differ in the basis, and
-# no theorem orders bases. The datum that does not matter is a case for TEKFAC, which is exact there. For
-# the other direction, the weights must hide a basis that the plain mean shows. Let inputs lie along two
-# diagonals, twice as many along the first, but with vectors of half the square. Then TKFAC's $A$ has
-# two equal eigenvalues, and every basis is one of eigenvectors. A small datum decides.
+# So TEKFAC is never farther than TKFAC. Is it nearer than EKFAC? The two differ in the basis, and no theorem orders
+# bases. With a datum without gradient TEKFAC is exact and EKFAC is not. The second example is the other way round.
+# Let inputs lie along two diagonals, twice as many along the first, but with vectors of half the squared length.
+# Then TKFAC's $A$ has two equal eigenvalues, every orthogonal basis consists of eigenvectors, and a datum of small
+# length determines which one the decomposition returns.
 
 # %%
 E, TE, F = ekfac(forgotten), tekfac(forgotten), forgotten.block()
@@ -514,7 +522,7 @@ print({name: round(curve[-1], 3) for name, curve in errors.items()})
 # %% [markdown]
 # ## What the weights cost
 #
-# All errors so far were measured against the block *of the same data*. An optimiser has a batch and wants
+# All errors so far were measured against the block *of the same data*. An optimiser has a batch and needs
 # the block of all data. KFAC's $A$ is a mean over all images of the batch. TKFAC's is, after training,
 # a mean over the few images with large weight, so it scatters more from batch to batch. We measure
 # the distance to the block of all images, for batches of different sizes.
@@ -552,25 +560,24 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# The exact block of a small batch is the worst estimate of all: structure also averages out noise.
+# The exact block of a small batch is the worst estimate, because a Kronecker product has fewer numbers to be estimated.
 # With few images TKFAC lies between it and KFAC. With large batches, or averages over many batches,
 # its smaller error shows.
 #
 # ## Over batches
 #
-# So what should be averaged? Equation [(11.3)] divides by the trace, and a mean of ratios is not the ratio
-# of the means. Partial traces, however, are linear in $F$. The mean of the partial traces of several
-# blocks is the partial trace of their mean. So the state that an estimator keeps is
-# $A$ and $B$ as in [(11.2)], the two fields of `PartialTraces`, without the division. That is done when the
-# matrix is used.
+# Which numbers should be averaged over batches? Equation [(11.3)] divides by the trace, and a mean of ratios is not
+# the ratio of the means. But partial traces are linear in $F$. The mean of the partial traces of several blocks is
+# the partial trace of their mean. So the state that an estimator keeps is $A$ and $B$ as in [(11.2)], the two
+# fields of `PartialTraces`, without the division. The division is made when the matrix is used.
 
 # %% tags=["beside", "remove-input"]
 code(PartialTraces.kronecker)
 
 # %% [markdown]
 # `MovingAverage` moves $A$ and $B$ towards those of the newest batch. For TKFAC this
-# gives **TKFAC of the averaged block, exactly**, for any number of batches and any decay. For KFAC nothing of
-# the kind holds: averaged factors do not belong to any averaged block.
+# gives **TKFAC of the averaged block, exactly**, for any number of batches and any decay. KFAC has no such
+# property.
 
 # %%
 first = layer_ios(model, loss, images[:200], labels[:200])["2"]
@@ -604,13 +611,13 @@ assert error > 0.01
 #
 # **For convolutional networks** the paper has a second damping, "to maintain the superiority of second-order
 # optimization methods during training", as its abstract says. The abstract of the TEKFAC paper takes it over. We
-# have seen the full text of neither.
-# [Public notes on both](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#45-tekfac)
-# quote it for TEKFAC: in a convolutional layer it is $\operatorname{tr}(\Theta) / \dim \Theta$ with
-# TEKFAC's eigenvalues $\Theta$, their mean, or a fixed number over $\dim \Theta$ if that is larger. The linear layers of
-# such a network get the largest of these. In the package, `invert=relative_inverse` with `damping=1.0` takes the mean
-# of each layer's own eigenvalues. The fixed number is missing, and so is the rule for linear layers, for which one would
-# have to know all layers at once. For TKFAC the notes name an equation, (5.16), and not the formula.
+# have seen the full text of neither. [Public notes on
+# both](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#45-tekfac)
+# quote it for TEKFAC: in a convolutional layer it is $\operatorname{tr}(\Theta) / \dim \Theta$ with TEKFAC's
+# eigenvalues $\Theta$, their mean, or a fixed number over $\dim \Theta$ if that is larger. The linear layers of
+# such a network get the largest of these. In the package, `invert=relative_inverse` with `damping=1.0` takes the
+# mean of each layer's own eigenvalues. The fixed number is missing, and so is the rule for linear layers, for which
+# one would have to know all layers at once. For TKFAC the notes name an equation, (5.16), and not the formula.
 
 # %% tags=["remove-input"]
 code(even_traces_inverse)
@@ -650,13 +657,14 @@ assert_exact(relative_inverse(TE, 1.0) @ G, TE.inverse(mean_eigenvalue) @ G)
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **The weights of the batch for the weights of the data.** One can weight KFAC's
-# factors by traces of the *batch*: $\operatorname{tr}(B)\, A$ and $\operatorname{tr}(A)\, B$, with KFAC's $A$ and
-# $B$, divided by the trace of their product. Within one batch these numbers are the same for all data, so they cancel.
-# What is left is KFAC, to the last digit. A sum over batches weights every batch by its traces. If a batch is one
-# datum, that is TKFAC again. So it is in
-# [code by others for adapters](https://github.com/idiap/bayesian-peft/blob/1f76c96e6819b3899a4e762ce1ea4c79071ca998/peft/src/peft/tuners/lora/model.py#L851-L857):
-# the function has traces of a batch, and [the script](https://github.com/idiap/bayesian-peft/blob/1f76c96e6819b3899a4e762ce1ea4c79071ca998/lm/scripts/compute_hessian/opt-350m_tkfac.sh#L12)
+# **The weights of the batch for the weights of the data.** One can weight KFAC's factors by traces of the *batch*:
+# $\operatorname{tr}(B)\, A$ and $\operatorname{tr}(A)\, B$, with KFAC's $A$ and $B$, divided by the trace of their
+# product. Within one batch these numbers are the same for all data, so they cancel. What is left is KFAC, to the
+# last digit. A sum over batches weights every batch by its traces. If a batch is one datum, that is TKFAC again. So
+# it is in [code by others for
+# adapters](https://github.com/idiap/bayesian-peft/blob/1f76c96e6819b3899a4e762ce1ea4c79071ca998/peft/src/peft/tuners/lora/model.py#L851-L857):
+# the function has traces of a batch, and [the
+# script](https://github.com/idiap/bayesian-peft/blob/1f76c96e6819b3899a4e762ce1ea4c79071ca998/lm/scripts/compute_hessian/opt-350m_tkfac.sh#L12)
 # that calls it has batches of one text. (Within a text, all positions get the same weight.)
 
 # %%
@@ -674,11 +682,11 @@ assert_exact(PartialTraces(A, B).dense(), tkfac(io).dense())
 # %% [markdown]
 # A test on data with equal lengths would not notice. Use data with $g_n = 0$, as in the first figure.
 #
-# **Weights per position.** With weight sharing, [(11.4)] for every position as if it were a datum
-# leaves out the products of different positions, and the trace is that of another matrix. It is exact if inputs and
-# vectors of different positions are uncorrelated, which
-# [the notes](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac) say the paper
-# assumes for convolutions (Assumption 4.1). Its convolutions are then this, and ours are not:
+# **Weights per position.** With weight sharing, [(11.4)] for every position as if it were a datum leaves out the
+# products of different positions, and the trace is that of another matrix. It is exact if inputs and vectors of
+# different positions are uncorrelated, which [the
+# notes](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac)
+# say the paper assumes for convolutions (Assumption 4.1). Its convolutions are then this, and ours are not:
 
 # %%
 io = random_io(7, S=4)
@@ -699,9 +707,11 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # %% [markdown]
 # ## The paper and this package
 #
-# What is in [Gao et al. (2021)](bibliography.md#tkfac) on TKFAC and in [Gao et al. (2020)](bibliography.md#tekfac) on
-# TEKFAC, as far as their abstracts, [a summary of TKFAC](https://github.com/junaidaliop/zij/blob/74a271e44cd8b7d1d855bd90a879c4449e359033/docs/math/tkfac.md#L7)
-# and [notes on both papers](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac)
+# What is in [Gao et al. (2021)](bibliography.md#tkfac) on TKFAC and in [Gao et al. (2020)](bibliography.md#tekfac)
+# on TEKFAC, as far as their abstracts, [a summary of
+# TKFAC](https://github.com/junaidaliop/zij/blob/74a271e44cd8b7d1d855bd90a879c4449e359033/docs/math/tkfac.md#L7) and
+# [notes on both
+# papers](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac)
 # tell, and what is here. We found no code of the authors.
 #
 # | | the paper | here |
@@ -712,9 +722,20 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # | Fisher | not checked | any; in the optimizer, one drawn label for each sample |
 # | damping | $\sqrt\lambda$ on two factors of equal trace | `even_traces_inverse`; the default is `factored_inverse`, which adds less |
 # | damping for convolutional networks | for TEKFAC the mean eigenvalue, with a floor; for TKFAC not checked | `relative_inverse` with `damping=1.0`, without the floor |
-# | numbers | not checked | those of the optimizer, [Chapter 9](09_optimizer.py) |
+# | numbers | not checked | those of the optimizer, [Chapter 36](36_in_practice.py) |
 # | headline, TKFAC | performs better than several state-of-the-art algorithms on some deep networks | [Chapter 19](19_comparison.py) trains it beside its controls, without the damping for convolutional networks; networks of the size of the paper's are out of reach here |
 # | headline, TEKFAC | outperforms SGD with momentum, Adam, EKFAC and TKFAC on several deep networks | the same |
+#
+# ## In one minute
+#
+# - **Weights.** TKFAC weights inputs by the squared lengths of the vectors and vectors by those of the inputs,
+#   [(11.4)].
+# - **Traces.** These sums are the partial traces of the block. TKFAC is the only Kronecker product that has them,
+#   and it is exact wherever a Kronecker product can be exact ([Theorem 11.1]).
+# - **Nearest** in relative entropy ([Theorem 11.2]), but not always nearer than KFAC in the Frobenius norm.
+# - **TEKFAC** is TKFAC's basis with the best eigenvalues, never farther than TKFAC. No theorem compares it with EKFAC.
+# - **Cost.** Its estimate varies more from batch to batch than KFAC's. Partial traces may be averaged exactly;
+#   divide by the trace afterwards.
 #
 # ## Exercises
 #
@@ -755,9 +776,34 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 #
 # </details>
 #
+# **Exercise 11.4.** Write TKFAC for one position yourself: from `a` of shape $[N, d_\text{in}]$ and `g` of shape
+# $[V, N, d_\text{out}]$ to the matrix $T$. Compare it with `tkfac(io).dense()`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def solution(a, g):
+#     of_a, of_g = a.square().sum(1), g.square().sum((0, 2))
+#     A, B = a.T @ (of_g[:, None] * a), torch.einsum("n,vno,vnp->op", of_a, g, g)
+#     return torch.kron(B, A) / (of_a @ of_g)
+# ```
+#
+# </details>
+#
 # The solutions, checked:
 
+
 # %% tags=["hide-input"]
+def solution(a: Tensor, g: Tensor) -> Tensor:  # 11.4
+    of_a, of_g = a.square().sum(1), g.square().sum((0, 2))
+    A, B = a.T @ (of_g[:, None] * a), torch.einsum("n,vno,vnp->op", of_a, g, g)
+    return torch.kron(B, A) / (of_a @ of_g)
+
+
+io = random_io(7)
+assert_exact(solution(io.a[:, 0], io.g[:, :, 0]), tkfac(io).dense())
+
 counts = torch.tensor([[3, 1, 0], [0, 2, 4]])  # 11.1
 o, i = counts.nonzero().repeat_interleave(counts[counts > 0], 0).T
 io = LayerIO(torch.eye(3)[i][:, None], torch.eye(2)[o][None, :, None])
@@ -793,6 +839,6 @@ print("all hold")
 # ## Further reading
 #
 # [Gao et al. (2021)](bibliography.md#tkfac) for TKFAC, its bound, and its use on several deep
-# networks; [Gao et al. (2020)](bibliography.md#tekfac) for TEKFAC. [George et al. (2018)](bibliography.md#ekfac) for the
-# idea behind it. The next chapter goes on with [(11.8)], which turns out to be half of one step of a
-# method for the nearest product of all.
+# networks; [Gao et al. (2020)](bibliography.md#tekfac) for TEKFAC. # [George et al. (2018)](bibliography.md#ekfac) for
+# eigenvalues in a given basis. The next chapter continues with [(11.8)], which is half of one step of a
+# method for the nearest Kronecker product.

@@ -1052,7 +1052,7 @@ assert set(kept) - set(near)
 # | damping, one product | the code: [$\sqrt\lambda$ on both factors, with $\pi$ as an option](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/optimizers/kpsvd.py#L290-L310) that is off in its script; for convolutions $\lambda$ divided by the positions | `factored_inverse`, with $\pi$, not divided |
 # | damping, two products | the code: $\lambda$ on both first factors, and the inverse of $1 + \lvert q p \rvert$ | `guarded_inverse`: $\pi$ and $\sqrt\lambda$, and the second term shrunk where it must be, so that it is the inverse of a matrix that one can look at |
 # | average over batches | the code: of each factor, the old one with up to .95 | `Recompressed`: nearest to the averaged block; or `Latest` |
-# | schedule | the code: matrices and inverses every 100 steps | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | schedule | the code: matrices and inverses every 100 steps | the optimizer's, [Chapter 9](09_averages.py) |
 # | numbers | the code: damping $10^{-3}$, clipping $10^{-2}$, by default | not used |
 # | headline | more accurate than KFAC at a slight additional cost, and faster than KFAC and first-order methods on three deep autoencoders | accuracy: [Theorem 12.2]; cost: counted above; training: [Chapter 19](19_comparison.py) trains each beside its controls, with smaller autoencoders among the tasks |
 #

@@ -815,7 +815,7 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 # | bias | the code: not in the factor, and none in its network | a column like any other |
 # | damping | the code: $\sqrt\lambda$ on both factors; $\lambda = .03$ at first, [times .87 in ten epochs](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/train.py#L57) | `factored_inverse`, balanced by $\pi$; the exact one, too |
 # | average over batches | the code: none | `Window`, or `Latest` for none |
-# | schedule | the code: a new batch every 834 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | schedule | the code: a new batch every 834 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 9](09_averages.py) |
 # | headline | performance comparable to KFAC's on CIFAR-10 and ImageNet, and a wall-clock time that bridges the gap to first-order methods | [Chapter 19](19_comparison.py) trains it beside its controls, among them first-order methods, in steps and in seconds; networks of the size of the paper's are out of reach here |
 #
 # ## Exercises

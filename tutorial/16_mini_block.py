@@ -745,7 +745,7 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # | one block for all neurons | not checked | `mini_block_shared` |
 # | Fisher | empirical | any: `fisher=empirical` is the paper's, one drawn label the default |
 # | damping | not checked | `exact_inverse`, one number for all blocks |
-# | average and schedule | not checked | the optimizer's, [Chapter 9](09_optimizer.py) |
+# | average and schedule | not checked | the optimizer's, [Chapter 9](09_averages.py) |
 # | convergence | an idealised version converges linearly, proved | not shown |
 # | headline | a cost per step only slightly above that of first-order methods, by the parallelism of GPUs; effective in time and in generalisation on autoencoders, convolutional and graph networks | [Chapter 19](19_comparison.py) trains it beside its controls; graph networks and the time on a GPU are not tested, because the benchmark has neither |
 #

@@ -626,7 +626,7 @@ one_level = preconditioner(problem.model, problem.maps)(g)
 assert step.keys() == one_level.keys()
 
 # %% [markdown]
-# In the optimizer of [Chapter 9](09_optimizer.py) the second level is a step control: the additive form
+# In the optimizer of [Chapter 9](09_averages.py) the second level is a step control: the additive form
 # and ADEF2 start from the fine step, which the optimizer has already, and the other two apply the inverses once
 # more. It looks at the batch of the step once more, with vectors of its own, and belongs in front of whatever
 # changes the length. A step of ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*:
@@ -736,7 +736,7 @@ assert max(runs[..., 1].mean() for runs in ended.values()) < 0.1  # seldom uphil
 #
 # ### What a graft per layer leaves of it
 #
-# The control `graft` ([Chapter 9](09_optimizer.py)) is the optimizer's default. It gives the step of *every layer* the length
+# The control `graft` ([Chapter 9](09_averages.py)) is the optimizer's default. It gives the step of *every layer* the length
 # of Adam's. But the second level is about the lengths of layers relative to each other. With the residual space it is
 # about nothing else: ADEF2's step in layer $l$ is $\alpha_l z_l$. After the graft, only the sign of $\alpha_l$ is left, and
 # where it is negative, a layer goes uphill with Adam's full length. A graft for the *whole network* keeps the ratios:
@@ -879,7 +879,7 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 # | coarse matrix | the Fisher at a coarser scale; code: [Kronecker products of sums](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185) over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
 # | damping of the coarse level | code: [a multiple of the identity](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L190) | $\delta Z^\top Z$, which is that of $F + \delta I$ |
 # | Fisher | the actual one, not the empirical; code: [labels drawn from the model](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/main.py#L92) | that of `coarse_correction(fisher)`, with the same vectors in all layers |
-# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 9](09_optimizer.py); the coarse level in every step |
+# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 9](09_averages.py); the coarse level in every step |
 # | numbers | code: damping $10^{-3}$, [KL clipping $10^{-2}$](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L49-L50) | damping is the optimizer's; `kl_clip` is a control |
 # | headline | a small set of experiments suggests better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no real gain with several coarse spaces | [Chapter 19](19_comparison.py) trains it beside its controls |
 #

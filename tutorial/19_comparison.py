@@ -597,7 +597,7 @@ plt.show()
 # ## In training
 #
 # A step on a parabola is not a training run. `benchmarks/training.py` puts every method into the optimizer of
-# [Chapter 9](09_optimizer.py), with the length of each layer's step from Adam. What makes the comparison fair:
+# [Chapter 9](09_averages.py), with the length of each layer's step from Adam. What makes the comparison fair:
 #
 # - **Equal trials.** On a task every method gets the same number of settings to try, the same budget of steps and the
 #   same schedules. All trials are stored. Settings are searched on some seeds; the numbers are from others.

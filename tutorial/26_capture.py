@@ -865,7 +865,7 @@ for name in keys:
 # $g a^\top$ is the gradient. The factor $A$ is 1, and KFAC's $B \otimes A = B$ is the exact block in every
 # network. The block has two rows for every channel, so it is as large as a factor of a wide layer, for few
 # parameters. That is why a normalisation has a block only if `layers=[...]` names it. Otherwise a warning
-# names its parameters, and the optimizer of [Chapter 9](09_optimizer.py) moves them by a first-order rule.
+# names its parameters, and the optimizer of [Chapter 36](36_in_practice.py) moves them by a first-order rule.
 # The next cell prints how many parameters have no block, and what share of the GGN's trace is theirs.
 
 # %%

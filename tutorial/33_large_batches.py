@@ -175,7 +175,7 @@ plt.show()
 #
 # The convolutional network T4 of the benchmark is trained to a validation accuracy of 98 %, with batches of 32 up to 512 of
 # its 1400 training images. For *every* batch size, SGD, AdamW and KFAC each get the same number of trials, as
-# [Chapter 9](09_optimizer.py) describes, within the same number of steps. The numbers are medians over fresh seeds with an
+# [Chapter 36](36_in_practice.py) describes, within the same number of steps. The numbers are medians over fresh seeds with an
 # interval of 90 % confidence. `python -m benchmarks.training --task batch-32` makes the runs of one size again.
 
 # %% tags=["hide-input"]
