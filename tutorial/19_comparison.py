@@ -494,6 +494,7 @@ for name, values in shares.items():
     print(f"{name:24}", *(f"{value:7.2f}" for value in values))
 for k in range(3):
     assert shares["mini-block"][k] > shares["KFAC"][k]
+assert all(values == sorted(values) for values in shares.values())
 
 # %% [markdown]
 # With more damping, all shares rise and the methods become more alike, because every method represents the identity
