@@ -13,15 +13,18 @@
 # %% [markdown]
 # # 19. Which one when: all methods side by side
 #
-# **Part III: Better and faster.** Eight chapters, some twenty methods, each better in its own way. Which
-# one should you use, and when does it matter?
+# **Part III: Better and faster.** Eight chapters explain some twenty methods. Which one should you use, and when does
+# the choice matter?
 #
-# There are two ways to compare. The first half of this chapter compares what the methods are about: the same trained
-# networks, the same batch, the same damping; four numbers for the quality, each on a finer scale than the one
-# before; and what it costs, counted by formulas instead of a clock. The second half trains. There a learning
-# rate, a schedule, an average and a damping come in, each of which may matter more than the method, so that every
-# method gets the same number of trials, and KFAC is trained under every average and damping as a control. The
-# guide at the end has no row without a run.
+# This chapter compares the methods in two ways. The first half applies them to the same trained networks with the same
+# batch and the same damping. It measures quality by four numbers and counts the cost by formulas, without a clock. The
+# second half trains. The guide at the end has no row without a run.
+#
+# After this chapter you will be able to
+#
+# - say which of four numbers measures the quality of a step, and why distance of matrices does not;
+# - count what a method costs for the layers of your network;
+# - choose a method, or KFAC, by runs in which every method had the same number of trials.
 
 # %%
 import json
@@ -62,7 +65,7 @@ from kfac_scratch.approximations.skfac import skfac
 from kfac_scratch.approximations.tekfac import tekfac
 from kfac_scratch.approximations.tkfac import tkfac
 from kfac_scratch.capture.forward_pass import layer_ios
-from kfac_scratch.checks import set_up
+from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.curvature import block_index, ggn
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import conjugate_gradient, eye_like
@@ -71,17 +74,77 @@ from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, joint_curvature
+from kfac_scratch.show import Markdown
 
 set_up()  # seed 0, float64, the GPU where there is one
+
+# %% tags=["hide-input"] fold="The stored runs"
+RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
+TRAINED = {
+    "T4": "a convolutional network, accuracy .98",
+    "T3": "a deep autoencoder, squared error .40",
+    "T2": "a graph network, accuracy .96",
+    "wide": "layers of 1024, batch 64, accuracy .97",
+    "deep": "16 layers, accuracy .95",
+    "curves": "a second autoencoder, squared error 4.2",
+}
+trained_on = {}
+for name in TRAINED:
+    path = RESULTS / f"training-{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if "kfac-expand" in stored.get("summary", {}) and "calls" in stored["finals"]["sgd"][0]:
+        trained_on[name] = stored
+if not trained_on:
+    print("No results of the benchmark: this chapter shows them in a clone of the repository.")
+
+# %% tags=["hide-input"] alt="Two panels with one row for each of eleven methods and up to three marks in a row, one for each task. Left the steps to the target, right the CPU seconds, both relative to KFAC's on a logarithmic axis. No row lies left of 1 on all its tasks in steps, and marks at the right edge are runs that miss the target." caption="Median steps and CPU seconds to a target, KFAC = 1 (Chapter 5's method in the optimizer of Chapter 9). T4: a convolutional network, T3: an autoencoder, T2: a graph network. Marks at the right edge missed the target. No method is left of 1 on all tasks in steps. Intervals and tests follow below."
+ROWS = {
+    "adamw": "AdamW",
+    "sgd": "SGD",
+    "no-curvature": "KFAC without curvature",
+    "ekfac": "EKFAC",
+    "tkfac": "TKFAC",
+    "kpsvd": "KPSVD",
+    "rs-kfac": "RS-KFAC",
+    "skfac": "SKFAC",
+    "two-level": "two-level",
+    "soap": "SOAP",
+    "muon": "Muon",
+}
+if {"T2", "T3", "T4"} <= set(trained_on):
+    fig, axes = plt.subplots(1, 2, figsize=(8.6, 4.2), layout="constrained", sharey=True)
+    for ax, key, what in zip(axes, ("steps", "cpu"), ("steps", "CPU seconds"), strict=True):
+        for k, (task, marker) in enumerate((("T4", "o"), ("T3", "s"), ("T2", "^"))):
+            medians = trained_on[task]["summary"]
+            for y, name in enumerate(ROWS):
+                if name in medians:
+                    value = medians[name][key]
+                    at = value / medians["kfac-expand"][key] if value else 9
+                    style = {"color": f"C{k}", "label": task if y == 0 else None}
+                    style["markerfacecolor"] = f"C{k}" if value else "none"
+                    ax.plot(at, y + 0.2 * (k - 1), marker, markersize=6, clip_on=False, **style)
+        ax.axvline(1, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
+        ax.set(xscale="log", xlim=(0.3, 9), xlabel=f"{what}, KFAC = 1")
+        ax.set_xticks([0.5, 1, 2, 4, 9], labels=["½", "1", "2", "4", "missed"])
+        ax.minorticks_off()
+        ax.grid(axis="y", alpha=0.2)
+    axes[0].set_yticks(range(len(ROWS)), ROWS.values())
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    plt.show()
+    for name in ROWS:
+        of = [s["summary"] for s in trained_on.values() if name in s["summary"]]
+        ratios = [(m[name]["steps"] or math.inf) / m["kfac-expand"]["steps"] for m in of]
+        assert max(ratios) >= 1, name
 
 # %% [markdown]
 # ## What is compared
 #
 # A method is two choices: a matrix for each layer, from its inputs and vectors, and a damped inverse of
 # it. Most matrices have an exact damped inverse. Sums of two products are damped by factors, and guarded
-# against negative eigenvalues ([Chapter 12](12_kpsvd.py)); CG-FAC stops after a few steps. KFAC is listed
-# with both dampings of [Chapter 8](08_damping.py), so that what is due to the damping can be told from
-# what is due to the matrix.
+# against negative eigenvalues ([Chapter 12](12_kpsvd.py)). CG-FAC stops after a few steps. KFAC is listed
+# with both dampings of [Chapter 8](08_damping.py), so that the effect of the damping can be separated from
+# the effect of the matrix.
 
 
 # %%
@@ -122,12 +185,12 @@ METHODS: dict[str, tuple[Callable[[LayerIO], Matrix], Callable[[Matrix, float], 
 }
 
 # %% [markdown]
-# Three methods are missing because they would repeat a row. SKFAC is KFAC's matrix with factored
-# damping, reached by other means ([Chapter 13](13_skfac.py)); the same goes for mini-blocks by their rows
-# ([Chapter 16](16_mini_block.py)). B-KFAC follows a stream of batches; after one batch, it *is* KFAC. They
-# differ in cost, and are back below.
+# Three methods are missing because they would repeat a row. SKFAC computes KFAC's step with factored
+# damping without KFAC's matrix ([Chapter 13](13_skfac.py)). Mini-blocks by their rows give the step of mini-blocks
+# ([Chapter 16](16_mini_block.py)). B-KFAC follows a stream of batches, and after one batch it equals KFAC. The three
+# methods differ in cost, and the table of costs below has them.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: SKFAC, mini-blocks by rows and B-KFAC repeat a row"
 io, V = LayerIO(torch.randn(9, 1, 12), torch.randn(1, 9, 1, 11)), torch.randn(11, 12)
 pairs = {
     "SKFAC": (factored_inverse(skfac(io), 0.1), factored_inverse(kfac(io), 0.1)),
@@ -143,8 +206,8 @@ for name, (one, other) in pairs.items():
 # With the exact block $F$ of a layer, the method's matrix $M$, its damped inverse $P$, the layer's
 # gradient $h$, and $F_\delta = F + \delta I$:
 #
-# 1. the relative distance of the matrices, $\lVert M - F \rVert / \lVert F \rVert$, which is what most
-#    theorems are about;
+# 1. the relative distance of the matrices, $\lVert M - F \rVert / \lVert F \rVert$, the subject of most
+#    theorems;
 # 2. that of the damped inverses, $\lVert P - F_\delta^{-1} \rVert / \lVert F_\delta^{-1} \rVert$;
 # 3. the share of the possible decrease of the layer's damped parabola that is reached along $p = P h$ with
 #    the best length, [(16.4)];
@@ -155,7 +218,7 @@ for name, (one, other) in pairs.items():
 # autoencoder with squared error. Three seeds each. One damping for the network, 1 % of the mean
 # eigenvalue of its GGN. The batch has 400 images that were not trained on.
 
-# %%
+# %% tags=["hide-input"] fold="Two tasks, and networks trained on them"
 digits = load_digits()
 small = avg_pool2d(torch.tensor(digits.images) / 16, 2).flatten(1)  # 4 by 4 pixels
 TASKS = {
@@ -216,7 +279,7 @@ def damped(F: Tensor, h: Tensor, ios: dict, index: dict, delta: float) -> Proble
     return Problem(ios, index, F + delta * eye_like(F), h, delta, both)
 
 
-# %%
+# %% tags=["hide-input"] fold="The four numbers of every method"
 def dense(P: LinearMap, like: Tensor) -> Tensor:
     eye = torch.eye(like.numel()).unflatten(1, like.shape)
     return (P @ eye).flatten(1)
@@ -249,11 +312,11 @@ measured = {
 }
 
 # %% [markdown]
-# The two methods of [Chapter 18](18_two_level.py), on top of KFAC, are about the whole network only. To
-# them we add conjugate gradients for the whole network, preconditioned by KFAC, with two products.
+# The methods of [Chapter 18](18_two_level.py) add a second level to KFAC, so only the fourth number applies to them.
+# For comparison there are conjugate gradients for the whole network, preconditioned by KFAC, with two products.
 
 
-# %%
+# %% tags=["hide-input"] fold="The share of methods for the whole network"
 def two_level_share(problem: Problem, combine: Callable, space: Callable) -> float:
     maps = {name: kfac(io).inverse(problem.delta) for name, io in problem.ios.items()}
     r, F = problem.split(problem.h), joint_curvature(problem.ios, problem.delta)
@@ -290,7 +353,7 @@ network = {
     for name, share in NETWORK.items()
 }
 
-# %%
+# %% tags=["hide-input"] fold="Printed: four numbers for every method, with deviations over three seeds"
 for task in TASKS:
     print(f"{task:26} matrix     inverse       share     network")
     for name in METHODS:
@@ -310,13 +373,13 @@ for task in TASKS:
 # ## What the numbers say
 #
 # **The loss decides how much there is to gain.** With squared error, the loss Hessian is the same for all
-# data. What varies is only how the network carries it back, and here that varies little: $F$ is a
-# Kronecker product up to a few percent, even after training. KFAC is all one needs there, and no refinement
-# of the matrix can be told from it. With softmax, a datum that is learned has hardly any curvature left. Then
+# data. Only the Jacobians of the network vary between data, and here they vary little: $F$ is a
+# Kronecker product up to a few percent, even after training. KFAC is sufficient there, and refinements
+# of the matrix give the same numbers. With softmax, a datum that the network has learned has almost no curvature. Then
 # inputs and vectors are correlated, KFAC is off by one half, and methods differ.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: products are near for the autoencoder, and far for the classifier"
 def mean(task: str, name: str, k: int) -> float:
     """Mean over layers and seeds of distance (0), distance of the inverse (1) or share (2)."""
     return torch.stack([layers[:, k].mean() for layers, _ in measured[task, name]]).mean().item()
@@ -331,13 +394,13 @@ for name in products:
 
 # %% [markdown]
 # **Theorems about distance hold, and say little about the step.** KPSVD is nearer than TKFAC and KFAC,
-# eigenvalues corrected in a basis are nearer than products, two products are nearer than one: all of
-# this is seen in the first column, for every layer and seed. In the third column of the classifier, the
-# mini-block Fisher leads by far, with one of the largest distances. We count it: of all pairs of methods
-# on one layer, in how many has the nearer one the worse step?
+# eigenvalues corrected in a basis are nearer than products, and two products are nearer than one. The first
+# column shows this for every layer and seed. In the third column of the classifier, the
+# mini-block Fisher has the largest share by far, and one of the largest distances. The next cell takes all pairs of
+# methods on one layer, and counts the pairs in which the nearer matrix has the worse step.
 
 
-# %%
+# %% tags=["hide-input"] fold="Counted: pairs in which the nearer matrix has the worse step"
 def inversions(task: str, k: int) -> float:
     """Share of pairs in which the smaller distance goes with the smaller decrease."""
     names = [n for n in METHODS if "CG" not in n and n != "exact block"]
@@ -375,12 +438,12 @@ for seed in SEEDS:
     assert at["mini-block"][:, 2].mean() > at["TEKFAC"][:, 2].mean() + 0.02
 
 # %% [markdown]
-# **Damping is a part of the method.** The two rows of KFAC have the same matrix. Factored damping alone
-# moves the inverse farther than all refinements of the matrix move it back, and costs a part of the step in
-# both tasks. Sums of two products come with factored damping, which hides what they gain: compare them with
-# KFAC's row with factored damping, not with the other one.
+# **Damping is a part of the method.** The two rows of KFAC have the same matrix. The error of the inverse that
+# factored damping adds is larger than what any refinement of the matrix removes, and factored damping reduces the
+# share of the step in both tasks. Sums of two products use factored damping, so compare them with
+# the row of KFAC with factored damping.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: factored damping has the farther inverse and the worse step"
 for task in TASKS:
     factored, exact = "KFAC, factored damping", "KFAC"
     assert mean(task, factored, 1) > mean(task, exact, 1) + 0.1
@@ -390,15 +453,15 @@ for task in TASKS:
         assert mean(task, name, 1) > mean(task, exact, 1) + 0.1
 
 # %% [markdown]
-# **Solving for one right-hand side is easier than approximating a matrix.** Twenty steps of CG have no
-# matrix at all, and come within a few percent of the exact block in both tasks. Five steps are not enough.
+# **Solving for one right-hand side is easier than approximating a matrix.** Twenty steps of CG build no
+# matrix, and reach the share of the exact block within a tenth in both tasks. Five steps are not enough.
 #
-# **Between layers, it depends on what is left.** In the classifier, exact blocks would gain much over KFAC,
-# and the second level gains little. In the autoencoder, blocks are nearly exact, so that nothing but coupling
-# is left to gain. There one length per layer ([Theorem 18.2]) recovers half of it, more than exact blocks
-# would, and a second direction adds little. Ones recover nothing in either.
+# **A second level helps where the blocks are already good.** In the classifier, exact blocks would gain much over KFAC,
+# and the second level gains little. In the autoencoder, blocks are nearly exact, and only the coupling between layers
+# is missing. There one length per layer ([Theorem 18.2]) gains more than exact blocks would, and a second direction
+# adds little. A coarse space of ones gains nothing in either task.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: CG-FAC, two-level methods and exact blocks"
 share = {key: values.mean().item() for key, values in network.items()}
 for task in TASKS:
     assert share[task, "CG-FAC, 20 steps"] > share[task, "exact block"] - 0.1
@@ -415,7 +478,7 @@ assert share["autoencoder", "two-level, fine steps"] > share["autoencoder", "exa
 # One percent of the mean eigenvalue is a choice. Ten times more, or less, for the layers of the
 # classifier:
 
-# %%
+# %% tags=["hide-input"] fold="Printed: shares under three dampings"
 watched = ("KFAC, factored damping", "KFAC", "TEKFAC", "mini-block")
 shares: dict[str, list[float]] = {name: [] for name in watched}
 for times in (0.1, 1.0, 10.0):
@@ -431,20 +494,21 @@ for name, values in shares.items():
     print(f"{name:24}", *(f"{value:7.2f}" for value in values))
 for k in range(3):
     assert shares["mini-block"][k] > shares["KFAC"][k]
+assert all(values == sorted(values) for values in shares.values())
 
 # %% [markdown]
-# With more damping, everything becomes easier and all methods more alike, since a damped identity needs no
-# approximation. The order stays.
+# With more damping, all shares rise and the methods become more alike, because every method represents the identity
+# exactly. Mini-blocks stay ahead of KFAC.
 #
 # ## What it costs
 #
-# Seconds depend on machines; we count. A product of an $m \times k$ with a $k \times n$ matrix takes
-# $2 m k n$ operations, a symmetric eigendecomposition about $9 d^3$, a Cholesky inverse $d^3$, a Cholesky
-# factorisation $\tfrac13 d^3$ (Golub and Van Loan). Only these leading terms are kept. $K = V N$ is the
-# number of vectors, and the numbers *kept* are those that live from step to step, without the weights.
+# Seconds depend on the machine, so this section counts operations. A product of an $m \times k$ with a $k \times n$
+# matrix takes $2 m k n$ operations, a symmetric eigendecomposition about $9 d^3$, a Cholesky inverse $d^3$, a Cholesky
+# factorisation $\tfrac13 d^3$ (Golub and Van Loan). Only these leading terms are kept. $K = V N$ is the number of
+# vectors, and the numbers *kept* are those that live from step to step, without the weights.
 
 
-# %%
+# %% tags=["hide-input"] fold="Operations and numbers kept, by method"
 def mul(m: float, k: float, n: float) -> float:
     return 2 * m * k * n
 
@@ -521,10 +585,10 @@ def costs(d_in: int, d_out: int, N: int, K: int, r: int) -> dict[str, Cost]:
 # %% [markdown]
 # The cost of training itself is the unit: forward and backward pass of the layer take three products,
 # $6 N d_\text{in} d_\text{out}$. A layer with 1024 inputs and outputs, 256 data, one vector for each, a
-# rank of 64; new statistics every 10 steps, a new inverse every 100. SKFAC, rows and CG-FAC know one batch
-# only, and new rows come with it: their inverse is counted at every tenth step.
+# rank of 64; new statistics every 10 steps, a new inverse every 100. SKFAC, rows and CG-FAC use one batch
+# only, and every new batch brings new rows. So their inverse is counted at every tenth step.
 
-# %%
+# %% tags=["hide-input"] fold="Printed: the cost of every method for one layer"
 d_in, d_out, N = 1024, 1024, 256
 unit = 6 * N * d_in * d_out
 table = costs(d_in, d_out, N, K=N, r=64)
@@ -547,19 +611,19 @@ assert per_step("mini-block") > 5 * per_step("KFAC")
 assert per_step("mini-block by rows") < 0.25 * per_step("mini-block")
 
 # %% [markdown]
-# *Kept* is in units of the layer's weights, the others in passes through the layer. A few things stand out.
+# *Kept* is in units of the layer's weights, the others in passes through the layer.
 # With a batch smaller than the layer is wide, KFAC's *step* costs more than its statistics: four products
-# with full matrices, for the exact damping, two for the factored one. That is what low-rank methods
-# save. B-KFAC has two prices: its step on a gradient that is formed, as the optimizer of this package takes it, and on
-# the rows that the gradient is a product of, as the paper takes it for fully connected layers, which costs a
-# quarter. Mini-blocks are out of reach in full. By rows they take little time, though their small factors
-# are many. EKFAC costs hardly more than KFAC. Two levels and two steps of CG have the same price.
-# And none of this counts what hardware makes of it: eigendecompositions use a GPU badly, and many small
+# with full matrices, for the exact damping, two for the factored one. Low-rank methods save these products. B-KFAC has
+# two rows. In the first, its step starts from the gradient as a matrix, as in the optimizer of this package. In the
+# second, the step starts from the rows whose product the gradient is, as in the paper for fully connected layers, and
+# costs less than a third. Full mini-blocks are too expensive. By rows they cost less than a quarter of that.
+# EKFAC costs little more than KFAC. Two levels and two steps of CG cost the same.
+# These counts ignore the hardware: eigendecompositions use a GPU badly, and many small
 # Cholesky factorisations at once use it well.
 #
 # ## One picture
 
-# %% tags=["hide-input"] alt="Two scatter plots, classifier and autoencoder, of the share of the possible decrease of the whole network against the cost per step on a logarithmic axis, with error bars over seeds. In the classifier, all Kronecker methods lie near one third, mini-block near 0.44 at about a hundred times the cost, two steps of CG near 0.5 and CG-FAC near 0.7. In the autoencoder, KFAC, TKFAC and EKFAC lie near 0.7 together with CG-FAC, mini-block at 0.45, and two-level with fine steps twice and two steps of CG are the highest, above 0.8." caption="Share of the whole network's possible decrease, against the cost per step in passes through a layer of 1024 by 1024, from the table. Bars: three seeds. What is worth its price depends on the loss."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two scatter plots, classifier and autoencoder, of the share of the possible decrease of the whole network against the cost per step on a logarithmic axis, with error bars over seeds. In the classifier, all Kronecker methods lie near one third, mini-block near 0.44 at about a hundred times the cost, two steps of CG near 0.5 and CG-FAC near 0.7. In the autoencoder, KFAC, TKFAC and EKFAC lie near 0.7 together with CG-FAC, mini-block at 0.45, and two-level with fine steps twice and two steps of CG are the highest, above 0.8." caption="Share of the whole network's possible decrease, against the cost per step in passes through a layer of 1024 by 1024, from the table. Bars: three seeds. The order of the methods depends on the loss."
 shown = {
     "diagonal": "diagonal",
     "FOOF": "FOOF",
@@ -596,41 +660,23 @@ plt.show()
 # %% [markdown]
 # ## In training
 #
-# A step on a parabola is not a training run. `benchmarks/training.py` puts every method into the optimizer of
-# [Chapter 9](09_averages.py), with the length of each layer's step from Adam. What makes the comparison fair:
+# In training, a learning rate, a schedule, an average and a damping matter besides the matrix. `benchmarks/training.py`
+# puts every method into the optimizer of [Chapter 9](09_averages.py), with the length of each layer's step from Adam.
+# Three rules make the comparison fair:
 #
 # - **Equal trials.** On a task every method gets the same number of settings to try, the same budget of steps and the
 #   same schedules. All trials are stored. Settings are searched on some seeds; the numbers are from others.
-# - **Controls.** A method that averages over a window and damps factors is not to be compared with a KFAC that does
-#   neither. So KFAC is searched for under all six combinations of an average (newest batch, a window of five, moving)
-#   and a damping (exact, factored), besides KFAC that may choose, KFAC's optimizer without curvature, SGD and AdamW.
+# - **Controls.** A comparison of a method that averages over a window and damps factors with a KFAC that does neither
+#   would measure the average and the damping. So KFAC is searched for under all six combinations of an average (newest
+#   batch, a window of five, moving) and a damping (exact, factored), besides KFAC that may choose, KFAC's optimizer
+#   without curvature, SGD and AdamW.
 # - **Proof.** Every run counts calls of the functions that make the method. A rank above every width, for example,
 #   makes RS-KFAC the same as KFAC; such a run counts as a miss.
 #
 # `python -m benchmarks.training --check` holds what is stored to these rules, and so does a test.
 
-# %% tags=["hide-input"]
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
-TRAINED = {
-    "T4": "a convolutional network, accuracy .98",
-    "T3": "a deep autoencoder, squared error .40",
-    "T2": "a graph network, accuracy .96",
-    "wide": "layers of 1024, batch 64, accuracy .97",
-    "deep": "16 layers, accuracy .95",
-    "curves": "a second autoencoder, squared error 4.2",
-}
-trained_on = {}
-for name in TRAINED:
-    path = RESULTS / f"training-{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    if "kfac-expand" in stored.get("summary", {}) and "calls" in stored["finals"]["sgd"][0]:
-        trained_on[name] = stored
-if not trained_on:
-    print(
-        "No results of the benchmark: run this chapter in a clone of the repository, which has them."
-    )
 
-
+# %% tags=["hide-input"] fold="Printed: settings and medians of every method"
 def number(value: float | None, digits: int) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
 
@@ -657,15 +703,15 @@ for task, stored in trained_on.items():
     print()
 
 # %% [markdown]
-# Medians, with an interval that holds the median at a confidence of at least 90 %. Is a method *better* than KFAC?
-# The next cell compares each with two searches for KFAC: its control, which is KFAC under the same average and damping
-# where the task has it, and KFAC that may choose. One search alone would not do. The six controls and KFAC that may
-# choose are one method, and on T3 their medians lie apart by nearly a factor of two. Runs are pairs: the same seed
-# gives the same start and the same batches. A method is "ahead" if it wins so many pairs that a fair coin would do as
-# well in at most one of twenty trials, against both; "behind" if it loses so many to both. With this many
+# Medians, with an interval that holds the median at a confidence of at least 90 %. The next cell tests whether a method
+# is better than KFAC. It compares each method with two searches for KFAC: its control, which is KFAC under the same
+# average and damping where the task has it, and KFAC that may choose. One search is not sufficient: the six controls
+# and KFAC that may choose are one method, and on T3 their medians differ by nearly a factor of two. Runs are pairs: the
+# same seed gives the same start and the same batches. A method is "ahead" if it wins so many pairs that a fair coin
+# would do as well in at most one of twenty trials, against both; "behind" if it loses so many to both. With this many
 # comparisons, some verdicts are to be expected by chance.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Tested: which method is ahead of KFAC, and which behind"
 
 
 def coin(wins: int, losses: int) -> float:
@@ -712,11 +758,10 @@ for task, stored in trained_on.items():
         print(f"{task:7}{key:6} ahead of KFAC: {', '.join(found['ahead']) or 'none'}")
         print(f"{'':13} behind it: {', '.join(found['behind']) or 'none'}")
 
-# %% tags=["hide-input"] alt="For each task one panel: methods as dots at the median CPU seconds to the target relative to KFAC's, with bars for the interval, sorted. (Without the benchmark's files, an empty picture.)" caption="CPU seconds to the target, KFAC that may choose = 1. Bars: intervals of 90 %. Hollow: KFAC under fixed averages and dampings. Methods whose median run misses are not drawn."
+# %% tags=["hide-input"] fold="Code of the figure" alt="For each task one panel: methods as dots at the median CPU seconds to the target relative to KFAC's, with bars for the interval, sorted. (Without the benchmark's files, an empty picture.)" caption="CPU seconds to the target, KFAC that may choose = 1. Bars: intervals of 90 %. Hollow: KFAC under fixed averages and dampings. Methods whose median run misses are not drawn."
 tasks = list(trained_on)[:4]
-fig, axes = plt.subplots(
-    1, max(len(tasks), 1), figsize=(10.4, 5.4), layout="constrained", squeeze=False
-)
+columns = max(len(tasks), 1)
+fig, axes = plt.subplots(1, columns, figsize=(10.4, 5.4), layout="constrained", squeeze=False)
 for ax, task in zip(axes[0], tasks, strict=False):
     table_ = trained_on[task]["summary"]
     unit_ = table_["kfac-expand"]["cpu"]
@@ -735,11 +780,11 @@ plt.show()
 # %% [markdown]
 # ## Which one when
 #
-# The guide asks the questions that a user has, and lets the runs answer. Each line names the tasks on which a method was
-# ahead of KFAC, or behind it, in steps and in seconds. "Open" means that the pairs of runs do not tell;
-# a task in parentheses was not run for that method. There is no line without a run.
+# The guide lists questions of a user. Below each question, a line names the tasks on which a method was
+# ahead of KFAC, or behind it, in steps and in seconds. "Open" means that the pairs of runs do not decide.
+# A task in parentheses was not run for that method. There is no line without a run.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="The guide, from the tests above"
 GUIDE = {
     "First a usual optimizer, or KFAC?": ("adamw", "sgd"),
     "KFAC without its curvature?": ("no-curvature",),
@@ -780,25 +825,27 @@ for question, names in GUIDE.items():
             f"    {name:24}steps: {answer(name, 'steps'):32} seconds: {answer(name, 'cpu')}{left}"
         )
 
-# %% [markdown]
-# What these runs say, for these small networks:
-#
-# - **KFAC or a usual optimizer?** In steps, SGD and AdamW are behind on every task here. In seconds, AdamW's cheaper steps
-#   make up for it on the convolutional network.
-# - **A better matrix.** On the classifiers, nothing needs fewer steps than KFAC. On the autoencoder KPSVD and deflation do,
-#   and deep autoencoders are what their paper trains. In seconds neither is ahead.
-# - **A coarse level** needs the fewest steps of all on the autoencoder, and more seconds: every step captures the batch
-#   once more. On the chain of 16 layers it halves KFAC's steps, and so does KFAC alone, if one length for the whole network
-#   takes the place of one for each layer. There the length was what mattered.
-# - **A few eigenpairs** save seconds where a layer has 513 inputs, and are too few where the widest has 101. Layers that
-#   are wider than these are what their papers are about.
-# - **Gradients only.** SOAP is never ahead of KFAC in steps here. It is ahead in seconds on the two tasks with the
-#   smallest networks.
-# - **Averages and dampings** move KFAC itself as far as most methods do. An earlier version of this page found fewer
-#   steps for SKFAC and KFAC-CORRECTED and more for deflation. These were averages and dampings: with equal trials,
-#   SKFAC and KFAC-CORRECTED are not ahead of KFAC anywhere, and deflation is not behind it on the autoencoder.
+# %% tags=["remove-input"]
+FINDINGS = """
+For these small networks, the runs say:
 
-# %% tags=["hide-input"]
+- **KFAC or a usual optimizer?** In steps, SGD and AdamW are behind on T2, T3 and T4. In seconds, AdamW is not behind on
+  the convolutional network, because its steps are cheaper.
+- **A better matrix.** On T2 and T4, no method is ahead of KFAC in steps. On the autoencoder KPSVD and deflation are; the
+  paper of both trains deep autoencoders. In seconds neither is ahead.
+- **A coarse level** needs the fewest steps of all on the autoencoder, and more seconds: every step captures the batch
+  once more. On the chain of 16 layers it halves KFAC's steps. KFAC alone does so too, if one length for the whole
+  network takes the place of one for each layer. So the length made the difference there.
+- **A few eigenpairs** save seconds where a layer has 513 inputs, and are too few where the widest has 101. The papers
+  are about wider layers than these.
+- **Gradients only.** SOAP is never ahead of KFAC in steps here. It is ahead in seconds on the two tasks with the
+  smallest networks.
+- **Averages and dampings** change KFAC's steps as much as most methods do. With equal trials, SKFAC and KFAC-CORRECTED
+  are ahead of KFAC neither on T3 nor on T4, and deflation is not behind KFAC on the autoencoder.
+"""
+Markdown(FINDINGS if {"T2", "T3", "T4", "deep"} <= set(trained_on) else "")
+
+# %% tags=["hide-input"] fold="Checked: every statement of the list"
 if {"T2", "T3", "T4"} <= set(trained_on):
 
     def verdict_of(task: str, name: str) -> tuple[str, str]:
@@ -830,26 +877,34 @@ if {"T2", "T3", "T4"} <= set(trained_on):
             assert "ahead" not in verdict_of(task, name)
 
 # %% [markdown]
-# What does not depend on a run is what the chapters prove:
+# The theorems of the chapters hold without a run:
 #
 # | If you need | then | because |
 # | --- | --- | --- |
 # | a matrix that is nearer to the block, whatever it costs | KPSVD, sums of products, corrected eigenvalues | theorem: nearest product; nearest in a basis; two terms are nearer than one |
 # | the exact block of a layer whose loss does not mix outputs | mini-blocks, in the last layer | theorem: then the block has no other entries |
 # | KFAC's step for layers much wider than the batch | SKFAC, or mini-blocks by rows | theorem: the same step as KFAC's or mini-blocks' on that batch |
-# | a posterior, an influence, a determinant | KFAC, EKFAC | they can be kept, rooted and sampled from; CG and rows cannot |
+# | a posterior, an influence, a determinant | KFAC, EKFAC | both are matrices with roots, for sampling; CG and rows give products only |
 #
 # Before any of this: expand or reduce ([Chapter 6](06_weight_sharing.py)), which labels
 # ([Chapter 3](03_losses.py)), and how much damping ([Chapter 8](08_damping.py)).
 #
 # ### What this page leaves open
 #
-# The networks are small. Targets are reached within tens or hundreds of steps, so that nothing is said about the end of
-# long training. A search of so few trials in ten or more dimensions ends with settings that another search would not
-# find: the six controls of KFAC differ in nothing but an average and a damping, and show how far rows may be apart for
-# that reason alone. Every method takes the length of a layer's step from Adam, and a paper whose method comes with
-# a step control of its own is not tested in that respect. KFAC's axes were designed here, and those of the others by us as
-# well: an expert of a method may do better, and is welcome to change its axes in `benchmarks/papers.py`.
+# The networks are small. Targets are reached within tens or hundreds of steps, so the runs say nothing about the end of
+# long training. A search of so few trials in ten or more dimensions depends on chance. The six controls of KFAC differ
+# in an average and a damping only, and the spread of their rows shows the size of this effect. Every method takes the
+# length of a layer's step from Adam, so step controls of the papers are not tested. We chose the axes of the search for
+# KFAC and for the other methods. An expert of a method may find better ones, and can change them in
+# `benchmarks/papers.py`.
+#
+# ## In one minute
+#
+# - The nearer matrix often has the worse step. Compare methods by the decrease along their step.
+# - With squared error, KFAC's matrix is near the exact block, and refinements gain little. With softmax they differ.
+# - Damping is a part of a method: compare methods under the same damping and the same average.
+# - KFAC's step costs more than its statistics if the batch is smaller than the layer is wide. Low rank saves this.
+# - The guide above says for every method on which task it was ahead of KFAC or behind, in steps and in seconds.
 #
 # ## Exercises
 #
@@ -889,9 +944,15 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 #
 # </details>
 #
+# **Exercise 19.4 (write it).** FOOF's matrix is $I \otimes A$. Write a function `foof_step(io, h, damping)` that
+# returns its damped step $(I \otimes A + \delta I)^{-1}$ applied to the gradient `h` of shape `[d_out, d_in]`, with the
+# inputs `io.a` of shape `[N, S, d_in]` and one linear solve. The matrix $A$ is the mean of $a a^\top$. The cell below
+# has `check_foof_step`, which compares your function with the package on all layers, and one solution. `problem.share`
+# then gives the fourth number of your method.
+#
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 problem = problems["classifier"][0]  # 19.1
 for name, io in problem.ios.items():
     h = problem.split(problem.h)[name]
@@ -912,13 +973,28 @@ assert square["SKFAC"].step == square["KFAC, factored damping"].step
 best = torch.linalg.solve(problem.F, problem.h)  # 19.3
 positive = [(best[i] * problem.h[i]).sum() > 0 for i in problem.index.values()]
 assert problem.share(best) > 1 - 1e-9
-print(
-    "the best step has a positive product with the gradient in",
-    sum(map(int, positive)),
-    "of",
-    len(positive),
-    "layers",
-)
+of_all = f"{sum(map(int, positive))} of {len(positive)}"
+print(f"the best step has a positive product with the gradient in {of_all} layers")
+
+
+def foof_step(io: LayerIO, h: Tensor, damping: float) -> Tensor:
+    """A solution of Exercise 19.4."""
+    a = io.a.flatten(0, 1)
+    A = a.T @ a / len(a)
+    return torch.linalg.solve(A + damping * eye_like(A), h, left=False)
+
+
+def check_foof_step(function: Callable[[LayerIO, Tensor, float], Tensor]) -> None:
+    for problem in (p for task in TASKS for p in problems[task]):
+        steps = {}
+        for name, h in problem.split(problem.h).items():
+            steps[name] = function(problem.ios[name], h, problem.delta)
+            expected = foof(problem.ios[name]).inverse(problem.delta) @ h
+            assert_exact(steps[name], expected)
+        assert 0 < problem.share(problem.joined(steps)) < 1
+
+
+check_foof_step(foof_step)
 
 # %% [markdown]
 # ## Further reading

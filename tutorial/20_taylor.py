@@ -16,16 +16,19 @@
 # **Part IV: PINNs.** How do the derivatives in a differential equation get through a network, in one
 # forward pass?
 #
-# A physics-informed network $u$ is trained to solve a differential equation, say
-# $\Delta u = f$. Its loss is about derivatives of $u$ with respect to its *input* $x$. The usual way to
-# get them is to differentiate the network by reverse mode, and the result by reverse mode again. The
-# computation that comes out is hard to read: no layer in it looks like a layer any more, and
-# KFAC is about layers. This chapter takes another way. The derivatives are computed *on the way
-# forward*, together with the value. Then every linear layer stays what it was, applied
-# not to one vector but to several. That is weight sharing, and weight sharing we know
+# A physics-informed network $u$ is trained to solve a differential equation, say $\Delta u = f$. Its loss has
+# derivatives of $u$ with respect to its *input* $x$. The usual way differentiates the network by reverse mode, and
+# the result by reverse mode again. In that computation no layer keeps its form, and KFAC needs layers. This chapter
+# computes the derivatives *on the way forward*, together with the value. An activation $\sigma$ at $z$ passes on
+#
+# $$
+# \Delta \sigma(z) = \sigma'(z) \, \Delta z + \sigma''(z) \sum_i (\partial_i z)^2 ,
+# $$
+#
+# and a linear layer multiplies its matrix with $d + 2$ vectors instead of one. That is weight sharing
 # ([Chapter 6](06_weight_sharing.py)).
 
-# %%
+# %% tags=["hide-input"] fold="Set-up"
 import time
 from collections.abc import Callable
 from functools import partial
@@ -48,13 +51,37 @@ from kfac_scratch.taylor.partials import Partials, biharmonic, univariate_jets
 checks.set_up()  # seed 0, float64, the GPU where there is one
 assert_exact = partial(checks.assert_exact, tolerance=1e-12)  # two digits more than elsewhere
 
+# %% tags=["hide-input"] alt="Five heat maps, one for each layer of a small network, with one row for the value, three for first derivatives and one for the Laplacian. The input has the point in its first row, the identity in the next three, and zeros in the last; from the first activation on, all rows are filled." caption="The coefficients of one point on their way through the network. Rows: value, three first derivatives, Laplacian. At the input: the point, the identity, zero."
+net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()).requires_grad_(False)
+h = taylor.Jet(laplacian(3).start(torch.randn(1, 3)), laplacian(3))
+stages = {"input": h.c[0]}
+for name, layer in zip(("linear", "tanh", "linear", "tanh"), net, strict=True):
+    h = layer(h)
+    stages[f"{name} {len(stages)}"] = h.c[0]
+fig, axes = plt.subplots(1, 5, figsize=(9.4, 2.6), layout="constrained")
+for ax, (name, c) in zip(axes, stages.items(), strict=True):
+    end = c.abs().max().item()
+    ax.imshow(c.tolist(), cmap="RdBu", vmin=-end, vmax=end, aspect="auto")
+    ax.set(title=name, xticks=[], yticks=range(5), yticklabels=[])
+axes[0].set_yticklabels(["$u$", r"$\partial_1$", r"$\partial_2$", r"$\partial_3$", r"$\Delta$"])
+plt.show()
+assert (stages["linear 1"][-1] == 0).all()
+assert (stages["tanh 2"][-1] != 0).all()
+_ = torch.manual_seed(0)
 
 # %% [markdown]
+# After this chapter you will be able to
+#
+# - compute derivatives of any order along a direction in one forward pass, by rules for layers and activations;
+# - compute a Laplacian with $d + 2$ vectors, and say why second derivatives may be summed early;
+# - say what a differential operator makes of a linear layer: weight sharing with a bias at one position;
+# - count what nesting reverse mode costs more.
+#
 # ## One layer by hand
 #
-# Take a point $x$ and a direction $v$, and walk along the line $x + t v$. Whatever the network
-# computes becomes a function of one number $t$, and we want its derivatives at $t = 0$. Call the
-# value of some intermediate quantity $h_0$, its first derivative $h_1$, its second $h_2$. The list
+# Take a point $x$ and a direction $v$, and walk along the line $x + t v$. Every intermediate
+# quantity of the network is then a function of one number $t$, and we want its derivatives at $t = 0$. Call the
+# value of such a quantity $h_0$, its first derivative $h_1$, its second $h_2$. The list
 # $(h_0, h_1, h_2, \dots)$ is called a **jet**. At the input the jet is $(x, v, 0, 0, \dots)$.
 #
 # A linear layer $z = W h + b$ is its own derivative, and the bias does not depend on $t$:
@@ -75,8 +102,8 @@ assert_exact = partial(checks.assert_exact, tolerance=1e-12)  # two digits more 
 # $$
 #
 # All products are entry by entry. For $\sigma = \tanh$ write $t$ for the value; then $\sigma' = 1 - t^2$
-# and $\sigma'' = -2 t (1 - t^2)$. That is all we need for a small network. The
-# reference is nested reverse mode: differentiate, contract with $v$, and do it again.
+# and $\sigma'' = -2 t (1 - t^2)$. These rules suffice for a small network. The
+# reference is nested reverse mode: differentiate, contract with $v$, and repeat.
 
 
 # %%
@@ -113,13 +140,12 @@ for k in range(3):
 print("value, first and second derivative at the first point:", by_hand[0].tolist())
 
 # %% [markdown]
-# Look at what happened to the weights. Nested reverse mode would visit $W$ and its transpose several
-# times, in an order that only the software knows. Here $W$ meets three vectors, side by side, and the bias
-# meets one of them.
+# Nested reverse mode multiplies with $W$ and its transpose several times, in an order that the software chooses.
+# The jet multiplies $W$ with three vectors side by side, and adds the bias to one of them.
 #
 # ## Any order: the formula of Faà di Bruno
 #
-# The pattern of [(20.2)] goes on. We state it for several directions $v_1, \dots, v_R$ at once,
+# The pattern of [(20.2)] continues to any order. We state it for several directions $v_1, \dots, v_R$ at once,
 # which also gives mixed derivatives. A derivative is then named by a **multiset** $\alpha$ of
 # directions, as $\{1, 1, 2\}$ for $\partial_{v_1} \partial_{v_1} \partial_{v_2}$, and its order is
 # $\lvert \alpha \rvert$. A *partition* $\pi$ of $\alpha$ puts the members into non-empty blocks; equal members
@@ -148,8 +174,8 @@ print("value, first and second derivative at the first point:", by_hand[0].tolis
 #
 # ### As an algorithm
 #
-# The proof is one: put the last member into a block by itself, or into each of the blocks that are
-# there. Equal products are counted, not listed.
+# The proof gives an algorithm: put the last member into a block by itself, or into each of the existing blocks.
+# Equal products are counted, not listed.
 
 # %% tags=["beside", "remove-input"]
 code(partitions)
@@ -160,7 +186,7 @@ code(partitions)
 # blocks of equal size, changes nothing. We print the rules for the first four orders, and check
 # that count.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the number of partitions of every shape, up to order four"
 for k in range(1, 5):
     terms = []
     for blocks, count in partitions((0,) * k).items():
@@ -174,9 +200,9 @@ for k in range(1, 5):
     print(f"h{k} =", " + ".join(terms))
 
 # %% [markdown]
-# These are derivatives, not Taylor coefficients, which would be $h_k / k!$. Some papers and libraries
-# use the latter, and their formula has other factors. Mixing the two conventions goes unnoticed
-# up to order one.
+# These are derivatives. Taylor coefficients are $h_k / k!$. Some papers and libraries use Taylor coefficients, and
+# their formula has other factors. Both conventions agree up to order one, so a test of first derivatives does not tell
+# them apart.
 #
 # The derivatives of the activations are needed up to the same order. For $\tanh$ every one of them is a
 # polynomial in $t$: if $\sigma^{(k)} = p_k(t)$, the chain rule gives $\sigma^{(k+1)} = p_k'(t) (1 - t^2)$. The
@@ -200,7 +226,7 @@ for s, alpha in enumerate(expansion.names):
 # a network of two hidden layers.
 
 
-# %%
+# %% tags=["hide-input"] fold="Counted: nodes of the graph, and how they grow"
 def nodes(u: Tensor) -> int:
     """How many operations autodiff has recorded for a tensor."""
     seen, left = set(), [u.grad_fn]
@@ -240,10 +266,10 @@ plt.show()
 # %% [markdown]
 # ## The forward Laplacian
 #
-# Differential equations rarely ask for a single derivative. They ask for sums, above all for the
-# Laplacian $\Delta u = \sum_i \partial_i^2 u$. With one jet for every coordinate we would carry
-# $1 + 2 d$ vectors through the network and add up $d$ of them at the end. Add up earlier! By [(20.2)], at
-# every activation
+# Most differential equations contain sums of derivatives, above all the
+# Laplacian $\Delta u = \sum_i \partial_i^2 u$. One jet for every coordinate would carry
+# $1 + 2 d$ vectors through the network, of which $d$ are summed at the end. The sum may be taken earlier. By [(20.2)],
+# at every activation
 #
 # $$
 # \sum_i \partial_i^2 \sigma(z)
@@ -261,8 +287,8 @@ plt.show()
 # \tag{20.5}
 # $$
 #
-# is closed: what comes out of a layer depends on what went in, and on nothing else. This is the
-# **forward Laplacian**. Nothing in the argument is special about unit weights. For any matrix $C$,
+# is closed: these vectors at the output of a layer depend only on those at its input. This is the
+# **forward Laplacian**. The argument does not need unit weights. For any matrix $C$,
 # also one that differs from datum to datum,
 #
 # $$
@@ -274,7 +300,28 @@ plt.show()
 # \tag{20.6}
 # $$
 #
-# Here it is as loops, for one point:
+# ### An example in numbers
+#
+# Let $z = (x_1 + x_2, \; x_1 - 2 x_2)$, $\sigma(z) = z^2$ and $u = \sigma(z_1) + \sigma(z_2)$, at the point $x = (1,
+# 2)$. Here $\sigma' = 2 z$ and $\sigma'' = 2$. The cell carries the value, two first derivatives and the Laplacian
+# through the three layers. By hand, $u = 2 x_1^2 - 2 x_1 x_2 + 5 x_2^2$, with Laplacian $4 + 10$.
+
+# %%
+W = torch.tensor([[1.0, 1.0], [1.0, -2.0]])
+h = torch.tensor(
+    [[1.0, 2.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+)  # x, first derivatives, Laplacian
+z = h @ W.T
+value, first, top = z[0], z[1:3], z[3]
+squared = torch.stack([value**2, *(2 * value * first), 2 * value * top + 2 * first.square().sum(0)])
+total = squared.sum(1)
+for name, *rows in zip(("u", "∂₁u", "∂₂u", "Δu"), h, z, squared, total, strict=True):
+    x, linear, square, sum_ = (str(row.int().tolist()) for row in rows)
+    print(f"{name:4} input {x:8} linear {linear:9} squared {square:9} sum {sum_}")
+assert total.tolist() == [18.0, 0.0, 18.0, 14.0]
+
+# %% [markdown]
+# The same with loops, for a network of linear layers and tanh, one point and any $C$:
 
 
 # %%
@@ -295,15 +342,14 @@ def forward_laplacian_by_hand(net: nn.Sequential, x: Tensor, C: Tensor) -> Tenso
 
 
 # %% [markdown]
-# and in the package, where `SecondOrder` holds directions and weights. Its chain rule is a function with
-# a reverse pass written by hand, because training goes through it at every step: $\partial q / \partial z$
-# needs $\sigma'''$, and then both passes are a few sweeps over the coefficients. (Tests differentiate
-# [(20.3)] by autodiff and compare.)
+# In the package, `SecondOrder` holds directions and weights. Training differentiates its chain rule at every step, so
+# its reverse pass is written by hand. It needs $\sigma'''$, and both passes go over the coefficients a few
+# times. (Tests differentiate [(20.3)] by autodiff and compare.)
 
 # %% tags=["remove-input"]
 code(SecondOrder.form, taylor.forward_laplacian)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: Laplacians, sums with any C, and sums over some coordinates, against nested reverse mode"
 hessian = torch.stack(
     [torch.stack([derivative(net, X, [e, f]) for f in torch.eye(3)], 1) for e in torch.eye(3)], 1
 )  # [N, 3, 3]
@@ -346,7 +392,7 @@ assert not torch.allclose(found, expected)
 # written to memory.
 
 
-# %%
+# %% tags=["hide-input"] fold="Counted: multiplications, numbers written and milliseconds"
 def by_forward(net: nn.Module, X: Tensor) -> Tensor:
     return forward_laplacian(net, X)[2].squeeze(1)
 
@@ -416,30 +462,34 @@ for i, d in enumerate(sizes):
 assert costs["nested"][-1][1] > 1.2 * costs["forward"][-1][1]
 assert costs["Hessian"][-1][1] > 1.2 * costs["forward"][-1][1]
 
-# %% tags=["hide-input"] alt="Three plots on logarithmic axes against the dimension, from 2 to 50: multiplications in units of a forward pass, numbers written, and milliseconds. In each, all three ways rise linearly for large dimensions, and forward is the lowest there." caption="The Laplacian of a network with its gradient, against the dimension: multiplications in units of a forward pass, numbers written to memory, and time on the machine that built this page."
-fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
-titles = ("multiplications / forward pass", "numbers written per datum", "milliseconds")
-for column, (ax, title) in enumerate(zip(axes, titles, strict=True)):
-    for name, values in costs.items():
-        ax.loglog(sizes, [row[column] for row in values], "o-", label=name)
-    ax.set(xlabel="dimension $d$", title=title)
-    ax.set_xticks(sizes, labels=sizes)
-    ax.minorticks_off()
-axes[0].legend()
+# %% tags=["hide-input"] alt="Multiplications in units of a forward pass against the dimension from 2 to 50, on logarithmic axes. The forward Laplacian lies just below a dashed line; nesting and the Hessian lie above it by a factor of about two at large dimensions." caption="Multiplications for a Laplacian and its gradient with respect to the weights, in units of one forward pass. Dashed: the bound $3 (d + 2)$ of [(20.7)]."
+fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+for name, values in costs.items():
+    (line,) = ax.loglog(sizes, [row[0] for row in values], "o-")
+    ax.annotate(
+        name,
+        (sizes[-1], values[-1][0]),
+        (7, -4),
+        textcoords="offset points",
+        color=line.get_color(),
+    )
+ax.loglog(sizes, [3 * (d + 2) for d in sizes], "--", linewidth=1, color=ax.xaxis.label.get_color())
+ax.set(xlabel="dimension $d$", ylabel="forward passes", xlim=(1.8, 90))
+ax.set_xticks(sizes, labels=sizes)
+ax.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# A factor of about two, not an order: all three are linear in $d$. And a net of one hidden layer would show
-# less, since its first layer's derivatives are the constant $W$, which nesting exploits. The
-# benchmark `python -m benchmarks.pinn` measures time and memory, also on a GPU. What cannot be
-# measured in operations is the next section.
+# All three ways are linear in $d$, and the forward Laplacian saves a factor of about two. A network of one hidden layer
+# saves less, since its first layer's derivatives are the constant $W$, which nesting exploits. The
+# benchmark `python -m benchmarks.pinn` measures time and memory, also on a GPU. The larger benefit is that layers keep
+# their form, as the next sections show.
 #
 # ## Any forward pass, by overloading
 #
 # A class `Jet` holds the coefficients `c` of shape $[N, S, h]$ and behaves like the tensor of values, of
-# shape $[N, h]$. PyTorch asks every argument of its functions for a method `__torch_function__`, and lets it
-# answer instead. So a *jet can be passed to a model in place of a tensor*, and nothing in the model needs
-# to know:
+# shape $[N, h]$. If an argument of a PyTorch function has a method `__torch_function__`, PyTorch calls this method
+# in place of the function. So a *jet can be passed to a model in place of a tensor*, and the model is not changed:
 
 # %% tags=["remove-input"]
 code(taylor.Jet.__torch_function__, rules._linear, taylor.taylor_coefficients)
@@ -488,8 +538,8 @@ assert (model(on_boundary) == 0).all()
 # %% [markdown]
 # ## A network of coefficients
 #
-# Now we can say what a differential operator of a network *is*. Line up the $S$ coefficients of
-# every layer's input as rows. Then by [(20.1)] a linear layer does
+# Line up the $S$ coefficients of every layer's input as rows, as in [Figure 20.1]. Then by [(20.1)] a linear layer
+# computes
 #
 # $$
 # z_{ns} = W a_{ns}, \qquad
@@ -498,26 +548,10 @@ assert (model(on_boundary) == 0).all()
 # \tag{20.8}
 # $$
 #
-# with the value at $s = 0$, and the bias in the last column of $W$, as always. That is a layer with weight sharing and $S = d + 2$
-# positions. Only the bias is unusual: its input is 1 at one position and 0 at all
-# others. Between the linear layers, an activation now mixes the positions, as attention would.
-# [Chapter 21](21_pinn.py) applies KFAC to this network.
-
-# %% tags=["hide-input"] alt="Five heat maps, one for each layer of a small network, with one row for the value, three for first derivatives and one for the Laplacian. The input has the point in its first row, the identity in the next three, and zeros in the last; from the first activation on, all rows are filled." caption="The coefficients of one point on their way through the network. Rows: value, three first derivatives, Laplacian. At the input: the point, the identity, zero."
-h = taylor.Jet(laplacian(3).start(X[:1]), laplacian(3))
-stages = {"input": h.c[0]}
-for name, layer in zip(("linear", "tanh", "linear", "tanh"), net, strict=False):
-    h = layer(h)
-    stages[f"{name} {len(stages)}"] = h.c[0]
-fig, axes = plt.subplots(1, 5, figsize=(9.4, 2.6), layout="constrained")
-for ax, (name, c) in zip(axes, stages.items(), strict=True):
-    end = c.abs().max().item()
-    ax.imshow(c.tolist(), cmap="RdBu", vmin=-end, vmax=end, aspect="auto")
-    ax.set(title=name, xticks=[], yticks=range(5), yticklabels=[])
-axes[0].set_yticklabels(["$u$", r"$\partial_1$", r"$\partial_2$", r"$\partial_3$", r"$\Delta$"])
-plt.show()
-assert (stages["linear 1"][-1] == 0).all()
-assert (stages["tanh 2"][-1] != 0).all()
+# with the value at $s = 0$, and the bias in the last column of $W$, as always. That is a layer with weight sharing and
+# $S = d + 2$ positions. Only the bias is unusual: its input is 1 at one position and 0 at all others. Between the
+# linear layers, an activation mixes the positions, as attention does. [Chapter 21](21_pinn.py) applies KFAC to this
+# network.
 
 # %% [markdown]
 # ## Sums of higher order
@@ -527,7 +561,7 @@ assert (stages["tanh 2"][-1] != 0).all()
 # kept. These are all multisets below some $\{i, i, j, j\}$: the value, $d$ of order one, $d (d + 1) / 2$
 # of order two, and $d^2$ of order three.
 #
-# Another way avoids mixed derivatives. A fourth derivative along $e_i \pm e_j$ contains
+# A second way avoids mixed derivatives. A fourth derivative along $e_i \pm e_j$ contains
 # $\partial_i^2 \partial_j^2$ six times, and adding both signs removes what is odd:
 #
 # $$
@@ -541,7 +575,7 @@ assert (stages["tanh 2"][-1] != 0).all()
 #
 # with $D_v^4$ the fourth derivative along $v$. That takes $d^2$ directions with three kept coefficients each.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: both ways give the same biharmonic, and how many coefficients each needs"
 for d in (2, 3, 6):
     directions, weights = list(torch.eye(d)), [1.0 - (d - 1) / 3] * d
     for i in range(d):
@@ -562,13 +596,13 @@ for d in (2, 3, 6):
     assert len(along.names) == 2 + 3 * d**2
 
 # %% [markdown]
-# Exercise 20.3 gets along with fewer.
+# Exercise 20.3 needs fewer coefficients.
 #
 # ## What goes wrong in practice
 #
-# **A network without a second derivative.** ReLU is piecewise linear, so $\sigma'' = 0$ wherever it
-# exists, and the Laplacian of a ReLU network is zero at every point where it is defined. Such a network can never solve
-# $\Delta u = f$, and nothing complains: the loss is finite, and so are its gradients. $\max(0, z)^2$ bends:
+# **A network without a second derivative.** ReLU is piecewise linear, so $\sigma'' = 0$ wherever it exists, and the
+# Laplacian of a ReLU network is zero at every point where it is defined. Such a network can never solve $\Delta u = f$,
+# and no error is raised: the loss and its gradients are finite. The function $\max(0, z)^2$ has a second derivative:
 
 # %%
 kinked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -609,7 +643,7 @@ assert_exact(careless(unbiased, X), forward_laplacian(unbiased, X)[2])
 # %% [markdown]
 # **Functions that mix data.** Batch normalisation makes the output for one point depend on
 # all others. Then "the derivative with respect to the point's own input" is no longer what the network computes for the
-# batch. `Jet` knows only functions for which the question makes sense, and names the others:
+# batch. `Jet` has rules for functions that act on each datum alone, and refuses others by name:
 
 # %%
 for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Softsign()):
@@ -620,6 +654,17 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
         print(str(error)[:84], "...")
 
 # %% [markdown]
+# ## In one minute
+#
+# - A jet holds a value and its derivatives along a direction. Linear layers multiply every entry; activations follow
+#   the formula of Faà di Bruno.
+# - Derivatives of the highest order enter linearly, so their sum can be carried in place of its terms. The Laplacian
+#   needs $d + 2$ vectors.
+# - Nested reverse mode grows by a factor with every order. For a Laplacian it costs about twice as much.
+# - With coefficients as positions, a PINN's linear layers are layers with weight sharing. The bias has the input 1 at
+#   the value and 0 at derivatives.
+# - ReLU has no second derivative, and batch normalisation mixes data. Neither fits a differential equation.
+#
 # ## Exercises
 #
 # **Exercise 20.1.** Find the rule for the product $f g$ of two scalar functions in the forward
@@ -628,9 +673,9 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $\partial_i^2 (f g) = (\partial_i^2 f)\, g + 2\, \partial_i f\, \partial_i g + f\, \partial_i^2 g$, and the sum over $i$
-# needs second derivatives only summed up: $\Delta (f g) = g\, \Delta f + 2 \sum_i \partial_i f\, \partial_i g + f\, \Delta g$.
-# So [(20.5)] is closed under products as well.
+# $\partial_i^2 (f g) = (\partial_i^2 f)\, g + 2\, \partial_i f\, \partial_i g + f\, \partial_i^2 g$, and the sum over
+# $i$ needs second derivatives only summed up: $\Delta (f g) = g\, \Delta f + 2 \sum_i \partial_i f\, \partial_i g + f\,
+# \Delta g$. So [(20.5)] is closed under products as well.
 #
 # </details>
 #
@@ -646,17 +691,17 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # </details>
 #
-# **Exercise 20.3.** Show that the biharmonic operator gets along with the coefficients $z$,
+# **Exercise 20.3.** Show that the biharmonic operator needs only the coefficients $z$,
 # $\partial_i z$, $\partial_i \partial_j z$ for $i \le j$, $\partial_i \Delta z$ and $\Delta^2 z$. How many are these?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# In [(20.3)] for $\{i, i, j, j\}$, summed over $i$ and $j$, a block of three occurs with a
-# block of one: $4 \sum_{ij} \partial_i z \, \partial_i \partial_j^2 z = 4 \sum_i \partial_i z\, \partial_i \Delta z$. So derivatives of
-# order three are needed in these sums only. And for $\partial_i \Delta \sigma(z)$ itself they enter
-# linearly, through the same sums; the rest has orders one and two. Together
-# $2 + 2 d + d (d + 1) / 2$ coefficients instead of $2 + d + d (d + 1) / 2 + d^2$.
+# In [(20.3)] for $\{i, i, j, j\}$, summed over $i$ and $j$, a block of three occurs with a block of one: $4 \sum_{ij}
+# \partial_i z \, \partial_i \partial_j^2 z = 4 \sum_i \partial_i z\, \partial_i \Delta z$. So derivatives of order
+# three are needed in these sums only. And for $\partial_i \Delta \sigma(z)$ itself they enter linearly, through the
+# same sums; the rest has orders one and two. Together $2 + 2 d + d (d + 1) / 2$ coefficients instead of $2 + d + d (d +
+# 1) / 2 + d^2$.
 #
 # </details>
 #
@@ -672,9 +717,14 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # </details>
 #
+# **Exercise 20.5 (write it).** Write a function `third_derivative(net, x, v)` for a network of linear layers and tanh,
+# a point `x` and a direction `v`, both of shape `[d]`. It returns the third derivative along `v`, of shape `[1]`, in
+# one forward pass and without autodiff. Begin with `jet_by_hand`. The cell below has `check_third_derivative`, which
+# compares your function with nested reverse mode, and one solution.
+#
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 E = laplacian(3)  # 20.1
 f, g = (taylor.taylor_coefficients(n, X, E) for n in (net, model))
 df, dg = f[:, 1:4], g[:, 1:4]
@@ -698,6 +748,29 @@ assert len(third.names) == 1 + 2 + 3 + 1
 
 numbers = [len(partitions((0,) * k)) for k in range(1, 9)]  # 20.4
 assert numbers == [1, 2, 3, 5, 7, 11, 15, 22]
+
+
+def third_derivative(net: nn.Sequential, x: Tensor, v: Tensor) -> Tensor:
+    """A solution of Exercise 20.5."""
+    h0, h1, h2, h3 = x, v, torch.zeros_like(v), torch.zeros_like(v)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            h0 = layer.weight @ h0 + layer.bias
+            h1, h2, h3 = (layer.weight @ h for h in (h1, h2, h3))
+        else:
+            t = torch.tanh(h0)
+            s1, s2, s3 = 1 - t**2, -2 * t * (1 - t**2), -2 * (1 - t**2) * (1 - 3 * t**2)
+            h3 = s1 * h3 + 3 * s2 * h1 * h2 + s3 * h1**3
+            h0, h1, h2 = t, s1 * h1, s1 * h2 + s2 * h1**2
+    return h3
+
+
+def check_third_derivative(function: Callable[[nn.Sequential, Tensor, Tensor], Tensor]) -> None:
+    found = torch.stack([function(net, x, v) for x in X])
+    assert_exact(found[:, 0], derivative(net, X, [v] * 3))
+
+
+check_third_derivative(third_derivative)
 print("all hold")
 
 # %% [markdown]

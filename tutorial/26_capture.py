@@ -16,12 +16,14 @@
 # **Part VI: Scale and trust.** How does a program find the inputs $a$ and the vectors $g$ of every weight
 # in a network that somebody else wrote, and how does it know that it found all of them?
 #
-# [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward
-# hooks. That is enough if every weight is used by calling its layer. In many networks it is not: PyTorch's
-# own attention reads the weight of a layer and never calls the layer. This chapter records *functions*
-# instead of layers, at first by hand. It then proves that a single random vector shows with probability one
-# whether the recorded uses explain the gradient on the tried data, up to a tolerance. The last part takes a
-# transformer made of PyTorch's modules and compares every block with the exact one.
+# [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward hooks. That is
+# enough if every weight is used by calling its layer. PyTorch's attention reads the weight of a layer and never calls
+# the layer. This chapter records *functions* instead of layers, and checks the record: with a random vector $v$ at the
+# outputs, the recorded calls $c$ must explain the gradient,
+#
+# $$
+# \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top .
+# $$
 #
 # *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back
 # for every $g$.
@@ -32,6 +34,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
@@ -53,7 +56,51 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 EXACT = 1e-10  # what we call equal in float64
 
+# %% tags=["hide-input"] alt="A dot plot with the trace of each of the 14 blocks of a transformer with two layers, on a logarithmic axis. Blocks of feed-forward layers, embedding and head are marked as seen by a hook. Queries, keys, values and output projections, eight blocks with smaller traces, are marked as blocks for which no hook runs." caption="The trace of every block of a transformer of PyTorch's modules, found by capture. For the four matrices of each attention, no forward hook on a layer runs."
+torch.manual_seed(0)
+encoder = nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32, batch_first=True)
+stack = nn.TransformerEncoder(encoder, num_layers=2)
+first = nn.Sequential(nn.Embedding(12, 16), stack, nn.Flatten(), nn.Linear(5 * 16, 4)).eval()
+words, classes = torch.randint(12, (6, 5)), torch.randint(4, (6,))
+ran: set[str] = set()
+for name, m in first.named_modules():
+    if isinstance(m, nn.Linear | nn.Embedding):
+        m.register_forward_hook(lambda m, inputs, z, name=name: ran.add(name))
+with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # normalisations have no block
+    ios = layer_ios(first, nn.CrossEntropyLoss(), words, classes)
+traces = {name: io.block().trace().item() for name, io in ios.items()}
+sizes = {name: len(io.block()) for name, io in ios.items()}
+by_size, by_trace = (
+    sum(of[name] for name in traces.keys() - ran) / sum(of.values()) for of in (sizes, traces)
+)
+print(f"no hook runs for {len(traces.keys() - ran)} of {len(traces)} blocks:", end=" ")
+print(f"{by_size:.0%} of their parameters, {by_trace:.0%} of their trace")
+assert traces.keys() - ran == {name for name in traces if "_proj" in name}
+assert by_size > 0.4
+
+fig, ax = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
+for y, (name, trace) in enumerate(traces.items()):
+    ax.semilogx(trace, y, "o" if name in ran else "s", color="C0" if name in ran else "C1")
+short = {"0": "embedding", "3": "head"}
+shown = [short.get(n, n.replace("1.layers.", "").replace("self_attn.", "")) for n in traces]
+ax.set_yticks(range(len(traces)), shown, fontsize="small")
+ax.invert_yaxis()
+ax.grid(axis="y", alpha=0.3)
+ax.set_xlabel("trace of the block")
+marks = (("o", "C0", "a hook runs"), ("s", "C1", "no hook runs"))
+kinds = [Line2D([], [], marker=m, color=c, linestyle="", label=label) for m, c, label in marks]
+ax.legend(handles=kinds, fontsize="small")
+plt.show()
+_ = torch.manual_seed(0)
+
 # %% [markdown]
+# After this chapter you will be able to
+#
+# - record the inputs and vectors of every use of a weight, whatever function uses it;
+# - check a record: data must not meet, and the recorded calls must explain the gradient;
+# - say which networks capture refuses and why, and what its checks cannot see.
+#
 # ## Why hooks are not enough
 #
 # A forward hook belongs to a module. PyTorch calls it after the module's `forward`, with the module's
@@ -96,12 +143,12 @@ def errors(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
 
 # %% [markdown]
 # Three networks follow. In the first, the weight of a layer is used a second time, by a function. In the
-# second, somebody else's hook doubles the output of a layer. That hook was registered before ours and runs
+# second, a hook of other code doubles the output of a layer. That hook was registered before ours and runs
 # before ours, so our hook records $2 W a$ as $z$. In the third, an attention module reads the input, and a
 # linear layer, the head, reads the attention's output.
 
 
-# %%
+# %% tags=["hide-input"] fold="Two kinds of networks"
 class Uses(nn.Module):
     """Two layers, and something between them."""
 
@@ -130,7 +177,7 @@ class Attends(nn.Module):
 # For the first two, the blocks by hooks are compared with the exact ones of [Chapter 2](02_curvature.py). For
 # the third, the cell counts the calls of `out_proj`, a linear layer inside the attention.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: hooks give two wrong blocks, and none for the attention"
 N, S = 5, 3
 X, sequences, y = torch.randn(N, 4), torch.randn(N, S, 4), torch.randn(N, 3)
 loss = nn.MSELoss()
@@ -139,7 +186,7 @@ hooked = Uses(lambda layer, x: layer(x))
 hooked.layer.register_forward_hook(lambda layer, inputs, z: 2 * z)
 attends = Attends()
 
-for name, net in (("a weight used twice", twice), ("a hook of somebody else", hooked)):
+for name, net in (("a weight used twice", twice), ("a hook of other code", hooked)):
     found = errors(by_hooks(net, loss, X, y), net, loss, X, y)
     print(f"{name:>24}: block of the layer off by {found['layer']:.2f}")
     assert found["layer"] > 0.1
@@ -274,7 +321,7 @@ def by_functions(model, loss, X, y, recorder, positions_first=False) -> dict[str
     return ios
 
 
-for name, net in (("a weight used twice", twice), ("a hook of somebody else", hooked)):
+for name, net in (("a weight used twice", twice), ("a hook of other code", hooked)):
     found = errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)
     print(f"{name:>24}:", {block: f"{error:.0e}" for block, error in found.items()})
     assert found.keys() == {"layer", "head"}
@@ -292,7 +339,7 @@ for name, net in (("a weight used twice", twice), ("a hook of somebody else", ho
 # behind it.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a derivative is lost exactly where the output is a view"
 layer = nn.Linear(4, 6)
 
 
@@ -320,7 +367,7 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
 # the graph. If the view $z$ has all entries of the product, the derivative with respect to the product is the
 # derivative with respect to $z$, in another shape:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the derivative at the product is the one at the view"
 z = layer(sequences)
 edge = get_gradient_edge(z._base)
 f = torch.relu_(z).sin().sum()
@@ -340,7 +387,7 @@ assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
 # the mode. The mode runs the function again, now switched off itself, and so it does not see which other
 # functions are called. One of these is `functional.multi_head_attention_forward`:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: no call behind the attention is in the list"
 with Names() as mode:
     attends(sequences)
 names = [name.rpartition(".")[2] for name in mode.names]
@@ -354,7 +401,7 @@ assert names.count("linear") == 1  # the head
 # mode runs the function, and so on for ever.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a mode that is switched on again runs for ever"
 class Forever(Recorder):
     """Switched on again while the function runs."""
 
@@ -374,8 +421,8 @@ else:
     raise AssertionError("this should have run for ever")
 
 # %% [markdown]
-# The package therefore *opens* the function: it makes a copy with the same code, in which the question for a
-# mode is always answered with "no". The mode sees everything that the copy calls. This gives the exact
+# The package therefore *opens* the function: it makes a copy with the same code, in which the test for an active
+# mode always returns false. The mode gets every call that the copy makes. This gives the exact
 # blocks of all four projections, and the recorder needs nothing else that is special to attention.
 
 # %% tags=["remove-input"]
@@ -424,7 +471,7 @@ assert max(found.values()) <= EXACT
 # %% tags=["remove-input"]
 code(functions._linear, functions._matmul, functions._matmul_from_left, functions._addmm)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: four rules against their functions"
 x, W, b = torch.randn(N, 4), torch.randn(6, 4), torch.randn(6)
 for func, rule, arguments in (
     (functional.linear, functions._linear, (x, W, b)),
@@ -459,9 +506,9 @@ for func, rule, arguments in (
 code(calls.Recorder.__torch_function__, calls.Recorder._matrices, calls.Recorder._record)
 
 # %% [markdown]
-# However a layer is spelt, the rows and vectors are those of the layer:
+# A layer may be written in several ways. All give the same rows and vectors:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: six spellings of a layer give the same a and g"
 spellings = {
     "layer(x)": lambda layer, x: layer(x),
     "linear(x, W, b)": lambda layer, x: functional.linear(x, layer.weight, layer.bias),
@@ -487,7 +534,7 @@ for spelling, between in spellings.items():
 # rows and vectors with those of the network itself.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the blocks of seven networks, and a compiled one"
 class LooksUp(nn.Module):
     """An embedding that is not called."""
 
@@ -515,7 +562,7 @@ left = Uses(lambda layer, x: layer(x) + (layer.weight @ x.sin().T).T)
 in_place = Uses(lambda layer, x: layer(x).relu_())
 networks = {
     "a weight used twice": (twice, X, y),
-    "a hook of somebody else": (hooked, X, y),
+    "a hook of other code": (hooked, X, y),
     "attention": (attends, sequences, y),
     "an activation in place": (in_place, sequences, torch.randn(N, S, 3)),
     "a product from the left": (left, X, y),
@@ -586,17 +633,17 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 # linear function of $v$. If [(26.1)] fails for some $v$, the difference is zero on a proper subspace only. The drawn
 # vector lies in that subspace with probability zero, so [(26.1)] fails for it, too. $\blacksquare$
 #
-# What is the difference? The derivative with respect to $W$ is a sum over all paths from $W$ to $f$ in the
-# graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute $g_c a_c^\top$,
-# because $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the
-# difference is the contribution of all other paths, those through uses of $W$ that were not recorded.
+# The difference of both sides has a meaning. The derivative with respect to $W$ is a sum over all paths from $W$ to $f$
+# in the graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute $g_c a_c^\top$, because
+# $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the difference is the
+# contribution of all other paths, those through uses of $W$ that were not recorded.
 #
-# Why does this make blocks exact? Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and zero at the
-# others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(26.1)] is over
+# Equation [(26.1)] makes blocks exact, for this reason. Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and
+# zero at the others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(26.1)] is over
 # the rows of datum $n$, and by [(26.1)] it is the gradient $G_{vn}$ of [Theorem 4.1]. This proves the blocks for the
 # data that are tried. For the rest of the batch it is assumed.
 #
-# The proof does not ask where $a_c$ and $g_c$ come from. The second check finds every mistake of a rule that changes
+# The proof holds for any $a_c$ and $g_c$. The second check finds every mistake of a rule that changes
 # the sum, in the rows, say, or in a bias column. The first finds data on the wrong axis. A mistake that keeps every
 # $G_{vn}$, such as $2 a$ with $g / 2$, keeps the block. It could still change the factors $A$ and $B$ of KFAC, so
 # these are tested for every rule. By hand, both checks are a few lines.
@@ -632,7 +679,7 @@ def two_checks(net: Uses, X: Tensor, v=None, by=Recorder) -> tuple[float, float]
 # the five, and no two data are in the same three. So for any two data, one of the three sets of the first does
 # not contain the second.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: five sets separate eight data"
 sets = plan.separating_sets(8, X.device)  # [sets, data]
 print(sets.int())
 assert len(sets) == 5
@@ -646,7 +693,7 @@ assert torch.equal(alone.any(0), ~torch.eye(8, dtype=torch.bool))
 # with the functions that got the weight. One of these is the multiplication in `written_out`.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: both checks pass sound networks only"
 def refused(expected: type[Exception], *arguments, **options) -> None:
     """Run a capture that has to fail, and print why it does."""
     try:
@@ -676,7 +723,7 @@ for name, net in (sound | suspects).items():
     passed = crossing == 0 and unexplained <= EXACT
     assert passed == (off <= EXACT) == (name in sound)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the package refuses all three"
 for net, reason in zip(
     suspects.values(), (ValueError, ValueError, NotImplementedError), strict=True
 ):
@@ -688,7 +735,7 @@ for net, reason in zip(
 # left out. The network is sound.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: three wrong recorders leave something unexplained"
 def wrong(change):
     class Wrong(Recorder):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -719,7 +766,7 @@ for mistake, change in mistakes.items():
 # %% [markdown]
 # The first check as a picture: vectors are sent to the outputs of the last two data only.
 
-# %% tags=["hide-input"] alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. If data do not meet, the first three rows are zero. If the mean over the batch is subtracted, they are not."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. If data do not meet, the first three rows are zero. If the mean over the batch is subtracted, they are not."
 arriving = {}
 for title, name in {"a layer": "a layer", "centred": "centred by the batch's mean"}.items():
     with Recorder() as recorder:
@@ -728,7 +775,7 @@ for title, name in {"a layer": "a layer", "centred": "centred by the batch's mea
     (arriving[title],) = torch.autograd.grad(f, recorder.calls[0][-1], v)
 matrices(arriving)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: what the figure shows"
 assert arriving["a layer"][:3].abs().max() == 0
 assert arriving["centred"][:3].abs().min() > 0
 
@@ -737,7 +784,7 @@ assert arriving["centred"][:3].abs().min() > 0
 # influence on the outputs of others, but no derivative passes there. Autodiff gives the exact matrix of this
 # network without these derivatives, too, and the blocks agree:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a detached mean crosses nothing, and blocks are exact"
 detached = Uses(lambda layer, x: (z := layer(x)) - z.mean(0).detach())
 found = errors(layer_ios(detached, loss, X, y), detached, loss, X, y)
 assert max(found.values()) <= EXACT
@@ -791,7 +838,7 @@ assert len(blocks) == 2 + 2 * 6
 # The exact GGN of the whole network is built from Jacobians by plain autodiff, without any knowledge of
 # layers. Its diagonal blocks are compared with those from capture.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: 14 blocks equal the exact ones; measured: errors of KFAC"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     ios = layer_ios(transformer, cross_entropy, texts, labels)
@@ -835,7 +882,7 @@ ax.grid(axis="y", alpha=0.3)
 ax.legend(loc="lower center")
 plt.show()
 
-# %%
+# %% tags=["hide-input"] fold="Checked: reduce is nearer, except at the head and for keys"
 keys = [name for name in table if name.endswith("k_proj")]
 assert all(abs(table[name][1] - 1) <= EXACT for name in keys)
 others = table.keys() - {*keys, "head"}
@@ -849,7 +896,7 @@ assert abs(table["head"][0] - table["head"][1]) <= EXACT  # S = 1
 # numbers there. The factor $A$ is the mean of $a a^\top$, and the bias's entry of $a$ is the constant one, so
 # its entry of $A$ is 1. So the bias's part of $B \otimes A$ is $1 \cdot B$:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the bias of the keys has no curvature, and KFAC's has"
 for name in keys:
     io = ios[name]
     of_bias = io.block().unflatten(0, (16, 17))[:, -1]
@@ -868,7 +915,7 @@ for name in keys:
 # names its parameters, and the optimizer of [Chapter 36](36_in_practice.py) moves them by a first-order rule.
 # The next cell prints how many parameters have no block, and what share of the GGN's trace is theirs.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: normalisations are left out, and KFAC is exact for them"
 left_out = uncovered(transformer, groups)
 print(textwrap.fill(", ".join(left_out), width=90))
 covered = sum(block.trace() for block in exact.values())
@@ -888,7 +935,7 @@ for name, io in layer_ios(transformer, cross_entropy, texts, labels, layers=norm
 # Blocks also leave out all entries of the GGN that couple two layers. The next cell prints their share of
 # the sum of the GGN's squared entries. The blocks of the normalisations are counted as blocks here.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: what blocks leave out"
 blocks_of_all = [*exact.values(), *of_norms.values()]
 between = whole.square().sum() - sum(block.square().sum() for block in blocks_of_all)
 print(f"share of the GGN's squares: {between / whole.square().sum():.3f}")
@@ -903,7 +950,7 @@ assert between > 0
 # rule. The recorder skips such a call, the second check finds the gradient unexplained, and the network is
 # refused. The way out is to split the layer into two.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: rows are exact, columns are refused"
 rows = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
 assert max(errors(layer_ios(rows, loss, X, y), rows, loss, X, y).values()) <= EXACT
 
@@ -917,9 +964,9 @@ refused(NotImplementedError, part, loss, X, y)
 # numbers and has a block:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a shared table is refused, one for every datum has exact blocks"
 class Placed(nn.Module):
-    """Words, and where they stand."""
+    """Embeddings of words and of their positions."""
 
     def __init__(self, of_everyone: bool):
         super().__init__()
@@ -947,7 +994,7 @@ assert max(found.values()) <= EXACT
 # was noted at the call, and the network is refused:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: an overwritten input is refused"
 class InPlaceResidual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -970,7 +1017,7 @@ refused(ValueError, InPlaceResidual(), loss, X, torch.randn(N, 4))
 # hand in this cell, shows the error that this avoids:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: axis 0 assumed is wrong, axis found by trying is right"
 class TimeFirst(nn.Module):
     def __init__(self):
         super().__init__()
@@ -991,7 +1038,7 @@ by_trying = layer_ios(time_first, loss, square, y)
 assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 
 # %% [markdown]
-# **What no trial sees.** A use of a weight may be zero on every datum that is tried, such as a use behind a
+# **What a trial cannot find.** A use of a weight may be zero on every datum that is tried, such as a use behind a
 # gate that is closed for all of them. Then nothing is unexplained, and capture is wrong for the datum whose gate
 # is open. A use whose effect is smaller than the tolerance is not seen, either. The tried data are spread over
 # the batch. So a gate that opens often is probably noticed, but there is no guarantee. Below, one gate is open.
@@ -999,7 +1046,7 @@ assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 # refused:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a gate that is not tried is missed, one that is tried is refused"
 def gated(layer, x):
     return layer(x) + (x[:, :1] > 0) * written_out(layer, x)
 
@@ -1018,7 +1065,7 @@ refused(NotImplementedError, net, loss, many.roll(-1, 0), many_targets.roll(-1, 
 # only the last two data meet: the output of the last but one depends on the last one.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: two data that meet are found"
 def last_two_meet(layer, x):
     z = layer(x)
     return z + functional.pad(z[-1:], (0, 0, len(z) - 2, 1))
@@ -1030,6 +1077,15 @@ assert errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)["layer
 refused(ValueError, net, loss, X, y)
 
 # %% [markdown]
+# ## In one minute
+#
+# - Forward hooks see calls of layers. Attention and code without layers use weights by functions.
+# - A mode of PyTorch intercepts functions, and `opened` makes those inside of attention visible.
+# - Two checks on a few data: no derivative passes between data, and a random vector's gradient is the sum of
+#   $g a^\top$ over the recorded calls. Then blocks are exact for these data, with probability one.
+# - Capture refuses a network that fails a check. A use that has no effect on the tried data is not found.
+# - Expand and reduce agree behind a pool. For keys of attention, reduce is zero.
+#
 # ## Exercises
 #
 # **Exercise 26.1.** How many calls of `linear` does PyTorch's attention need for queries, keys, values and
@@ -1058,8 +1114,9 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 26.3.** The package has a rule for `torch.einsum`. Teach this chapter's recorder the equation
-# `torch.einsum("ni,oi->no", x, W)`.
+# **Exercise 26.3 (write it).** The package has a rule for `torch.einsum`. Teach this chapter's recorder the equation
+# `torch.einsum("ni,oi->no", x, W)`: write a class that inherits from `Recorder`. The cell below has
+# `check_recorder`, which compares the blocks that your class finds with exact ones, and one solution.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -1088,7 +1145,7 @@ refused(ValueError, net, loss, X, y)
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 class Attention(nn.Module):
     def __init__(self, inputs):
         super().__init__()
@@ -1130,10 +1187,14 @@ class WithEinsum(Recorder):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-net = Uses(lambda layer, x: layer(x) + torch.einsum("ni,oi->no", x.sin(), layer.weight))  # 26.3
-assert errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)["layer"] > 0.01
-for ios in (by_functions(net, loss, X, y, WithEinsum()), layer_ios(net, loss, X, y)):
-    assert max(errors(ios, net, loss, X, y).values()) <= EXACT
+def check_recorder(recorder: type[Recorder]) -> None:  # 26.3
+    net = Uses(lambda layer, x: layer(x) + torch.einsum("ni,oi->no", x.sin(), layer.weight))
+    assert errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)["layer"] > 0.01
+    for ios in (by_functions(net, loss, X, y, recorder()), layer_ios(net, loss, X, y)):
+        assert max(errors(ios, net, loss, X, y).values()) <= EXACT
+
+
+check_recorder(WithEinsum)
 
 
 def there_and_back(layer, x):
@@ -1156,4 +1217,4 @@ print("all hold")
 # weights; [curvlinops](bibliography.md#curvlinops), which traces a network and checks that every path from a
 # parameter in the graph is one that it knows.
 #
-# [Chapter 27](27_conformance.py) asks the same question from the outside: is what a program gives right?
+# [Chapter 27](27_conformance.py) tests a program from the outside: are its factors right?

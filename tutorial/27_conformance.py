@@ -16,14 +16,18 @@
 # **Part VI: Scale and trust.** You have a KFAC, and it trains. How do you find out whether it
 # computes what it should?
 #
-# KFAC is an approximation. It differs from the exact curvature even if every line of code is
-# right, so that a difference proves nothing. It is used inside an optimizer, which forgives a lot.
-# And no two codes agree on what they divide by, where the bias stands and in which order weights
-# are numbered. This chapter is for somebody with an implementation of their own, in whatever
-# framework. It shows an **oracle** that tells what is wrong with it, and in which way; then it
-# takes a first KFAC, as people really write it, from no case passing to all. If you only want to
-# run it on your code, read [Verdicts](#verdicts), [What your code shows](#what-your-code-shows) and
-# [How to use it](#how-to-use-it).
+# KFAC is an approximation. It differs from the exact curvature even if every line of code is right, so a difference
+# proves nothing. An optimizer converges with many wrong factors. A factor $B$ that is too large by $c$ is a right one
+# under another damping and another learning rate:
+#
+# $$
+# (c B \otimes A + \delta I)^{-1} = \tfrac1c \bigl( B \otimes A + \tfrac{\delta}{c} I \bigr)^{-1} .
+# \tag{27.1}
+# $$
+#
+# This chapter presents an **oracle**: cases in which a theorem says what KFAC must give, and a judge that says how
+# an answer differs. To run it on your code, read [Verdicts](#verdicts),
+# [What your code shows](#what-your-code-shows) and [How to use it](#how-to-use-it).
 
 # %%
 import math
@@ -70,23 +74,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 device = torch.get_default_device().type
 
 
-# %% [markdown]
-# ## Why training does not tell
-#
-# Suppose that a factor comes out too large by a number $c$. Then
-#
-# $$
-# (c B \otimes A + \delta I)^{-1} = \tfrac1c \bigl( B \otimes A + \tfrac{\delta}{c} I \bigr)^{-1} .
-# \tag{27.1}
-# $$
-#
-# A wrong scale is a right KFAC with another damping and another learning rate. Both are tuned
-# anyway, so whoever tunes them tunes the mistake away. The most frequent mistake of this kind is
-# $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$, which then are
-# taken for the gradients of single data, and squared. We train a small network with the right $B$
-# and with this one.
-
-# %%
+# %% tags=["hide-input"] alt="Loss against the step, from 0 to 19. The curve of a KFAC whose factor is wrong by one over N squared falls as well; with damping and learning rate tuned it lies exactly on the curve of the right KFAC." caption="Training with a right KFAC, and with a factor $B$ that is too small by $N^2 = 150^2$. With another damping and learning rate, the wrong one gives the same losses at every step."
 digits = load_digits()
 images = torch.tensor(digits.data[:150], device=device) / 16
 labels = torch.tensor(digits.target[:150], device=device)
@@ -122,16 +110,35 @@ for kind, losses in {"right": right, "wrong": untuned, "wrong, tuned": tuned}.it
     print(f"{kind:12} loss from {losses[0]:.2f} to {losses[-1]:.3f}")
     assert losses[-1] < losses[0] / 2
 assert torch.allclose(torch.tensor(right), torch.tensor(tuned), rtol=1e-6)
+fig, ax = plt.subplots(figsize=(6.4, 3.3), layout="constrained")
+ax.plot(right, linewidth=4, alpha=0.5, label="right")
+ax.plot(untuned, label="wrong by $1/N^2$, the same settings")
+ax.plot(tuned, "--", label="wrong by $1/N^2$, tuned")
+ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+ax.legend()
+plt.show()
 
 # %% [markdown]
-# The wrong one trains; and tuned, it is the right one, step for step. What breaks is everything
-# that takes the curvature at its word: a damping that was tuned at another batch size, a Laplace
+# After this chapter you will be able to
+#
+# - write an adapter for your code, and run every case on it that it claims to support;
+# - read a verdict: which mistake a scale, a layout or a wrong matrix points to;
+# - say what a passed case proves, and what it does not.
+#
+# ## Why training does not tell
+#
+# [Figure 27.1] trains a small network on digits with all data at once. The wrong factor is the most frequent mistake of
+# its kind, $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$. The code takes them for
+# gradients of single data, and squares them.
+#
+# The wrong KFAC trains. Tuned, its losses equal those of the right one at every step, by [(27.1)]. The mistake shows
+# where the scale of the curvature is used: a damping that was tuned at another batch size, a Laplace
 # approximation, an influence function, a comparison with the GGN.
 #
-# A unit test is no safer, if its tolerance is absolute. The entries of a mean loss's curvature are
+# A unit test with an absolute tolerance does not find it either, because the entries of a mean loss's curvature are
 # small:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a tolerance of 0.2 accepts the wrong block, and zero"
 io = layer_ios(network(), loss, images, labels)["2"]
 F, wrong = io.block(), kfac(io).dense() / N**2
 print(f"largest entry of the exact block: {F.abs().max().item():.3f}")
@@ -146,7 +153,7 @@ assert torch.allclose(torch.zeros_like(F), F, atol=0.2)
 # KFAC replaces the average of a product by the product of averages, and its error is a
 # covariance ([Theorem 5.1]). A covariance with something that does not vary is zero. So there are
 # networks, losses and data on which KFAC is **exact**, by a theorem, and the exact block needs
-# nothing but plain autodiff. A **case** of the oracle is a theorem with a network, a loss and data
+# only plain autodiff. A **case** of the oracle is a theorem with a network, a loss and data
 # to which it applies:
 
 # %%
@@ -167,11 +174,10 @@ assert case.flavours["expand"] == EXACT
 #
 # ### The truth
 #
-# What is right is computed without any of the package's own code for curvature: the Jacobian of all
-# outputs with respect to the parameters, and the Hessian of the loss with respect to all outputs.
-# That is
-# slow and obvious. Even the inputs of a layer are obtained as a derivative, of its result with
-# respect to its weight, so that a convolution needs no unfolding. On the right, the whole of
+# The expected block is computed without the package's own code for curvature, from the Jacobian of all
+# outputs with respect to the parameters, and the Hessian of the loss with respect to all outputs. This is slow
+# and easy to check. The inputs of a layer are the derivative of its result with
+# respect to its weight, so that a convolution needs no unfolding. The listing has all of
 # KFAC's definition.
 
 # %% tags=["beside", "remove-input"]
@@ -188,22 +194,21 @@ assert result.verdict == "exact"
 # %% [markdown]
 # ### The scale tells the mistake
 #
-# A comparison yields more than yes or no. The judge fits the best scale in the sense of least
-# squares, and looks at what is left.
+# The judge fits the best scale in the sense of least squares, and measures the residual.
 
 # %% tags=["beside", "remove-input"]
 code(judge.fit)
 
 # %% [markdown]
-# If nothing is left, the block is right up to a number, and the number says which size was
-# forgotten, provided that sizes differ. So all sizes of a case are chosen pairwise coprime, as far
-# as that is possible: seven data, five positions. A scale of 1/49 can then be nothing but $1/N^2$.
-# With equal sizes it could be many things:
+# If the residual is zero, the block is right up to a number. If all sizes differ, the number says which size is
+# missing. So all sizes of a case are chosen pairwise coprime, as far
+# as that is possible: seven data, five positions. A scale of 1/49 is then $1/N^2$.
+# With equal sizes, many formulas have this value:
 
 # %% tags=["beside", "remove-input"]
 code(scalars.formulas, scalars.candidates)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: formulas have different values if sizes are coprime"
 coprime = {"N": 7, "S": 5, "C": 11, "d_in": 13, "d_out": 3}
 equal = dict.fromkeys(coprime, 7)
 print(scalars.in_words(1 / 49, coprime))
@@ -238,26 +243,26 @@ assert distinct(coprime) == 1 > 0.1 > distinct(equal)
 # | `not-supported` | you say that you do not offer this | yes |
 # | `error` | no numbers to compare: an exception, a shape, a precision, not finite | no |
 #
-# Two of them need a word. A convention is not a bug. Some codes define the squared error with
-# $\tfrac12$ in front, some stack columns, some keep the bias first. Who documents it has told
-# users what they get, and the oracle converts it. What it does not accept is a number that nobody
-# stated, or a number that changes from layer to layer: no choice of damping repairs that. And who
-# says "this I do not support" is right, too. If your code refuses a network with a message that says
+# Two verdicts need an explanation. `scaled`: a convention is not a bug. Some codes define the squared error with
+# $\tfrac12$ in front, some stack columns, some keep the bias first. If the documentation says so, the oracle
+# converts the numbers. It rejects a number that no documentation
+# states, and a number that changes from layer to layer, because no damping repairs that. `not-supported`: code may
+# refuse a question. If your code refuses a network with a message that says
 # so, the adapter turns the exception into `NotSupported`, which refuses the whole question. Any other
 # exception is an `error`, and so are blocks of the wrong shape.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: four verdicts pass"
 print(PASSING)
 assert PASSING == ("exact", "definition", "scaled", "not-supported")
 
 # %% [markdown]
 # ## What your code shows
 #
-# What you write for the oracle is an **adapter**: a class that says what your code offers
+# You write an **adapter** for the oracle: a class that says what your code offers
 # (`capabilities`), returns its numbers for a request (`blocks`), and says what its documentation
 # states about their scale (`scale`): by which factor your numbers exceed the right ones. If your
 # documentation says that the squared error has $\tfrac12$ in front, `scale` returns 0.5. If it says nothing
-# of a factor, `scale` returns `None`. The oracle compares matrices, and your code may not show any.
+# of a factor, `scale` returns `None`. The oracle compares matrices, and some codes give none.
 # Four shapes are common. This command writes an adapter of a shape into the folder where you are; it
 # runs as it stands, for a small implementation in the same file. Put yours in its place.
 #
@@ -273,8 +278,8 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # | a product with a vector | `product` | `drivers.from_products(product, like)` |
 # | nothing but gradients that it changes | `preconditioner` | `drivers.from_preconditioner(...)` |
 #
-# Questions come in *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and
-# EKFAC ([Chapter 10](10_ekfac.py)). They ask for one of three *Fishers*: `type2` is the Fisher over the
+# Questions have *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and
+# EKFAC ([Chapter 10](10_ekfac.py)). Each question names one of three *Fishers*: `type2` is the Fisher over the
 # model's own labels, computed exactly ([Chapter 3](03_losses.py)), `mc` draws labels, and `empirical`
 # takes those of the data. An adapter claims what it has of both. `ops` names the kinds of layers that you are
 # asked for. The skeleton's code knows linear layers only, and claims `{"linear"}`. With an empty `ops`, you are
@@ -285,10 +290,10 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # theorem holds, and `ekfac` of this package refuses such a layer. EKFAC with the eigenvectors of
 # KFAC-reduce is another method ([Chapter 10](10_ekfac.py)). It has no questions here.
 #
-# The last shape is that of most optimizers. An optimizer gives no matrix, and it is never told what
-# the loss is. It can be asked all the same, with `kfac_scratch.conformance.drivers`:
+# Most optimizers have the last shape. An optimizer gives no matrix, and does not get the loss. The functions of
+# `kfac_scratch.conformance.drivers` find its matrix all the same:
 #
-# - **No loss.** An optimizer sees what arrives in the backward pass. With the linear loss $\langle f,
+# - **No loss.** An optimizer gets the vectors of the backward pass. With the linear loss $\langle f,
 #   v \rangle$, the vector $v$ arrives at the output. `drivers.rows` returns the batch once for every
 #   column $v$ of a square root of the loss's Hessian, one below the other. The Hessian contains what the
 #   loss divides by. So the right $B$ is the plain sum of $g g^\top$ over all these rows, and the right
@@ -320,7 +325,7 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 #   does not, and say so in its docstring.
 #
 # This is the whole adapter of the last shape. Its implementation has hooks and running averages, and
-# its only effect is on `.grad`.
+# changes only `.grad`.
 
 # %%
 with TemporaryDirectory() as folder:
@@ -330,7 +335,7 @@ with TemporaryDirectory() as folder:
 # %% tags=["remove-input"]
 Source(text[text.index("class Adapter:") :].rstrip())
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the skeleton passes every sixth of its questions"
 stranger = Stranger()
 questions = [
     (i, f)
@@ -345,9 +350,9 @@ assert all(r.passes for r in some)
 # %% [markdown]
 # ## A first KFAC
 #
-# Here is one as a careful person may write it in an afternoon. Forward hooks keep what a layer
-# received and returned; autograd sends the loss's gradient back; both are multiplied with
-# themselves. It runs, and the factors look as in the paper.
+# The following KFAC is typical of a first attempt. Forward hooks keep a layer's input and output. Autograd sends the
+# loss's gradient back. The factors are means of outer products. The code runs, and its factors look like those of
+# the paper.
 
 
 # %%
@@ -390,8 +395,7 @@ class FirstTry:
 
 
 # %% [markdown]
-# It has mistakes, all of which occur in public code, and mending some of them will bring others.
-# You may stop here and look for them.
+# It has mistakes that all occur in public code. You may stop here and look for them.
 #
 # ### The adapter
 #
@@ -438,11 +442,10 @@ class Adapter:
 
 
 # %% [markdown]
-# What it claims decides what is asked. We sort the cases into groups, from the simplest to the
-# ones with everything, and ask a few of each in every round. All that the adapter claims follow at
-# the end.
+# The claims of an adapter select the cases. We sort the cases into groups, from the simplest to those with several
+# features, and run a few of each group in every round. All cases that the adapter claims follow at the end.
 
-# %%
+# %% tags=["hide-input"] fold="The panel of cases, and the first answers"
 PANEL = {
     "no bias, mean": ["deep-linear-mse-mean-nobias", "constant-hessian-cross-entropy-mean-nobias"],
     "no bias, sum": ["deep-linear-mse-sum-nobias", "deep-linear-cross-entropy-sum-nobias"],
@@ -483,8 +486,8 @@ assert verdicts("first try") == {"error"}
 # %% [markdown]
 # ## Round 1: no numbers
 #
-# Nothing can be compared. The model and the data are in double precision and the factors are not:
-# somebody wanted to save memory. In single precision a KFAC is right to a few digits, and
+# Nothing can be compared. The model and the data are in double precision and the factors are in single precision, to
+# save memory. In single precision a KFAC is right to a few digits, and
 # mistakes of the size of its rounding cannot be seen. (The oracle has cases in single precision,
 # too, with a tolerance of their own, $10^{-4}$; but they must be asked for in single precision.)
 # The mended line:
@@ -510,13 +513,13 @@ assert verdicts("precision", "no bias, sum") == {"wrong"}
 # computes what well-known mistakes would have given in its place, and says which one it looks
 # like: here the empirical Fisher.
 #
-# That is a fair description of what the code does. It sends back the gradient of the *data's*
+# The judge is right: the code sends back the gradient of the *data's*
 # labels. The Fisher averages over labels that the *model* predicts, which is done exactly by
 # sending back the columns of a square root of the loss's Hessian ([Chapter 3](03_losses.py)). In
 # general no scale turns one matrix into the other
 # ([Kunstner et al. 2019](bibliography.md#empirical-fisher)). For the squared error the square root
 # is a multiple of the identity, for cross-entropy $\operatorname{diag}(\sqrt p) - p \sqrt p^\top$.
-# This is the longest mend, and it brings mistakes of its own, which the next rounds find.
+# This is the longest change, and it adds new mistakes, which the next rounds find.
 
 
 # %%
@@ -550,8 +553,8 @@ assert all("too small by N² = " in rounds["type-2"][i].words for i in MEAN)
 # ## Round 3: gradients of the mean
 #
 # `wrong` became `undocumented-scale`: the matrix is right up to a number. It is too small, by $N^2$.
-# This is the mistake of the first section. Whoever divides a vector by $N$ divides
-# its square by $N^2$, and `update` divides by $N$ once more. Only one of the two belongs there.
+# This is the mistake of the first section. A vector divided by $N$ has
+# a square divided by $N^2$, and `update` divides by $N$ once more. The result should have one division by $N$.
 # The vectors are those of single data, and the mean is taken when they are added up.
 
 
@@ -569,12 +572,12 @@ assert "as if the bias stood first" in rounds["per datum"]["mlp-cross-entropy-me
 # %% [markdown]
 # ## Round 4: where the bias stands
 #
-# The simplest cases pass. Take the same networks with a bias, and they fail. What differs between a
-# case that passes and one that fails is the first suspect, and the judge suspects the bias as well: the
+# The simplest cases pass. The same networks with a bias fail. The difference between a
+# case that passes and one that fails is the first thing to check, and the judge names the bias as well: the
 # numbers look as if it stood first. We look at the numbers. `harness.answer` returns what the adapter
 # gave in the oracle's order, and `truth.expected` what is right.
 
-# %% tags=["hide-input"] alt="Heat maps of two matrices with 18 rows, ruled into blocks of 6. In both, every block has the same pattern up to a factor. In the left one, the first row and column of every block look like the last row and column of every block in the right one." caption="The first layer's block of `deep-linear-mse-mean-bias`, as the adapter gave it and as it should be. Each tile of six rows belongs to one output. Within a tile, what should be the last row and column is the first."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Heat maps of two matrices with 18 rows, ruled into blocks of 6. In both, every block has the same pattern up to a factor. In the left one, the first row and column of every block look like the last row and column of every block in the right one." caption="The first layer's block of `deep-linear-mse-mean-bias`, as the adapter gave it and as it should be. Each tile of six rows belongs to one output. Within a tile, what should be the last row and column is the first."
 judged = CASES["deep-linear-mse-mean-bias"]
 data = judged.build(device)
 got = harness.answer(Adapter(PerDatum), judged, harness.request(judged, data, "expand"))
@@ -582,16 +585,15 @@ expected = truth.expected(judged, data, "expand")
 G, E = got["fc1", "joint"][0], expected["fc1", "joint"][0]
 matrices({"got": G, "expected": E}, blocks={"got": (6, 6), "expected": (6, 6)})
 
-# %%
+# %% tags=["hide-input"] fold="Checked: with rows and columns moved, both are equal"
 moved = G.reshape(3, 6, 3, 6).roll((-1, -1), (1, 3)).reshape(18, 18)
 assert not torch.allclose(G, E, rtol=0.1)
 assert_exact(moved, E)
 
 # %% [markdown]
-# All numbers are there, at other places: `with_bias` puts the ones *before* the other inputs. That
-# is no mistake of the KFAC. It is a mistake of the adapter, which did not say so, and it is mended
-# there, by `bias_at="first"`. Adapters have bugs as everything else has; before you blame an
-# implementation, check the layout that you declared. (It would be a mistake of the KFAC if it then
+# All numbers are right and stand at other places: `with_bias` puts the ones *before* the other inputs. The KFAC may do
+# so. The mistake is in the adapter, which did not say so, and `bias_at="first"` corrects it. Before you
+# change an implementation, check the layout that its adapter declares. (The KFAC would be wrong if it then
 # read the last column of a step as the bias.)
 
 # %%
@@ -605,13 +607,13 @@ assert "too small by N = " in rounds["layout"]["deep-linear-cross-entropy-sum-no
 # ## Round 5: what PyTorch divides by
 #
 # For `reduction="sum"` blocks are too small by $N$ under cross-entropy: the code divides by $N$
-# whatever the loss does. Under the squared error it is more interesting. PyTorch's mean runs over *all
+# whatever the loss does. Under the squared error, PyTorch's mean runs over *all
 # entries* of the output, $N C$ of them. A code that divides by $N$ is too large by $C$. The last
 # layer's case has $C = 5$, and the judge says $C/2$.
 #
-# But then, why did `deep-linear-mse-mean-nobias` pass in round 3? It has $C = 2$. There is a
-# second mistake in the code, a $\tfrac12$, and with two outputs $C/2 = 1$: **two mistakes
-# cancel**. One case is no test. They come in families with other sizes for this reason.
+# Yet `deep-linear-mse-mean-nobias` passed in round 3. It has $C = 2$. The code has a
+# second mistake, a factor $\tfrac12$, and with two outputs $C/2 = 1$: **two mistakes
+# cancel**. One case is not sufficient. For this reason cases are families with different sizes.
 
 
 # %%
@@ -634,16 +636,16 @@ scales = [
 assert all(math.isclose(s, 1 / 2) for s in scales)
 
 # %% [markdown]
-# The case that passed by accident now fails as all others do, and for all of them the scale is one
-# number. That is progress: fewer passes, and one cause.
+# The case that passed by accident now fails like the others, and all have the same scale. Fewer cases pass, but a
+# single cause is left.
 #
 # ## Round 6: a convention
 #
 # The scale $\tfrac12$ is everywhere, and only under the squared error. PyTorch's loss is
 # $\lVert f - y \rVert^2$ with Hessian $2 I$; our code sends back $I$, the Hessian of
 # $\tfrac12 \lVert f - y \rVert^2$. Papers and many codes define it so, but users who pass an
-# `MSELoss` will not expect it. There are two ways out, and both are right: multiply by $\sqrt2$,
-# or write it into the documentation. We do the latter, and the adapter repeats what the
+# `MSELoss` will not expect it. Both ways out are right: multiply by $\sqrt2$,
+# or document the factor. We document it, and the adapter repeats what the
 # documentation says.
 
 # %%
@@ -663,8 +665,8 @@ assert unclear.verdict == "undocumented-scale"
 # The cases named `relu-inplace` fail, while the same with an ordinary ReLU would pass. A hook that
 # keeps a layer's output keeps a reference. An activation that works in place writes over it, and
 # from then on the kept tensor *is* the activation's result: the gradient that autograd
-# returns for it belongs to another point of the network. No exception says so. The cure is to
-# hand on a copy.
+# returns for it belongs to another point of the network. PyTorch raises no exception. To return a
+# copy from the hook corrects this.
 
 
 # %%
@@ -688,7 +690,7 @@ assert math.isclose(rounds["copied"]["flattened-mse"].scales["fc1 joint"], 5)
 #
 # The scale is $S$, the number of positions. Look at `flattened-mse`, whose first layer has five
 # positions and whose last layer has one: `inconsistent-scale`, since the first layer is too large
-# by $S$ and the last one is right. Here no damping helps: it would have to differ between the
+# by $S$ and the last one is right. No damping corrects this, because it would have to differ between the
 # layers.
 #
 # Expand treats positions as data, so $A$ is a mean over $N S$ rows. The code flattens the positions
@@ -718,7 +720,7 @@ assert verdicts("positions", "positions") == {"scaled"}
 # `loss.weight`, and the judge says so in one case. In the other all data have the same label, so
 # that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. In the first layer
 # that is $d_\text{out}^2$ as well, but not in the last, and the judge names what fits both. Two
-# formulas mean that the case cannot decide. What one does not support one must refuse; we support it:
+# formulas mean that the case cannot decide. Code must support a setting or refuse it. We support it:
 
 
 # %%
@@ -750,11 +752,10 @@ assert all("last mini-batch" in rounds["weights"][i].words for i in PANEL["mini-
 # %% [markdown]
 # ## Round 10: more than one batch
 #
-# "The last mini-batch alone": `update` overwrites. What should it do? The average over batches
-# suggests itself, and is wrong as soon as batches differ in size; and how should it weigh batches
-# with class weights? The way that cannot go wrong is to keep **sums and counts**: $A$ is the sum
-# of all $a a^\top$ divided by the number of rows, $B$ the sum of all $g g^\top$ divided by what
-# the loss over *all* data is divided by. Division comes last, once.
+# "The last mini-batch alone": `update` overwrites. An average over batches is wrong if batches differ in size, or in
+# the sum of their class weights. **Sums and counts** are always right: $A$ is the sum of all $a a^\top$ divided by the
+# number of rows, $B$ the sum of all $g g^\top$ divided by what the loss over *all* data is divided by. Division comes
+# last, once.
 
 
 # %%
@@ -779,11 +780,11 @@ ask("counted", Adapter(Counted, "first", 0.5))
 assert all(r.passes for r in rounds["counted"].values())
 
 # %% [markdown]
-# The panel is green. That is when to run everything that the adapter claims. `report.table` prints
-# what a terminal would show.
+# The whole panel passes. Now we run every case that the adapter claims. `report.table` prints
+# the same table as the command line.
 
 
-# %%
+# %% tags=["hide-input"] fold="Run: all cases that the adapter claims"
 def everything(adapter: Adapter) -> list[Result]:
     """All cases, for the flavours that the adapter has."""
     flavours = adapter.capabilities().flavours
@@ -808,7 +809,7 @@ assert all(left.values())
 assert sum(map(len, left.values())) == len(failing)
 
 # %% [markdown]
-# ## Round 11: what one does not support
+# ## Round 11: what the code does not support
 #
 # The cases that are left are of two kinds. In the first, a layer is called twice. `save` overwrites, so
 # the first call is lost. We could keep a list, and count the calls as positions. In the second, class
@@ -846,10 +847,9 @@ for reason, count in Counter(r.words for r in full if r.verdict == "not-supporte
 assert counts["exact"] + counts["scaled"] + counts["definition"] > 80
 
 # %% [markdown]
-# Every case is passed or refused with a reason. The list of refusals is worth as much as the rest:
-# it is the documentation of what the code does not do, and it was written by running it.
+# Every case passes or is refused with a reason. The list of refusals documents what the code does not support.
 
-# %% tags=["hide-input"] alt="A heat map with a row for each round and a column for each group of cases. In the first three rows nothing passes. Then groups turn to fully passing one after the other from left to right, with one setback, and in the last row everything passes." caption="The share of cases that pass, by round and group of cases. The step back in the row of the divisor is two mistakes that had cancelled."
+# %% tags=["hide-input"] fold="Code of the figure" alt="A heat map with a row for each round and a column for each group of cases. In the first three rows nothing passes. Then groups turn to fully passing one after the other from left to right, with one setback, and in the last row everything passes." caption="The share of cases that pass, by round and group of cases. The step back in the row of the divisor is two mistakes that had cancelled."
 shares = [
     [sum(found[i].passes for i in group) / len(group) for group in PANEL.values()]
     for found in rounds.values()
@@ -872,11 +872,11 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # %% [markdown]
 # ## How to use it
 #
-# **From the command line.** An adapter is a class in a module that can be imported, from the folder
-# where you are, for example. It runs in a process of its own, so that a crash or a hang is a verdict and not the end. Only its numbers come
-# back, and the verdict is made outside of that process. `-k` takes part of an identifier or a
-# pattern, `--tag` a tag or a family. The exit status is 0 if everything is as expected, 1 if
-# something is not, and 2 if an option or a file makes no sense.
+# **From the command line.** An adapter is a class in a module that can be imported, from the folder where you are, for
+# example. It runs in a process of its own, so that a crash or a hang is a verdict and not the end. Only its numbers
+# come back, and the verdict is made outside of that process. `-k` takes part of an identifier or a pattern, `--tag` a
+# tag or a family. The exit status is 0 if everything is as expected, 1 if something is not, and 2 if an option or a
+# file makes no sense.
 #
 # ```sh
 # python -m kfac_scratch.conformance run --adapter mypackage.oracle:Adapter
@@ -911,9 +911,9 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 #
 # **Expected failures** belong in a file that *you* own, each with a reason and a link. They are
 # strict: a case that passes although it is expected to fail is a surprise, too, and the file has to
-# be shortened. So the file never says more than is true.
+# be shortened. So the file contains no outdated entries.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: expected failures, and surprises"
 EXPECTED = """
 [[expected]]
 case = "used-*"
@@ -947,14 +947,13 @@ assert {r.case for r in made(again, known).surprises()} == {r.case for r in left
 #
 # ## Is the oracle right?
 #
-# An oracle is worth what it catches. Its truth is compared with another way of computing it. Our
-# own KFAC, which shares no code with the truth, agrees with it in all cases; that is a test of this
-# package. And the oracle is tested by **mutation**: a catalogue of small changes to our own code,
-# and of mistakes that people made in public, each of which at least one case must reject. A mutant
-# that survives is a case that is missing. The public ones are the bug museum of
+# The oracle is tested in two ways. Our own KFAC shares no code with the expected blocks, and agrees with them in all
+# cases. This also tests the package. Second, the oracle is tested by **mutation**: a catalogue of small changes to our
+# own code, and of mistakes in public code, each of which at least one case must reject. If a mutant passes all
+# cases, a case is missing. The public ones are the bug museum of
 # [Chapter 28](28_museum.py).
 
-# %%
+# %% tags=["hide-input"] fold="Checked: two pieces of the museum are rejected"
 print(f"{len(MUTANTS)} mutants, {len(PIECES)} mistakes from public code")
 assert len(MUTANTS) >= 60
 assert all(mutant.case[0] in CASES for mutant in [*MUTANTS, *PIECES])
@@ -970,7 +969,7 @@ for piece in PIECES[:2]:
 # How many cases there are, by family, and how many by theorem: for which flavours it makes KFAC
 # equal to the exact block.
 
-# %%
+# %% tags=["hide-input"] fold="Counted: cases by family and by theorem"
 for name, members in FAMILIES.items():
     flavours = Counter(f for case in members for f in case.flavours)
     print(f"{name:14}{len(members):4} cases  {dict(flavours)}")
@@ -989,12 +988,12 @@ assert len(selection.tasks()) == sum(len(case.flavours) for case in CASES.values
 #
 # A KFAC with sampled labels is right if its *expectation* is. The oracle takes 40 independent
 # draws with three labels per datum each, and compares their mean with the truth, entry by entry.
-# The tolerance is not picked by hand: an entry may be off by six standard errors of the mean, as
-# estimated from the draws themselves. How often does a right implementation fail? If means were
+# The tolerance comes from the draws: an entry may be off by six standard errors of the mean, as
+# estimated from the draws themselves. The rate at which a right implementation fails can be estimated. If means were
 # normal, the ratio would follow Student's distribution with 39 degrees of freedom. We integrate
 # its tails, and multiply by the number of different entries in all these cases:
 
-# %%
+# %% tags=["hide-input"] fold="Computed: how often a right implementation fails"
 R, bound = harness.REPETITIONS, harness.STANDARD_ERRORS
 
 
@@ -1016,14 +1015,14 @@ assert abs(tails(2.0227, 39) - 0.05) < 1e-4  # from a table
 assert entries * tails(bound, R - 1) < 0.01
 
 # %% [markdown]
-# Means of 40 draws are not quite normal, so this is an estimate; hence six and not three. The
+# Means of 40 draws are not quite normal, so this is an estimate, and the bound is six instead of three. The
 # seeds are part of the request, so that a verdict is the same in every run.
 #
-# And how wrong must an implementation be to be found? We take our own draws for one case. An entry
+# The same draws show which mistakes are found. We take our own draws for one case. An entry
 # with mean $\mu$ and standard error $\sigma$ reveals a scale $c$, more often than not, if
 # $\lvert c - 1 \rvert\, \mu \gt 6 c \sigma$. The most precise entry decides.
 
-# %%
+# %% tags=["hide-input"] fold="Computed: the smallest wrong scale that is found"
 case = CASES["sampled-cross-entropy-mean"]
 data = case.build(device)
 draws = [
@@ -1053,7 +1052,7 @@ assert 1.01 < above < harness.SAMPLES**0.5
 # number of verdicts that are not refusals. `run` prints it in its last line. This adapter refuses everything:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: an adapter that refuses everything passes"
 class Modest(Adapter):
     def blocks(self, request: Request) -> Mapping[str, LayerBlock]:
         raise NotSupported("not today")
@@ -1074,7 +1073,7 @@ assert all(r.passes for r in modest)
 #   data have one label; the weight cancels in the mean, and a code that ignores weights is exact
 #   there:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a symmetric case accepts a code that ignores weights"
 symmetric = harness.verdict(
     Adapter(Positions, "first", 0.5), CASES["class-weights-constant-mean"], "expand", device
 )
@@ -1087,7 +1086,7 @@ assert not rounds["positions"]["class-weights-constant-sum"].passes
 # well-known mistakes that change its answer by more than the tolerance, each with the flavours that
 # catch it. `show` prints the flags, and the manifest of the vectors lists them.
 
-# %%
+# %% tags=["hide-input"] fold="Printed: the flags of two cases"
 of_sum, of_mean = (flags(CASES[f"class-weights-constant-{kind}"]) for kind in ("sum", "mean"))
 for key in of_sum:
     print(f"{key:24}{'both' if key in of_mean else 'sum':6}{MEANINGS[key]}")
@@ -1105,7 +1104,7 @@ assert of_sum.keys() - of_mean.keys() == {"weights"}
 # **Only layers without a bias, only `mean`, only one batch.** Each of the last four columns of the
 # figure rejects a version that all columns to the left of it let pass:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: every group rejects a version that the groups before it let pass"
 groups = list(PANEL)
 for j, group in enumerate(groups[3:], start=3):
     versions = [
@@ -1119,11 +1118,19 @@ for j, group in enumerate(groups[3:], start=3):
 
 # %% [markdown]
 # **Comparing factors.** $B \otimes A = (cB) \otimes (A/c)$. Two right codes may have factors that
-# differ by any number; only products are compared, here and in the oracle.
+# differ by any number. Compare products only, as the oracle does.
 #
-# **Believing `definition` more than `exact`.** If a case with a theorem fails, the code is wrong.
+# **A failed `definition`.** If a case with a theorem fails, the code is wrong.
 # If only a `definition` fails, read the case: you may have implemented something else on purpose.
 # Then say so in `capabilities`.
+#
+# ## In one minute
+#
+# - Training and absolute tolerances accept a factor that is wrong by $N^2$.
+# - On some networks, losses and data, KFAC equals the exact block by a theorem. Such cases test code to ten digits.
+# - A scale names the size that is missing, if all sizes are coprime. An inconsistent scale cannot be tuned away.
+# - A documented convention passes, and so does a refusal with a reason.
+# - Passing says nothing about large data, averages over time, or several processes.
 #
 # ## Exercises
 #
@@ -1151,8 +1158,9 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # </details>
 #
-# **Exercise 27.3.** Make the KFAC support cross-entropy with a label at every position, `[N, C,
-# T]`. How many vectors does a datum need, and which cases decide?
+# **Exercise 27.3 (write it).** Make the KFAC support cross-entropy with a label at every position, `[N, C,
+# T]`. How many vectors does a datum need, and which cases decide? The cell below has
+# `check_tokens`, which runs these cases on your class, and one solution.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -1167,7 +1175,7 @@ for j, group in enumerate(groups[3:], start=3):
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 class AveragedBatches(Weighted):  # 27.1
     def __init__(self, model: Module) -> None:
         super().__init__(model)
@@ -1219,9 +1227,13 @@ class Tokens(Refusing):  # 27.3
         return torch.ones(y.shape).to(f) if given is None else given[y]
 
 
-for name in ("tokens-cross-entropy-all-mean", "attention-tokens-cross-entropy"):
-    assert asked(Tokens, name).verdict == "definition"
-assert asked(Tokens, "class-weights-tokens").verdict == "definition"
+def check_tokens(make: Callable[[Module], FirstTry]) -> None:
+    kinds = ("tokens-cross-entropy-all-mean", "attention-tokens-cross-entropy")
+    for name in (*kinds, "class-weights-tokens"):
+        assert asked(make, name).verdict == "definition"
+
+
+check_tokens(Tokens)
 print("all hold")
 
 # %% [markdown]
