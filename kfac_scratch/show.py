@@ -1,7 +1,7 @@
 """What chapters show: the source that is installed, matrices as pictures, one style for a method.
 
-`source`, `code` and `matrices` return a value that Jupyter displays, so put the call at the end of a
-cell. matplotlib is needed only to draw.
+`source`, `code` and `matrices` return a value that Jupyter displays, so put the call at the end of
+a cell. matplotlib is needed only to draw.
 """
 
 import ast
@@ -148,9 +148,9 @@ STYLES: dict[str, tuple[str | None, str, bool]] = {
 def style(method: str) -> dict[str, Any]:
     """The colour and the marker of a method, which are the same in all figures of the book.
 
-    Use it for curves of methods: `ax.plot(steps, losses, **style("KFAC"), label="KFAC")`. The colours
-    reach a contrast of 3 on light and on dark paper. Those of figures that a reader can move are
-    variables of the page (`tutorial/assets/moving.css`) with the same hues and shapes.
+    Use it for curves of methods: `ax.plot(steps, losses, **style("KFAC"), label="KFAC")`. The
+    colours reach a contrast of 3 on light and on dark paper. Those of figures that a reader can
+    move are variables of the page (`tutorial/assets/moving.css`) with the same hues and shapes.
 
     Args:
         method: A key of `STYLES`: "KFAC" (or KFAC-expand), "reduce" for KFAC-reduce, "EKFAC",

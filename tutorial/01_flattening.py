@@ -35,6 +35,7 @@ from torch.testing import assert_close
 
 from kfac_scratch.checks import set_up
 from kfac_scratch.linalg import kron_matvec, psd_eigh, unvec, vec
+from kfac_scratch.moving.cells import kronecker_cells
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -149,6 +150,14 @@ assert_close(kron_by_hand(B, A), torch.kron(B, A))
 # %% tags=["hide-input"] alt="Heat maps of a 3 by 3 matrix B, a 4 by 4 matrix A and their 12 by 12 Kronecker product. Lines divide the product into nine blocks of 4 by 4; every block repeats the pattern of A in a colour strength given by one entry of B." caption="Every block of the product is a copy of $A$, scaled by one entry of $B$."
 product = {"$B$": B, "$A$": A, r"$B \otimes A$": torch.kron(B, A)}
 matrices(product, blocks={r"$B \otimes A$": (4, 4)})
+
+# %% [markdown]
+# Equation [(1.4)] says which two numbers are multiplied in each cell. For a layer whose weight matrix $W$ has
+# three rows and four columns, each row and each column of $B \otimes A$ belongs to one weight. Point at a cell
+# to see both weights: the rows of $W$ that they stand in choose the entry of $B$, and their columns that of $A$.
+
+# %% tags=["hide-input"]
+kronecker_cells(B, A, cell=(6, 3))
 
 # %% [markdown]
 # For two vectors the product has a meaning that we will use in every chapter. The gradient of a

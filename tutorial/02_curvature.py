@@ -45,6 +45,7 @@ from kfac_scratch.curvature import (
     loss_hessian,
     parameter_vector,
 )
+from kfac_scratch.moving.descent import valley_steps
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -54,6 +55,16 @@ def relative(part: Tensor, whole: Tensor) -> float:
     """Largest entry of a part, relative to that of the whole."""
     return (part.abs().max() / whole.abs().max()).item()
 
+
+# %% [markdown]
+# What curvature does for a step can be seen with two weights. Four methods start at the same point of a
+# valley and take fifteen steps each. Apart from the gradient step, they differ in one matrix only: the
+# Hessian, the GGN, or the blocks of KFAC, one for each layer. Drag the start, and change the damping $\delta$
+# that is added to each matrix. KFAC, which leaves out what couples the two layers, follows the valley more
+# slowly than the GGN.
+
+# %% tags=["hide-input"]
+valley_steps(start=(2.7, 2.3), damping=0.1)
 
 # %% [markdown]
 # Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the

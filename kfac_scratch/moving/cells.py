@@ -1,5 +1,6 @@
 """One cell of a Kronecker product: the two entries that it is a product of, and its two weights."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +13,7 @@ CELL, MARGIN = 26, 20
 def kronecker_cells(
     B: Float[Tensor, "d_out d_out"], A: Float[Tensor, "d_in d_in"], cell: tuple[int, int] = (6, 3)
 ) -> MovingFigure:
-    """Draw `B`, `A`, their Kronecker product and the layer's weights, and mark one cell in all four.
+    """Draw `B`, `A`, their Kronecker product and the layer's weights, and mark a cell in all four.
 
     Rows and columns are counted from zero, and the weights are stacked by rows. Use it for small
     layers: every entry of the product is a node, so 16 weights are about the most.
@@ -35,7 +36,7 @@ def kronecker_cells(
     )
     r, c = int(row.value), int(column.value)
     (i, j), (k, m) = divmod(r, d_in), divmod(c, d_in)
-    product = [[rows[a // d_in][b // d_in] * columns[a % d_in][b % d_in] for b in range(D)] for a in range(D)]
+    product = torch.kron(B, A).tolist()
     panels = (
         _product(product, limit, (d_out, d_in), (r, c)),
         _factor("B", "<i>B</i>, outputs", rows, (i, k)),
@@ -52,9 +53,9 @@ def kronecker_cells(
         "sliders. Its row belongs to the weight ●, its column to the weight ○. The two rows of "
         "<i>W</i> choose the entry of <i>B</i>, and the two columns of <i>W</i> that of <i>A</i>. "
         "Orange is positive, blue negative; opacity grows with the root of an entry.",
-        "Heat maps of two small matrices B and A and of their Kronecker product, in which every tile is "
-        "a multiple of A. One cell is marked, with the entries of B and A whose product it is, and the "
-        "two weights of the layer that it belongs to.",
+        "Heat maps of two small matrices B and A and of their Kronecker product, in which every "
+        "tile is a multiple of A. One cell is marked, with the entries of B and A whose product "
+        "it is, and the two weights of the layer that it belongs to.",
     )
 
 
@@ -86,7 +87,8 @@ def _product(
     panel = Panel("product", "<i>B</i> ⊗ <i>A</i>", *axes, (end + 2, end + 2))
     panel.matrix("entry", entries, limit)
     lines = "".join(
-        f"M{MARGIN} {panel.y.at(t)}H{end}M{panel.x.at(t)} {MARGIN}V{end}" for t in range(0, D + 1, d_in)
+        f"M{MARGIN} {panel.y.at(t)}H{end}M{panel.x.at(t)} {MARGIN}V{end}"
+        for t in range(0, D + 1, d_in)
     )
     panel.add("path", "tiles", d=lines)
     panel.add("circle", "dot kfac", "of row", r=5.5, cx=MARGIN / 2, cy=panel.y.at(cell[0] + 0.5))

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.nn import Linear, MSELoss, Sequential, Tanh
+from torch.nn.utils import skip_init
 
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.curvature import ggn, hessian
-from kfac_scratch.moving.drawing import Panel, Scale, markers, swatch
+from kfac_scratch.moving.drawing import Number, Panel, Scale, markers, swatch
 from kfac_scratch.moving.figure import Control, MovingFigure
 
 STEPS, RATE, FAR = 15, 0.25, 99.0
@@ -29,12 +30,12 @@ Paths = dict[str, list[list[float]]]
 
 
 class TwoWeights:
-    """The network `f(x) = w tanh(u x)` with a squared error on eight points: two weights, a picture."""
+    """The network `f(x) = w tanh(u x)` with a squared error on eight points, which is a picture."""
 
     def __init__(self) -> None:
         x = torch.tensor(INPUTS, dtype=torch.float64)
-        layers = (Linear(1, 1, bias=False), Tanh(), Linear(1, 1, bias=False))
-        self.model = Sequential(*layers).double()
+        one, two = (skip_init(Linear, 1, 1, bias=False) for _ in range(2))
+        self.model = Sequential(one, Tanh(), two).double()
         self.loss, self.X = MSELoss(), x[:, None]
         self.y = (1.1 * torch.tanh(x) + x.new_tensor(NOISE))[:, None]
 
@@ -54,7 +55,7 @@ class TwoWeights:
             return ggn(*problem)
         return torch.block_diag(*(kfac(io).dense() for io in layer_ios(*problem).values()))
 
-    def step(self, method: str, weights: Tensor, damping: float) -> Tensor:
+    def step(self, method: str, weights: Tensor, damping: Number) -> Tensor:
         """Where one step of a method ends."""
         slopes = torch.autograd.grad(self.at(weights), list(self.model.parameters()))
         gradient = torch.stack(slopes).flatten()
@@ -64,7 +65,7 @@ class TwoWeights:
         return weights - torch.linalg.solve(M, gradient)
 
 
-def valley_paths(start: tuple[float, float], damping: float) -> tuple[Paths, dict[str, float]]:
+def valley_paths(start: tuple[Number, Number], damping: Number) -> tuple[Paths, dict[str, float]]:
     """Where four methods go from a start in the valley, and the loss where each of them ends.
 
     Args:
@@ -82,10 +83,8 @@ def valley_paths(start: tuple[float, float], damping: float) -> tuple[Paths, dic
     return paths, last
 
 
-def valley_steps(
-    start: tuple[float, float] = (2.7, 2.3), damping: float = 0.1
-) -> MovingFigure:
-    """Draw the steps of four methods in a valley, with a start to drag and a slider for the damping.
+def valley_steps(start: tuple[Number, Number] = (2.7, 2.3), damping: Number = 0.1) -> MovingFigure:
+    """Draw four methods' steps in a valley, with a start to drag and a slider for the damping.
 
     The methods are gradient descent, Newton with the Hessian, Gauss-Newton with the GGN, and KFAC.
     The loss is that of `w tanh(u x)` on eight points. All numbers are float64.
@@ -115,16 +114,20 @@ def valley_steps(
         (_land(paths, (u, w)),),
         sliders,
         {"x": x, "y": y, "rate": RATE, "steps": STEPS},
-        f"From <i>u</i> = {u:.2f}, <i>w</i> = {w:.2f} KFAC ends at a loss of "
-        f"<b>{loss_in_words(last['kfac'])}</b>, Newton’s method at <b>{loss_in_words(last['newton'])}</b>.".replace("-", "−"),
-        "<b>Drag the start</b>, or move it with the sliders; then move the damping. Every method but the "
-        "gradient takes the step −(<i>M</i> + <i>δI</i>)⁻¹∇<i>L</i>, and only <i>M</i> differs. Near "
-        "<i>u</i> = 0.4, <i>w</i> = 0.5 with a small damping the Hessian has a negative eigenvalue, and "
-        "Newton’s method leaves the picture. The GGN and KFAC never do that: they are positive "
-        "semi-definite.",
-        "The contours of a curved valley over two weights, with the paths of gradient descent, Newton, "
-        "Gauss-Newton and KFAC from one start; the last two reach the minimum in few steps.",
-        f"<table><thead><tr><th>method</th><th>loss after {STEPS} steps</th></tr></thead><tbody>{rows}"
+        f"From <i>u</i> = {u:.2f}, <i>w</i> = {w:.2f} ".replace("-", "−")
+        + f"KFAC ends at a loss of <b>{loss_in_words(last['kfac'])}</b>, "
+        + f"Newton’s method at <b>{loss_in_words(last['newton'])}</b>.",
+        "<b>Drag the start</b>, or move it with the sliders; then move the damping. Every method "
+        "but the gradient takes the step −(<i>M</i> + <i>δI</i>)⁻¹∇<i>L</i>, and only <i>M</i> "
+        "differs. At <i>u</i> = 0.4, <i>w</i> = 0.5 with <i>δ</i> = 0.1 the Hessian has an "
+        "eigenvalue of about −<i>δ</i>, so that its damped inverse is huge and Newton’s first step "
+        "leaves the picture; the GGN goes straight to the minimum. With the least damping the "
+        "GGN’s steps are too long there as well.",
+        "The contours of a curved valley over two weights, with the paths of gradient descent, "
+        "Newton, Gauss-Newton and KFAC from one start; the last two reach the minimum in few "
+        "steps.",
+        f"<table><thead><tr><th>method</th><th>loss after {STEPS} steps</th></tr></thead>"
+        f"<tbody>{rows}"
         f"<tr><td>the minimum</td><td>{lowest:.5f}</td></tr></tbody></table>",
     )
 
@@ -146,7 +149,7 @@ def _minimum() -> float:
     return valley.at(weights).item()
 
 
-def _land(paths: Paths, start: tuple[float, float]) -> Panel:
+def _land(paths: Paths, start: tuple[Number, Number]) -> Panel:
     panel = Panel("land", "The loss over two weights, and four paths", U, W, (400, 374))
     panel.axes([0, 1, 2, 3], [0, 1, 2], ("first weight u", "second weight w"))
     panel.nodes.append(

@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-Points = Iterable[tuple[float, float]]
+Number = float | int
+Points = Iterable[tuple[Number, Number]]
 
-SHEET = """\
+SHEET = (
+    """\
 svg.drawing{font-family:system-ui,sans-serif}
-.drawing text{font-size:12.5px;fill:var(--soft,#565c68);paint-order:stroke;stroke:var(--paper,#fff);\
-stroke-width:3px;stroke-linejoin:round}
+.drawing text{font-size:12.5px;fill:var(--soft,#565c68);stroke:var(--paper,#fff);\
+stroke-width:3px;stroke-linejoin:round;paint-order:stroke}
 .drawing .strong{fill:var(--ink,#23262d);font-weight:600}
 .drawing :is(.rule,.axis,.frame,.tiles,.contour,.guide,.line,.pick,.ring,.edge){fill:none}
 .drawing .rule{stroke:var(--line,#e3e5ea)}
@@ -40,18 +42,20 @@ stroke-width:3px;stroke-linejoin:round}
 .drawing .knob{fill:var(--paper,#fff);stroke:var(--ink,#23262d);stroke-width:2.5}
 .drawing .hit{fill:transparent}
 .drawing .open{fill:var(--paper,#fff)}
-""" + "".join(
-    f".drawing :is(.line,.mark).{name}{{stroke:var(--{name},{colour})}}"
-    f".drawing :is(.area,.dot).{name}{{fill:var(--{name},{colour})}}"
-    f".drawing text.{name}{{fill:var(--{name},{colour});font-weight:600}}\n"
-    for name, colour in {
-        "kfac": "#1f4f9e",
-        "adamw": "#b04a00",
-        "newton": "#8f3a86",
-        "ggn": "#23262d",
-        "gradient": "#007a5e",
-    }.items()
-) + """\
+"""
+    + "".join(
+        f".drawing :is(.line,.mark).{name}{{stroke:var(--{name},{colour})}}"
+        f".drawing :is(.area,.dot).{name}{{fill:var(--{name},{colour})}}"
+        f".drawing text.{name}{{fill:var(--{name},{colour});font-weight:600}}\n"
+        for name, colour in {
+            "kfac": "#1f4f9e",
+            "adamw": "#b04a00",
+            "newton": "#8f3a86",
+            "ggn": "#23262d",
+            "gradient": "#007a5e",
+        }.items()
+    )
+    + """\
 .drawing .mark{stroke-width:1.6}
 .drawing .mark.kfac{fill:var(--kfac,#1f4f9e)}
 .drawing .mark.newton{fill:var(--newton,#8f3a86)}
@@ -60,6 +64,7 @@ stroke-width:3px;stroke-linejoin:round}
 .drawing .area{fill-opacity:.3}
 .drawing .area.ggn{fill-opacity:.1}
 """
+)
 """The style of all drawings. `tutorial/assets/moving.css` gives its variables other values."""
 
 SHAPES = {
@@ -84,25 +89,25 @@ class Scale:
         log: Whether equal ratios are equally long; then `low` and `high` are positive.
     """
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
     log: bool = False
 
-    def at(self, value: float) -> float:
+    def at(self, value: Number) -> float:
         """The place of a number."""
         low, high, value = (self._even(v) for v in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
-    def value(self, place: float) -> float:
+    def value(self, place: Number) -> float:
         """The number at a place: the inverse of `at`."""
         low, high = self._even(self.low), self._even(self.high)
         even = low + (place - self.start) / (self.end - self.start) * (high - low)
         return math.exp(even) if self.log else even
 
-    def _even(self, value: float) -> float:
-        return math.log(value) if self.log else value
+    def _even(self, value: Number) -> float:
+        return math.log(value) if self.log else float(value)
 
     def __str__(self) -> str:
         kind = " log" if self.log else ""
@@ -113,8 +118,8 @@ class Scale:
 class Panel:
     """One drawing: nodes of SVG in the units of its two axes.
 
-    It is drawn 100 to 400 units wide and shown at 0.9 to 1.25 pixels a unit, so that its text can be
-    read on a phone, too.
+    It is drawn 100 to 400 units wide and shown at 0.9 to 1.25 pixels a unit, so that its text can
+    be read on a phone, too.
 
     Attributes:
         name: What the script calls it. It is unique in its figure.
@@ -133,7 +138,7 @@ class Panel:
     nodes: list[str] = field(default_factory=list)
 
     def add(
-        self, tag: str, style: str = "", move: str = "", text: str = "", **attributes: float | str
+        self, tag: str, style: str = "", move: str = "", text: str = "", **attributes: Number | str
     ) -> None:
         """Draw one node.
 
@@ -142,15 +147,15 @@ class Panel:
             style: Classes of `SHEET`.
             move: If given, the name by which the script finds the node.
             text: What it holds.
-            **attributes: The others. Numbers are written in nine digits, and an underscore in a name
-                is a hyphen.
+            **attributes: The others. Numbers are written in nine digits, and an underscore in a
+                name is a hyphen.
         """
         named = {"class": style, "data-move": move}
         named |= {name.replace("_", "-"): value for name, value in attributes.items()}
         written = "".join(f' {k}="{number(v)}"' for k, v in named.items() if v != "")
         self.nodes.append(f"<{tag}{written}>{text}</{tag}>" if text else f"<{tag}{written}/>")
 
-    def text(self, x: float, y: float, text: str, style: str = "", anchor: str = "start") -> None:
+    def text(self, x: Number, y: Number, text: str, style: str = "", anchor: str = "start") -> None:
         """Write at a place of the drawing."""
         self.add("text", style, "", text, x=x, y=y, text_anchor=anchor)
 
@@ -159,7 +164,7 @@ class Panel:
         places = (f"{self.x.at(a):.{digits}g} {self.y.at(b):.{digits}g}" for a, b in points)
         return "M" + "L".join(places)
 
-    def axes(self, across: Sequence[float], up: Sequence[float], labels: tuple[str, str]) -> None:
+    def axes(self, across: Sequence[Number], up: Sequence[Number], labels: tuple[str, str]) -> None:
         """Draw both axes with a tick at some numbers, and write what they show."""
         left, right, bottom, top = self.x.start, self.x.end, self.y.start, self.y.end
         for v in up:
@@ -173,7 +178,7 @@ class Panel:
         self.text(right, bottom + 33, labels[0], anchor="end")
         self.text(left, top - 9, labels[1])
 
-    def matrix(self, move: str, rows: Sequence[Sequence[float]], limit: float) -> None:
+    def matrix(self, move: str, rows: Sequence[Sequence[Number]], limit: Number) -> None:
         """Draw the entries of a matrix: orange above zero, blue below; opacity is a root.
 
         Args:
@@ -188,17 +193,18 @@ class Panel:
                 sign, opacity = "minus" if v < 0 else "plus", (abs(v) / limit) ** 0.5
                 self.add("rect", sign, f"{move} {r} {c}", **place, fill_opacity=opacity)
 
-    def svg(self, **attributes: float | str) -> str:
+    def svg(self, **attributes: Number | str) -> str:
         """The drawing as one node, with its axes."""
         given = "".join(f' {name}="{number(value)}"' for name, value in attributes.items())
         return (
             f'<svg class="drawing" viewBox="0 0 {self.size[0]} {self.size[1]}" role="img" '
-            f'aria-label="{plain(self.title)}" data-panel="{self.name}" data-x="{self.x}" data-y="{self.y}"'
+            f'aria-label="{plain(self.title)}" data-panel="{self.name}" '
+            f'data-x="{self.x}" data-y="{self.y}"'
             f"{given}>{''.join(self.nodes)}</svg>"
         )
 
 
-def grid(name: str, title: str, rows: int, columns: int, cell: float) -> Panel:
+def grid(name: str, title: str, rows: int, columns: int, cell: Number) -> Panel:
     """An empty panel for a matrix, whose axes count columns from the left and rows from the top.
 
     Args:
@@ -215,7 +221,7 @@ def grid(name: str, title: str, rows: int, columns: int, cell: float) -> Panel:
     return panel
 
 
-def ticks(high: float, most: int = 5) -> list[float]:
+def ticks(high: Number, most: int = 5) -> list[float]:
     """Round numbers from zero to `high`, with steps of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(high / most))
     step = next(power * k for k in (1, 2, 5, 10) if high / (power * k) <= most)
@@ -227,12 +233,12 @@ def plain(text: str) -> str:
     return re.sub("<.*?>", "", text)
 
 
-def number(value: float | str) -> str:
+def number(value: Number | str) -> str:
     """A number in nine digits; a text as it is."""
     return value if isinstance(value, str) else f"{value:.9g}"
 
 
-def significant(value: float, digits: int = 3) -> str:
+def significant(value: Number, digits: int = 3) -> str:
     """A number for readers, with so many significant digits: `0.100`, `−2.50`, `1.00 · 10⁻⁴`."""
     size = abs(value)
     if value == 0 or 1e-3 <= size < 10**digits:
@@ -253,13 +259,17 @@ def swatch(method: str) -> str:
 
 def markers(prefix: str, methods: Iterable[str]) -> str:
     """Definitions of markers for paths, called `<prefix>-<method>`."""
-    return "<defs>" + "".join(
-        f'<marker id="{prefix}-{m}" class="mark {m}" viewBox="-5 -5 10 10" markerWidth="10" '
-        f'markerHeight="10" markerUnits="userSpaceOnUse">{SHAPES[m]}</marker>'
-        for m in methods
-    ) + "</defs>"
+    return (
+        "<defs>"
+        + "".join(
+            f'<marker id="{prefix}-{m}" class="mark {m}" viewBox="-5 -5 10 10" markerWidth="10" '
+            f'markerHeight="10" markerUnits="userSpaceOnUse">{SHAPES[m]}</marker>'
+            for m in methods
+        )
+        + "</defs>"
+    )
 
 
-def _power(value: float) -> str:
+def _power(value: Number) -> str:
     exponent = str(round(math.log10(value))).replace("-", "−")
     return f'10<tspan dy="-4" font-size="9">{exponent}</tspan>'

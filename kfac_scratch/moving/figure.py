@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_scratch.moving.drawing import SHEET, Panel, plain
+from kfac_scratch.moving.drawing import SHEET, Number, Panel, plain
 
 MIME = "text/vnd.kfac-scratch.moving"
 """The type under which a figure sends its HTML for the site, beside `text/html` for notebooks."""
@@ -33,10 +33,10 @@ class Control:
 
     name: str
     label: str
-    low: float
-    high: float
-    step: float
-    start: float
+    low: Number
+    high: Number
+    step: Number
+    start: Number
     log: bool = False
     words: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ class Control:
     @property
     def value(self) -> float:
         """The number at the start, on the slider's grid."""
-        return 10.0**self.start if self.log else self.start
+        return 10.0**self.start if self.log else float(self.start)
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,19 @@ class MovingFigure:
     def html(self) -> str:
         """The figure for the site: one block without blank lines, which Markdown leaves alone."""
         drawn = "".join(map(self._panel, self.panels))
-        data = {"controls": [vars(c) | {"words": list(c.words)} for c in self.controls]}
-        data |= dict(self.numbers)
-        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
-        style = f'<svg class="sheet" width="0" height="0" aria-hidden="true"><style>{SHEET}</style></svg>'
-        return re.sub(
-            r"\n\s*\n",
-            "\n",
+        controls = [vars(control) | {"words": list(control.words)} for control in self.controls]
+        numbers = json.dumps({"controls": controls, **self.numbers}, ensure_ascii=False)
+        escaped = numbers.replace("</", "<\\/")
+        sheet = f'<svg class="sheet" width="0" height="0" aria-hidden="true"><style>{SHEET}'
+        block = (
             f'<figure class="moving" id="moving-{self.kind}" data-figure="{self.kind}" '
-            f'data-search-exclude aria-label="{html.escape(self.alt)}">\n{style}'
+            f'data-search-exclude aria-label="{html.escape(self.alt)}">\n{sheet}</style></svg>'
             f'<div class="panels">{drawn}{self._table()}</div>\n'
             f'<div class="controls"></div><p class="state" aria-live="polite">{self.state}</p>\n'
             f"<figcaption>{self.caption}</figcaption>\n"
-            f'<script type="application/json">{text}</script>\n</figure>',
+            f'<script type="application/json">{escaped}</script>\n</figure>'
         )
+        return re.sub(r"\n\s*\n", "\n", block)
 
     def picture(self) -> str:
         """All panels as one SVG that stands alone: on white paper, in light colours."""
@@ -114,10 +113,9 @@ class MovingFigure:
             x, row = x + w + GAP, max(row, h + TITLE)
         width = max(sum(p.size[0] + GAP for p in self.panels), 1)
         size = f"{min(width, WIDTH)} {y + row}"
-        visible = SHEET.replace("<", "&lt;")
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="drawing" viewBox="0 0 {size}" '
-            f'width="{size.split()[0]}"><style>{visible}.knob,.hit{{display:none}}</style>'
+            f'width="{size.split()[0]}"><style>{SHEET}.knob,.hit{{display:none}}</style>'
             f'<rect width="100%" height="100%" fill="#fff"/>{"".join(placed)}</svg>'
         )
 
@@ -128,7 +126,9 @@ class MovingFigure:
         )
 
     def _table(self) -> str:
-        return f'<div class="panel numbers" style="--w:320px">{self.table}</div>' if self.table else ""
+        if not self.table:
+            return ""
+        return f'<div class="panel numbers" style="--w:320px">{self.table}</div>'
 
     def _repr_html_(self) -> str:
         """The static picture of a notebook, with the words that belong to it and no script."""

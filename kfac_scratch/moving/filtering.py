@@ -6,24 +6,24 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor
 
-from kfac_scratch.moving.drawing import Panel, Scale, significant, ticks
+from kfac_scratch.moving.drawing import Number, Panel, Scale, significant, ticks
 from kfac_scratch.moving.figure import Control, MovingFigure
 
 ZERO = 1e-10  # smaller shares of the largest eigenvalue are round-off
 MOST = 300  # as many directions are drawn
 
 
-def damping_filter(eigenvalues: Float[Tensor, " D"], damping: float = 1e-4) -> MovingFigure:
+def damping_filter(eigenvalues: Float[Tensor, " D"], damping: Number = 1e-4) -> MovingFigure:
     r"""Draw the filter $\lambda / (\lambda + \delta)$ over a spectrum, with a slider for $\delta$.
 
-    The left panel has the filter against the eigenvalue, with a tick for every eigenvalue. The right
-    one has the filter's value for every eigenvalue, from the largest to the smallest. Their sum is the
-    number of directions in which the damped step is still a Newton step.
+    The left panel has the filter against the eigenvalue, with a tick for every eigenvalue. The
+    right one has the filter's value for every eigenvalue, from the largest to the smallest. Their
+    sum is the number of directions in which the damped step is still a Newton step.
 
     Args:
         eigenvalues: Those of a positive semi-definite matrix, in any order.
-        damping: The damping at the start. The slider has 20 positions for each power of ten, and the
-            nearest one counts.
+        damping: The damping at the start. The slider has 20 positions for each power of ten, and
+            the nearest one counts.
 
     Raises:
         ValueError: If no eigenvalue is positive, or the damping lies outside of the axis.
@@ -50,19 +50,21 @@ def damping_filter(eigenvalues: Float[Tensor, " D"], damping: float = 1e-4) -> M
         numbers | {"stride": stride},
         _state(positive, damping, len(spectrum)),
         "<b>Move the damping</b> with the slider, or drag the knob. A direction keeps the share "
-        "<i>λ</i>&thinsp;/&thinsp;(<i>λ</i>&thinsp;+&thinsp;<i>δ</i>) of its Newton step, one half where "
-        "<i>λ</i> = <i>δ</i>. The short lines on the left axis are the eigenvalues. The shaded area "
-        "on the right is the number of directions in which the step is still a Newton step.",
-        "An S-shaped curve over the logarithm of the eigenvalue, which is one half at the damping, and "
-        "the same shares in the order of the eigenvalues, as an area that falls from one to zero.",
+        "<i>λ</i>&thinsp;/&thinsp;(<i>λ</i>&thinsp;+&thinsp;<i>δ</i>) of its Newton step, one "
+        "half where <i>λ</i> = <i>δ</i>. The short lines on the left axis are the eigenvalues. "
+        "The shaded area on the right is the number of directions in which the step is still a "
+        "Newton step.",
+        "An S-shaped curve over the logarithm of the eigenvalue, which is one half at the "
+        "damping, and the same shares in the order of the eigenvalues, as an area that falls from "
+        "one to zero.",
     )
 
 
-def _keeps(eigenvalue: float, damping: float) -> float:
+def _keeps(eigenvalue: float, damping: Number) -> float:
     return eigenvalue / (eigenvalue + damping)
 
 
-def _curve(spectrum: list[float], damping: float, x: Scale) -> Panel:
+def _curve(spectrum: list[float], damping: Number, x: Scale) -> Panel:
     panel = Panel("filter", "What a direction keeps", x, Scale(0, 1, 226, 30), (400, 270))
     low, high = (round(math.log10(v)) for v in (x.low, x.high))
     panel.axes(
@@ -82,7 +84,7 @@ def _curve(spectrum: list[float], damping: float, x: Scale) -> Panel:
     return panel
 
 
-def _shares(spectrum: list[float], damping: float, x: Scale, stride: int) -> Panel:
+def _shares(spectrum: list[float], damping: Number, x: Scale, stride: int) -> Panel:
     panel = Panel("shares", "All directions, in order", x, Scale(0, 1, 226, 30), (400, 270))
     panel.axes(
         ticks(x.high), [0, 0.5, 1], (f"directions, {x.high} in all", "share, by the size of λ")
@@ -101,7 +103,7 @@ def _shares(spectrum: list[float], damping: float, x: Scale, stride: int) -> Pan
     return panel
 
 
-def _state(spectrum: list[float], damping: float, directions: int) -> str:
+def _state(spectrum: list[float], damping: Number, directions: int) -> str:
     kept = sum(_keeps(v, damping) for v in spectrum)
     above = sum(v > damping for v in spectrum)
     return (

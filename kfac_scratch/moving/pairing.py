@@ -9,7 +9,7 @@ from torch import Tensor
 from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
-from kfac_scratch.moving.drawing import Panel, Scale, grid, ticks
+from kfac_scratch.moving.drawing import Number, Panel, Scale, grid, ticks
 from kfac_scratch.moving.figure import Control, MovingFigure
 
 REPEATS, CELL = 20, 30
@@ -25,11 +25,11 @@ class Paired(NamedTuple):
     covariance: float
 
 
-def paired(a: Float[Tensor, "k d_in"], g: Float[Tensor, "k d_out"], share: float) -> Paired:
+def paired(a: Float[Tensor, "k d_in"], g: Float[Tensor, "k d_out"], share: Number) -> Paired:
     """A layer on `20 k**2` samples, each with one of `k` inputs and one of `k` vectors.
 
-    In a share of the samples input `i` meets vector `i`; in the others every input meets every vector
-    equally often. So both factors are the same for every share.
+    In a share of the samples input `i` meets vector `i`; in the others every input meets every
+    vector equally often. So both factors are the same for every share.
 
     Args:
         a: The inputs.
@@ -37,8 +37,8 @@ def paired(a: Float[Tensor, "k d_in"], g: Float[Tensor, "k d_out"], share: float
         share: A whole number of twentieths.
 
     Returns:
-        The layer, its exact block, KFAC's product, the norm of the difference, and `N` times the norm
-        of the covariance of both outer products, which is the same by Theorem 5.1.
+        The layer, its exact block, KFAC's product, the norm of the difference, and `N` times the
+        norm of the covariance of both outer products, which is the same by Theorem 5.1.
     """
     matched = round(REPEATS * share)
     k, each = len(a), torch.arange(len(a), device=a.device)
@@ -57,7 +57,7 @@ def paired(a: Float[Tensor, "k d_in"], g: Float[Tensor, "k d_out"], share: float
 
 
 def matched_pairs(
-    a: Float[Tensor, "k d_in"], g: Float[Tensor, "k d_out"], share: float = 0.6
+    a: Float[Tensor, "k d_in"], g: Float[Tensor, "k d_out"], share: Number = 0.6
 ) -> MovingFigure:
     """Draw KFAC's error while inputs and vectors become dependent, with a slider for how much.
 
@@ -92,17 +92,18 @@ def matched_pairs(
         {"a": a.tolist(), "g": g.tolist(), "repeats": REPEATS, "limit": limit},
         f"‖<i>F</i> − <i>B</i> ⊗ <i>A</i>‖ = <b>{now.error:.6f}</b>, "
         f"<i>N</i> ‖Cov‖ = <b>{now.covariance:.6f}</b>",
-        "<b>Move the slider</b> from pairs at random, all equally often, to matched ones, where long "
-        "inputs meet long vectors. The exact block changes. <i>B</i> ⊗ <i>A</i> does not, because the "
-        "inputs and the vectors stay the same and only their pairing changes. The error (line) is "
-        "<i>N</i> times the norm of the covariance (○) at every position: Theorem 5.1.",
-        "Circles that show how often each input meets each vector; three small matrices, the exact "
-        "block, KFAC's product and their difference; and KFAC's error, a straight line from zero over "
-        "the share of matched pairs.",
+        "<b>Move the slider</b> from pairs at random, all equally often, to matched ones, where "
+        "long inputs meet long vectors. The exact block changes. <i>B</i> ⊗ <i>A</i> does not, "
+        "because the inputs and the vectors stay the same and only their pairing changes. The "
+        "error (line) is <i>N</i> times the norm of the covariance (○) at every position: Theorem "
+        "5.1.",
+        "Circles that show how often each input meets each vector; three small matrices, the "
+        "exact block, KFAC's product and their difference; and KFAC's error, a straight line from "
+        "zero over the share of matched pairs.",
     )
 
 
-def _counts(k: int, share: float) -> Panel:
+def _counts(k: int, share: Number) -> Panel:
     x, y = Scale(-0.5, k - 0.5, 26, 200), Scale(-0.5, k - 0.5, 178, 4)
     panel = Panel("counts", "how often a pair occurs", x, y, (220, 206))
     panel.add("rect", "frame", x=26, y=4, width=174, height=174)
@@ -123,9 +124,11 @@ def _matrix(name: str, title: str, M: Tensor, limit: float) -> Panel:
     return panel
 
 
-def _error(top: float, now: Paired, share: float) -> Panel:
+def _error(top: float, now: Paired, share: Number) -> Panel:
     high = 1.12 * top
-    panel = Panel("error", "error of KFAC", Scale(0, 1, 40, 228), Scale(0, high, 168, 22), (240, 206))
+    panel = Panel(
+        "error", "error of KFAC", Scale(0, 1, 40, 228), Scale(0, high, 168, 22), (240, 206)
+    )
     panel.axes([0, 0.5, 1], ticks(high, most=3), ("share of matched pairs", ""))
     panel.add("path", "line kfac", d=panel.path([(0, 0), (1, top)]))
     panel.add("circle", "dot kfac", "error", r=5, cx=panel.x.at(share), cy=panel.y.at(now.error))

@@ -23,17 +23,15 @@ def flavour_errors(layers: Mapping[str, LayerIO]) -> list[tuple[float, float]]:
     ]
 
 
-def pool_position(
-    captured: Mapping[str, Mapping[str, LayerIO]], position: int = 2
-) -> MovingFigure:
+def pool_position(captured: Mapping[str, Mapping[str, LayerIO]], position: int = 2) -> MovingFigure:
     """Draw a chain of layers, with a slider for the place where it averages over positions.
 
-    Below every layer stand the errors of KFAC-expand and KFAC-reduce; the table says which of them is
-    exact for all places.
+    Below every layer stand the errors of KFAC-expand and KFAC-reduce; the table says which of them
+    is exact for all places.
 
     Args:
-        captured: The layers of a chain, in order, for each place of the average: at the input, after
-            the first layer and so on, and last without any average. The keys are its rows' names.
+        captured: The layers of a chain, in order, for each place of the average: at the input,
+            after the first layer and so on, and last without any average. Keys name the places.
         position: The place at the start, counted from zero.
 
     Raises:
@@ -56,11 +54,11 @@ def pool_position(
         {"errors": errors, "top": top, "exact": EXACT},
         f"Average {names[at]}: {pool_in_words(errors[at])}.",
         "<b>Move the average</b> along the chain. Layers before it are applied at many positions "
-        "(three lines), layers behind it once. Filled bars are the errors of expand, open ones those "
-        "of reduce, relative to the exact block. Reduce is exact before the average, both are exact "
-        "behind it, and expand is exact if there is none.",
-        "A chain of layers with a triangle where positions are averaged, and two bars below each layer: "
-        "the errors of KFAC-expand and of KFAC-reduce.",
+        "(three lines), layers behind it once. Filled bars are the errors of expand, open ones "
+        "those of reduce, relative to the exact block. Reduce is exact before the average, both "
+        "are exact behind it, and expand is exact if there is none.",
+        "A chain of layers with a triangle where positions are averaged, and two bars below each "
+        "layer: the errors of KFAC-expand and of KFAC-reduce.",
         _table(names, errors, at),
     )
 
@@ -98,21 +96,40 @@ def _chain(errors: Sequence[tuple[float, float]], at: int, top: float) -> Panel:
         many = half <= 2 * at
         lines = "".join(f"M{start:g} {TOP + d}h{gap:g}" for d in (-10, 0, 10))
         panel.add("path", "edge", f"many {half}", d=lines, opacity=float(many))
-        panel.add("path", "edge", f"one {half}", d=f"M{start:g} {TOP}h{gap:g}", opacity=float(not many))
-    panel.add("path", "dot kfac", "pool", d=pool_triangle(min(at, depth), x), opacity=float(at <= depth))
+        panel.add(
+            "path", "edge", f"one {half}", d=f"M{start:g} {TOP}h{gap:g}", opacity=float(not many)
+        )
+    panel.add(
+        "path", "dot kfac", "pool", d=pool_triangle(min(at, depth), x), opacity=float(at <= depth)
+    )
     for i, pair in enumerate(errors, 1):
         left = x.at(i) - BOX / 2
         panel.add("rect", "box", x=left, y=TOP - 22, width=BOX, height=44, rx=4)
         panel.text(x.at(i), TOP + 5, f"{i}", "strong", "middle")
         for flavour, error, place in zip(("expand", "reduce"), pair, (-20, 2), strict=True):
             style = "dot kfac" if flavour == "expand" else "mark ggn kfac open"
-            size = {"x": x.at(i) + place, "y": y.at(error), "height": 230 - y.at(error), "width": 18}
+            size = {
+                "x": x.at(i) + place,
+                "y": y.at(error),
+                "height": 230 - y.at(error),
+                "width": 18,
+            }
             panel.add("rect", style, f"{flavour} {i}", **size)
         panel.add("path", "axis", d=f"M{x.at(i) - 26:g} 230h52")
-        panel.add("text", "strong", f"words {i}", which_is_exact(*pair), x=x.at(i), y=250, text_anchor="middle")
+        panel.add(
+            "text",
+            "strong",
+            f"words {i}",
+            which_is_exact(*pair),
+            x=x.at(i),
+            y=250,
+            text_anchor="middle",
+        )
     panel.text(x.at(depth + 1) - 2, TOP - 26, "loss", anchor="end")
     panel.text(2, TOP - 26, "input")
-    panel.text(2, 267, "error: filled bars expand, open bars reduce; the tallest is " + f"{top:.2f}")
+    panel.text(
+        2, 267, "error: filled bars expand, open bars reduce; the tallest is " + f"{top:.2f}"
+    )
     return panel
 
 

@@ -9,7 +9,7 @@ from torch.nn import CrossEntropyLoss
 
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import type2_classwise
-from kfac_scratch.moving.drawing import Panel, Scale
+from kfac_scratch.moving.drawing import Number, Panel, Scale
 from kfac_scratch.moving.figure import Control, MovingFigure
 
 PLANE = torch.tensor(
@@ -17,7 +17,7 @@ PLANE = torch.tensor(
     dtype=torch.float64,
     device="cpu",
 )
-"""Two orthonormal directions of the plane in which the probabilities of three classes add up to one."""
+"""Two orthonormal directions of the plane in which three probabilities add up to one."""
 
 X, Y, ANGLES = Scale(-0.95, 0.95, 4, 346), Scale(-0.66, 1.032, 304, 0), 72
 
@@ -49,7 +49,7 @@ def fisher_ellipse(vectors: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], 1) @ root
 
 
-def probability_triangle(first: float = 0.5, second: float = -0.5) -> MovingFigure:
+def probability_triangle(first: Number = 0.5, second: Number = -0.5) -> MovingFigure:
     """Draw a prediction for three classes as a point to drag, with its vectors and Fisher ellipse.
 
     The corners are certainty. The prediction is the softmax of three logits, the last of which is
@@ -76,12 +76,12 @@ def probability_triangle(first: float = 0.5, second: float = -0.5) -> MovingFigu
         {"angles": ANGLES},
         triangle_in_words(p.tolist()),
         "<b>Drag the prediction</b>, or move its logits. The arrows are the vectors "
-        "√<i>p<sub>c</sub></i> (<i>e<sub>c</sub></i> − <i>p</i>), one towards each corner, and the "
-        "ellipse is that of the Fisher with respect to the logits, the sum of the arrows’ outer products. "
-        "All of them are largest where the prediction is undecided. They vanish at the corners, where "
-        "another step of the logits changes hardly anything.",
-        "A triangle whose corners are three classes, with a prediction in it, an arrow towards each "
-        "corner and an ellipse around the prediction.",
+        "√<i>p<sub>c</sub></i> (<i>e<sub>c</sub></i> − <i>p</i>), one towards each corner, and "
+        "the ellipse is that of the Fisher with respect to the logits, the sum of the arrows’ "
+        "outer products. All of them are largest where the prediction is undecided. They vanish "
+        "at the corners, where another step of the logits changes hardly anything.",
+        "A triangle whose corners are three classes, with a prediction in it, an arrow towards "
+        "each corner and an ellipse around the prediction.",
     )
 
 
@@ -101,8 +101,9 @@ def _triangle(p: Tensor, vectors: Tensor) -> Panel:
     ):
         panel.text(X.at(x), Y.at(y) + shift, f"class {label}", anchor=anchor)
     panel.nodes.append(
-        '<defs><marker id="triangle-tip" class="mark gradient" viewBox="-6 -5 8 10" markerWidth="8" '
-        'markerHeight="10" orient="auto" markerUnits="userSpaceOnUse"><path d="M-5 -4L0 0L-5 4"/>'
+        '<defs><marker id="triangle-tip" class="mark gradient" viewBox="-6 -5 8 10" '
+        'markerWidth="8" markerHeight="10" orient="auto" markerUnits="userSpaceOnUse">'
+        '<path d="M-5 -4L0 0L-5 4"/>'
         "</marker></defs>"
     )
     here = PLANE @ p

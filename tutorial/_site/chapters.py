@@ -35,7 +35,11 @@ log = logging.getLogger("mkdocs.hooks.chapters")
 TUTORIAL = ROOT / "tutorial"
 CACHE = ROOT / ".cache" / "chapters"
 RUNS = re.compile(r"\bbenchmarks[./](\w+)")  # `python -m benchmarks.training`, `benchmarks/step.py`
-EVERYWHERE = {"checks", "show"}  # tools of all chapters, which say nothing about one of them
+EVERYWHERE = {
+    "checks",
+    "moving",
+    "show",
+}  # tools of all chapters, which say nothing about one of them
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
 
@@ -89,7 +93,9 @@ class Chapter:
         """Modules and folders of the package that the chapter imports from, in reading order."""
         used = {*package.used(ast.parse(self.path.read_text(encoding="utf-8")))}
         order = [*dict.fromkeys(m.name for m in package.modules()), *package.folders()]
-        return [name for name in order if name in used - EVERYWHERE - {""}]
+        return [
+            name for name in order if name in used and package.room(name) not in {*EVERYWHERE, ""}
+        ]
 
     @property
     def runs(self) -> list[str]:
@@ -107,7 +113,9 @@ class Chapter:
         several |= {place for place in places if place.endswith("/")}
         shown = [next((f for f in several if place.startswith(f)), place) for place in places]
         own = [f"tests/meta/test_{Path(script).stem}.py" for script in self.runs]
-        own = [place if (ROOT / place).exists() else "tests/meta/test_benchmarks.py" for place in own]
+        own = [
+            place if (ROOT / place).exists() else "tests/meta/test_benchmarks.py" for place in own
+        ]
         return list(dict.fromkeys([*shown, *own]))
 
 
