@@ -88,7 +88,10 @@ def close(actual, expected):
 
 
 def difference(drawn: Drawn, other: Drawn) -> float:
-    """The largest difference of two drawings in any number of any marked node, or infinity."""
+    """The largest difference of two drawings in any number of any marked node, or infinity.
+
+    Relative to the number where that is larger than one, since it is written in nine digits.
+    """
     if drawn.nodes.keys() != other.nodes.keys():
         return float("inf")
     largest = 0.0
@@ -99,7 +102,8 @@ def difference(drawn: Drawn, other: Drawn) -> float:
                 if NUMBERS.sub("", first) != NUMBERS.sub("", second):
                     return float("inf")
                 pairs = zip(NUMBERS.findall(first), NUMBERS.findall(second), strict=True)
-                largest = max([largest, *(abs(float(a) - float(b)) for a, b in pairs)])
+                for a, b in ((float(a), float(b)) for a, b in pairs):
+                    largest = max(largest, abs(a - b) / max(1.0, abs(b)))
     return largest
 
 

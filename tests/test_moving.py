@@ -242,5 +242,5 @@ def test_a_difference_of_two_drawings_is_found():
     html += '<p class="state">{}</p>'
     one, two, other = (Drawn(html.format(v, "")) for v in ("2", "2.5", "2L3 4"))
     assert difference(one, one) == 0
-    assert difference(one, two) == 0.5
+    assert difference(one, two) == 0.5 / 2.5
     assert difference(one, other) == float("inf")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,13 +161,18 @@ def _land(paths: Paths, start: tuple[Number, Number]) -> Panel:
         panel.add("path", "contour", d=panel.path(line, digits=4))
     for method, path in paths.items():
         ends = {f"marker_{end}": f"url(#valley-{method})" for end in ("start", "mid", "end")}
-        points = [tuple(min(max(v, -FAR), FAR) for v in point) for point in path]
+        points = [(_drawn(u), _drawn(w)) for u, w in path]
         panel.add("path", f"line {method}", f"path {method}", d=panel.path(points), **ends)
     panel.nodes.append("</g>" + markers("valley", METHODS))
     knob = {"cx": U.at(start[0]), "cy": W.at(start[1])}
     panel.add("circle", "hit", "hit", r=27, **knob)
     panel.add("circle", "knob", "knob", r=9, **knob)
     return panel
+
+
+def _drawn(weight: float) -> float:
+    """Where a weight is drawn: not farther away than a browser can draw."""
+    return min(max(weight, -FAR), FAR)
 
 
 def _contours() -> Iterable[list[tuple[float, float]]]:
@@ -180,5 +186,6 @@ def _contours() -> Iterable[list[tuple[float, float]]]:
     loss = ((f - np.array(valley[1])) ** 2).mean(-1)
     generator = contourpy.contour_generator(u, w, loss)
     for level in loss.min() + np.geomspace(0.004, 6, 13):
-        for line in generator.lines(level):
+        lines: Any = generator.lines(level)
+        for line in lines:
             yield [(float(a), float(b)) for a, b in line]

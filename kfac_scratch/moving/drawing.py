@@ -67,6 +67,8 @@ stroke-width:3px;stroke-linejoin:round;paint-order:stroke}
 )
 """The style of all drawings. `tutorial/assets/moving.css` gives its variables other values."""
 
+ROUND_OFF = 1e-12
+
 SHAPES = {
     "kfac": '<circle r="3"/>',
     "adamw": '<rect x="-3" y="-3" width="6" height="6"/>',
@@ -138,7 +140,13 @@ class Panel:
     nodes: list[str] = field(default_factory=list)
 
     def add(
-        self, tag: str, style: str = "", move: str = "", text: str = "", **attributes: Number | str
+        self,
+        tag: str,
+        style: str = "",
+        move: str = "",
+        /,
+        text: Number | str = "",
+        **attributes: Number | str,
     ) -> None:
         """Draw one node.
 
@@ -150,14 +158,14 @@ class Panel:
             **attributes: The others. Numbers are written in nine digits, and an underscore in a
                 name is a hyphen.
         """
-        named = {"class": style, "data-move": move}
+        named: dict[str, Number | str] = {"class": style, "data-move": move}
         named |= {name.replace("_", "-"): value for name, value in attributes.items()}
         written = "".join(f' {k}="{number(v)}"' for k, v in named.items() if v != "")
         self.nodes.append(f"<{tag}{written}>{text}</{tag}>" if text else f"<{tag}{written}/>")
 
     def text(self, x: Number, y: Number, text: str, style: str = "", anchor: str = "start") -> None:
         """Write at a place of the drawing."""
-        self.add("text", style, "", text, x=x, y=y, text_anchor=anchor)
+        self.add("text", style, text=text, x=x, y=y, text_anchor=anchor)
 
     def path(self, points: Points, digits: int = 9) -> str:
         """Straight lines through points that are given in numbers of the axes."""
@@ -190,7 +198,8 @@ class Panel:
         for r, row in enumerate(rows):
             for c, v in enumerate(row):
                 place = {"x": self.x.at(c), "y": self.y.at(r), "width": width, "height": width}
-                sign, opacity = "minus" if v < 0 else "plus", (abs(v) / limit) ** 0.5
+                sign = "minus" if v < -ROUND_OFF * limit else "plus"
+                opacity = (abs(v) / limit) ** 0.5
                 self.add("rect", sign, f"{move} {r} {c}", **place, fill_opacity=opacity)
 
     def svg(self, **attributes: Number | str) -> str:

@@ -266,7 +266,10 @@ def test_transitions_respect_reduced_motion(visit):
 MISTAKES = {  # one for each kind, and some for what all of them use
     "damping_filter": ("v / (v + damping)", "v / (v + 1.001 * damping)"),
     "valley_steps": ("hw += (2 * r * s * xn) / N", "hw += (r * s * xn) / N"),
-    "kronecker_cells": ("row % d, Math.floor(column / d)", "row % d, Math.floor(column / D)"),
+    "kronecker_cells": (
+        "[i, j, k, m] = [Math.floor(row / d)",
+        "[i, j, k, m] = [Math.floor(row / D)",
+    ),
     "matched_pairs": ("(i === j ? share * k : 0)", "(i === j ? share : 0)"),
     "pool_position": ("half <= 2 * pool)", "half <= pool)"),
     "probability_triangle": ("Math.sqrt(q) * (", "q * ("),

@@ -44,7 +44,7 @@
         for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
     };
     const write = (name, text) => (named.get(name) || []).forEach((node) => (node.textContent = text));
-    const entry = (name, v, limit) => set(name, { class: v < 0 ? "minus" : "plus", "fill-opacity": Math.sqrt(Math.abs(v) / limit) });
+    const entry = (name, v, limit) => set(name, { class: v < -1e-12 * limit ? "minus" : "plus", "fill-opacity": Math.sqrt(Math.abs(v) / limit) });
     const state = figure.querySelector(".state");
     const panel = (name) => {
       const svg = figure.querySelector(`[data-panel="${name}"]`), x = scale(svg.dataset.x), y = scale(svg.dataset.y);
