@@ -13,7 +13,7 @@ from kfac_scratch.checks import assert_exact
 from kfac_scratch.curvature import hessian
 from kfac_scratch.moving.descent import TwoWeights, valley_paths
 from kfac_scratch.moving.drawing import (
-    SHAPES,
+    MARKERS,
     SHEET,
     Panel,
     Scale,
@@ -25,7 +25,7 @@ from kfac_scratch.moving.drawing import (
     swatch,
     ticks,
 )
-from kfac_scratch.moving.figure import MIME, Control, MovingFigure
+from kfac_scratch.moving.figure import MIME, MovingFigure, Slider
 from kfac_scratch.moving.filtering import damping_filter
 from kfac_scratch.moving.pairing import matched_pairs, paired
 from kfac_scratch.moving.pooling import pool_position, which_is_exact
@@ -161,7 +161,7 @@ def test_an_attribute_that_is_empty_is_not_written():
 def test_colours_and_shapes_are_those_of_the_book():
     """One shape for a method: in drawings, and in matplotlib's figures."""
     shapes = {"o": "circle", "s": "rect", "^": "path", "x": "path"}
-    for method, shape in SHAPES.items():
+    for method, shape in MARKERS.items():
         (name,) = [name for name in STYLES if name.lower() == method]
         assert shape.startswith(f"<{shapes[STYLES[name][1]]}")
         assert f"var(--{method}," in SHEET
@@ -171,14 +171,14 @@ def test_colours_and_shapes_are_those_of_the_book():
 
 # ------------------------------------------------------------------ controls
 def test_a_control_starts_on_its_grid():
-    control = Control("damping", "damping", -9, 1, 0.05, math.log10(1.1e-4), log=True)
+    control = Slider("damping", "damping", -9, 1, 0.05, math.log10(1.1e-4), log=True)
     assert control.start == -3.95
     assert control.value == pytest.approx(10**-3.95)
 
 
 def test_a_start_outside_of_the_range_is_refused():
     with pytest.raises(ValueError, match="damping starts at 3, which is not in -9 to 1"):
-        Control("damping", "damping", -9, 1, 0.05, 3)
+        Slider("damping", "damping", -9, 1, 0.05, 3)
 
 
 def test_a_figure_is_a_value():

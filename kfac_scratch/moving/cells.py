@@ -5,9 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.moving.drawing import Panel, Scale, grid, significant
-from kfac_scratch.moving.figure import Control, MovingFigure
+from kfac_scratch.moving.figure import MovingFigure, Slider
 
-CELL, MARGIN = 26, 20
+_CELL, _MARGIN = 26, 20
 
 
 def kronecker_cells(
@@ -31,7 +31,7 @@ def kronecker_cells(
     (d_out, d_in), limit = (len(B), len(A)), float(B.abs().max() * A.abs().max())
     rows, columns, D = B.tolist(), A.tolist(), d_out * d_in
     row, column = (
-        Control(name, f"{name} of B ⊗ A", 0, D - 1, 1, start)
+        Slider(name, f"{name} of B ⊗ A", 0, D - 1, 1, start)
         for name, start in zip(("row", "column"), cell, strict=True)
     )
     r, c = int(row.value), int(column.value)
@@ -60,7 +60,7 @@ def kronecker_cells(
 
 
 def cell_in_words(B: list[list[float]], A: list[list[float]], row: int, column: int) -> str:
-    """What a cell of the product is, as HTML."""
+    """A cell of the product in words, as HTML."""
     (i, j), (k, m) = divmod(row, len(A)), divmod(column, len(A))
     b, a = B[i][k], A[j][m]
     return (
@@ -82,30 +82,30 @@ def _product(
     entries: list[list[float]], limit: float, sizes: tuple[int, int], cell: tuple[int, int]
 ) -> Panel:
     D, d_in = len(entries), sizes[1]
-    end = MARGIN + CELL * D
-    axes = (Scale(0, D, MARGIN, end), Scale(0, D, MARGIN, end))
+    end = _MARGIN + _CELL * D
+    axes = (Scale(0, D, _MARGIN, end), Scale(0, D, _MARGIN, end))
     panel = Panel("product", "<i>B</i> ⊗ <i>A</i>", *axes, (end + 2, end + 2))
     panel.matrix("entry", entries, limit)
     lines = "".join(
-        f"M{MARGIN} {panel.y.at(t)}H{end}M{panel.x.at(t)} {MARGIN}V{end}"
+        f"M{_MARGIN} {panel.y.at(t)}H{end}M{panel.x.at(t)} {_MARGIN}V{end}"
         for t in range(0, D + 1, d_in)
     )
     panel.add("path", "tiles", d=lines)
-    panel.add("circle", "dot kfac", "of row", r=5.5, cx=MARGIN / 2, cy=panel.y.at(cell[0] + 0.5))
-    panel.add("circle", "ring", "of column", r=6.5, cx=panel.x.at(cell[1] + 0.5), cy=MARGIN / 2)
+    panel.add("circle", "dot kfac", "of row", r=5.5, cx=_MARGIN / 2, cy=panel.y.at(cell[0] + 0.5))
+    panel.add("circle", "ring", "of column", r=6.5, cx=panel.x.at(cell[1] + 0.5), cy=_MARGIN / 2)
     _frame(panel, "cell", *cell)
     return panel
 
 
 def _factor(name: str, title: str, entries: list[list[float]], cell: tuple[int, int]) -> Panel:
-    panel = grid(name, title, len(entries), len(entries), CELL)
+    panel = grid(name, title, len(entries), len(entries), _CELL)
     panel.matrix(f"entry {name}", entries, max(abs(v) for row in entries for v in row))
     _frame(panel, f"cell {name}", *cell)
     return panel
 
 
 def _weights(d_out: int, d_in: int, row: tuple[int, int], column: tuple[int, int]) -> Panel:
-    panel = grid("W", "weights <i>W</i>", d_out, d_in, CELL)
+    panel = grid("W", "weights <i>W</i>", d_out, d_in, _CELL)
     lines = [f"M1 {panel.y.at(t)}H{panel.x.end}" for t in range(1, d_out)]
     lines += [f"M{panel.x.at(t)} 1V{panel.y.end}" for t in range(1, d_in)]
     panel.add("path", "rule", d="".join(lines))

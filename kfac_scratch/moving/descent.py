@@ -13,7 +13,7 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.curvature import ggn, hessian
 from kfac_scratch.moving.drawing import Number, Panel, Scale, markers, swatch
-from kfac_scratch.moving.figure import Control, MovingFigure
+from kfac_scratch.moving.figure import MovingFigure, Slider
 
 STEPS, RATE, FAR = 15, 0.25, 99.0
 METHODS = {  # by the name of their colour
@@ -57,7 +57,7 @@ class TwoWeights:
         return torch.block_diag(*(kfac(io).dense() for io in layer_ios(*problem).values()))
 
     def step(self, method: str, weights: Tensor, damping: Number) -> Tensor:
-        """Where one step of a method ends."""
+        """The weights after one step of a method."""
         slopes = torch.autograd.grad(self.at(weights), list(self.model.parameters()))
         gradient = torch.stack(slopes).flatten()
         if method == "gradient":
@@ -67,7 +67,7 @@ class TwoWeights:
 
 
 def valley_paths(start: tuple[Number, Number], damping: Number) -> tuple[Paths, dict[str, float]]:
-    """Where four methods go from a start in the valley, and the loss where each of them ends.
+    """The paths of four methods from a start in the valley, and the loss at the end of each.
 
     Args:
         start: The two weights `(u, w)`.
@@ -98,9 +98,9 @@ def valley_steps(start: tuple[Number, Number] = (2.7, 2.3), damping: Number = 0.
         ValueError: If the start or the damping lies outside of the axes.
     """
     sliders = (
-        Control("u", "start: first weight u", U.low, U.high, 0.05, start[0]),
-        Control("w", "start: second weight w", W.low, W.high, 0.05, start[1]),
-        Control("damping", "damping δ", -4, 1, 0.05, math.log10(damping), log=True),
+        Slider("u", "start: first weight u", U.low, U.high, 0.05, start[0]),
+        Slider("w", "start: second weight w", W.low, W.high, 0.05, start[1]),
+        Slider("damping", "damping δ", -4, 1, 0.05, math.log10(damping), log=True),
     )
     (u, w), damping = (sliders[0].value, sliders[1].value), sliders[2].value
     paths, last = valley_paths((u, w), damping)

@@ -69,7 +69,7 @@ stroke-width:3px;stroke-linejoin:round;paint-order:stroke}
 
 ROUND_OFF = 1e-12
 
-SHAPES = {
+MARKERS = {
     "kfac": '<circle r="3"/>',
     "adamw": '<rect x="-3" y="-3" width="6" height="6"/>',
     "newton": '<path d="M0 -3.6L3.6 3H-3.6Z"/>',
@@ -262,7 +262,7 @@ def swatch(method: str) -> str:
     return (
         '<svg class="drawing swatch" viewBox="-14 -7 28 14" width="28" height="14" '
         f'aria-hidden="true"><path class="line {method}" d="M-13 0H13"/>'
-        f'<g class="mark {method}">{SHAPES[method]}</g></svg>'
+        f'<g class="mark {method}">{MARKERS[method]}</g></svg>'
     )
 
 
@@ -272,7 +272,7 @@ def markers(prefix: str, methods: Iterable[str]) -> str:
         "<defs>"
         + "".join(
             f'<marker id="{prefix}-{m}" class="mark {m}" viewBox="-5 -5 10 10" markerWidth="10" '
-            f'markerHeight="10" markerUnits="userSpaceOnUse">{SHAPES[m]}</marker>'
+            f'markerHeight="10" markerUnits="userSpaceOnUse">{MARKERS[m]}</marker>'
             for m in methods
         )
         + "</defs>"

@@ -13,12 +13,14 @@ from kfac_scratch.moving.drawing import SHEET, Number, Panel, plain
 MIME = "text/vnd.kfac-scratch.moving"
 """The type under which a figure sends its HTML for the site, beside `text/html` for notebooks."""
 
-GAP, WIDTH, TITLE = 20, 960, 24
+GAP, PICTURE_WIDTH, TITLE = 20, 960, 24
 
 
 @dataclass(frozen=True)
-class Control:
+class Slider:
     """A slider. The script makes a native one of it, which mouse, touch and keyboard can move.
+
+    It has many parameters, because a native slider has.
 
     Attributes:
         name: What the script calls its number.
@@ -63,6 +65,7 @@ class MovingFigure:
     without any script (`picture`), with the table, the state in words and the caption below it.
 
     Use it as the last value of a cell. Not for figures that nothing can be learnt from by moving.
+    It has many parameters, because it is all that a page needs.
 
     Attributes:
         kind: Which function of the script moves it. Once a page.
@@ -77,7 +80,7 @@ class MovingFigure:
 
     kind: str
     panels: tuple[Panel, ...]
-    controls: tuple[Control, ...]
+    controls: tuple[Slider, ...]
     numbers: Mapping[str, Any]
     state: str
     caption: str
@@ -106,13 +109,13 @@ class MovingFigure:
         placed, x, y, row = [], 0, 0, 0
         for panel in self.panels:
             w, h = panel.size
-            if x and x + w > WIDTH:
+            if x and x + w > PICTURE_WIDTH:
                 x, y, row = 0, y + row + GAP, 0
             title = f'<text class="strong" x="{x + 1}" y="{y + 14}">{plain(panel.title)}</text>'
             placed.append(title + panel.svg(x=x, y=y + TITLE, width=w, height=h))
             x, row = x + w + GAP, max(row, h + TITLE)
         width = max(sum(p.size[0] + GAP for p in self.panels), 1)
-        size = f"{min(width, WIDTH)} {y + row}"
+        size = f"{min(width, PICTURE_WIDTH)} {y + row}"
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="drawing" viewBox="0 0 {size}" '
             f'width="{size.split()[0]}"><style>{SHEET}.knob,.hit{{display:none}}</style>'

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfac_scratch.moving.drawing import Number, Panel, Scale, significant, ticks
-from kfac_scratch.moving.figure import Control, MovingFigure
+from kfac_scratch.moving.figure import MovingFigure, Slider
 
 ZERO = 1e-10  # smaller shares of the largest eigenvalue are round-off
-MOST = 300  # as many directions are drawn
+MOST_DRAWN = 300  # as many directions are drawn
 
 
 def damping_filter(eigenvalues: Float[Tensor, " D"], damping: Number = 1e-4) -> MovingFigure:
@@ -35,10 +35,10 @@ def damping_filter(eigenvalues: Float[Tensor, " D"], damping: Number = 1e-4) -> 
     if not positive or positive[0] <= 0:
         raise ValueError("A filter needs at least one positive eigenvalue.")
     top = math.ceil(math.log10(positive[0])) + 1
-    slider = Control("damping", "damping δ", top - 10, top, 0.05, math.log10(damping), log=True)
+    slider = Slider("damping", "damping δ", top - 10, top, 0.05, math.log10(damping), log=True)
     damping, low, high = slider.value, 10.0**slider.low, 10.0**slider.high
     numbers = {"eigenvalues": [float(f"{v:.12g}") for v in positive], "directions": len(spectrum)}
-    stride = math.ceil(len(positive) / MOST)
+    stride = math.ceil(len(positive) / MOST_DRAWN)
     panels = (
         _curve(positive, damping, Scale(low, high, 36, 388, log=True)),
         _shares(positive, damping, Scale(0, len(spectrum), 36, 388), stride),

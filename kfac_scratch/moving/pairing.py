@@ -10,9 +10,9 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.moving.drawing import Number, Panel, Scale, grid, ticks
-from kfac_scratch.moving.figure import Control, MovingFigure
+from kfac_scratch.moving.figure import MovingFigure, Slider
 
-REPEATS, CELL = 20, 30
+REPEATS, _CELL = 20, 30
 
 
 class Paired(NamedTuple):
@@ -75,7 +75,7 @@ def matched_pairs(
     """
     a, g = (t.detach().double().cpu() for t in (a, g))
     a, g = (t[t.norm(dim=1).argsort()] for t in (a, g))
-    slider = Control("share", "share of matched pairs", 0, 1, 1 / REPEATS, share)
+    slider = Slider("share", "share of matched pairs", 0, 1, 1 / REPEATS, share)
     now, last = paired(a, g, slider.value), paired(a, g, 1.0)
     limit = float(max(last.exact.abs().max(), last.product.abs().max()))
     panels = (
@@ -119,7 +119,7 @@ def _counts(k: int, share: Number) -> Panel:
 
 
 def _matrix(name: str, title: str, M: Tensor, limit: float) -> Panel:
-    panel = grid(name, title, len(M), len(M), CELL)
+    panel = grid(name, title, len(M), len(M), _CELL)
     panel.matrix(name, M.tolist(), limit)
     return panel
 

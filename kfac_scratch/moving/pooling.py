@@ -6,7 +6,7 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.checks import relative_error
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.moving.drawing import Panel, Scale
-from kfac_scratch.moving.figure import Control, MovingFigure
+from kfac_scratch.moving.figure import MovingFigure, Slider
 
 EXACT = 1e-10
 BOX, TOP = 44, 60  # width of a layer, and middle of the chain
@@ -44,7 +44,7 @@ def pool_position(captured: Mapping[str, Mapping[str, LayerIO]], position: int =
     if len(captured) != depth + 2:
         raise ValueError(f"{depth} layers have {depth + 2} places, not {len(captured)}.")
     names = tuple(captured)
-    slider = Control("pool", "average", 0, depth + 1, 1, position, words=names)
+    slider = Slider("pool", "average", 0, depth + 1, 1, position, words=names)
     at = int(slider.value)
     top = max(e for row in errors for pair in row for e in pair)
     return MovingFigure(
@@ -71,7 +71,7 @@ def which_is_exact(expand: float, reduce: float) -> str:
 
 
 def pool_in_words(errors: Sequence[tuple[float, float]]) -> str:
-    """Which flavour is exact for every layer, as HTML."""
+    """The exact flavours of all layers in words, as HTML."""
     return ", ".join(f"layer {i} <b>{which_is_exact(*e)}</b>" for i, e in enumerate(errors, 1))
 
 

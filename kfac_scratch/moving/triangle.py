@@ -10,7 +10,7 @@ from torch.nn import CrossEntropyLoss
 from kfac_scratch.linalg import eye_like
 from kfac_scratch.losses import type2_classwise
 from kfac_scratch.moving.drawing import Number, Panel, Scale
-from kfac_scratch.moving.figure import Control, MovingFigure
+from kfac_scratch.moving.figure import MovingFigure, Slider
 
 PLANE = torch.tensor(
     [[2**-0.5, -(2**-0.5), 0.0], [-(6**-0.5), -(6**-0.5), 2 * 6**-0.5]],
@@ -65,7 +65,7 @@ def probability_triangle(first: Number = 0.5, second: Number = -0.5) -> MovingFi
     Source: Chapter 3.
     """
     sliders = tuple(
-        Control(name, f"logit {words}, less logit 3", -5, 5, 0.05, start)
+        Slider(name, f"logit {words}, less logit 3", -5, 5, 0.05, start)
         for name, words, start in (("first", "1", first), ("second", "2", second))
     )
     p, vectors = class_vectors([sliders[0].value, sliders[1].value, 0.0])
