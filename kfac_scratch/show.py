@@ -1,7 +1,7 @@
-"""What chapters show: the source that is installed, tables, and matrices as pictures.
+"""What chapters show: installed source, tables, matrices as pictures, one style for a method.
 
-All return a value that Jupyter displays, so put the call at the end of a cell. matplotlib is
-needed only to draw.
+All but `style` return a value that Jupyter displays, so put the call at the end of a cell.
+matplotlib is needed only to draw.
 """
 
 import ast
@@ -151,6 +151,44 @@ def matrices(
     bar.outline.set(linewidth=0.6, alpha=0.5)
     plt.close(fig)
     return fig
+
+
+STYLES: dict[str, tuple[str | None, str, bool]] = {
+    "KFAC": ("#3f7fd6", "o", True),
+    "reduce": ("#3f7fd6", "o", False),
+    "EKFAC": ("#1f98a6", "D", True),
+    "AdamW": ("#cf5f1e", "s", True),
+    "Newton": ("#b05fc4", "^", True),
+    "GGN": (None, "o", False),
+    "gradient": ("#2f9a70", "x", True),
+}
+"""Colour, marker, and whether the marker is filled, by method. None is the colour of the text."""
+
+
+def style(method: str) -> dict[str, Any]:
+    """The colour and the marker of a method, which are the same in all figures of the book.
+
+    Use it for curves of methods: `ax.plot(steps, losses, **style("KFAC"), label="KFAC")`. The
+    colours reach a contrast of 3 on light and on dark paper. Those of figures that a reader can
+    move are variables of the page (`tutorial/assets/moving.css`) with the same hues and shapes.
+
+    Args:
+        method: A key of `STYLES`: "KFAC" (or KFAC-expand), "reduce" for KFAC-reduce, "EKFAC",
+            "AdamW", "Newton" for the Hessian, "GGN" for the exact matrix, "gradient" for SGD.
+
+    Returns:
+        Keyword arguments of `Axes.plot`: `color`, `marker` and `markerfacecolor`.
+
+    Raises:
+        KeyError: If the method has no style, with those that have one.
+    """
+    import matplotlib as mpl
+
+    if method not in STYLES:
+        raise KeyError(f"{method!r} has no style; these have: {', '.join(STYLES)}")
+    colour, marker, filled = STYLES[method]
+    colour = colour or mpl.rcParams["text.color"]
+    return {"color": colour, "marker": marker, "markerfacecolor": colour if filled else "none"}
 
 
 def _diverging() -> Any:

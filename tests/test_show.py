@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kfac_scratch import linalg
-from kfac_scratch.show import Source, code, source, table
+from kfac_scratch.show import STYLES, Source, code, source, style, table
 
 
 @dataclass(frozen=True)
@@ -141,3 +141,45 @@ def test_the_figure_is_not_left_open(matrices):
     before = plt.get_fignums()
     matrices({"A": torch.eye(2)})
     assert plt.get_fignums() == before
+
+
+def luminance(colour):
+    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(colour, paper):
+    low, high = sorted(luminance(c) + 0.05 for c in (colour, paper))
+    return high / low
+
+
+@pytest.mark.parametrize("method", STYLES)
+def test_the_style_of_a_method_can_be_seen_on_light_and_on_dark_paper(method):
+    matplotlib = pytest.importorskip("matplotlib")
+    for ink, paper in (("#23262d", "#ffffff"), ("#d8dbe3", "#1b1d23")):
+        with matplotlib.rc_context({"text.color": ink}):
+            assert contrast(style(method)["color"], paper) >= 3
+
+
+def test_styles_differ_by_colour_or_shape():
+    pytest.importorskip("matplotlib")
+    shapes = [(style(m)["marker"], style(m)["markerfacecolor"] == "none") for m in STYLES]
+    assert len({(style(m)["color"], *shape) for m, shape in zip(STYLES, shapes, strict=True)}) == 7
+    assert [style(m)["marker"] for m in ("KFAC", "AdamW", "Newton", "gradient")] == list("os^x")
+
+
+def test_a_curve_can_be_drawn_in_the_style_of_a_method():
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    (line,) = Figure().subplots().plot([0, 1], **style("reduce"))
+    assert (line.get_marker(), line.get_markerfacecolor()) == ("o", "none")
+    assert line.get_color() == style("KFAC")["color"]
+    with matplotlib.rc_context({"text.color": "#010203"}):
+        assert style("GGN")["color"] == "#010203"  # ink, which the site exchanges
+
+
+def test_a_method_without_a_style_is_refused():
+    with pytest.raises(KeyError, match="'Adam' has no style; these have: KFAC, reduce"):
+        style("Adam")

@@ -34,6 +34,7 @@ from torch.testing import assert_close
 
 from kfac_scratch.checks import set_up
 from kfac_scratch.linalg import kron_matvec, psd_eigh, unvec, vec
+from kfac_scratch.moving.cells import kronecker_cells
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -159,6 +160,14 @@ def kron_by_hand(B: Tensor, A: Tensor) -> Tensor:
 
 
 assert_close(kron_by_hand(B, A), torch.kron(B, A))
+
+# %% [markdown]
+# Equation [(1.4)] says which two numbers are multiplied in each cell. For a layer whose weight matrix $W$ has
+# three rows and four columns, each row and each column of $B \otimes A$ belongs to one weight. Point at a cell
+# to see both weights: the rows of $W$ that they stand in choose the entry of $B$, and their columns that of $A$.
+
+# %% tags=["hide-input"]
+kronecker_cells(B, A, cell=(6, 3))
 
 # %% [markdown]
 # For two vectors the product has a meaning that we will use in every chapter. The gradient of a

@@ -61,6 +61,7 @@ from kfac_scratch.curvature import (
     loss_hessian,
     parameter_vector,
 )
+from kfac_scratch.moving.descent import valley_steps
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -153,6 +154,16 @@ plt.show()
 # - say where Hessian and GGN agree, for the whole matrix and layer by layer;
 # - multiply with both without writing them down.
 #
+# What curvature does for a step can be seen with two weights. Four methods start at the same point of a
+# valley and take fifteen steps each. Apart from the gradient step, they differ in one matrix only: the
+# Hessian, the GGN, or the blocks of KFAC, one for each layer. Drag the start, and change the damping $\delta$
+# that is added to each matrix. KFAC, which leaves out what couples the two layers, follows the valley more
+# slowly than the GGN.
+
+# %% tags=["hide-input"]
+valley_steps(start=(2.7, 2.3), damping=0.1)
+
+# %% [markdown]
 # Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the
 # vector of all its $D$ parameters, flattened by rows as in [Chapter 1](01_flattening.py). All
 # outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, data first. The targets never

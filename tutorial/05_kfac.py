@@ -45,6 +45,7 @@ from kfac_scratch.data_loader import kfac_over
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.linalg import eye_like, unvec, vec
 from kfac_scratch.losses import empirical, monte_carlo, type2_classwise
+from kfac_scratch.moving.pairing import matched_pairs
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code, matrices
 
@@ -321,6 +322,17 @@ for ax, (title, kind) in zip(axes, {"tanh": Tanh, "linear": None}.items(), stric
 axes[0].set_ylabel("entry of $B_n$")
 axes[1].set_ylim(0, 2 * every_B[:, row].abs().max().item() + 1e-3)
 plt.show()
+
+# %% [markdown]
+# Take a layer with two inputs and two outputs, six inputs $a$ and six vectors $g$. The slider decides who meets
+# whom. At the left end every $a$ meets every $g$ equally often, nothing is correlated, and KFAC is exact. At the right end the
+# longest input always meets the longest vector. $A$ and $B$ are averages over each side alone, so they never
+# change, and the whole change of $F$ becomes KFAC's error.
+
+# %% tags=["hide-input"]
+source = torch.Generator(torch.get_default_device()).manual_seed(4)
+few_a, few_g = torch.randn(6, 2, generator=source) + 0.4, torch.randn(6, 2, generator=source)
+matched_pairs(few_a, few_g, share=0.6)
 
 # %% [markdown]
 # One more consequence is worth having. The norm of a covariance can be computed from inner

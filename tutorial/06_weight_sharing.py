@@ -65,6 +65,7 @@ from kfac_scratch.curvature import diagonal_blocks, ggn
 from kfac_scratch.layer_io import LayerIO, TiedIO
 from kfac_scratch.losses import type2, type2_classwise
 from kfac_scratch.matrices.diagonal_kronecker import DiagonalKronecker
+from kfac_scratch.moving.pooling import pool_position
 from kfac_scratch.one_hot import OneHot
 from kfac_scratch.show import code, matrices
 
@@ -385,6 +386,21 @@ print("average after   " + "".join(f"layer {i:<4}" for i in range(1, 5)))
 for pool_after, row in table.items():
     where = "never" if pool_after is None else f"layer {pool_after}" if pool_after else "the input"
     print(f"{where:16}" + "".join(f"{entry:10}" for entry in row))
+
+# %% [markdown]
+# The same table to move. Put the average somewhere along the chain: the layers before it need reduce, and behind it
+# the two agree. Take it away altogether, and only expand is exact. The bars show how wrong the other one is.
+
+# %% tags=["hide-input"]
+places = {"at the input": 0} | {f"after layer {i}": i for i in (1, 2, 3, 4)} | {"never": None}
+targets = {
+    place: torch.ones(N, S, 2) if place is None else torch.ones(N, 2) for place in places.values()
+}
+captured = {
+    words: layer_ios(linear_network(place), MSELoss(), X, targets[place])
+    for words, place in places.items()
+}
+pool_position(captured, position=2)
 
 # %% [markdown]
 # ### How wrong is the wrong one?

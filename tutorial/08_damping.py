@@ -45,6 +45,7 @@ from kfac_scratch.matrices.damping import (
 )
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import LinearMap
+from kfac_scratch.moving.filtering import damping_filter
 from kfac_scratch.optimizer.preconditioner import preconditioner
 from kfac_scratch.show import code
 
@@ -278,6 +279,13 @@ for damping in (1e-6, 1e-4, 1e-2):
     print(f"damping {damping:.0e}: {trusted:6.1f} of {eigen.scale.numel()} directions are trusted")
     along = eigen.QB.T @ (K.inverse(damping) @ W) @ eigen.QA
     assert_exact(along, coefficients / (eigen.scale + damping))
+
+# %% [markdown]
+# Move $\delta$ along the axis of eigenvalues. Above the damping, directions keep their whole Newton step.
+# The more damping there is, the fewer they are, and the directions with eigenvalue zero keep nothing at all.
+
+# %% tags=["hide-input"]
+damping_filter(eigen.scale.flatten(), damping=1e-4)
 
 # %% tags=["hide-input"] alt="Two plots against the eigenvalue on a logarithmic axis. Left: the filter for three dampings, S-shaped curves that rise from zero to one and cross one half where the eigenvalue equals the damping. Right: the size of the step along every eigenvector of the first layer, as clouds of dots for the three dampings. The clouds agree for large eigenvalues; to the left they separate, and the smaller the damping, the higher the cloud." caption="Left: the fraction of the Newton step that damping lets through. Right: how far the step goes along each eigenvector of the first layer's curvature, $\\lvert c_i \\rvert / (\\lambda_i + \\delta)$. Damping takes away what the smallest eigenvalues would contribute."
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")

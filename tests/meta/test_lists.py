@@ -89,6 +89,7 @@ def test_tests_are_found_where_the_module_is_mirrored():
     assert package.tests("matrices.damping") == "tests/matrices/test_damping.py"
     assert package.tests("matrices.dense") == "tests/matrices/"
     assert package.tests("conformance.judging.truth") == "tests/conformance/"
+    assert package.tests("moving.cells") == "tests/test_moving.py"
     assert package.tests("nowhere") == ""
 
 

@@ -86,9 +86,13 @@ TEMPLATE = """\
 {%- block data_text %}{{ fence(output.data['text/plain'], ' { .text .output }') }}{% endblock -%}
 {%- block data_html %}
 
+{% if 'text/vnd.kfac-scratch.moving' in output.data %}{# of kfac_scratch.moving: one block of HTML #}
+{{ output.data['text/vnd.kfac-scratch.moving'] }}
+{% else %}
 <div class="output-html" tabindex="0">
 {{ output.data['text/html'] | replace('\\n\\n', '\\n') }}
 </div>
+{% endif %}
 
 {% endblock -%}
 """

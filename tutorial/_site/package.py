@@ -172,7 +172,7 @@ def forget() -> None:
 
 
 def tests(name: str) -> str:
-    """Where a module is tested: the mirrored file, or else the nearest mirrored folder, or ''."""
+    """Where a module is tested: the mirrored file, or else that of the nearest folder, or ''."""
     *above, stem = name.split(".")
     mirrored = Path("tests", *above, f"test_{stem}.py")
     if (ROOT / mirrored).exists():
@@ -181,6 +181,9 @@ def tests(name: str) -> str:
         folder = Path("tests", *[*above, stem][:depth])
         if (ROOT / folder).is_dir():
             return f"{folder.as_posix()}/"
+        file = folder.with_name(f"test_{folder.name}.py")
+        if (ROOT / file).exists():
+            return file.as_posix()
     return ""
 
 
