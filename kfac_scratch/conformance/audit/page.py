@@ -115,9 +115,7 @@ def documented_scales(runs: Mapping[str, Report]) -> Markdown:
         words = "; ".join(words for words, _ in scaled.most_common(3))
         if scaled:
             rows.append([name_and_version(run), words, str(scaled.total())])
-    return table(
-        ["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2
-    )
+    return table(["implementation", "the most frequent scales", "verdicts"], rows, text_columns=2)
 
 
 def failures(runs: Mapping[str, Report]) -> dict[str, dict[str, list[str]]]:
