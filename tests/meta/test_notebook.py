@@ -34,6 +34,7 @@ def test_the_set_up_is_folded_by_itself_and_says_so():
     assert "import torch" in folded
     assert "x = 1" in open_
     assert "<details" not in page(cell("found = set_up_of(1)"))
+    assert page(cell("set_up()", "hide-input")) == page(cell("set_up()"))
 
 
 def test_a_fold_has_the_title_that_its_cell_states():

@@ -169,7 +169,7 @@ def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(r"](\1.md\2)", cell.source)
         elif SET_UP.search(cell.source):
-            tags.append("hide-input")
+            tags += ["hide-input"] if "hide-input" not in tags else []
             cell.metadata.fold = cell.metadata.fold or "Set-up"
         for output in cell.get("outputs", ()):
             where = f"{name}.py, code cell {number}, {cell.source[:60]!r}"
