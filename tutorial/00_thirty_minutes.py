@@ -23,7 +23,7 @@
 # [training data behind an answer](23_influence.py), to [remove weights](24_pruning.py) and to
 # [merge networks](25_merging.py).
 
-# %% tags=["hide-input"] alt="Three heat maps of 24 by 24 entries, ruled into tiles of 6 by 6: the exact curvature of a layer; KFAC's approximation, in which all tiles are multiples of one pattern; and their difference, which is much fainter but not zero." caption="The curvature of a small layer, KFAC's approximation $B \\otimes A$, and the difference. A tile belongs to a pair of the layer's outputs. In KFAC every tile is the same matrix $A$, times one entry of $B$."
+# %% tags=["hide-input"] alt="Three heat maps of 24 by 24 entries, ruled into tiles of 6 by 6: the exact curvature of a layer; KFAC's approximation, in which all tiles are multiples of one pattern; and their difference, which is fainter but not zero." caption="The curvature of a small layer, KFAC's approximation $B \\otimes A$, and the difference. A tile belongs to a pair of the layer's outputs. In KFAC every tile is the same matrix $A$, times one entry of $B$."
 import sys
 from pathlib import Path
 
