@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 LINE, WIDTH, LEFT, WIDEST = 24, 360, 236, 150  # a line is as high as a finger's target must be
 OFTEN = 2  # references that make a chapter one to build on
-REFERENCES = re.compile(r"\((\d\d)_\w+\.py|\[\(?(?:Theorem |Figure )?(\d+)\.\d+[a-z]?\)?\]")
+REFERENCES = re.compile(r"\((\d\d)_\w+\.py|\[(?:\(|Theorem |Figure )(\d+)\.\d+[a-z]?\)?\]")
 
 
 @dataclass(frozen=True)
