@@ -23,7 +23,7 @@
 # [training data behind an answer](23_influence.py), to [remove weights](24_pruning.py) and to
 # [merge networks](25_merging.py).
 
-# %% tags=["hide-input"] alt="Three heat maps of 24 by 24 entries, ruled into tiles of 6 by 6: the exact curvature of a layer; KFAC's approximation, in which all tiles are multiples of one pattern; and their difference, which is much fainter but not zero." caption="The curvature of a small layer, KFAC's approximation $B \\otimes A$, and the difference. A tile belongs to a pair of the layer's outputs. In KFAC every tile is the same matrix $A$, times one entry of $B$."
+# %% tags=["hide-input"] alt="Three heat maps of 24 by 24 entries, ruled into tiles of 6 by 6: the exact curvature of a layer; KFAC's approximation, in which all tiles are multiples of one pattern; and their difference, which is fainter but not zero." caption="The curvature of a small layer, KFAC's approximation $B \\otimes A$, and the difference. A tile belongs to a pair of the layer's outputs. In KFAC every tile is the same matrix $A$, times one entry of $B$."
 import sys
 from pathlib import Path
 
@@ -72,9 +72,10 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 #
 # ## The derivation
 #
-# **What is $F$?** Let $p_{cn}$ be the probability that the model gives to label $c$ for example $n$, and
-# $G_{cn}$ the gradient of $-\log p_{cn}$ with respect to $W$. The *Fisher matrix* of a mean loss
-# averages the outer products of these gradients over the examples, and over the labels as the *model* predicts them:
+# **What is $F$?** Let $p_{cn}$ be the probability that the model gives to label $c$ for example $n$, and $G_{cn}$
+# the gradient of $-\log p_{cn}$, the cross-entropy at label $c$, with respect to $W$. The *Fisher matrix* of a
+# mean loss averages the outer products of these gradients over the examples, and over the labels as the *model*
+# predicts them:
 #
 # $$
 # F = \frac1N \sum_{n, c} p_{cn} \operatorname{vec}(G_{cn}) \operatorname{vec}(G_{cn})^\top ,
@@ -110,12 +111,14 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # $$
 #
 # Only the second line approximates: it replaces an average of products by the product of the averages. It would be
-# exact if the two were uncorrelated over the examples.
+# exact if the two factors were uncorrelated over the examples.
 #
-# **How is it inverted?** With a gradient $G$, the step that minimises the quadratic model of the loss is
-# $-(F + \delta I)^{-1} \operatorname{vec}(G)$. The *damping* $\delta \gt 0$ keeps the step short where the
+# **How is it inverted?** Near the present weights the loss changes by about $\operatorname{vec}(G)^\top d +
+# \tfrac12 d^\top (F + \delta I)\, d$, if the weights change by $d$ and $G$ is the gradient. This is smallest at
+# $d = -(F + \delta I)^{-1} \operatorname{vec}(G)$. The *damping* $\delta \gt 0$ keeps the step short where the
 # curvature is small. Let $A = Q_A \Lambda_A Q_A^\top$ and $B = Q_B \Lambda_B Q_B^\top$ be eigendecompositions.
-# The eigenvalues of $B \otimes A$ are all products $\beta_i \alpha_j$ of one eigenvalue of $B$ and one of $A$. Hence
+# The eigenvalues of $B \otimes A$ are all products $\beta_i \alpha_j$ of one eigenvalue of $B$ and one of $A$.
+# Hence
 #
 # $$
 # (B \otimes A + \delta I)^{-1} \operatorname{vec}(G)
@@ -240,11 +243,13 @@ assert sent["KFAC"] * first["KFAC"].min() > sent["Adam"] * first["Adam"].max()
 #
 # ## Is it right?
 #
-# A KFAC with a mistake often trains well, because tuning hides it (Exercise 0.3). So a test needs a
-# network on which KFAC is exact. For linear layers without activations and squared error, the vectors $g$ do not depend
-# on the example. What does not vary is uncorrelated with everything, so that [(0.4)] holds with $=$, for any number of
-# examples. The Hessian of the loss with respect to one layer, computed by autograd with no idea of KFAC, must equal
-# $B \otimes A$ in every digit and with the right scale:
+# A KFAC with a mistake often trains well, because tuning hides it (Exercise 0.3). So a test needs a network on
+# which KFAC is exact. Linear layers without activations, and squared error, make one. A mean of $D$ squares has
+# the Hessian $2/D$ times the identity, and its root gives one vector $\sqrt{2/D}\, e_c$ for every output $c$
+# ([Chapter 3](03_losses.py)). No activation changes these vectors on their way back, so that $g$ is the same for
+# all examples. What does not vary is uncorrelated with everything, and [(0.4)] holds with $=$. The Hessian of the
+# loss with respect to one layer, computed by autograd with no idea of KFAC, must equal $B \otimes A$ in every
+# digit and with the right scale:
 
 # %% tags=["remove-input"]
 code(short.check_exactness)

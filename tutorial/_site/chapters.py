@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import api
+import graph
 import jupytext
 import package
 from markdown.extensions import Extension
@@ -141,6 +142,16 @@ def _reading_map(config) -> str:
     return "\n".join(rows)
 
 
+def _graph(config) -> str:
+    entries = []
+    for chapter in chapters():
+        text = chapter.path.read_text(encoding="utf-8")
+        title = chapter.opening[2].partition(":")[0]
+        page = f"{chapter.path.stem}.html"  # MkDocs does not rewrite links in a drawing
+        entries.append(graph.Entry(chapter.part, int(chapter.opening[1]), title, page, text))
+    return graph.drawn(entries)
+
+
 def _code(chapter: Chapter, config, between: str) -> str:
     """Links to modules and benchmarks that a chapter uses, and where these are tested."""
     modules = ", ".join(f"[`{name}`]({api.uri(name)})" for name in chapter.modules)
@@ -166,6 +177,7 @@ def _address(config, place: str, view: str = "blob") -> str | None:
 
 LISTS = {
     "<!-- chapters -->": _reading_map,
+    "<!-- graph -->": _graph,
     "<!-- modules -->": lambda config: api.overview(config.extra["api"]),
 }
 

@@ -107,6 +107,9 @@ def digest(path: Path, package: Path) -> str:
     h = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes() + sys.version.encode())
     for file in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
         h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    for file in sorted(path.parent.glob("[a-z]*.py")):  # that the chapter shows
+        if file.name in path.read_text(encoding="utf-8"):
+            h.update(file.read_bytes())
     for name in ("torch", "numpy", "matplotlib"):
         h.update(metadata.version(name).encode())
     return h.hexdigest()[:16]
