@@ -24,11 +24,11 @@
 # $$
 # \begin{aligned}
 # \text{expand:} \quad
-# A &= \tfrac{1}{N S} \textstyle\sum_{n, s} a_{ns} a_{ns}^\top,
-# & B &= \textstyle\sum_{v, n, s} g_{vns} g_{vns}^\top, \\
+# A &= \tfrac{1}{N S} \textstyle\sum_{n, s} a_{ns} a_{ns}^\top, \\
+# B &= \textstyle\sum_{v, n, s} g_{vns} g_{vns}^\top, \\
 # \text{reduce:} \quad
-# A &= \tfrac{1}{N} \textstyle\sum_n \bar a_n \bar a_n^\top,
-# & B &= \textstyle\sum_{v, n} \hat g_{vn} \hat g_{vn}^\top .
+# A &= \tfrac{1}{N} \textstyle\sum_n \bar a_n \bar a_n^\top, \\
+# B &= \textstyle\sum_{v, n} \hat g_{vn} \hat g_{vn}^\top .
 # \end{aligned}
 # $$
 
