@@ -223,6 +223,11 @@ def test_newton_leaves_the_picture_where_damping_cancels_an_eigenvalue_and_the_g
     assert max(abs(v) for p in valley_paths((0.4, 0.5), 1e-4)[0]["ggn"] for v in p) > 10
 
 
+def test_kfac_is_behind_the_ggn_at_the_start_of_the_figure():
+    last = valley_paths((2.7, 2.3), 0.1)[1]
+    assert last["ggn"] < 1.01 * 0.02051 < last["kfac"] < last["gradient"]
+
+
 def test_the_factors_do_not_depend_on_the_pairing():
     torch.manual_seed(0)
     a, g = torch.randn(5, 3), torch.randn(5, 2)
