@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -31,6 +32,9 @@ from kfac_scratch.moving.pairing import matched_pairs, paired
 from kfac_scratch.moving.pooling import pool_position, which_is_exact
 from kfac_scratch.show import STYLES
 from tests.moving_figures import FIGURES, Drawn, difference, pooled
+from tests.test_show import contrast
+
+ROOT = Path(__file__).resolve().parents[1]
 
 each_figure = pytest.mark.parametrize("kind", FIGURES)
 STATES = [(kind, state) for kind, tried in FIGURES.items() for state in ({}, *tried.states)]
@@ -169,6 +173,26 @@ def test_colours_and_shapes_are_those_of_the_book():
     assert markers("x", ["kfac"]).count('id="x-kfac"') == 1
 
 
+def test_the_sites_colours_cover_all_schemes_and_begin_with_those_of_a_lone_drawing():
+    """Four lists of variables: light, dark, dark without the theme, and print."""
+    css = (ROOT / "tutorial" / "assets" / "moving.css").read_text(encoding="utf-8")
+    lists = [
+        dict(re.findall(r"--([a-z]+): (#\w+);", block))
+        for block in re.findall(r"{([^{}]*--ink:[^{}]*)}", css)
+    ]
+    assert len(lists) == 4
+    assert all(found.keys() == lists[0].keys() for found in lists)
+    assert lists[1] == lists[2]
+    alone = dict(re.findall(r"var\(--([a-z]+),(#\w+)\)", SHEET))
+    assert alone.keys() <= lists[0].keys()
+    for name, colour in alone.items():
+        assert lists[0][name] == (colour if len(colour) == 7 else "#ffffff")
+    assert {*MARKERS, "ekfac"} <= lists[0].keys()
+    for light, paper in ((lists[0], "#ffffff"), (lists[1], "#1b1d23")):
+        for method in {*MARKERS, "ekfac"}:
+            assert contrast(light[method], paper) >= 4.5, method
+
+
 # ------------------------------------------------------------------ controls
 def test_a_control_starts_on_its_grid():
     control = Slider("damping", "damping", -9, 1, 0.05, math.log10(1.1e-4), log=True)
@@ -197,6 +221,11 @@ def test_newton_leaves_the_picture_where_damping_cancels_an_eigenvalue_and_the_g
     assert max(abs(v) for point in paths["ggn"] for v in point) < 2
     assert last["ggn"] < 0.0206 < last["newton"]
     assert max(abs(v) for p in valley_paths((0.4, 0.5), 1e-4)[0]["ggn"] for v in p) > 10
+
+
+def test_kfac_is_behind_the_ggn_at_the_start_of_the_figure():
+    last = valley_paths((2.7, 2.3), 0.1)[1]
+    assert last["ggn"] < 1.01 * 0.02051 < last["kfac"] < last["gradient"]
 
 
 def test_the_factors_do_not_depend_on_the_pairing():

@@ -281,7 +281,7 @@ for damping in (1e-6, 1e-4, 1e-2):
     assert_exact(along, coefficients / (eigen.scale + damping))
 
 # %% [markdown]
-# Move $\delta$ along the axis of eigenvalues. Above the damping, directions keep their whole Newton step.
+# Move $\delta$ along the axis of eigenvalues. Far above it, directions keep nearly their whole Newton step.
 # The more damping there is, the fewer they are, and the directions with eigenvalue zero keep nothing at all.
 
 # %% tags=["hide-input"]
