@@ -512,12 +512,12 @@ plt.show()
 #
 # | | exact | factored | $\pi = 1$ |
 # | --- | --- | --- | --- |
-# | inverts $B \otimes A + \delta I$ | yes, [(8.5)] | plus $E_\pi$, [(8.6)] | plus a larger $E_\pi$ |
-# | step is as long | 1 | at most 1, [Theorem 8.2] | at most 1 |
-# | same for $cA$, $B / c$ | yes | yes, [(8.10)] | no |
-# | same for $cL$ and $c\delta$ | yes | yes | no |
-# | to make it | eigenvectors | Cholesky | Cholesky |
-# | products a step | 4 | 2 | 2 |
+# | excess of damping | none | [(8.6)] | larger |
+# | step, relative to exact | 1 | at most 1 | at most 1 |
+# | same for $cA$, $B / c$ | yes | yes | no |
+# | same for $cL$, $c\delta$ | yes | yes | no |
+# | made by | eigen-vectors | Cholesky | Cholesky |
+# | products in a step | 4 | 2 | 2 |
 #
 # ## The unit of damping
 #

@@ -16,14 +16,11 @@
 # **Part III: Better and faster.** A small batch tells a wide layer little. Can its curvature be
 # inverted at the price of the batch, not of the layer?
 #
-# KFAC's factors have the size of the layer. Inverting one of 1000 rows takes a billion operations,
-# although a batch of 32 data filled it with 32 outer products. SKFAC, swift KFAC, keeps these columns in place of
-# the factor and inverts a $32 \times 32$ matrix instead. This is an identity, not an approximation:
-# the step is KFAC's. We derive it, count what it saves, push the batch's own gradient through it
-# without a single division by the damping, and keep convolutions small by leaving out
-# positions. Then we look at what one batch cannot know, and why that makes the damping matter more.
+# KFAC's factors have the size of the layer, although a small batch fills them with few outer products. SKFAC, swift
+# KFAC, keeps these columns $U$ in the place of the factor $A = U U^\top$ and inverts the small matrix $U^\top U$
+# instead: [Figure 13.1].
 
-# %%
+# %% tags=["hide-input"]
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -64,12 +61,7 @@ from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
-
-# %% [markdown]
-# A network with two hidden layers of 100 units, and a batch of 32 handwritten digits. Each datum
-# sends back one vector, the gradient for a label drawn from the model:
-
-# %%
+# %% tags=["hide-input"]
 digits = load_digits()
 order = torch.randperm(len(digits.target))
 images, labels = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
@@ -89,10 +81,31 @@ for name, io in ios.items():
     print(f"B is {len(B)} × {len(B)} of rank {ranks[1]}")
     assert max(ranks) <= 32
 
+# %% tags=["hide-input"] alt="Three heat maps: the columns U of a layer, 101 rows by 32 columns; the factor A, 101 by 101, their outer products; and the small matrix of the columns' inner products, 32 by 32." caption="The middle layer on a batch of 32: the columns $U$ that the batch gives, KFAC's factor $A = U U^\\top$ of 101 rows, and the matrix $U^\\top U$ of 32 rows that SKFAC inverts. Each of the two products follows from $U$."
+columns = ios["2"].a[:, 0].T / 32**0.5
+assert_exact(columns @ columns.T, kfac(ios["2"]).A)
+matrices(
+    {"$U$": columns, r"$A = U U^\top$": columns @ columns.T, r"$U^\top U$": columns.T @ columns}
+)
+
 # %% [markdown]
-# The factors are mostly empty. $A + \gamma I$ has 32 eigenvalues that the batch decided and 69 that
-# are all equal to $\gamma$. A decomposition of the whole matrix finds out again and again what was
-# known before: that it has no opinion on a subspace of 69 dimensions.
+# The main formula is an identity, not an approximation. SKFAC's step is KFAC's step for the same batch:
+#
+# $$
+# (U U^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - U (U^\top U + \gamma I)^{-1} U^\top \bigr) .
+# $$
+#
+# After this chapter you will be able to
+#
+# - derive the identity and count what it saves, and say when it saves nothing;
+# - compute the step of the batch's own gradient without a division by the damping;
+# - reduce the positions of a convolution: Reduce Sum and Spatial Subsampling;
+# - say why one batch needs more damping than an average, and what a window of batches is.
+#
+# The network has two hidden layers of 100 units. Each of 32 handwritten digits
+# sends back one vector, the gradient for a label drawn from the model. The printed ranks are those of the factors:
+# $A + \gamma I$ of the middle layer has 32 eigenvalues that depend on the batch and 69 that
+# are equal to $\gamma$.
 #
 # ## Woodbury's identity
 #
@@ -120,10 +133,10 @@ for name, io in ios.items():
 # be the inverse that we look for. $(U U^\top + \gamma I) X = I$ says $\gamma X = I - U\, U^\top X$, and
 # $U^\top X$ is the transpose of the first line. $\blacksquare$
 #
-# The first line *pushes* $U$ *through* the inverse, and on its way the $d \times d$ matrix becomes a
-# $K \times K$ one. Entry $(k, l)$ of $U^\top U$ is the inner product of two columns: how similar two data
-# are. The second line says what the inverse does. It divides by $\gamma$, and then takes back what
-# was too much in the span of the columns. By hand:
+# The first line *pushes* $U$ *through* the inverse: on the left a $d \times d$ matrix is inverted, on the right a
+# $K \times K$ one. Entry $(k, l)$ of $U^\top U$ is the inner product of two columns, a similarity of two data.
+# By the second line the inverse divides by $\gamma$ and then corrects the
+# result in the span of the columns. By hand:
 
 
 # %%
@@ -151,10 +164,9 @@ assert_exact(inverse_by_hand(U, gamma), torch.linalg.inv(A + gamma * eye_like(A)
 # %% [markdown]
 # ## A layer by its columns
 #
-# SKFAC's matrix is the same $B \otimes A$ as KFAC's, held by other numbers. `reduced_columns` guards
-# against the opposite case: with more columns than the factor has rows, a QR decomposition
-# $U^\top = Q R$ gives $U U^\top = R^\top R$, and the $d$ columns of $R^\top$ do as well. So no more is
-# ever stored than for the factor.
+# SKFAC's matrix is the same $B \otimes A$ as KFAC's, stored as columns. `reduced_columns` is for the opposite case.
+# With more columns than the factor has rows, a QR decomposition $U^\top = Q R$ gives $U U^\top = R^\top R$, and the
+# $d$ columns of $R^\top$ replace $U$. So the columns never need more memory than the factor.
 
 # %% tags=["remove-input"]
 code(skfac, reduced_columns)
@@ -176,9 +188,9 @@ for fisher in (monte_carlo(1, generator), type2):
         assert held <= full
 
 # %% [markdown]
-# Note the second half. Type-2 vectors come nine to a datum, one less than classes, so that $B$ has 288
-# columns and `reduced_columns` cuts them down to $d_\text{out}$. **What counts is not $N$ but $V N S$.** SKFAC goes
-# with the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
+# In the second half of the output each datum has nine type-2 vectors, one less than classes, so that $B$ has 288
+# columns and `reduced_columns` reduces them to $d_\text{out}$. **The number of columns is $V N S$, not $N$.** SKFAC
+# is for the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
 #
 # ## The paper's inverse
 #
@@ -190,10 +202,11 @@ for fisher in (monte_carlo(1, generator), type2):
 # \tag{13.2}
 # $$
 #
-# two thin products and a subtraction. [The authors' code](https://github.com/fL0n9/SKFAC-MindSpore/tree/aca020fc5dfe3fddff7c0928f4ad2fe414653666) puts
-# $\sqrt\delta$ on both sides
-# ([`skfac_layer.py`, lines 327 and 354](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L327)). The package
-# balances them with $\pi$, which needs the traces of the factors only, and these are the sums of all
+# two thin products and a subtraction. [The authors'
+# code](https://github.com/fL0n9/SKFAC-MindSpore/tree/aca020fc5dfe3fddff7c0928f4ad2fe414653666) puts $\sqrt\delta$
+# on both sides ([`skfac_layer.py`, lines 327 and
+# 354](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L327)).
+# The package balances them with $\pi$, which needs the traces of the factors only, and these are the sums of all
 # squared entries of the columns.
 
 # %% tags=["remove-input"]
@@ -207,17 +220,16 @@ for io in ios.values():
     assert_exact(M.inverse_of_damped_factors(gamma, gamma) @ G, explicit @ G)
 
 # %% [markdown]
-# This is the explicit inverse, as in the authors' code
-# ([line 363](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L363)),
-# against the applied one. They agree in all
-# digits that there are, but the explicit one forms $d \times d$ matrices: it costs $K d^2$ per factor and is multiplied
-# at $d^3$. If the same inverse serves hundreds of steps, as in that code, forming it once is the better choice
-# for $2 K \gt d$: applying it takes two products with $K$ columns each.
+# This is the explicit inverse, as in the authors' code ([line
+# 363](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L363)),
+# against the applied one. They agree up to rounding, but the explicit one forms $d \times d$ matrices: it costs
+# $K d^2$ per factor and is multiplied at $d^3$. If the same inverse serves hundreds of steps, as in that code,
+# forming it once is the better choice for $2 K \gt d$: applying it takes two products with $K$ columns each.
 #
 # ### What it saves
 #
 # We count the operations from a batch's rows to a step: factors, decompositions, and one product with
-# a gradient. PyTorch counts those of matrix products. We add those of the decompositions.
+# a gradient. PyTorch counts the operations of matrix products. We add the operations of the decompositions.
 
 # %%
 aten = torch.ops.aten
@@ -265,14 +277,14 @@ assert counts["SKFAC, N = 32"][-1] < 4.5 * counts["SKFAC, N = 32"][-2]  # toward
 assert gain[0] < 2 < 10 < gain[-1]
 
 # %% [markdown]
-# Two warnings about this picture. An operation of a decomposition takes longer than one of a product, so
-# the clock tends to be kinder to SKFAC. And KFAC spreads its decompositions over many steps, since
-# its averages change slowly. SKFAC has to start anew with each batch. A decomposition every 100
-# steps costs a hundredth, and then SKFAC saves only in the products.
+# The figure counts operations and has two limits. An operation of a decomposition takes longer than one of a
+# product, so that in time SKFAC gains more than in operations. And KFAC decomposes its averages only every so many
+# steps, because they change slowly, while SKFAC decomposes anew for each batch. A decomposition every 100 steps
+# costs a hundredth, and then SKFAC saves only in the products.
 #
-# ## The batch's own gradient, never divided
+# ## The batch's own gradient
 #
-# The gradient comes from the same batch. Then it is a sum of the same columns. For
+# If the gradient comes from the same batch, it is made of the same columns. For
 # the empirical Fisher, $g_n$ is the gradient of a datum's loss divided by $\sqrt D$, so that the gradient
 # of the mean loss is $G = \sum_n g_n a_n^\top / \sqrt D$. In general,
 #
@@ -290,16 +302,16 @@ assert gain[0] < 2 < 10 < gain[-1]
 # \tag{13.4}
 # $$
 #
-# Everything in the middle is small.
+# All matrices between $U_B$ and $U_A^\top$ are small.
 
 # %% tags=["remove-input"]
 code(push_through)
 
 # %% [markdown]
-# With type-2 vectors it works as well, although the labels do not enter them: the columns for a
-# datum span all gradients that any label can have. Here we let least squares find $c$. With the scores
-# of all classes, another root, it would be zero except at the datum's own class (Exercise 13.2). Only for Monte Carlo vectors is
-# the gradient of the data's labels not in their span.
+# With type-2 vectors it works as well, although the labels do not enter them: the columns for a datum span all
+# gradients that any label can have. Here we let least squares find $c$. With the scores of all classes, another
+# root, it would be zero except at the datum's own class (Exercise 13.2). Only for Monte Carlo vectors is the
+# gradient of the data's labels not in their span.
 
 # %%
 f = net(X).detach().requires_grad_()
@@ -327,9 +339,9 @@ print(
 assert outside.norm() > 0.1 * head.norm()
 
 # %% [markdown]
-# Is the same step worth two formulas? In exact arithmetic no. But [(13.2)] subtracts from $I$ something
-# close to a projection and magnifies what is left by $1 / \gamma$. If the gradient lies in the span, what
-# is left is a small difference of large numbers. We repeat the step in single precision.
+# In exact arithmetic both formulas give the same step. In floating point they differ. [(13.2)] subtracts a matrix
+# close to a projection from $I$ and multiplies the difference by $1 / \gamma$. If the gradient lies in the span, the
+# difference is small and its relative error large. We repeat the step in single precision.
 
 # %%
 io = layer_ios(net, loss, X, y, empirical)["2"]
@@ -364,23 +376,22 @@ assert min(forms["Woodbury"][0], forms["only G is rounded"][0]) > 1
 assert forms["pushed through"][0] < 0.1
 
 # %% [markdown]
-# At a damping of $10^{-7}$ the forms that divide return numbers that have nothing to do with the
-# step. The Cholesky factor is not to blame: eigenpairs fare no better, and neither does the inverse in
-# double precision if $G$ alone was rounded. The information is lost when $G$ is formed. A rounded $G$
-# is no longer *exactly* in the span, and what sticks out is divided by $\gamma^2$. The other form
-# never meets $G$.
+# At a damping of $10^{-7}$ the forms that divide by it have relative errors near or above one. The Cholesky factor
+# is not the reason: eigenpairs have the same error, and so has the inverse in double precision if only $G$ was
+# rounded. A rounded $G$ is no longer *exactly* in the span, and its part outside of the span is divided by
+# $\gamma^2$. The form that is pushed through does not use $G$.
 #
 # ## Exact damping
 #
 # $(B + \gamma_B I) \otimes (A + \gamma_A I)$ exceeds $B \otimes A + \delta I$ ([Chapter 8](08_damping.py)).
-# Can few columns invert the latter? It is no Kronecker product. But its eigenvalues are known. A
+# Can few columns also invert the latter? It is no Kronecker product, but its eigenvalues are known. A
 # thin singular value decomposition $U_A = Q_A \operatorname{diag}(\sigma)\, P^\top$ gives the
 # eigenvectors $Q_A$ of $A$, and $\sigma^2$ for their eigenvalues $\alpha_j$; likewise $\beta_i$ for $B$.
 # All other eigenvalues are zero. Complete both bases in any way. The eigenvalues of
 # $B \otimes A + \delta I$ are $\beta_i \alpha_j + \delta$ where both vectors are known, and $\delta$
 # everywhere else.
 #
-# So: divide everything by $\delta$, and correct a rectangle. Other low-rank
+# So the inverse divides by $\delta$ everywhere and corrects a rectangle. Other low-rank
 # methods give the unknown directions a number, too, so that the package treats the general case.
 # Let $A$ have the eigenvalue $c_A$ outside of its known vectors and $B$ have $c_B$. The table then
 # has four blocks. Write $w$ for the inverse eigenvalues of each,
@@ -393,10 +404,10 @@ assert forms["pushed through"][0] < 0.1
 # \tag{13.5}
 # $$
 #
-# Scaling by $w$ treats all as the rest. Rows of the table correct by $w_{i\cdot} - w$ what lies in the span
-# of $Q_B$, columns by $w_{\cdot j} - w$ what lies in the span of $Q_A$. What lies in both was then
-# corrected twice, and gets $w_{ij} - w_{i\cdot} - w_{\cdot j} + w$ in addition. Products cost
-# $d_\text{in} d_\text{out}$ times the number of columns, as before.
+# The inverse first scales everything by $w$. In the span of $Q_B$ it adds the correction $w_{i\cdot} - w$, and in
+# the span of $Q_A$ the correction $w_{\cdot j} - w$. The intersection of both was then corrected twice, and gets
+# $w_{ij} - w_{i\cdot} - w_{\cdot j} + w$ in addition. Products cost $d_\text{in} d_\text{out}$ times the number of
+# columns, as before.
 
 # %% tags=["hide-input"] alt="Two heat maps of 8 by 12 eigenvalues. Left, for few columns: the upper left rectangle of 2 by 3 has small, varying values, and all the rest is one constant. Right, with tails: four blocks; rows beside the rectangle and columns below it vary along one direction, and the lower right block is one constant." caption="Eigenvalues of $(B \\otimes A + \\delta I)^{-1}$, arranged by eigenvectors of $B$ (rows) and of $A$ (columns), the largest first. Three vectors of $A$ and two of $B$ are known."
 Q_A, Q_B = (torch.linalg.qr(torch.randn(d, d)).Q for d in (12, 8))
@@ -440,13 +451,14 @@ for io in ios.values():
 # brings them back to about $N$. The paper's abstract names two methods for it, "Spatial Subsampling and Reduce
 # Sum".
 #
-# **Reduce sum**: one row for each datum, from a sum over the patches, and one over the vectors. With the
-# mean of the patches in place of their sum, which only changes the scale of $A$, this is KFAC-reduce
-# ([Chapter 6](06_weight_sharing.py)), and `reduce_sum(io)` is `io.reduced()`. The authors' code takes the mean of
-# both ([lines 166 and 194](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L166)),
+# **Reduce Sum**: one row for each datum, from a sum over the patches, and one over the vectors. With the mean of
+# the patches in place of their sum, which only changes the scale of $A$, this is KFAC-reduce ([Chapter
+# 6](06_weight_sharing.py)), and `reduce_sum(io)` is `io.reduced()`. The authors' code takes the mean of both
+# ([lines 166 and
+# 194](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L166)),
 # here `mean_over_positions(io)`. All its curvature is then smaller by $S^2$, and so must be the damping.
 #
-# **Spatial subsampling**: let a subset $\mathcal T$ of the positions stand for all,
+# **Spatial Subsampling**: let a subset $\mathcal T$ of the positions stand for all,
 #
 # $$
 # A_{\mathcal T} = \frac{1}{N \lvert \mathcal T \rvert} \sum_{n, s \in \mathcal T} a_{ns} a_{ns}^\top ,
@@ -455,12 +467,12 @@ for io in ios.values():
 # \tag{13.6}
 # $$
 #
-# $A$ is a mean and needs no correction, $B$ is a sum and does. If one partitions the
-# positions into parts of equal size, the $A_{\mathcal T}$ of all parts average to the full $A$,
-# and the $B_{\mathcal T}$ to the full $B$: each part is an unbiased guess of both. For an image the subset is a
-# grid, every second row and every second column, say: the positions that the same convolution would have if it
-# moved two pixels at a time. `spatial_subsampling(io, 2)` keeps those. (`subsampled` keeps every so many positions of
-# a sequence, and `at_positions` any others.)
+# $A$ is a mean and needs no correction; $B$ is a sum and needs the factor. In a partition of the positions into
+# parts of equal size, the mean of all $A_{\mathcal T}$ is the full $A$, and the mean of all $B_{\mathcal T}$ is the
+# full $B$: each part is an unbiased estimate of both. For an image the subset is a grid, every second row and every
+# second column, say: the positions that the same convolution would have if it moved two pixels at a time.
+# `spatial_subsampling(io, 2)` keeps those. (`subsampled` keeps every so many positions of a sequence, and
+# `at_positions` any others.)
 #
 # The abstract says that both methods reduce "across the spatial dimension or receptive fields of feature maps". We
 # read the abstract and the public code only, and know no formula for a reduction within a receptive field, that
@@ -524,15 +536,15 @@ step = sums.inverse_of_damped_factors(0.1, 0.1 * S**2) @ G
 assert_exact(averages.inverse_of_damped_factors(0.1, 0.1) @ G, S**2 * step)
 
 # %% [markdown]
-# Three things can be read off. First, which positions one keeps matters as much as how many. The flat
-# axis runs along the rows of the image, so that every fourth of $4 \times 4$ positions is one
-# *column* of it, its left border. A grid of the same size is much nearer to expand. Second, near to
-# expand need not mean near to the block. This network averages its output over all positions, the
-# setting for which reduce is made ([Chapter 6](06_weight_sharing.py)), and there one averaged patch is a
-# better approximation than sixteen. Third, the averages come with a curvature of $1 / S^2$ of
-# reduce's. As a matrix that is next to nothing. As a step it is reduce sum's, with $S^2$ times the damping on the side of
-# the outputs and $S^2$ times the length, as the last line asserts. Whoever tunes damping and learning rate for the
-# averages, as the authors did, loses nothing by the scale; whoever takes over a damping from another method does.
+# The table has three results. First, which positions are kept matters as much as how many. The flat axis runs along
+# the rows of the image, so that every fourth of $4 \times 4$ positions is one *column* of it, its left border. A
+# grid of the same size is much nearer to expand. Second, near to expand need not mean near to the block. This
+# network averages its output over all positions, the setting for which reduce is made ([Chapter
+# 6](06_weight_sharing.py)), and there one averaged patch is a better approximation than sixteen. Third, the
+# curvature of the code's averages is $1 / S^2$ of Reduce Sum's. As a matrix it is far from the block. Its step is
+# Reduce Sum's step, with $S^2$ times the damping on the side of the outputs and $S^2$ times the length, as the last
+# line asserts. If damping and learning rate are tuned for the averages, as the authors did, the scale does no harm;
+# a damping that is taken from another method is wrong by it.
 #
 # In the optimizer, the choice is a part of the approximation. Layers with one position, such as the last one
 # here, are not changed by any of them:
@@ -560,13 +572,13 @@ for name, approximation in choices.items():
 # %% [markdown]
 # ## What one batch does not know
 #
-# So far SKFAC was KFAC, since both saw one batch. KFAC goes on to average its factors over many
-# steps. The columns of many batches are many, so the authors' code keeps those of one. Between
-# two updates, 834 steps apart
-# ([`config.py`, line 38](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/config.py#L38)),
-# it applies an old batch's inverse to the gradients of new ones. For these, the span is not
-# the right one. A gradient that is orthogonal to the columns on both sides is divided by
-# $\gamma_A \gamma_B$, however large the true curvature is there.
+# So far SKFAC was equal to KFAC, since both had one batch. In training KFAC averages its factors over many steps.
+# Many batches have many columns, so that the authors' code keeps the columns of one batch. Between two updates, 834
+# steps apart ([`config.py`, line
+# 38](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/config.py#L38)), it
+# applies an old batch's inverse to the gradients of new ones. New gradients are not in the old span. A gradient
+# that is orthogonal to the columns on both sides is divided by $\gamma_A \gamma_B$, however large the true
+# curvature is there.
 
 # %%
 trained = network()
@@ -608,9 +620,9 @@ assert growth["another batch"] > 50 > 10 > growth["own batch"]
 # %% [markdown]
 # The own batch's step has a limit, as [(13.4)] shows: without damping it is
 # $U_B (U_B^\top U_B)^{-1} C\, (U_A^\top U_A)^{-1} U_A^\top$ if the columns are independent. For
-# another batch, less damping means a longer step without end, along directions about which nothing
-# is known. **SKFAC needs more damping than KFAC's average does**, and the more, the longer an inverse is
-# kept.
+# another batch the step grows without bound as the damping falls, along directions in which the columns have no
+# curvature. **SKFAC needs more damping than KFAC's average**, and still more if an inverse is
+# kept for long.
 #
 # ## A window of batches
 #
@@ -622,10 +634,9 @@ assert growth["another batch"] > 50 > 10 > growth["own batch"]
 # \tag{13.7}
 # $$
 #
-# With the shares of a moving average this *is* KFAC's moving average of the factor, without the factor,
-# as long as no batch is dropped. `Window` keeps the last few. It is one of the package's estimators:
-# what remembers. The weights of the dropped batches are left out of the sum, and the rest is
-# scaled up to one.
+# With the shares of a moving average this *is* KFAC's moving average of the factor, without the factor, as long as
+# no batch is dropped. `Window` is an estimator that keeps the last few batches. The weights of the dropped batches
+# are left out of the sum, and the rest is scaled up to one.
 
 # %% tags=["remove-input"]
 code(Window.update)
@@ -655,9 +666,9 @@ print(
 assert relative_error(averaged_inverse, average.inverse(delta) @ G) > 0.2
 
 # %% [markdown]
-# To average inverses instead is something else, as the last line shows: each of them is $1 / \delta$
-# almost everywhere, whatever the others know. And to average columns is nonsense. $\tfrac12 (U_1 + U_2)$
-# pairs data that have nothing to do with each other, and the signs of a QR decomposition are
+# An average of inverses is another matrix, as the last line shows: each inverse is $1 / \delta$
+# in all directions that its own batch does not have. An average of columns is meaningless: $\tfrac12 (U_1 + U_2)$
+# adds columns of unrelated data, and the signs of a QR decomposition are
 # arbitrary. The package refuses it.
 
 # %%
@@ -674,10 +685,10 @@ assert relative_error(wrong.UB @ wrong.UB.T, right.B) > 0.3
 # %% [markdown]
 # ## Training with it
 #
-# The paper's abstract reports that SKFAC performs comparably to KFAC on CIFAR-10 and ImageNet, and that it bridges the
-# gap in time between first- and second-order methods. We can look at the first half, in a small way: we train the digits
-# network for 40 steps of 32 data each, with KFAC's moving average, with
-# SKFAC on the newest batch, and with a window of six. The learning rate is the same, the damping varies.
+# The paper's abstract reports that SKFAC performs comparably to KFAC on CIFAR-10 and ImageNet, and that it bridges
+# the gap in time between first- and second-order methods. We can look at the first half, in a small way: we train
+# the digits network for 40 steps of 32 data each, with KFAC's moving average, with SKFAC on the newest batch, and
+# with a window of six. The learning rate is the same, the damping varies.
 
 # %%
 estimators = {
@@ -726,30 +737,29 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# With the best damping of each, all three train the network. That agrees with
-# "comparable", under a condition that the plot shows. Where the damping is large, most of
-# the step is decided by the damping and little by the batch, and the three coincide. Where it is small,
-# the single batch fails first. (A new inverse in every step, as here, is kind to the single batch: see
-# [what one batch does not know](#what-one-batch-does-not-know).)
-# The window lies between, at a price: its small systems have six times as many
-# unknowns. Nothing here is about time. And note what the last lines assert. From one batch, KFAC and SKFAC train *the same
-# network*. All differences in the plot come from what is remembered, none from how it is inverted.
+# With the best damping of each, all three train the network. That agrees with "comparable", under a condition that
+# the plot shows. Where the damping is large, most of the step is decided by the damping and little by the batch,
+# and the three coincide. Where it is small, the single batch fails first. (A new inverse in every step, as here,
+# favours the single batch: see [what one batch does not know](#what-one-batch-does-not-know).) The window lies
+# between, but its small systems have six times as many unknowns. The plot is not about time. By the last lines of
+# the cell, KFAC and SKFAC from one batch each train *the same network*. So all differences in the plot come from
+# the averages over batches, none from the form of the inverse.
 #
 # ## What goes wrong in practice
 #
-# Three cases are about what the authors' code takes for granted. It is an example for one network, a ResNet-50
-# with batches of 32 images, for which its
+# Three cases are about what the authors' code takes for granted. It is an example for one network, a ResNet-50 with
+# batches of 32 images, for which its
 # [README](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/README.md?plain=1#L157)
-# states a top-1 accuracy of 75.95 % on ImageNet after 49 epochs.
-# Nothing below says that this number is wrong.
+# states a top-1 accuracy of 75.95 % on ImageNet after 49 epochs. Nothing below says that this number is wrong.
 #
-# **The bias left out.** The code inverts the factor of the inputs without the column of ones
-# ([`skfac_layer.py`, line 349](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L349)).
-# Its own network has no biases in these layers
-# ([`resnet_skfac.py`, line 137](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/resnet_skfac.py#L137)),
-# so nothing is lost there. In a network that has, biases would be updated by the plain gradient, at a scale that has
-# nothing to do with that of the
-# weights' step, and the weights' own step is another one, too, since weights and bias interact in $A$.
+# **The bias left out.** The code inverts the factor of the inputs without the column of ones ([`skfac_layer.py`,
+# line
+# 349](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L349)).
+# Its own network has no biases in these layers ([`resnet_skfac.py`, line
+# 137](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/resnet_skfac.py#L137)),
+# so nothing is lost there. In a network that has, biases would be updated by the plain gradient, at a scale that
+# has nothing to do with that of the weights' step, and the weights' own step is another one, too, since weights and
+# bias interact in $A$.
 #
 # **One damping for both sides.** $\sqrt\delta$ on both factors is not invariant. Move a factor of ten from
 # the inputs to the vectors (as a different convention for the loss does), and the step changes:
@@ -775,10 +785,10 @@ print(
 assert relative_error(without, with_bias[:, :-1]) > 1e-3
 
 # %% [markdown]
-# **A batch size written into the code.** The code divides by 32
-# ([`skfac_layer.py`, line 155](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L155)).
-# That is the batch size of its configuration
-# ([`config.py`, line 23](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/config.py#L23)).
+# **A batch size written into the code.** The code divides by 32 ([`skfac_layer.py`, line
+# 155](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L155)).
+# That is the batch size of its configuration ([`config.py`, line
+# 23](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/config.py#L23)).
 # With another one, the scale of the curvature is off by the ratio, and with it the meaning of the damping.
 #
 # **A damping below round-off.** $U^\top U + \gamma I$ is decomposed in the precision of $U$. Data that occur
@@ -801,9 +811,9 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 # %% [markdown]
 # ## The paper and this package
 #
-# What is in [Tang et al. (2021)](bibliography.md#skfac), as far as its abstract and
-# [its authors' code](https://github.com/fL0n9/SKFAC-MindSpore/tree/aca020fc5dfe3fddff7c0928f4ad2fe414653666) tell, and what
-# is here.
+# What is in [Tang et al. (2021)](bibliography.md#skfac), as far as its abstract and [its authors'
+# code](https://github.com/fL0n9/SKFAC-MindSpore/tree/aca020fc5dfe3fddff7c0928f4ad2fe414653666) tell, and what is
+# here.
 #
 # | | the paper | here |
 # | --- | --- | --- |
@@ -817,6 +827,17 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 # | average over batches | the code: none | `Window`, or `Latest` for none |
 # | schedule | the code: a new batch every 834 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 9](09_averages.py) |
 # | headline | performance comparable to KFAC's on CIFAR-10 and ImageNet, and a wall-clock time that bridges the gap to first-order methods | [Chapter 19](19_comparison.py) trains it beside its controls, among them first-order methods, in steps and in seconds; networks of the size of the paper's are out of reach here |
+#
+# ## In one minute
+#
+# - **Identity.** SKFAC keeps the columns of the factors and inverts their inner products ([Theorem 13.1]). For one
+#   batch its step is KFAC's.
+# - **Cost.** The number of columns is $V N S$. SKFAC saves where this is smaller than the width.
+# - **Own gradient.** For the batch's own gradient, [(13.4)] needs no division by the damping and survives single
+#   precision.
+# - **Convolutions.** Reduce Sum is KFAC-reduce; Spatial Subsampling keeps a grid of positions.
+# - **Damping.** One batch has no curvature outside of its span, so that SKFAC needs more damping. A window of
+#   batches is between it and KFAC's average.
 #
 # ## Exercises
 #
@@ -855,13 +876,43 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # A batch has $2 d N$ numbers, the factors $2 d^2$, so from $d / N$ batches on, just when the
 # columns can span everything. A moving average has rank $\min(t N, d)$ at most. Its rank grows with
-# every batch, although old batches hardly count any more: rank alone does not say how much is known.
+# every batch, although old batches have small weights: the rank alone does not measure the information.
+#
+# </details>
+#
+# **Exercise 13.4.** Write SKFAC's step yourself: from the columns $U_A$ and $U_B$, a gradient $G$ and a damping
+# $\gamma$ of both factors to $(B + \gamma I)^{-1} G (A + \gamma I)^{-1}$, without a matrix of the layer's width.
+# Compare it with `KroneckerColumns(UA, UB).inverse_of_damped_factors(gamma, gamma) @ G`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def solution(UA, UB, G, gamma):
+#     def solve(U, M):
+#         small = U.T @ U + gamma * torch.eye(U.shape[1])
+#         return (M - U @ torch.linalg.solve(small, U.T @ M)) / gamma
+#
+#     return solve(UA, solve(UB, G).T).T
+# ```
 #
 # </details>
 #
 # The solutions, checked:
 
+
 # %% tags=["hide-input"]
+def solution(UA: Tensor, UB: Tensor, G: Tensor, gamma: float) -> Tensor:  # 13.4
+    def solve(U: Tensor, M: Tensor) -> Tensor:
+        small = U.T @ U + gamma * torch.eye(U.shape[1])
+        return (M - U @ torch.linalg.solve(small, U.T @ M)) / gamma
+
+    return solve(UA, solve(UB, G).T).T
+
+
+M, G = skfac(ios["2"]), torch.randn(100, 101)
+assert_exact(solution(M.UA, M.UB, G, 0.1), M.inverse_of_damped_factors(0.1, 0.1) @ G)
+
 U = torch.randn(7, 3)  # 13.1
 small = torch.linalg.inv(U @ U.T + 1e-9 * torch.eye(7))
 P = torch.eye(7) - U @ torch.linalg.inv(U.T @ U) @ U.T

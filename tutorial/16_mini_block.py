@@ -16,14 +16,15 @@
 # **Part III: Better and faster.** KFAC gives all neurons of a layer one common matrix. What if every
 # neuron keeps its own, exact, and nothing is kept between neurons?
 #
-# The weights of one neuron are one row of $W$. A layer with 10 neurons and 17 inputs has a block of
-# 170 by 170, and along its diagonal sit ten small ones of 17 by 17, one for each neuron. The mini-block
-# Fisher keeps these and drops the rest. [Bahamou et al. (2023)](bibliography.md#mini-block) propose it as MBF, between
-# first-order methods, whose matrix is diagonal, and KFAC. Where KFAC *models* the whole block, this method *cuts*
-# it. Measured as matrices, the cut is usually the coarser approximation of the two. Measured by the step
-# that comes out, it often is not. This chapter shows why, what it costs, and how to pay less.
+# The weights of one neuron are one row of $W$. The mini-block Fisher keeps the part of the layer's block that
+# belongs to each neuron and replaces the rest by zeros: [Figure 16.1]. [Bahamou et al.
+# (2023)](bibliography.md#mini-block) propose it as MBF, between first-order methods, whose matrix is diagonal, and
+# KFAC.
 
-# %%
+# %% tags=["hide-input"]
+import json
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -40,6 +41,7 @@ from torch.nn import (
 )
 from torch.nn.functional import avg_pool2d
 
+import kfac_scratch
 from kfac_scratch.approximations.ekfac import ekfac
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.approximations.mini_block import (
@@ -75,7 +77,30 @@ def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
     return LayerIO(torch.randn(N, S, 5), torch.randn(V, N, S, 3))
 
 
+# %% tags=["hide-input"] alt="Heat maps of a 15 by 15 block in three versions. The exact block has nine 5 by 5 parts, all of which differ. The mini-block version has the three parts on the diagonal, exactly, and zero elsewhere. KFAC fills all nine parts, each with a multiple of one and the same pattern." caption="A layer with three neurons and five inputs. The mini-blocks are exact and know nothing of each other; KFAC repeats one matrix $A$ in nine strengths."
+torch.manual_seed(1)
+io = random_io(12, V=1)
+io = LayerIO(io.a * torch.tensor([2.0, 1.5, 1.0, 1.0, 0.7]), io.g)
+matrices(
+    {"exact block": io.block(), "mini-block": mini_block(io).dense(), "KFAC": kfac(io).dense()},
+    blocks=dict.fromkeys(("exact block", "mini-block", "KFAC"), (5, 5)),
+)
+
 # %% [markdown]
+# With one position per datum, the block of neuron $o$ is
+#
+# $$
+# F_o = \sum_n \Bigl( \sum_v g_{vno}^2 \Bigr)\, a_n a_n^\top :
+# $$
+#
+# a second moment of the inputs, as KFAC's $A$, but with weights of its own for every neuron.
+#
+# After this chapter you will be able to
+#
+# - compute the blocks, and prove that no other matrix without coupling of neurons is nearer to $F$;
+# - say where they are exact, and why the step can be better than KFAC's although the matrix is farther from the block;
+# - count the cost, and choose among three ways to reduce it.
+#
 # ## A neuron is a row
 #
 # A layer's block is a sum of outer products of gradients ([Theorem 4.1]), and $\operatorname{vec}$
@@ -96,8 +121,8 @@ def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
 # \tag{16.2}
 # $$
 #
-# $F_o$ is what KFAC's factor $A$ is, a second moment of the inputs, except that every datum counts
-# as much as neuron $o$ matters to it. KFAC has the same $A$ for all neurons. By hand:
+# $F_o$ is a weighted second moment of the inputs. The weight of a datum is the squared vector of neuron $o$. KFAC
+# has the same $A$ for all neurons. By hand:
 
 
 # %%
@@ -128,17 +153,15 @@ assert_exact(mini_block(io).blocks[1], io.a[:, 0].T @ (weight[:, 1:2] * io.a[:, 
 # %% [markdown]
 # ### In the package
 #
-# With one position, only the sum of squares over the vectors enters, so that all vectors of a datum
-# are merged into one before the work begins (`_merged`). What is left is one batched product of
-# matrices.
+# With one position, only the sum of squares over the vectors enters, so that `_merged` first merges all vectors of
+# a datum into one. The blocks are then one batched product of matrices.
 
 # %% tags=["beside", "remove-input"]
 code(mini_block, _blocks, _merged)
 
 # %% [markdown]
 # The result is a `BlockDiagonal`: $K$ small matrices as one tensor. Its inverse is one batched
-# Cholesky factorisation, its product with a gradient one batched product. No neuron waits for
-# another.
+# Cholesky factorisation, its product with a gradient one batched product.
 
 # %% tags=["beside", "remove-input"]
 code(BlockDiagonal.__matmul__, BlockDiagonal.inverse)
@@ -150,15 +173,6 @@ step = M.inverse(delta) @ V
 assert_exact(M @ step + delta * step, V)
 for o in range(3):  # every neuron solves its own small system
     assert_exact(step[o], torch.linalg.solve(M.blocks[o] + delta * torch.eye(5), V[o]))
-
-# %% tags=["hide-input"] alt="Heat maps of a 15 by 15 block in three versions. The exact block has nine 5 by 5 parts, all of which differ. The mini-block version has the three parts on the diagonal, exactly, and zero elsewhere. KFAC fills all nine parts, each with a multiple of one and the same pattern." caption="A layer with three neurons and five inputs. The mini-blocks are exact and know nothing of each other; KFAC repeats one matrix $A$ in nine strengths."
-torch.manual_seed(1)
-io = random_io(12, V=1)
-io = LayerIO(io.a * torch.tensor([2.0, 1.5, 1.0, 1.0, 0.7]), io.g)
-matrices(
-    {"exact block": io.block(), "mini-block": mini_block(io).dense(), "KFAC": kfac(io).dense()},
-    blocks=dict.fromkeys(("exact block", "mini-block", "KFAC"), (5, 5)),
-)
 
 # %% [markdown]
 # ## The best of its kind
@@ -186,9 +200,9 @@ matrices(
 # vector $x$ with parts $x_o$, $x^\top M x = \sum_o x_o^\top F_o x_o$, and each term is $y^\top F y$ for a
 # vector $y$ that is zero outside of neuron $o$. $\blacksquare$
 #
-# So the mini-block Fisher is nearer to $F$ than the diagonal, than KFAC restricted to its
-# diagonal blocks $B_{oo} A$, than $I \otimes A$ for any $A$. It is *not* compared with KFAC itself, which
-# does mix neurons. Either may win:
+# So the mini-block Fisher is nearer to $F$ than the diagonal, than KFAC restricted to its diagonal blocks
+# $B_{oo} A$, and than $I \otimes A$ for any $A$. The theorem does *not* compare it with KFAC itself, which mixes
+# neurons. Either of the two may be nearer:
 
 # %%
 nearer = 0
@@ -209,7 +223,7 @@ assert 0 < nearer < 200
 # %% [markdown]
 # ## Where it is exact
 #
-# It is exact if and only if all $F_{op}$ of [(16.1)] with $o \ne p$ vanish. Three ways to get there:
+# The mini-block Fisher is exact if and only if all $F_{op}$ of [(16.1)] with $o \ne p$ vanish. Three cases:
 #
 # - The layer has **one neuron**.
 # - **No datum reaches two neurons**: $g_{vno}\, g_{vnp} = 0$. A layer of experts, of which every datum
@@ -244,8 +258,8 @@ for kind, y in labels.items():
 # %% [markdown]
 # Compare KFAC's list ([Chapter 5](05_kfac.py)): a single datum, deep linear networks with squared
 # error. In both, $F$ is a Kronecker product $B \otimes A$, whose part between neurons $o$ and $p$ is
-# $B_{op} A$. Mini-blocks are exact there only if $B$ is diagonal. And on the experts above KFAC fails.
-# Neither list contains the other. They meet if $F = B \otimes A$ with a diagonal $B$:
+# $B_{op} A$. Mini-blocks are exact there only if $B$ is diagonal. On the experts above KFAC is not exact.
+# So neither list contains the other. Both methods are exact if $F = B \otimes A$ with a diagonal $B$:
 
 # %%
 linear = Sequential(Linear(5, 4), Linear(4, 3))
@@ -265,8 +279,8 @@ assert_exact(kfac(io).dense(), io.block())
 # ## Near as a matrix, good as a step
 #
 # A trained network, three seeds. For every layer we compare two numbers. The first is the distance
-# to the exact block. The second is what a step feels: with a gradient $h$ and
-# $F_\delta = F + \delta I$, the damped parabola
+# to the exact block. The second is the quality of the step: with a gradient $h$ and
+# $F_\delta = F + \delta I$, the damped quadratic model
 # $q(p) = \tfrac12 p^\top F_\delta\, p - h^\top p$ has its minimum at $F_\delta^{-1} h$. A step in
 # the direction $p$ with the best length reaches the share
 #
@@ -357,15 +371,15 @@ axes[0].legend(fontsize="small", loc="lower left")
 plt.show()
 
 # %% [markdown]
-# In the untrained network, inputs and vectors have little to do with each other. $F$ is close to
-# $B \otimes A$, and $B$ is far from diagonal. KFAC is nearly exact there, and dropping what lies
-# between neurons costs a good part of the step.
+# In the untrained network, inputs and vectors are nearly independent. $F$ is close to
+# $B \otimes A$, and $B$ is far from diagonal. KFAC is nearly exact there, and without the coupling of neurons
+# the step loses a good part of its decrease.
 #
-# Training changes this. Each neuron has its own data to care about, those on which it still errs, so
-# that one $A$ for all neurons is off. In the first layer KFAC still is three times nearer to $F$, and
-# its step no better. In the last layer mini-blocks win by both numbers.
+# Training changes this. Different neurons have large vectors on different data, so
+# that one $A$ for all neurons has a large error. In the first layer KFAC still is three times nearer to $F$, but
+# its step is no better. In the last layer mini-blocks are better by both numbers.
 #
-# To see what a step feels, go along the eigenvectors $u_k$ of $F$, with eigenvalues $\lambda_k$. The
+# The eigenvectors $u_k$ of $F$, with eigenvalues $\lambda_k$, explain the steps. The
 # right inverse stretches $u_k$ by $1 / (\lambda_k + \delta)$, so that
 #
 # $$
@@ -407,14 +421,14 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# KFAC overshoots along steep directions and creeps along flat ones. Mini-blocks are right up to a
-# factor of two, with one exception: the 13 flattest directions add the same to all logits.
-# Softmax does not see that, so these directions have no curvature. KFAC's $B$ knows, mini-blocks
-# cannot, since it takes all neurons to notice. But such a direction has no gradient either, so that
-# the step does not feel it, while every matrix norm of the inverse does.
+# KFAC's steps are too long along steep directions and too short along flat ones. Mini-blocks are right up to a
+# factor of two, with one exception: the 13 flattest directions add the same number to all logits. Softmax does not
+# depend on such a number, so that these directions have no curvature. KFAC's $B$ has this property; mini-blocks do
+# not, since it is a property of all neurons together. But such a direction has no gradient either, so that the
+# error does not change the step, while it changes every matrix norm of the inverse.
 #
 # This is one family of small networks, and one damping. It does not show that mini-blocks are the
-# better choice. It shows that the error of a matrix does not decide.
+# better choice. It shows that the distance of a matrix from the block does not order the steps.
 #
 # ## What it costs
 #
@@ -442,7 +456,7 @@ for d_in, d_out in ((17, 10), (785, 1000), (1025, 4096)):
 assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 
 # %% [markdown]
-# For wide layers one has to do something. There are three ways.
+# For wide layers the blocks are too large. Three ways reduce them.
 #
 # ### First way: do not form the blocks
 #
@@ -467,7 +481,7 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # $$
 #
 # All neurons share the inner products of the inputs. They are computed once, and no row $R_o$ is ever
-# formed: what is kept is the layer's input and its vectors.
+# formed: only the layer's inputs and vectors are kept.
 
 # %% tags=["remove-input"]
 code(BlocksByRows.inverse, BlocksByRowsInverse.__matmul__)
@@ -485,7 +499,7 @@ several = LayerIO(torch.randn(4, 3, 300), torch.randn(2, 4, 3, 6))  # V N rows f
 assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inverse(0.1) @ V)
 
 # %% [markdown]
-# What is lost is the average over batches. A sum of blocks of many batches has a high rank. Rows can
+# This way has no average over batches: a sum of blocks of many batches has a high rank. Rows can
 # only be collected, not averaged.
 #
 # ### Second way: one block for all neurons
@@ -529,13 +543,13 @@ assert_exact(A / A.trace(), B / B.trace())
 assert relative_error(shared.A / shared.A.trace(), foof(io).A / foof(io).A.trace()) > 0.01
 
 # %% [markdown]
-# ### Third way: cut finer
+# ### Third way: smaller blocks
 #
-# A convolution's row of $W$ consists of one filter for each input channel. One can keep one block
-# for each *filter*: for a kernel of $k \times k$ that is $k^2 \times k^2$, whatever the number of
-# channels. Rows and filters are our reading of the paper, not checked: its abstract speaks of many mini-blocks of modest
-# size in every layer, and does not say where a layer is cut. [Theorem 16.1] holds for every way to cut. A `LayerIO` does not know the kernel, so its size
-# has to be passed; a bias is a filter with a single entry.
+# A convolution's row of $W$ consists of one filter for each input channel. Smaller blocks are one block for each
+# *filter*: for a kernel of $k \times k$ that is $k^2 \times k^2$, whatever the number of channels. Rows and filters
+# are our reading of the paper, not checked: its abstract speaks of many mini-blocks of modest size in every layer,
+# and does not say where a layer is cut. [Theorem 16.1] holds for every way to cut. A `LayerIO` does not know the
+# kernel, so its size has to be passed; a bias is a filter with a single entry.
 
 # %% tags=["beside", "remove-input"]
 code(mini_block_filters, FiltersAndBias.__matmul__)
@@ -562,7 +576,7 @@ matrices({"exact block": F, "rows": rows.dense(), "filters": filters.dense()})
 # networks, and uses the empirical Fisher. This section tests something else, the quality of a
 # direction, where we can take the
 # learning rate out of the comparison. Each method gets the same fixed batch of 200 images with all
-# pixels, the best length of its direction according to the exact damped parabola, as in [(16.4)], and
+# pixels, the best length of its direction by the exact damped quadratic model, as in [(16.4)], and
 # a damping that follows [Chapter 8](08_damping.py)'s rule. We count steps, not seconds. The vectors are
 # type-2, as everywhere in this chapter, and then the empirical Fisher's.
 
@@ -640,8 +654,32 @@ plt.show()
 # %% [markdown]
 # The gap is between the methods that keep curvature *within* a neuron and those that do not. The
 # diagonal has the same trace as the mini-blocks and the same labels. It lacks the correlations of
-# the inputs. The same gap is there with the empirical Fisher. KFAC and mini-blocks come less far with it in this
-# test, whose lengths and damping are those of the GGN's parabola, and again can hardly be told apart.
+# the inputs. With the empirical Fisher the gap is the same. KFAC and mini-blocks reach a higher loss with it in this
+# test, whose lengths and damping are those of the GGN's quadratic model, and again differ little.
+#
+# **In seconds.** The training benchmark of [Chapter 36](36_in_practice.py) ran mini-blocks on the convolutional
+# network T4. It did *not* run them on the deep autoencoder T3, although autoencoders are a task of the paper.
+# The second autoencoder of the benchmark, `curves`, includes them. The stored results:
+
+# %% tags=["hide-input"]
+RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
+for task in ("T3", "T4", "curves"):
+    file = RESULTS / f"training-{task}.json"
+    summary = json.loads(file.read_text())["summary"] if file.exists() else {}
+    for name in ("adamw", "kfac-expand", "mini-block") if summary else ():
+        row = summary.get(name)
+        if row is None:
+            shown = "not run"
+        elif row["steps"] is None:
+            shown = f"misses the target in the median run, {row['hits']} hits"
+        else:
+            shown = f"{row['steps']:.0f} steps, {row['cpu']:.2f} CPU seconds (medians)"
+        print(f"{task} {name:12} {shown}")
+    if not summary:
+        print(f"{task}: no results")
+    assert task == "curves" or not summary or ("mini-block" in summary) == (task == "T4")
+
+# %% [markdown]
 #
 # ## What goes wrong in practice
 #
@@ -658,10 +696,10 @@ wrong = F_columns[:5, :5]
 assert relative_error(wrong, mini_block(io).blocks[0]) > 0.1
 
 # %% [markdown]
-# **The gradient of the batch instead of gradients of data.** It is at hand, and its rows have the right
-# shape. But the outer product of *one* row has rank one, and its expectation is not $F_o$
-# (the sum of squares is not the square of the sum, as in [(10.7)]). The damped inverse then does
-# nothing but shorten the row itself:
+# **The gradient of the batch instead of gradients of data.** The batch's gradient is available after every backward
+# pass, and its rows have the right shape. But the outer product of *one* row has rank one, and its expectation is
+# not $F_o$ (the sum of squares is not the square of the sum, as in [(10.7)]). The damped inverse then only shortens
+# the row:
 
 # %%
 io = random_io(9)
@@ -688,12 +726,11 @@ print(f"error: {right:.3f} per datum, {wrong:.3f} per position")
 assert wrong > 1.02 * right
 
 # %% [markdown]
-# **Which Fisher.** The paper uses gradients at the labels of the data, the *empirical* Fisher, which
-# needs one backward pass that is done anyway. Late in training the two differ: data that are
-# fitted vanish from the empirical Fisher, and a direction that the data have stopped to pull at looks
-# flat. Against the parabola with the GGN and its damping, the step is then worth less. This is one measure of one step,
-# and both kinds train, above and below. (Which
-# parabola describes the loss is another question; see [Chapter 3](03_losses.py).)
+# **Which Fisher.** The paper uses gradients at the labels of the data, the *empirical* Fisher, which needs no
+# backward pass of its own. Late in training the two differ: gradients of fitted data are nearly zero, so that these
+# data hardly enter the empirical Fisher. By the quadratic model with the GGN and its damping, the step then reaches
+# a smaller share of the decrease. This is one measure of one step, and both kinds train, above and below. (Which
+# model describes the loss better is another question; see [Chapter 3](03_losses.py).)
 
 # %%
 shares = []
@@ -730,8 +767,8 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # layers needs a function that tells them apart by the length of their rows:
 # `lambda io: (mini_block_filters(9) if io.a.shape[-1] in {10, 55} else mini_block)(io)`.
 #
-# **One damping for neurons of different scale.** A neuron that hardly matters has a small block, which
-# a damping made for the layer drowns. Exercise 16.3 looks at this.
+# **One damping for neurons of different scale.** A neuron with small vectors has a small block, and a
+# damping chosen for the layer may be much larger than this block. Exercise 16.3 is about this case.
 #
 # ## The paper and this package
 #
@@ -748,6 +785,16 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # | average and schedule | not checked | the optimizer's, [Chapter 9](09_averages.py) |
 # | convergence | an idealised version converges linearly, proved | not shown |
 # | headline | a cost per step only slightly above that of first-order methods, by the parallelism of GPUs; effective in time and in generalisation on autoencoders, convolutional and graph networks | [Chapter 19](19_comparison.py) trains it beside its controls; graph networks and the time on a GPU are not tested, because the benchmark has neither |
+#
+# ## In one minute
+#
+# - **Blocks.** Every neuron has its own weighted second moment of the inputs, [(16.2)]; the coupling of neurons is
+#   left out.
+# - **Promise.** Of all matrices without coupling they are nearest to $F$ ([Theorem 16.1]). KFAC may be nearer.
+# - **Exact** for a single neuron, for experts, and in the last layer with a loss that does not mix outputs.
+# - **Steps** can be better than KFAC's although the matrix is farther away: on the trained networks here they were
+#   as good or better.
+# - **Cost.** Memory and inverse have a factor $d_\text{out}$. Rows, one block for all neurons, or filters reduce it.
 #
 # ## Exercises
 #
@@ -791,9 +838,33 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # </details>
 #
+# **Exercise 16.4.** Write the step yourself, for one position: from `a` of shape $[N, d_\text{in}]$, `g` of shape
+# $[V, N, d_\text{out}]$, a gradient $G$ and a damping to the step of every neuron. Compare it with
+# `mini_block(io).inverse(damping) @ G`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def solution(a, g, G, damping):
+#     F = torch.einsum("vno,ni,nj->oij", g.square(), a, a)
+#     return torch.linalg.solve(F + damping * torch.eye(a.shape[1]), G)
+# ```
+#
+# </details>
+#
 # The solutions, checked:
 
+
 # %% tags=["hide-input"]
+def solution(a: Tensor, g: Tensor, G: Tensor, damping: float) -> Tensor:  # 16.4
+    F = torch.einsum("vno,ni,nj->oij", g.square(), a, a)
+    return torch.linalg.solve(F + damping * torch.eye(a.shape[1]), G)
+
+
+io, G = random_io(9), torch.randn(3, 5)
+assert_exact(solution(io.a[:, 0], io.g[:, :, 0], G, 0.1), mini_block(io).inverse(0.1) @ G)
+
 tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 4])  # 16.1
 io = LayerIO(torch.eye(5)[tokens][:, None], torch.randn(2, 8, 1, 3))
 assert_exact(mini_block(io).dense(), io.block().diagonal().diag())
