@@ -98,7 +98,7 @@ def squares(model: nn.Module) -> Tensor:
 
 
 SQUARED = nn.MSELoss(reduction="sum")
-NOISE = 0.2  # that of the data, which nobody tells the network
+NOISE = 0.2  # of the data; the network does not get this number
 x = torch.cat([torch.rand(50, 1) * 2 - 4, torch.rand(50, 1) * 2 + 2])
 y = x.sin() + NOISE * torch.randn_like(x)
 
@@ -253,8 +253,8 @@ for structure in (block, kfac, ekfac, diagonal):
 # <div class="admonition theorem" markdown="1" id="thm-22.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 22.1 (order of the evidences)</b></p>
 #
-# At the same weights and with one $\delta$ for each layer, the evidence with EKFAC, and the one with the diagonal, is at
-# most the evidence with the exact blocks. Both count at least as many determined parameters, $\gamma$ of [(22.3)].
+# At the same weights and with one $\delta$ for each layer, the evidence with EKFAC, and the one with the diagonal, is
+# at most the evidence with the exact blocks. Both count at least as many determined parameters, $\gamma$ of [(22.3)].
 #
 # </div>
 #
@@ -289,8 +289,8 @@ assert 0 < sum(signs) < len(signs)
 #
 # ## Climbing the evidence
 #
-# When the prior changes, the weights follow. At a minimum of $J$ this changes [(22.2)] by nothing to first order, but for
-# $M$, which moves with the weights. With $M$ fixed the derivatives are simple. Let
+# When the prior changes, the weights follow. At a minimum of $J$ this changes [(22.2)] by nothing to first order, but
+# for $M$, which moves with the weights. With $M$ fixed the derivatives are simple. Let
 #
 # $$
 # \gamma_l = \sum_i \frac{\beta s_{li}}{\beta s_{li} + \delta_l} .
@@ -307,7 +307,7 @@ assert 0 < sum(signs) < len(signs)
 # \tag{22.4}
 # $$
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the derivatives of the evidence, against autodiff"
 model, p = curves["Kronecker"]
 gamma = {name: g.item() for name, g in effective_parameters(p).items()}
 total = sum(W.numel() for W in p.weights.values())
@@ -338,9 +338,9 @@ assert 1 < sum(gamma.values()) < total / 2
 # textbook's estimate of a variance, with as many parameters fitted.
 #
 # The weights move when the prior moves, so one trains a little, takes a step, and trains on. That is how the
-# networks of the first figure got their priors. Nobody told them the noise:
+# networks of the first figure got their priors. They did not get the noise:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the noise that the evidence finds, from three starts"
 for name, (_, p) in curves.items():
     sigma = (1 / (2 * p.beta)) ** 0.5
     print(f"{name:10} noise {sigma:.2f} (true: {NOISE}), prior {p.prior['0']:.2f}")
@@ -430,7 +430,7 @@ assert_exact(effective_parameters(p)["layer"], gamma)
 # is which. With one prior for all inputs, it fits the noise of its few training images. With a prior per input it
 # can switch inputs off.
 
-# %%
+# %% tags=["hide-input"] fold="Trained: one prior, or a prior for each input"
 digits = load_digits()
 images = torch.tensor(digits.data) / 16
 labels = torch.tensor(digits.target)
@@ -536,12 +536,12 @@ for seed in range(3):
 code(OnlinePrior.objective, OnlinePrior.update)
 
 # %% [markdown]
-# A third of the labels of our training digits are replaced by random ones. With a small decay the network learns many of them by
-# heart. With too strong a decay it learns too little. We train once with each decay of a list, and judge each network on
-# test data. And we train once with a prior that moves, without any test data.
+# A third of the labels of our training digits are replaced by random ones. With a small decay the network learns many
+# of them by heart. With too strong a decay it learns too little. We train once with each decay of a list, and judge
+# each network on test data. And we train once with a prior that moves, without any test data.
 
 
-# %%
+# %% tags=["hide-input"] fold="Trained: with a prior that follows the evidence, and with fixed decays"
 def wrong_labels(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training data of which a third have random labels, and test data as they are."""
     generator = torch.Generator().manual_seed(seed)
@@ -599,8 +599,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The test accuracy is near the best of the list. Nothing guarantees that: [(22.2)] neglects the gradient of $J$, which is
-# not zero yet. And the first step has to wait. A network with random weights is unsure of every image, so that its
+# The test accuracy is near the best of the list. Nothing guarantees that: [(22.2)] neglects the gradient of $J$, which
+# is not zero yet. And the first step has to wait. A network with random weights is unsure of every image, so that its
 # curvature is large, and its weights are small. So $\gamma / \lVert W \rVert^2$ is a large decay, which would keep the
 # network from learning:
 
@@ -668,7 +668,7 @@ assert linearised > trained - 0.1
 assert sent < linearised - 0.1
 
 # %% [markdown]
-# What does it not give? Probabilities are as good as the prior is. With this prior, which nobody chose by the
+# The probabilities are as good as the prior is. With this prior, which was not chosen by the
 # evidence, the tangent is too cautious: it is right more often than its confidence says.
 
 # %%
@@ -694,19 +694,19 @@ assert sure < right - 0.1
 #
 # ## Exercises
 #
-# **Exercise 22.1.** The prior expects $\delta \lVert W \rVert^2$ to be the number $D$ of parameters. Show that the posterior
-# expects the same if and only if $\delta \lVert \hat W \rVert^2 = \gamma$, which is MacKay's fixed point.
+# **Exercise 22.1.** The prior expects $\delta \lVert W \rVert^2$ to be the number $D$ of parameters. Show that the
+# posterior expects the same if and only if $\delta \lVert \hat W \rVert^2 = \gamma$, which is MacKay's fixed point.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The posterior's mean of $\delta \lVert W \rVert^2$ is $\delta \lVert \hat W \rVert^2 + \delta \operatorname{tr} \Sigma$.
-# The second term is $\sum_i \delta / (\beta s_i + \delta) = D - \gamma$.
+# The posterior's mean of $\delta \lVert W \rVert^2$ is $\delta \lVert \hat W \rVert^2 + \delta \operatorname{tr}
+# \Sigma$. The second term is $\sum_i \delta / (\beta s_i + \delta) = D - \gamma$.
 #
 # </details>
 #
-# **Exercise 22.2.** A layer's curvature is multiplied by $c > 1$ by mistake. In which direction does MacKay's step for its
-# prior move, and what does $\gamma$ tend to for a large $c$?
+# **Exercise 22.2.** A layer's curvature is multiplied by $c > 1$ by mistake. In which direction does MacKay's step for
+# its prior move, and what does $\gamma$ tend to for a large $c$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -716,8 +716,8 @@ assert sure < right - 0.1
 #
 # </details>
 #
-# **Exercise 22.3.** Compute the posterior of the last layer alone. Which of its variances are the same as in the posterior
-# of all layers, and why are the outputs' variances smaller?
+# **Exercise 22.3.** Compute the posterior of the last layer alone. Which of its variances are the same as in the
+# posterior of all layers, and why are the outputs' variances smaller?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -755,6 +755,7 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [MacKay (1992)](bibliography.md#evidence) for the evidence; [Ritter, Botev and Barber (2018)](bibliography.md#kfac-laplace)
-# for Kronecker factors in it; [Immer et al. (2021)](bibliography.md#marglik) for choosing hyper-parameters during
-# training; [Daxberger et al. (2021)](bibliography.md#laplace-redux) and their library laplace-torch.
+# [MacKay (1992)](bibliography.md#evidence) for the evidence; [Ritter, Botev and Barber
+# (2018)](bibliography.md#kfac-laplace) for Kronecker factors in it; [Immer et al. (2021)](bibliography.md#marglik) for
+# choosing hyper-parameters during training; [Daxberger et al. (2021)](bibliography.md#laplace-redux) and their library
+# laplace-torch.

@@ -21,6 +21,7 @@
 
 # %% tags=["hide-input"]
 from copy import deepcopy
+from itertools import combinations
 from statistics import median
 from textwrap import fill
 from typing import NamedTuple
@@ -62,8 +63,9 @@ set_up()  # seed 0, float64, the GPU where there is one
 Weights = dict[str, Tensor]  # a matrix [W | b] for each layer
 
 # %% [markdown]
-# Three networks with two hidden layers of 48 and 32 units learn to read digits. Each has its own random start and its own
-# random choice of training data. The weights and the bias of a layer form one matrix $W$, whose last column is the bias.
+# Three networks with two hidden layers of 48 and 32 units learn to read digits. Each has its own random start and its
+# own random choice of training data. The weights and the bias of a layer form one matrix $W$, whose last column is the
+# bias.
 
 # %% tags=["hide-input"]
 SUM, DECAY = nn.CrossEntropyLoss(reduction="sum"), 1.0
@@ -118,7 +120,8 @@ def having(net: Trained, W: Weights) -> nn.Module:
 
 
 # %% [markdown]
-# A choice of weights is judged by its accuracy on test images, by its loss $L$ and by the objective $J$ of the training.
+# A choice of weights is judged by its accuracy on test images, by its loss $L$ and by the objective $J$ of the
+# training.
 
 
 # %% tags=["hide-input"]
@@ -141,12 +144,11 @@ print("test accuracy:", *(f"{accuracy(net, net.W):.3f}" for net in networks))
 assert all(accuracy(net, net.W) > 0.94 for net in networks)
 
 # %% [markdown]
-# The first figure shows the accuracy when hidden units are removed. A unit is a column in the weights of the layer
-# that uses it. Five methods remove columns. The first one, "cost, with reply", removes the cheapest column, lets the
-# other columns reply, and computes all costs again, until enough columns are gone. The other methods set columns to zero
-# and change nothing else: the same columns as the first method, those of lowest cost when all are there, those of
-# smallest norm (the column's norm, times the norm of the unit's own weights), and random ones. The costs are derived
-# below.
+# The first figure shows the accuracy when hidden units are removed. A unit is a column in the weights of the layer that
+# uses it. Five methods remove columns. The first one, "cost, with reply", removes the cheapest column, lets the other
+# columns reply, and computes all costs again, until enough columns are gone. The other methods set columns to zero and
+# change nothing else: the same columns as the first method, those of lowest cost when all are there, those of smallest
+# norm (the column's norm, times the norm of the unit's own weights), and random ones. The costs are derived below.
 
 
 # %% tags=["hide-input"]
@@ -230,9 +232,9 @@ for i, before in enumerate(whole):
         assert of_units["cost, with reply", 0.75][i] > of_units[method, 0.75][i] + 0.2
 
 # %% [markdown]
-# With reply, half of the units are gone, and the accuracy has fallen little. Both parts of the method matter. If the same
-# units are removed and nothing replies, more accuracy is lost. If they are chosen by costs that are computed only once,
-# still more is lost: each of these costs counts on a reply of all other units.
+# With reply, half of the units are gone, and the accuracy has fallen little. Both parts of the method matter. If the
+# same units are removed and nothing replies, more accuracy is lost. If they are chosen by costs that are computed only
+# once, still more is lost: each of these costs counts on a reply of all other units.
 #
 # The columns of zeros can be cut out of the matrices, together with the rows that make these units. What is left is a
 # smaller network with the same outputs:
@@ -318,7 +320,7 @@ for seed, net in enumerate(networks):
 # For a linear model under the squared error, $J$ *is* quadratic and KFAC is the Hessian of $L$
 # ([Chapter 5](05_kfac.py)). There [(24.1)] is exact, however large the change.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: exact for a linear model, and not without the decay"
 X, Y, prior = torch.randn(30, 4), torch.randn(30, 3), 0.7
 SQUARED = nn.MSELoss(reduction="sum")
 linear = nn.Sequential(nn.Linear(4, 3))
@@ -340,10 +342,10 @@ for V in (torch.where(keep, W_linear, 0.0), reply(W_linear, M_linear, prior, kee
 # %% [markdown]
 # ## One weight
 #
-# Let $H = M + \delta I$, and let $w$ be the vector of all weights of a block. The weight $w_i$ becomes zero, which means
-# $\Delta_i = -w_i$. The cost depends on what the other weights do. In
-# [optimal brain damage](bibliography.md#obd), by LeCun, Denker and Solla, all other weights stay. In the
-# [optimal brain surgeon](bibliography.md#obs), by Hassibi and Stork, they reply.
+# Let $H = M + \delta I$, and let $w$ be the vector of all weights of a block. The weight $w_i$ becomes zero, which
+# means $\Delta_i = -w_i$. The cost depends on what the other weights do. In [optimal brain
+# damage](bibliography.md#obd), by LeCun, Denker and Solla, all other weights stay. In the [optimal brain
+# surgeon](bibliography.md#obs), by Hassibi and Stork, they reply.
 #
 # <div class="admonition theorem" markdown="1" id="thm-24.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 24.1 (the cost of one weight)</b></p>
@@ -365,12 +367,11 @@ for V in (torch.where(keep, W_linear, 0.0), reply(W_linear, M_linear, prior, kee
 #
 # *Proof.* Without a reply $\Delta = -w_i e_i$, with the unit vector $e_i$. For the best reply, the derivative by every
 # other weight is zero, so that $H \Delta = \lambda e_i$ with a number $\lambda$. Then $\Delta = \lambda H^{-1} e_i$,
-# and $\Delta_i = -w_i$ gives $\lambda = - w_i / (H^{-1})_{ii}$. The cost is
-# $\tfrac12 \Delta^\top H \Delta = \tfrac12 \lambda \Delta_i$. Leaving the others alone is one of the replies, so the best
-# one costs no more. $\square$
+# and $\Delta_i = -w_i$ gives $\lambda = - w_i / (H^{-1})_{ii}$. The cost is $\tfrac12 \Delta^\top H \Delta = \tfrac12
+# \lambda \Delta_i$. Leaving the others alone is one of the replies, so the best one costs no more. $\square$
 #
-# The next cell computes both costs without the formulas. For the second one, it puts $\Delta_i = -w_i$ into the quadratic
-# and solves for all other changes.
+# The next cell computes both costs without the formulas. For the second one, it puts $\Delta_i = -w_i$ into the
+# quadratic and solves for all other changes.
 
 
 # %%
@@ -417,8 +418,8 @@ code(costs_without_reply, costs_with_reply)
 # \tag{24.3}
 # $$
 #
-# A dense solve takes time in proportion to the cube of the number of kept weights. Conjugate gradients need only products
-# with $H$, which for $B \otimes A$ are products with two small matrices. Entries outside of $K$ are masked.
+# A dense solve takes time in proportion to the cube of the number of kept weights. Conjugate gradients need only
+# products with $H$, which for $B \otimes A$ are products with two small matrices. Entries outside of $K$ are masked.
 
 # %% tags=["remove-input"]
 code(reply)
@@ -455,8 +456,8 @@ assert relative_error(added_plain, plain) > 1e-3
 # <div class="admonition theorem" markdown="1" id="thm-24.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 24.2 (a row, a column)</b></p>
 #
-# Let the Hessian be $B \otimes A$, positive definite, and let $w_o^\top$ be row $o$ of the minimum $W$. Zeros in this row
-# cost, with the best reply,
+# Let the Hessian be $B \otimes A$, positive definite, and let $w_o^\top$ be row $o$ of the minimum $W$. Zeros in this
+# row cost, with the best reply,
 #
 # $$
 # \tfrac12 \frac{w_o^\top A \, w_o}{(B^{-1})_{oo}} ,
@@ -482,7 +483,7 @@ assert relative_error(added_plain, plain) > 1e-3
 # %% tags=["remove-input"]
 code(column_costs, without_column)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: rows and columns in closed form"
 keep = torch.ones(4, 6, dtype=torch.bool)
 keep[:, 2] = False
 assert_exact(without_column(W, M, 2), reply(W, M, 0.0, keep))
@@ -497,15 +498,16 @@ assert_exact(without_column(W, other_outputs, 2), without_column(W, M, 2))
 assert relative_error(row_costs(W, other_inputs), row_costs(W, M)) > 0.1
 
 # %% [markdown]
-# A hidden unit is a row of one layer and a column of the next, so both formulas can remove it. The reply to a row changes
-# the other units of the same layer, which are nonlinear functions of their weights. The reply to a column leaves these
-# units as they are and changes only how the next layer combines them, which is linear. The first figure uses columns.
+# A hidden unit is a row of one layer and a column of the next, so both formulas can remove it. The reply to a row
+# changes the other units of the same layer, which are nonlinear functions of their weights. The reply to a column
+# leaves these units as they are and changes only how the next layer combines them, which is linear. The first figure
+# uses columns.
 #
 # ### Why half of the units can go
 #
-# In the cost of a column, $1 / (A^{-1})_{ii}$ is the mean of the squared error when input $i$ is predicted linearly from
-# the other inputs. So a unit costs little if it is nearly a linear combination of the other units and of the bias. If few
-# eigenvalues hold most of the trace of $A$, the units repeat each other in this way.
+# In the cost of a column, $1 / (A^{-1})_{ii}$ is the mean of the squared error when input $i$ is predicted linearly
+# from the other inputs. So a unit costs little if it is nearly a linear combination of the other units and of the bias.
+# If few eigenvalues hold most of the trace of $A$, the units repeat each other in this way.
 
 # %% tags=["hide-input"] alt="Cumulative share of the trace of A against the number of eigendirections, for the inputs of the second and the third layer. Both curves reach 99 percent at about ten directions, of 49 and 33 inputs." caption="The share of the trace of $A$ that its largest eigenvalues hold, for the two layers that use hidden units. Layer 2 uses those of the first hidden layer, layer 4 those of the second. Curves: the median of three networks. Dashed line: 99 %."
 fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -597,8 +599,8 @@ for row, k, w in zip(V, keep, W, strict=True):
 # the parts. Six methods prune the three networks to four sparsities, with one threshold for all layers. Biases are not
 # set to zero, but they reply.
 #
-# Rounds use the formulas beyond their assumptions. After the first round, the gradient of $J$ at the kept weights is not
-# zero, and [(24.1)] leaves it out. The costs also assume that weights which are already zero can reply.
+# Rounds use the formulas beyond their assumptions. After the first round, the gradient of $J$ at the kept weights is
+# not zero, and [(24.1)] leaves it out. The costs also assume that weights which are already zero can reply.
 
 
 # %%
@@ -663,9 +665,9 @@ for method, row in table.items():
     print(f"{method:22}", *(f"{cell:>18}" for cell in cells))
 
 # %% [markdown]
-# - At 80 % and 90 % the reply matters more than the choice: either choice with a reply is better than every choice without
-#   one. With a reply, magnitude and surgeon are about equally good at 90 %. Without one, all three choices read many test
-#   images wrongly there.
+# - At 80 % and 90 % the reply matters more than the choice: either choice with a reply is better than every choice
+#   without one. With a reply, magnitude and surgeon are about equally good at 90 %. Without one, all three choices read
+#   many test images wrongly there.
 # - Rounds help at 90 % and 95 %. At 50 % they change little.
 # - Without a reply, optimal brain damage is better than magnitude in most cases, and worse in some. The surgeon's costs
 #   assume a reply. Without one, the surgeon is sometimes better than magnitude and sometimes worse.
@@ -728,8 +730,8 @@ assert all(0.7 < r < 1.05 for share in (0.3, 0.4, 0.5) for r in ratios[share])
 assert all(r < 0.45 for share in (0.9, 0.95) for r in ratios[share])
 
 # %% [markdown]
-# So a change with a lower prediction can have a higher real cost. Here is an example. We remove half of the units as
-# in the first figure, with the decay as damping and with a tenth of it. With the smaller damping, the predicted increase
+# So a change with a lower prediction can have a higher real cost. Here is an example. We remove half of the units as in
+# the first figure, with the decay as damping and with a tenth of it. With the smaller damping, the predicted increase
 # of $J$ is larger and the real one is smaller. The weights are larger then, but the loss grows less.
 
 # %%
@@ -776,7 +778,8 @@ else:
 # this column is not a unit. `without_units` and `removed` above leave it out.
 #
 # **A mean loss.** $M$ must belong to the *sum* of the losses. The curvature of the mean is the curvature of the sum,
-# divided by the number of data. The decay then outweighs the curvature, and the kept weights hardly change in the reply.
+# divided by the number of data. The decay then outweighs the curvature, and the kept weights hardly change in the
+# reply.
 
 
 # %%
@@ -805,10 +808,11 @@ assert min(losses) > 1.5
 # ## In one minute
 #
 # - At a minimum of loss plus decay, a change costs [(24.1)] to second order. The damping is the weight decay.
-# - Choose the weights that become zero by their costs, then let all others reply. The reply matters more than the choice.
+# - Choose the weights that become zero by their costs, then let all others reply. The reply matters more than the
+#   choice.
 # - Costs of single weights do not add. Costs of coefficients in the eigenbasis do.
-# - For one Kronecker product, the reply to whole rows and columns has a closed form. Removing columns with a reply removes
-#   units.
+# - For one Kronecker product, the reply to whole rows and columns has a closed form. Removing columns with a reply
+#   removes units.
 # - Rounds with fresh curvature matter most at high sparsity, where one quadratic is not enough.
 #
 # ## Exercises
@@ -844,7 +848,8 @@ assert min(losses) > 1.5
 #
 # </details>
 #
-# **Exercise 24.3.** For which positive definite $H$ do both costs of [(24.2)] agree for every weight? No weight is zero.
+# **Exercise 24.3.** For which positive definite $H$ do both costs of [(24.2)] agree for every weight? No weight is
+# zero.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -855,9 +860,22 @@ assert min(losses) > 1.5
 #
 # </details>
 #
+# **Exercise 24.4 (write it).** Write a function `cost_of_two(W, M, damping, i, j)` that returns the cost of removing
+# two weights at once with a reply, where `i` and `j` are places in `W.flatten()`. Solve a system with two unknowns
+# only. The inverse of $H$ may be computed. The cell below has `check_cost_of_two`, which compares your function with
+# `reply` for every pair, and one solution.
+#
+# <details class="solution" markdown="1">
+# <summary>Hint</summary>
+#
+# The best change is $\Delta = -H^{-1} E \lambda$ with the two columns $E$ of the identity and $E^\top \Delta = -w_E$.
+# Its cost is $\tfrac12 w_E^\top (E^\top H^{-1} E)^{-1} w_E$.
+#
+# </details>
+#
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 W, M = random_layer(3, 4)  # 24.1
 rows = torch.randn(20, 3)
 rows = torch.cat([rows, rows[:, :1]], 1)  # the last input repeats the first
@@ -880,6 +898,27 @@ D = Diagonal(torch.rand(3, 4) + 0.1)  # 24.3
 assert_exact(costs_with_reply(W, D, 0.2), costs_without_reply(W, D, 0.2))
 ratio = costs_with_reply(W, M, 0.2) / costs_without_reply(W, M, 0.2)
 assert (ratio < 1).all()
+
+
+def cost_of_two(W: Tensor, M: Kronecker, damping: float, i: int, j: int) -> Tensor:
+    """A solution of Exercise 24.4."""
+    inverse = torch.linalg.inv(M.dense() + damping * torch.eye(W.numel()))
+    pair = torch.tensor([i, j])
+    removed = W.flatten()[pair]
+    return removed @ torch.linalg.solve(inverse[pair][:, pair], removed) / 2
+
+
+def check_cost_of_two(function) -> None:
+    single = costs_with_reply(W, M, 0.2).flatten()
+    for i, j in combinations(range(W.numel()), 2):
+        keep = torch.ones(W.numel(), dtype=torch.bool)
+        keep[[i, j]] = False
+        change = reply(W, M, 0.2, keep.reshape(W.shape)) - W
+        assert_exact(function(W, M, 0.2, i, j), predicted_increase(change, M, 0.2))
+        assert function(W, M, 0.2, i, j) >= single[[i, j]].max() * (1 - 1e-9)
+
+
+check_cost_of_two(cost_of_two)
 print("all hold")
 
 # %% [markdown]

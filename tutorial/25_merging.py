@@ -400,7 +400,7 @@ assert_exact(merged_block(Ws[:2], Ks[:2], 0.0, start), direct, tolerance=1e-8)
 # %% [markdown]
 # ## RegMean is merging by the input factor
 #
-# [RegMean](bibliography.md#regmean) asks for the weights whose outputs are, on the inputs of each network, nearest to the
+# [RegMean](bibliography.md#regmean) takes the weights whose outputs are, on the inputs of each network, nearest to the
 # outputs of that network:
 #
 # $$

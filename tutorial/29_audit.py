@@ -16,19 +16,12 @@
 # **Part VI: Scale and trust.** Several public implementations of KFAC, the same cases: where do they
 # agree with the definition, and what is the reason where they do not?
 #
-# An oracle that has only ever judged its author proves little. So this page asks it about code that
-# others wrote, read and use. Each library runs in an environment of its own, through an adapter that
-# does what the library's documentation says ([Chapter 27](27_conformance.py)). The same adapter asks some
-# libraries in an earlier release, too. Nothing on this page is typed: tables and texts are made from stored
+# This page runs the oracle on code that others wrote, read and use. Each library runs in an environment of its own,
+# through an adapter that follows the library's documentation ([Chapter 27](27_conformance.py)). The same adapter runs
+# some libraries in an earlier release, too. Tables and texts of this page are made from stored
 # result files and from findings, which are programs.
-#
-# Read it in that spirit. These libraries are good, and most of what is asked of them they do to the last
-# digit; this project learned its mathematics partly from them. What does not pass is of three kinds, and
-# the page keeps them apart: a **convention** that is documented, which is no mistake and passes; what a
-# library **does not offer**, and says so; and a **mismatch**, which is traced to a line, and proven by
-# mending that line in memory.
 
-# %%
+# %% tags=["hide-input"] fold="The stored runs, with versions and dates"
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -44,24 +37,6 @@ runs = explain.runs()
 for run in runs.values():
     about, libraries = run.about, page.libraries(run)
     print(f"{page.name_and_version(run):22} {about['date']}, torch {about['torch']}", libraries)
-
-# %% [markdown]
-# Cases are added, and results stay where they are until somebody runs the library again. Every result file
-# keeps a digest of the cases that there were, so that this page can say what is older than the cases, and by
-# which of them:
-
-# %% tags=["remove-input"]
-page.notices()
-
-# %% [markdown]
-# ## What passes
-#
-# How many verdicts pass, of how many that were judged, by family of cases. Bold where some do not; empty
-# where a library does not offer what the family needs. What is counted is a flavour of a case, so that a
-# single missing feature, such as the padding mode of a convolution, may cost a dozen verdicts.
-
-# %% tags=["remove-input"]
-page.overview(runs)
 
 # %% tags=["hide-input"] alt="A heat map with one row per implementation and release and one column per family of cases; most cells are full." caption="Share of the verdicts that pass, by release of an implementation and family. Empty: not offered. Dense layers are right nearly everywhere; shared weights and the geometry of convolutions are where implementations differ."
 rows = [page.name_and_version(run) for run in runs.values()]
@@ -84,13 +59,40 @@ fig.colorbar(image, ax=ax, shrink=0.8, label="share that passes")
 plt.show()
 
 # %% [markdown]
+# Most of these verdicts pass, to the last digit, and this project learned its mathematics partly from these libraries.
+# What does not pass is of three kinds: a documented **convention**, which is no mistake and passes; a question that a
+# library **does not offer**, and says so; and a **mismatch**, which is traced to a line, and proven by mending that
+# line in memory. After this chapter you will be able to
+#
+# - read the table of a library, and tell a convention from a mismatch;
+# - prove the cause of a mismatch by a patch of one expression;
+# - write three habits into your own tests that find most of the list.
+#
+# Cases are added, and results stay where they are until somebody runs the library again. Every result file
+# keeps a digest of the cases at the time of its run. This page compares the digests, and lists the results that are
+# older than the cases:
+
+# %% tags=["remove-input"]
+page.notices()
+
+# %% [markdown]
+# ## What passes
+#
+# The table has the verdicts that pass and those that were judged, by family of cases. Bold: some do not pass. Empty:
+# the library does not offer what the family needs. Every flavour of a case counts, so a single missing feature, such as
+# the padding mode of a convolution, changes a dozen verdicts.
+
+# %% tags=["remove-input"]
+page.overview(runs)
+
+# %% [markdown]
 # The same by verdict. `scaled` passes: the numbers differ from the canonical ones by a number that the
 # documentation states.
 
 # %% tags=["remove-input"]
 page.verdicts(runs)
 
-# %%
+# %% tags=["hide-input"] fold="Counted: verdicts that pass, over all libraries and by family"
 ours = runs["ours"]
 assert all(r.verdict in ("exact", "definition") for r in ours.results)
 others = {stem: run for stem, run in runs.items() if stem != "ours"}
@@ -118,7 +120,7 @@ assert share_of("dense") > 0.95 > 0.8 > max(share_of("sharing"), share_of("convo
 # %% [markdown]
 # ## One release and the next
 #
-# A finding ages: the next release of a library may mend it, or bring another one. So several libraries are asked
+# The next release of a library may correct a finding or add one. So several libraries run
 # in more than one release, with the same cases and the same adapter. The table counts verdicts by what they were
 # in the earlier release and what they are in the later one. Where only the last two columns have numbers, nothing
 # changed in what the oracle asks about.
@@ -126,7 +128,7 @@ assert share_of("dense") > 0.95 > 0.8 > max(share_of("sharing"), share_of("convo
 # %% tags=["remove-input"]
 page.changes(others)
 
-# %%
+# %% tags=["hide-input"] fold="Printed: findings that an earlier release did not have"
 for name in finding_names():
     where = page.occurrence(name, others)
     if where.passing:
@@ -134,7 +136,7 @@ for name in finding_names():
 assert any(page.occurrence(name, others).passing for name in finding_names())
 
 # %% [markdown]
-# The printed finding is young. An earlier release took a root of the softmax's curvature that has one column more
+# The printed finding is recent. An earlier release took a root of the softmax's curvature that has one column more
 # than it needs; the later one takes a smaller root, which saves a backward pass and divides by probabilities that
 # can be zero. Both are the same matrix on paper. No other verdict of that library changed.
 #
@@ -144,9 +146,9 @@ assert any(page.occurrence(name, others).passing for name in finding_names())
 #
 # ## Conventions
 #
-# Is the loss a sum or a mean, over data or over output entries? Is the squared error halved? Is the factor
-# of the vectors a sum over positions or a mean? All answers are in use, and all are fine, as long as they
-# are written down. These are: the judge applies the documented number, and finds the rest exact.
+# A loss may be a sum or a mean, over data or over output entries. The squared error may be halved. The factor
+# of the vectors may be a sum over positions or a mean. All conventions are in use, and all pass if they
+# are documented. For the following, the judge applies the documented number, and the result is exact.
 
 # %% tags=["remove-input"]
 page.documented_scales(others)
@@ -154,7 +156,7 @@ page.documented_scales(others)
 # %% [markdown]
 # ## How a mismatch is proven
 #
-# A number that is off proves nothing about its cause. The adapter may be wrong, or the reading of the
+# A wrong number does not prove its cause. The adapter may be wrong, or the reading of the
 # documentation. So a finding names a line upstream, and comes with a patch: the function's source is
 # compiled again with *one expression* replaced.
 
@@ -168,7 +170,7 @@ code(mended)
 # %% tags=["beside", "remove-input"]
 code(prove_finding)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: all stored proofs hold"
 count = 0
 for name in proofs.proven():
     stored = proofs.stored_proofs(name)
@@ -184,11 +186,11 @@ for library, n in libraries.items():
 assert len(proofs.proven()) >= 10
 
 # %% [markdown]
-# In the other direction: every verdict that does not pass is asked again within the patch of each finding,
-# and within all of them together, of which those that are not needed are then left out. What no patch mends
-# is unexplained, and is listed here; it may be a mistake of ours.
+# In the other direction: every verdict that does not pass is asked again within the patch of each finding, and within
+# all of them together, of which those that are not needed are then left out. A verdict that no patch corrects is
+# unexplained and listed here. It may be a mistake of ours.
 
-# %%
+# %% tags=["hide-input"] fold="Counted: verdicts that a finding explains"
 failures = page.failures(others)
 for stem, reasons in failures.items():
     explained = sum(bool(found) for found in reasons.values())
@@ -212,15 +214,15 @@ page.all_cards(others)
 #
 # A convolution's factor of inputs is made of patches, and patches are made of a *padded* input. PyTorch's
 # `unfold` pads with zeros, so that code which calls it is right until somebody sets `padding_mode`. The
-# same slip was found independently in several libraries:
+# same mistake was found independently in several libraries:
 
-# %%
+# %% tags=["hide-input"] fold="Counted: libraries with this mistake"
 padding = [name for name in finding_names() if finding(name).TITLE.startswith("padding_mode")]
 print(", ".join(finding(name).LIBRARY for name in padding))
 assert len(padding) >= 3
 
 # %% [markdown]
-# Three habits would have caught most of the list, and none of them needs an oracle:
+# Three habits find most of the list, and none of them needs an oracle:
 #
 # 1. *Test with sizes that are pairwise coprime.* With batch size, positions and classes all equal to 4, a
 #    factor that is too large by the number of positions looks like one that is too large by the number of data.
@@ -234,6 +236,14 @@ assert len(padding) >= 3
 # To have an implementation judged, write an adapter ([Chapter 27](27_conformance.py)) and run
 # `python -m kfac_scratch.conformance run --adapter pkg.mod:Adapter`. If the oracle is wrong about yours,
 # that is a mistake here: the case's theorem is in its file, and the truth is plain autodiff.
+#
+# ## In one minute
+#
+# - Dense layers are right nearly everywhere. Shared weights and the geometry of convolutions are where libraries
+#   differ.
+# - A documented convention passes. So does a refusal.
+# - A mismatch is proven if one replaced expression makes the failing case pass.
+# - Findings belong to releases: the page names those in which each is seen.
 #
 # ## Exercises
 #
@@ -260,7 +270,7 @@ assert len(padding) >= 3
 #
 # </details>
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 small = [
     (stem, r.case)
     for stem, run in others.items()

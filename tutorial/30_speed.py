@@ -15,6 +15,17 @@
 #
 # **Part VI: Scale and trust.** How long do KFAC's factors take at least, how long do they take here, and with
 # what does the cost grow?
+#
+# A library that is twice as fast as another one may still be slow. A better measure is the ratio to what the
+# computation needs at least. A layer of width $d$ with $R$ rows and $V$ vectors needs about
+#
+# $$
+# \underbrace{2 R d^2}_{\text{forward}} + \underbrace{2 V R d^2}_{\text{backward}}
+# + \underbrace{(1 + V) R d^2}_{\text{half of the products}}
+# $$
+#
+# operations. This chapter first counts what KFAC's factors need, in [(30.2)], and then shows what the benchmarks of the
+# repository measured.
 
 # %%
 import json
@@ -35,12 +46,48 @@ from kfac_scratch.show import code
 
 set_up()  # seed 0, float64, the GPU where there is one
 
+# %% tags=["hide-input"] fold="The stored results"
+RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
+
+
+def stored(name: str) -> dict:
+    """A result of the repository's benchmarks; without rows where there is none."""
+    path = RESULTS / f"{name}-cpu.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    print(f"No results here: clone the repository and run python -m benchmarks.{name}")
+    return {"rows": []}
+
+
+factors = stored("factors")
+peers = ["curvlinops", "backpack", "nngeometry", "laplace", "singd"]
+
+# %% tags=["hide-input"] alt="One line for each network, Fisher and flavour, with the time of each library relative to the limit, on a logarithmic axis. (Without the benchmark's files, an empty plot.)" caption="Time for all factors of a network, relative to the limit of the same run."
+fig, ax = plt.subplots(figsize=(8.4, 5.6), layout="constrained")
+names = [row["name"] for row in factors["rows"]]
+for who, marker in zip(["ours", *peers], "osD^vP", strict=True):
+    points = [
+        (row["seconds"][who] / row["limit"]["seconds"], i)
+        for i, row in enumerate(factors["rows"])
+        if who in row["seconds"]
+    ]
+    if points:
+        ax.plot(*zip(*points, strict=True), marker, label=who, alpha=0.8)
+ax.axvline(1, linestyle=":", color=ax.xaxis.label.get_color())
+ax.set(xscale="log", xlabel="time / limit", yticks=range(len(names)), yticklabels=names)
+ax.set_xticks([1, 1.5, 2, 3, 4], labels=["1", "1.5", "2", "3", "4"])
+ax.minorticks_off()
+ax.invert_yaxis()
+if names:
+    ax.legend(fontsize="small")
+plt.show()
+
 # %% [markdown]
-# ## The question
+# After this chapter you will be able to
 #
-# A library that is twice as fast as another one may still be slow. A better measure is what the computation needs
-# at least: the ratio to it says how much there is left to gain. This chapter first counts what KFAC's factors
-# need. Then it shows what the benchmarks of the repository measured.
+# - count the operations of KFAC's factors, and say which part is the largest;
+# - compute half of a symmetric product with routines for whole ones;
+# - measure an implementation by its ratio to a limit, and avoid the usual mistakes of such measurements.
 #
 # ## What must be computed
 #
@@ -56,7 +103,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 # The rows are those of one forward pass, with $2 R m n$ operations in this layer. Every vector takes one
 # backward pass to the *outputs* of the layers. It needs no gradient of a parameter, and stops at the output of
 # the first layer. So it has $2 R m n$ operations in every layer but the first. A plain product of $R$ rows of
-# width $n$ with themselves has $2 R n^2$ operations. It is symmetric, so half of it says everything:
+# width $n$ with themselves has $2 R n^2$ operations. It is symmetric, so half of its entries suffice:
 #
 # $$
 # F = \underbrace{\sum_\ell 2 R m_\ell n_\ell}_{\text{forward}}
@@ -96,9 +143,9 @@ def chain(widths: list[int], R: int) -> tuple[nn.Module, torch.Tensor, torch.Ten
 # ## Counted, not timed
 #
 # PyTorch can count the operations of its matrix products. For narrow layers, `kfac_over` computes plain products.
-# Then it has the operations of (30.2), with the last part doubled, and not one more:
+# Its operations are then exactly those of [(30.2)], with the last part doubled:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the operations of kfac_over are those of the formula"
 loss = nn.CrossEntropyLoss()
 for V in (1, 3):
     narrow = [20, 16, 12, 5]
@@ -118,7 +165,7 @@ for V in (1, 3):
 # The gradient of a training step is no part of it. It needs parameter gradients as well, which are as many
 # operations as the forward pass:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a training step has one more forward pass's operations"
 step = counted(lambda: loss(model(X), y).backward())
 needs = operations(narrow, 32, 1)
 assert step == 2 * needs["forward"] + needs["backward"]
@@ -165,13 +212,13 @@ for k in range(5):
     assert counted(by_quarters, X, k) == (1 + 2**-k) * 48 * 32**2
 
 # %% [markdown]
-# Small products do not gain by it, because a processor is at its best with large ones. So the shipped `gram` halves
+# Small products do not become faster, because a processor is fastest with large ones. So the shipped `gram` halves
 # only where columns are many:
 
 # %% tags=["remove-input"]
 code(gram, _symmetric_product)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: gram halves where columns are many"
 for d, R in ((64, 256), (1024, 2048)):
     rows = torch.randn(R, 1, d)
     share = counted(gram, rows) / (R * d**2)
@@ -194,24 +241,11 @@ for d, R in ((64, 256), (1024, 2048)):
 #
 # ## Factors, and who else computes them
 #
-# The stored results belong to one machine. Before a peer is timed, its blocks are multiplied with random matrices
-# and compared with ours, so that all do the same work. All take turns, and the smallest processor time counts.
+# The stored results belong to one machine. The first figure of this page shows them as ratios. Before a peer is timed,
+# its blocks are multiplied with random matrices and compared with ours, so that all do the same work. All contenders
+# run in turns, and the smallest processor time counts.
 
-# %% tags=["hide-input"]
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
-
-
-def stored(name: str) -> dict:
-    """A result of the repository's benchmarks; without rows where there is none."""
-    path = RESULTS / f"{name}-cpu.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    print(f"No results here: clone the repository and run python -m benchmarks.{name}")
-    return {"rows": []}
-
-
-factors = stored("factors")
-peers = ["curvlinops", "backpack", "nngeometry", "laplace", "singd"]
+# %% tags=["hide-input"] fold="Printed: milliseconds of every library, and the limit"
 if factors["rows"]:
     versions = {name: v for name, v in factors["versions"].items() if v is not None}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -226,31 +260,11 @@ for row in factors["rows"]:
         sep="",
     )
 
-# %% tags=["hide-input"] alt="One line for each network, Fisher and flavour, with the time of each library relative to the limit, on a logarithmic axis. (Without the benchmark's files, an empty plot.)" caption="Time for all factors of a network, relative to the limit of the same run."
-fig, ax = plt.subplots(figsize=(8.4, 5.6), layout="constrained")
-names = [row["name"] for row in factors["rows"]]
-for who, marker in zip(["ours", *peers], "osD^vP", strict=True):
-    points = [
-        (row["seconds"][who] / row["limit"]["seconds"], i)
-        for i, row in enumerate(factors["rows"])
-        if who in row["seconds"]
-    ]
-    if points:
-        ax.plot(*zip(*points, strict=True), marker, label=who, alpha=0.8)
-ax.axvline(1, linestyle=":", color=ax.xaxis.label.get_color())
-ax.set(xscale="log", xlabel="time / limit", yticks=range(len(names)), yticklabels=names)
-ax.set_xticks([1, 1.5, 2, 3, 4], labels=["1", "1.5", "2", "3", "4"])
-ax.minorticks_off()
-ax.invert_yaxis()
-if names:
-    ax.legend(fontsize="small")
-plt.show()
-
 # %% [markdown]
 # The parts of the limit, and the rate of the plain products of these shapes. The bounds that the benchmark states
 # are in the file, too: what is not within them is listed at the end of this page.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: the parts of the limit"
 for row in factors["rows"]:
     split = row["limit"]
     parts_ = " ".join(
@@ -289,13 +303,13 @@ plt.show()
 # %% [markdown]
 # ## A step of training
 #
-# In training, factors are computed every so often, and what a step always costs is the product with the inverses. For
-# a layer of width $d$ and a batch of $R$ rows, forward and backward pass are about $6 R d^2$ operations. The eigenbases of
-# the exact damped inverse take four products of $d \times d$ matrices, $8 d^3$ operations, and a factored inverse
-# two. So if the layer is wider than the batch, preconditioning is the larger part, and factored damping has half
-# of it ([Chapter 8](08_damping.py) says what it gives up):
+# In training, factors are computed in some steps only. Every step has the product with the inverses. For a layer of
+# width $d$ and a batch of $R$ rows, forward and backward pass are about $6 R d^2$ operations. The eigenbases of the
+# exact damped inverse take four products of $d \times d$ matrices, $8 d^3$ operations, and a factored inverse two. So
+# if the layer is wider than the batch, preconditioning is the larger part, and factored damping has half of it
+# ([Chapter 8](08_damping.py) says what it gives up):
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: the time and memory of a step"
 step_rows = stored("step")["rows"]
 for row in step_rows:
     MiB = row["MiB"]["this"]
@@ -330,7 +344,7 @@ if growth["rows"]:
     )
 plt.show()
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: fitted powers and their bounds"
 for row in growth["rows"]:
     for bound in row["bounds"]:
         value = "unknown" if bound["value"] is None else f"{bound['value']:.2f}"
@@ -346,12 +360,12 @@ for row in growth["rows"]:
 # %% [markdown]
 # ## Curvature in use
 #
-# Laplace's approximation ([Chapter 22](22_laplace.py)) and influence ([Chapter 23](23_influence.py)) go through all data
-# once, in batches. Their memory should not depend on the number of samples. What is
-# stated for influence are the gradients of all queries, and those of one batch for the largest block; for Laplace the
-# factors and their eigenvectors, and the work of the largest decomposition:
+# Laplace's approximation ([Chapter 22](22_laplace.py)) and influence ([Chapter 23](23_influence.py)) go through all
+# data once, in batches. Their memory should not depend on the number of samples. The stated memory of influence is that
+# of the gradients of all queries, and of one batch for the largest block. The stated memory of Laplace is that of the
+# factors, their eigenvectors, and the largest decomposition:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: Laplace and influence"
 applications = stored("applications")["rows"]
 for row in applications:
     if "samples" in row:
@@ -362,11 +376,11 @@ for row in applications:
         )
 
 # %% [markdown]
-# Does the evidence of KFAC-reduce choose a weight decay as well as that of KFAC-expand, in less time? That is what
-# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) found. Here is a small convolutional network on digits.
-# The accuracy is that on other digits, which neither evidence saw:
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) found that the evidence of KFAC-reduce chooses a weight
+# decay as well as that of KFAC-expand, in less time. The benchmark repeats this for a small convolutional network on
+# digits. The accuracy is measured on other digits, which neither evidence used:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: decays that the evidence chooses"
 for row in applications:
     if "accuracy" in row:
         best = max(zip(row["accuracy"], row["decays"], strict=True))
@@ -380,7 +394,7 @@ for row in applications:
 # A smaller network has room for the exact blocks. The table shows the logarithm of the evidence, divided by the number
 # of samples. The three structures differ at every decay. The choice depends only on where each is largest:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: evidence by three structures"
 for row in applications:
     if "exact" in row.get("evidence", {}):
         print(f"{'decay':>10}", *(f"{decay:7.2f}" for decay in row["decays"]))
@@ -393,7 +407,7 @@ for row in applications:
 #
 # Every row of the stored files says whether it is within the bounds that the benchmark states. These are not:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: every stored bound, and those that are missed"
 rows_of = {
     "factors": factors["rows"],
     "step": step_rows,
@@ -426,15 +440,22 @@ assert all(
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **The clock on the wall.** On a machine that does something else, wall time measures the something else. Processor
-#   time does not, and the smallest of several is what the computation takes when nobody disturbs its caches.
-#   For a GPU it is the other way round: its work is on no processor's clock, and the host must wait for it.
+# - **Wall time on a busy machine.** Wall time includes the work of other programs. Processor
+#   time does not, and the smallest of several measurements has the least disturbed caches.
+#   A GPU's work is not in the processor time of the host. There, measure wall time, and wait for the GPU.
 # - **One after the other.** A machine that gets warm slows down what is measured last. In turns, it slows down
-#   everyone.
+#   all contenders alike.
 # - **Different work.** A library that leaves out a layer, or a factor's bias, is fast. Results are compared first.
 # - **The first call** loads kernels, plans and modules. It is not timed, and memory is measured after one.
-# - **Python's own count of memory** does not see tensors. The system does.
+# - **Python's own count of memory** leaves out tensors. The resident set of the process has them.
 # - **A small network** measures the loop around the products and not the products.
+#
+# ## In one minute
+#
+# - KFAC's factors need a forward pass, $V$ backward passes to the outputs, and half of the products of rows.
+# - With one vector and equal layers, the three parts are equal.
+# - A product by quarters has $(1 + 2^{-k}) R d^2$ operations after $k$ halvings.
+# - Compare times with the limit of the same run. Compare results before times.
 #
 # ## Exercises
 #
@@ -468,16 +489,40 @@ assert all(
 # $2^{-k} \le 1/10$ for $k = 4$: a width of sixteen times that of the smallest product.
 #
 # </details>
+#
+# **Exercise 30.4 (write it).** Write a function `in_parts(X, rows)` that computes $X^\top X$ for a matrix `X` of shape
+# `[R, d]` as a sum over parts of at most `rows` rows, so that no other matrix than the result has more than
+# `rows * d` entries. How many operations does it have? The cell below has `check_in_parts` and one solution.
+#
+# The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 d, R, deep = 8, 5, 400
 needs = operations([d - 1] * (deep + 1), R, 1)  # without bias columns, nearly
 assert all(0.7 < part / (2 * R * d**2 * deep) <= 1 for part in needs.values())
 assert [V for V in range(1, 99) if 3 + 3 * V == 10 * 6] == [19]
 assert next(k for k in range(9) if 2**-k <= 1 / 10) == 4
 
+
+def in_parts(X: torch.Tensor, rows: int) -> torch.Tensor:
+    """A solution of Exercise 30.4: as many operations as at once."""
+    total = X.new_zeros(X.shape[1], X.shape[1])
+    for part in X.split(rows):
+        total += part.T @ part
+    return total
+
+
+def check_in_parts(function: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    X = torch.randn(50, 8)
+    for rows in (1, 7, 50, 99):
+        assert_exact(function(X, rows), X.T @ X)
+        assert counted(function, X, rows) == 2 * 50 * 8**2
+
+
+check_in_parts(in_parts)
+
 # %% [markdown]
 # ## Further reading
 #
-# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) count the cost of both flavours. [Chapter 14](14_randomized.py) and
-# [Chapter 15](15_brand.py) measure what inverses cost with the width of a layer.
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) count the cost of both flavours. [Chapter
+# 14](14_randomized.py) and [Chapter 15](15_brand.py) measure what inverses cost with the width of a layer.

@@ -15,6 +15,15 @@
 #
 # **Part VI: Scale and trust.** How do several processes take the step that one process would take with all data,
 # and what do they send each other for it?
+#
+# Each of $P$ processes, the *ranks*, has a copy of the model and a shard of the batch. For SGD the ranks exchange
+# gradients. For KFAC that is not sufficient. They also need the factors of the whole batch,
+#
+# $$
+# B = \sum_r B_r , \qquad A = \frac{\sum_r R_r A_r}{\sum_r R_r} ,
+# $$
+#
+# where rank $r$ has $R_r$ rows, and its vectors are scaled by its share of the loss.
 
 # %%
 import copy
@@ -36,22 +45,11 @@ from kfac_scratch.show import code
 
 set_up()  # seed 0, float64, the GPU where there is one
 
-# %% [markdown]
-# ## The question
-#
-# A batch that is too large for one device is cut into *shards*. Each of $P$ processes, the *ranks*, has a copy of the
-# model and one shard. For SGD, one thing must be exchanged: the gradient. That of the batch is the mean of the ranks'
-# gradients, if the loss is a mean and all shards have the same number of terms. PyTorch's
-# `DistributedDataParallel` computes this mean.
-#
-# KFAC needs more, because each rank sees the curvature of its own shard only. Let us leave the curvature where it is,
-# and exchange only gradients. Here are two ranks in one process. Each has an optimizer of its own, and both get the
-# same gradient:
-
-# %%
+# %% tags=["hide-input"] alt="A line that rises from zero over ten steps: the distance between the weights of two ranks, as a share of the way that rank 0 has moved." caption="Two ranks that exchange gradients and no curvature: the distance between their weights, as a share of the way from the start."
 torch.manual_seed(0)
 start = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 loss = nn.CrossEntropyLoss()
+drifts = []
 batches = [(torch.randn(24, 6), torch.randint(4, (24,))) for _ in range(10)]
 models = [copy.deepcopy(start) for _ in range(2)]
 optimizers = [KFAC(model, loss, fisher=type2) for model in models]
@@ -66,17 +64,35 @@ for X, y in batches:
         p.grad = q.grad = (p.grad + q.grad) / 2
     for optimizer in optimizers:
         optimizer.step()
+    at = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (start, *models)]
+    drifts.append(((at[1] - at[2]).norm() / (at[1] - at[0]).norm()).item())
 
-first, second = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
-moved = first - torch.cat([p.flatten() for p in start.parameters()])
-drift = float(((first - second).norm() / moved.norm()).detach())
-print(f"after 10 steps, the ranks differ by {drift:.2f} of the way that rank 0 has moved")
-assert drift > 0.05
+print(f"after 10 steps, the ranks differ by {drifts[-1]:.2f} of the way that rank 0 has moved")
+assert drifts[-1] > 0.05
+fig, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
+ax.plot(range(1, 11), drifts, "o-")
+ax.set(xlabel="step", ylabel="distance / way from start", ylim=(0, None))
+plt.show()
 
 # %% [markdown]
+# After this chapter you will be able to
+#
+# - say what ranks must send for one joint step, and weigh factors of shards of unequal size;
+# - place inverses on ranks, and count the numbers that each placement sends;
+# - recognise mistakes that run without an error, such as plain means of factors.
+#
+# ## The question
+#
+# A batch that is too large for one device is cut into *shards*, one for each rank. The gradient of the batch is the
+# mean of the ranks' gradients, if the loss is a mean and all shards have the same number of terms. PyTorch's
+# `DistributedDataParallel` computes this mean.
+#
+# KFAC needs more, because each rank computes the curvature of its own shard only. In [Figure 31.1], two ranks in one
+# process exchange gradients and no curvature. Each has an optimizer of its own, and both get the same gradient.
+#
 # The ranks began at one point and always got one gradient. But each multiplied it by the inverse of another
 # matrix. So they took different steps, and from then on their gradients belong to different points. The mean of
-# two such gradients is the gradient of neither network. Nothing warns of it. So in a job of several processes, an
+# two such gradients is the gradient of neither network, and no error is raised. So in a job of several processes, an
 # optimizer of this package raises until one line tells it that they belong together:
 #
 # ``````py
@@ -89,7 +105,7 @@ assert drift > 0.05
 # size need another loss (Exercise 31.1). This chapter shows what the line does. The command
 # `torchrun --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
 #
-# ## One line that everything follows from
+# ## The loss of the batch, and its curvature
 #
 # Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. Each target is a term with a weight: 0 if it is
 # ignored, else its class weight, if there are such, else 1. $D_r \gt 0$ is the sum of these weights. With
@@ -128,7 +144,7 @@ assert drift > 0.05
 #
 # The check has shards of 5 and 19 samples, of which some targets are ignored:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the joined layer, with unequal shards and ignored targets"
 X, y = torch.randn(24, 6), torch.randint(4, (24,))
 y[[0, 1, 2, 9, 17]] = -100  # ignored by the loss
 shards = [(X[:5], y[:5]), (X[5:], y[5:])]
@@ -160,7 +176,7 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 # $$
 #
 # where $B_r$ belongs to the scaled vectors. The two factors have different weights: $A$ counts rows, $B$ counts the
-# terms of the loss, in its vectors. Both factors are symmetric, so half of each says everything. In a cell:
+# terms of the loss, in its vectors. Both factors are symmetric, so half of each suffices. In a cell:
 
 # %%
 own = [kfac(io) for io in scaled]
@@ -181,7 +197,7 @@ code(joint_kfac)
 # For [EKFAC](10_ekfac.py), the eigenvectors are those of the joint factors. Its eigenvalues are second moments, which
 # are sums over samples again, in the basis that all ranks share:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: second moments add up over ranks"
 basis = kfac(whole).eigen()  # of the joint factors
 moments = sum(second_moments(io, basis.QA, basis.QB) for io in scaled)
 assert_exact(moments, ekfac(whole).scale)
@@ -189,15 +205,15 @@ assert_exact(moments, ekfac(whole).scale)
 # %% [markdown]
 # ## What goes wrong
 #
-# All of the following run without an error, and train somehow. We
-# measure the distance from the right matrix by products with random directions. The second one, plain means, is what
-# public code does
-# ([kfac-pytorch, `base.py`, line 333](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/base.py#L333);
-# [kfac_pytorch of DP-KFAC, `kfac_preconditioner_inv.py`, line 99](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv.py#L99-L100)).
+# All of the following run without an error, and the loss falls. We measure the distance from the right matrix by
+# products with random directions. The second one, plain means, is what public code does ([kfac-pytorch, `base.py`, line
+# 333](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/base.py#L333);
+# [kfac_pytorch of DP-KFAC, `kfac_preconditioner_inv.py`, line
+# 99](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv.py#L99-L100)).
 # It is right where all shards have equally many terms and rows, as with the usual samplers, and wrong for our shards of
 # 5 and 19 samples.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the distance of five mistakes from the right matrix"
 V = torch.randn(50, 8, 7)
 
 
@@ -234,14 +250,18 @@ assert distance(averaged, ekfac(whole)) > 0.1
 
 # %% [markdown]
 # One more mistake appears only when the number of ranks changes. Let $s_i$ be the vector of a single term. The vector
-# of the *mean* loss is $s_i / N$. Kfac-pytorch, the code of KAISA, takes the mean over $i$ of the outer products of these
-# ([`modules.py`, line 140](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/modules.py#L134-L141) and [`utils.py`, line 55](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/utils.py#L51-L55)), which is the
-# right matrix times $1 / N^2$. With one rank, another damping makes up for the factor. On $P$ ranks with $N / P$
-# samples each, the same program has the factor $1 / (N / P)^2 = P^2 / N^2$. The batch is the same, and the matrix is
-# $P^2$ times as large. Who keeps $N / P$ and adds ranks has one damping throughout. The code of DP-KFAC, which began as a
-# fork of it, multiplies by the size of the batch first ([`utils.py`, line 137](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/utils.py#L132-L140)).
+# of the *mean* loss is $s_i / N$. Kfac-pytorch, the code of KAISA, takes the mean over $i$ of the outer products of
+# these ([`modules.py`, line
+# 140](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/modules.py#L134-L141)
+# and [`utils.py`, line
+# 55](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/utils.py#L51-L55)),
+# which is the right matrix times $1 / N^2$. With one rank, another damping compensates for the factor. On $P$ ranks
+# with $N / P$ samples each, the same program has the factor $1 / (N / P)^2 = P^2 / N^2$. The batch is the same, and the
+# matrix is $P^2$ times as large. If $N / P$ stays the same and ranks are added, one damping fits all of them. The code
+# of DP-KFAC, which began as a fork of it, multiplies by the size of the batch first ([`utils.py`, line
+# 137](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/utils.py#L132-L140)).
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the trace grows with the square of the number of ranks"
 scores = torch.randn(24, 4)  # of single terms
 traces = {}
 for P in (1, 2, 4):
@@ -259,7 +279,7 @@ for P in (1, 2, 4):
 # independent, and their errors do not cancel. The extreme case has two equal shards. Then the second rank repeats the
 # draws of the first. Here an entry of $B$ is estimated whose true value is 0, from the products of two random signs:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the error of labels with one seed, and with own seeds"
 errors = {}
 for name in ("one seed", "own seeds"):
     squares = []
@@ -280,14 +300,16 @@ assert 1.5 < errors["one seed"] / errors["own seeds"] < 2.7  # twice as large, u
 #
 # All ranks have the joint factors. If all invert all of them, no time is saved. So every layer gets an *owner*, who
 # inverts. The largest layer is assigned first, always to the rank that has the least work so far, as in KAISA's code
-# ([`assignment.py`, line 228](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/assignment.py#L228)):
+# ([`assignment.py`, line
+# 228](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/assignment.py#L228)):
 
 # %% tags=["remove-input"]
 code(assignment)
 
 # %% [markdown]
-# Then the inverse must be applied to the gradient. There are two extremes, and something between them. The names are those
-# of KAISA, [Pauloski et al. (2021)](bibliography.md#kaisa) ([`enums.py`, line 40](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/enums.py#L40-L54)):
+# Then the inverse must be applied to the gradient. There are two extremes, and a choice between them. The names are
+# those of KAISA, [Pauloski et al. (2021)](bibliography.md#kaisa) ([`enums.py`, line
+# 40](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/enums.py#L40-L54)):
 #
 # - The owner sends the inverse to all ranks, whenever it is new. Every rank applies all inverses. This is *comm-opt*:
 #   little is sent, and every rank has all inverses in memory.
@@ -295,9 +317,9 @@ code(assignment)
 # - Between them, the ranks stand in a grid of $m$ rows and $P / m$ columns. The owner's column gets the inverse, and
 #   every rank of the column sends results along its row. This is *hybrid-opt*.
 #
-# The paper adapts this choice to memory and network. It reports convergence that is 18.1 to 36.3 % faster than that of the
-# original optimizers with the same batch, for ResNet-50, Mask R-CNN, U-Net and BERT on up to 128 GPUs. This is not tested
-# here, because we have no cluster.
+# The paper adapts this choice to memory and network. It reports convergence that is 18.1 to 36.3 % faster than that of
+# the original optimizers with the same batch, for ResNet-50, Mask R-CNN, U-Net and BERT on up to 128 GPUs. This is not
+# tested here, because we have no cluster.
 
 # %% tags=["hide-input"] alt="Three grids of four ranks. With one row of four, each layer's inverse is at its owner alone. With two rows and two columns, it is at both ranks of a column. With four rows and one column, all inverses are at all ranks." caption="Four ranks and four layers, named by their owners. Lines of text: the inverses that a rank holds. Left to right: mem-opt, hybrid, comm-opt."
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.2))
@@ -340,7 +362,7 @@ plt.show()
 # that each rank hands to collectives, one by one. Here is the formula for the layers of a ResNet-50 and of GPT-2:
 
 
-# %%
+# %% tags=["hide-input"] fold="Computed: numbers sent, for ResNet-50 and GPT-2"
 def resnet50() -> list[tuple[int, int]]:
     """Outputs and inputs of all layers; a 3 x 3 convolution has nine times its channels."""
     layers, c = [(64, 147)], 64
@@ -389,7 +411,7 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
 # process of one machine, so what is compared here is work, memory and numbers sent, and not the time of a step in a
 # cluster. All matrices and inverses are renewed in every step, which is the most that a placement can cost:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: placements, as the benchmark measured them"
 FILE = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results" / "distributed-cpu.json"
 if FILE.exists():
     print(
@@ -411,9 +433,9 @@ else:
 #
 # ## Where it stops
 #
-# More ranks make shards smaller, and share out the inversions. The second has an end: one inversion is one job.
-# The cost of an inversion grows with the third power of the width. Let the widest layer have a share $s$ of all cost.
-# Then the busiest rank has at least this share, however many ranks there are:
+# More ranks make shards smaller, and share out the inversions. Sharing inversions has a limit, because one inversion
+# runs on one rank. The cost of an inversion grows with the third power of the width. Let the widest layer have a share
+# $s$ of all cost. Then the busiest rank has at least this share, however many ranks there are:
 
 # %% tags=["hide-input"] alt="Two falling lines on logarithmic axes over the number of ranks. Both follow the ideal line 1/P at first. That of ResNet-50 becomes flat near five ranks, that of GPT-2 near thirty." caption="The share of all inversions that the busiest rank has. Dotted: the ideal. The lines become flat where the busiest rank has the widest layer and nothing else."
 fig, ax = plt.subplots(figsize=(6, 3.4))
@@ -439,7 +461,7 @@ plt.show()
 # %% [markdown]
 # ## A plan on paper
 #
-# What would thousands of ranks do? Nobody here has them, so this is a plan with assumptions, and no measurement:
+# For thousands of ranks we have no measurement. The following is a calculation with assumptions:
 #
 # - A rank computes matrix products with $10^{14}$ operations in a second, and eigendecompositions with $10^{12}$. An
 #   eigendecomposition of width $d$ takes as long as six products, $12 d^3$ operations.
@@ -501,24 +523,24 @@ plt.show()
 # alone, because inversions are shared. With the slow one, sending takes longer, and most of it are the gradients that
 # every data-parallel training sends. There, comm-opt is the better choice, and mem-opt where memory is short.
 #
-# More ranks with larger batches need not mean fewer steps, and the papers differ.
-# [Osawa et al. (2019)](bibliography.md#osawa-2019) trained ResNet-50 on ImageNet to 75 % with batches of 131,072 images in
-# 978 steps, and say that KFAC can handle larger batches than first-order methods.
-# [Ma et al. (2020)](bibliography.md#inefficiency) tuned both for each batch size, on CIFAR-10 and SVHN, and found that KFAC
-# does not scale to large batches better than SGD. [Chapter 33](33_large_batches.py) has more.
+# More ranks with larger batches need not mean fewer steps, and the papers differ. [Osawa et al.
+# (2019)](bibliography.md#osawa-2019) trained ResNet-50 on ImageNet to 75 % with batches of 131,072 images in 978 steps,
+# and say that KFAC can handle larger batches than first-order methods. [Ma et al. (2020)](bibliography.md#inefficiency)
+# tuned both for each batch size, on CIFAR-10 and SVHN, and found that KFAC does not scale to large batches better than
+# SGD. [Chapter 33](33_large_batches.py) has more.
 #
 # ## No factors at all
 #
 # *DP-KFAC* ([Zhang et al. (2022)](bibliography.md#dp-kfac)) sends no factors: the owner of a layer makes its matrix
-# from its own shard ([`kfac_preconditioner_inv_dp.py`, line 80](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv_dp.py#L75-L95)).
-# That saves three things: the term $F / T_F$ of [(31.4)], the work of making a layer's factors on all other ranks, and
-# their memory. On 64 GPUs the paper reports 1.55 to 1.65 times less computing, 2.79 to 3.15 times less
-# communication and 1.14 to 1.47 times less memory in an update of the curvature, and that the convergence of the joint
-# methods is retained. It is another estimator, and not a way to compute the
-# same: its curvature has the noise of a shard. The larger the shards, the less there is of it. Ours have 5 and 19
-# samples, much less than a GPU has, so we look at larger ones, too:
+# from its own shard ([`kfac_preconditioner_inv_dp.py`, line
+# 80](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv_dp.py#L75-L95)).
+# This saves three costs: the term $F / T_F$ of [(31.4)], the work of making a layer's factors on all other ranks, and
+# their memory. On 64 GPUs the paper reports 1.55 to 1.65 times less computing, 2.79 to 3.15 times less communication
+# and 1.14 to 1.47 times less memory in an update of the curvature, and that the convergence of the joint methods is
+# retained. DP-KFAC is another estimator: its curvature has the noise of a shard, which is smaller for larger shards.
+# Ours have 5 and 19 samples, much less than a GPU has, so we look at larger ones, too:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the distance of a shard's matrix from the batch's"
 noise = [distance(M, kfac(whole)) for M in unscaled]
 print(
     f"the matrices of the two shards are {noise[0]:.2f} and {noise[1]:.2f} from that of the batch"
@@ -545,16 +567,24 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 # default is 30 minutes, and the message then names no rank. So a few numbers are exchanged on the CPU before
 # ranks send each other anything: what this rank is about to do, in which step, and whether it refuses. (The
 # backward pass of `DistributedDataParallel` has its own messages; an exchange comes before the forward pass.)
-# Three things follow.
+# This has three consequences.
 #
-# - **A refusal is everybody's.** A shard with a number that is not finite, or a matrix without an inverse, is seen by
-#   one rank. All raise the same error, which names it, and no rank has changed anything.
-# - **Another order is an error.** If one rank calls `step` and another `observe`, all say who is where.
+# - **All ranks refuse together.** One rank finds a number that is not finite in its shard, or a matrix without an
+#   inverse. All raise the same error, which names it, and no rank has changed anything.
+# - **Another order is an error.** If one rank calls `step` and another `observe`, the error of every rank names both.
 # - **A lost rank is named.** After a time-out that you choose, every rank that is left says which one has not
 #   arrived, or gives no sign of life, and where it was seen last.
 #
 # `state_dict` gathers what the ranks hold. So every rank calls it, and one of them writes the file. Any number of
 # ranks, and a single process, can read it.
+#
+# ## In one minute
+#
+# - Ranks that exchange gradients and no curvature take different steps.
+# - A layer of the whole batch is the joined rows of the ranks, with vectors scaled by the root of the rank's share of
+#   the loss. $B$ is a sum, and $A$ a mean weighted by rows.
+# - Plain means of factors are right only if all shards have the same number of terms and rows.
+# - Inverses are shared out by owner. The widest layer limits how many ranks are of use.
 #
 # ## Exercises
 #
@@ -593,8 +623,14 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 # $100$ units each.
 #
 # </details>
+#
+# **Exercise 31.4 (write it).** Write a function `joined(factors, rows, shares)` that returns the factors `(A, B)` of
+# the whole batch. It gets a list of `(A, B)` of the ranks for their own mean losses, the ranks' numbers of rows, and
+# their shares $D_r / D$ of the loss. The cell below has `check_joined` and one solution.
+#
+# The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 G0, G1 = torch.randn(3), torch.randn(3)  # gradients of sums
 assert_exact((2 * G0 + 2 * G1) / 2, G0 + G1)
 assert_exact((0.5 * G0 / 10 + 1.5 * G1 / 30) / 2, (G0 + G1) / 40)
@@ -605,6 +641,21 @@ for size, busiest in ((2, 164.0), (3, 128.0), (4, 128.0)):
     owner = assignment(costs, size)
     loads = [sum(costs[n] for n in costs if owner[n] == rank) for rank in range(size)]
     assert max(loads) == busiest
+
+
+def joined(factors: list, rows: list[int], shares: list[float]) -> tuple:
+    """A solution of Exercise 31.4: vectors scaled by a root scale `B` by the share."""
+    A = sum(R * A for R, (A, _) in zip(rows, factors, strict=True)) / sum(rows)
+    return A, sum(share * B for share, (_, B) in zip(shares, factors, strict=True))
+
+
+def check_joined(function) -> None:
+    A, B = function([(K.A, K.B) for K in unscaled], [io.rows for io in local], shares)
+    assert_exact(A, kfac(whole).A)
+    assert_exact(B, kfac(whole).B)
+
+
+check_joined(joined)
 
 # %% [markdown]
 # ## Further reading

@@ -16,28 +16,14 @@
 # **Part III: Better and faster.** Shampoo, SOAP and Muon multiply gradients by matrices on both sides, as KFAC
 # does, and need neither the loss nor the layers: why take KFAC, and when not?
 #
-# These optimizers have an advantage that comes before every comparison. All that they ask of a model is its
-# gradient. KFAC must know which layer a weight is in, what the layer received, and how the loss bends. In
-# return it knows more. This chapter says what. Every method of the family makes three choices:
+# These optimizers need only the gradient of a model. KFAC needs the layer of a weight, its inputs, and the Hessian of
+# the loss. Without memory, all three give the same step. For a gradient $G = U \Sigma W^\top$ with $L = G G^\top$ and
+# $R = G^\top G$,
 #
-# 1. **Which gradients?** Those of every sample, or their mean over a batch. With labels of the data, or
-#    of the model.
-# 2. **Which matrix?** An approximation of the sum of their outer products.
-# 3. **Which power** of the matrix meets the gradient: the inverse, or the inverse root.
-#
-# | Method | Gradients | Matrix | Power |
-# | --- | --- | --- | --- |
-# | KFAC, EKFAC | of samples, labels of the model | `kfac`, `ekfac` | $-1$ |
-# | TKFAC, TEKFAC, KPSVD | of samples, labels of the model | `tkfac`, `tekfac`, `kpsvd` | $-1$ |
-# | Adam | of batches | a diagonal | $-1/2$ |
-# | Shampoo | of batches | `shampoo_bound`, $B^{1/2} \otimes A^{1/2}$ | $-1/2$ |
-# | Shampoo with power 1/2 | of batches | `tkfac` | $-1/2$ |
-# | SOAP | of batches | `tekfac` | $-1/2$ |
-# | KL-Shampoo | of batches | `kl_factors` | $-1/2$ |
-# | Muon | of one batch, averaged | `tekfac`, without memory | $-1/2$ |
-#
-# By the end you will be able to read any of them as a line of this table, to check an implementation by four
-# identities, and to say what was measured and what was not.
+# $$
+# L^{-1/4} G R^{-1/4} = U \Sigma^{-1/2} \Sigma\, \Sigma^{-1/2} W^\top = U W^\top .
+# \tag{32.1}
+# $$
 
 # %%
 import itertools
@@ -94,11 +80,47 @@ for _ in range(300):
 ios = layer_ios(net, loss, images, labels, type2)
 of_data = layer_ios(net, loss, images, labels, empirical)
 
+# %% tags=["hide-input"] alt="Three heat maps with 4 rows and 7 columns. Left a random gradient. In the middle the step of Shampoo, SOAP and Muon, with entries of similar size as the gradient's. Right the step of Shampoo with the power one half, where the direction with the smallest singular value dominates." caption="A gradient, and the steps without memory. Shampoo, SOAP and Muon make all singular values equal to 1. The power 1/2 on each side inverts them."
+own = torch.Generator(images.device).manual_seed(0)
+example = torch.randn(4, 7, generator=own, device=images.device)
+inverted = torch.linalg.pinv(example).T
+matrices(
+    {
+        "gradient": example / torch.linalg.matrix_norm(example, 2),
+        "Shampoo = SOAP = Muon": polar_factor(example),
+        "Shampoo, power 1/2": inverted / torch.linalg.matrix_norm(inverted, 2),
+    }
+)
+
 # %% [markdown]
+# The methods differ once they average over batches. After this chapter you will be able to
+#
+# - read each of them as a line of the table below;
+# - check an implementation by four identities;
+# - say what was measured and what was not.
+#
+# Every method of the family makes three choices:
+#
+# 1. **Which gradients?** Those of every sample, or their mean over a batch. With labels of the data, or
+#    of the model.
+# 2. **Which matrix?** An approximation of the sum of their outer products.
+# 3. **Which power** of the matrix meets the gradient: the inverse, or the inverse root.
+#
+# | Method | Gradients | Matrix | Power |
+# | --- | --- | --- | --- |
+# | KFAC, EKFAC | of samples, labels of the model | `kfac`, `ekfac` | $-1$ |
+# | TKFAC, TEKFAC, KPSVD | of samples, labels of the model | `tkfac`, `tekfac`, `kpsvd` | $-1$ |
+# | Adam | of batches | a diagonal | $-1/2$ |
+# | Shampoo | of batches | `shampoo_bound`, $B^{1/2} \otimes A^{1/2}$ | $-1/2$ |
+# | Shampoo with power 1/2 | of batches | `tkfac` | $-1/2$ |
+# | SOAP | of batches | `tekfac` | $-1/2$ |
+# | KL-Shampoo | of batches | `kl_factors` | $-1/2$ |
+# | Muon | of one batch, averaged | `tekfac`, without memory | $-1/2$ |
+#
 # ## One gradient, three steps
 #
-# Forget averages for a moment. There is one gradient $G$, of shape `[4, 7]`, and nothing else. Here is
-# what the three optimizers do with it, each in its own words:
+# Let there be one gradient $G$, of shape `[4, 7]`, and no averages. The cell has the steps of the three optimizers,
+# each by its own formula:
 
 # %%
 G = torch.randn(4, 7)
@@ -126,16 +148,10 @@ assert_exact(by_shampoo, by_muon)
 assert_exact(by_soap, by_muon)
 
 # %% [markdown]
-# All three are the same step! With $G = U \Sigma W^\top$ the reason is one line: $L = U \Sigma^2 U^\top$ and
-# $R = W \Sigma^2 W^\top$, so that
-#
-# $$
-# L^{-1/4} G R^{-1/4} = U \Sigma^{-1/2} \Sigma\, \Sigma^{-1/2} W^\top = U W^\top .
-# \tag{32.1}
-# $$
+# All three steps are equal, by [(32.1)] and $L = U \Sigma^2 U^\top$, $R = W \Sigma^2 W^\top$.
 #
 # In the eigenbasis, $G$ is the diagonal $\Sigma$ up to signs, and Adam without memory divides every entry by
-# its size. So what tells the three apart is **memory**: Muon has none for squares, Shampoo and SOAP
+# its size. So the three differ only in their **memory**: Muon has none for squares, Shampoo and SOAP
 # average $L$, $R$ and squares over batches. The power matters, too. Many implementations of Shampoo take
 # $1/2$ in the place of $1/4$ on each side. Without memory that *inverts* the singular values:
 
@@ -158,10 +174,10 @@ code(from_gradient, pooled)
 # The gradient of the pooled layer is that of the whole batch. For a mean loss over $N$ samples,
 # `pooled(io).block()` is $N \operatorname{vec}(\bar G) \operatorname{vec}(\bar G)^\top$ with
 # $\bar G$ the `.grad` that PyTorch computes. The factor $N$ makes it estimate the Fisher; an inverse root then
-# gives Adam's step divided by $\sqrt N$. Whoever mixes the two up trains with a learning rate that is wrong by
+# gives Adam's step divided by $\sqrt N$. Code that confuses both has a learning rate that is wrong by
 # $\sqrt N$.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: both layers have the gradient of PyTorch, and TKFAC of them is Shampoo's"
 net.zero_grad()
 loss(net(images), labels).backward()
 grads = {n: torch.cat([net[int(n)].weight.grad, net[int(n)].bias.grad[:, None]], 1) for n in ios}
@@ -174,15 +190,15 @@ for n, io in of_data.items():
     assert relative_error(tkfac(pooled(io)).dense(), tkfac(io).dense()) > 0.1
 
 # %% [markdown]
-# The last two lines deserve a second look. TKFAC of the batch differs from TKFAC of the samples. KFAC does
-# not differ at all: KFAC-expand never asks which rows belong to one sample. That is why KFAC has nothing to
-# say about the difference, and why this chapter's family grows from TKFAC.
+# The last two lines compare batch and samples. TKFAC of the batch differs from TKFAC of the samples. KFAC of both
+# is equal, because KFAC-expand does not use which rows belong to one sample. So the methods of this chapter are
+# relatives of TKFAC.
 #
 # ## Shampoo is TKFAC
 #
 # Shampoo's sums $L = \sum_k G_k G_k^\top$ and $R = \sum_k G_k^\top G_k$ are the partial traces of the block,
 # which [Chapter 11](11_tkfac.md) calls $B$ and $A$. TKFAC is $B \otimes A / \operatorname{tr} A$. Shampoo
-# as published takes roots, and it is cautious on purpose. If no gradient has a rank above $r$,
+# as published takes roots, which give an upper bound. If no gradient has a rank above $r$,
 #
 # $$
 # F \preceq r \; B^{1/2} \otimes A^{1/2} .
@@ -191,7 +207,7 @@ for n, io in of_data.items():
 #
 # A matrix that is too large gives steps that are too short, which is safe. TKFAC is no such bound:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: Shampoo's matrix is a bound, TKFAC is none"
 for io in of_data.values():
     F = io.block()
     rank = min(io.a.shape[1], io.a.shape[2], io.g.shape[3])
@@ -199,7 +215,7 @@ for io in of_data.values():
     assert torch.linalg.eigvalsh(tkfac(io).dense() - F)[0] < -1e-2 * F.norm()
 
 # %% [markdown]
-# "Shampoo is safe" and "its square is nearer" are both theorems, then, and about two different matrices.
+# So the statements "Shampoo is an upper bound" and "its square is nearer" are about two different matrices.
 #
 # ## One weight for every sample
 #
@@ -221,15 +237,15 @@ for io in of_data.values():
 # \end{aligned}
 # $$
 #
-# (Shampoo's sums are TKFAC's.) KFAC minimises nothing, and is exact if $a$ and $g$ are independent. TKFAC minimises nothing either, and has both partial
-# traces right. KPSVD minimises the distance $\lVert F - B \otimes A \rVert$, and KL-Shampoo a divergence of Gaussians,
-# $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$.
+# (Shampoo's sums are TKFAC's.) KFAC is exact if $a$ and $g$ are independent. TKFAC has both partial traces right.
+# Neither minimises a distance. KPSVD minimises the distance $\lVert F - B \otimes A \rVert$, and KL-Shampoo a
+# divergence of Gaussians, $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$.
 #
-# KFAC counts samples. TKFAC weights a sample's input by the size of its vector. The last two ask each
-# other: a fixed point, which an iteration finds. KPSVD's weights are up to a scale, which may move from one
-# factor to the other.
+# KFAC counts samples. TKFAC weights a sample's input by the size of its vector. In the last two, the weights of each
+# factor depend on the other factor: a fixed point, which an iteration finds. KPSVD's weights are up to a scale, which
+# may move from one factor to the other.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the weights of TKFAC, KPSVD and KL-Shampoo"
 io = of_data["0"]
 a, g = io.a[:, 0], io.g[0, :, 0]
 
@@ -256,10 +272,10 @@ assert_exact(K.B, weighted(quadratic(a_, torch.linalg.inv(K.A)) / a_.shape[1], g
 
 # %% [markdown]
 # Put $A = B = I$ into the last two lines: both become TKFAC's. Shampoo's sums are the first step of the power
-# iteration that ends at KPSVD ([Chapter 12](12_kpsvd.md)), and of the flip-flop that ends at KL-Shampoo. How
-# much is left to gain after that first step? The next figure follows both iterations from the identity.
+# iteration that ends at KPSVD ([Chapter 12](12_kpsvd.md)), and of the flip-flop that ends at KL-Shampoo. The next
+# figure follows both iterations from the identity, and shows the gain after the first step.
 
-# %% tags=["hide-input"] alt="Two panels against half steps from 0 to 8. Left: the cosine between the exact block and the iterates of power iteration rises steeply in the first two half steps and is flat afterwards; a dotted line marks KFAC below the final value. Right: the divergence of the flip-flop falls in the same way." caption="From the identity. Left: cosine of the angle to the exact block, power iteration. Right: divergence, flip-flop. After two half steps little is left to gain."
+# %% tags=["hide-input"] alt="Two panels against half steps from 0 to 8. Left: the cosine between the exact block and the iterates of power iteration rises steeply in the first two half steps and is flat afterwards; a dotted line marks KFAC below the final value. Right: the divergence of the flip-flop falls in the same way." caption="From the identity. Left: cosine of the angle to the exact block, power iteration. Right: divergence, flip-flop. After two half steps both change little."
 F, R = io.block(), Rearranged(io)
 damping = 1e-3 * float(F.diagonal().mean())
 damped = F + damping * torch.eye(len(F))
@@ -326,15 +342,15 @@ plt.show()
 
 # %% [markdown]
 # The rank-one table with these sums, $s^{\text{row}} s^{\text{col}} / \sum s$, is what Adafactor keeps of
-# Adam's moments. In TKFAC's basis that table *is* TKFAC. In KFAC's basis it is not KFAC. The identity is a
-# sharp test of an implementation: if rows and columns do not add up, basis and moments have got out of step.
+# Adam's moments. In TKFAC's basis this table equals TKFAC. In KFAC's basis it differs from KFAC. The identity
+# tests an implementation: if rows and columns do not add up, basis and moments do not belong together.
 #
-# ## Muon is what is left without memory
+# ## Muon: without memory
 #
-# Equation (32.1) says what Muon aims at: $U W^\top$, the **polar factor** of the gradient. It computes it without a
+# Muon approximates $U W^\top$ of [(32.1)], the **polar factor** of the gradient, without a
 # decomposition, by an odd polynomial $X \leftarrow a X + b X X^\top X + c (X X^\top)^2 X$ that acts on every
-# singular value as $x \leftarrow a x + b x^3 + c x^5$. With Newton's and Schulz's numbers this converges. With
-# Muon's numbers it does not: it is steep at zero, and then moves about within a band.
+# singular value as $x \leftarrow a x + b x^3 + c x^5$. With Newton's and Schulz's numbers this converges. Muon's
+# numbers give a polynomial that is steep at zero, and whose values then stay within a band without converging.
 
 # %% tags=["hide-input"] alt="Two panels of the singular value after 5 steps against the one before, from 0.0001 to 1 on a logarithmic axis. Left, the cubic polynomial: rises smoothly to 1 only for values above 0.1. Right, Muon's polynomial: reaches the band between 0.68 and 1.2 already at 0.005 and oscillates in it." caption="A singular value after 5 and 10 steps, by its value before, relative to the norm of the matrix. Left: the convergent cubic. Right: Muon's polynomial, in its band."
 before = torch.logspace(-4, 0, 400)
@@ -357,7 +373,7 @@ assert relative_error(newton_schulz(G, 30, MUON), polar_factor(G)) > 0.01
 # %% [markdown]
 # ## The mean of squares, or the square of the mean
 #
-# What does the gradient of a batch know of the Fisher? Let $N$ samples be drawn, and call $F_1$ the mean of
+# The gradient of a batch gives a biased estimate of the Fisher. Let $N$ samples be drawn, and call $F_1$ the mean of
 # $\operatorname{vec}(G_n) \operatorname{vec}(G_n)^\top$ and $m$ the mean of $\operatorname{vec}(G_n)$ over the
 # whole population. Then
 #
@@ -367,12 +383,12 @@ assert relative_error(newton_schulz(G, 30, MUON), polar_factor(G)) > 0.01
 # \tag{32.3}
 # $$
 #
-# The second term is a bias: $N - 1$ times the square of the gradient that training is about to remove. Where
-# does it vanish? At a stationary point, $m = 0$. And *everywhere*, if the labels are drawn from the
-# model: then the mean over labels of every sample's gradient is zero. The first can be checked by counting
-# out all $6^3$ batches of three out of six samples, the second by all $10^2$ labels of two samples:
+# The second term is a bias: $N - 1$ times the square of the gradient that training is about to remove. The bias
+# vanishes at a stationary point, where $m = 0$. It vanishes *everywhere* if the labels are drawn from the
+# model: then the mean over labels of every sample's gradient is zero. The cell checks the equation with all $6^3$
+# batches of three out of six samples, and the second statement with all $10^2$ labels of two samples:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the bias, and that it vanishes for labels of the model"
 six = of_data["2"].gradients()[0, :6].flatten(1)
 mean, F_1 = six.mean(0), six.T @ six / 6
 draws = [six[list(c)].mean(0) for c in itertools.product(range(6), repeat=3)]
@@ -391,10 +407,9 @@ for n, io_ in layer_ios(net, loss, two, labels[:2], type2).items():
     assert_exact(total[n], io_.block())
 
 # %% [markdown]
-# One batch gives a matrix of rank one, so that a long memory must make up for it. How far do 400 batches of
-# 100 get? In the next figure the exact block of the second layer stands beside KFAC and TEKFAC of all samples,
-# and beside SOAP's matrix from 400 batches, once with the labels of the data and once with labels of the
-# model.
+# One batch gives a matrix of rank one, so methods of batches need a long memory. In the next figure the exact block of
+# the second layer stands beside KFAC and TEKFAC of all samples, and beside SOAP's matrix from 400 batches of 100, once
+# with the labels of the data and once with labels of the model.
 
 # %% tags=["hide-input"] alt="Five square heat maps of a layer's block: exact, KFAC, TEKFAC, SOAP with data's labels and SOAP with the model's labels. All show the same tiles; SOAP with the data's labels is paler." caption="The last layer's exact block and four approximations, on one scale; the first 52 of 130 rows. SOAP's moments come from 400 batch gradients."
 generator = torch.Generator(images.device).manual_seed(1)
@@ -416,7 +431,7 @@ for name, gradients in batch_gradients.items():
     shown[f"SOAP, {name}"] = tekfac(LayerIO(eyes, stacked[None])).dense()
 matrices({name: M[:52, :52] for name, M in shown.items()}, blocks=dict.fromkeys(shown, (13, 13)))
 
-# %%
+# %% tags=["hide-input"] fold="Measured: angles of the matrices and of the steps"
 exact_step = torch.linalg.solve(F + 1e-3 * F.diagonal().mean() * torch.eye(len(F)), vec(grads["2"]))
 print(f"{'':24}{'sine of the angle':>18}{'trace':>8}{'cosine of the step':>20}")
 sines, steps = {}, {}
@@ -429,8 +444,7 @@ assert sines["TEKFAC"] < sines["SOAP, model's labels"] < sines["SOAP, data's lab
 
 # %% [markdown]
 # For this network, the *labels* make more of a difference than the pooling: with labels of the model, 400 batch
-# gradients come close to what all samples give. The repository's optimizer can do either, because the choice is
-# an argument and not a method.
+# gradients come close to what all samples give. The repository's optimizer has both choices as an argument.
 #
 # ## In the optimizer
 #
@@ -460,9 +474,8 @@ for step in range(60):
 assert value.item() < 0.7
 
 # %% [markdown]
-# This is for understanding, and for exchanging one choice at a time. Whoever wants SOAP, Shampoo or Muon in
-# practice needs no capture, and takes an optimizer that sees gradients only: `torch.optim.Muon`, the package
-# `pytorch-optimizer` for SOAP, or
+# This form is for understanding, and for exchanging one choice at a time. In practice, SOAP, Shampoo and Muon need no
+# capture. Take an optimizer that uses gradients only: `torch.optim.Muon`, the package `pytorch-optimizer` for SOAP, or
 # [facebookresearch/optimizers](https://github.com/facebookresearch/optimizers/tree/f60660661194de26d3ee78bae6d15820ff8e583d)
 # for Shampoo.
 
@@ -471,13 +484,13 @@ assert value.item() < 0.7
 #
 # `benchmarks/training.py` gives every method the same number of trials on small tasks, on one CPU thread: a vision
 # transformer (T1), a graph network (T2), an autoencoder (T3) and a convolutional network (T4). A language model of
-# characters (T5) is prepared; if it is not in the table, it has not been run. SOAP and Muon are the packages named above. Shampoo, with the
-# length of Adam's step and either power, is forty lines of the benchmark. Their learning rates, averages,
-# periods and shapes are searched like all others. A hit is the first of two consecutive evaluations that reach
-# the task's target. The numbers are medians over fresh seeds, with an interval that holds the median with a
+# characters (T5) is prepared; if it is not in the table, it has not been run. SOAP and Muon are the packages named
+# above. Shampoo, with the length of Adam's step and either power, is forty lines of the benchmark. Their learning
+# rates, averages, periods and shapes are searched like all others. A hit is the first of two consecutive evaluations
+# that reach the task's target. The numbers are medians over fresh seeds, with an interval that holds the median with a
 # confidence of 90 %; "—" means that more than half of the runs missed.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: medians of the family on every task"
 RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 FAMILY = ("kfac-expand", "ekfac", "soap", "shampoo", "muon", "adamw", "sgd")
 trained = {}
@@ -529,12 +542,11 @@ if trained:
 plt.show()
 
 # %% [markdown]
-# What may be concluded is what the intervals show for these tasks. Whether one method is ahead of another on a
-# task is a question of pairs: the same seed means the same start and the same batches. The next cell counts in
-# how many of the pairs KFAC needs fewer steps than each of the others, and how probable that or more would be
-# if both were equally good.
+# The intervals describe these tasks only. Runs with the same seed are pairs: they have the same start and the same
+# batches. The next cell counts the pairs in which KFAC needs fewer steps than each other method, and computes the
+# probability of so many or more wins if both methods were equally good.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Tested: pairs of runs that KFAC wins and loses"
 
 
 def chance(wins: int, losses: int) -> float:
@@ -556,35 +568,33 @@ for task, stored in trained.items():
     print(f"{task}: KFAC against", *(f"    {line}" for line in told), sep="\n")
 
 # %% [markdown]
-# And what may not be concluded: anything about large models, long training, GPUs, or the loss at the end of
-# training. The targets are reached within tens to hundreds of steps, where the memory of curvature matters
-# little. The networks are small and their losses are standard ones, for which KFAC has rules. For any
-# other loss, or a layer without a rule, the relatives just work.
+# These runs say nothing about large models, long training, GPUs, or the loss at the end of
+# training. The networks are small, and KFAC has rules for their layers and losses. For another loss, or a layer without
+# a rule, the relatives work without changes.
 #
 # ## What goes wrong
 #
 # - **Basis and moments out of step.** When a new basis is sorted, the second moments must be sorted with it.
 #   [Emerging-Optimizers #274](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/274) lost that, and
-#   [#300](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/300) describes it;
-#   [HeavyBall #42](https://github.com/HomebrewML/HeavyBall/issues/42) is about the first moments. SOAP's own
-#   code sorts the second moments
-#   ([`soap.py`, line 414](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L414)).
-#   Test: a relabelled basis must not change a step.
+#   [#300](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/300) describes it; [HeavyBall
+#   #42](https://github.com/HomebrewML/HeavyBall/issues/42) is about the first moments. SOAP's own code sorts the second
+#   moments ([`soap.py`, line
+#   414](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L414)). Test: a
+#   relabelled basis must not change a step.
 # - **The wrong root.** Two ports took $-1/2$ for $-1/4$ on each side
 #   ([pytorch-optimizer #502](https://github.com/jettify/pytorch-optimizer/issues/502),
 #   [shampoo.pytorch #2](https://github.com/moskomule/shampoo.pytorch/issues/2)), a third computed
 #   $-1/2$ by an iteration that should have given $-1/4$, and tested it on multiples of the identity
 #   ([Odyssey #5497](https://github.com/HomericIntelligence/Odyssey/pull/5497)). Roots of multiples of the identity
 #   cannot tell: use a matrix with two different eigenvalues.
-# - **The kernel taken for the matrix.** Muon scales its step by the matrix's shape. Computed after the step is a
-#   tensor again, the shape is that of the kernel
-#   ([`muon.py`, line 40](https://github.com/KellerJordan/Muon/blob/857d1adc159e098212f828d927460782d3da59e9/muon.py#L40)
-#   reads the last two axes of the gradient;
-#   [pytorch-image-models #2791](https://github.com/huggingface/pytorch-image-models/pull/2791) mended the same in
-#   another optimizer).
-# - **The first step.** SOAP skips it, to have a basis that the gradient is not part of
-#   ([`soap.py`, line 153](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L153)).
-#   A comparison step by step must skip it, too.
+# - **The kernel taken for the matrix.** Muon scales its step by the matrix's shape. Computed after the step is a tensor
+#   again, the shape is that of the kernel ([`muon.py`, line
+#   40](https://github.com/KellerJordan/Muon/blob/857d1adc159e098212f828d927460782d3da59e9/muon.py#L40) reads the last
+#   two axes of the gradient; [pytorch-image-models
+#   #2791](https://github.com/huggingface/pytorch-image-models/pull/2791) mended the same in another optimizer).
+# - **The first step.** SOAP skips it, to have a basis that the gradient is not part of ([`soap.py`, line
+#   153](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L153)). A comparison
+#   step by step must skip it, too.
 # - **The factor $N$** between `pooled` and `from_gradient`, above.
 #
 # ## In one minute
@@ -594,7 +604,7 @@ for task, stored in trained.items():
 # - Batch gradients estimate the Fisher with a bias, (32.3), that vanishes for labels of the model.
 # - Four checks of an implementation: row and column sums (SOAP), a batch of one (`pooled` changes nothing), the
 #   polar factor (no memory), a matrix with two different eigenvalues (roots).
-# - KFAC uses gradients of samples, and so can divide by curvature. The price is knowing the layer and the loss.
+# - KFAC uses gradients of samples and divides by curvature. For this it needs the layer and the loss.
 #
 # ## Exercises
 #
@@ -635,7 +645,7 @@ for task, stored in trained.items():
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 eye = from_gradient(torch.eye(3))  # 32.1
 assert_exact(torch.linalg.eigvalsh(eye.block())[-1], torch.tensor(3.0))
 assert_exact(shampoo_bound(eye).dense(), torch.eye(9))

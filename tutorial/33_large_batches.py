@@ -16,19 +16,16 @@
 # **Part III: Better and faster.** Twice the batch on twice the machines should take half the steps. Up to which
 # batch size does it, and does curvature move that limit?
 #
-# A larger batch has less noise in its gradient, and nothing else. While noise is what holds training back, twice
-# the batch halves the number of steps: **perfect scaling**. From a **critical batch size** on, something else
-# holds it back: the curvature, of which no amount of data takes anything away. An optimizer that divides
-# by curvature has that obstacle removed. So it should profit from larger batches. Two papers have tested this, and
-# disagree:
+# A larger batch has less noise in its gradient. While noise limits training, twice the batch halves the number of
+# steps: **perfect scaling**. From a **critical batch size** on, the curvature limits training, and a larger batch does
+# not change the curvature. An optimizer that divides by curvature should profit from larger batches. In the noisy
+# quadratic model, the mean square of coordinate $i$ obeys
 #
-# | | [Zhang et al. 2019](bibliography.md#noisy-quadratic) | [Ma et al. 2020](bibliography.md#inefficiency) |
-# | --- | --- | --- |
-# | what the abstract says | preconditioning, by Adam or KFAC, gives much larger critical batch sizes than SGD with momentum | KFAC scales no better to large batches than SGD, and is as sensitive to its settings |
-# | networks | several, and a noisy quadratic model | residual networks and AlexNet, on CIFAR-10 and SVHN |
+# $$
+# v_i \leftarrow (1 - \eta h_i^{1-q})^2 \, v_i + \eta^2 h_i^{-2q} c_i / B ,
+# $$
 #
-# This chapter derives what theory says in the simplest model, and then shows what the repository's benchmark measures on
-# one small network. It does not decide between the papers: their networks are a thousand times larger.
+# with the curvature $h_i$, the noise $c_i$, the batch size $B$, and $q = 0$ for SGD, $q = 1$ for the natural gradient.
 
 # %%
 import json
@@ -41,8 +38,84 @@ from torch import Tensor
 
 import kfac_scratch
 from kfac_scratch.checks import assert_exact, set_up
+from kfac_scratch.show import Markdown
 
 set_up()  # seed 0, float64, the GPU where there is one
+
+
+# %% tags=["hide-input"] fold="Computed: critical batch sizes in the noisy quadratic model"
+def risk(h: Tensor, q: float, eta: float, B: float, steps: int) -> Tensor:
+    """The expected loss after so many steps from `x = 1`, by the recursion's closed form."""
+    factor = (1 - eta * h ** (1 - q)) ** 2
+    noise = eta**2 * h ** (-2 * q) * h / B
+    decayed = factor**steps
+    return 0.5 * (h * (decayed + noise * (1 - decayed) / (1 - factor))).sum()
+
+
+def fewest_steps(h: Tensor, q: float, B: float, target: float) -> float:
+    """Over learning rates up to the largest stable one."""
+    best = math.inf
+    for eta in torch.logspace(-5, 0, 60).tolist():
+        eta = 1.9 * eta / float((h ** (1 - q)).max())
+        if risk(h, q, eta, B, 10**7) > target:
+            continue
+        low, high = 0, 10**7
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if risk(h, q, eta, B, middle) <= target else (middle, high)
+        best = min(best, high)
+    return best
+
+
+h = 1 / torch.arange(1, 1001)
+target = 0.05 * float(0.5 * h.sum())
+sizes = [2**k for k in range(0, 17, 2)]
+powers = {"SGD": 0.0, "power 1/2": 0.5, "natural gradient": 1.0}
+ideal = {name: [fewest_steps(h, q, B, target) for B in sizes] for name, q in powers.items()}
+
+
+def critical(steps: list[float]) -> int:
+    """The last batch size up to which four times the batch took at most half the steps."""
+    saved = [later <= steps[k] / 2 for k, later in enumerate(steps[1:])]
+    return sizes[saved.index(False) if False in saved else len(saved)]
+
+
+for name, steps in ideal.items():
+    print(f"{name:17} critical batch size {critical(steps):6}   steps {steps}")
+assert critical(ideal["SGD"]) < critical(ideal["power 1/2"]) < critical(ideal["natural gradient"])
+
+# %% tags=["hide-input"] alt="Steps to the target against the batch size, both logarithmic, in the noisy quadratic model, for SGD, the power one half and the natural gradient. All fall along straight lines at first. SGD is flat from the smallest batch sizes on, the power one half later, the natural gradient last and lowest; for small batches it is no better than the power one half." caption="The noisy quadratic model: fewest steps to 5 % of the first loss, by the best learning rate for each batch size. A falling line of slope one is perfect scaling."
+fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+for name, steps in ideal.items():
+    (line,) = ax.loglog(sizes, steps, "o-")
+    ax.annotate(
+        name,
+        (sizes[-1], steps[-1]),
+        xytext=(6, 0),
+        textcoords="offset points",
+        color=line.get_color(),
+        va="center",
+    )
+ax.set(xlabel="batch size", ylabel="steps to the target")
+ax.margins(x=0.25)
+plt.show()
+
+# %% [markdown]
+# After this chapter you will be able to
+#
+# - compute the critical batch size of an optimizer in the noisy quadratic model;
+# - say in which range of batch sizes preconditioning helps, and why it does not help below;
+# - design a fair test of large batches for your own network.
+#
+# Two papers have tested whether KFAC profits from large batches, and disagree:
+#
+# | | [Zhang et al. 2019](bibliography.md#noisy-quadratic) | [Ma et al. 2020](bibliography.md#inefficiency) |
+# | --- | --- | --- |
+# | what the abstract says | preconditioning, by Adam or KFAC, gives much larger critical batch sizes than SGD with momentum | KFAC scales no better to large batches than SGD, and is as sensitive to its settings |
+# | networks | several, and a noisy quadratic model | residual networks and AlexNet, on CIFAR-10 and SVHN |
+#
+# This chapter derives what theory says in the simplest model, and then shows what the repository's benchmark measures
+# on one small network. It does not decide between the papers: their networks are a thousand times larger.
 
 # %% [markdown]
 # ## The noisy quadratic model
@@ -70,15 +143,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 # the paper, noise has the shape of the curvature, $c_i = h_i$, as it has where the Fisher is the Hessian.
 
 
-# %%
-def risk(h: Tensor, q: float, eta: float, B: float, steps: int) -> Tensor:
-    """The expected loss after so many steps from `x = 1`, by the recursion's closed form."""
-    factor = (1 - eta * h ** (1 - q)) ** 2
-    noise = eta**2 * h ** (-2 * q) * h / B
-    decayed = factor**steps
-    return 0.5 * (h * (decayed + noise * (1 - decayed) / (1 - factor))).sum()
-
-
+# %% tags=["hide-input"] fold="Checked: the recursion against a simulation, and its closed form"
 def simulated(h: Tensor, q: float, eta: float, B: float, steps: int, runs: int) -> Tensor:
     """The same as an average over runs of (33.1)."""
     x = torch.ones(runs, len(h))
@@ -87,7 +152,6 @@ def simulated(h: Tensor, q: float, eta: float, B: float, steps: int, runs: int) 
     return 0.5 * (h * x.square()).sum(1).mean()
 
 
-h = 1 / torch.arange(1, 1001)
 found, drawn = risk(h, 0.5, 0.3, 8.0, 20), simulated(h, 0.5, 0.3, 8.0, 20, 400)
 print(f"expected loss after 20 steps: {found:.4f} by (33.2), {drawn:.4f} in 400 runs")
 assert abs(found - drawn) < 0.02 * found
@@ -98,67 +162,17 @@ for _ in range(20):
 assert_exact(0.5 * (h * v).sum(), found)
 
 # %% [markdown]
-# For every batch size, take the learning rate that reaches 5 % of the first loss in the fewest steps. Nobody is so
-# lucky in practice, and it makes the comparison fair: every method has the rate that suits it best.
+# For every batch size, take the learning rate that reaches 5 % of the first loss in the fewest steps. In practice this
+# rate is unknown. Here it makes the comparison fair. [Figure 33.1] shows the result.
+#
+# In this model, the first paper's statement holds: the larger the power, the larger the critical batch size. Small
+# batches behave differently. There noise limits all three, and the natural gradient is *not* ahead of the power $1/2$:
+# dividing by curvature multiplies the noise in directions of small curvature as well. The two terms of [(33.2)] explain
+# both ends.
 
-
-# %%
-def fewest_steps(h: Tensor, q: float, B: float, target: float) -> float:
-    """Over learning rates up to the largest stable one."""
-    best = math.inf
-    for eta in torch.logspace(-5, 0, 60).tolist():
-        eta = 1.9 * eta / float((h ** (1 - q)).max())
-        if risk(h, q, eta, B, 10**7) > target:
-            continue
-        low, high = 0, 10**7
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if risk(h, q, eta, B, middle) <= target else (middle, high)
-        best = min(best, high)
-    return best
-
-
-target = 0.05 * float(0.5 * h.sum())
-sizes = [2**k for k in range(0, 17, 2)]
-powers = {"SGD": 0.0, "power 1/2": 0.5, "natural gradient": 1.0}
-ideal = {name: [fewest_steps(h, q, B, target) for B in sizes] for name, q in powers.items()}
-
-
-def critical(steps: list[float]) -> int:
-    """The last batch size up to which four times the batch took at most half the steps."""
-    saved = [later <= steps[k] / 2 for k, later in enumerate(steps[1:])]
-    return sizes[saved.index(False) if False in saved else len(saved)]
-
-
-for name, steps in ideal.items():
-    print(f"{name:17} critical batch size {critical(steps):6}   steps {steps}")
-assert critical(ideal["SGD"]) < critical(ideal["power 1/2"]) < critical(ideal["natural gradient"])
-
-# %% [markdown]
-# In this model, the first paper's statement holds: the larger the power, the larger the critical batch size. The left
-# end of the table says something else. Up to a batch of 64 noise decides, all three scale perfectly, and the
-# natural gradient is *not* ahead of the power $1/2$: dividing by curvature multiplies the noise in directions of small
-# curvature as well. Both ends have one reason, the two terms of (33.2).
-
-# %%
+# %% tags=["hide-input"] fold="Checked: the order of both methods at the smallest and the largest batch"
 assert ideal["natural gradient"][0] > ideal["power 1/2"][0]
 assert ideal["natural gradient"][-1] < ideal["power 1/2"][-1] / 5
-
-# %% tags=["hide-input"] alt="Steps to the target against the batch size, both logarithmic, in the noisy quadratic model, for SGD, the power one half and the natural gradient. All fall along straight lines at first. SGD is flat from the smallest batch sizes on, the power one half later, the natural gradient last and lowest; for small batches it is no better than the power one half." caption="The noisy quadratic model: fewest steps to 5 % of the first loss, by the best learning rate for each batch size. A falling line of slope one is perfect scaling."
-fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-for name, steps in ideal.items():
-    (line,) = ax.loglog(sizes, steps, "o-")
-    ax.annotate(
-        name,
-        (sizes[-1], steps[-1]),
-        xytext=(6, 0),
-        textcoords="offset points",
-        color=line.get_color(),
-        va="center",
-    )
-ax.set(xlabel="batch size", ylabel="steps to the target")
-ax.margins(x=0.25)
-plt.show()
 
 # %% [markdown]
 # ## What the model leaves out
@@ -169,16 +183,16 @@ plt.show()
 #   does not grow with the batch.
 # - The learning rate is constant and the best of all.
 #
-# Any of these may take the advantage away. So it has to be measured.
+# Any of these may remove the advantage. So it has to be measured.
 #
 # ## One network, five batch sizes
 #
-# The convolutional network T4 of the benchmark is trained to a validation accuracy of 98 %, with batches of 32 up to 512 of
-# its 1400 training images. For *every* batch size, SGD, AdamW and KFAC each get the same number of trials, as
-# [Chapter 36](36_in_practice.py) describes, within the same number of steps. The numbers are medians over fresh seeds with an
-# interval of 90 % confidence. `python -m benchmarks.training --task batch-32` makes the runs of one size again.
+# The convolutional network T4 of the benchmark is trained to a validation accuracy of 98 %, with batches of 32 up to
+# 512 of its 1400 training images. For *every* batch size, SGD, AdamW and KFAC each get the same number of trials, as
+# [Chapter 36](36_in_practice.py) describes, within the same number of steps. The numbers are medians over fresh seeds with
+# an interval of 90 % confidence. `python -m benchmarks.training --task batch-32` makes the runs of one size again.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: steps and images for every batch size"
 RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 COMPARED = ("sgd", "adamw", "kfac-expand")
 trained = {}
@@ -236,11 +250,11 @@ ax.margins(x=0.25)
 plt.show()
 
 # %% [markdown]
-# Perfect scaling would leave the number of images constant. Where the steps of a method stop falling, its critical batch
-# size on this task is passed. The last cell asks the two questions of the papers. Does KFAC need fewer steps than SGD and
-# AdamW at every batch size? And does the advantage grow with the batch, as the model says, or shrink?
+# Perfect scaling would leave the number of images constant. Where the steps of a method stop falling, its critical
+# batch size on this task is passed. The next cell compares KFAC's steps with those of SGD and AdamW at every batch
+# size. The papers ask whether KFAC needs fewer, and whether its advantage grows with the batch.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: KFAC's steps as a share of the others'"
 sized = {b: {n: stored["summary"][n]["steps"] for n in COMPARED} for b, stored in trained.items()}
 for rival in COMPARED[:2]:
     shares = {
@@ -256,7 +270,7 @@ for rival in COMPARED[:2]:
     if missed:
         print(f"    {rival} misses with batches of {', '.join(map(str, missed))}")
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the statements below"
 if {32, 64, 128, 256, 512} <= set(trained):
     steps_of = {n: [sized[b][n] for b in sorted(sized)] for n in COMPARED}
     images_of = [steps * b for steps, b in zip(steps_of["kfac-expand"], sorted(sized), strict=True)]
@@ -265,24 +279,28 @@ if {32, 64, 128, 256, 512} <= set(trained):
     assert steps_of["sgd"][3] > 0.75 * steps_of["sgd"][0]  # SGD gains little from 32 to 256
     assert shares[256] < shares[64]
 
+# %% tags=["remove-input"]
+FINDINGS = """
+On this network, KFAC scales perfectly from 32 to 128 images, and the next doublings save little. SGD's steps hardly
+fall from 32 to 256: its critical batch size is below 32. KFAC's advantage over AdamW is larger with 256 images than with
+64. The model and the first paper say the same. The second paper trains networks that are a thousand times larger, and
+these runs neither confirm nor refute its finding.
+"""
+Markdown(FINDINGS if {32, 64, 128, 256, 512} <= set(trained) else "")
+
 # %% [markdown]
-# On this network, KFAC scales perfectly from 32 to 128 images, and the next doublings save little. SGD's steps hardly fall
-# over the whole range: its critical batch size is below 32. KFAC's advantage grows with the batch up to the point where
-# KFAC itself stops scaling. That is what the model and the first paper say. The second paper's finding, on networks a
-# thousand times larger, is neither confirmed nor refuted by it.
-#
-# Three reasons to distrust any such table, this one included:
-# the target is reached early, so that the end of training is not in it; the budget of trials is small against the
-# number of settings, and KFAC has more of them; and one network on 1400 images has a critical batch size that says
-# nothing about yours. A fair test of your own costs little: double the batch, search each optimizer's
+# Such a table has three limits. The target is reached early, so the end of training is not in it. The budget of trials
+# is small against the number of settings, and KFAC has more of them. One network on 1400 images has a critical batch
+# size that says nothing about yours. A fair test of your own costs little: double the batch, search each optimizer's
 # learning rate again, and see whether the steps halve.
 #
 # ## In one minute
 #
-# - A larger batch removes noise, and only noise. Curvature limits what is left.
-# - In the noisy quadratic model, preconditioning moves the critical batch size up, and gains nothing where noise decides.
+# - A larger batch removes noise. It does not change the curvature, which limits training with large batches.
+# - In the noisy quadratic model, preconditioning moves the critical batch size up, and gains nothing where noise
+#   decides.
 # - Two papers with different experiments come to different conclusions about KFAC.
-# - Compare at every batch size with a search for every method, or do not compare.
+# - A comparison needs a search of settings for every method at every batch size.
 #
 # ## Exercises
 #
@@ -298,21 +316,21 @@ if {32, 64, 128, 256, 512} <= set(trained):
 #
 # </details>
 #
-# **Exercise 33.2.** Why does the loss of the natural gradient at small batches grow with the number of weights, and that of
-# SGD not?
+# **Exercise 33.2.** Why does the loss of the natural gradient at small batches grow with the number of weights, and
+# that of SGD not?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# SGD's fixed point is $v_i = \eta / ((2 - \eta h_i) B)$, so that the loss is about $\eta \sum_i h_i / (4 B)$: the trace of
-# the curvature. For the natural gradient every weight counts the same, however flat its direction is. Damping
-# brings the trace back: directions with $h_i \ll \delta$ hardly move.
+# SGD's fixed point is $v_i = \eta / ((2 - \eta h_i) B)$, so that the loss is about $\eta \sum_i h_i / (4 B)$: the trace
+# of the curvature. For the natural gradient every weight has the same term, however flat its direction is. Damping
+# restores the trace: directions with $h_i \ll \delta$ hardly move.
 #
 # </details>
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 eta, B = 0.1, 16.0
 assert_exact(risk(h, 1.0, eta, B, 10**5), torch.tensor(len(h) * eta / (2 * (2 - eta) * B)))  # 33.1
 at_rest = 0.5 * (h * eta / ((2 - eta * h) * B)).sum()
