@@ -429,7 +429,7 @@ print(f"dense / kernel: {(N * D**2 + D**3 / 3) / (N**2 * D + N**3 / 3):.0f} time
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# `return -J.T @ torch.linalg.solve(J @ J.T + damping * torch.eye(len(J)), rho)`, by (21.10) of [Chapter 21](21_pinn.py).
+# `return -J.T @ torch.linalg.solve(J @ J.T + damping * torch.eye(len(J)), rho)`, by (27.10) of [Chapter 21](21_pinn.py).
 #
 # </details>
 

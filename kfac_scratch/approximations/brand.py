@@ -178,7 +178,7 @@ class ContinuedInverse:
     only. `KFAC(..., approximation=Brand(220, zero_tail), invert=ContinuedInverse(), damping=0.1)`
     has the tail and the damping of the author's code, with the fraction 0.1.
 
-    Use it to reproduce that code. Not with a tail of the updates, which it replaces: in chapter 15
+    Use it to reproduce that code. Not with a tail of the updates, which it replaces: in chapter 19
     `trace_matched` is the more accurate one. Where a batch adds fewer directions than columns, that
     code keeps pairs with eigenvalues about 0, and continues with these; `Brand` keeps none.
 

@@ -40,7 +40,7 @@ def kpsvd(io: LayerIO, tolerance: float = 1e-6) -> Kronecker:
     Cost: for each iteration twice that of `kfac` with one position, or
     `2 * V * N * d_in * d_out * (S + d_in + d_out)` operations with several; memory
     `d_in**2 + d_out**2`. With one position, that is 10 to 30 times the cost of `kfac` on the small
-    network of chapter 12. The number of iterations grows as the two largest singular values get
+    network of chapter 16. The number of iterations grows as the two largest singular values get
     nearer to each other. It warns if 1000 do not suffice, see `power_svd`; a larger tolerance needs
     fewer.
     """

@@ -14,7 +14,7 @@ $B = \sum_n \|a_n\|^2 g_n g_n^\top$, where KFAC has no weights.
 
 Source: Gao et al. 2021 (arXiv:2011.10741), where $A$ and $B$ are $\delta \Phi$ and $\delta \Psi$
 with $\delta$ the trace. Their usual damping is `even_traces_inverse`. They have another one for
-convolutional networks, which chapter 11 is about. For convolutions they take positions as
+convolutional networks, which chapter 15 is about. For convolutions they take positions as
 uncorrelated, as notes on the paper say; here the products of all positions are kept.
 """
 

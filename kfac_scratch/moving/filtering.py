@@ -28,7 +28,7 @@ def damping_filter(eigenvalues: Float[Tensor, " D"], damping: Number = 1e-4) -> 
     Raises:
         ValueError: If no eigenvalue is positive, or the damping lies outside of the axis.
 
-    Source: Chapter 8, equation (8.4).
+    Source: Chapter 9, equation (9.4).
     """
     spectrum = eigenvalues.detach().double().cpu().sort(descending=True).values
     positive = spectrum[spectrum > ZERO * spectrum[0]].tolist()

@@ -173,7 +173,7 @@ def adef2(fine: BlockMap, F: BlockMap, Q: BlockMap) -> BlockMap:
 
     Use it to solve the system of one batch better than the fine level. Not in training without a
     check: its guarantee is about another norm and about steps as they are, before a learning rate.
-    In chapter 18 it trains with `residual_space` and a learning rate ten times KFAC's, and does not
+    In chapter 22 it trains with `residual_space` and a learning rate ten times KFAC's, and does not
     train with `nicolaides_space`.
 
     Law: the error to $F_\delta^{-1} r$ in the norm of $F_\delta$ is at most that of the fine step,
