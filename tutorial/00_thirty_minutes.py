@@ -18,10 +18,10 @@
 # The gradient of a loss says in which direction the loss falls. It does not say how far. The *curvature*, a matrix of
 # second derivatives, says how fast the gradient changes. For a layer with a million weights this matrix
 # has $10^{12}$ entries. KFAC, *Kronecker-factored approximate curvature*, replaces it by two small matrices.
-# People use them to [train in fewer steps](36_in_practice.py), to put
-# [error bars on a network's answers](22_laplace.py), to find the
-# [training data behind an answer](23_influence.py), to [remove weights](24_pruning.py) and to
-# [merge networks](25_merging.py).
+# People use them to [train in fewer steps](13_in_practice.py), to put
+# [error bars on a network's answers](29_laplace.py), to find the
+# [training data behind an answer](30_influence.py), to [remove weights](31_pruning.py) and to
+# [merge networks](32_merging.py).
 
 # %% tags=["hide-input"] alt="Three heat maps of 24 by 24 entries, ruled into tiles of 6 by 6: the exact curvature of a layer; KFAC's approximation, in which all tiles are multiples of one pattern; and their difference, which is fainter but not zero." caption="The curvature of a small layer, KFAC's approximation $B \\otimes A$, and the difference. A tile belongs to a pair of the layer's outputs. In KFAC every tile is the same matrix $A$, times one entry of $B$."
 import sys
@@ -239,7 +239,7 @@ assert sent["KFAC"] * first["KFAC"].min() > sent["Adam"] * first["Adam"].max()
 # **What it does not show.** A step of KFAC costs more: this file sends back four vectors instead of one, and
 # decomposes two matrices per layer. Measured in vectors, Adam reaches the target at less cost. An optimizer in
 # practice sends back one vector for a sampled label, and renews the factors every ten steps or so.
-# [Chapter 36](36_in_practice.py) compares such an optimizer with others on larger tasks, in steps and in seconds.
+# [Chapter 13](13_in_practice.py) compares such an optimizer with others on larger tasks, in steps and in seconds.
 #
 # ## Is it right?
 #
@@ -316,10 +316,10 @@ assert_exact(
 # | You want to | Read |
 # | --- | --- |
 # | implement KFAC | [LayerIO](04_layer_io.py), [KFAC](05_kfac.py), [weight sharing](06_weight_sharing.py) |
-# | train with it | [damping](08_damping.py), [the optimizer](09_averages.py), [in practice](36_in_practice.py), [which one when](19_comparison.py) |
-# | know how sure a network is | [Laplace](22_laplace.py) |
-# | solve differential equations | [Taylor mode](20_taylor.py), [PINNs](21_pinn.py) |
-# | check your own code | [Is your KFAC right?](27_conformance.py), [the bug museum](28_museum.py) |
+# | train with it | [damping](09_damping.py), [the optimizer](11_averages.py), [in practice](13_in_practice.py), [which one when](23_comparison.py) |
+# | know how sure a network is | [Laplace](29_laplace.py) |
+# | solve differential equations | [Taylor mode](26_taylor.py), [PINNs](27_pinn.py) |
+# | check your own code | [Is your KFAC right?](35_conformance.py), [the bug museum](36_museum.py) |
 # | understand everything | [Flattening](01_flattening.py), then in order; [the reading map](reading_map.md) |
 #
 # ## Exercises

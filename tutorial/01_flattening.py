@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 1. Flattening: vec, Kronecker products and the vec trick
 #
-# **Part I: Curvature.** How does a weight matrix become a vector, and how can I multiply with
+# **Part II: Curvature.** How does a weight matrix become a vector, and how can I multiply with
 # a matrix that is far too big to write down?
 #
 # KFAC, *Kronecker-factored approximate curvature*, makes the curvature of a network affordable. Curvature is good for
@@ -338,7 +338,7 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # ### What it does not inherit
 #
 # Sums. In particular $B \otimes A + \delta I$ is a Kronecker product only if $A$ or $B$ is a multiple of the identity
-# ([Theorem 7.1]). If $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. In all other cases,
+# ([Theorem 8.1]). If $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. In all other cases,
 # adding a damping to both factors is an approximation, not the damped matrix:
 #
 # $$

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 2. Curvature: Jacobians, Hessian, GGN
 #
-# **Part I: Curvature.** What is the curvature of a network, and why is the Hessian not what we
+# **Part II: Curvature.** What is the curvature of a network, and why is the Hessian not what we
 # approximate?
 #
 # A gradient says which way is down, but not how far to go. For that one must know how fast the gradient itself
@@ -856,7 +856,7 @@ plt.show()
 # **A factor that nobody wrote down.** PyTorch's `MSELoss()` divides by *all* output entries, $NC$,
 # `CrossEntropyLoss()` by the labels, here $N$, and textbooks put $\tfrac12$ before the square. Every
 # one of these scales the curvature, and well-tested libraries have had to correct one of them
-# ([Chapter 28](28_museum.py) has an example). Compare matrices, and let $N$,
+# ([Chapter 36](36_museum.py) has an example). Compare matrices, and let $N$,
 # $C$ and 2 all differ, so that the wrong factor names itself. For once we need a third output:
 
 

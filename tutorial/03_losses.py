@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 3. Losses: likelihoods and the vectors they send back
 #
-# **Part I: Curvature.** What does a loss send back through the network, and why is the result the
+# **Part II: Curvature.** What does a loss send back through the network, and why is the result the
 # Fisher?
 #
 # The GGN of [Chapter 2](02_curvature.py) is $\sum_n J_n^\top H_n J_n$, and all that a loss contributes is $H_n$, its
@@ -306,7 +306,7 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 # ### In the package
 #
 # `type2` is that. The general shape $[N, C, P]$ with $P$ positions is for losses with several labels
-# per datum ([Chapter 34](34_other_losses.py)); here $P = 1$. What it returns makes its vectors when they are
+# per datum ([Chapter 7](07_other_losses.py)); here $P = 1$. What it returns makes its vectors when they are
 # read, so that those of a thousand classes are never all in memory; `[:]` reads all of them.
 
 # %% tags=["remove-input"]
@@ -461,7 +461,7 @@ print("the oracle's Fisher is the GGN, for three losses and both reductions")
 # We can now say what the arrows in the picture are. By [(3.2)], the gradient at label $c$ is $p - e_c$,
 # and the term that it contributes to the expectation [(3.6)] is $p_c\, (p - e_c)(p - e_c)^\top$. The
 # column $s_c = \sqrt{p_c}\, (e_c - p)$ of [(3.5)] **is** the enumerated score of class $c$, up to a sign
-# that outer products do not see. ([Chapter 34](34_other_losses.py)'s `type2_classwise` has these columns.)
+# that outer products do not see. ([Chapter 7](07_other_losses.py)'s `type2_classwise` has these columns.)
 
 # %%
 loss, y = CrossEntropyLoss(reduction="sum"), targets[CrossEntropyLoss]

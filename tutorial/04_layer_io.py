@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 4. LayerIO: what flows through a layer
 #
-# **Part II: KFAC.** Why do two tensors per layer hold everything that KFAC, Kronecker-factored
+# **Part III: KFAC.** Why do two tensors per layer hold everything that KFAC, Kronecker-factored
 # approximate curvature, and every method like it need to know about a network and its loss?
 #
 # For a layer that multiplies with a matrix $W$, these tensors are $a$, the vector that $W$ multiplies, and $g$, the
@@ -567,7 +567,7 @@ assert "4" not in layer_ios(frozen, nn.MSELoss(), torch.randn(N, 4), torch.randn
 #
 # The theorem needs $a$ and $g$, whatever records them. The rest of the chapter is about the recorder: why it copies,
 # what ships, what it does not cover, what it leaves behind, and how much memory it needs.
-# [Chapter 26](26_capture.py) goes on with networks that hooks cannot follow.
+# [Chapter 10](10_capture.py) goes on with networks that hooks cannot follow.
 #
 # ### Why the hook returns a copy
 #
@@ -617,7 +617,7 @@ print(f"share of active units: {active.double().mean().item():.2f}")
 # input, a counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input*
 # is noticed as well.
 #
-# [Chapter 26](26_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
+# [Chapter 10](10_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
 # this chapter passes over: when a copy is needed, functions that use a part of a weight (`unused`), products
 # from the left (`order`), and normalisations (`ScaleUse`).
 
@@ -647,7 +647,7 @@ code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
 # ### What is not covered
 #
 # A layer norm has parameters, but they are not a matrix that is applied to rows. It gets a block only if
-# `layers=[...]` names it, and [Chapter 26](26_capture.py#a-real-transformer) derives that block. For the
+# `layers=[...]` names it, and [Chapter 10](10_capture.py#a-real-transformer) derives that block. For the
 # parameters of some other layers, such as `nn.PReLU`, the package has no block. Leaving parameters
 # out silently would be the worst answer: the caller would believe that a step is taken for the whole
 # network. So a warning names the parameters without a block. A layer that is known to get a wrong block
@@ -700,7 +700,7 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 # both on a few data first. A network is refused if the vector of one datum arrives at the rows of another,
 # or if the recorded calls do not explain the gradient of every parameter. Both checks, the theorem that one
 # random vector is enough for the second, and what the checks can miss are in
-# [Chapter 26](26_capture.py#two-checks).
+# [Chapter 10](10_capture.py#two-checks).
 
 # %% [markdown]
 # ### What capture leaves behind
@@ -867,7 +867,7 @@ assert_exact(divisor(loss, model(X), y) ** 0.5 * of_mean, right)
 # itself. A library that registers hooks for all linear layers waits for a call that does not come
 # ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267), with an error at the first
 # step). Yet the weight of `out_proj` is used. The package follows it into the function that uses it
-# ([Chapter 26](26_capture.py)), so that all four projections (to queries, keys, values and the output)
+# ([Chapter 10](10_capture.py)), so that all four projections (to queries, keys, values and the output)
 # have their exact blocks:
 
 
@@ -956,7 +956,7 @@ normed.eval()
 assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <= EXACT
 
 # %% [markdown]
-# [Chapter 26](26_capture.py#what-goes-wrong-in-practice) shows mistakes in finding $a$ and $g$, such as a
+# [Chapter 10](10_capture.py#what-goes-wrong-in-practice) shows mistakes in finding $a$ and $g$, such as a
 # batch that is not on axis 0 or an input that is overwritten.
 
 # %% [markdown]

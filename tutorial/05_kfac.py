@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 5. KFAC: the product of averages
 #
-# **Part II: KFAC.** What is lost when the curvature of a layer becomes one Kronecker product,
+# **Part III: KFAC.** What is lost when the curvature of a layer becomes one Kronecker product,
 # and when is nothing lost?
 #
 # KFAC stands for *Kronecker-factored approximate curvature*. [Chapter 4](04_layer_io.py) computed the exact curvature
@@ -83,8 +83,8 @@ matrices(picture, blocks=dict.fromkeys(picture, (6, 6)))
 #
 # Among other things, KFAC is for steps that take curvature into account. With $G_l$ the gradient of the loss with
 # respect to the $W$ of layer $l$, KFAC's step is $-\eta\, (B_l \otimes A_l + \delta I)^{-1} \operatorname{vec}(G_l)$
-# for every layer, with a damping $\delta$, the subject of [Chapter 8](08_damping.py). `inverse` computes it exactly,
-# in the eigenbasis of both factors ([Chapter 7](07_matrices.py)). We compare one such step with one gradient step
+# for every layer, with a damping $\delta$, the subject of [Chapter 9](09_damping.py). `inverse` computes it exactly,
+# in the eigenbasis of both factors ([Chapter 8](08_matrices.py)). We compare one such step with one gradient step
 # from the same start, each with the best step size of a wide grid, on images of handwritten digits.
 
 # %%
@@ -939,7 +939,7 @@ assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") 
 # about their own loss; a comparison has to know which one is meant.
 #
 # **Divided by what?** `MSELoss()` averages over all $N C$ entries of the output, not over the $N$
-# data. [Chapter 28](28_museum.py) shows a library that got this wrong.
+# data. [Chapter 36](36_museum.py) shows a library that got this wrong.
 #
 # **The empirical Fisher taken for the Fisher.** Reading the factors off an ordinary backward pass
 # gives the empirical one. A library may choose that; its users should know

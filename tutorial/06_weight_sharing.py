@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 6. Weight sharing: expand and reduce
 #
-# **Part II: KFAC.** What becomes of the Kronecker product when a layer is applied not once per
+# **Part III: KFAC.** What becomes of the Kronecker product when a layer is applied not once per
 # datum but at many positions?
 #
 # A convolution applies the same weights at every pixel, a transformer at every token, a graph network at every node.
@@ -738,7 +738,7 @@ matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(sh
 #
 #
 # There is one more choice for losses per token. Type-2 vectors are an exact square root of the loss
-# Hessian only with one vector for every class *and position* ([Chapter 34](34_other_losses.py)). One
+# Hessian only with one vector for every class *and position* ([Chapter 7](07_other_losses.py)). One
 # vector per class, sent to all positions at once, is cheaper by a factor of $S$. As long as
 # positions do not mix, the factors of expand cannot tell the difference; after attention they can.
 
@@ -898,7 +898,7 @@ assert last["all positions"] > last["words alone"] + 0.1
 
 # %% [markdown]
 # An approximation that is a function of the gradients of data needs no mask, because a zero vector adds
-# nothing to a gradient. TKFAC ([Chapter 11](11_tkfac.py)) needs none either: it weights every row of $A$
+# nothing to a gradient. TKFAC ([Chapter 15](15_tkfac.py)) needs none either: it weights every row of $A$
 # with the square of its vector's norm, which is zero for padding.
 
 # %% [markdown]
@@ -1017,7 +1017,7 @@ else:
 
 # %% [markdown]
 # The mixed parts are a large part of the block, and no Kronecker product for one use contains them. A
-# sum of two products is also harder to invert than one ([Chapter 12](12_kpsvd.py)). So the optimizer does
+# sum of two products is also harder to invert than one ([Chapter 16](16_kpsvd.py)). So the optimizer does
 # not precondition such a weight. It raises an error, which asks to leave both layers out with `layers=[...]`
 # and to give their weight to another optimizer with `rest`. Approximations that need rows, such as EKFAC,
 # refuse the pair, as the last lines above show.
@@ -1088,7 +1088,7 @@ for mistake, (wrong, right) in mistakes.items():
 # [LBANN #2010](https://github.com/LBANN/lbann/pull/2010).)
 #
 # **Layers that are never called**, such as the output projection of `torch.nn.MultiheadAttention`, whose
-# weight a function uses: see [Chapter 26](26_capture.py).
+# weight a function uses: see [Chapter 10](10_capture.py).
 
 # %% [markdown]
 # ## In one minute

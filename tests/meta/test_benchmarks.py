@@ -587,7 +587,7 @@ def test_stored_speeds_hold_every_row_and_what_follows_from_their_numbers(name):
         assert set(result["rows"][0]["seconds"]) >= {"ours", "curvlinops", "backpack"}
 
 
-CHAPTER = RESULTS.parents[1] / "tutorial" / "30_speed.py"
+CHAPTER = RESULTS.parents[1] / "tutorial" / "33_speed.py"
 
 
 def test_the_chapter_on_speed_states_no_measured_figure_in_its_text():

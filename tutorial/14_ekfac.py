@@ -11,14 +11,14 @@
 # ---
 
 # %% [markdown]
-# # 10. EKFAC: the right eigenvalues in KFAC's basis
+# # 14. EKFAC: the right eigenvalues in KFAC's basis
 #
-# **Part III: Better and faster.** The eigenvalues of KFAC are products of averages. Which ones would
+# **Part V: Better and faster.** The eigenvalues of KFAC are products of averages. Which ones would
 # be best for its eigenvectors?
 #
 # KFAC gives each layer a basis, the eigenvectors $U = Q_B \otimes Q_A$, and an eigenvalue for each basis vector,
 # the product $\beta_o \alpha_i$. EKFAC keeps the basis, which its paper calls the Kronecker-factored eigenbasis,
-# and replaces the eigenvalues: [Figure 10.1].
+# and replaces the eigenvalues: [Figure 14.1].
 
 # %% tags=["hide-input"]
 from collections.abc import Iterator
@@ -90,23 +90,23 @@ matrices(rotated)
 # &= \lVert U^\top F U - \operatorname{diag}(s) \rVert^2 \\
 # &= \sum_{k \ne l} (U^\top F U)_{kl}^2 + \sum_k \bigl( (U^\top F U)_{kk} - s_k \bigr)^2 .
 # \end{aligned}
-# \tag{10.1}
+# \tag{14.1}
 # $$
 #
 # The first sum does not depend on $s$. The second one is zero for
 #
 # $$
 # s_k = (U^\top F U)_{kk} = u_k^\top F u_k ,
-# \tag{10.2}
+# \tag{14.2}
 # $$
 #
 # the curvatures along the basis vectors. In other words: matrices that are diagonal in the basis $U$ are a linear
-# space, and [(10.2)] is the orthogonal projection of $F$ onto it.
+# space, and [(14.2)] is the orthogonal projection of $F$ onto it.
 #
-# <div class="admonition theorem" markdown="1" id="thm-10.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 10.1 (the best eigenvalues)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-14.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 14.1 (the best eigenvalues)</b></p>
 #
-# Let $s$ be as in [(10.2)] and $E = U \operatorname{diag}(s)\, U^\top$. For all numbers $t$,
+# Let $s$ be as in [(14.2)] and $E = U \operatorname{diag}(s)\, U^\top$. For all numbers $t$,
 #
 # $$
 # \begin{aligned}
@@ -114,14 +114,14 @@ matrices(rotated)
 # \lVert F - U \operatorname{diag}(t)\, U^\top \rVert^2
 # &= \lVert F - E \rVert^2 + \lVert s - t \rVert^2 ,
 # \end{aligned}
-# \tag{10.3}
+# \tag{14.3}
 # $$
 #
 # and $\operatorname{tr} E = \operatorname{tr} F$. If $F$ is positive semi-definite, so is $E$.
 #
 # </div>
 #
-# **Proof.** The second line is [(10.1)], first with $t$ for $s$ and then with $s$ itself, which leaves
+# **Proof.** The second line is [(14.1)], first with $t$ for $s$ and then with $s$ itself, which leaves
 # the first sum. With $t = 0$ it reads $\lVert F \rVert^2 = \lVert F - E \rVert^2 + \lVert s \rVert^2$,
 # the first line. The trace of $U^\top F U$ is the trace of $F$ and the sum of the $s_k$.
 # Finally $u_k^\top F u_k \ge 0$. $\blacksquare$
@@ -139,7 +139,7 @@ matrices(rotated)
 # $$
 # s_{oi} = \sum_{v, n} \bigl( (r_o \otimes q_i)^\top \operatorname{vec}(G_{vn}) \bigr)^2
 # = \sum_{v, n} \bigl( Q_B^\top G_{vn} Q_A \bigr)_{oi}^2 .
-# \tag{10.4}
+# \tag{14.4}
 # $$
 #
 # Rotate every gradient, square every entry, add up. As loops:
@@ -182,7 +182,7 @@ for S in (1, 4):
 # s_{oi} - \beta_o \alpha_i
 # &= N \operatorname{Cov} \Bigl( \sum_v (r_o^\top g_{vn})^2,\; (q_i^\top a_n)^2 \Bigr) .
 # \end{aligned}
-# \tag{10.5}
+# \tag{14.5}
 # $$
 #
 # KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's error is a
@@ -221,7 +221,7 @@ assert_exact(E.scale - K.scale, 7 * covariance)
 # %% [markdown]
 # ### Per datum, not per position
 #
-# With weight sharing, a datum's gradient is a sum over positions, and [(10.4)] squares the sum. A sum of
+# With weight sharing, a datum's gradient is a sum over positions, and [(14.4)] squares the sum. A sum of
 # squares of every position's gradient lacks the products of different positions. It is
 # the best diagonal for another matrix, the block of data with one position each.
 
@@ -238,7 +238,7 @@ assert abs(per_position.trace() - io.block().trace()) > 0.01 * io.block().trace(
 
 # %% [markdown]
 # **KFAC-reduce has eigenvectors, too.** They come from the mean input and the summed vector over
-# positions ([Chapter 6](06_weight_sharing.py)), and [Theorem 10.1] holds for any basis. The second
+# positions ([Chapter 6](06_weight_sharing.py)), and [Theorem 14.1] holds for any basis. The second
 # moments still need every datum's gradient, which is the sum of products $g_s a_s^\top$ and not the
 # product of $\sum_s g_s$ and the mean $a_s$. So EKFAC-reduce takes its basis from `io.reduced()` and its
 # moments from `io`. A reduced layer knows how many positions a row stands for, and EKFAC refuses it.
@@ -271,7 +271,7 @@ assert_exact(amortised_reduce.update(None, io, 1.0).dense(), E.dense())
 #
 # $F = B \otimes A$ is diagonal in its own eigenbasis. So **EKFAC is exact wherever KFAC is**: a single datum, deep
 # linear networks with squared error, the last layer with squared error ([Chapter 5](05_kfac.py) has the list). By
-# [Theorem 10.1], EKFAC is exact if and only if $F$ is diagonal in KFAC's basis. In an ordinary network it is not:
+# [Theorem 14.1], EKFAC is exact if and only if $F$ is diagonal in KFAC's basis. In an ordinary network it is not:
 
 # %%
 X, targets, classes = torch.randn(11, 5), torch.randn(11, 3), torch.randint(3, (11,))
@@ -291,7 +291,7 @@ for io in layer_ios(bent, CrossEntropyLoss(), X, classes).values():
 # ## A trained network
 #
 # How much does EKFAC gain in a trained network? We train three layers on handwritten digits and look at the
-# eigenvalues of every layer. [(10.3)] gives the share of KFAC's squared error that is in the eigenvalues.
+# eigenvalues of every layer. [(14.3)] gives the share of KFAC's squared error that is in the eigenvalues.
 
 # %%
 digits = load_digits()
@@ -411,7 +411,7 @@ assert 0 < farther < lower < trials / 2
 #
 # Two eigendecompositions cost $O(d_\text{out}^3 + d_\text{in}^3)$, and they use the hardware less well than
 # products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$ with one position. This
-# suggests to compute a basis rarely, and fresh eigenvalues in it often. [Theorem 10.1] holds for *any* orthogonal
+# suggests to compute a basis rarely, and fresh eigenvalues in it often. [Theorem 14.1] holds for *any* orthogonal
 # basis, so fresh eigenvalues in an old basis are still the best ones for it.
 
 # %% tags=["beside", "remove-input"]
@@ -470,12 +470,12 @@ plt.show()
 # ### What may be averaged
 #
 # One batch is noisy, so eigenvalues are averaged over batches: `decay` is the weight of the old ones.
-# In a fixed basis, this is right. [(10.2)] is linear in $F$, so with a decay $\mu$
+# In a fixed basis, this is right. [(14.2)] is linear in $F$, so with a decay $\mu$
 #
 # $$
 # \mu\, s + (1 - \mu)\, s'
 # = \operatorname{diag} \bigl( U^\top (\mu F + (1 - \mu) F') U \bigr) ,
-# \tag{10.6}
+# \tag{14.6}
 # $$
 #
 # the average of best eigenvalues is best for the average of the blocks. If the basis has changed in
@@ -513,7 +513,7 @@ assert relative_error(mixed.dense(), F) > 1.2 * relative_error(M1.dense(), F)
 # %% [markdown]
 # So, when the basis changes, either start the eigenvalues anew, or carry the old *matrix* over: the
 # best numbers for $U \operatorname{diag}(s)\, U^\top$ in the new basis are its curvatures along the new
-# vectors, by [(10.2)]. Exercise 10.3 computes them with small matrices only.
+# vectors, by [(14.2)]. Exercise 14.3 computes them with small matrices only.
 #
 # ### The amortised form
 #
@@ -549,7 +549,7 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 # pass, gradients of single data are not. So it is tempting to rotate the *batch* gradient and to average its square
 # over steps, scaled by $N$. The authors' code offers that as an option, `ra` ([`ekfac.py`, line
 # 103](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L103)). Its
-# default is [(10.4)]: the squares of single gradients ([line
+# default is [(14.4)]: the squares of single gradients ([line
 # 170](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L170)), and
 # for convolutions of each datum's sum over positions ([lines 142 to
 # 146](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L142-L146)).
@@ -558,10 +558,10 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 # $$
 # \Bigl( \sum_n \hat G_n \Bigr)_{oi}^2
 # = \sum_n (\hat G_n)_{oi}^2 + \sum_{n \ne m} (\hat G_n)_{oi} (\hat G_m)_{oi} .
-# \tag{10.7}
+# \tag{14.7}
 # $$
 #
-# Only the first sum is [(10.4)]. The second has $N (N - 1)$ terms. On average over batches of independent data each
+# Only the first sum is [(14.4)]. The second has $N (N - 1)$ terms. On average over batches of independent data each
 # of them is the square of the mean gradient, which vanishes only at a minimum. We try it with the gradients of the
 # labels in the data, that is, with the empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$
 # times the square of the mean gradient, as in that implementation:
@@ -581,8 +581,8 @@ for state, net in (("untrained", network()), ("trained", model)):
 # %% [markdown]
 # The second term grows with $N$, and we took 200 images. With fewer data in a batch the two are nearer, and for
 # $N = 1$ they are equal. The square of the mean is not useless either: it is what Adam averages, here in KFAC's basis
-# instead of that of the weights. ([SOAP](32_relatives.py) does so in Shampoo's basis.) But it is another
-# matrix, to which [Theorem 10.1] does not apply.
+# instead of that of the weights. ([SOAP](25_relatives.py) does so in Shampoo's basis.) But it is another
+# matrix, to which [Theorem 14.1] does not apply.
 
 # %%
 io = layer_ios(network(), loss, X, y, empirical)["2"]
@@ -598,7 +598,7 @@ assert ratios[0] < ratios[2]
 # %% [markdown]
 # **Scales and basis that do not belong together.** `eigh` returns eigenvectors with arbitrary signs,
 # and orders them by eigenvalue, so their order may change from one call to the next. Signs do not
-# matter, since [(10.4)] squares. The order does. An implementation that recomputes the basis
+# matter, since [(14.4)] squares. The order does. An implementation that recomputes the basis
 # and goes on with the old scales, or that restores only one of the two from a checkpoint, pairs
 # numbers with the wrong vectors. The eigenvalues, the trace and the determinant all look right.
 
@@ -611,7 +611,7 @@ assert relative_error(unpaired.dense(), M1.dense()) > 0.5
 
 # %% [markdown]
 # **Eigenvectors averaged.** The mean of two orthogonal matrices is not orthogonal
-# ([Chapter 7](07_matrices.py)), so [Theorem 10.1] does not apply to it. Average the factors,
+# ([Chapter 8](08_matrices.py)), so [Theorem 14.1] does not apply to it. Average the factors,
 # decompose, and then rescale:
 
 # %%
@@ -641,13 +641,13 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # | shared weights | the code: the moments of a sample's gradient, in the basis of KFAC-expand | the same, or in that of KFAC-reduce |
 # | Fisher | the code: the gradients of the loss that is given, in the README's example that of the data's labels | any; in the optimizer, one drawn label for each sample |
 # | damping | the code: added to the eigenvalues ([line 172](https://github.com/Thrandis/EKFAC-pytorch/blob/2de112a5c4138b2ddfba352ddec6e4b059ebb0d2/ekfac.py#L172)) | the same, `exact_inverse` |
-# | numbers | the code's README: damping .1, a basis every 100 steps | those of the optimizer, [Chapter 36](36_in_practice.py) |
-# | headline | provably better than KFAC as an approximation, and faster than it in the training of several deep networks | the proof: [Theorem 10.1]; training: [Chapter 19](19_comparison.py) trains it beside its controls; networks of the size of the paper's are out of reach here |
+# | numbers | the code's README: damping .1, a basis every 100 steps | those of the optimizer, [Chapter 13](13_in_practice.py) |
+# | headline | provably better than KFAC as an approximation, and faster than it in the training of several deep networks | the proof: [Theorem 14.1]; training: [Chapter 23](23_comparison.py) trains it beside its controls; networks of the size of the paper's are out of reach here |
 #
 # ## In one minute
 #
 # - **Eigenvalues.** In a given basis the nearest matrix has the curvatures along the basis vectors as eigenvalues
-#   ([Theorem 10.1]). In KFAC's basis they are second moments of rotated gradients of single data, [(10.4)].
+#   ([Theorem 14.1]). In KFAC's basis they are second moments of rotated gradients of single data, [(14.4)].
 # - **Promise.** EKFAC is never farther from the block than KFAC, and has its trace. It does not promise a better
 #   inverse or step.
 # - **Limit.** The basis stays KFAC's. On the trained network most of KFAC's error was in the basis.
@@ -657,7 +657,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # ## Exercises
 #
-# **Exercise 10.1.** Let the inputs be one-hot vectors (an embedding) and the layer have one output.
+# **Exercise 14.1.** Let the inputs be one-hot vectors (an embedding) and the layer have one output.
 # Show that EKFAC is exact. Is KFAC?
 #
 # <details class="solution" markdown="1">
@@ -669,7 +669,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # </details>
 #
-# **Exercise 10.2.** Which orthogonal basis makes the error of [(10.3)] smallest? Which one gives the
+# **Exercise 14.2.** Which orthogonal basis makes the error of [(14.3)] smallest? Which one gives the
 # plain diagonal?
 #
 # <details class="solution" markdown="1">
@@ -680,7 +680,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # </details>
 #
-# **Exercise 10.3.** The basis changes from $Q$ to $Q'$, and the old gradients are gone. Let $E$ be the
+# **Exercise 14.3.** The basis changes from $Q$ to $Q'$, and the old gradients are gone. Let $E$ be the
 # old EKFAC matrix. Which eigenvalues are best for $E$ in the new basis? Compute them with matrices
 # of the size of the factors only.
 #
@@ -688,13 +688,13 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # <summary>Solution</summary>
 #
 # With $R_A = Q_A^\top Q_A'$ and $R_B = Q_B^\top Q_B'$, the new basis vector $(o, i)$ has the
-# coordinates $(R_B)_{po} (R_A)_{ji}$ in the old basis, so by [(10.2)] the curvature of $E$ along it is
+# coordinates $(R_B)_{po} (R_A)_{ji}$ in the old basis, so by [(14.2)] the curvature of $E$ along it is
 # $\sum_{pj} (R_B)_{po}^2\, s_{pj} (R_A)_{ji}^2$. As matrices,
 # $(R_B \odot R_B)^\top s\, (R_A \odot R_A)$. What $F$ had off the diagonal is lost.
 #
 # </details>
 #
-# **Exercise 10.4.** Write EKFAC yourself: from `io.a` of shape $[N, S, d_\text{in}]$ and `io.g` of shape
+# **Exercise 14.4.** Write EKFAC yourself: from `io.a` of shape $[N, S, d_\text{in}]$ and `io.g` of shape
 # $[V, N, S, d_\text{out}]$ to the bases and the eigenvalues $s$, with `torch.linalg.eigh` and `torch.einsum` only.
 # Compare `KroneckerEigen(QA, QB, s).dense()` with `ekfac(io).dense()`.
 #
@@ -716,7 +716,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 
 
 # %% tags=["hide-input"]
-def solution(io: LayerIO) -> tuple[Tensor, Tensor, Tensor]:  # 10.4
+def solution(io: LayerIO) -> tuple[Tensor, Tensor, Tensor]:  # 14.4
     N, S = io.a.shape[:2]
     QA = torch.linalg.eigh(torch.einsum("nsi,nsj->ij", io.a, io.a) / (N * S))[1]
     QB = torch.linalg.eigh(torch.einsum("vnso,vnsp->op", io.g, io.g))[1]
@@ -728,17 +728,17 @@ for S in (1, 4):
     io = random_io(20, S)
     assert_exact(KroneckerEigen(*solution(io)).dense(), ekfac(io).dense())
 
-tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3, 3])  # 10.1
+tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3, 3])  # 14.1
 io = LayerIO(torch.eye(4)[tokens][:, None], torch.randn(2, 10, 1, 1))
 assert_exact(ekfac(io).dense(), io.block())
 assert relative_error(kfac(io).dense(), io.block()) > 0.05
 
-io = random_layer(0)  # 10.2
+io = random_layer(0)  # 14.2
 F, I4, I3 = io.block(), torch.eye(4), torch.eye(3)
 assert_exact(second_moments(io, I4, I3).flatten(), F.diagonal())
 assert_exact(torch.linalg.eigvalsh(F).norm(), F.norm())
 
-RA, RB = M1.QA.T @ M2.QA, M1.QB.T @ M2.QB  # 10.3
+RA, RB = M1.QA.T @ M2.QA, M1.QB.T @ M2.QB  # 14.3
 carried, U = RB.square().T @ M1.scale @ RA.square(), torch.kron(M2.QB, M2.QA)
 assert_exact(carried.flatten(), (U.T @ M1.dense() @ U).diagonal())
 assert not torch.allclose(carried, second_moments(first, M2.QA, M2.QB), rtol=0.01)
@@ -750,5 +750,5 @@ print("all hold")
 # [George et al. (2018)](bibliography.md#ekfac) introduce EKFAC and the amortised form;
 # [Gao et al. (2021)](bibliography.md#tkfac) make KFAC's trace exact in another way, by weighting the
 # factors; [Martens and Grosse (2015)](bibliography.md#kfac) for the basis. In the package,
-# `KroneckerEigen` of [Chapter 7](07_matrices.py) does the rest: an EKFAC matrix is inverted, damped
+# `KroneckerEigen` of [Chapter 8](08_matrices.py) does the rest: an EKFAC matrix is inverted, damped
 # and sampled from like any other.

@@ -11,14 +11,14 @@
 # ---
 
 # %% [markdown]
-# # 21. KFAC for PINNs: derivatives share weights
+# # 27. KFAC for PINNs: derivatives share weights
 #
-# **Part IV: PINNs.** What is KFAC for a loss that is made of derivatives?
+# **Part VII: PINNs.** What is KFAC for a loss that is made of derivatives?
 #
 # A physics-informed neural network (PINN) is trained to satisfy a differential equation. Its loss contains derivatives of the
 # network with respect to its *inputs*, and a differential operator makes it badly conditioned. Adam takes hundreds of
 # thousands of steps and stops far from the solution; methods that divide by the curvature get orders of magnitude
-# further. [Chapter 20](20_taylor.py) wrote the network with its derivatives as a network of Taylor coefficients in which all of
+# further. [Chapter 26](26_taylor.py) wrote the network with its derivatives as a network of Taylor coefficients in which all of
 # them share the weights. KFAC for a PINN is KFAC for this network:
 #
 # $$
@@ -94,7 +94,7 @@ plt.show()
 # - say where KFAC of such a loss is exact, and how wrong it can be elsewhere,
 # - invert the sum of two Kronecker products, and choose the length of a step by the exact model.
 #
-# [Chapter 37](37_pinn_results.py) measures when this pays.
+# [Chapter 28](28_pinn_results.py) measures when this pays.
 #
 # ## A differential equation as data
 #
@@ -105,7 +105,7 @@ plt.show()
 # $$
 # L = \frac{w_1}{2 N_1} \sum_{n} \bigl( \Delta u(x_n) + f(x_n) \bigr)^2
 # + \frac{w_2}{2 N_2} \sum_{n} u(x_n')^2 ,
-# \tag{21.1}
+# \tag{27.1}
 # $$
 #
 # with points $x_n$ inside and $x_n'$ on the boundary. A term of the loss is a *function of the network's
@@ -174,7 +174,7 @@ for name, term in mistakes.items():
 #
 # $$
 # \nabla L = J^\top \rho , \qquad \text{Gauss-Newton matrix } F = J^\top J .
-# \tag{21.2}
+# \tag{27.2}
 # $$
 #
 # In the field this matrix is called the Gramian. We know how to get a row of $J$. A layer
@@ -184,7 +184,7 @@ for name, term in mistakes.items():
 # $$
 # g_{ns} = \frac{\partial \rho_n}{\partial z_{ns}} , \qquad
 # \frac{\partial \rho_n}{\partial W} = \sum_{s=1}^S g_{ns} a_{ns}^\top = G_n .
-# \tag{21.3}
+# \tag{27.3}
 # $$
 #
 # This is a `LayerIO`, with one vector per residual of a datum ($V = 1$ for a scalar equation). The block of the
@@ -236,7 +236,7 @@ code(pinn_gramian._times, pinn_gramian.transposed_times)
 # A = \frac{1}{N S} \sum_{n, s} a_{ns} a_{ns}^\top , \qquad
 # B = \sum_{n, s} g_{ns} g_{ns}^\top , \qquad
 # F \approx B \otimes A .
-# \tag{21.4}
+# \tag{27.4}
 # $$
 
 # %%
@@ -245,7 +245,7 @@ for part, title in zip(parts, ("interior", "boundary"), strict=True):
     print(f"{title}: relative errors", *(f"{e:.2f}" for e in errors))
 
 # %% [markdown]
-# The interior term is approximated badly, as [Figure 21.1] shows. Is that a bug? To tell, we need a case in which KFAC must be exact.
+# The interior term is approximated badly, as [Figure 27.1] shows. Is that a bug? To tell, we need a case in which KFAC must be exact.
 # Take a *linear* network, that is, linear layers with nothing between them, and an operator of the first
 # coefficients with factors that may differ from datum to datum, $r_n = \sum_s c_{ns} u_{ns}$ with $u_{n0} = u$,
 # $u_{ni} = \partial_i u$, and so on. The rest of the network is one matrix, so all positions get the same
@@ -254,11 +254,11 @@ for part, title in zip(parts, ("interior", "boundary"), strict=True):
 # $$
 # F = v v^\top \otimes \sum_n Z_n^\top c_n c_n^\top Z_n , \qquad
 # B \otimes A = v v^\top \otimes \frac{\sum_n \lVert c_n \rVert^2}{N S} \sum_n Z_n^\top Z_n .
-# \tag{21.5}
+# \tag{27.5}
 # $$
 #
-# <div class="admonition theorem" markdown="1" id="thm-21.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 21.1 (an exact case)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-27.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 27.1 (an exact case)</b></p>
 #
 # In a linear network with biases, let every point occur with several rows of factors $c = (\pm 1, \dots, \pm 1)$
 # which are an orthogonal design: $\sum c c^\top$ over the rows of a point is a multiple of $I$. Then KFAC-expand is
@@ -287,7 +287,7 @@ def design(u, x):
 linear = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 4), nn.Linear(4, 1))
 for io in flat(linearize(linear, [Term(design, points, laplacian(2))]))[0].ios.values():
     assert_exact(kfac(io).dense(), io.block())
-    everywhere = LayerIO(io.a.clone(), io.g)  # the pitfall of Chapter 20: a bias that reaches all
+    everywhere = LayerIO(io.a.clone(), io.g)  # the pitfall of Chapter 26: a bias that reaches all
     everywhere.a[:, :, -1] = 1.0
     assert relative_error(kfac(everywhere).dense(), io.block()) > 0.01
 for name in ("0", "2"):  # a nonlinear net and many points, even without derivatives
@@ -305,8 +305,8 @@ for io in one_point.ios.values():
 #
 # ### How wrong can it be?
 #
-# <div class="admonition theorem" markdown="1" id="thm-21.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 21.2 (never too small)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-27.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 27.2 (never too small)</b></p>
 #
 # For a scalar equation and any network, $F \preceq N S^2 \; B \otimes A$. In particular, KFAC sees every
 # direction in which the curvature is not zero.
@@ -341,13 +341,13 @@ assert_exact(kfac(pruned).dense(), io.block())
 #
 # ## Two terms, one inverse
 #
-# Interior and boundary have factors of their own. KFAC for [(21.1)] is a sum of two products, each with
+# Interior and boundary have factors of their own. KFAC for [(27.1)] is a sum of two products, each with
 # damped factors,
 #
 # $$
 # P = \tilde B_1 \otimes \tilde A_1 + \tilde B_2 \otimes \tilde A_2 , \qquad
 # \tilde A = A + \lambda I , \quad \tilde B = B + \lambda I .
-# \tag{21.6}
+# \tag{27.6}
 # $$
 #
 # Two symmetric matrices can be diagonalised at once. Take a matrix $K_A$ with
@@ -358,7 +358,7 @@ assert_exact(kfac(pruned).dense(), io.block())
 # P^{-1} = (K_B \otimes K_A)
 # \operatorname{diag} \left( \frac{1}{\beta_o \alpha_i + (1 - \beta_o)(1 - \alpha_i)} \right)
 # (K_B \otimes K_A)^\top .
-# \tag{21.7}
+# \tag{27.7}
 # $$
 #
 # Whitening by the sum of both, not by one of them, keeps all numbers in $[0, 1]$, and works if one term is singular.
@@ -401,7 +401,7 @@ for t in range(1, 4):
 # $$
 # \min_{\alpha, \mu} \; \tfrac12 \bigl\lVert J (\alpha \Delta + \mu \delta) + \rho \bigr\rVert^2
 # + \tfrac{\lambda}{2} \lVert \alpha \Delta + \mu \delta \rVert^2 .
-# \tag{21.8}
+# \tag{27.8}
 # $$
 #
 # Two unknowns, two equations, and what they need is $J \Delta$ and $J \delta$: a few products of small matrices
@@ -414,7 +414,7 @@ code(best_combination, KFACStar.step)
 # %% [markdown]
 # The last lines of `step` are a safeguard which the paper's algorithm lacks: a combination that does not lower the true loss is halved
 # until it does. And the first step is the exact minimum along $\Delta$. With a fixed $P$ and a
-# linear residual, these steps are those of preconditioned conjugate gradients (Exercise 21.3), which is why the momentum helps.
+# linear residual, these steps are those of preconditioned conjugate gradients (Exercise 27.3), which is why the momentum helps.
 #
 # ### More directions
 #
@@ -424,11 +424,11 @@ code(best_combination, KFACStar.step)
 # $$
 # \operatorname{span} \bigl\{ \Delta, \; P^{-1} (J^\top J + \lambda I) \Delta, \; \dots, \;
 # (P^{-1} (J^\top J + \lambda I))^{k-1} \Delta \bigr\} .
-# \tag{21.9}
+# \tag{27.9}
 # $$
 #
 # One iteration is the best multiple of $\Delta$. Each further one needs a product with $J$ and one with $J^\top$, and no pass
-# through a graph. The result is combined with the last $m$ steps as in [(21.8)]: $k = m = 1$ is KFAC\*, and with $k$ as large
+# through a graph. The result is combined with the last $m$ steps as in [(27.8)]: $k = m = 1$ is KFAC\*, and with $k$ as large
 # as the number of weights the step is that of Gauss-Newton. Now KFAC decides how *soon* it is reached, and no longer where the step leads.
 
 # %% tags=["remove-input"]
@@ -437,7 +437,7 @@ code(krylov_direction, KFACKrylov.step)
 # %% [markdown]
 # How much does the preconditioner help? Take a network that has been trained for a few steps, and measure how far
 # the model is from its minimum after $k$ iterations, relative to the start: without a preconditioner, with KFAC, and with EKFAC in
-# the basis of [(21.7)], which a later section explains.
+# the basis of [(27.7)], which a later section explains.
 
 # %%
 torch.manual_seed(0)
@@ -499,7 +499,7 @@ assert ignorant["none"] < min(ignorant["KFAC"], ignorant["EKFAC"])
 
 # %% [markdown]
 # So `KFACKrylov` gives the metric the damping of the model, `damping`, which follows the model's success as in
-# [Chapter 8](08_damping.py), as long as this is above a small number, `floor`.
+# [Chapter 9](09_damping.py), as long as this is above a small number, `floor`.
 #
 # ## The competitors: exact Gauss-Newton
 #
@@ -507,7 +507,7 @@ assert ignorant["none"] < min(ignorant["KFAC"], ignorant["EKFAC"])
 #
 # $$
 # (J^\top J + \lambda I)^{-1} J^\top \rho = J^\top (J J^\top + \lambda I)^{-1} \rho ,
-# \tag{21.10}
+# \tag{27.10}
 # $$
 #
 # since both sides, multiplied by $J^\top J + \lambda I$, give $J^\top \rho$. On the right is the *kernel*, with one row for each
@@ -526,7 +526,7 @@ assert torch.linalg.matrix_rank(kernel_matrix(parts)) <= 59
 code(kernel_solver)
 
 # %% [markdown]
-# `GaussNewton` uses either with the rule of Levenberg and Marquardt ([Chapter 8](08_damping.py)): a step that lowers the loss as
+# `GaussNewton` uses either with the rule of Levenberg and Marquardt ([Chapter 9](09_damping.py)): a step that lowers the loss as
 # predicted lowers $\lambda$, one that fails is not taken. `HessianFree` solves the same system by conjugate gradients, without a
 # matrix, and stops early. `Spring` keeps $\lambda$ fixed, adds momentum to the kernel form, and searches along the line; without
 # momentum it is the energy natural gradient, ENGD.
@@ -555,7 +555,7 @@ for name in block_weights(model):
 
 # %% [markdown]
 # On the interior term, where KFAC's scale is off because positions that cancel or that are dead are counted as if they
-# added up, EKFAC repairs most of the distance. For the sum of two terms there is also a corrected form in the common basis of [(21.7)]. That
+# added up, EKFAC repairs most of the distance. For the sum of two terms there is also a corrected form in the common basis of [(27.7)]. That
 # basis is not orthogonal, but the diagonal of the exact block in it is as cheap as before. This is
 # `TermWise(inverse=ekfac_inverse)`, the method `EKFAC*` above.
 
@@ -565,7 +565,7 @@ shown = {"exact": io.block(), "KFAC": kfac(io).dense(), "EKFAC": ekfac(io).dense
 matrices(shown, scale=io.block().abs().max().item())
 
 # %% [markdown]
-# Near in the norm of Frobenius is not yet better in training, as in [Chapter 10](10_ekfac.py). [Chapter 37](37_pinn_results.py) trains
+# Near in the norm of Frobenius is not yet better in training, as in [Chapter 14](14_ekfac.py). [Chapter 28](28_pinn_results.py) trains
 # `KFACKrylov` with each of them as its preconditioner.
 
 # %% [markdown]
@@ -692,7 +692,7 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 #
 # ## Exercises
 #
-# **Exercise 21.1.** The input factor of the *first* layer does not depend on the network. Which matrix is
+# **Exercise 27.1.** The input factor of the *first* layer does not depend on the network. Which matrix is
 # it for the Laplacian in $d$ dimensions? Read off $A_{-1,-1}$.
 #
 # <details class="solution" markdown="1">
@@ -703,7 +703,7 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 #
 # </details>
 #
-# **Exercise 21.2.** Show that KFAC-*reduce* is exact for a linear network with biases, any points, and the operator
+# **Exercise 27.2.** Show that KFAC-*reduce* is exact for a linear network with biases, any points, and the operator
 # $u + \sum_i \partial_i u + \Delta u$.
 #
 # <details class="solution" markdown="1">
@@ -715,45 +715,45 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 #
 # </details>
 #
-# **Exercise 21.3.** Let $\rho$ be linear in the weights, $\lambda = 0$ in [(21.8)], and $P$ fixed. Why is KFAC\* the method of
+# **Exercise 27.3.** Let $\rho$ be linear in the weights, $\lambda = 0$ in [(27.8)], and $P$ fixed. Why is KFAC\* the method of
 # preconditioned conjugate gradients?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # Conjugate gradients minimise the parabola in each step over the plane spanned by the preconditioned residual,
-# which is $\Delta$, and the last direction $\delta$: the minimum over all earlier directions lies in it. [(21.8)] is
+# which is $\Delta$, and the last direction $\delta$: the minimum over all earlier directions lies in it. [(27.8)] is
 # the minimum over the same plane, from the same point, and the first step is the one along $\Delta$ in both.
 #
 # </details>
 #
-# **Exercise 21.4.** A term has weight $w$. How do $A$, $B$, and the exact block change with it? With what in [(21.6)] does this
+# **Exercise 27.4.** A term has weight $w$. How do $A$, $B$, and the exact block change with it? With what in [(27.6)] does this
 # interfere?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # $\rho$ and $g$ have the factor $\sqrt w$, so $B$ and $F$ have $w$, and $A$ has none. The damping $\lambda$ is added
-# to $B$ as it is: relative to a heavier term it is smaller. A balanced damping would use $\pi$, as in [Chapter 8](08_damping.py).
+# to $B$ as it is: relative to a heavier term it is smaller. A balanced damping would use $\pi$, as in [Chapter 9](09_damping.py).
 #
 # </details>
 #
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-A = kfac(parts[0].ios["0"]).A  # 21.1
+A = kfac(parts[0].ios["0"]).A  # 27.1
 corner = inside.T @ inside / 60 + torch.eye(2)
 assert_exact(4 * A[:2, :2], corner)
 assert_exact(4 * A[:2, 2], inside.mean(0))
 assert all(abs(kfac(io).A[-1, -1] - 1 / 4) < 1e-12 for io in parts[0].ios.values())
 
-sum_term = Term(lambda u, x: u.value + sum(u.d) + u.lap, inside, laplacian(2))  # 21.2
+sum_term = Term(lambda u, x: u.value + sum(u.d) + u.lap, inside, laplacian(2))  # 27.2
 for io in flat(linearize(linear, [sum_term]))[0].ios.values():
     assert_exact(kfac(io.reduced()).dense(), io.block())
     assert relative_error(kfac(io).dense(), io.block()) > 0.01
 
 
-class Fixed:  # 21.3
+class Fixed:  # 27.3
     def update(self, state, terms, damping, count):
         return None, {"0": Kronecker(torch.diag(torch.arange(1.0, 6.0)), torch.eye(1)).inverse(0.0)}
 
@@ -766,7 +766,7 @@ for _ in range(5):  # as many steps as weights
 left = flat(linearize(affine, fit))
 assert transposed_times(left, residuals(left))["0"].abs().max() < 1e-8
 
-heavy = Term(terms[0].residual, inside, terms[0].expansion, weight=9.0)  # 21.4
+heavy = Term(terms[0].residual, inside, terms[0].expansion, weight=9.0)  # 27.4
 for name, io in flat(linearize(model, [heavy]))[0].ios.items():
     assert_exact(kfac(io).B, 9 * kfac(parts[0].ios[name]).B)
     assert_exact(kfac(io).A, kfac(parts[0].ios[name]).A)
@@ -777,9 +777,9 @@ print("all hold")
 #
 # - A term of a PINN's loss is a function of the network's Taylor coefficients. These share the weights of every layer.
 # - One forward and one reverse pass give $a_{ns}$ and $g_{ns}$. Gradient, Jacobian products and Gauss-Newton blocks follow from these.
-# - KFAC-expand is exact for linear networks and orthogonal designs ([Theorem 21.1]), and for a single datum without derivatives. It is never too
-#   small by more than a known factor ([Theorem 21.2]), and can be far too large.
-# - The damped sum of two Kronecker products has a closed-form inverse, [(21.7)].
+# - KFAC-expand is exact for linear networks and orthogonal designs ([Theorem 27.1]), and for a single datum without derivatives. It is never too
+#   small by more than a known factor ([Theorem 27.2]), and can be far too large.
+# - The damped sum of two Kronecker products has a closed-form inverse, [(27.7)].
 # - KFAC\* takes the length of its step and of its momentum from the exact model; more directions lead to the Gauss-Newton step.
 #
 # ## Further reading

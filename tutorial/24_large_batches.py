@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 33. Large batches: who makes use of them?
+# # 24. Large batches: who makes use of them?
 #
-# **Part III: Better and faster.** Twice the batch on twice the machines should take half the steps. Up to which
+# **Part V: Better and faster.** Twice the batch on twice the machines should take half the steps. Up to which
 # batch size does it, and does curvature move that limit?
 #
 # A larger batch has less noise in its gradient. While noise limits training, twice the batch halves the number of
@@ -127,16 +127,16 @@ plt.show()
 # $$
 # x_i \leftarrow x_i - \eta \, h_i^{-q} \Bigl( h_i x_i + \sqrt{c_i / B} \; \xi_i \Bigr) ,
 # \qquad \xi_i \sim \mathcal N(0, 1) .
-# \tag{33.1}
+# \tag{24.1}
 # $$
 #
 # $q = 0$ is SGD, $q = 1$ a natural gradient step, and $q = 1/2$ is what remains if a matrix meets the
-# gradient with the power $-1/2$, as in [Chapter 32](32_relatives.py). The mean square $v_i = \mathbb E[x_i^2]$ obeys a
+# gradient with the power $-1/2$, as in [Chapter 25](25_relatives.py). The mean square $v_i = \mathbb E[x_i^2]$ obeys a
 # recursion that needs no simulation:
 #
 # $$
 # v_i \leftarrow (1 - \eta h_i^{1-q})^2 \, v_i + \eta^2 h_i^{-2q} c_i / B .
-# \tag{33.2}
+# \tag{24.2}
 # $$
 #
 # The first term is progress, which the slowest direction limits. The second is noise, which $B$ divides. As in
@@ -145,7 +145,7 @@ plt.show()
 
 # %% tags=["hide-input"] fold="Checked: the recursion against a simulation, and its closed form"
 def simulated(h: Tensor, q: float, eta: float, B: float, steps: int, runs: int) -> Tensor:
-    """The same as an average over runs of (33.1)."""
+    """The same as an average over runs of (24.1)."""
     x = torch.ones(runs, len(h))
     for _ in range(steps):
         x = x - eta * h**-q * (h * x + (h / B).sqrt() * torch.randn_like(x))
@@ -153,7 +153,7 @@ def simulated(h: Tensor, q: float, eta: float, B: float, steps: int, runs: int) 
 
 
 found, drawn = risk(h, 0.5, 0.3, 8.0, 20), simulated(h, 0.5, 0.3, 8.0, 20, 400)
-print(f"expected loss after 20 steps: {found:.4f} by (33.2), {drawn:.4f} in 400 runs")
+print(f"expected loss after 20 steps: {found:.4f} by (24.2), {drawn:.4f} in 400 runs")
 assert abs(found - drawn) < 0.02 * found
 
 v = torch.ones_like(h)
@@ -163,11 +163,11 @@ assert_exact(0.5 * (h * v).sum(), found)
 
 # %% [markdown]
 # For every batch size, take the learning rate that reaches 5 % of the first loss in the fewest steps. In practice this
-# rate is unknown. Here it makes the comparison fair. [Figure 33.1] shows the result.
+# rate is unknown. Here it makes the comparison fair. [Figure 24.1] shows the result.
 #
 # In this model, the first paper's statement holds: the larger the power, the larger the critical batch size. Small
 # batches behave differently. There noise limits all three, and the natural gradient is *not* ahead of the power $1/2$:
-# dividing by curvature multiplies the noise in directions of small curvature as well. The two terms of [(33.2)] explain
+# dividing by curvature multiplies the noise in directions of small curvature as well. The two terms of [(24.2)] explain
 # both ends.
 
 # %% tags=["hide-input"] fold="Checked: the order of both methods at the smallest and the largest batch"
@@ -189,7 +189,7 @@ assert ideal["natural gradient"][-1] < ideal["power 1/2"][-1] / 5
 #
 # The convolutional network T4 of the benchmark is trained to a validation accuracy of 98 %, with batches of 32 up to
 # 512 of its 1400 training images. For *every* batch size, SGD, AdamW and KFAC each get the same number of trials, as
-# [Chapter 36](36_in_practice.py) describes, within the same number of steps. The numbers are medians over fresh seeds with
+# [Chapter 13](13_in_practice.py) describes, within the same number of steps. The numbers are medians over fresh seeds with
 # an interval of 90 % confidence. `python -m benchmarks.training --task batch-32` makes the runs of one size again.
 
 # %% tags=["hide-input"] fold="Printed: steps and images for every batch size"
@@ -304,7 +304,7 @@ Markdown(FINDINGS if {32, 64, 128, 256, 512} <= set(trained) else "")
 #
 # ## Exercises
 #
-# **Exercise 33.1.** What is the loss of (33.1) after infinitely many steps with $q = 1$ and $c_i = h_i$? How must the
+# **Exercise 24.1.** What is the loss of (24.1) after infinitely many steps with $q = 1$ and $c_i = h_i$? How must the
 # learning rate depend on the batch for a given loss?
 #
 # <details class="solution" markdown="1">
@@ -316,7 +316,7 @@ Markdown(FINDINGS if {32, 64, 128, 256, 512} <= set(trained) else "")
 #
 # </details>
 #
-# **Exercise 33.2.** Why does the loss of the natural gradient at small batches grow with the number of weights, and
+# **Exercise 24.2.** Why does the loss of the natural gradient at small batches grow with the number of weights, and
 # that of SGD not?
 #
 # <details class="solution" markdown="1">
@@ -332,13 +332,13 @@ Markdown(FINDINGS if {32, 64, 128, 256, 512} <= set(trained) else "")
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
 eta, B = 0.1, 16.0
-assert_exact(risk(h, 1.0, eta, B, 10**5), torch.tensor(len(h) * eta / (2 * (2 - eta) * B)))  # 33.1
+assert_exact(risk(h, 1.0, eta, B, 10**5), torch.tensor(len(h) * eta / (2 * (2 - eta) * B)))  # 24.1
 at_rest = 0.5 * (h * eta / ((2 - eta * h) * B)).sum()
-assert_exact(risk(h, 0.0, eta, B, 10**9), at_rest)  # 33.2
+assert_exact(risk(h, 0.0, eta, B, 10**9), at_rest)  # 24.2
 assert abs(at_rest / (eta * h.sum() / (4 * B)) - 1) < 0.05
 
 # %% [markdown]
 # ## Further reading
 #
 # [Zhang et al. 2019](bibliography.md#noisy-quadratic) and [Ma et al. 2020](bibliography.md#inefficiency). How several
-# processes share a large batch: [Chapter 31](31_many_processes.py).
+# processes share a large batch: [Chapter 34](34_many_processes.py).

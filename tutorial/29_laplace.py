@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 22. Laplace: how sure is a network?
+# # 29. Laplace: how sure is a network?
 #
-# **Part V: Curvature in use.** A trained network gives one answer. How sure is it of that answer, and how large
+# **Part VIII: Curvature in use.** A trained network gives one answer. How sure is it of that answer, and how large
 # should its weight decay have been?
 #
 # Training finds the weights at which a loss is smallest. The curvature there says which other weights fit almost
@@ -152,7 +152,7 @@ plt.show()
 # $$
 # p(W \mid \text{data}) \approx \prod_l \mathcal N \bigl( W_l; \; \hat W_l, \; \Sigma_l \bigr) ,
 # \qquad \Sigma_l = (\beta M_l + \delta_l I)^{-1} .
-# \tag{22.1}
+# \tag{29.1}
 # $$
 #
 # It describes the surroundings of one minimum. A network has many.
@@ -171,7 +171,7 @@ plt.show()
 #
 # ### Where it is exact
 #
-# A linear model under the squared error has a $J$ that *is* a parabola. Then [(22.1)] is the posterior of
+# A linear model under the squared error has a $J$ that *is* a parabola. Then [(29.1)] is the posterior of
 # Bayesian linear regression. KFAC is exact: the vectors of the squared error are the same for all data, so
 # that $B \otimes A$ is the block ([Chapter 5](05_kfac.py)).
 
@@ -213,7 +213,7 @@ else:
 # & - \sum_l \Bigl[ \tfrac{\delta_l}{2} \lVert W_l \rVert^2
 # + \tfrac12 \log \det \bigl( I + \tfrac{\beta}{\delta_l} M_l \bigr) \Bigr] .
 # \end{aligned}
-# \tag{22.2}
+# \tag{29.2}
 # $$
 #
 # The second term normalises the noise of $n$ targets; for cross-entropy, $n$ is 0. The first term rewards a good
@@ -250,11 +250,11 @@ for structure in (block, kfac, ekfac, diagonal):
 # %% [markdown]
 # ### What may be compared
 #
-# <div class="admonition theorem" markdown="1" id="thm-22.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 22.1 (order of the evidences)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-29.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 29.1 (order of the evidences)</b></p>
 #
 # At the same weights and with one $\delta$ for each layer, the evidence with EKFAC, and the one with the diagonal, is
-# at most the evidence with the exact blocks. Both count at least as many determined parameters, $\gamma$ of [(22.3)].
+# at most the evidence with the exact blocks. Both count at least as many determined parameters, $\gamma$ of [(29.3)].
 #
 # </div>
 #
@@ -289,12 +289,12 @@ assert 0 < sum(signs) < len(signs)
 #
 # ## Climbing the evidence
 #
-# When the prior changes, the weights follow. At a minimum of $J$ this changes [(22.2)] by nothing to first order, but
+# When the prior changes, the weights follow. At a minimum of $J$ this changes [(29.2)] by nothing to first order, but
 # for $M$, which moves with the weights. With $M$ fixed the derivatives are simple. Let
 #
 # $$
 # \gamma_l = \sum_i \frac{\beta s_{li}}{\beta s_{li} + \delta_l} .
-# \tag{22.3}
+# \tag{29.3}
 # $$
 #
 # Each term is a number between 0 and 1: the share of the precision in one direction that comes from the data. So
@@ -304,7 +304,7 @@ assert 0 < sum(signs) < len(signs)
 # \frac{\partial \log Z}{\partial \log \delta_l} = \tfrac12 (\gamma_l - \delta_l \lVert W_l \rVert^2),
 # \qquad
 # \frac{\partial \log Z}{\partial \log \beta} = -\beta L + \tfrac{n}{2} - \tfrac12 \sum_l \gamma_l .
-# \tag{22.4}
+# \tag{29.4}
 # $$
 
 # %% tags=["hide-input"] fold="Checked: the derivatives of the evidence, against autodiff"
@@ -315,7 +315,7 @@ print(f"of {total} parameters the data determine {sum(gamma.values()):.1f}")
 
 
 def at(log_delta: Tensor, log_beta: Tensor) -> Tensor:
-    """[(22.2)] as a function of the first layer's prior and of beta, for autodiff."""
+    """[(29.2)] as a function of the first layer's prior and of beta, for autodiff."""
     beta, value = log_beta.exp(), -log_beta.exp() * p.loss
     value = value - p.numbers / 2 * (math.pi / beta).log()
     for name, delta in {"0": log_delta.exp(), "2": torch.tensor(p.prior["2"])}.items():
@@ -387,8 +387,8 @@ assert sum(effective_parameters(same).values()) > sum(effective_parameters(p).va
 # weights vanish. The precision of the posterior becomes $\beta B \otimes A + I \otimes D$ with
 # $D = \operatorname{diag}(d)$. In general no single $Q_B \otimes Q_A$ diagonalises this sum of two products.
 #
-# <div class="admonition theorem" markdown="1" id="thm-22.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 22.2 (a prior for each column)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-29.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 29.2 (a prior for each column)</b></p>
 #
 # With $A' = D^{-1/2} A D^{-1/2}$,
 #
@@ -410,7 +410,7 @@ assert sum(effective_parameters(same).values()) > sum(effective_parameters(p).va
 # \gamma_i = \sum_r \bigl( 1 - d_i \Sigma_{ri, ri} \bigr) ,
 # \qquad
 # d_i \leftarrow \gamma_i / \lVert W_{:i} \rVert^2 .
-# \tag{22.5}
+# \tag{29.5}
 # $$
 
 # %%
@@ -526,7 +526,7 @@ for seed in range(3):
 #
 # $$
 # \frac{N}{b} \, \beta L_{\text{batch}}(W) + \sum_l \tfrac{\delta_l}{2} \lVert W_l \rVert^2 .
-# \tag{22.6}
+# \tag{29.6}
 # $$
 #
 # Any optimizer can minimise it. Every few epochs the curvature is computed at the present weights, and the prior takes
@@ -599,7 +599,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The test accuracy is near the best of the list. Nothing guarantees that: [(22.2)] neglects the gradient of $J$, which
+# The test accuracy is near the best of the list. Nothing guarantees that: [(29.2)] neglects the gradient of $J$, which
 # is not zero yet. And the first step has to wait. A network with random weights is unsure of every image, so that its
 # curvature is large, and its weights are small. So $\gamma / \lVert W \rVert^2$ is a large decay, which would keep the
 # network from learning:
@@ -618,7 +618,7 @@ for seed, (*_, settled) in enumerate(chosen):
 #
 # A distribution over weights gives one over outputs. The network is replaced by its tangent at the trained weights,
 # $f(x, \hat W + \Delta) \approx f(x, \hat W) + \mathrm J(x) \Delta$, with the Jacobian $\mathrm J$. Then outputs are
-# normal, with covariance $\mathrm J \Sigma \mathrm J^\top$ and the $\Sigma$ of [(22.1)]. A row of $\mathrm J$ is the
+# normal, with covariance $\mathrm J \Sigma \mathrm J^\top$ and the $\Sigma$ of [(29.1)]. A row of $\mathrm J$ is the
 # gradient of one output, and a `LayerIO` whose vectors are unit vectors holds these gradients. So the
 # covariance is a sum of quadratic forms over layers:
 
@@ -684,17 +684,17 @@ assert sure < right - 0.1
 # - Curvature of the *sum* of losses plus prior precision is the precision of the weights.
 # - The evidence is fit minus price of complexity. With Kronecker factors it needs one decomposition of each factor, and
 #   so do its derivatives.
-# - It chooses weight decay, noise, and with [Theorem 22.2] the inputs, without validation data. A single training
+# - It chooses weight decay, noise, and with [Theorem 29.2] the inputs, without validation data. A single training
 #   can be enough.
 # - The diagonal is not enough: it misses the weights' correlations.
 # - Sample in the tangent, not in the network.
 #
-# A network that was trained with another weight decay is at no minimum of $J$, which [(22.1)] needs. And evidences of
+# A network that was trained with another weight decay is at no minimum of $J$, which [(29.1)] needs. And evidences of
 # different structures are not to be compared.
 #
 # ## Exercises
 #
-# **Exercise 22.1.** The prior expects $\delta \lVert W \rVert^2$ to be the number $D$ of parameters. Show that the
+# **Exercise 29.1.** The prior expects $\delta \lVert W \rVert^2$ to be the number $D$ of parameters. Show that the
 # posterior expects the same if and only if $\delta \lVert \hat W \rVert^2 = \gamma$, which is MacKay's fixed point.
 #
 # <details class="solution" markdown="1">
@@ -705,7 +705,7 @@ assert sure < right - 0.1
 #
 # </details>
 #
-# **Exercise 22.2.** A layer's curvature is multiplied by $c > 1$ by mistake. In which direction does MacKay's step for
+# **Exercise 29.2.** A layer's curvature is multiplied by $c > 1$ by mistake. In which direction does MacKay's step for
 # its prior move, and what does $\gamma$ tend to for a large $c$?
 #
 # <details class="solution" markdown="1">
@@ -716,7 +716,7 @@ assert sure < right - 0.1
 #
 # </details>
 #
-# **Exercise 22.3.** Compute the posterior of the last layer alone. Which of its variances are the same as in the
+# **Exercise 29.3.** Compute the posterior of the last layer alone. Which of its variances are the same as in the
 # posterior of all layers, and why are the outputs' variances smaller?
 #
 # <details class="solution" markdown="1">
@@ -730,11 +730,11 @@ assert sure < right - 0.1
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-s = p.matrices["2"].eigenvalues()  # 22.1
+s = p.matrices["2"].eigenvalues()  # 29.1
 assert_exact((0.1 / (s + 0.1)).sum(), s.numel() - effective_parameters(p)["2"].sum())
 
 
-def times(c: float) -> Laplace:  # 22.2
+def times(c: float) -> Laplace:  # 29.2
     larger = {name: Kronecker(M.dense(), c * torch.ones(1, 1)) for name, M in p.matrices.items()}
     flat = {name: W.reshape(1, -1) for name, W in p.weights.items()}
     return Laplace(flat, larger, p.loss, 0, p.prior)
@@ -744,7 +744,7 @@ assert mackay(times(100)).prior["2"] > mackay(p).prior["2"]
 assert (effective_parameters(times(100))["2"] > effective_parameters(p)["2"]).all()
 large = s > 1e-6 * s.max()
 assert abs(effective_parameters(times(1e9))["2"] - large.sum()) < 0.5
-last = laplace(model, CROSS, [(X, y)], prior=0.1, layers=["2"])  # 22.3
+last = laplace(model, CROSS, [(X, y)], prior=0.1, layers=["2"])  # 29.3
 V = torch.randn_like(p.weights["2"])
 assert_exact(last.covariances()["2"] @ V, p.covariances()["2"] @ V)
 few = X_test[:5]

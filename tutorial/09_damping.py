@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # 8. Damping: how far to trust the model
+# # 9. Damping: how far to trust the model
 #
-# **Part II: KFAC.** Why does the inverse of a curvature matrix need damping, how much of it, and
+# **Part III: KFAC.** Why does the inverse of a curvature matrix need damping, how much of it, and
 # where does it go?
 #
 # Damping is the small positive number $\delta$ that earlier chapters passed to every inverse. It is a filter on the
-# directions of a step: [Figure 8.1].
+# directions of a step: [Figure 9.1].
 
 # %% tags=["hide-input"]
 import itertools
@@ -182,7 +182,7 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 #
 # $$
 # m(s) = L + h^\top s + \tfrac12 s^\top M s ,
-# \tag{8.1}
+# \tag{9.1}
 # $$
 #
 # where $h$ is the gradient of all weights as one vector and $M$ is the curvature. The model agrees
@@ -193,15 +193,15 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 # m(s) + \tfrac{\delta}{2} \lVert s \rVert^2
 # \quad\text{with the gradient}\quad
 # h + M s + \delta s .
-# \tag{8.2}
+# \tag{9.2}
 # $$
 #
 # The gradient vanishes at $s_\delta = -(M + \delta I)^{-1} h$, the damped step. Another remedy is a bound:
 # minimise $m$ among all steps that are no longer than some radius. This is
 # called a **trust region**. Both give the same steps:
 #
-# <div class="admonition theorem" markdown="1" id="thm-8.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 8.1 (damping is a trust region)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-9.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 9.1 (damping is a trust region)</b></p>
 #
 # Let $M$ be symmetric positive semi-definite and $\delta \gt 0$. Among all steps that are not
 # longer than $s_\delta = -(M + \delta I)^{-1} h$, the model $m$ is smallest at $s_\delta$. The
@@ -209,7 +209,7 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 #
 # </div>
 #
-# **Proof.** $s_\delta$ minimises [(8.2)], which is convex. So for every $s$,
+# **Proof.** $s_\delta$ minimises [(9.2)], which is convex. So for every $s$,
 # $m(s) + \tfrac{\delta}{2} \lVert s \rVert^2 \ge m(s_\delta) + \tfrac{\delta}{2} \lVert s_\delta \rVert^2$.
 # If $\lVert s \rVert \le \lVert s_\delta \rVert$, then $m(s) \ge m(s_\delta)$. For the length, write
 # $h = \sum_i c_i u_i$ with the orthonormal eigenvectors $u_i$ of $M$ and their eigenvalues
@@ -219,7 +219,7 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 # s_\delta = -\sum_i \frac{c_i}{\lambda_i + \delta}\, u_i ,
 # \qquad
 # \lVert s_\delta \rVert^2 = \sum_i \frac{c_i^2}{(\lambda_i + \delta)^2} ,
-# \tag{8.3}
+# \tag{9.3}
 # $$
 #
 # and every summand with $c_i \ne 0$ falls as $\delta$ grows. $\blacksquare$
@@ -250,7 +250,7 @@ assert lengths == sorted(lengths, reverse=True)
 #
 # ## Damping as a filter
 #
-# Equation [(8.3)] can be read direction by direction, in two ways:
+# Equation [(9.3)] can be read direction by direction, in two ways:
 #
 # $$
 # \frac{c_i}{\lambda_i + \delta}
@@ -258,7 +258,7 @@ assert lengths == sorted(lengths, reverse=True)
 #   \underbrace{\frac{c_i}{\lambda_i}}_{\text{Newton}}
 # = \underbrace{\frac{\delta}{\lambda_i + \delta}}_{1 - \text{filter}} \cdot
 #   \underbrace{\frac{c_i}{\delta}}_{\text{gradient}} .
-# \tag{8.4}
+# \tag{9.4}
 # $$
 #
 # Where $\lambda_i$ is far above $\delta$, the filter is one and the step is Newton's. Where it is
@@ -271,7 +271,7 @@ assert lengths == sorted(lengths, reverse=True)
 K = factors["0"]
 eigen = K.eigen()
 W = torch.cat([gradient["0.weight"], gradient["0.bias"][:, None]], dim=1)  # bias: last column
-coefficients = eigen.QB.T @ W @ eigen.QA  # of the gradient, by the formula of chapter 7
+coefficients = eigen.QB.T @ W @ eigen.QA  # of the gradient, by the formula of chapter 8
 assert_exact(eigen.QB @ coefficients @ eigen.QA.T, W)
 
 for damping in (1e-6, 1e-4, 1e-2):
@@ -306,7 +306,7 @@ plt.show()
 # %% [markdown]
 # ## Where to put it: exact damping
 #
-# For KFAC, $M = B \otimes A$ for each layer. [Chapter 7](07_matrices.py) showed that damping leaves
+# For KFAC, $M = B \otimes A$ for each layer. [Chapter 8](08_matrices.py) showed that damping leaves
 # the Kronecker products, but not the eigenbasis: with $A = Q_A \operatorname{diag}(\alpha) Q_A^\top$,
 # $B = Q_B \operatorname{diag}(\beta) Q_B^\top$ and a gradient $G$ in the shape of $W$,
 #
@@ -314,7 +314,7 @@ plt.show()
 # (B \otimes A + \delta I)^{-1} \operatorname{vec}(G)
 # = \operatorname{vec}\Bigl( Q_B \Bigl[
 # \frac{(Q_B^\top G\, Q_A)_{oi}}{\beta_o \alpha_i + \delta} \Bigr]_{oi} Q_A^\top \Bigr) .
-# \tag{8.5}
+# \tag{9.5}
 # $$
 #
 # This is exact for every $\delta$, and another $\delta$ needs no other decomposition.
@@ -345,7 +345,7 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # &= B \otimes A + \delta\, I \otimes I + E_\pi , \\
 # E_\pi &= \pi \sqrt\delta\; B \otimes I + \tfrac{\sqrt\delta}{\pi}\; I \otimes A .
 # \end{aligned}
-# \tag{8.6}
+# \tag{9.6}
 # $$
 #
 # The first two terms are the exactly damped matrix; $E_\pi$ is the error. For $\pi = 1$ this is [(1.11)]. No $\pi$
@@ -356,7 +356,7 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # \operatorname{tr} E_\pi
 # = \sqrt\delta \Bigl( \pi\, d_\text{in} \operatorname{tr} B
 # + \tfrac{1}{\pi}\, d_\text{out} \operatorname{tr} A \Bigr) .
-# \tag{8.7}
+# \tag{9.7}
 # $$
 #
 # The derivative by $\pi$ is
@@ -365,16 +365,16 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # $$
 # \pi^2 = \frac{d_\text{out} \operatorname{tr} A}{d_\text{in} \operatorname{tr} B}
 # = \frac{\operatorname{tr} A / d_\text{in}}{\operatorname{tr} B / d_\text{out}} ,
-# \tag{8.8}
+# \tag{9.8}
 # $$
 #
-# a ratio of mean eigenvalues, and this is the minimum, since [(8.7)] grows without bound in both
+# a ratio of mean eigenvalues, and this is the minimum, since [(9.7)] grows without bound in both
 # directions. In words: each factor gets damping in proportion to its own size.
 
 
 # %%
 def excess(K: Kronecker, damping: float, pi: float) -> Tensor:
-    """E of (8.6): what factored damping adds beyond `damping * I`."""
+    """E of (9.6): what factored damping adds beyond `damping * I`."""
     root, I_A, I_B = damping**0.5, eye_like(K.A), eye_like(K.B)
     whole = kron(K.B + root / pi * I_B, K.A + pi * root * I_A)
     return whole - K.dense() - damping * eye_like(whole)
@@ -401,8 +401,8 @@ assert not torch.allclose(inverse.dense(), small.inverse(d).dense(), rtol=0.05)
 # %% [markdown]
 # ### It always damps too much
 #
-# <div class="admonition theorem" markdown="1" id="thm-8.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 8.2 (factored damping over-damps)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-9.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 9.2 (factored damping over-damps)</b></p>
 #
 # Let $A$ and $B$ be symmetric positive semi-definite, $\delta, \pi \gt 0$. Then $E_\pi$ is positive
 # semi-definite. In the eigenbasis of $B \otimes A$, every coefficient of the factored step is that
@@ -411,21 +411,21 @@ assert not torch.allclose(inverse.dense(), small.inverse(d).dense(), rtol=0.05)
 # $$
 # \frac{x y + 1}{(x + 1)(y + 1)} \le 1
 # \qquad\text{with}\quad x = \frac{\alpha_i}{\pi \sqrt\delta},\quad y = \frac{\pi \beta_o}{\sqrt\delta} .
-# \tag{8.9}
+# \tag{9.9}
 # $$
 #
 # </div>
 #
 # **Proof.** Adding multiples of the identity changes no eigenvectors, so the matrices in
-# [(8.6)] share the basis $Q_B \otimes Q_A$. The eigenvalues of $E_\pi$ are
+# [(9.6)] share the basis $Q_B \otimes Q_A$. The eigenvalues of $E_\pi$ are
 # $\pi \sqrt\delta \beta_o + \sqrt\delta \alpha_i / \pi \ge 0$. The factored step divides by
 # $(\beta_o + \sqrt\delta / \pi)(\alpha_i + \pi \sqrt\delta) = \delta (y + 1)(x + 1)$ and the exact
-# step by $\beta_o \alpha_i + \delta = \delta (xy + 1)$. The ratio is [(8.9)], and
+# step by $\beta_o \alpha_i + \delta = \delta (xy + 1)$. The ratio is [(9.9)], and
 # $(x + 1)(y + 1) = xy + 1 + x + y$. $\blacksquare$
 #
 # So the factored step is no longer in any direction, whatever $\pi$ is. It is the exact step for a
 # damping of $\delta (1 + x + y)$, which differs from direction to direction. Where both eigenvalues are
-# large compared with their share of the damping, or both are small, the ratio [(8.9)] is near one. It
+# large compared with their share of the damping, or both are small, the ratio [(9.9)] is near one. It
 # is small where one is large and the other small. Such mixed directions are the normal case for a
 # Kronecker product.
 
@@ -445,13 +445,13 @@ for any_pi in (0.3, 1.0, pi, 5.0):
 #
 # $B \otimes A = (B / c) \otimes (c A)$: how the scale is split between the factors is a
 # convention. Ours gives all of the loss's scale to $B$ ([Chapter 5](05_kfac.py)); other implementations differ.
-# A step should not depend on the convention. By [(8.8)], $\pi$ becomes
+# A step should not depend on the convention. By [(9.8)], $\pi$ becomes
 # $c \pi$, so that
 #
 # $$
 # \Bigl(\tfrac1c B + \tfrac{\sqrt\delta}{c \pi} I\Bigr) \otimes \bigl(c A + c \pi \sqrt\delta I\bigr)
 # = \Bigl(B + \tfrac{\sqrt\delta}{\pi} I\Bigr) \otimes \bigl(A + \pi \sqrt\delta I\bigr) .
-# \tag{8.10}
+# \tag{9.10}
 # $$
 #
 # The damped matrix stays the same. With a fixed $\pi = 1$ it does not:
@@ -512,7 +512,7 @@ plt.show()
 #
 # | | exact | factored | $\pi = 1$ |
 # | --- | --- | --- | --- |
-# | excess of damping | none | [(8.6)] | larger |
+# | excess of damping | none | [(9.6)] | larger |
 # | step, relative to exact | 1 | at most 1 | at most 1 |
 # | same for $cA$, $B / c$ | yes | yes | no |
 # | same for $cL$, $c\delta$ | yes | yes | no |
@@ -525,7 +525,7 @@ plt.show()
 #
 # $$
 # (c M + c\, \delta I)^{-1} (c\, h) = (M + \delta I)^{-1} h .
-# \tag{8.11}
+# \tag{9.11}
 # $$
 #
 # The step is the same **if damping is multiplied by $c$ as well**. Damping has the unit of
@@ -542,14 +542,14 @@ for invert in (exact, factored_inverse):
 assert not torch.allclose(fixed_pi(of_sum, N * 1e-3) @ (N * V), fixed_pi(of_mean, 1e-3) @ V)
 
 # %% [markdown]
-# With $\pi = 1$ even the scaled damping gives another step; Exercise 8.2 asks why.
+# With $\pi = 1$ even the scaled damping gives another step; Exercise 9.2 asks why.
 #
 # A damping that suits one loss or layer need not suit another. A remedy is to state damping as a
 # fraction $\varphi$ of the mean eigenvalue of each layer's own curvature:
 #
 # $$
 # \delta_l = \varphi \cdot \frac{\operatorname{tr} M_l}{d_\text{out} d_\text{in}} .
-# \tag{8.12}
+# \tag{9.12}
 # $$
 
 # %% tags=["beside", "remove-input"]
@@ -573,10 +573,10 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 #
 # $$
 # \rho = \frac{L(\theta + s) - L(\theta)}{h^\top s + \tfrac12 s^\top M s} .
-# \tag{8.13}
+# \tag{9.13}
 # $$
 #
-# The denominator is $m(s) - L$ of [(8.1)], *without* the penalty, which is not part of
+# The denominator is $m(s) - L$ of [(9.1)], *without* the penalty, which is not part of
 # the loss. For the damped step it is always negative. Since $(M + \delta I) s = -h$, we can
 # replace $h$ by $-M s - \delta s$:
 #
@@ -586,7 +586,7 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 # &= -s^\top M s - \delta s^\top s + \tfrac12 s^\top M s \\
 # &= -\tfrac12 s^\top M s - \delta \lVert s \rVert^2 .
 # \end{aligned}
-# \tag{8.14}
+# \tag{9.14}
 # $$
 #
 # So $\rho$ is positive if and only if the loss went down. A ratio near one says that the model was right,
@@ -689,7 +689,7 @@ plt.show()
 #
 # ### The end, and after the end
 #
-# At a minimum [(8.13)] becomes $0 / 0$, and in floating point round-off over round-off. If the loss does not change
+# At a minimum [(9.13)] becomes $0 / 0$, and in floating point round-off over round-off. If the loss does not change
 # in its last digit, the ratio is zero, and a rule that uses this ratio raises the damping again and again.
 # `reduction_ratio` returns `None` when the model predicts less than the loss can resolve, and damping stays. The
 # opposite case is a step so long that the loss is not a number. Every comparison with `nan` is false, so that a
@@ -715,7 +715,7 @@ assert levenberg_marquardt(0.1, reduction_ratio(before, nan, -0.5)) > 0.1
 #
 # $$
 # e = \frac{\gamma}{1 - \mu} .
-# \tag{8.15}
+# \tag{9.15}
 # $$
 
 # %%
@@ -731,7 +731,7 @@ print(f"asked for {gamma}, got {effective.mean().item():.3f}")
 assert_exact(effective, torch.full((5,), gamma / (1 - decay)))
 # %% [markdown]
 # An optimiser with twenty times the damping still works, but the best value of its setting is far from that of other
-# implementations. [Chapter 7](07_matrices.py) ends with the same mistake in eigenvalues in place of an average.
+# implementations. [Chapter 8](08_matrices.py) ends with the same mistake in eigenvalues in place of an average.
 #
 # **Pi or pi squared?** The traces give $\pi^2$. In one
 # [public discussion](https://github.com/Thrandis/EKFAC-pytorch/issues/4), a reader doubted lines
@@ -777,9 +777,9 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # - **Why.** Small eigenvalues are estimated too small, and the quadratic model holds near the present point only.
 # - **What.** Damping keeps the fraction $\lambda / (\lambda + \delta)$ of the Newton step along each eigenvector,
-#   [(8.4)]. It is the same as a bound on the length ([Theorem 8.1]).
+#   [(9.4)]. It is the same as a bound on the length ([Theorem 9.1]).
 # - **Where.** Exact damping needs eigenvectors. Factored damping needs two Cholesky factorisations and over-damps,
-#   most where one eigenvalue is large and the other small ([Theorem 8.2]). Without $\pi$ it depends on the scale of
+#   most where one eigenvalue is large and the other small ([Theorem 9.2]). Without $\pi$ it depends on the scale of
 #   the factors.
 # - **Unit.** Damping has the unit of curvature: a loss that is multiplied by $c$ needs $c \delta$.
 # - **How much.** The reduction ratio compares the change of the loss with the model's prediction, and damping
@@ -787,7 +787,7 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # ## Exercises
 #
-# **Exercise 8.1.** For $A = \alpha I$ (a single input, say), $B \otimes A + \delta I$ *is* a
+# **Exercise 9.1.** For $A = \alpha I$ (a single input, say), $B \otimes A + \delta I$ *is* a
 # Kronecker product. Of what? Does factored damping find it?
 #
 # <details class="solution" markdown="1">
@@ -799,8 +799,8 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.2.** Multiply the loss by $c$ and the damping too. Why is the factored step unchanged
-# with $\pi$ from [(8.8)], but not with $\pi = 1$?
+# **Exercise 9.2.** Multiply the loss by $c$ and the damping too. Why is the factored step unchanged
+# with $\pi$ from [(9.8)], but not with $\pi = 1$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -812,8 +812,8 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.3.** Write factored damping yourself: from $A$, $B$, a gradient $G$ and $\delta$ to the step, with
-# $\pi$ from [(8.8)] and with `torch.cholesky_solve` in the place of inverses. Compare it with
+# **Exercise 9.3.** Write factored damping yourself: from $A$, $B$, a gradient $G$ and $\delta$ to the step, with
+# $\pi$ from [(9.8)] and with `torch.cholesky_solve` in the place of inverses. Compare it with
 # `factored_inverse(Kronecker(A, B), d) @ G`.
 #
 # <details class="solution" markdown="1">
@@ -829,7 +829,7 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.4.** How many directions are trusted, in the sense of the sum of the filter, if all $D$ eigenvalues
+# **Exercise 9.4.** How many directions are trusted, in the sense of the sum of the filter, if all $D$ eigenvalues
 # are equal to $\lambda$? Which damping trusts half of them?
 #
 # <details class="solution" markdown="1">
@@ -839,8 +839,8 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #
 # </details>
 #
-# **Exercise 8.5.** Where does factored damping with $\pi$ from [(8.8)] shorten a coefficient most, for $x$ and $y$
-# of [(8.9)] with a given product $x y = p$?
+# **Exercise 9.5.** Where does factored damping with $\pi$ from [(9.8)] shorten a coefficient most, for $x$ and $y$
+# of [(9.9)] with a given product $x y = p$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -854,16 +854,16 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 
 # %% tags=["hide-input"]
 multiple = Kronecker(0.7 * I5, B)
-assert_exact(kron(B + d / 0.7 * I3, 0.7 * I5), multiple.dense() + d * I15)  # 8.1
+assert_exact(kron(B + d / 0.7 * I3, 0.7 * I5), multiple.dense() + d * I15)  # 9.1
 assert not torch.allclose(factored_inverse(multiple, d).dense(), multiple.inverse(d).dense())
 
-for c in (0.01, 30.0):  # 8.2
+for c in (0.01, 30.0):  # 9.2
     scaled = Kronecker(A, c * B)
     assert_exact(factored_inverse(scaled, c * d) @ (c * G), factored_inverse(small, d) @ G)
     assert not torch.allclose(fixed_pi(scaled, c * d) @ (c * G), fixed_pi(small, d) @ G, rtol=0.05)
 
 
-def solution(A: Tensor, B: Tensor, G: Tensor, damping: float) -> Tensor:  # 8.3
+def solution(A: Tensor, B: Tensor, G: Tensor, damping: float) -> Tensor:  # 9.3
     pi = (A.trace() / len(A) / (B.trace() / len(B))).sqrt()
     LA = torch.linalg.cholesky(A + pi * damping**0.5 * torch.eye(len(A)))
     LB = torch.linalg.cholesky(B + damping**0.5 / pi * torch.eye(len(B)))
@@ -871,9 +871,9 @@ def solution(A: Tensor, B: Tensor, G: Tensor, damping: float) -> Tensor:  # 8.3
 
 
 assert_exact(solution(A, B, G, d), factored_inverse(small, d) @ G)
-equal = torch.full((7,), 0.3)  # 8.4
+equal = torch.full((7,), 0.3)  # 9.4
 assert_close((equal / (equal + 0.3)).sum(), torch.tensor(3.5))
-p_, xs = 2.0, torch.logspace(-4, 4, 81)  # 8.5
+p_, xs = 2.0, torch.logspace(-4, 4, 81)  # 9.5
 shortened = (p_ + 1) / ((xs + 1) * (p_ / xs + 1))
 assert (xs[shortened.argmax()] - p_**0.5).abs() < 0.2
 assert shortened[0] < 1e-3

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 24. Pruning: which weights does a network need?
+# # 31. Pruning: which weights does a network need?
 #
-# **Part V: Curvature in use.** Which weights can a trained network do without?
+# **Part VIII: Curvature in use.** Which weights can a trained network do without?
 #
 # Setting a weight to zero raises the objective of the training. The curvature predicts by how much, without a trial. It
 # also tells how the other weights should change, so that the objective rises least. This change is called the **reply**
@@ -270,7 +270,7 @@ assert small < large / 2
 #
 # $$
 # J(W + \Delta) - J(W) \approx \tfrac12 \langle \Delta, (M + \delta I) \Delta \rangle ,
-# \tag{24.1}
+# \tag{31.1}
 # $$
 #
 # with the Hessian $M$ of $L$. In place of the Hessian we use KFAC, which approximates the generalised Gauss-Newton
@@ -318,7 +318,7 @@ for seed, net in enumerate(networks):
 
 # %% [markdown]
 # For a linear model under the squared error, $J$ *is* quadratic and KFAC is the Hessian of $L$
-# ([Chapter 5](05_kfac.py)). There [(24.1)] is exact, however large the change.
+# ([Chapter 5](05_kfac.py)). There [(31.1)] is exact, however large the change.
 
 # %% tags=["hide-input"] fold="Checked: exact for a linear model, and not without the decay"
 X, Y, prior = torch.randn(30, 4), torch.randn(30, 3), 0.7
@@ -347,8 +347,8 @@ for V in (torch.where(keep, W_linear, 0.0), reply(W_linear, M_linear, prior, kee
 # damage](bibliography.md#obd), by LeCun, Denker and Solla, all other weights stay. In the [optimal brain
 # surgeon](bibliography.md#obs), by Hassibi and Stork, they reply.
 #
-# <div class="admonition theorem" markdown="1" id="thm-24.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 24.1 (the cost of one weight)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-31.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 31.1 (the cost of one weight)</b></p>
 #
 # Let a quadratic function have the positive definite Hessian $H$ and its minimum at $w$. Setting $w_i$ to zero costs
 #
@@ -358,7 +358,7 @@ for V in (torch.where(keep, W_linear, 0.0), reply(W_linear, M_linear, prior, kee
 # \text{with the best reply:} \quad & \tfrac12 \frac{w_i^2}{(H^{-1})_{ii}} , \quad
 # \Delta = - \frac{w_i}{(H^{-1})_{ii}} H^{-1} e_i .
 # \end{aligned}
-# \tag{24.2}
+# \tag{31.2}
 # $$
 #
 # The second cost is at most the first.
@@ -401,7 +401,7 @@ assert ratio.min() < 0.9
 
 # %% [markdown]
 # For $B \otimes A$ plus damping, the diagonal of the inverse follows from the eigenvectors of both factors
-# ([Chapter 7](07_matrices.py)). No matrix of the block's size is formed.
+# ([Chapter 8](08_matrices.py)). No matrix of the block's size is formed.
 
 # %% tags=["remove-input"]
 code(costs_without_reply, costs_with_reply)
@@ -415,7 +415,7 @@ code(costs_without_reply, costs_with_reply)
 #
 # $$
 # H_{KK} \, v_K = (H w)_K .
-# \tag{24.3}
+# \tag{31.3}
 # $$
 #
 # A dense solve takes time in proportion to the cube of the number of kept weights. Conjugate gradients need only
@@ -453,8 +453,8 @@ assert relative_error(added_plain, plain) > 1e-3
 # Single zeros save little time on most computers. Whole rows and columns can be cut out. A row of $W$ makes one output
 # of the layer. A column of $W$ uses one input. For one Kronecker product, the best reply to either has a closed form.
 #
-# <div class="admonition theorem" markdown="1" id="thm-24.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 24.2 (a row, a column)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-31.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 31.2 (a row, a column)</b></p>
 #
 # Let the Hessian be $B \otimes A$, positive definite, and let $w_o^\top$ be row $o$ of the minimum $W$. Zeros in this
 # row cost, with the best reply,
@@ -463,7 +463,7 @@ assert relative_error(added_plain, plain) > 1e-3
 # \tfrac12 \frac{w_o^\top A \, w_o}{(B^{-1})_{oo}} ,
 # \qquad
 # \Delta = - \frac{B^{-1} e_o}{(B^{-1})_{oo}} \, w_o^\top .
-# \tag{24.4}
+# \tag{31.4}
 # $$
 #
 # For zeros in column $i$, let $w_i$ be this column of $W$. The cost is $\tfrac12 w_i^\top B \, w_i / (A^{-1})_{ii}$,
@@ -478,7 +478,7 @@ assert relative_error(added_plain, plain) > 1e-3
 #
 # The factor $A$ is not part of the reply to a row, and $B$ is not part of the reply to a column. The matrix
 # $B \otimes A + \delta I$ is not one Kronecker product, so the theorem does not apply to it. `factored_damping` damps
-# both factors instead ([Chapter 8](08_damping.py)), which is an approximation.
+# both factors instead ([Chapter 9](09_damping.py)), which is an approximation.
 
 # %% tags=["remove-input"]
 code(column_costs, without_column)
@@ -536,16 +536,16 @@ for name, numbers in needed.items():
 # [EigenDamage](bibliography.md#eigendamage) prunes in this basis. With $A = Q_A \Lambda_A Q_A^\top$ and
 # $B = Q_B \Lambda_B Q_B^\top$, the matrix $C = Q_B^\top W Q_A$ holds the coefficients of $W$.
 #
-# <div class="admonition theorem" markdown="1" id="thm-24.3">
-# <p class="admonition-title" markdown="1"><b>Theorem 24.3 (costs add)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-31.3">
+# <p class="admonition-title" markdown="1"><b>Theorem 31.3 (costs add)</b></p>
 #
-# Let $s_{oi} = (\Lambda_B)_{oo} (\Lambda_A)_{ii}$ be the eigenvalues of $M$. On the quadratic of [(24.1)], zeros in a
+# Let $s_{oi} = (\Lambda_B)_{oo} (\Lambda_A)_{ii}$ be the eigenvalues of $M$. On the quadratic of [(31.1)], zeros in a
 # set of coefficients cost exactly $\sum \tfrac12 C_{oi}^2 (s_{oi} + \delta)$, summed over the set. The best reply
 # leaves all other coefficients as they are.
 #
 # </div>
 #
-# *Proof.* In this basis $H$ is diagonal. Then [(24.1)] is a sum over coefficients. In [(24.3)] the diagonal $H_{KK}$
+# *Proof.* In this basis $H$ is diagonal. Then [(31.1)] is a sum over coefficients. In [(31.3)] the diagonal $H_{KK}$
 # cancels, so that the kept coefficients stay. $\square$
 #
 # The cell sets nine tenths of the coefficients of each network to zero.
@@ -600,7 +600,7 @@ for row, k, w in zip(V, keep, W, strict=True):
 # set to zero, but they reply.
 #
 # Rounds use the formulas beyond their assumptions. After the first round, the gradient of $J$ at the kept weights is
-# not zero, and [(24.1)] leaves it out. The costs also assume that weights which are already zero can reply.
+# not zero, and [(31.1)] leaves it out. The costs also assume that weights which are already zero can reply.
 
 
 # %%
@@ -626,7 +626,7 @@ def in_rounds(net: Trained, share: float, rounds: int = 6) -> Weights:
 
 # %% [markdown]
 # In the table, "magnitude" chooses the weights of smallest absolute value. "Damage" and "surgeon" choose by the two
-# costs of [(24.2)]. The diagonal for "damage" is that of the exact block of the generalised Gauss-Newton matrix. The
+# costs of [(31.2)]. The diagonal for "damage" is that of the exact block of the generalised Gauss-Newton matrix. The
 # surgeon's costs and all replies use KFAC.
 
 
@@ -703,7 +703,7 @@ assert better["surgeon"] < 0.7
 # %% [markdown]
 # ### Where the quadratic ends
 #
-# Rounds help because one large step leaves the region in which $J$ is near the quadratic of [(24.1)]. The predicted
+# Rounds help because one large step leaves the region in which $J$ is near the quadratic of [(31.1)]. The predicted
 # increase is then far below the real one.
 
 # %% tags=["hide-input"] alt="Real increase of J against the predicted increase, both on logarithmic axes, for sparsities from 30 to 95 percent and three networks. The points are near the diagonal at small values and up to five times above it at large ones." caption="The real and the predicted increase of $J$ for sparsities from 30 % (lower left) to 95 % (upper right), zeros and reply in one step. On the dashed line they are equal."
@@ -807,7 +807,7 @@ assert min(losses) > 1.5
 # %% [markdown]
 # ## In one minute
 #
-# - At a minimum of loss plus decay, a change costs [(24.1)] to second order. The damping is the weight decay.
+# - At a minimum of loss plus decay, a change costs [(31.1)] to second order. The damping is the weight decay.
 # - Choose the weights that become zero by their costs, then let all others reply. The reply matters more than the
 #   choice.
 # - Costs of single weights do not add. Costs of coefficients in the eigenbasis do.
@@ -817,7 +817,7 @@ assert min(losses) > 1.5
 #
 # ## Exercises
 #
-# **Exercise 24.1.** Two units always have equal values. The inputs of the next layer have no other linear dependence.
+# **Exercise 31.1.** Two units always have equal values. The inputs of the next layer have no other linear dependence.
 # Replace $A$ by $A + \epsilon I$. What does each of the two columns $w_1$, $w_2$ cost for $\epsilon \to 0$? What does
 # the second one cost after the first is gone? Conclude why the costs are computed again after each column.
 #
@@ -833,7 +833,7 @@ assert min(losses) > 1.5
 #
 # </details>
 #
-# **Exercise 24.2.** SparseGPT visits the inputs in order. At input $j$, only the weights of later inputs may reply. So
+# **Exercise 31.2.** SparseGPT visits the inputs in order. At input $j$, only the weights of later inputs may reply. So
 # it needs $(A_{j:, j:})^{-1}$ for each $j$, where $A_{j:, j:}$ is $A$ from row and column $j$ on. Let $U$ be the upper
 # triangular Cholesky factor of the whole inverse, $A^{-1} = U^\top U$. Show that $U_{jj}^2$ is the first diagonal entry
 # of $(A_{j:, j:})^{-1}$.
@@ -848,7 +848,7 @@ assert min(losses) > 1.5
 #
 # </details>
 #
-# **Exercise 24.3.** For which positive definite $H$ do both costs of [(24.2)] agree for every weight? No weight is
+# **Exercise 31.3.** For which positive definite $H$ do both costs of [(31.2)] agree for every weight? No weight is
 # zero.
 #
 # <details class="solution" markdown="1">
@@ -860,7 +860,7 @@ assert min(losses) > 1.5
 #
 # </details>
 #
-# **Exercise 24.4 (write it).** Write a function `cost_of_two(W, M, damping, i, j)` that returns the cost of removing
+# **Exercise 31.4 (write it).** Write a function `cost_of_two(W, M, damping, i, j)` that returns the cost of removing
 # two weights at once with a reply, where `i` and `j` are places in `W.flatten()`. Solve a system with two unknowns
 # only. The inverse of $H$ may be computed. The cell below has `check_cost_of_two`, which compares your function with
 # `reply` for every pair, and one solution.
@@ -876,7 +876,7 @@ assert min(losses) > 1.5
 # The solutions, checked:
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
-W, M = random_layer(3, 4)  # 24.1
+W, M = random_layer(3, 4)  # 31.1
 rows = torch.randn(20, 3)
 rows = torch.cat([rows, rows[:, :1]], 1)  # the last input repeats the first
 for damping in (1e-3, 1e-6):
@@ -888,20 +888,20 @@ merged_column = without_column(W, K, 3)[:, :3]
 assert relative_error(merged_column[:, 0], W[:, 0] + W[:, 3]) < 1e-4
 assert column_costs(merged_column, left)[0] > 1e3 * column_costs(W, K)[0]
 
-A = random_layer(3, 6)[1].A  # 24.2
+A = random_layer(3, 6)[1].A  # 31.2
 U = torch.linalg.cholesky(A.inverse(), upper=True)
 corners = torch.stack([A[j:, j:].inverse()[0, 0] for j in range(6)])
 assert_exact(U.diagonal().square(), corners)
 assert relative_error(A.inverse().diagonal(), corners) > 0.01
 
-D = Diagonal(torch.rand(3, 4) + 0.1)  # 24.3
+D = Diagonal(torch.rand(3, 4) + 0.1)  # 31.3
 assert_exact(costs_with_reply(W, D, 0.2), costs_without_reply(W, D, 0.2))
 ratio = costs_with_reply(W, M, 0.2) / costs_without_reply(W, M, 0.2)
 assert (ratio < 1).all()
 
 
 def cost_of_two(W: Tensor, M: Kronecker, damping: float, i: int, j: int) -> Tensor:
-    """A solution of Exercise 24.4."""
+    """A solution of Exercise 31.4."""
     inverse = torch.linalg.inv(M.dense() + damping * torch.eye(W.numel()))
     pair = torch.tensor([i, j])
     removed = W.flatten()[pair]

@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # 29. The audit: what the oracle says of others
+# # 37. The audit: what the oracle says of others
 #
-# **Part VI: Scale and trust.** Several public implementations of KFAC, the same cases: where do they
+# **Part IX: Scale and trust.** Several public implementations of KFAC, the same cases: where do they
 # agree with the definition, and what is the reason where they do not?
 #
 # This page runs the oracle on code that others wrote, read and use. Each library runs in an environment of its own,
-# through an adapter that follows the library's documentation ([Chapter 27](27_conformance.py)). The same adapter runs
+# through an adapter that follows the library's documentation ([Chapter 35](35_conformance.py)). The same adapter runs
 # some libraries in an earlier release, too. Tables and texts of this page are made from stored
 # result files and from findings, which are programs.
 
@@ -233,7 +233,7 @@ assert len(padding) >= 3
 #
 # ## Your turn
 #
-# To have an implementation judged, write an adapter ([Chapter 27](27_conformance.py)) and run
+# To have an implementation judged, write an adapter ([Chapter 35](35_conformance.py)) and run
 # `python -m kfac_scratch.conformance run --adapter pkg.mod:Adapter`. If the oracle is wrong about yours,
 # that is a mistake here: the case's theorem is in its file, and the truth is plain autodiff.
 #
@@ -247,7 +247,7 @@ assert len(padding) >= 3
 #
 # ## Exercises
 #
-# **Exercise 29.1.** A library's factor of the vectors is a mean over data and positions, that of the inputs
+# **Exercise 37.1.** A library's factor of the vectors is a mean over data and positions, that of the inputs
 # too. On which families of cases does this show, and as which verdict? Find a library in the stored results
 # for which this is so.
 #
@@ -260,7 +260,7 @@ assert len(padding) >= 3
 #
 # </details>
 #
-# **Exercise 29.2.** Why does the page count `not-supported` neither for nor against a library?
+# **Exercise 37.2.** Why does the page count `not-supported` neither for nor against a library?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -277,7 +277,7 @@ small = [
     for r in run.results
     if r.verdict == "undocumented-scale" and any(text in r.words for text in ("1/S", "small by S"))
 ]
-print(f"Exercise 29.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
+print(f"Exercise 37.1: {sorted({stem for stem, _ in small})}, e.g. {small[0][1]}")
 refused = sum(r.verdict == "not-supported" for run in others.values() for r in run.results)
 assert all(
     r not in page.judged_results(run)
@@ -285,11 +285,11 @@ assert all(
     for r in run.results
     if r.verdict == "not-supported"
 )
-print(f"Exercise 29.2: {refused} questions were answered with a reason instead of a number")
+print(f"Exercise 37.2: {refused} questions were answered with a reason instead of a number")
 
 # %% [markdown]
 # ## Further reading
 #
-# The protocol and the verdicts are in [Chapter 27](27_conformance.py), mistakes that people made and mended
-# long ago in [Chapter 28](28_museum.py). Result files and findings are in
+# The protocol and the verdicts are in [Chapter 35](35_conformance.py), mistakes that people made and mended
+# long ago in [Chapter 36](36_museum.py). Result files and findings are in
 # `kfac_scratch/conformance/audit`, with the commands that made them.

@@ -11,12 +11,12 @@
 # ---
 
 # %% [markdown]
-# # 15. Brand new KFAC: eigenpairs that follow the batches
+# # 19. Brand new KFAC: eigenpairs that follow the batches
 #
-# **Part III: Better and faster.** Can the eigenpairs of a moving average be kept up to date without ever
+# **Part V: Better and faster.** Can the eigenpairs of a moving average be kept up to date without ever
 # forming the matrix that is averaged?
 #
-# The randomised inverses of [Chapter 14](14_randomized.py) cost the square of a layer's width instead of the cube.
+# The randomised inverses of [Chapter 18](18_randomized.py) cost the square of a layer's width instead of the cube.
 # To get below the square, nothing may touch a factor: neither store it, nor average it, nor multiply with it.
 # What is left are its leading eigenpairs, $r$ vectors of length $d$, and the rows of the newest batch. This
 # chapter shows that one can go from batch to batch with only these, at a cost that is *linear*
@@ -87,7 +87,7 @@ def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
 #
 # $$
 # X = U C + Q R , \qquad C = U^\top X , \qquad Q R = X - U C , \qquad U^\top Q = 0 .
-# \tag{15.1}
+# \tag{19.1}
 # $$
 #
 # With $[U\ Q]$, the columns of both side by side, the sum is a small matrix in a known basis:
@@ -98,7 +98,7 @@ def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
 # \underbrace{\left( \begin{bmatrix} \operatorname{diag}(d) & 0 \\ 0 & 0 \end{bmatrix}
 # + \begin{bmatrix} C \\ R \end{bmatrix} \begin{bmatrix} C \\ R \end{bmatrix}^\top \right)}_{W \operatorname{diag}(w)\, W^\top}
 # [U\ Q]^\top .
-# \tag{15.2}
+# \tag{19.2}
 # $$
 #
 # The matrix in the middle has $r + K$ rows. Its eigenvalues $w$ are those of the sum, and the columns of
@@ -127,7 +127,7 @@ for update in (update_by_hand, brand_update):
     assert_exact(from_pairs(V, w), from_pairs(U, d) + X @ X.T)
 
 # %% [markdown]
-# The package takes all columns at once. `split_by_span` is [(15.1)], and `reorthonormalized` removes round-off. Both are
+# The package takes all columns at once. `split_by_span` is [(19.1)], and `reorthonormalized` removes round-off. Both are
 # shown below, where it is about what goes wrong.
 
 # %% tags=["remove-input"]
@@ -140,18 +140,18 @@ code(brand_update)
 # the columns to add are $\sqrt{w / N}\, a_n$. (The weight is under the root. For $B$, a
 # sum, they are $\sqrt{w}\, g_{vn}$.)
 #
-# As in [Chapter 14](14_randomized.py), let everything orthogonal to $U$ have an eigenvalue of its own, the tail
+# As in [Chapter 18](18_randomized.py), let everything orthogonal to $U$ have an eigenvalue of its own, the tail
 # $c$. An update can take it along at no cost:
 #
-# <div class="admonition theorem" markdown="1" id="thm-15.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 15.1 (a tail is a shift)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-19.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 19.1 (a tail is a shift)</b></p>
 #
 # Let $M = U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$ and $c' = (1 - w)\, c$. If $V, e$ are the eigenpairs
-# [(15.2)] of $U \operatorname{diag} \bigl( (1 - w)\, d - c' \bigr)\, U^\top + w X X^\top$, then
+# [(19.2)] of $U \operatorname{diag} \bigl( (1 - w)\, d - c' \bigr)\, U^\top + w X X^\top$, then
 #
 # $$
 # (1 - w) M + w X X^\top = V \operatorname{diag}(e + c')\, V^\top + c' (I - V V^\top) .
-# \tag{15.3}
+# \tag{19.3}
 # $$
 #
 # </div>
@@ -193,15 +193,15 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 # Every batch adds $K$ eigenpairs. Before the next one, the state is cut back to its leading $r$, so
 # that an inverse may use $r + K$. Here, and only here, something is lost.
 #
-# <div class="admonition theorem" markdown="1" id="thm-15.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 15.2 (errors add up, and decay)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-19.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 19.2 (errors add up, and decay)</b></p>
 #
 # Let $T_i$ be what truncation $i$ changes, the matrix before it less the one after. With a constant weight
 # $1 - \rho$, after batch $t$
 #
 # $$
 # M_t - \hat M_t = \sum_{i \lt t} \rho^{t - i}\, T_i .
-# \tag{15.4}
+# \tag{19.4}
 # $$
 #
 # Without a tail, all $T_i \succeq 0$, so $\hat M_t \preceq M_t$. With the tail that matches the trace, all
@@ -354,7 +354,7 @@ assert is_low_rank_update(1025, 64, 700)
 # %% [markdown]
 # **When the low-rank update does not run.** It does not run for $A$ if $r + N S$ exceeds $d_\text{in}$, and not for $B$ if
 # $r + V N S$ exceeds $d_\text{out}$. Then the name of a run says B-KFAC, and its numbers are KFAC's. This happened here:
-# an earlier Chapter 19 trained "B-KFAC" on an autoencoder of widths up to 101 with batches of 700. The update was called
+# an earlier Chapter 23 trained "B-KFAC" on an autoencoder of widths up to 101 with batches of 700. The update was called
 # not once, and what was said of B-KFAC was said of KFAC. The author's code has the same rule: a factor gets
 # low-rank updates if its layer is `Linear` and rank and batch together are below its size
 # ([`distributed_B_kfac_lean_Kfactors_batchsize.py`, line 237](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_kfac_lean_Kfactors_batchsize.py#L237)),
@@ -370,7 +370,7 @@ assert is_low_rank_update(1025, 64, 700)
 # $$
 # P = \bigl[ \hat g\, (\hat B + \gamma_B I)^{-1} \bigr]^\top
 # \bigl[ \hat a\, (\hat A + \gamma_A I)^{-1} \bigr] .
-# \tag{15.5}
+# \tag{19.5}
 # $$
 #
 # Each bracket is a product with a low-rank matrix, $\mathcal{O}(K d\, r)$.
@@ -409,7 +409,7 @@ assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 # the gradient.
 #
 # The stored result of the repository's benchmark, `python -m benchmarks.scaling` (see
-# [Chapter 14](14_randomized.py), also on how it is found), as times of one square layer on one thread, with a batch of
+# [Chapter 18](18_randomized.py), also on how it is found), as times of one square layer on one thread, with a batch of
 # fixed size:
 
 # %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: K-FAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: K-FAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). The dashed line is the gradient itself."
@@ -454,14 +454,14 @@ if scaling is not None:
     assert max(linear) < 1.5 < power["RS-KFAC", "update"] < 2.5 < power["K-FAC", "update"]
 
 # %% [markdown]
-# The expected powers are 3, 2, 1 and 1. [SKFAC](13_skfac.py) is the cheapest, as it knows the last batch only, which its
+# The expected powers are 3, 2, 1 and 1. [SKFAC](17_skfac.py) is the cheapest, as it knows the last batch only, which its
 # error shows; B-KFAC remembers, at a cost that is larger by a constant. An update of every factor with *every*
 # batch, as here, is what the eigenpairs need to follow, so its time counts at every step, while KFAC and
 # RS-KFAC may wait.
 #
 # ## Training
 #
-# The network and the training of [Chapter 14](14_randomized.py), with the moving average of KFAC's factors, and with
+# The network and the training of [Chapter 18](18_randomized.py), with the moving average of KFAC's factors, and with
 # eigenpairs that follow:
 
 # %%
@@ -528,15 +528,15 @@ assert difference < 0.5
 code(refreshed, ritz)
 
 # %% [markdown]
-# <div class="admonition theorem" markdown="1" id="thm-15.3">
-# <p class="admonition-title" markdown="1"><b>Theorem 15.3 (a correction never harms)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-19.3">
+# <p class="admonition-title" markdown="1"><b>Theorem 19.3 (a correction never harms)</b></p>
 #
 # Let $\hat M$ be the matrix before and $\hat M'$ the one after the correction. Then
 #
 # $$
 # \lVert M - \hat M' \rVert^2 = \lVert M - \hat M \rVert^2
 # - \lVert U_S^\top (M - \hat M)\, U_S \rVert^2 .
-# \tag{15.6}
+# \tag{19.6}
 # $$
 #
 # </div>
@@ -593,7 +593,7 @@ assert found["B, never refreshed"] < 0.5 * stale
 
 # %% [markdown]
 # On this stream the abstract's statement holds. Following is what counts. Whether there was a refresh 20 batches ago is
-# hardly seen, since errors of old truncations decay, as [(15.4)] says.
+# hardly seen, since errors of old truncations decay, as [(19.4)] says.
 #
 # ## In the optimizer
 #
@@ -644,7 +644,7 @@ assert counts["B-KFAC-C"]["corrections (C)"] == 6 * 6
 # inputs' 64 columns fit, as there are no eigenpairs yet. Sketches are made of all factors but the smallest.
 #
 # The tail and the damping of the author's code, a fraction of the largest eigenvalue as in
-# [Chapter 14](14_randomized.py), are an `invert=` as well:
+# [Chapter 18](18_randomized.py), are an `invert=` as well:
 
 # %% tags=["remove-input"]
 code(ContinuedInverse.__call__)
@@ -658,7 +658,7 @@ assert_exact(ContinuedInverse()(M, 0.1) @ (B @ G @ A), G)
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A batch that adds nothing.** Look at [(15.1)] again. If $X$ lies in the span of $U$, then $X - UC$ is zero, in
+# **A batch that adds nothing.** Look at [(19.1)] again. If $X$ lies in the span of $U$, then $X - UC$ is zero, in
 # exact arithmetic. On a computer it is round-off, a matrix of tiny random numbers that is *not* orthogonal to
 # $U$. A QR decomposition scales it to length one, and this "basis" goes into $[U\ Q]$. Batches like this are common:
 # repeated data, units that are dead or share their inputs, an average that has seen all there is. The author's code
@@ -701,8 +701,8 @@ assert wrong[naive_update, 16] > 1e-7
 
 # %% [markdown]
 # With $r = 8$ the naive update is as good as the package's. With $r = 16$, more than there is to know, wrong directions
-# stay and meet each other. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases, because [(15.2)] needs
-# $X = UC + QR$ only. The *inverse* is not: [(14.7)] is a formula for eigenpairs, and columns that are not orthonormal
+# stay and meet each other. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases, because [(19.2)] needs
+# $X = UC + QR$ only. The *inverse* is not: [(18.7)] is a formula for eigenpairs, and columns that are not orthonormal
 # are none. A test that compares the matrix would not find this. Whether it happened in the author's experiments, we do
 # not know: a rank below that of the data, or a little noise in directions of its own, is enough to avoid it.
 
@@ -769,11 +769,11 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # | layers | typically all fully connected ones | any; too narrow ones are updated in full |
 # | rank | code: [220](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L39); or [adaptive, 5 down or 10 up, 70 at least](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/adaptive_rank_utils.py#L59-L66) | 64, constant |
 # | schedule | code: B-updates [every 5 and later every update of factors, C every 5 and later every 2 B-updates](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/schedules/BRC_schedules.py#L12-L18), of a [share .2](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L64-L65); R [every 5 and later every 2 inversions](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/schedules/BR_schedules.py#L15); [decay .95](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L32) | B with every update, `period` chosen; share .2 |
-# | headline | CIFAR-10 with a slightly modified VGG16_bn: two of the three sooner than RS-KFAC at any test accuracy; 91 % sooner than SENG, but not above | [Chapter 19](19_comparison.py) trains it beside its controls; SENG not tested, because it is not in this package |
+# | headline | CIFAR-10 with a slightly modified VGG16_bn: two of the three sooner than RS-KFAC at any test accuracy; 91 % sooner than SENG, but not above | [Chapter 23](23_comparison.py) trains it beside its controls; SENG not tested, because it is not in this package |
 #
 # ## Exercises
 #
-# **Exercise 15.1.** Start with nothing, $U$ empty and $c = 0$, and update with one batch. Show that the damped
+# **Exercise 19.1.** Start with nothing, $U$ empty and $c = 0$, and update with one batch. Show that the damped
 # inverse is the one that Woodbury's identity gives,
 # $(X X^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - X (X^\top X + \gamma I)^{-1} X^\top \bigr)$.
 #
@@ -782,28 +782,28 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 #
 # The update is exact, so $U \operatorname{diag}(d)\, U^\top = X X^\top$, and both are the inverse of the same
 # matrix. With a singular value decomposition $X = U \operatorname{diag}(s)\, Y^\top$, Woodbury's is
-# $\tfrac1\gamma \bigl( I - U \operatorname{diag} \bigl( s^2 / (s^2 + \gamma) \bigr) U^\top \bigr)$, which is [(14.7)]
-# for $c = 0$ and $d = s^2$. B-KFAC with one batch is [SKFAC](13_skfac.py).
+# $\tfrac1\gamma \bigl( I - U \operatorname{diag} \bigl( s^2 / (s^2 + \gamma) \bigr) U^\top \bigr)$, which is [(18.7)]
+# for $c = 0$ and $d = s^2$. B-KFAC with one batch is [SKFAC](17_skfac.py).
 #
 # </details>
 #
-# **Exercise 15.2.** Take $\rho = 0.95$ and truncations with $\operatorname{tr} T_i \le \tau$, without a tail. Bound the trace of the error.
+# **Exercise 19.2.** Take $\rho = 0.95$ and truncations with $\operatorname{tr} T_i \le \tau$, without a tail. Bound the trace of the error.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# By [(15.4)], $\operatorname{tr} E_t \le \tau \sum_{k \ge 1} \rho^k = \tau \rho / (1 - \rho) = 19\, \tau$, for all
+# By [(19.4)], $\operatorname{tr} E_t \le \tau \sum_{k \ge 1} \rho^k = \tau \rho / (1 - \rho) = 19\, \tau$, for all
 # times. Errors do not grow with the number of batches.
 #
 # </details>
 #
-# **Exercise 15.3.** Keep a gradient in factors also with the exact damping of the product, [(14.9)]: how many
+# **Exercise 19.3.** Keep a gradient in factors also with the exact damping of the product, [(18.9)]: how many
 # rows has the step?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $G = \hat g^\top \hat a$ of $K$ rows, every term of [(14.9)] is a product of rows. Those that begin with $U_B$
+# With $G = \hat g^\top \hat a$ of $K$ rows, every term of [(18.9)] is a product of rows. Those that begin with $U_B$
 # share $r_B$ rows on the left. The others are
 # $\hat g^\top \bigl( w_{00} \hat a + \hat a\, U_A \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \bigr)$. So there are $K + r_B$ rows,
 # and the cost is linear again.
@@ -813,15 +813,15 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-X, gamma = torch.randn(30, 3), 0.1  # 15.1
+X, gamma = torch.randn(30, 3), 0.1  # 19.1
 U, d, c = updated_factor(none(30), X, 1.0, 5, zero_tail)
 woodbury = X @ torch.linalg.inv(X.T @ X + gamma * torch.eye(3)) @ X.T
 inverse = torch.eye(30) / gamma + (U * (1 / (d + gamma) - 1 / gamma)) @ U.T
 assert_exact(inverse, (torch.eye(30) - woodbury) / gamma)
 
-assert abs(sum(0.95**k for k in range(1, 2000)) - 19) < 1e-10  # 15.2
+assert abs(sum(0.95**k for k in range(1, 2000)) - 19) < 1e-10  # 19.2
 
-M = follow(Brand(rank=8), ios)  # 15.3
+M = follow(Brand(rank=8), ios)  # 19.3
 delta, w = 0.1, M.inverse(0.1)
 X = M.UB.T @ g.T  # [r_B, K]
 middle = w.both - w.left.unsqueeze(1) - w.right + w.rest
@@ -836,6 +836,6 @@ print("all hold")
 #
 # [Puiu (2022)](bibliography.md#brand) introduces the three algorithms and the linear application, and brings
 # Brand's update to KFAC;
-# [Brand (2006)](bibliography.md#brand-svd) the update, for singular values. [Chapter 13](13_skfac.py) has a
+# [Brand (2006)](bibliography.md#brand-svd) the update, for singular values. [Chapter 17](17_skfac.py) has a
 # window of batches instead of eigenpairs: no truncation, but a cost that grows with the memory. In
 # the package, `LowRankKronecker` is the matrix of all three chapters.

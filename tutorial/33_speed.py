@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 30. Speed: what KFAC must cost
+# # 33. Speed: what KFAC must cost
 #
-# **Part VI: Scale and trust.** How long do KFAC's factors take at least, how long do they take here, and with
+# **Part IX: Scale and trust.** How long do KFAC's factors take at least, how long do they take here, and with
 # what does the cost grow?
 #
 # A library that is twice as fast as another one may still be slow. A better measure is the ratio to what the
@@ -24,7 +24,7 @@
 # + \underbrace{(1 + V) R d^2}_{\text{half of the products}}
 # $$
 #
-# operations. This chapter first counts what KFAC's factors need, in [(30.2)], and then shows what the benchmarks of the
+# operations. This chapter first counts what KFAC's factors need, in [(33.2)], and then shows what the benchmarks of the
 # repository measured.
 
 # %%
@@ -97,7 +97,7 @@ plt.show()
 #
 # $$
 # A = \frac1R \sum_r a_r a_r^\top, \qquad B = \sum_{v, r} g_{vr} g_{vr}^\top.
-# \tag{30.1}
+# \tag{33.1}
 # $$
 #
 # The rows are those of one forward pass, with $2 R m n$ operations in this layer. Every vector takes one
@@ -109,7 +109,7 @@ plt.show()
 # F = \underbrace{\sum_\ell 2 R m_\ell n_\ell}_{\text{forward}}
 # + V \underbrace{\sum_{\ell > 1} 2 R m_\ell n_\ell}_{\text{backward}}
 # + \underbrace{\sum_\ell R \bigl(n_\ell^2 + V m_\ell^2\bigr)}_{\text{half of the products}}.
-# \tag{30.2}
+# \tag{33.2}
 # $$
 #
 # In code, for a chain of layers with a bias, whose input is one more column:
@@ -117,7 +117,7 @@ plt.show()
 
 # %%
 def operations(widths: list[int], R: int, V: int) -> dict[str, int]:
-    """The three parts of (30.2) for linear layers of these widths."""
+    """The three parts of (33.2) for linear layers of these widths."""
     forward, backward, half = 0, 0, 0
     for number, (n, m) in enumerate(pairwise(widths)):
         forward += 2 * R * m * n
@@ -143,7 +143,7 @@ def chain(widths: list[int], R: int) -> tuple[nn.Module, torch.Tensor, torch.Ten
 # ## Counted, not timed
 #
 # PyTorch can count the operations of its matrix products. For narrow layers, `kfac_over` computes plain products.
-# Its operations are then exactly those of [(30.2)], with the last part doubled:
+# Its operations are then exactly those of [(33.2)], with the last part doubled:
 
 # %% tags=["hide-input"] fold="Checked: the operations of kfac_over are those of the formula"
 loss = nn.CrossEntropyLoss()
@@ -151,7 +151,7 @@ for V in (1, 3):
     narrow = [20, 16, 12, 5]
     model, X, y = chain(narrow, R=32)
     needs = operations(narrow, 32, V)
-    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 26
+    tried = plan(model, X)  # what capture checks once for every kind of batch, see Chapter 10
     data = [(X, y)]
     count = counted(kfac_over, model, loss, data, monte_carlo(V), progress=False, plan=tried)
     print(
@@ -178,13 +178,13 @@ assert step == 2 * needs["forward"] + needs["backward"]
 #
 # $$
 # X^\top X = \begin{pmatrix} P^\top P & P^\top Q \\ (P^\top Q)^\top & Q^\top Q \end{pmatrix},
-# \tag{30.3}
+# \tag{33.3}
 # $$
 #
 # so that one of the four quarters is a copy. The two on the diagonal are products of the same kind.
 #
-# <div class="admonition theorem" markdown="1" id="thm-30.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 30.1 (quarters)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-33.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 33.1 (quarters)</b></p>
 #
 # After $k$ halvings of $d$ columns in $R$ rows, the product has $(1 + 2^{-k}) R d^2$ operations.
 #
@@ -197,7 +197,7 @@ assert step == 2 * needs["forward"] + needs["backward"]
 
 # %%
 def by_quarters(X: torch.Tensor, halvings: int) -> torch.Tensor:
-    """The product of (30.3), written down."""
+    """The product of (33.3), written down."""
     if halvings == 0:
         return X.T @ X
     P, Q = X.chunk(2, dim=1)
@@ -231,7 +231,7 @@ for d, R in ((64, 256), (1024, 2048)):
 # ## The limit in seconds
 #
 # Operations are not seconds: a matrix product of few columns waits for memory. So `benchmarks.limit` measures the
-# three parts of (30.2) by themselves, in turns with what they are compared with, on the same data: a forward
+# three parts of (33.2) by themselves, in turns with what they are compared with, on the same data: a forward
 # pass; $V$ backward passes to the outputs; and for all rows the plain products of these shapes, of which half the
 # time counts. The sum is the **limit**. For the exact Fisher of $C$ classes, $V = C - 1$ vectors are needed,
 # because the Hessian of cross-entropy has this rank.
@@ -307,7 +307,7 @@ plt.show()
 # width $d$ and a batch of $R$ rows, forward and backward pass are about $6 R d^2$ operations. The eigenbases of the
 # exact damped inverse take four products of $d \times d$ matrices, $8 d^3$ operations, and a factored inverse two. So
 # if the layer is wider than the batch, preconditioning is the larger part, and factored damping has half of it
-# ([Chapter 8](08_damping.py) says what it gives up):
+# ([Chapter 9](09_damping.py) says what it gives up):
 
 # %% tags=["hide-input"] fold="Printed: the time and memory of a step"
 step_rows = stored("step")["rows"]
@@ -319,7 +319,7 @@ for row in step_rows:
 # %% [markdown]
 # ## Growth
 #
-# From (30.2), time should grow linearly with samples, positions, vectors, layers and batches, and with the square of
+# From (33.2), time should grow linearly with samples, positions, vectors, layers and batches, and with the square of
 # the width. Memory should not grow with vectors or batches at all, since both arrive in parts. An embedding's
 # input factor is diagonal, so that a vocabulary should cost memory in proportion to its words. Fitted powers
 # say whether it is so:
@@ -360,7 +360,7 @@ for row in growth["rows"]:
 # %% [markdown]
 # ## Curvature in use
 #
-# Laplace's approximation ([Chapter 22](22_laplace.py)) and influence ([Chapter 23](23_influence.py)) go through all
+# Laplace's approximation ([Chapter 29](29_laplace.py)) and influence ([Chapter 30](30_influence.py)) go through all
 # data once, in batches. Their memory should not depend on the number of samples. The stated memory of influence is that
 # of the gradients of all queries, and of one batch for the largest block. The stated memory of Laplace is that of the
 # factors, their eigenvectors, and the largest decomposition:
@@ -459,7 +459,7 @@ assert all(
 #
 # ## Exercises
 #
-# **Exercise 30.1.** In a chain of equal layers of width $d$ with $R$ rows, which part of (30.2) is the largest for one
+# **Exercise 33.1.** In a chain of equal layers of width $d$ with $R$ rows, which part of (33.2) is the largest for one
 # vector?
 #
 # <details class="solution" markdown="1">
@@ -470,7 +470,7 @@ assert all(
 #
 # </details>
 #
-# **Exercise 30.2.** From how many classes on does the exact Fisher cost ten times the factors of one sampled vector, if
+# **Exercise 33.2.** From how many classes on does the exact Fisher cost ten times the factors of one sampled vector, if
 # all layers are equal?
 #
 # <details class="solution" markdown="1">
@@ -481,7 +481,7 @@ assert all(
 #
 # </details>
 #
-# **Exercise 30.3.** How many halvings get within a tenth of the half?
+# **Exercise 33.3.** How many halvings get within a tenth of the half?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -490,7 +490,7 @@ assert all(
 #
 # </details>
 #
-# **Exercise 30.4 (write it).** Write a function `in_parts(X, rows)` that computes $X^\top X$ for a matrix `X` of shape
+# **Exercise 33.4 (write it).** Write a function `in_parts(X, rows)` that computes $X^\top X$ for a matrix `X` of shape
 # `[R, d]` as a sum over parts of at most `rows` rows, so that no other matrix than the result has more than
 # `rows * d` entries. How many operations does it have? The cell below has `check_in_parts` and one solution.
 #
@@ -505,7 +505,7 @@ assert next(k for k in range(9) if 2**-k <= 1 / 10) == 4
 
 
 def in_parts(X: torch.Tensor, rows: int) -> torch.Tensor:
-    """A solution of Exercise 30.4: as many operations as at once."""
+    """A solution of Exercise 33.4: as many operations as at once."""
     total = X.new_zeros(X.shape[1], X.shape[1])
     for part in X.split(rows):
         total += part.T @ part
@@ -525,4 +525,4 @@ check_in_parts(in_parts)
 # ## Further reading
 #
 # [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) count the cost of both flavours. [Chapter
-# 14](14_randomized.py) and [Chapter 15](15_brand.py) measure what inverses cost with the width of a layer.
+# 18](18_randomized.py) and [Chapter 19](19_brand.py) measure what inverses cost with the width of a layer.

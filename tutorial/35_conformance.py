@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 27. Is your KFAC right?
+# # 35. Is your KFAC right?
 #
-# **Part VI: Scale and trust.** You have a KFAC, and it trains. How do you find out whether it
+# **Part IX: Scale and trust.** You have a KFAC, and it trains. How do you find out whether it
 # computes what it should?
 #
 # KFAC is an approximation. It differs from the exact curvature even if every line of code is right, so a difference
@@ -22,7 +22,7 @@
 #
 # $$
 # (c B \otimes A + \delta I)^{-1} = \tfrac1c \bigl( B \otimes A + \tfrac{\delta}{c} I \bigr)^{-1} .
-# \tag{27.1}
+# \tag{35.1}
 # $$
 #
 # This chapter presents an **oracle**: cases in which a theorem says what KFAC must give, and a judge that says how
@@ -127,11 +127,11 @@ plt.show()
 #
 # ## Why training does not tell
 #
-# [Figure 27.1] trains a small network on digits with all data at once. The wrong factor is the most frequent mistake of
+# [Figure 35.1] trains a small network on digits with all data at once. The wrong factor is the most frequent mistake of
 # its kind, $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$. The code takes them for
 # gradients of single data, and squares them.
 #
-# The wrong KFAC trains. Tuned, its losses equal those of the right one at every step, by [(27.1)]. The mistake shows
+# The wrong KFAC trains. Tuned, its losses equal those of the right one at every step, by [(35.1)]. The mistake shows
 # where the scale of the curvature is used: a damping that was tuned at another batch size, a Laplace
 # approximation, an influence function, a comparison with the GGN.
 #
@@ -279,7 +279,7 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # | nothing but gradients that it changes | `preconditioner` | `drivers.from_preconditioner(...)` |
 #
 # Questions have *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and
-# EKFAC ([Chapter 10](10_ekfac.py)). Each question names one of three *Fishers*: `type2` is the Fisher over the
+# EKFAC ([Chapter 14](14_ekfac.py)). Each question names one of three *Fishers*: `type2` is the Fisher over the
 # model's own labels, computed exactly ([Chapter 3](03_losses.py)), `mc` draws labels, and `empirical`
 # takes those of the data. An adapter claims what it has of both. `ops` names the kinds of layers that you are
 # asked for. The skeleton's code knows linear layers only, and claims `{"linear"}`. With an empty `ops`, you are
@@ -288,7 +288,7 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # EKFAC means the eigenvectors of KFAC-expand and the second moments of every datum's gradient. EKFAC of a
 # layer that KFAC-reduce has averaged is not asked for. The gradients of data are lost there, so that no
 # theorem holds, and `ekfac` of this package refuses such a layer. EKFAC with the eigenvectors of
-# KFAC-reduce is another method ([Chapter 10](10_ekfac.py)). It has no questions here.
+# KFAC-reduce is another method ([Chapter 14](14_ekfac.py)). It has no questions here.
 #
 # Most optimizers have the last shape. An optimizer gives no matrix, and does not get the loss. The functions of
 # `kfac_scratch.conformance.drivers` find its matrix all the same:
@@ -318,7 +318,7 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # - **No matrix.** The preconditioner's effect on every unit vector is the inverse
 #   $P = (M + \delta I)^{-1}$. So $M = P^{-1} - \delta I$. `drivers.from_preconditioner` does this twice, the
 #   second time with a damping of the size of $M$, where rounding is smallest. If your code damps its
-#   factors instead of the block, which the oracle calls `factored` ([Chapter 8](08_damping.py)), there is no
+#   factors instead of the block, which the oracle calls `factored` ([Chapter 9](09_damping.py)), there is no
 #   such $M$: read the factors.
 # - **Single precision inside.** Code that computes its eigenvectors in `float32`, whatever it is given,
 #   is told so. Claim `dtypes={"float32"}`. Or let the adapter replace the function that casts, by one that
@@ -951,7 +951,7 @@ assert {r.case for r in made(again, known).surprises()} == {r.case for r in left
 # cases. This also tests the package. Second, the oracle is tested by **mutation**: a catalogue of small changes to our
 # own code, and of mistakes in public code, each of which at least one case must reject. If a mutant passes all
 # cases, a case is missing. The public ones are the bug museum of
-# [Chapter 28](28_museum.py).
+# [Chapter 36](36_museum.py).
 
 # %% tags=["hide-input"] fold="Checked: two pieces of the museum are rejected"
 print(f"{len(MUTANTS)} mutants, {len(PIECES)} mistakes from public code")
@@ -1134,7 +1134,7 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # ## Exercises
 #
-# **Exercise 27.1.** Somebody averages the factors of mini-batches with equal weights. Which cases
+# **Exercise 35.1.** Somebody averages the factors of mini-batches with equal weights. Which cases
 # of the panel pass? Which verdict do the others get, and can a scale explain it?
 #
 # <details class="solution" markdown="1">
@@ -1146,7 +1146,7 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # </details>
 #
-# **Exercise 27.2.** A code fills the bias column with zeros. What does the judge say in the cases
+# **Exercise 35.2.** A code fills the bias column with zeros. What does the judge say in the cases
 # that judge the bias alone, and why is there no scale?
 #
 # <details class="solution" markdown="1">
@@ -1158,7 +1158,7 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # </details>
 #
-# **Exercise 27.3 (write it).** Make the KFAC support cross-entropy with a label at every position, `[N, C,
+# **Exercise 35.3 (write it).** Make the KFAC support cross-entropy with a label at every position, `[N, C,
 # T]`. How many vectors does a datum need, and which cases decide? The cell below has
 # `check_tokens`, which runs these cases on your class, and one solution.
 #
@@ -1176,7 +1176,7 @@ for j, group in enumerate(groups[3:], start=3):
 
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
-class AveragedBatches(Weighted):  # 27.1
+class AveragedBatches(Weighted):  # 35.1
     def __init__(self, model: Module) -> None:
         super().__init__(model)
         self.kept: list[tuple[dict, dict]] = []
@@ -1200,7 +1200,7 @@ assert asked(AveragedBatches, "batches-unequal-mse-mean").verdict == "wrong"
 assert "batches" in asked(AveragedBatches, "batches-equal-cross-entropy-sum").words
 
 
-class Zeros(Counted):  # 27.2
+class Zeros(Counted):  # 35.2
     def with_bias(self, name: str, a: Tensor) -> Tensor:
         a = super().with_bias(name, a).clone()
         a[..., 0] = 0
@@ -1212,7 +1212,7 @@ assert zero.verdict == "wrong"
 assert set(zero.scales.values()) == {0.0}
 
 
-class Tokens(Refusing):  # 27.3
+class Tokens(Refusing):  # 35.3
     def square_root(self, loss: Module, f: Tensor, y: Tensor) -> Tensor:
         if f.ndim == 2 or isinstance(loss, MSELoss):
             return super().square_root(loss, f, y)

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 18. Two levels: what KFAC's blocks leave out
+# # 22. Two levels: what KFAC's blocks leave out
 #
-# **Part III: Better and faster.** KFAC solves every layer by itself. Can a handful of numbers put back
+# **Part V: Better and faster.** KFAC solves every layer by itself. Can a handful of numbers put back
 # what happens between the layers?
 #
 # All methods so far cut the curvature of a network into one block per layer. In the language of linear
@@ -84,7 +84,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 # F_\delta = \begin{pmatrix} 1 & c \\ c & 1 \end{pmatrix}, \qquad
 # r = \begin{pmatrix} 1 \\ 1 \end{pmatrix}, \qquad
 # F_\delta^{-1} r = \frac{1}{1 + c}\, r, \qquad x = r .
-# \tag{18.1}
+# \tag{22.1}
 # $$
 #
 # Each layer alone would take a step of 1, and each is right to do so, if the other does nothing. Together
@@ -172,7 +172,7 @@ for name, p in (("KFAC", x), ("exact blocks", by_exact_blocks(problem, r))):
 
 # %% [markdown]
 # A step of length one does not lower the parabola at all, it raises it above its start. This is not only
-# KFAC's doing, as the exact blocks raise it, too. It is [(18.1)] with four layers. A learning rate, a trust
+# KFAC's doing, as the exact blocks raise it, too. It is [(22.1)] with four layers. A learning rate, a trust
 # region or a line search repairs the length, so what counts is the second number. Of what KFAC
 # misses there, one part comes from its model of each block. The rest is missing with exact blocks,
 # too: that is what a second level could bring back.
@@ -202,7 +202,7 @@ matrices({"layers 0, 2, 4, 6": pairs}, digits=2)
 # &= \sum_l \sum_s g_{vns}^{(l)\top} X_l\, a_{ns}^{(l)} , \\
 # (F X)_l &= \sum_{v,n} c_{vn}\, G_{vn}^{(l)} .
 # \end{aligned}
-# \tag{18.2}
+# \tag{22.2}
 # $$
 #
 # The only thing that layers exchange is the sum over $l$: one number per vector and datum. Leave it out,
@@ -235,18 +235,18 @@ assert_exact(problem.joined(problem.product(X)), problem.F @ problem.joined(X))
 # y &= E^{-1} Z^\top r , \quad E = Z^\top F_\delta Z , \\
 # Z y &= Q r , \quad Q = Z E^{-1} Z^\top ,
 # \end{aligned}
-# \tag{18.3}
+# \tag{22.3}
 # $$
 #
 # since $q(Zy) = \tfrac12 y^\top E y - (Z^\top r)^\top y$. The matrix $E$ is $m$ by $m$. With directions
-# $z_k$ that each lie in one layer $l(k)$, [(18.2)] gives it from the layers' inputs and vectors,
+# $z_k$ that each lie in one layer $l(k)$, [(22.2)] gives it from the layers' inputs and vectors,
 #
 # $$
 # \begin{aligned}
 # E &= \Phi \Phi^\top + \delta\, Z^\top Z , \\
 # \Phi_{k, vn} &= \langle G_{vn}^{(l(k))}, z_k \rangle .
 # \end{aligned}
-# \tag{18.4}
+# \tag{22.4}
 # $$
 #
 # For the ones of Nicolaides, $\Phi_{l, vn}$ is the sum of the entries of a gradient, a sum over $a$ times
@@ -292,7 +292,7 @@ assert coupling[3, :3].abs().max() < 1e-10 < coupling[0, 1].abs()
 # \text{ADEF2:} &\quad x + Q (r - F_\delta x) \\
 # \text{BNN:} &\quad \text{coarse, fine, coarse}
 # \end{aligned}
-# \tag{18.5}
+# \tag{22.5}
 # $$
 
 # %% tags=["beside", "remove-input"]
@@ -301,15 +301,15 @@ code(additive, adef1, adef2, bnn)
 # %% [markdown]
 # ADEF2 has a guarantee that needs nothing from the fine level, which may be KFAC, EKFAC, or nonsense.
 #
-# <div class="admonition theorem" markdown="1" id="thm-18.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 18.1 (ADEF2 is never worse)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-22.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 22.1 (ADEF2 is never worse)</b></p>
 #
 # Let $p_* = F_\delta^{-1} r$ and $\lVert v \rVert_F^2 = v^\top F_\delta v$. Let $e = p_* - x$ be the error
 # of the fine step and $\Pi = Q F_\delta$. The error of ADEF2 is $(I - \Pi) e$, and
 #
 # $$
 # \lVert (I - \Pi) e \rVert_F^2 = \lVert e \rVert_F^2 - \lVert \Pi e \rVert_F^2 .
-# \tag{18.6}
+# \tag{22.6}
 # $$
 #
 # Its parabola is never higher than that of the fine step, and a larger coarse space is never worse than
@@ -320,7 +320,7 @@ code(additive, adef1, adef2, bnn)
 # **Proof.** $r = F_\delta p_*$, so ADEF2's step is $x + Q F_\delta (p_* - x) = x + \Pi e$. From
 # $Q F_\delta Q = Z E^{-1} E E^{-1} Z^\top = Q$ follows $\Pi^2 = \Pi$, and
 # $u^\top F_\delta \Pi v = u^\top F_\delta Q F_\delta v$ is symmetric in $u$ and $v$. So $\Pi$ is the
-# projection onto the span of $Z$ that is orthogonal in the inner product of $F_\delta$, and [(18.6)] is
+# projection onto the span of $Z$ that is orthogonal in the inner product of $F_\delta$, and [(22.6)] is
 # Pythagoras. The parabola is $q(p) = \tfrac12 \lVert p - p_* \rVert_F^2 - \tfrac12 r^\top p_*$. A projection
 # onto a larger span removes at least as much. $\blacksquare$
 #
@@ -412,8 +412,8 @@ code(nicolaides_space, residual_space, spectral_space, krylov_space)
 # The `residual_space` space takes from each layer its own fine step, $z_l = M_l^{-1} r_l$. This one we
 # understand completely.
 #
-# <div class="admonition theorem" markdown="1" id="thm-18.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 18.2 (one length per layer)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-22.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 22.2 (one length per layer)</b></p>
 #
 # If the fine step $x$ lies in the span of $Z$, ADEF2's step is the minimum of the parabola over that
 # span, whatever $x$ is. With the residual space it is $\sum_l \alpha_l z_l$ with the best lengths
@@ -422,10 +422,10 @@ code(nicolaides_space, residual_space, spectral_space, krylov_space)
 #
 # </div>
 #
-# **Proof.** $x = \Pi x$, so $x + \Pi (p_* - x) = \Pi p_* = Q r$, which is [(18.3)]. The common length is
+# **Proof.** $x = \Pi x$, so $x + \Pi (p_* - x) = \Pi p_* = Q r$, which is [(22.3)]. The common length is
 # the special case of equal $\alpha_l$. $\blacksquare$
 #
-# Without $x$ in the span, [Theorem 18.1] compares steps *as they are*. Give both the best length, and
+# Without $x$ in the span, [Theorem 22.1] compares steps *as they are*. Give both the best length, and
 # ADEF2 may be the worse one: the coarse step repairs the length of $x$ in the few directions it has, and
 # by that turns it.
 
@@ -505,8 +505,8 @@ for name, rows in measured.items():
     (unit, scaled), (du, ds) = rows.mean(0), rows.std(0)
     print(f"{name:28} {unit:8.2f} ± {du:.2f}     {scaled:8.2f} ± {ds:.2f}")
 K, nearest = measured["KFAC"], measured["ADEF2, fine steps, twice"]
-assert (measured["ADEF2, ones"][:, 0] >= K[:, 0]).all()  # Theorem 18.1
-assert (measured["ADEF2, fine steps"][:, 1] >= K[:, 1]).all()  # Theorem 18.2
+assert (measured["ADEF2, ones"][:, 0] >= K[:, 0]).all()  # Theorem 22.1
+assert (measured["ADEF2, fine steps"][:, 1] >= K[:, 1]).all()  # Theorem 22.2
 assert (nearest[:, 1] >= measured["ADEF2, fine steps"][:, 1]).all()
 assert (measured["additive, ones (the paper)"][:, 1] - K[:, 1]).abs().max() < 0.1
 assert measured["exact blocks"][:, 1].mean() > nearest[:, 1].mean() + 0.1
@@ -598,7 +598,7 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# That ADEF2 with ones is the worst of all does not contradict [Theorem 18.1]. The theorem is about steps as
+# That ADEF2 with ones is the worst of all does not contradict [Theorem 22.1]. The theorem is about steps as
 # they are, and here every step gets its best length. Part of what ones repair is the length, and the
 # rest turns the direction for the worse, as the table said before. The best two need more: as many
 # products with directions as there are layers, twice, or a second product with $F$.
@@ -607,12 +607,12 @@ plt.show()
 # are others: small batches, averages, a fixed rule for the length. What can be said is
 # that at this size ones gain nothing, that fine steps twice gain a little, and that a
 # second level should be measured against the other uses of a product with $F$. And this is a classifier.
-# In [Chapter 19](19_comparison.py) there is an autoencoder whose blocks KFAC models almost exactly, so that
+# In [Chapter 23](23_comparison.py) there is an autoencoder whose blocks KFAC models almost exactly, so that
 # coupling is all that is missing: there one length per layer recovers half of it, ones again nothing.
 #
 # ## In training
 #
-# `two_level` is the counterpart of `preconditioner` ([Chapter 8](08_damping.py)): gradients of
+# `two_level` is the counterpart of `preconditioner` ([Chapter 9](09_damping.py)): gradients of
 # parameters in, a step out. It takes the layers' inputs and vectors of a batch, besides the inverses.
 
 # %%
@@ -626,7 +626,7 @@ one_level = preconditioner(problem.model, problem.maps)(g)
 assert step.keys() == one_level.keys()
 
 # %% [markdown]
-# In the optimizer of [Chapter 9](09_averages.py) the second level is a step control: the additive form
+# In the optimizer of [Chapter 11](11_averages.py) the second level is a step control: the additive form
 # and ADEF2 start from the fine step, which the optimizer has already, and the other two apply the inverses once
 # more. It looks at the batch of the step once more, with vectors of its own, and belongs in front of whatever
 # changes the length. A step of ADEF2 is nearer to the exact one in the norm of $F_\delta$, but it may *ascend*:
@@ -727,7 +727,7 @@ assert max(runs[..., 1].mean() for runs in ended.values()) < 0.1  # seldom uphil
 # %% [markdown]
 # The additive form trains as KFAC does. ADEF2 with ones fails at each of the three rates. Steps uphill are not the
 # reason, since there are hardly any. Its coarse part is the right one beside a fine step of length one, as in
-# [Theorem 18.1], and a learning rate shortens both.
+# [Theorem 22.1], and a learning rate shortens both.
 #
 # ADEF2 with the fine steps depends on the rate. Its lengths are the best ones for the parabola, a fraction of
 # KFAC's. At the rates that suit KFAC it is slow. At the largest one it does as well as KFAC at its own rate, and KFAC
@@ -736,7 +736,7 @@ assert max(runs[..., 1].mean() for runs in ended.values()) < 0.1  # seldom uphil
 #
 # ### What a graft per layer leaves of it
 #
-# The control `graft` ([Chapter 9](09_averages.py)) is the optimizer's default. It gives the step of *every layer* the length
+# The control `graft` ([Chapter 11](11_averages.py)) is the optimizer's default. It gives the step of *every layer* the length
 # of Adam's. But the second level is about the lengths of layers relative to each other. With the residual space it is
 # about nothing else: ADEF2's step in layer $l$ is $\alpha_l z_l$. After the graft, only the sign of $\alpha_l$ is left, and
 # where it is negative, a layer goes uphill with Adam's full length. A graft for the *whole network* keeps the ratios:
@@ -788,9 +788,9 @@ assert ended["per layer", "no coarse level"] < ended["per layer", "ADEF2, fine s
 
 # %% [markdown]
 # So a comparison of coarse levels behind a graft per layer says little about them. In
-# [Chapter 19](19_comparison.py) the kind of graft is one of the settings that are searched.
+# [Chapter 23](23_comparison.py) the kind of graft is one of the settings that are searched.
 #
-# The extra cost of a step is one product with $F$, [(18.2)], about that of a forward and a backward pass
+# The extra cost of a step is one product with $F$, [(22.2)], about that of a forward and a backward pass
 # per vector, and half of that for each set of directions in $\Phi$. The additive form with ones needs
 # no product. Its $\Phi$ consists of sums of $a$ and of $g$, and costs next to nothing.
 #
@@ -817,7 +817,7 @@ assert right_share >= wrong_share
 # %% [markdown]
 # **Factors between layers.** The authors' code approximates $E_{kl}$ by
 # $(\mathbf{1}^\top A_{kl} \mathbf{1}) (\mathbf{1}^\top B_{kl} \mathbf{1})$ with KFAC-like factors between two
-# layers, which it averages over batches ([line 185](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185)). The exact matrix [(18.4)] is
+# layers, which it averages over batches ([line 185](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185)). The exact matrix [(22.4)] is
 # cheaper, since it needs no factors; it is that of one batch:
 
 # %%
@@ -850,7 +850,7 @@ assert history == [0.5, 1.0, 1.5, 2.0]
 assert torch.linalg.eigvalsh(kept).min() < 0  # soon the coarse matrix is indefinite
 
 # %% [markdown]
-# **Other vectors in every layer.** [(18.2)] needs the *same* vector $v$ of datum $n$ in all layers. Type-2
+# **Other vectors in every layer.** [(22.2)] needs the *same* vector $v$ of datum $n$ in all layers. Type-2
 # vectors are, as are Monte Carlo vectors from one backward pass. Draw labels for each layer anew, and
 # every block is still fine, but the coupling has a random sign and averages to zero:
 
@@ -879,13 +879,13 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 # | coarse matrix | the Fisher at a coarser scale; code: [Kronecker products of sums](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L185) over pairs of layers, averaged | the exact Galerkin matrix of the step's batch |
 # | damping of the coarse level | code: [a multiple of the identity](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L190) | $\delta Z^\top Z$, which is that of $F + \delta I$ |
 # | Fisher | the actual one, not the empirical; code: [labels drawn from the model](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/main.py#L92) | that of `coarse_correction(fisher)`, with the same vectors in all layers |
-# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 9](09_averages.py); the coarse level in every step |
+# | schedule | code: factors every [10 steps, inverses every 100](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L52-L54); decay [up to .95](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/optimizers/gkfac.py#L318) | the optimizer's, [Chapter 11](11_averages.py); the coarse level in every step |
 # | numbers | code: damping $10^{-3}$, [KL clipping $10^{-2}$](https://github.com/ntselepidis/KFAC-Pytorch/blob/74b6c7d7a70c959fa35d1690cd86a6f920b5da7b/utils/get_args.py#L49-L50) | damping is the optimizer's; `kl_clip` is a control |
-# | headline | a small set of experiments suggests better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no real gain with several coarse spaces | [Chapter 19](19_comparison.py) trains it beside its controls |
+# | headline | a small set of experiments suggests better convergence; the second paper, [Koroko et al. (2023)](bibliography.md#two-level-koroko), finds no real gain with several coarse spaces | [Chapter 23](23_comparison.py) trains it beside its controls |
 #
 # ## Exercises
 #
-# **Exercise 18.1.** Let $F$ be block-diagonal and $M = F_\delta$. What do the four forms do?
+# **Exercise 22.1.** Let $F$ be block-diagonal and $M = F_\delta$. What do the four forms do?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -895,7 +895,7 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 #
 # </details>
 #
-# **Exercise 18.2.** Show that BNN may be nested either way: ADEF2 with ADEF1 as fine level, or
+# **Exercise 22.2.** Show that BNN may be nested either way: ADEF2 with ADEF1 as fine level, or
 # ADEF1 with ADEF2 as fine level.
 #
 # <details class="solution" markdown="1">
@@ -907,13 +907,13 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 #
 # </details>
 #
-# **Exercise 18.3.** In [(18.1)], take the residual space of the *whole* network, the single direction
+# **Exercise 22.3.** In [(22.1)], take the residual space of the *whole* network, the single direction
 # $z = x$. Which step does ADEF2 give? And why is it the right one here, for every $c$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The minimum along $x$, by the proof of [Theorem 18.2]: KFAC with the best length,
+# The minimum along $x$, by the proof of [Theorem 22.2]: KFAC with the best length,
 # $(r^\top x) / (x^\top F_\delta x)\, x = \frac{2}{2 + 2c}\, x$. It is exact since both layers are alike, so that
 # $r$ is an eigenvector of $F_\delta$. With a gradient $(1, 0)^\top$ it is not.
 #
@@ -922,7 +922,7 @@ for name, ios in (("labels drawn once", once), ("labels drawn for each layer", a
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-M = problem.F.clone()  # 18.1
+M = problem.F.clone()  # 22.1
 mask = torch.zeros_like(M, dtype=torch.bool)
 for i in layers:
     mask[i[:, None], i] = True
@@ -933,10 +933,10 @@ assert_exact(solve + Q_small - Q_small @ M @ solve, solve)
 assert_exact(solve + Q_small - solve @ M @ Q_small, solve)
 assert relative(solve @ r + Q_small @ r, solve @ r) > 1e-3
 
-nested = adef1(adef2(problem.fine, problem.product, Q), problem.product, Q)  # 18.2
+nested = adef1(adef2(problem.fine, problem.product, Q), problem.product, Q)  # 22.2
 assert_exact(problem.joined(nested(problem.split(r))), P["BNN"] @ r)
 
-for c in (0.0, 0.5, 0.9):  # 18.3
+for c in (0.0, 0.5, 0.9):  # 22.3
     F, one = torch.tensor([[1.0, c], [c, 1.0]]), torch.ones(2)
     assert_exact((one @ one) / (one @ F @ one) * one, torch.linalg.solve(F, one))
 print("all hold")
@@ -946,6 +946,6 @@ print("all hold")
 #
 # [Tselepidis et al. (2020)](bibliography.md#two-level) bring the second level to KFAC;
 # [Koroko et al. (2023)](bibliography.md#two-level-koroko) compare coarse spaces, and find little.
-# [Tang et al. (2009)](bibliography.md#two-level-forms) compare the forms of [(18.5)] for linear systems,
+# [Tang et al. (2009)](bibliography.md#two-level-forms) compare the forms of [(22.5)] for linear systems,
 # where their names come from. [Martens and Grosse (2015)](bibliography.md#kfac) address the length of
 # the step with the exact parabola, and coupling of neighbouring layers with a block-tridiagonal inverse.

@@ -11,14 +11,14 @@
 # ---
 
 # %% [markdown]
-# # 11. TKFAC: factors that know each other's size
+# # 15. TKFAC: factors that know each other's size
 #
-# **Part III: Better and faster.** KFAC averages inputs as if every datum counted the same. The block does
+# **Part V: Better and faster.** KFAC averages inputs as if every datum counted the same. The block does
 # not. What if each side is weighted by the other?
 #
 # A classifier is right, and sure, about most of its data. For these data the vectors $g$ that the loss sends back
 # are nearly zero, and so are their terms in the exact block. KFAC's factor of the inputs is the mean of $a a^\top$
-# over *all* data; so it mostly describes data that the block hardly contains: [Figure 11.1].
+# over *all* data; so it mostly describes data that the block hardly contains: [Figure 15.1].
 
 # %% tags=["hide-input"]
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 #
 # ## A datum without gradient
 #
-# [Figure 11.1] has two data, and nothing comes back to the second: $g_2 = 0$. The block is the
+# [Figure 15.1] has two data, and nothing comes back to the second: $g_2 = 0$. The block is the
 # block of the first datum alone, $F = g_1 g_1^\top \otimes a_1 a_1^\top$, a Kronecker product. KFAC has the
 # right $B$, but its $A$ is half $a_1 a_1^\top$ and half $a_2 a_2^\top$, and the second half is not in the block.
 #
@@ -99,7 +99,7 @@ matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 # A_{ij} = \sum_o F_{(o,i),(o,j)} ,
 # \qquad
 # B_{op} = \sum_i F_{(o,i),(p,i)} .
-# \tag{11.1}
+# \tag{15.1}
 # $$
 #
 # (In this chapter $A$ and $B$ are these, not KFAC's.) Write the diagonal of $F$ as a table with rows $o$ and
@@ -114,7 +114,7 @@ matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 # B_{op} &= \sum_{v,n} \sum_i (G_{vn})_{oi} (G_{vn})_{pi} ,
 # & B &= \sum_{v,n} G_{vn} G_{vn}^\top .
 # \end{aligned}
-# \tag{11.2}
+# \tag{15.2}
 # $$
 #
 # As loops, once from the block and once from the gradients:
@@ -159,11 +159,11 @@ for S in (1, 4):
 #
 # $$
 # T = \frac{1}{\operatorname{tr} F}\, B \otimes A .
-# \tag{11.3}
+# \tag{15.3}
 # $$
 #
-# <div class="admonition theorem" markdown="1" id="thm-11.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 11.1 (TKFAC)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-15.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 15.1 (TKFAC)</b></p>
 #
 # $T$ has both partial traces of $F$, and therefore its trace. It is the only Kronecker product
 # that has them. If $F$ is a Kronecker product, then $T = F$.
@@ -183,20 +183,20 @@ for S in (1, 4):
 # ## With one position: weights
 #
 # For $G_{vn} = g_{vn} a_n^\top$ we have $G^\top G = \lVert g \rVert^2 a a^\top$ and
-# $G G^\top = \lVert a \rVert^2 g g^\top$. So [(11.2)] is
+# $G G^\top = \lVert a \rVert^2 g g^\top$. So [(15.2)] is
 #
 # $$
 # A = \sum_n \Bigl( \sum_v \lVert g_{vn} \rVert^2 \Bigr) a_n a_n^\top ,
 # \qquad
 # B = \sum_n \lVert a_n \rVert^2 \sum_v g_{vn} g_{vn}^\top ,
-# \tag{11.4}
+# \tag{15.4}
 # $$
 #
 # KFAC's sums with weights for every datum, the squared lengths of its vectors and of its input. No
 # gradient is formed; beyond KFAC's cost there are only these lengths.
 # [Gao et al. (2021)](bibliography.md#tkfac), who found the method, write it as $\delta\, \Psi \otimes \Phi$ with
 # $\Phi = A / \delta$ and $\Psi = B / \delta$ of trace one, and $\delta = \operatorname{tr} F$. "T" stands
-# for trace-restricted. (That the partial traces determine the product, and Theorem 11.2 below, are not from the
+# for trace-restricted. (That the partial traces determine the product, and Theorem 15.2 below, are not from the
 # paper's abstract.)
 #
 # ### In the package
@@ -227,7 +227,7 @@ for S in (1, 4):
 # $$
 # \operatorname{tr} F = \sum_n b_n \lVert a_n \rVert^2
 # = \operatorname{tr}(\text{KFAC}) + N \operatorname{Cov} \bigl( b_n, \lVert a_n \rVert^2 \bigr) ,
-# \tag{11.5}
+# \tag{15.5}
 # $$
 #
 # because KFAC's trace is the product of $\sum_n b_n$ and the mean of $\lVert a_n \rVert^2$. It is too large if
@@ -284,7 +284,7 @@ assert relative_error(tkfac(io).dense()[bias, bias], exact) > 0.05
 # %% [markdown]
 # ## A trained network
 #
-# How unequal are the weights? We train on handwritten digits, as in [Chapter 10](10_ekfac.py), and
+# How unequal are the weights? We train on handwritten digits, as in [Chapter 14](14_ekfac.py), and
 # sort 200 fresh images by $b_n$, the weight that TKFAC gives them in $A$.
 
 # %%
@@ -356,20 +356,20 @@ assert (T / K)[4:].mean() < 0.95
 # ## In which sense it is the best
 #
 # "Nearest" needs a distance. In the Frobenius norm the nearest product is another one, the subject of
-# [Chapter 12](12_kpsvd.py). TKFAC is the nearest in the sense of **relative entropy**, which for two
+# [Chapter 16](16_kpsvd.py). TKFAC is the nearest in the sense of **relative entropy**, which for two
 # positive definite matrices is
 #
 # $$
 # \mathcal{D}(F, M) = \operatorname{tr} \bigl( F \log F - F \log M - F + M \bigr) ,
-# \tag{11.6}
+# \tag{15.6}
 # $$
 #
 # with the logarithm of matrices. It is zero for $M = F$ and positive otherwise. For diagonal matrices it is the
 # Kullback-Leibler divergence of tables. For tables it is known that, of all products of two distributions, the
 # product of the table's own marginals is nearest to it. The same holds here:
 #
-# <div class="admonition theorem" markdown="1" id="thm-11.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 11.2 (nearest in relative entropy)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-15.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 15.2 (nearest in relative entropy)</b></p>
 #
 # Among all positive definite Kronecker products $M$, the one with the smallest $\mathcal{D}(F, M)$ is
 # TKFAC.
@@ -384,7 +384,7 @@ assert (T / K)[4:].mean() < 0.95
 # $$
 # \mathcal{D}(F, M) = \mu - \operatorname{tr}(F) \log \mu
 # - \operatorname{tr}(A \log X) - \operatorname{tr}(B \log Y) + \text{const} .
-# \tag{11.7}
+# \tag{15.7}
 # $$
 #
 # The first two terms are smallest for $\mu = \operatorname{tr} F$. The third is, up to a constant
@@ -452,7 +452,7 @@ assert abs(rows[0][:3]).max() < 1e-10 < abs(rows[0][3])
 #
 # $$
 # \mathcal{R}(T) = \frac{(R\, e)(e^\top R)}{e^\top R\, e} ,
-# \tag{11.8}
+# \tag{15.8}
 # $$
 #
 # a matrix of rank one with the same products with $e$ as $R$. The map from $R$ to the error $R - \mathcal{R}(T)$ is
@@ -474,7 +474,7 @@ assert torch.linalg.matrix_rank(R - RT) == torch.linalg.matrix_rank(R) - 1
 # %% [markdown]
 # ## TEKFAC
 #
-# TKFAC's eigenvectors are an orthogonal basis, and [Theorem 10.1] gives the best
+# TKFAC's eigenvectors are an orthogonal basis, and [Theorem 14.1] gives the best
 # eigenvalues for any basis. TKFAC's basis with these eigenvalues is TEKFAC, by
 # [Gao et al. (2020)](bibliography.md#tekfac).
 
@@ -513,7 +513,7 @@ print(f"{relative_error(TE.dense(), F):.3f}")
 assert relative_error(TE.dense(), F) > 5 * relative_error(E.dense(), F)
 
 # %% [markdown]
-# On the trained network, [Figure 11.2], the basis of TKFAC was the better one:
+# On the trained network, [Figure 15.2], the basis of TKFAC was the better one:
 
 # %%
 assert errors["TEKFAC"][-1] < errors["EKFAC"][-1]
@@ -566,9 +566,9 @@ plt.show()
 #
 # ## Over batches
 #
-# Which numbers should be averaged over batches? Equation [(11.3)] divides by the trace, and a mean of ratios is not
+# Which numbers should be averaged over batches? Equation [(15.3)] divides by the trace, and a mean of ratios is not
 # the ratio of the means. But partial traces are linear in $F$. The mean of the partial traces of several blocks is
-# the partial trace of their mean. So the state that an estimator keeps is $A$ and $B$ as in [(11.2)], the two
+# the partial trace of their mean. So the state that an estimator keeps is $A$ and $B$ as in [(15.2)], the two
 # fields of `PartialTraces`, without the division. The division is made when the matrix is used.
 
 # %% tags=["beside", "remove-input"]
@@ -601,7 +601,7 @@ assert error > 0.01
 #
 # `M.inverse(damping)` is exact, as for every Kronecker product. The cheaper way damps both factors by a
 # share of $\sqrt\delta$ (here $\delta$ is the damping). The paper splits the trace evenly, so that both
-# factors have trace $\sqrt{\operatorname{tr} F}$, and adds $\sqrt\delta$ to both. [Chapter 8](08_damping.py)
+# factors have trace $\sqrt{\operatorname{tr} F}$, and adds $\sqrt\delta$ to both. [Chapter 9](09_damping.py)
 # balances by $\pi^2$, the ratio of the *mean* eigenvalues. With equal traces that is
 # $d_\text{out} / d_\text{in}$, so the two agree for square layers only, and otherwise $\pi$ adds less: it minimises
 # the trace of what is inverted. Either way, the damped product no longer has the trace of $F + \delta I$.
@@ -682,7 +682,7 @@ assert_exact(PartialTraces(A, B).dense(), tkfac(io).dense())
 # %% [markdown]
 # A test on data with equal lengths would not notice. Use data with $g_n = 0$, as in the first figure.
 #
-# **Weights per position.** With weight sharing, [(11.4)] for every position as if it were a datum leaves out the
+# **Weights per position.** With weight sharing, [(15.4)] for every position as if it were a datum leaves out the
 # products of different positions, and the trace is that of another matrix. It is exact if inputs and vectors of
 # different positions are uncorrelated, which [the
 # notes](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac)
@@ -722,24 +722,24 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # | Fisher | not checked | any; in the optimizer, one drawn label for each sample |
 # | damping | $\sqrt\lambda$ on two factors of equal trace | `even_traces_inverse`; the default is `factored_inverse`, which adds less |
 # | damping for convolutional networks | for TEKFAC the mean eigenvalue, with a floor; for TKFAC not checked | `relative_inverse` with `damping=1.0`, without the floor |
-# | numbers | not checked | those of the optimizer, [Chapter 36](36_in_practice.py) |
-# | headline, TKFAC | performs better than several state-of-the-art algorithms on some deep networks | [Chapter 19](19_comparison.py) trains it beside its controls, without the damping for convolutional networks; networks of the size of the paper's are out of reach here |
+# | numbers | not checked | those of the optimizer, [Chapter 13](13_in_practice.py) |
+# | headline, TKFAC | performs better than several state-of-the-art algorithms on some deep networks | [Chapter 23](23_comparison.py) trains it beside its controls, without the damping for convolutional networks; networks of the size of the paper's are out of reach here |
 # | headline, TEKFAC | outperforms SGD with momentum, Adam, EKFAC and TKFAC on several deep networks | the same |
 #
 # ## In one minute
 #
 # - **Weights.** TKFAC weights inputs by the squared lengths of the vectors and vectors by those of the inputs,
-#   [(11.4)].
+#   [(15.4)].
 # - **Traces.** These sums are the partial traces of the block. TKFAC is the only Kronecker product that has them,
-#   and it is exact wherever a Kronecker product can be exact ([Theorem 11.1]).
-# - **Nearest** in relative entropy ([Theorem 11.2]), but not always nearer than KFAC in the Frobenius norm.
+#   and it is exact wherever a Kronecker product can be exact ([Theorem 15.1]).
+# - **Nearest** in relative entropy ([Theorem 15.2]), but not always nearer than KFAC in the Frobenius norm.
 # - **TEKFAC** is TKFAC's basis with the best eigenvalues, never farther than TKFAC. No theorem compares it with EKFAC.
 # - **Cost.** Its estimate varies more from batch to batch than KFAC's. Partial traces may be averaged exactly;
 #   divide by the trace afterwards.
 #
 # ## Exercises
 #
-# **Exercise 11.1.** Inputs and vectors are one-hot: each datum has $a_n = e_i$ and $g_n = e_o$. What is
+# **Exercise 15.1.** Inputs and vectors are one-hot: each datum has $a_n = e_i$ and $g_n = e_o$. What is
 # $F$, and what are KFAC and TKFAC?
 #
 # <details class="solution" markdown="1">
@@ -748,35 +748,35 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # $F$ is diagonal, and its entry $(o, i)$ is the number of data with that output and that input. All
 # lengths are one, so weights do nothing: KFAC and TKFAC are equal, and their entries are the row sum
 # times the column sum over $N$, what one would expect if output and input were independent. The
-# relative entropy of [Theorem 11.2] is then $N$ times their mutual information.
+# relative entropy of [Theorem 15.2] is then $N$ times their mutual information.
 #
 # </details>
 #
-# **Exercise 11.2.** Show that KFAC and TKFAC are equal if all inputs have the same length and all
+# **Exercise 15.2.** Show that KFAC and TKFAC are equal if all inputs have the same length and all
 # $b_n = \sum_v \lVert g_{vn} \rVert^2$ are equal. Does it suffice that one of the two holds?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $\lVert a_n \rVert^2 = \alpha$ and $b_n = \beta$, [(11.4)] is $\beta$ and $\alpha$ times KFAC's sums,
-# and $\operatorname{tr} F = N \alpha \beta$, so [(11.3)] is KFAC. One does not suffice: with equal
+# With $\lVert a_n \rVert^2 = \alpha$ and $b_n = \beta$, [(15.4)] is $\beta$ and $\alpha$ times KFAC's sums,
+# and $\operatorname{tr} F = N \alpha \beta$, so [(15.3)] is KFAC. One does not suffice: with equal
 # lengths of the inputs $B$ is KFAC's up to scale, but $A$ is weighted by $b_n$. So layers after a
 # normalisation of the inputs still differ.
 #
 # </details>
 #
-# **Exercise 11.3.** Which number $\mu$ makes $\mu$ times KFAC's product nearest to $F$ in relative entropy?
+# **Exercise 15.3.** Which number $\mu$ makes $\mu$ times KFAC's product nearest to $F$ in relative entropy?
 # Does it make KFAC as good as TKFAC?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# In [(11.7)], $X$ and $Y$ are fixed, so $\mu$ is such that the trace is that of $F$. The
+# In [(15.7)], $X$ and $Y$ are fixed, so $\mu$ is such that the trace is that of $F$. The
 # factors are still the unweighted ones, so the last two terms stay too large.
 #
 # </details>
 #
-# **Exercise 11.4.** Write TKFAC for one position yourself: from `a` of shape $[N, d_\text{in}]$ and `g` of shape
+# **Exercise 15.4.** Write TKFAC for one position yourself: from `a` of shape $[N, d_\text{in}]$ and `g` of shape
 # $[V, N, d_\text{out}]$ to the matrix $T$. Compare it with `tkfac(io).dense()`.
 #
 # <details class="solution" markdown="1">
@@ -795,7 +795,7 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 
 
 # %% tags=["hide-input"]
-def solution(a: Tensor, g: Tensor) -> Tensor:  # 11.4
+def solution(a: Tensor, g: Tensor) -> Tensor:  # 15.4
     of_a, of_g = a.square().sum(1), g.square().sum((0, 2))
     A, B = a.T @ (of_g[:, None] * a), torch.einsum("n,vno,vnp->op", of_a, g, g)
     return torch.kron(B, A) / (of_a @ of_g)
@@ -804,7 +804,7 @@ def solution(a: Tensor, g: Tensor) -> Tensor:  # 11.4
 io = random_io(7)
 assert_exact(solution(io.a[:, 0], io.g[:, :, 0]), tkfac(io).dense())
 
-counts = torch.tensor([[3, 1, 0], [0, 2, 4]])  # 11.1
+counts = torch.tensor([[3, 1, 0], [0, 2, 4]])  # 15.1
 o, i = counts.nonzero().repeat_interleave(counts[counts > 0], 0).T
 io = LayerIO(torch.eye(3)[i][:, None], torch.eye(2)[o][None, :, None])
 assert_exact(io.block(), counts.flatten().double().diag())
@@ -822,11 +822,11 @@ a, g = (
     torch.nn.functional.normalize(M, dim=-1)
     for M in (torch.randn(9, 1, 5), torch.randn(1, 9, 1, 3))
 )
-assert_exact(tkfac(LayerIO(a, g)).dense(), kfac(LayerIO(a, g)).dense())  # 11.2
+assert_exact(tkfac(LayerIO(a, g)).dense(), kfac(LayerIO(a, g)).dense())  # 15.2
 io = LayerIO(a, torch.randn(9, 1, 1) * g)
 assert relative_error(tkfac(io).dense(), kfac(io).dense()) > 0.05
 
-io = random_io(30)  # 11.3
+io = random_io(30)  # 15.3
 F, K = io.block(), kfac(io).dense()
 right = K * F.trace() / K.trace()
 for factor in (0.9, 1.1):
@@ -840,5 +840,5 @@ print("all hold")
 #
 # [Gao et al. (2021)](bibliography.md#tkfac) for TKFAC, its bound, and its use on several deep
 # networks; [Gao et al. (2020)](bibliography.md#tekfac) for TEKFAC. # [George et al. (2018)](bibliography.md#ekfac) for
-# eigenvalues in a given basis. The next chapter continues with [(11.8)], which is half of one step of a
+# eigenvalues in a given basis. The next chapter continues with [(15.8)], which is half of one step of a
 # method for the nearest Kronecker product.

@@ -11,12 +11,12 @@
 # ---
 
 # %% [markdown]
-# # 9. Averages and lengths: from a matrix to an optimizer
+# # 11. Averages and lengths: from a matrix to an optimizer
 #
-# **Part II: KFAC.** Every batch gives another gradient and another curvature matrix. How do they become one sequence of
+# **Part IV: Training.** Every batch gives another gradient and another curvature matrix. How do they become one sequence of
 # steps, and how long is each step?
 #
-# [Figure 9.1] shows why the second half of the question matters. The same small network is trained for 15 steps with
+# [Figure 11.1] shows why the second half of the question matters. The same small network is trained for 15 steps with
 # KFAC, under three dampings and four learning rates. In the left panel the update rule stands alone; in the other two
 # panels a *control* changes the length of each step.
 
@@ -152,7 +152,7 @@ plt.show()
 # P_t &= (M_t + \delta I)^{-1} h_t && \text{precondition,} \\
 # \Delta_t &= -\nu_t\, \eta P_t + \mu\, \Delta_{t-1} && \text{move.}
 # \end{aligned}
-# \tag{9.1}
+# \tag{11.1}
 # $$
 #
 # Here $\hat M_t$ is the matrix and $h_t$ the gradient that batch $t$ gives; $w_t$ is the weight of the newest matrix,
@@ -167,13 +167,13 @@ plt.show()
 #
 # The networks start with the same weights and the runs see the same batches, so that only the optimizer differs.
 # Most runs begin with the plain rule: no control, exact damping, matrices and inverses every ten steps. The
-# optimizer's own defaults are the subject of [Chapter 36](36_in_practice.py#with-no-argument).
+# optimizer's own defaults are the subject of [Chapter 13](13_in_practice.py#with-no-argument).
 #
 # ## An optimizer in ten lines
 #
 # All pieces are there. `layer_ios` returns the inputs and vectors of each layer ([Chapter 4](04_layer_io.py)), `kfac`
 # makes a matrix of them ([Chapter 5](05_kfac.py)), `inverse` damps and inverts the matrix
-# ([Chapter 8](08_damping.py)), and `preconditioner` applies the inverses to a gradient ([Chapter 7](07_matrices.py)).
+# ([Chapter 9](09_damping.py)), and `preconditioner` applies the inverses to a gradient ([Chapter 8](08_matrices.py)).
 # `weight_of_newest` and `update` take the average, which the next section derives.
 
 # %%
@@ -232,7 +232,7 @@ code(KFAC.observe, KFAC.update_curvature, KFAC.step)
 # first twenty steps, in which curvature changes fast, and 10 from step 180 on.
 #
 # The next cell counts passes of whole batches through the network for two constant periods, and compares the losses.
-# (Before the first update, capture tries the network on up to eight samples, see [Chapter 26](26_capture.py).)
+# (Before the first update, capture tries the network on up to eight samples, see [Chapter 10](10_capture.py).)
 
 # %%
 reached = {}
@@ -260,28 +260,28 @@ assert max(reached.values()) < 0.3
 # M_t = \frac{1}{Z_t} \sum_{i=1}^{t} \rho^{\,t-i} \hat M_i ,
 # \qquad
 # Z_t = \sum_{i=1}^{t} \rho^{\,t-i} = \frac{1 - \rho^t}{1 - \rho} ,
-# \tag{9.2}
+# \tag{11.2}
 # $$
 #
 # where $\hat M_i$ is the matrix of batch $i$ alone. An implementation does not store all $\hat M_i$: the weight of the
 # newest one is enough.
 #
-# <div class="admonition theorem" markdown="1" id="thm-9.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 9.1 (bias-corrected average)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-11.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 11.1 (bias-corrected average)</b></p>
 #
 # Let $w_t = (1 - \rho) / (1 - \rho^t)$ for $0 \le \rho \lt 1$. The recursion
 #
 # $$
 # M_t = (1 - w_t)\, M_{t-1} + w_t \hat M_t
-# \tag{9.3}
+# \tag{11.3}
 # $$
 #
-# gives [(9.2)] for every $t \ge 1$, whatever $M_0$ is.
+# gives [(11.2)] for every $t \ge 1$, whatever $M_0$ is.
 #
 # </div>
 #
-# **Proof.** By [(9.2)], $w_t = 1 / Z_t$. The weights in $Z_t$ are those in $Z_{t-1}$ times $\rho$, and a one, so that
-# $Z_t = \rho Z_{t-1} + 1$. In the same way [(9.2)] gives
+# **Proof.** By [(11.2)], $w_t = 1 / Z_t$. The weights in $Z_t$ are those in $Z_{t-1}$ times $\rho$, and a one, so that
+# $Z_t = \rho Z_{t-1} + 1$. In the same way [(11.2)] gives
 #
 # $$
 # Z_t M_t = \rho Z_{t-1} M_{t-1} + \hat M_t .
@@ -309,7 +309,7 @@ def estimate(estimator, ios: list[LayerIO], decay: float):
 
 
 def weighted(tensors: list[Tensor]) -> Tensor:
-    """Equation (9.2) by hand."""
+    """Equation (11.2) by hand."""
     weights = [decay ** (len(tensors) - 1 - i) for i in range(len(tensors))]
     return sum(w * t for w, t in zip(weights, tensors, strict=True)) / sum(weights)
 
@@ -319,7 +319,7 @@ for t in (1, 2, 7):
     assert_exact(M.A, weighted([kfac(io).A for io in stream[:t]]))
     assert_exact(M.B, weighted([kfac(io).B for io in stream[:t]]))
 by_hand = weighted([kfac(io).A for io in stream[:7]])
-print(f"Theorem 9.1: after 7 batches A differs by {largest_error(M.A, by_hand):.0e}")
+print(f"Theorem 11.1: after 7 batches A differs by {largest_error(M.A, by_hand):.0e}")
 
 # %% [markdown]
 # ### How many batches is that?
@@ -328,7 +328,7 @@ print(f"Theorem 9.1: after 7 batches A differs by {largest_error(M.A, by_hand):.
 #
 # $$
 # \frac{(\sum_i \rho^{t-i})^2}{\sum_i \rho^{2(t-i)}} \;\longrightarrow\; \frac{1 + \rho}{1 - \rho}
-# \tag{9.4}
+# \tag{11.4}
 # $$
 #
 # batches. For $\rho = 0.95$ this is 39. Now "a decay of 0.95" can mean two things. Here, and in
@@ -364,19 +364,19 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # $$
 # A_t = \rho^t I + (1 - \rho) \sum_{i=1}^{t} \rho^{\,t-i} \hat A_i
 # = \rho^t I + (1 - \rho^t)\, \bar A_t
-# \tag{9.5}
+# \tag{11.5}
 # $$
 #
-# with the corrected average $\bar A_t$ of [(9.2)]. Both factors start like this, so that
+# with the corrected average $\bar A_t$ of [(11.2)]. Both factors start like this, so that
 #
 # $$
 # B_t \otimes A_t = (1 - \rho^t)^2 \,
 # \bigl( \bar B_t + \gamma_t I \bigr) \otimes \bigl( \bar A_t + \gamma_t I \bigr) ,
 # \qquad \gamma_t = \frac{\rho^t}{1 - \rho^t} .
-# \tag{9.6}
+# \tag{11.6}
 # $$
 #
-# The right side is factored damping, [(8.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$. **A start at the identity is
+# The right side is factored damping, [(9.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$. **A start at the identity is
 # a damping that decays**, by a schedule that nobody chose: for $\rho = 0.95$ it is $\delta = \gamma_1^2 = 361$ in the
 # first step. Its $\pi = 1$ does not fit either, because $A$ has entries of order one, while $B$ carries the scale of
 # the loss and is small. The following estimator starts at the identity; the optimizer accepts it like any other:
@@ -426,7 +426,7 @@ assert lengths[10] < lengths[30] < lengths[60]
 # &\quad = \bigl( (1 - w) B_1 + w B_2 \bigr) \otimes \bigl( (1 - w) A_1 + w A_2 \bigr) \\
 # &\qquad + w (1 - w)\, (B_1 - B_2) \otimes (A_1 - A_2) .
 # \end{aligned}
-# \tag{9.7}
+# \tag{11.7}
 # $$
 #
 # The difference is a covariance of $B$ and $A$ over batches. KFAC averages factors for two reasons. The average of
@@ -450,13 +450,13 @@ assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()
 
 # %% [markdown]
 # Other kinds of matrices have other averages. `Diagonal` and `Dense` average entries. An eigenbasis is not averaged
-# but replaced, and its eigenvalues are carried over ([Chapter 10](10_ekfac.py)). Each kind has a method `mixed` for
+# but replaced, and its eigenvalues are carried over ([Chapter 14](14_ekfac.py)). Each kind has a method `mixed` for
 # this; the optimizer refuses a kind that has none.
 #
 # ## How long is a step?
 #
 # The undamped Newton step is right for a quadratic loss. KFAC's step is the minimum of an *approximate* quadratic,
-# estimated from a few batches, block by block. [Chapter 8](08_damping.py) damped one such step. [Figure 9.1] is
+# estimated from a few batches, block by block. [Chapter 9](09_damping.py) damped one such step. [Figure 11.1] is
 # about 15 of them, and these are its findings:
 
 # %% tags=["hide-input"]
@@ -494,20 +494,20 @@ print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
 #
 # $$
 # \operatorname{KL} = \tfrac12\, \Delta^\top F \Delta + O(\lVert \Delta \rVert^3)
-# \tag{9.8}
+# \tag{11.8}
 # $$
 #
 # with the Fisher $F$. So an optimizer can forbid $\Delta^\top F \Delta$ to exceed some $\kappa$. The product with $F$
 # need not even be computed:
 #
-# <div class="admonition theorem" markdown="1" id="thm-9.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 9.2 (KL clip)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-11.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 11.2 (KL clip)</b></p>
 #
 # Let $P = (M + \delta I)^{-1} h$ with the gradient $h$, let $\Delta = -\eta P$ and
 #
 # $$
 # \nu = \min \Bigl( 1, \sqrt{\kappa \,/\, \eta^2\, h^\top P} \Bigr) .
-# \tag{9.9}
+# \tag{11.9}
 # $$
 #
 # Then $\nu \Delta$ satisfies $(\nu \Delta)^\top (M + \delta I)\, (\nu \Delta) \le \kappa$, with
@@ -579,7 +579,7 @@ assert lengths_squared(kl_clip(limit)(a_step(model, X, y, factored)).change())[1
 
 # %% [markdown]
 # With factored damping the length stays below the limit. The matrix that is inverted exceeds $M + \delta I$
-# ([Theorem 8.2]), so that $h^\top P$ over-estimates. Now we compare the limit with the KL divergence itself, for
+# ([Theorem 9.2]), so that $h^\top P$ over-estimates. Now we compare the limit with the KL divergence itself, for
 # the exact GGN of all layers and for KFAC:
 
 
@@ -611,7 +611,7 @@ for name, direction in {"exact": newton_direction, "KFAC": kfac_direction}.items
         print(f"{name:5} half the limit {limit / 2:.0e}:", end=" ")
         print(f"KL {true:.2e}, to second order {quadratic:.2e}")
         assert quadratic < limit / 2 if name == "exact" else quadratic > limit
-    assert wrong[2] < 0.05  # (9.8)
+    assert wrong[2] < 0.05  # (11.8)
     assert name == "KFAC" or wrong[2] < wrong[0] / 5
 
 # %% [markdown]
@@ -637,7 +637,7 @@ assert 2 * seen[0] < seen[1] < seen[2]
 # %% [markdown]
 # Both approximations contribute: the product of averages within a layer, and the missing blocks between layers. The
 # true curvature along the step is larger than KFAC's, not smaller, for the reason given in [Chapter
-# 8](08_damping.py): a step goes where the inverse is large, that is, where KFAC's curvature is small, and errors of
+# 9](09_damping.py): a step goes where the inverse is large, that is, where KFAC's curvature is small, and errors of
 # KFAC that make it too small are selected. So the limit $\kappa$ is a number to be tuned, not a guarantee.
 #
 # The clip leaves out two parts of the change. *Momentum* is added afterwards: if successive steps agree,
@@ -646,8 +646,8 @@ assert 2 * seen[0] < seen[1] < seen[2]
 #
 # ### The learning rate cancels
 #
-# While the clip is active, [(9.9)] says that $\nu \eta = \sqrt{\kappa / h^\top P}$. **The learning rate cancels.**
-# This explains the equal columns in [Figure 9.1]: there, a search over $\eta$ changes nothing. With a schedule the
+# While the clip is active, [(11.9)] says that $\nu \eta = \sqrt{\kappa / h^\top P}$. **The learning rate cancels.**
+# This explains the equal columns in [Figure 11.1]: there, a search over $\eta$ changes nothing. With a schedule the
 # cancellation does harm. A clip that uses the *current* rate undoes the schedule, and steps do not get shorter. The
 # package uses the base rate in the clip, so that the schedule acts. The other version is one line, and we compare
 # both:
@@ -707,7 +707,7 @@ plt.show()
 #
 # $$
 # P_l \leftarrow \frac{\lVert u_l \rVert}{\lVert P_l \rVert}\, P_l .
-# \tag{9.10}
+# \tag{11.10}
 # $$
 #
 # The learning rate then means the same as for Adam, and its usual range is known. The scale of each layer's matrix
@@ -775,8 +775,8 @@ assert regress(grafting, 5) > 1e-2
 #
 # `controls=[graft(), norm_constraint(0.1)]` first grafts and then limits. The order matters: in the other order,
 # graft would replace the limited length. A clip behind a graft has another problem. Graft has scaled each layer by
-# a number of its own, so that $P$ is no longer $(M + \delta I)^{-1} h$, the sum in [(9.9)] is no longer a squared
-# length, and [Theorem 9.2] does not apply. The clip still shortens long steps, but not to the limit that it was
+# a number of its own, so that $P$ is no longer $(M + \delta I)^{-1} h$, the sum in [(11.9)] is no longer a squared
+# length, and [Theorem 11.2] does not apply. The clip still shortens long steps, but not to the limit that it was
 # given. After a graft, limit the norm.
 
 # %%
@@ -795,21 +795,21 @@ assert abs(ratio - 1) > 0.05
 # ## In one minute
 #
 # - **One loop.** For every layer the optimizer averages a matrix, inverts it with damping, and multiplies the gradient:
-#   [(9.1)]. It observes batches with vectors of its own, every few steps.
+#   [(11.1)]. It observes batches with vectors of its own, every few steps.
 # - **Averages.** A weight $w_t = (1 - \rho) / (1 - \rho^t)$ makes every average exact from the first batch on,
-#   without a start value ([Theorem 9.1]). The decay $\rho$ is the weight of the *old* matrix.
-# - **No identity.** A start at $I$ is a factored damping $\gamma_t^2$ that decays and that nobody chose, [(9.6)].
+#   without a start value ([Theorem 11.1]). The decay $\rho$ is the weight of the *old* matrix.
+# - **No identity.** A start at $I$ is a factored damping $\gamma_t^2$ that decays and that nobody chose, [(11.6)].
 # - **Length.** Damping and learning rate both set the length of a step. A control sets it once: by the change of
 #   the predictions (KL clip), by the norm, or by Adam's length (graft).
 # - **Check $\nu$.** While a KL clip is active, the learning rate cancels.
 #
-# [Chapter 35](35_quadratic_model.py) chooses the length by the exact curvature of the batch.
-# [Chapter 36](36_in_practice.py) is about the finished optimizer: results, use, defaults and mistakes.
+# [Chapter 12](12_quadratic_model.py) chooses the length by the exact curvature of the batch.
+# [Chapter 13](13_in_practice.py) is about the finished optimizer: results, use, defaults and mistakes.
 #
 # ## Exercises
 #
-# **Exercise 9.1.** Write the step yourself. Fill in `my_step`, without `preconditioner` and without
-# `Kronecker.inverse`: the update [(9.1)] for one layer with weight $W$ and bias $b$, with factors $A$ and $B$,
+# **Exercise 11.1.** Write the step yourself. Fill in `my_step`, without `preconditioner` and without
+# `Kronecker.inverse`: the update [(11.1)] for one layer with weight $W$ and bias $b$, with factors $A$ and $B$,
 # exact damping, and $\nu = 1$. Then call `check_step(my_step)`. It trains a network with your step and compares
 # every parameter with the shipped optimizer.
 
@@ -853,7 +853,7 @@ def check_step(step) -> None:
 # <summary>Solution</summary>
 #
 # The inverse with exact damping divides by $\lambda_i \lambda_o + \delta$ in the eigenbases of both factors
-# ([Chapter 8](08_damping.py)). The cell that checks all solutions runs this code.
+# ([Chapter 9](09_damping.py)). The cell that checks all solutions runs this code.
 #
 # ```
 # def solution(G, io, state, count):
@@ -872,40 +872,40 @@ def check_step(step) -> None:
 #
 # </details>
 #
-# **Exercise 9.2.** [Martens and Grosse (2015)](bibliography.md#kfac) use the decay
+# **Exercise 11.2.** [Martens and Grosse (2015)](bibliography.md#kfac) use the decay
 # $\rho_t = \min(1 - 1/t, \rho)$ in $M_t = \rho_t M_{t-1} + (1 - \rho_t) \hat M_t$. What is $M_t$
-# as long as $t \le 1 / (1 - \rho)$? Is it [(9.2)]?
+# as long as $t \le 1 / (1 - \rho)$? Is it [(11.2)]?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # With $\rho_t = 1 - 1/t$, $t M_t = (t - 1) M_{t-1} + \hat M_t$, so $t M_t$ is the sum of all
-# $\hat M_i$ and $M_t$ their plain mean. [(9.2)] decays from the first batch on; it is the plain
+# $\hat M_i$ and $M_t$ their plain mean. [(11.2)] decays from the first batch on; it is the plain
 # mean only for $\rho = 1$. Later both forget at the same rate.
 #
 # </details>
 #
-# **Exercise 9.3.** Multiply the loss by $c$. How must damping, learning rate and the limit of the
+# **Exercise 11.3.** Multiply the loss by $c$. How must damping, learning rate and the limit of the
 # KL clip change, so that all steps stay the same? And with graft?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Gradient and curvature are multiplied by $c$. With the damping $c\, \delta$, $P$ stays the same, by [(8.11)]. So
-# the learning rate stays, too; but $h^\top P$ in [(9.9)] is multiplied by $c$, and the limit must be $c\, \kappa$.
+# Gradient and curvature are multiplied by $c$. With the damping $c\, \delta$, $P$ stays the same, by [(9.11)]. So
+# the learning rate stays, too; but $h^\top P$ in [(11.9)] is multiplied by $c$, and the limit must be $c\, \kappa$.
 # With graft only the damping changes, because Adam's step does not depend on the scale of the loss (up to its
 # $\epsilon$).
 #
 # </details>
 #
-# **Exercise 9.4.** An average with decay $\rho$ is updated every $T$ steps. What decay gives the same effective
+# **Exercise 11.4.** An average with decay $\rho$ is updated every $T$ steps. What decay gives the same effective
 # memory in steps with an update in every step? Compute it for $\rho = 0.95$ and $T = 10$.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # After $T$ steps the weight of the old matrices must have fallen by $\rho$ in both cases, so that the decay per step is
-# $\rho^{1/T} = 0.95^{0.1} = 0.9949$. By [(9.4)] this average has ten times as many batches in it.
+# $\rho^{1/T} = 0.95^{0.1} = 0.9949$. By [(11.4)] this average has ten times as many batches in it.
 #
 # </details>
 #
@@ -913,7 +913,7 @@ def check_step(step) -> None:
 
 
 # %% tags=["hide-input"]
-def solution(G: Tensor, io: LayerIO, state: State, count: int) -> tuple[Tensor, State]:  # 9.1
+def solution(G: Tensor, io: LayerIO, state: State, count: int) -> tuple[Tensor, State]:  # 11.1
     a, g = io.a[:, 0], io.g[:, :, 0]
     A, B = a.T @ a / len(a), torch.einsum("vni,vnj->ij", g, g)
     previous = torch.zeros_like(G)
@@ -935,7 +935,7 @@ except AssertionError:
 else:
     raise AssertionError("check_step finds nothing")
 
-As = [kfac(io).A for io in stream[:30]]  # 9.2
+As = [kfac(io).A for io in stream[:30]]  # 11.2
 theirs_A = torch.zeros_like(As[0])
 for t, new in enumerate(As, start=1):
     rho = min(1 - 1 / t, 0.95)
@@ -948,7 +948,7 @@ for t, new in enumerate(As, start=1):
         )
 
 
-def scaled_run(c: float, limit: float | None) -> Tensor:  # 9.3
+def scaled_run(c: float, limit: float | None) -> Tensor:  # 11.3
     model = network()
     chosen = [graft(eps=1e-30)] if limit is None else [kl_clip(limit)]
     options = plain_rule | {"lr": 0.1, "damping": 1e-2 * c, "controls": chosen}
@@ -965,7 +965,7 @@ assert_exact(scaled_run(7.0, 7e-4), scaled_run(1.0, 1e-4))
 assert not torch.allclose(scaled_run(7.0, 1e-4), scaled_run(1.0, 1e-4), rtol=0.01)
 assert_exact(scaled_run(7.0, None), scaled_run(1.0, None))
 
-per_step = 0.95 ** (1 / 10)  # 9.4
+per_step = 0.95 ** (1 / 10)  # 11.4
 ratio = (1 + per_step) / (1 - per_step) / ((1 + 0.95) / (1 - 0.95))
 print(f"9.4: decay {per_step:.4f}, {ratio:.1f} times as many batches")
 assert abs(per_step - 0.9949) < 5e-5

@@ -11,14 +11,14 @@
 # ---
 
 # %% [markdown]
-# # 13. SKFAC: factors of few columns
+# # 17. SKFAC: factors of few columns
 #
-# **Part III: Better and faster.** A small batch tells a wide layer little. Can its curvature be
+# **Part V: Better and faster.** A small batch tells a wide layer little. Can its curvature be
 # inverted at the price of the batch, not of the layer?
 #
 # KFAC's factors have the size of the layer, although a small batch fills them with few outer products. SKFAC, swift
 # KFAC, keeps these columns $U$ in the place of the factor $A = U U^\top$ and inverts the small matrix $U^\top U$
-# instead: [Figure 13.1].
+# instead: [Figure 17.1].
 
 # %% tags=["hide-input"]
 from textwrap import fill
@@ -113,8 +113,8 @@ matrices(
 # $U$ is $[d_\text{in}, N S]$ with the columns $a_{ns} / \sqrt{N S}$; for the vectors it is
 # $[d_\text{out}, V N S]$ with the columns $g_{vns}$. We write $K$ for the number of columns.
 #
-# <div class="admonition theorem" markdown="1" id="thm-13.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 13.1 (Woodbury)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-17.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 17.1 (Woodbury)</b></p>
 #
 # For every matrix $U$ of shape $[d, K]$ and every $\gamma \gt 0$,
 #
@@ -123,7 +123,7 @@ matrices(
 # (U U^\top + \gamma I)^{-1} U &= U (U^\top U + \gamma I)^{-1} , \\
 # (U U^\top + \gamma I)^{-1} &= \tfrac1\gamma \bigl( I - U (U^\top U + \gamma I)^{-1} U^\top \bigr) .
 # \end{aligned}
-# \tag{13.1}
+# \tag{17.1}
 # $$
 #
 # </div>
@@ -194,12 +194,12 @@ for fisher in (monte_carlo(1, generator), type2):
 #
 # ## The paper's inverse
 #
-# SKFAC damps both factors ([Chapter 8](08_damping.py)) and applies the identity to each. With the
+# SKFAC damps both factors ([Chapter 9](09_damping.py)) and applies the identity to each. With the
 # Cholesky factor $L L^\top = U^\top U + \gamma I$ and $W = L^{-1} U^\top$, the inverse of a factor is
 #
 # $$
 # (U U^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - W^\top W \bigr) ,
-# \tag{13.2}
+# \tag{17.2}
 # $$
 #
 # two thin products and a subtraction. [The authors'
@@ -290,7 +290,7 @@ assert gain[0] < 2 < 10 < gain[-1]
 #
 # $$
 # G = \sum_{v, n} c_{vn} G_{vn} = U_B\, C\, U_A^\top ,
-# \tag{13.3}
+# \tag{17.3}
 # $$
 #
 # where $C$, of shape $[V N S, N S]$, has $\sqrt{N S}\, c_{vn}$ at the entries that join $g_{vns}$ with
@@ -299,7 +299,7 @@ assert gain[0] < 2 < 10 < gain[-1]
 # $$
 # (B + \gamma_B I)^{-1} G\, (A + \gamma_A I)^{-1}
 # = U_B\, (U_B^\top U_B + \gamma_B I)^{-1}\, C\, (U_A^\top U_A + \gamma_A I)^{-1}\, U_A^\top .
-# \tag{13.4}
+# \tag{17.4}
 # $$
 #
 # All matrices between $U_B$ and $U_A^\top$ are small.
@@ -310,7 +310,7 @@ code(push_through)
 # %% [markdown]
 # With type-2 vectors it works as well, although the labels do not enter them: the columns for a datum span all
 # gradients that any label can have. Here we let least squares find $c$. With the scores of all classes, another
-# root, it would be zero except at the datum's own class (Exercise 13.2). Only for Monte Carlo vectors is the
+# root, it would be zero except at the datum's own class (Exercise 17.2). Only for Monte Carlo vectors is the
 # gradient of the data's labels not in their span.
 
 # %%
@@ -339,7 +339,7 @@ print(
 assert outside.norm() > 0.1 * head.norm()
 
 # %% [markdown]
-# In exact arithmetic both formulas give the same step. In floating point they differ. [(13.2)] subtracts a matrix
+# In exact arithmetic both formulas give the same step. In floating point they differ. [(17.2)] subtracts a matrix
 # close to a projection from $I$ and multiplies the difference by $1 / \gamma$. If the gradient lies in the span, the
 # difference is small and its relative error large. We repeat the step in single precision.
 
@@ -383,7 +383,7 @@ assert forms["pushed through"][0] < 0.1
 #
 # ## Exact damping
 #
-# $(B + \gamma_B I) \otimes (A + \gamma_A I)$ exceeds $B \otimes A + \delta I$ ([Chapter 8](08_damping.py)).
+# $(B + \gamma_B I) \otimes (A + \gamma_A I)$ exceeds $B \otimes A + \delta I$ ([Chapter 9](09_damping.py)).
 # Can few columns also invert the latter? It is no Kronecker product, but its eigenvalues are known. A
 # thin singular value decomposition $U_A = Q_A \operatorname{diag}(\sigma)\, P^\top$ gives the
 # eigenvectors $Q_A$ of $A$, and $\sigma^2$ for their eigenvalues $\alpha_j$; likewise $\beta_i$ for $B$.
@@ -401,7 +401,7 @@ assert forms["pushed through"][0] < 0.1
 # w_{ij} &= \frac{1}{\beta_i \alpha_j + \delta} , & w_{i\cdot} &= \frac{1}{\beta_i c_A + \delta} , \\
 # w_{\cdot j} &= \frac{1}{c_B \alpha_j + \delta} , & w &= \frac{1}{c_B c_A + \delta} .
 # \end{aligned}
-# \tag{13.5}
+# \tag{17.5}
 # $$
 #
 # The inverse first scales everything by $w$. In the span of $Q_B$ it adds the correction $w_{i\cdot} - w$, and in
@@ -464,7 +464,7 @@ for io in ios.values():
 # A_{\mathcal T} = \frac{1}{N \lvert \mathcal T \rvert} \sum_{n, s \in \mathcal T} a_{ns} a_{ns}^\top ,
 # \qquad
 # B_{\mathcal T} = \frac{S}{\lvert \mathcal T \rvert} \sum_{v, n, s \in \mathcal T} g_{vns} g_{vns}^\top .
-# \tag{13.6}
+# \tag{17.6}
 # $$
 #
 # $A$ is a mean and needs no correction; $B$ is a sum and needs the factor. In a partition of the positions into
@@ -618,7 +618,7 @@ print(
 assert growth["another batch"] > 50 > 10 > growth["own batch"]
 
 # %% [markdown]
-# The own batch's step has a limit, as [(13.4)] shows: without damping it is
+# The own batch's step has a limit, as [(17.4)] shows: without damping it is
 # $U_B (U_B^\top U_B)^{-1} C\, (U_A^\top U_A)^{-1} U_A^\top$ if the columns are independent. For
 # another batch the step grows without bound as the damping falls, along directions in which the columns have no
 # curvature. **SKFAC needs more damping than KFAC's average**, and still more if an inverse is
@@ -631,7 +631,7 @@ assert growth["another batch"] > 50 > 10 > growth["own batch"]
 # $$
 # A = \sum_t w_t A_t = U U^\top , \qquad
 # U = \bigl[ \sqrt{w_1}\, U_1 , \; \sqrt{w_2}\, U_2 , \; \dots \bigr] .
-# \tag{13.7}
+# \tag{17.7}
 # $$
 #
 # With the shares of a moving average this *is* KFAC's moving average of the factor, without the factor, as long as
@@ -825,15 +825,15 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 # | bias | the code: not in the factor, and none in its network | a column like any other |
 # | damping | the code: $\sqrt\lambda$ on both factors; $\lambda = .03$ at first, [times .87 in ten epochs](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/train.py#L57) | `factored_inverse`, balanced by $\pi$; the exact one, too |
 # | average over batches | the code: none | `Window`, or `Latest` for none |
-# | schedule | the code: a new batch every 834 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 9](09_averages.py) |
-# | headline | performance comparable to KFAC's on CIFAR-10 and ImageNet, and a wall-clock time that bridges the gap to first-order methods | [Chapter 19](19_comparison.py) trains it beside its controls, among them first-order methods, in steps and in seconds; networks of the size of the paper's are out of reach here |
+# | schedule | the code: a new batch every 834 iterations, batches of 32, momentum .9 | the optimizer's, [Chapter 11](11_averages.py) |
+# | headline | performance comparable to KFAC's on CIFAR-10 and ImageNet, and a wall-clock time that bridges the gap to first-order methods | [Chapter 23](23_comparison.py) trains it beside its controls, among them first-order methods, in steps and in seconds; networks of the size of the paper's are out of reach here |
 #
 # ## In one minute
 #
-# - **Identity.** SKFAC keeps the columns of the factors and inverts their inner products ([Theorem 13.1]). For one
+# - **Identity.** SKFAC keeps the columns of the factors and inverts their inner products ([Theorem 17.1]). For one
 #   batch its step is KFAC's.
 # - **Cost.** The number of columns is $V N S$. SKFAC saves where this is smaller than the width.
-# - **Own gradient.** For the batch's own gradient, [(13.4)] needs no division by the damping and survives single
+# - **Own gradient.** For the batch's own gradient, [(17.4)] needs no division by the damping and survives single
 #   precision.
 # - **Convolutions.** Reduce Sum is KFAC-reduce; Spatial Subsampling keeps a grid of positions.
 # - **Damping.** One batch has no curvature outside of its span, so that SKFAC needs more damping. A window of
@@ -841,20 +841,20 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # ## Exercises
 #
-# **Exercise 13.1.** What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for $\gamma \to 0$? What is
+# **Exercise 17.1.** What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for $\gamma \to 0$? What is
 # $U^\top (U U^\top + \gamma I)^{-1} U$ then, if the columns are independent?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $I - U (U^\top U)^{-1} U^\top$, by the second line of [(13.1)]: the projection onto all that is
+# $I - U (U^\top U)^{-1} U^\top$, by the second line of [(17.1)]: the projection onto all that is
 # orthogonal to the columns. By the first line, the other is
 # $U^\top U (U^\top U + \gamma I)^{-1} \to I$: measured by the inverse, different data are orthogonal and each
 # has length one.
 #
 # </details>
 #
-# **Exercise 13.2.** For cross-entropy with the mean over $N$ labels, `type2_classwise` sends for class $v$
+# **Exercise 17.2.** For cross-entropy with the mean over $N$ labels, `type2_classwise` sends for class $v$
 # the score $s_v = \sqrt{p_v / N}\, (e_v - p)$ at the output, with the predicted probabilities $p$. Which $c$ gives the
 # gradient of a datum with label $y$? What goes wrong when the network is sure of another class?
 #
@@ -868,7 +868,7 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # </details>
 #
-# **Exercise 13.3.** A square layer of width $d$, batches of $N$ rows, $V = S = 1$. From how many batches on does a
+# **Exercise 17.3.** A square layer of width $d$, batches of $N$ rows, $V = S = 1$. From how many batches on does a
 # window hold more numbers than KFAC's two factors? What is the rank of a moving average after $t$ steps?
 #
 # <details class="solution" markdown="1">
@@ -880,7 +880,7 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # </details>
 #
-# **Exercise 13.4.** Write SKFAC's step yourself: from the columns $U_A$ and $U_B$, a gradient $G$ and a damping
+# **Exercise 17.4.** Write SKFAC's step yourself: from the columns $U_A$ and $U_B$, a gradient $G$ and a damping
 # $\gamma$ of both factors to $(B + \gamma I)^{-1} G (A + \gamma I)^{-1}$, without a matrix of the layer's width.
 # Compare it with `KroneckerColumns(UA, UB).inverse_of_damped_factors(gamma, gamma) @ G`.
 #
@@ -902,7 +902,7 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 
 
 # %% tags=["hide-input"]
-def solution(UA: Tensor, UB: Tensor, G: Tensor, gamma: float) -> Tensor:  # 13.4
+def solution(UA: Tensor, UB: Tensor, G: Tensor, gamma: float) -> Tensor:  # 17.4
     def solve(U: Tensor, M: Tensor) -> Tensor:
         small = U.T @ U + gamma * torch.eye(U.shape[1])
         return (M - U @ torch.linalg.solve(small, U.T @ M)) / gamma
@@ -913,7 +913,7 @@ def solution(UA: Tensor, UB: Tensor, G: Tensor, gamma: float) -> Tensor:  # 13.4
 M, G = skfac(ios["2"]), torch.randn(100, 101)
 assert_exact(solution(M.UA, M.UB, G, 0.1), M.inverse_of_damped_factors(0.1, 0.1) @ G)
 
-U = torch.randn(7, 3)  # 13.1
+U = torch.randn(7, 3)  # 17.1
 small = torch.linalg.inv(U @ U.T + 1e-9 * torch.eye(7))
 P = torch.eye(7) - U @ torch.linalg.inv(U.T @ U) @ U.T
 torch.testing.assert_close(1e-9 * small, P, atol=1e-6, rtol=0)
@@ -921,13 +921,13 @@ torch.testing.assert_close(P @ P, P)
 middle = U.T @ torch.linalg.inv(U @ U.T + 1e-6 * torch.eye(7)) @ U
 torch.testing.assert_close(middle, torch.eye(3), atol=1e-4, rtol=0)
 
-f = net(X).detach().requires_grad_()  # 13.2
+f = net(X).detach().requires_grad_()  # 17.2
 (head,) = torch.autograd.grad(loss(f, y), f)
 p = f.softmax(1)[torch.arange(32), y]
 own_class = type2_classwise(loss, f, y)[y, torch.arange(32)]
 assert_exact(own_class * (-1 / (32 * p).sqrt()).unsqueeze(1), head)
 
-average = None  # 13.3
+average = None  # 17.3
 for t in range(1, 6):
     io = LayerIO(torch.randn(3, 1, 12), torch.randn(1, 3, 1, 12))
     average = MovingAverage(kfac).update(average, io, weight_of_newest(0.9, t))
@@ -941,5 +941,5 @@ print("all hold")
 #
 # [Tang et al. (2021)](bibliography.md#skfac) for SKFAC. What comes after a window is to keep only the
 # most important directions of all batches so far, as [Puiu (2022)](bibliography.md#brand) does, or to
-# draw them at random ([Puiu 2022](bibliography.md#randomized)). [CG-FAC](17_cg_fac.py) uses the same rows
+# draw them at random ([Puiu 2022](bibliography.md#randomized)). [CG-FAC](21_cg_fac.py) uses the same rows
 # to solve with the *exact* block.

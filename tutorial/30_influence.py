@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 23. Influence: which data does an answer rest on?
+# # 30. Influence: which data does an answer rest on?
 #
-# **Part V: Curvature in use.** A network gives a wrong answer. Which of the training data are to blame?
+# **Part VIII: Curvature in use.** A network gives a wrong answer. Which of the training data are to blame?
 #
 # The direct way to find out is to leave out one training sample, train again, and look at the answer. To do this for
 # every sample takes as many trainings as there are samples. Curvature gives an estimate without any further training.
@@ -194,7 +194,7 @@ assert alike >= 4
 #
 # $$
 # \hat W'(0) \approx (M + \delta I)^{-1} \, \nabla \ell_n .
-# \tag{23.1}
+# \tag{30.1}
 # $$
 #
 # A query $q$ is any sample, from the training data or not. When sample $n$ is left out, the query's loss $\ell_q$
@@ -202,7 +202,7 @@ assert alike >= 4
 #
 # $$
 # s_{qn} = \bigl\langle \nabla \ell_q , \; (M + \delta I)^{-1} \, \nabla \ell_n \bigr\rangle .
-# \tag{23.2}
+# \tag{30.2}
 # $$
 #
 # A positive score says that $n$ helps, a negative one that it harms. The damping of the inverse cannot be chosen: it
@@ -210,8 +210,8 @@ assert alike >= 4
 #
 # ### Where the whole change is known
 #
-# <div class="admonition theorem" markdown="1" id="thm-23.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 23.1 (ridge regression)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-30.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 30.1 (ridge regression)</b></p>
 #
 # Let the model be $f(x) = x^\top w$ with one output, and let $\ell_n = (f(x_n) - t_n)^2$. The **leverage**
 # $h_n = 2 x_n^\top (M + \delta I)^{-1} x_n$ of a sample is at least 0 and less than 1. Without the sample, the minimum
@@ -227,11 +227,11 @@ assert alike >= 4
 # $P_n^{-1} = P^{-1} + 2 P^{-1} x_n x_n^\top P^{-1} / (1 - h_n)$. Since $\nabla \ell_n$ is a multiple of $x_n$, the
 # second term of $P_n^{-1} \nabla \ell_n$ is $h_n / (1 - h_n)$ times the first one. $\square$
 #
-# The formula [(23.1)] gives a move that is too small by the factor $1 - h_n$. The sum of all leverages is the trace of
+# The formula [(30.1)] gives a move that is too small by the factor $1 - h_n$. The sum of all leverages is the trace of
 # $P^{-1} M$, which is less than the number of weights. So most leverages are small where samples are many
 # and weights are few.
 #
-# A prediction $f(x)$ is linear in $w$. If the query's gradient in [(23.2)] is that of its prediction, in place of its
+# A prediction $f(x)$ is linear in $w$. If the query's gradient in [(30.2)] is that of its prediction, in place of its
 # loss, then the score over $1 - h_n$ is the whole change of the prediction. The function of the package takes such a
 # number as its argument `measurement`. With one output and the squared error, KFAC is the exact block, because every
 # sample sends back the same vector. So we can use it here:
@@ -270,7 +270,7 @@ assert leverage.min() < relative_error(scored, exact) < leverage.max()
 #
 # For a network we make a second approximation: of $M$ we keep only the block of each layer, and leave out what lies
 # between layers. The inverse then consists of blocks, and the score is a sum over layers. A block is either exact, or
-# approximated by [KFAC](05_kfac.py) or [EKFAC](10_ekfac.py).
+# approximated by [KFAC](05_kfac.py) or [EKFAC](14_ekfac.py).
 #
 # A naive version forms the gradient of every sample and the matrix of every block, and solves:
 
@@ -307,7 +307,7 @@ batches = list(zip(X.split(64), y.split(64), strict=True))
 assert_exact(influence_scores(model, SUM, by_kfac, [few], batches), naive)
 
 # %% [markdown]
-# Are the scores right? Leave out the image that harms the query of [Figure 23.1] most, and train on from the old
+# Are the scores right? Leave out the image that harms the query of [Figure 30.1] most, and train on from the old
 # weights:
 
 
@@ -466,20 +466,20 @@ plt.show()
 
 # %% [markdown]
 # Most real changes are larger than those that the exact block predicts, as leverage makes them in
-# [Theorem 23.1]. They are larger still for changed labels.
+# [Theorem 30.1]. They are larger still for changed labels.
 # KFAC's predictions scatter more, and most of them are too large or have the wrong sign.
 #
 # ## Two kernels
 #
 # The gradient of a linear layer is $\nabla \ell = g a^\top$, an error times an input. The input $a$ is what the layer
 # receives, the error $g$ is the gradient of the loss by what the layer computes. Let the inverse be a Kronecker product
-# $\mathcal B \otimes \mathcal A$, such as that of damped factors ([Chapter 8](08_damping.py)). Then the score of the
+# $\mathcal B \otimes \mathcal A$, such as that of damped factors ([Chapter 9](09_damping.py)). Then the score of the
 # layer is a product:
 #
 # $$
 # \bigl\langle g_q a_q^\top , \; \mathcal B \, g_n a_n^\top \mathcal A \bigr\rangle
 # = (g_q^\top \mathcal B \, g_n) \, (a_q^\top \mathcal A \, a_n) .
-# \tag{23.3}
+# \tag{30.3}
 # $$
 #
 # The first factor says how alike the errors are, the second one how alike the inputs are. A training image has no
@@ -500,10 +500,10 @@ by_gradients = influence_scores(model, SUM, {"2": factored_inverse(K, DECAY)}, [
 assert_exact(errors * inputs, by_gradients)
 exactly_damped = influence_scores(model, SUM, {"2": K.inverse(DECAY)}, [query], [(X, y)])
 apart = relative_error(errors * inputs, exactly_damped)
-print(f"distance from the scores with (23.2)'s damping: {apart:.0%}")
+print(f"distance from the scores with (30.2)'s damping: {apart:.0%}")
 assert 0.01 < apart < 1
 
-# %% tags=["hide-input"] alt="A scatter plot with one point for each training image: how alike the hidden units are on the horizontal axis, how alike the errors are on the vertical axis. Images with the query's label lie above the horizontal axis, those with the label that the network gave lie below it, and most others lie near it." caption="The two kernels of the last layer between the query of Figure 23.1 and every training image. The score is the product of both coordinates."
+# %% tags=["hide-input"] alt="A scatter plot with one point for each training image: how alike the hidden units are on the horizontal axis, how alike the errors are on the vertical axis. Images with the query's label lie above the horizontal axis, those with the label that the network gave lie below it, and most others lie near it." caption="The two kernels of the last layer between the query of Figure 30.1 and every training image. The score is the product of both coordinates."
 fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
 kinds = {f"label {int(query[1])}": y == query[1], f"label {said}": y == said}
 kinds["other labels"] = ~(kinds[f"label {int(query[1])}"] | kinds[f"label {said}"])
@@ -522,7 +522,7 @@ assert share[1] < 0.1
 # The errors of nearly all images with the query's label point in the direction of its own error: such images help if
 # their inputs are alike. Those with the label that the network gave point the other way, and harm.
 #
-# Damped factors are not the damping of [(23.2)], which adds $\delta$ to the eigenvalues $\lambda_{oi}$ of the block.
+# Damped factors are not the damping of [(30.2)], which adds $\delta$ to the eigenvalues $\lambda_{oi}$ of the block.
 # The inverse then has the eigenvalues $1 / (\lambda_{oi} + \delta)$, a matrix with the indices $o$ and $i$ that is no
 # product of a function of $o$ and one of $i$. A singular value decomposition of this matrix makes it a sum of such
 # products, and its first terms approximate it. Then the scores are a sum of as many pairs of kernels.
@@ -587,9 +587,9 @@ assert sizes["ekfac", 1e-2] > full / 2
 # %% [markdown]
 # ## The damping is the weight decay
 #
-# In many codes the damping of influence is a number to be tuned. By [(23.2)] it is the weight decay. To check this on a
-# network, for which [(23.1)] is an approximation, leave out half of the training data at random, and train again from
-# new random weights. By [(23.2)] the query's loss grows by the sum of the scores of all samples that were left out.
+# In many codes the damping of influence is a number to be tuned. By [(30.2)] it is the weight decay. To check this on a
+# network, for which [(30.1)] is an approximation, leave out half of the training data at random, and train again from
+# new random weights. By [(30.2)] the query's loss grows by the sum of the scores of all samples that were left out.
 # This is a constant minus the sum of $s_{qn}$ over the samples that stay. The rank correlation between the predicted
 # and the real losses of a query, over many halves, is the [linear datamodeling score](bibliography.md#trak). We average
 # it over queries. Perfect predictions would give 1.
@@ -752,12 +752,12 @@ assert r > 0.9
 assert sum(common) / len(common) >= 7
 
 # %% [markdown]
-# **Weights that are not at a minimum.** [(23.1)] assumes that the gradient of $J$ is zero. After early stopping it is
+# **Weights that are not at a minimum.** [(30.1)] assumes that the gradient of $J$ is zero. After early stopping it is
 # not. Then further training changes the query's loss even if no sample is left out, and no score contains this change.
 # Nor is the gradient zero if the decay of the inverse is another one than that of training.
 #
 # **Whole effects.** A score is a first order. Its size is wrong for a sample with a large leverage, and for many
-# samples that are left out together. [Figure 23.2] shows this for single samples. For halves of the data, [Figure 23.4]
+# samples that are left out together. [Figure 30.2] shows this for single samples. For halves of the data, [Figure 30.4]
 # shows that the *order* of the predicted losses is still useful.
 #
 # ## In one minute
@@ -772,7 +772,7 @@ assert sum(common) / len(common) >= 7
 #
 # ## Exercises
 #
-# **Exercise 23.1.** Show that the influence of a sample on itself is never negative. What does it mean if it is zero?
+# **Exercise 30.1.** Show that the influence of a sample on itself is never negative. What does it mean if it is zero?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -785,7 +785,7 @@ assert sum(common) / len(common) >= 7
 #
 # </details>
 #
-# **Exercise 23.2.** What is the sum of the influences of all training samples on a query, at a minimum of $J$?
+# **Exercise 30.2.** What is the sum of the influences of all training samples on a query, at a minimum of $J$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -797,7 +797,7 @@ assert sum(common) / len(common) >= 7
 #
 # </details>
 #
-# **Exercise 23.3.** All losses, that of the query among them, and the decay are multiplied by $c \gt 0$. How do the
+# **Exercise 30.3.** All losses, that of the query among them, and the decay are multiplied by $c \gt 0$. How do the
 # minimum and the scores change?
 #
 # <details class="solution" markdown="1">
@@ -811,12 +811,12 @@ assert sum(common) / len(common) >= 7
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-own = self_influence(model, SUM, by_kfac, [(X, y)])  # 23.1
+own = self_influence(model, SUM, by_kfac, [(X, y)])  # 30.1
 assert (own > 0).all()
 fitted = linear(Phi).detach()  # targets that ridge regression predicts perfectly
 assert self_influence(linear, SQUARED, inverse, [(Phi, t)]).max() > 0.1
 assert (self_influence(linear, SQUARED, inverse, [(Phi, fitted)]) == 0).all()
-everyone = influence_scores(model, SUM, by_kfac, [few], [(X, y)]).sum(1)  # 23.2
+everyone = influence_scores(model, SUM, by_kfac, [few], [(X, y)]).sum(1)  # 30.2
 W = trained_weights(model, by_kfac)
 at_queries = layer_ios(model, SUM, *few, empirical)
 
@@ -835,7 +835,7 @@ slope = torch.autograd.grad(SUM(model(X), y) + decay(model), list(model.paramete
 (W0, b0), (W2, b2) = slope[:2], slope[2:]
 left = {"0": torch.cat([W0, b0.unsqueeze(1)], 1), "2": torch.cat([W2, b2.unsqueeze(1)], 1)}
 assert_exact(everyone, along({name: left[name] - DECAY * W[name] for name in W}))  # with it
-TRIPLED = nn.CrossEntropyLoss(weight=torch.full((10,), 3.0), reduction="sum")  # 23.3
+TRIPLED = nn.CrossEntropyLoss(weight=torch.full((10,), 3.0), reduction="sum")  # 30.3
 M3 = {name: kfac(io) for name, io in layer_ios(model, TRIPLED, X, y).items()}
 thrice = {name: K.inverse(3 * DECAY) for name, K in M3.items()}
 assert_exact(influence_scores(model, TRIPLED, thrice, [few], [(X, y)]), 3 * right)

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 25. Merging: one network from several
+# # 32. Merging: one network from several
 #
-# **Part V: Curvature in use.** Can networks that were trained apart become one, without their data?
+# **Part VIII: Curvature in use.** Can networks that were trained apart become one, without their data?
 #
 # Each network comes with its weights and with a curvature matrix for each layer. The curvature tells which directions
 # of the weights its data have determined. Along these directions, the merged network should have the weights of this
@@ -267,13 +267,13 @@ for other in ("diagonal", "KFAC, start twice"):
 # p(W \mid \text{all data}) \propto \frac{\prod_k p(W \mid \text{data } k)}{p(W)^{K - 1}} .
 # $$
 #
-# By [Laplace's approximation](22_laplace.py), posterior $k$ is approximately normal, with mean $W_k$ and precision
+# By [Laplace's approximation](29_laplace.py), posterior $k$ is approximately normal, with mean $W_k$ and precision
 # $M_k + \delta I$. Here $M_k$ is the curvature of $L_k$ at $W_k$. The logarithm of $p(W \mid \text{all data})$ is then
 # quadratic in $W$. At its maximum its gradient is zero:
 #
 # $$
 # \Bigl( \sum_k M_k + \delta I \Bigr) W = \sum_k (M_k + \delta I) W_k - (K - 1) \, \delta W_0 .
-# \tag{25.1}
+# \tag{32.1}
 # $$
 #
 # Suppose that all $M_k$ share an eigenvector. If one network has much more curvature along it than the others, and much
@@ -289,11 +289,11 @@ for other in ("diagonal", "KFAC, start twice"):
 #
 # Here $A_k$ is the input factor and $B_k$ the output factor of KFAC on the data of network $k$; for RegMean, $A_k$ is a
 # sum over the data. The table compares only the matrices, for $\delta = 0$. With the same matrix and a decay, the
-# solution is not the average. "KFAC, start once" in the figure is [(25.1)]. "KFAC, start twice" leaves out its last
+# solution is not the average. "KFAC, start once" in the figure is [(32.1)]. "KFAC, start twice" leaves out its last
 # term and has $2 \delta$ in place of $\delta$ on the left: it is the maximum of the product of both posteriors, in
 # which the prior occurs twice.
 #
-# The sum of several Kronecker products is in general not a Kronecker product. So [(25.1)] is solved by conjugate
+# The sum of several Kronecker products is in general not a Kronecker product. So [(32.1)] is solved by conjugate
 # gradients, which need products with each $M_k$. With the unknown $W - W_0$ and with $W_k - W_0$ on the right, the term
 # with $W_0$ vanishes.
 
@@ -304,7 +304,7 @@ code(merged_block)
 # The next figure shows an example with two weights. The data of network 1 mainly determine the first weight, those of
 # network 2 the second.
 
-# %% tags=["hide-input"] alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the two ellipses' long axes." caption="Two networks, the start at zero, their average, and the merged weights of [(25.1)], which are also those of joint training. Each ellipse is a level line of the objective of one network, its loss with the decay. An ellipse is narrow along the weight that the data of this network determine."
+# %% tags=["hide-input"] alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the two ellipses' long axes." caption="Two networks, the start at zero, their average, and the merged weights of [(32.1)], which are also those of joint training. Each ellipse is a level line of the objective of one network, its loss with the decay. An ellipse is narrow along the weight that the data of this network determine."
 Hs = [torch.diag(torch.tensor([9.0, 0.3])), torch.diag(torch.tensor([0.3, 9.0]))]
 targets, decay = [torch.tensor([2.0, 0.3]), torch.tensor([0.2, 1.5])], 1.0
 minima = [
@@ -334,11 +334,11 @@ plt.show()
 # %% [markdown]
 # ## Where it is exact
 #
-# <div class="admonition theorem" markdown="1" id="thm-25.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 25.1 (linear models)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-32.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 32.1 (linear models)</b></p>
 #
 # Let every network be one linear layer, trained to its minimum under the squared error, and let $\delta > 0$. With the
-# exact block or with KFAC as $M_k$, the solution of [(25.1)] is the model that is trained on all data, with the same
+# exact block or with KFAC as $M_k$, the solution of [(32.1)] is the model that is trained on all data, with the same
 # decay towards the same start.
 #
 # </div>
@@ -346,7 +346,7 @@ plt.show()
 # *Proof.* The loss of network $k$ with its decay is quadratic, and its Hessian is $M_k + \delta I$, since KFAC is the
 # exact block here ([Chapter 5](05_kfac.py)). Its gradient is $(M_k + \delta I)(W - W_k)$. The sum of these gradients
 # over $k$ contains the gradient of the decay $K$ times. Minus $(K - 1) \, \delta (W - W_0)$, it is the gradient of
-# joint training. Setting it to zero gives [(25.1)]. $\square$
+# joint training. Setting it to zero gives [(32.1)]. $\square$
 #
 # We train three linear models on data sets of different sizes and with different covariances of the inputs, and one on
 # all the data.
@@ -390,7 +390,7 @@ for name, W in wrong.items():
 # ### Two networks, directly
 #
 # Two positive definite Kronecker products can be diagonalised at once, by one transformation of each factor
-# ([`KroneckerSum`](12_kpsvd.py)). So without decay and for $K = 2$, no iteration is needed. The decay adds a third
+# ([`KroneckerSum`](16_kpsvd.py)). So without decay and for $K = 2$, no iteration is needed. The decay adds a third
 # product, $\delta \, I \otimes I$. Three products can in general not be diagonalised at once.
 
 # %%
@@ -412,10 +412,10 @@ assert_exact(merged_block(Ws[:2], Ks[:2], 0.0, start), direct, tolerance=1e-8)
 # $$
 # W = \Bigl( \sum_k W_k A_k \Bigr) \Bigl( \sum_k A_k \Bigr)^{-1},
 # \qquad A_k = \sum_{a \in \text{data } k} a a^\top .
-# \tag{25.2}
+# \tag{32.2}
 # $$
 #
-# This is [(25.1)] with $M_k = I \otimes A_k$ and without decay. Here $A_k$ is a **sum** over the data. The function
+# This is [(32.1)] with $M_k = I \otimes A_k$ and without decay. Here $A_k$ is a **sum** over the data. The function
 # `foof` also returns $I \otimes A_k$, but with the mean over the data in place of the sum. With means, a network with
 # few data counts as much as one with many. The input factor of KFAC is a mean, too. But for the squared error and $N_k$
 # data its output factor is $B_k = 2 N_k I$, so that the product is twice $I \otimes A_k$ with the sum $A_k$. So without
@@ -461,7 +461,7 @@ for f, W in zip(families, found, strict=True):
     assert max(models) < once < joint < far < regmean
 
 # %% [markdown]
-# Most eigenvalues of the curvature are smaller than the decay. In [(25.1)] without the decay, the sum of the matrices has
+# Most eigenvalues of the curvature are smaller than the decay. In [(32.1)] without the decay, the sum of the matrices has
 # small eigenvalues, too, and the equation divides by them. The matrices of the two networks have different eigenvectors,
 # so the result need not lie between the weights of both: it can lie far away. With the decay, the merged weights stay
 # nearer to the start. Diagonal matrices cannot lead so far: without decay, each merged weight lies between those of
@@ -488,7 +488,7 @@ for seed, (f, both) in enumerate(zip(families, curvatures, strict=True)):
 #
 # The distance alone does not explain the errors: the weights of RegMean lie further from the start than those of KFAC
 # without the decay, and RegMean is the best way here. Both have the same input factors. They differ in $B_k$. If all
-# networks had $B_k = N_k B$ with the same invertible $B$, it would cancel in [(25.1)] without decay, and KFAC would be
+# networks had $B_k = N_k B$ with the same invertible $B$, it would cancel in [(32.1)] without decay, and KFAC would be
 # the same as RegMean. So the harm comes from the difference between $B_1$ and $B_2$. To see in which layer, we give
 # both networks the same $B$ in one layer at a time.
 
@@ -587,7 +587,7 @@ for seed, (f, K, W) in enumerate(zip(families, curvatures, found, strict=True)):
 #
 # $$
 # L_2(W) + \tfrac12 \bigl\langle W - W_1, \, (M_1 + \delta I) (W - W_1) \bigr\rangle .
-# \tag{25.3}
+# \tag{32.3}
 # $$
 #
 # Up to a factor in front of $M_1$ and the decay, this is [elastic weight consolidation](bibliography.md#ewc) with the
@@ -612,12 +612,12 @@ for structure in (block, kfac):
 
 # %% [markdown]
 # For networks it is not. Model 1 of every repetition is trained further on the images of the digits 5 to 9. We minimise
-# [(25.3)] with $M_1 = 0$, with the diagonal, and with KFAC.
+# [(32.3)] with $M_1 = 0$, with the diagonal, and with KFAC.
 
 
 # %% tags=["hide-input"]
 def continued(f: Family, Ms: dict[str, Matrix]) -> nn.Module:
-    """Model 1, trained on the data of model 2 with [(25.3)]."""
+    """Model 1, trained on the data of model 2 with [(32.3)]."""
     first = f.models[0]
     groups, W1 = groups_of(first, LAYERS), trained_weights(first, LAYERS)
 
@@ -666,7 +666,7 @@ for i, once in enumerate(results["KFAC, start once"]):
 
 # %% [markdown]
 # KFAC forgets the least of the three, in every repetition, and still much. Merging model 1 with model 2, which was
-# trained apart, reads more of all ten digits. Where does the memory fail? [(25.3)] replaces the losses of task 1 by a
+# trained apart, reads more of all ten digits. Where does the memory fail? [(32.3)] replaces the losses of task 1 by a
 # quadratic at $W_1$. We compare the increase that the quadratic predicts at the end with the real one: with KFAC as
 # $M_1$, and with the exact Gauss-Newton matrix of all layers together.
 
@@ -702,7 +702,7 @@ for f, model in zip(families, in_turn_of["KFAC"], strict=True):
 # ## What goes wrong
 #
 # **A mean loss.** The curvature must belong to the sum of the losses. The curvature of a mean loss is small, and the
-# decay outweighs it. Then [(25.1)] is nearly $W - W_0 = \sum_k (W_k - W_0)$, whatever the data have determined.
+# decay outweighs it. Then [(32.1)] is nearly $W - W_0 = \sum_k (W_k - W_0)$, whatever the data have determined.
 
 # %%
 MEAN = nn.CrossEntropyLoss()
@@ -746,7 +746,7 @@ for f in families:
 # %% [markdown]
 # ## In one minute
 #
-# - Merging multiplies posteriors. Each contains the prior around the start, which has to be counted once: [(25.1)].
+# - Merging multiplies posteriors. Each contains the prior around the start, which has to be counted once: [(32.1)].
 # - For linear models under the squared error, the merged model is the one that is trained on all data.
 # - The choice of the matrix is the method: average, Fisher merging, RegMean, KFAC.
 # - KFAC without the decay was worse than the average here: it moved the hidden units so far that the quadratics did not hold.
@@ -758,39 +758,39 @@ for f in families:
 #
 # ## Exercises
 #
-# **Exercise 25.1.** Merge a network with itself ($W_1 = W_2$, $M_1 = M_2$). By which factor does its distance from the
+# **Exercise 32.1.** Merge a network with itself ($W_1 = W_2$, $M_1 = M_2$). By which factor does its distance from the
 # start change, along an eigenvector of $M_1$ with the eigenvalue $s$? Why is the factor not 1?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Let $d$ and $d_1$ be the components of $W - W_0$ and $W_1 - W_0$ along the eigenvector. Then [(25.1)] is
+# Let $d$ and $d_1$ be the components of $W - W_0$ and $W_1 - W_0$ along the eigenvector. Then [(32.1)] is
 # $(2 s + \delta) \, d = 2 (s + \delta) \, d_1$. The factor is $2 (s + \delta) / (2 s + \delta)$, which is between 1 and
 # 2. It is not 1 because the formula treats the two copies as networks with different data. Then there are twice as many
 # data, and the decay has less influence.
 #
 # </details>
 #
-# **Exercise 25.2.** A third task arrives after [(25.3)]. Which quadratic takes the place of the first two tasks, and around
+# **Exercise 32.2.** A third task arrives after [(32.3)]. Which quadratic takes the place of the first two tasks, and around
 # which weights? How often does it contain the decay? Show that for linear models under the squared error, with exact
 # blocks, the third training ends at the model of all data.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The objective [(25.3)] has the curvature $M_1 + M_2 + \delta I$ at its minimum $W_{12}$. So the third training minimises
+# The objective [(32.3)] has the curvature $M_1 + M_2 + \delta I$ at its minimum $W_{12}$. So the third training minimises
 # $L_3(W) + \tfrac12 \langle W - W_{12}, (M_1 + M_2 + \delta I) (W - W_{12}) \rangle$, with one decay. For linear models
 # the quadratic is the loss of both tasks with the decay, up to a constant.
 #
 # </details>
 #
-# **Exercise 25.3.** A network has no data: $M_k = 0$ and $W_k = W_0$. Show that it does not change the merged weights.
+# **Exercise 32.3.** A network has no data: $M_k = 0$ and $W_k = W_0$. Show that it does not change the merged weights.
 # What does it do to the plain average?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# This network adds $\delta W_0$ to the sum on the right of [(25.1)]. It also raises $K$ by one, so that the last term
+# This network adds $\delta W_0$ to the sum on the right of [(32.1)]. It also raises $K$ by one, so that the last term
 # subtracts one more $\delta W_0$. Both cancel, and nothing is added on the left. The plain average moves towards the
 # start.
 #
@@ -800,15 +800,15 @@ for f in families:
 
 # %% tags=["hide-input"]
 Ws = [ridge(*part, decay, start) for part in sets]
-E = Ks[0].eigen()  # 25.1
+E = Ks[0].eigen()  # 32.1
 twice = merged_block([Ws[0], Ws[0]], [E, E], decay, start)
 coefficients = [E.QB.T @ (W - start) @ E.QA for W in (twice, Ws[0])]
 assert_exact(coefficients[0], coefficients[1] * 2 * (E.scale + decay) / (2 * E.scale + decay))
 
-both = Ks[0].dense() + Ks[1].dense() + decay * torch.eye(18)  # 25.2
+both = Ks[0].dense() + Ks[1].dense() + decay * torch.eye(18)  # 32.2
 assert_exact(after(both, merged_block(Ws[:2], Ks[:2], decay, start), *sets[2]), union)
 
-nothing = Kronecker(torch.zeros(6, 6), torch.zeros(3, 3))  # 25.3
+nothing = Kronecker(torch.zeros(6, 6), torch.zeros(3, 3))  # 32.3
 assert_exact(merged_block([*Ws, start], [*Ks, nothing], decay, start), union)
 assert relative_error((sum(Ws) + start) / 4, sum(Ws) / 3) > 0.01
 print("all hold")

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 20. Taylor mode: derivatives that travel forward
+# # 26. Taylor mode: derivatives that travel forward
 #
-# **Part IV: PINNs.** How do the derivatives in a differential equation get through a network, in one
+# **Part VII: PINNs.** How do the derivatives in a differential equation get through a network, in one
 # forward pass?
 #
 # A physics-informed network $u$ is trained to solve a differential equation, say $\Delta u = f$. Its loss has
@@ -88,7 +88,7 @@ _ = torch.manual_seed(0)
 #
 # $$
 # z_0 = W h_0 + b, \qquad z_1 = W h_1, \qquad z_2 = W h_2 .
-# \tag{20.1}
+# \tag{26.1}
 # $$
 #
 # An activation $\sigma$ acts on every entry by itself. Differentiate $\sigma(z(t))$ once with the
@@ -98,7 +98,7 @@ _ = torch.manual_seed(0)
 # h_0 = \sigma(z_0), \qquad
 # h_1 = \sigma'(z_0) \, z_1, \qquad
 # h_2 = \sigma'(z_0) \, z_2 + \sigma''(z_0) \, z_1^2 .
-# \tag{20.2}
+# \tag{26.2}
 # $$
 #
 # All products are entry by entry. For $\sigma = \tanh$ write $t$ for the value; then $\sigma' = 1 - t^2$
@@ -145,21 +145,21 @@ print("value, first and second derivative at the first point:", by_hand[0].tolis
 #
 # ## Any order: the formula of Faà di Bruno
 #
-# The pattern of [(20.2)] continues to any order. We state it for several directions $v_1, \dots, v_R$ at once,
+# The pattern of [(26.2)] continues to any order. We state it for several directions $v_1, \dots, v_R$ at once,
 # which also gives mixed derivatives. A derivative is then named by a **multiset** $\alpha$ of
 # directions, as $\{1, 1, 2\}$ for $\partial_{v_1} \partial_{v_1} \partial_{v_2}$, and its order is
 # $\lvert \alpha \rvert$. A *partition* $\pi$ of $\alpha$ puts the members into non-empty blocks; equal members
 # count as different ones here, so that $\{1, 1\}$ has two partitions, one block or two.
 #
-# <div class="admonition theorem" markdown="1" id="thm-20.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 20.1 (Faà di Bruno)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-26.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 26.1 (Faà di Bruno)</b></p>
 #
 # Let $z$ be a scalar function of $x$ and $\sigma$ a function of one variable, both smooth enough. Then
 #
 # $$
 # \partial^\alpha \sigma(z) = \sum_{\pi} \sigma^{(\lvert \pi \rvert)}(z)
 # \prod_{\beta \in \pi} \partial^\beta z ,
-# \tag{20.3}
+# \tag{26.3}
 # $$
 #
 # summed over all partitions $\pi$ of $\alpha$, with $\lvert \pi \rvert$ the number of blocks.
@@ -222,7 +222,7 @@ for s, alpha in enumerate(expansion.names):
 #
 # Nested reverse mode differentiates a graph that already contains the derivative, so the graph
 # grows by a factor with every order. A jet of order $k$ needs the $k + 1$ numbers per unit and the terms of
-# [(20.3)] with equal sizes merged. We count the nodes of the graph that autodiff keeps, for
+# [(26.3)] with equal sizes merged. We count the nodes of the graph that autodiff keeps, for
 # a network of two hidden layers.
 
 
@@ -268,23 +268,23 @@ plt.show()
 #
 # Most differential equations contain sums of derivatives, above all the
 # Laplacian $\Delta u = \sum_i \partial_i^2 u$. One jet for every coordinate would carry
-# $1 + 2 d$ vectors through the network, of which $d$ are summed at the end. The sum may be taken earlier. By [(20.2)],
+# $1 + 2 d$ vectors through the network, of which $d$ are summed at the end. The sum may be taken earlier. By [(26.2)],
 # at every activation
 #
 # $$
 # \sum_i \partial_i^2 \sigma(z)
 # = \sigma'(z) \underbrace{\sum_i \partial_i^2 z}_{\ell}
 # + \sigma''(z) \underbrace{\sum_i (\partial_i z)^2}_{q} .
-# \tag{20.4}
+# \tag{26.4}
 # $$
 #
 # The second derivatives enter through their sum $\ell$ only, because the derivative of highest order
-# is *linear* in [(20.3)]: only the partition with a single block contains it. And linear layers commute with sums. So
+# is *linear* in [(26.3)]: only the partition with a single block contains it. And linear layers commute with sums. So
 #
 # $$
 # \bigl( z, \; \partial_1 z, \dots, \partial_d z, \; \ell \bigr)
 # \qquad \text{with } S = d + 2 \text{ vectors}
-# \tag{20.5}
+# \tag{26.5}
 # $$
 #
 # is closed: these vectors at the output of a layer depend only on those at its input. This is the
@@ -297,7 +297,7 @@ plt.show()
 # \sum_{ij} C_{ij} \, \partial_i \partial_j \sigma(z)
 # &= \sigma'(z) \, \ell_C + \sigma''(z) \sum_{ij} C_{ij} \, \partial_i z \, \partial_j z .
 # \end{aligned}
-# \tag{20.6}
+# \tag{26.6}
 # $$
 #
 # ### An example in numbers
@@ -344,7 +344,7 @@ def forward_laplacian_by_hand(net: nn.Sequential, x: Tensor, C: Tensor) -> Tenso
 # %% [markdown]
 # In the package, `SecondOrder` holds directions and weights. Training differentiates its chain rule at every step, so
 # its reverse pass is written by hand. It needs $\sigma'''$, and both passes go over the coefficients a few
-# times. (Tests differentiate [(20.3)] by autodiff and compare.)
+# times. (Tests differentiate [(26.3)] by autodiff and compare.)
 
 # %% tags=["remove-input"]
 code(SecondOrder.form, taylor.forward_laplacian)
@@ -384,7 +384,7 @@ assert not torch.allclose(found, expected)
 #
 # $$
 # \underbrace{d + 2}_{\text{forward}} + \underbrace{2 (d + 2)}_{\text{reverse}} = 3 (d + 2) ,
-# \tag{20.7}
+# \tag{26.7}
 # $$
 #
 # since reverse mode multiplies with every $W$ twice, once for its input and once for $W$ itself (but
@@ -462,7 +462,7 @@ for i, d in enumerate(sizes):
 assert costs["nested"][-1][1] > 1.2 * costs["forward"][-1][1]
 assert costs["Hessian"][-1][1] > 1.2 * costs["forward"][-1][1]
 
-# %% tags=["hide-input"] alt="Multiplications in units of a forward pass against the dimension from 2 to 50, on logarithmic axes. The forward Laplacian lies just below a dashed line; nesting and the Hessian lie above it by a factor of about two at large dimensions." caption="Multiplications for a Laplacian and its gradient with respect to the weights, in units of one forward pass. Dashed: the bound $3 (d + 2)$ of [(20.7)]."
+# %% tags=["hide-input"] alt="Multiplications in units of a forward pass against the dimension from 2 to 50, on logarithmic axes. The forward Laplacian lies just below a dashed line; nesting and the Hessian lie above it by a factor of about two at large dimensions." caption="Multiplications for a Laplacian and its gradient with respect to the weights, in units of one forward pass. Dashed: the bound $3 (d + 2)$ of [(26.7)]."
 fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
 for name, values in costs.items():
     (line,) = ax.loglog(sizes, [row[0] for row in values], "o-")
@@ -538,26 +538,26 @@ assert (model(on_boundary) == 0).all()
 # %% [markdown]
 # ## A network of coefficients
 #
-# Line up the $S$ coefficients of every layer's input as rows, as in [Figure 20.1]. Then by [(20.1)] a linear layer
+# Line up the $S$ coefficients of every layer's input as rows, as in [Figure 26.1]. Then by [(26.1)] a linear layer
 # computes
 #
 # $$
 # z_{ns} = W a_{ns}, \qquad
 # a_{n0} = \begin{pmatrix} h_{n0} \\ 1 \end{pmatrix}, \quad
 # a_{ns} = \begin{pmatrix} h_{ns} \\ 0 \end{pmatrix} \text{ for } s \gt 0 ,
-# \tag{20.8}
+# \tag{26.8}
 # $$
 #
 # with the value at $s = 0$, and the bias in the last column of $W$, as always. That is a layer with weight sharing and
 # $S = d + 2$ positions. Only the bias is unusual: its input is 1 at one position and 0 at all others. Between the
-# linear layers, an activation mixes the positions, as attention does. [Chapter 21](21_pinn.py) applies KFAC to this
+# linear layers, an activation mixes the positions, as attention does. [Chapter 27](27_pinn.py) applies KFAC to this
 # network.
 
 # %% [markdown]
 # ## Sums of higher order
 #
 # The plate equation has $\Delta^2 u = \sum_{ij} \partial_i^2 \partial_j^2 u$. All its derivatives of order
-# four travel as one sum, by the same argument, but those of lower order that [(20.3)] needs must be
+# four travel as one sum, by the same argument, but those of lower order that [(26.3)] needs must be
 # kept. These are all multisets below some $\{i, i, j, j\}$: the value, $d$ of order one, $d (d + 1) / 2$
 # of order two, and $d^2$ of order three.
 #
@@ -570,7 +570,7 @@ assert (model(on_boundary) == 0).all()
 # & D_{e_i + e_j}^4 + D_{e_i - e_j}^4 \\
 # & - 2 D_{e_i}^4 - 2 D_{e_j}^4 \bigr) ,
 # \end{aligned}
-# \tag{20.9}
+# \tag{26.9}
 # $$
 #
 # with $D_v^4$ the fourth derivative along $v$. That takes $d^2$ directions with three kept coefficients each.
@@ -596,7 +596,7 @@ for d in (2, 3, 6):
     assert len(along.names) == 2 + 3 * d**2
 
 # %% [markdown]
-# Exercise 20.3 needs fewer coefficients.
+# Exercise 26.3 needs fewer coefficients.
 #
 # ## What goes wrong in practice
 #
@@ -667,7 +667,7 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # ## Exercises
 #
-# **Exercise 20.1.** Find the rule for the product $f g$ of two scalar functions in the forward
+# **Exercise 26.1.** Find the rule for the product $f g$ of two scalar functions in the forward
 # Laplacian: $\Delta (f g)$ from the coefficients of $f$ and $g$.
 #
 # <details class="solution" markdown="1">
@@ -675,11 +675,11 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # $\partial_i^2 (f g) = (\partial_i^2 f)\, g + 2\, \partial_i f\, \partial_i g + f\, \partial_i^2 g$, and the sum over
 # $i$ needs second derivatives only summed up: $\Delta (f g) = g\, \Delta f + 2 \sum_i \partial_i f\, \partial_i g + f\,
-# \Delta g$. So [(20.5)] is closed under products as well.
+# \Delta g$. So [(26.5)] is closed under products as well.
 #
 # </details>
 #
-# **Exercise 20.2.** Which directions and weights give $\ell_C$ of [(20.6)], for a symmetric $C$ of rank
+# **Exercise 26.2.** Which directions and weights give $\ell_C$ of [(26.6)], for a symmetric $C$ of rank
 # $r$, with $S = r + 2$ coefficients? When is this of use?
 #
 # <details class="solution" markdown="1">
@@ -691,13 +691,13 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # </details>
 #
-# **Exercise 20.3.** Show that the biharmonic operator needs only the coefficients $z$,
+# **Exercise 26.3.** Show that the biharmonic operator needs only the coefficients $z$,
 # $\partial_i z$, $\partial_i \partial_j z$ for $i \le j$, $\partial_i \Delta z$ and $\Delta^2 z$. How many are these?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# In [(20.3)] for $\{i, i, j, j\}$, summed over $i$ and $j$, a block of three occurs with a block of one: $4 \sum_{ij}
+# In [(26.3)] for $\{i, i, j, j\}$, summed over $i$ and $j$, a block of three occurs with a block of one: $4 \sum_{ij}
 # \partial_i z \, \partial_i \partial_j^2 z = 4 \sum_i \partial_i z\, \partial_i \Delta z$. So derivatives of order
 # three are needed in these sums only. And for $\partial_i \Delta \sigma(z)$ itself they enter linearly, through the
 # same sums; the rest has orders one and two. Together $2 + 2 d + d (d + 1) / 2$ coefficients instead of $2 + d + d (d +
@@ -705,7 +705,7 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # </details>
 #
-# **Exercise 20.4.** A jet of order $K$ along one direction, and a network with hidden layers of width $h$.
+# **Exercise 26.4.** A jet of order $K$ along one direction, and a network with hidden layers of width $h$.
 # How does the work of the linear layers grow with $K$, and how that of the activations?
 #
 # <details class="solution" markdown="1">
@@ -717,7 +717,7 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #
 # </details>
 #
-# **Exercise 20.5 (write it).** Write a function `third_derivative(net, x, v)` for a network of linear layers and tanh,
+# **Exercise 26.5 (write it).** Write a function `third_derivative(net, x, v)` for a network of linear layers and tanh,
 # a point `x` and a direction `v`, both of shape `[d]`. It returns the third derivative along `v`, of shape `[1]`, in
 # one forward pass and without autodiff. Begin with `jet_by_hand`. The cell below has `check_third_derivative`, which
 # compares your function with nested reverse mode, and one solution.
@@ -725,14 +725,14 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 # The solutions, checked:
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
-E = laplacian(3)  # 20.1
+E = laplacian(3)  # 26.1
 f, g = (taylor.taylor_coefficients(n, X, E) for n in (net, model))
 df, dg = f[:, 1:4], g[:, 1:4]
 product = g[:, 0] * f[:, 4] + 2 * (df * dg).sum(1) + f[:, 0] * g[:, 4]
 assert_exact(product, E.product(f, g)[:, 4])
 assert_exact(product.squeeze(1), by_nesting(lambda x: net(x) * model(x), X).detach())
 
-w, Q = torch.linalg.eigh(torch.outer(v, v) - torch.outer(X[0], X[0]))  # 20.2: rank two
+w, Q = torch.linalg.eigh(torch.outer(v, v) - torch.outer(X[0], X[0]))  # 26.2: rank two
 used = w.abs() > 1e-8
 low_rank = SecondOrder(Q.T[used], w[None, used])
 assert len(low_rank.names) == 2 + 2
@@ -741,17 +741,17 @@ full = taylor.taylor_coefficients(
 )
 assert_exact(taylor.taylor_coefficients(net, X, low_rank)[:, -1], full[:, -1])
 
-counts = [2 + 2 * d + d * (d + 1) // 2 for d in (2, 3, 6)]  # 20.3
+counts = [2 + 2 * d + d * (d + 1) // 2 for d in (2, 3, 6)]  # 26.3
 assert all(n < len(biharmonic(d).names) for n, d in zip(counts, (2, 3, 6), strict=True))
 third = Partials(torch.eye(2), sums=[{(0, 0, 0): 1.0, (0, 1, 1): 1.0}])  # sums of order three
 assert len(third.names) == 1 + 2 + 3 + 1
 
-numbers = [len(partitions((0,) * k)) for k in range(1, 9)]  # 20.4
+numbers = [len(partitions((0,) * k)) for k in range(1, 9)]  # 26.4
 assert numbers == [1, 2, 3, 5, 7, 11, 15, 22]
 
 
 def third_derivative(net: nn.Sequential, x: Tensor, v: Tensor) -> Tensor:
-    """A solution of Exercise 20.5."""
+    """A solution of Exercise 26.5."""
     h0, h1, h2, h3 = x, v, torch.zeros_like(v), torch.zeros_like(v)
     for layer in net:
         if isinstance(layer, nn.Linear):

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 31. Many processes: one step, taken together
+# # 34. Many processes: one step, taken together
 #
-# **Part VI: Scale and trust.** How do several processes take the step that one process would take with all data,
+# **Part IX: Scale and trust.** How do several processes take the step that one process would take with all data,
 # and what do they send each other for it?
 #
 # Each of $P$ processes, the *ranks*, has a copy of the model and a shard of the batch. For SGD the ranks exchange
@@ -87,7 +87,7 @@ plt.show()
 # mean of the ranks' gradients, if the loss is a mean and all shards have the same number of terms. PyTorch's
 # `DistributedDataParallel` computes this mean.
 #
-# KFAC needs more, because each rank computes the curvature of its own shard only. In [Figure 31.1], two ranks in one
+# KFAC needs more, because each rank computes the curvature of its own shard only. In [Figure 34.1], two ranks in one
 # process exchange gradients and no curvature. Each has an optimizer of its own, and both get the same gradient.
 #
 # The ranks began at one point and always got one gradient. But each multiplied it by the inverse of another
@@ -102,7 +102,7 @@ plt.show()
 # ``````
 #
 # The training loop stays as it is, with one exception: with `DistributedDataParallel`, a sum or shards of unequal
-# size need another loss (Exercise 31.1). This chapter shows what the line does. The command
+# size need another loss (Exercise 34.1). This chapter shows what the line does. The command
 # `torchrun --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
 #
 # ## The loss of the batch, and its curvature
@@ -113,23 +113,23 @@ plt.show()
 #
 # $$
 # \mathcal{L} = \sum_r \frac{D_r}{D} \mathcal{L}_r .
-# \tag{31.1}
+# \tag{34.1}
 # $$
 #
 # Its gradient follows by linearity. The curvature follows, too. [Chapter 4](04_layer_io.py) describes a layer by its
 # inputs $a$ and by vectors $g$ whose outer products sum to the curvature of the loss. A loss that is multiplied by
 # $c$ multiplies this curvature by $c$, and so the vectors by $\sqrt{c}$.
 #
-# <div class="admonition theorem" markdown="1" id="thm-31.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 31.1 (the joined layer)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-34.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 34.1 (the joined layer)</b></p>
 #
 # Let the outputs of a sample depend on its own input alone. Let $(a_r, g_r)$ be a layer's inputs and vectors for the
 # shard and the loss of rank $r$, with the exact (type-2) Fisher. Then the layer on the whole batch, with the loss
-# of [(31.1)], is
+# of [(34.1)], is
 #
 # $$
 # (a, g) = \operatorname{concatenate}_r \Bigl( a_r, \sqrt{D_r / D}\; g_r \Bigr) ,
-# \tag{31.2}
+# \tag{34.2}
 # $$
 #
 # where samples stand one after another. If the loss is a sum, the factor is 1.
@@ -137,7 +137,7 @@ plt.show()
 # </div>
 #
 # **Proof.** The loss is a sum over samples. So its curvature with respect to all outputs is block diagonal, with one
-# block for each sample. By [(31.1)], the block of a sample of rank $r$ is $D_r / D$ times its block for
+# block for each sample. By [(34.1)], the block of a sample of rank $r$ is $D_r / D$ times its block for
 # $\mathcal{L}_r$. A square root of the latter, times $\sqrt{D_r / D}$, is a square root of the former. The columns of
 # the square root are sent back to the layer by linear maps, which keep the factor. The outputs of a sample depend on
 # its own input alone, so that these maps are the same whether or not the other shards are there. $\square$
@@ -172,7 +172,7 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 # $$
 # B = \sum_r B_r , \qquad
 # A = \frac{\sum_r R_r A_r}{\sum_r R_r} ,
-# \tag{31.3}
+# \tag{34.3}
 # $$
 #
 # where $B_r$ belongs to the scaled vectors. The two factors have different weights: $A$ counts rows, $B$ counts the
@@ -194,7 +194,7 @@ assert_exact(B, kfac(whole).B)
 code(joint_kfac)
 
 # %% [markdown]
-# For [EKFAC](10_ekfac.py), the eigenvectors are those of the joint factors. Its eigenvalues are second moments, which
+# For [EKFAC](14_ekfac.py), the eigenvectors are those of the joint factors. Its eigenvalues are second moments, which
 # are sums over samples again, in the basis that all ranks share:
 
 # %% tags=["hide-input"] fold="Checked: second moments add up over ranks"
@@ -273,7 +273,7 @@ for P in (1, 2, 4):
 # %% [markdown]
 # ## Labels
 #
-# Theorem 31.1 is about the exact Fisher. With [Monte Carlo](03_losses.py), every rank draws labels for its own shard.
+# Theorem 34.1 is about the exact Fisher. With [Monte Carlo](03_losses.py), every rank draws labels for its own shard.
 # If all ranks have one seed, the samples at the same place of two shards get the same random number. Each label alone
 # is drawn from the right distribution, so the factor is right on average. But the draws of two ranks are no longer
 # independent, and their errors do not cancel. The extreme case has two equal shards. Then the second rank repeats the
@@ -355,7 +355,7 @@ plt.show()
 # \underbrace{\frac{2 (P - 1)}{P} \Bigl( G + \frac{F}{T_F} \Bigr)}_{\text{gradients, factors}}
 # + \underbrace{\frac{m - 1}{P} \frac{I}{T_I}}_{\text{inverses}}
 # + \underbrace{\Bigl( 1 - \frac{m}{P} \Bigr) G}_{\text{results}} .
-# \tag{31.4}
+# \tag{34.4}
 # $$
 #
 # The tests compare this with the bytes that real processes write, which agree within 2 %. They also count the numbers
@@ -382,7 +382,7 @@ def gpt2(d: int = 768, blocks: int = 12) -> list[tuple[int, int]]:
 def sent(
     layers: list[tuple[int, int]], P: int, m: int, T_F: int = 10, T_I: int = 100
 ) -> dict[str, float]:
-    """The parts of (31.4), with EKFAC's form of an inverse."""
+    """The parts of (34.4), with EKFAC's form of an inverse."""
     G = sum(o * i for o, i in layers)
     F = sum(d * (d + 1) // 2 for layer in layers for d in layer) + len(layers)
     inverses = sum(o * o + i * i + o * i for o, i in layers)
@@ -473,7 +473,7 @@ plt.show()
 # - Every rank has 32 images, or 4096 tokens, however many ranks there are (*weak scaling*).
 #
 # With more ranks, the inversions of each rank fall to the share of the widest layer. All other work of a rank stays
-# the same. What a rank sends grows towards a limit, by [(31.4)].
+# the same. What a rank sends grows towards a limit, by [(34.4)].
 
 # %% tags=["hide-input"] alt="Two panels, ResNet-50 and GPT-2. Milliseconds of a step over the number of ranks, up to 4096. At 50 GB/s, the time falls at first, as inversions are shared, and is then constant. At 3 GB/s it rises within the first few ranks, where sending takes longer than computing, and is then constant, for mem-opt above comm-opt." caption="The plan: time of a step with a fixed batch for each rank. Lines that rise and become flat are limited by what is sent."
 MACS = {
@@ -527,14 +527,14 @@ plt.show()
 # (2019)](bibliography.md#osawa-2019) trained ResNet-50 on ImageNet to 75 % with batches of 131,072 images in 978 steps,
 # and say that KFAC can handle larger batches than first-order methods. [Ma et al. (2020)](bibliography.md#inefficiency)
 # tuned both for each batch size, on CIFAR-10 and SVHN, and found that KFAC does not scale to large batches better than
-# SGD. [Chapter 33](33_large_batches.py) has more.
+# SGD. [Chapter 24](24_large_batches.py) has more.
 #
 # ## No factors at all
 #
 # *DP-KFAC* ([Zhang et al. (2022)](bibliography.md#dp-kfac)) sends no factors: the owner of a layer makes its matrix
 # from its own shard ([`kfac_preconditioner_inv_dp.py`, line
 # 80](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv_dp.py#L75-L95)).
-# This saves three costs: the term $F / T_F$ of [(31.4)], the work of making a layer's factors on all other ranks, and
+# This saves three costs: the term $F / T_F$ of [(34.4)], the work of making a layer's factors on all other ranks, and
 # their memory. On 64 GPUs the paper reports 1.55 to 1.65 times less computing, 2.79 to 3.15 times less communication
 # and 1.14 to 1.47 times less memory in an update of the curvature, and that the convergence of the joint methods is
 # retained. DP-KFAC is another estimator: its curvature has the noise of a shard, which is smaller for larger shards.
@@ -588,7 +588,7 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 #
 # ## Exercises
 #
-# **Exercise 31.1.** Two ranks have 10 and 30 samples, and a loss that is a *sum*. `DistributedDataParallel` gives
+# **Exercise 34.1.** Two ranks have 10 and 30 samples, and a loss that is a *sum*. `DistributedDataParallel` gives
 # both the mean of their two gradients. By which factor must rank $r$ multiply its loss, so that this mean is the
 # gradient of the whole batch? And for a mean loss?
 #
@@ -601,7 +601,7 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 #
 # </details>
 #
-# **Exercise 31.2.** Why may the ranks not add up their own damped inverses, or take their mean?
+# **Exercise 34.2.** Why may the ranks not add up their own damped inverses, or take their mean?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -612,7 +612,7 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 #
 # </details>
 #
-# **Exercise 31.3.** A network has 100 layers of width 1000 and one of width 4000. How many ranks share its inversions
+# **Exercise 34.3.** A network has 100 layers of width 1000 and one of width 4000. How many ranks share its inversions
 # usefully?
 #
 # <details class="solution" markdown="1">
@@ -624,7 +624,7 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 #
 # </details>
 #
-# **Exercise 31.4 (write it).** Write a function `joined(factors, rows, shares)` that returns the factors `(A, B)` of
+# **Exercise 34.4 (write it).** Write a function `joined(factors, rows, shares)` that returns the factors `(A, B)` of
 # the whole batch. It gets a list of `(A, B)` of the ranks for their own mean losses, the ranks' numbers of rows, and
 # their shares $D_r / D$ of the loss. The cell below has `check_joined` and one solution.
 #
@@ -644,7 +644,7 @@ for size, busiest in ((2, 164.0), (3, 128.0), (4, 128.0)):
 
 
 def joined(factors: list, rows: list[int], shares: list[float]) -> tuple:
-    """A solution of Exercise 31.4: vectors scaled by a root scale `B` by the share."""
+    """A solution of Exercise 34.4: vectors scaled by a root scale `B` by the share."""
     A = sum(R * A for R, (A, _) in zip(rows, factors, strict=True)) / sum(rows)
     return A, sum(share * B for share, (_, B) in zip(shares, factors, strict=True))
 

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 26. Capture: how a program finds a and g
+# # 10. Capture: how a program finds a and g
 #
-# **Part VI: Scale and trust.** How does a program find the inputs $a$ and the vectors $g$ of every weight
+# **Part III: KFAC.** How does a program find the inputs $a$ and the vectors $g$ of every weight
 # in a network that somebody else wrote, and how does it know that it found all of them?
 #
 # [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward hooks. That is
@@ -611,8 +611,8 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 # this axis also contains positions, the zeros tell whether the positions of one datum are neighbours on it or far
 # apart.
 #
-# <div class="admonition theorem" markdown="1" id="thm-26.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 26.1 (the calls explain the gradient)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-10.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 10.1 (the calls explain the gradient)</b></p>
 #
 # Let a network with weight $W$ be given at fixed parameters and inputs, with the outputs of all data in one
 # vector $f$. Let $c$ number the rows of all recorded calls, $z_c = W a_c$, and let $g_c$ be the derivative of
@@ -620,7 +620,7 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #
 # $$
 # \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top
-# \tag{26.1}
+# \tag{10.1}
 # $$
 #
 # holds for one $v$ that is drawn from a distribution with a density, it holds for all $v$, with
@@ -628,19 +628,19 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #
 # </div>
 #
-# **Proof.** Both sides of [(26.1)] are linear in $v$: the left side by the rules of differentiation, the
+# **Proof.** Both sides of [(10.1)] are linear in $v$: the left side by the rules of differentiation, the
 # right side because every $g_c$ is, and the $a_c$ do not depend on $v$. So the difference of both sides is a
-# linear function of $v$. If [(26.1)] fails for some $v$, the difference is zero on a proper subspace only. The drawn
-# vector lies in that subspace with probability zero, so [(26.1)] fails for it, too. $\blacksquare$
+# linear function of $v$. If [(10.1)] fails for some $v$, the difference is zero on a proper subspace only. The drawn
+# vector lies in that subspace with probability zero, so [(10.1)] fails for it, too. $\blacksquare$
 #
 # The difference of both sides has a meaning. The derivative with respect to $W$ is a sum over all paths from $W$ to $f$
 # in the graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute $g_c a_c^\top$, because
 # $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the difference is the
 # contribution of all other paths, those through uses of $W$ that were not recorded.
 #
-# Equation [(26.1)] makes blocks exact, for this reason. Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and
-# zero at the others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(26.1)] is over
-# the rows of datum $n$, and by [(26.1)] it is the gradient $G_{vn}$ of [Theorem 4.1]. This proves the blocks for the
+# Equation [(10.1)] makes blocks exact, for this reason. Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and
+# zero at the others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(10.1)] is over
+# the rows of datum $n$, and by [(10.1)] it is the gradient $G_{vn}$ of [Theorem 4.1]. This proves the blocks for the
 # data that are tried. For the rest of the batch it is assumed.
 #
 # The proof holds for any $a_c$ and $g_c$. The second check finds every mistake of a rule that changes
@@ -912,7 +912,7 @@ for name in keys:
 # $g a^\top$ is the gradient. The factor $A$ is 1, and KFAC's $B \otimes A = B$ is the exact block in every
 # network. The block has two rows for every channel, so it is as large as a factor of a wide layer, for few
 # parameters. That is why a normalisation has a block only if `layers=[...]` names it. Otherwise a warning
-# names its parameters, and the optimizer of [Chapter 36](36_in_practice.py) moves them by a first-order rule.
+# names its parameters, and the optimizer of [Chapter 13](13_in_practice.py) moves them by a first-order rule.
 # The next cell prints how many parameters have no block, and what share of the GGN's trace is theirs.
 
 # %% tags=["hide-input"] fold="Checked: normalisations are left out, and KFAC is exact for them"
@@ -1088,7 +1088,7 @@ refused(ValueError, net, loss, X, y)
 #
 # ## Exercises
 #
-# **Exercise 26.1.** How many calls of `linear` does PyTorch's attention need for queries, keys, values and
+# **Exercise 10.1.** How many calls of `linear` does PyTorch's attention need for queries, keys, values and
 # output, if all three inputs are one tensor, if keys and values share one, and if there are three? How
 # many blocks are there in each case?
 #
@@ -1102,7 +1102,7 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 26.2.** The vector $v$ of [Theorem 26.1] must be random. Find a network with an unexplained use of
+# **Exercise 10.2.** The vector $v$ of [Theorem 10.1] must be random. Find a network with an unexplained use of
 # a weight, and a $v$ that is not zero and does not find it.
 #
 # <details class="solution" markdown="1">
@@ -1114,7 +1114,7 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 26.3 (write it).** The package has a rule for `torch.einsum`. Teach this chapter's recorder the equation
+# **Exercise 10.3 (write it).** The package has a rule for `torch.einsum`. Teach this chapter's recorder the equation
 # `torch.einsum("ni,oi->no", x, W)`: write a class that inherits from `Recorder`. The cell below has
 # `check_recorder`, which compares the blocks that your class finds with exact ones, and one solution.
 #
@@ -1127,7 +1127,7 @@ refused(ValueError, net, loss, X, y)
 #
 # </details>
 #
-# **Exercise 26.4.** A network subtracts the mean over the batch after a layer and adds it again before the
+# **Exercise 10.4.** A network subtracts the mean over the batch after a layer and adds it again before the
 # next. Do data meet?
 #
 # <details class="solution" markdown="1">
@@ -1137,7 +1137,7 @@ refused(ValueError, net, loss, X, y)
 # respect to the mean as the sum of two numbers that differ in their sign alone, and that sum is exactly
 # zero. If the mean is multiplied by 3 and divided by 3 before it is added, rounding may leave a small number
 # instead of zero. The check would then refuse a network that is sound. The other mistake is to accept a
-# network in which tried data meet. Its probability is zero, as in [Theorem 26.1]: what arrives at the other
+# network in which tried data meet. Its probability is zero, as in [Theorem 10.1]: what arrives at the other
 # data is a linear function of the vectors that were sent.
 #
 # </details>
@@ -1160,7 +1160,7 @@ inputs = {
     3: lambda x: (x, *[x.sin()] * 2),
     4: lambda x: (x, x.sin(), x.cos()),
 }
-for expected_calls, chosen in inputs.items():  # 26.1
+for expected_calls, chosen in inputs.items():  # 10.1
     net, recorder = Attention(chosen), Opening()
     ios = by_functions(net, loss, sequences, torch.randn(N, 4), recorder, positions_first=True)
     assert len(recorder.calls) == expected_calls
@@ -1173,7 +1173,7 @@ class AtTheLastOutput(Uses):
         return super().forward(x) + functional.pad(unseen, (2, 0))
 
 
-net = AtTheLastOutput(lambda layer, x: layer(x))  # 26.2
+net = AtTheLastOutput(lambda layer, x: layer(x))  # 10.2
 v = torch.randn(N, 3)
 assert two_checks(net, X, v)[1] > 0.01
 v[:, -1] = 0
@@ -1187,7 +1187,7 @@ class WithEinsum(Recorder):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def check_recorder(recorder: type[Recorder]) -> None:  # 26.3
+def check_recorder(recorder: type[Recorder]) -> None:  # 10.3
     net = Uses(lambda layer, x: layer(x) + torch.einsum("ni,oi->no", x.sin(), layer.weight))
     assert errors(by_functions(net, loss, X, y, Recorder()), net, loss, X, y)["layer"] > 0.01
     for ios in (by_functions(net, loss, X, y, recorder()), layer_ios(net, loss, X, y)):
@@ -1203,7 +1203,7 @@ def there_and_back(layer, x):
     return (z - mean) + mean
 
 
-net = Uses(there_and_back)  # 26.4
+net = Uses(there_and_back)  # 10.4
 assert two_checks(net, X)[0] == 0
 assert max(errors(layer_ios(net, loss, X, y), net, loss, X, y).values()) <= EXACT
 print("all hold")
@@ -1217,4 +1217,4 @@ print("all hold")
 # weights; [curvlinops](bibliography.md#curvlinops), which traces a network and checks that every path from a
 # parameter in the graph is one that it knows.
 #
-# [Chapter 27](27_conformance.py) tests a program from the outside: are its factors right?
+# [Chapter 35](35_conformance.py) tests a program from the outside: are its factors right?

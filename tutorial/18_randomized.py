@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 14. Randomised KFAC: a few eigenpairs, without the others
+# # 18. Randomised KFAC: a few eigenpairs, without the others
 #
-# **Part III: Better and faster.** An eigendecomposition computes all eigenpairs of a factor, though
+# **Part V: Better and faster.** An eigendecomposition computes all eigenpairs of a factor, though
 # only a few of them matter. How are those few found without the others?
 #
 # KFAC inverts two factors per layer, of $d_\text{in}$ and $d_\text{out}$ rows. This costs a number of
@@ -142,14 +142,14 @@ plt.show()
 # A factor is a moving average, $M_t = \rho M_{t-1} + (1 - \rho) X_t X_t^\top$, with a batch of $N$
 # columns $X_t$. After $j$ batches, $M_t = \rho^j M_{t-j} + {}$a matrix of rank at most $j N$.
 #
-# <div class="admonition theorem" markdown="1" id="thm-14.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 14.1 (the average forgets)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-18.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 18.1 (the average forgets)</b></p>
 #
 # All eigenvalues of $M_t$ but the largest $jN$ are at most $\rho^j$ times the largest of $M_{t-j}$:
 #
 # $$
 # \lambda_{jN + 1}(M_t) \le \rho^j \lambda_1(M_{t-j}) .
-# \tag{14.1}
+# \tag{18.1}
 # $$
 #
 # </div>
@@ -180,7 +180,7 @@ assert j * N > 8192
 #
 # $$
 # M \omega = \sum_i \lambda_i\, (q_i^\top \omega)\, q_i .
-# \tag{14.2}
+# \tag{18.2}
 # $$
 #
 # The coefficients $q_i^\top \omega$ are independent normal numbers, none preferred. So $M \omega$ is a
@@ -242,7 +242,7 @@ code(range_basis)
 # $$
 # Q Q^\top M Q Q^\top = (Q W) \operatorname{diag}(\theta)\, (Q W)^\top ,
 # \qquad Q^\top M Q = W \operatorname{diag}(\theta)\, W^\top .
-# \tag{14.3}
+# \tag{18.3}
 # $$
 #
 # The $\theta_i$ are called Ritz values. **RS** takes a singular value decomposition
@@ -254,14 +254,14 @@ code(range_basis)
 #
 # $$
 # V \operatorname{diag}(\sigma)\, V^\top = \bigl( M Q Q^\top M \bigr)^{1/2} .
-# \tag{14.4}
+# \tag{18.4}
 # $$
 #
 # A third one, not in the paper and long known for kernel matrices, is that of **Nyström**:
 #
 # $$
 # M Q\, (Q^\top M Q)^{-1} Q^\top M .
-# \tag{14.5}
+# \tag{18.5}
 # $$
 
 # %% tags=["remove-input"]
@@ -279,15 +279,15 @@ assert_exact(from_pairs(*rsvd(M, Q)) @ from_pairs(*rsvd(M, Q)), M @ Q @ Q.T @ M)
 assert_exact(from_pairs(*nystrom(M, Q)), M @ Q @ torch.linalg.solve(Q.T @ M @ Q, Q.T @ M))
 
 # %% [markdown]
-# <div class="admonition theorem" markdown="1" id="thm-14.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 14.2 (the order)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-18.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 18.2 (the order)</b></p>
 #
 # Let $M$ be positive definite. For the same $Q$, RS $\preceq$ Nyström $\preceq M$. The eigenvalues of SRE, RS,
 # Nyström and $M$, in this order and each from the largest on, satisfy
 #
 # $$
 # \theta_i \le \sigma_i \le \nu_i \le \lambda_i , \qquad i \le q .
-# \tag{14.6}
+# \tag{18.6}
 # $$
 #
 # SRE itself need not be below $M$.
@@ -298,7 +298,7 @@ assert_exact(from_pairs(*nystrom(M, Q)), M @ Q @ torch.linalg.solve(Q.T @ M @ Q,
 # most that of $R$ with the same number. *SRE and RS:* $Q^\top M Q = (Q^\top M)\, Q$, and a product with $Q$,
 # whose norm is 1, makes no singular value larger. *RS and $M$:* $Q Q^\top \preceq I$, so
 # $M Q Q^\top M \preceq M^2$, and taking roots keeps the order $\preceq$ (squaring would not). *Nyström and $M$:* with
-# $H = M^{1/2}$, [(14.5)] is $H P H$, where $P$ projects onto the range of $HQ$. *RS and Nyström:* let $N$
+# $H = M^{1/2}$, [(18.5)] is $H P H$, where $P$ projects onto the range of $HQ$. *RS and Nyström:* let $N$
 # be any matrix with $0 \preceq N \preceq M$ whose range lies in that of $MQ$. Then $N = H C H$ with
 # $0 \preceq C \preceq I$, and the range of $C$ lies in $H^{-1} \operatorname{range}(MQ) = \operatorname{range}(HQ)$. Thus
 # $C = P C P \preceq P$ and $N \preceq H P H$: Nyström is the largest of all such $N$, and RS is one of
@@ -377,7 +377,7 @@ assert best < more < plain
 # $$
 # (\hat M + \gamma I)^{-1} X = \tfrac{1}{c + \gamma} X
 # + U \operatorname{diag} \Bigl( \tfrac{1}{d_i + \gamma} - \tfrac{1}{c + \gamma} \Bigr) U^\top X .
-# \tag{14.7}
+# \tag{18.7}
 # $$
 #
 # Everything is divided by $c + \gamma$, and what lies in the span of $U$ is corrected. What should $c$ be?
@@ -386,7 +386,7 @@ assert best < more < plain
 # $$
 # \bigl\lVert (\hat M + \gamma I)^{-1} - (M + \gamma I)^{-1} \bigr\rVert_2
 # = \max_{i \gt r} \Bigl\lvert \tfrac{1}{c + \gamma} - \tfrac{1}{\lambda_i + \gamma} \Bigr\rvert .
-# \tag{14.8}
+# \tag{18.8}
 # $$
 #
 # - $c = 0$ leaves out what was cut off. The inverse is too large in *every* direction of the tail, and
@@ -419,7 +419,7 @@ for tail in (zero_tail, smallest_kept, trace_matched):
     print(f"{tail.__name__:14} c = {c.item():.4f}, error of the inverse {predicted.item():.2f}")
 assert tails["trace_matched"][1] < min(tails["zero_tail"][1], tails["smallest_kept"][1])
 
-# %% tags=["hide-input"] alt="The error of the damped inverse against the tail value c on a logarithmic axis: a curve with a kink at its minimum. Marks show that c equal to zero lies left of the minimum, the smallest kept eigenvalue right of it, and the mean of the tail nearest to it." caption="The error [(14.8)] for every tail value, and the three choices. Zero is drawn at the left edge."
+# %% tags=["hide-input"] alt="The error of the damped inverse against the tail value c on a logarithmic axis: a curve with a kink at its minimum. Marks show that c equal to zero lies left of the minimum, the smallest kept eigenvalue right of it, and the mean of the tail nearest to it." caption="The error [(18.8)] for every tail value, and the three choices. Zero is drawn at the left edge."
 fig, ax = plt.subplots(figsize=(6.0, 3.0))
 grid = torch.logspace(-4, 0, 300)
 ax.semilogx(
@@ -433,13 +433,13 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# The kink is the best $c$ for this norm and damping (Exercise 14.2). The mean is not always the best of
-# the three: if the damping is far below the whole tail, the smallest eigenvalues rule [(14.8)], and
+# The kink is the best $c$ for this norm and damping (Exercise 18.2). The mean is not always the best of
+# the three: if the damping is far below the whole tail, the smallest eigenvalues rule [(18.8)], and
 # $c = 0$ can be nearer to them. But the mean is right on average, whatever the damping.
 #
 # ## Both factors, one inverse
 #
-# With damped factors, $(B + \gamma_B I)^{-1} G (A + \gamma_A I)^{-1}$ is [(14.7)] from the left and from the
+# With damped factors, $(B + \gamma_B I)^{-1} G (A + \gamma_A I)^{-1}$ is [(18.7)] from the left and from the
 # right. What the package's `inverse(damping)` means is the damped *product*,
 # $(\hat B \otimes \hat A + \delta I)^{-1}$, and this, too, is available without the missing
 # eigenvectors. Eigenvalues of $\hat B \otimes \hat A$ come in four blocks:
@@ -461,7 +461,7 @@ plt.show()
 # + G\, U_A \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \\
 # &+ U_B \bigl[ (w_{ij} - w_{i0} - w_{0j} + w_{00}) \odot (U_B^\top G\, U_A) \bigr] U_A^\top .
 # \end{aligned}
-# \tag{14.9}
+# \tag{18.9}
 # $$
 #
 # This costs $\mathcal{O}(d_\text{out} d_\text{in} (r_A + r_B))$, the square of the width.
@@ -482,7 +482,7 @@ assert_exact(M.trace(), L.trace())
 #
 # `randomized(rank)` is a function of a [`LayerIO`](api/layer_io.md), as every approximation. Its result
 # keeps KFAC's two factors, because *they* are what is averaged over batches: the average of two
-# bases of eigenvectors has no meaning ([Chapter 10](10_ekfac.py)). The decomposition happens when the
+# bases of eigenvectors has no meaning ([Chapter 14](14_ekfac.py)). The decomposition happens when the
 # inverse is taken, every so many steps. RS is the default, `low_rank(srevd)` is SRE-KFAC.
 
 # %% tags=["remove-input"]
@@ -538,7 +538,7 @@ assert final < 0.5
 # $$
 # r \leftarrow r + s \quad \text{if } d_r \gt \epsilon\, d_1 , \qquad
 # r \leftarrow r - s \quad \text{otherwise} .
-# \tag{14.10}
+# \tag{18.10}
 # $$
 #
 # With exact eigenpairs, $r$ moves towards the number of eigenvalues above $\epsilon\, d_1$, and then stays within one
@@ -666,7 +666,7 @@ if scaling is not None:
 # nothing about another. Two cautions about the width from which it pays. It was measured with one rank; the
 # lines of RS and SRE move up with it. And what all methods share, the average of the factors, grows
 # with the square and is on neither plot: RS-KFAC stores the same $d^2$ numbers as KFAC.
-# [Chapter 15](15_brand.py) is about doing without them.
+# [Chapter 19](19_brand.py) is about doing without them.
 #
 # ## What goes wrong in practice
 #
@@ -781,13 +781,13 @@ assert_exact(torch.linalg.inv(from_pairs(d, U) + (0.9**3 + 0.01) * torch.eye(20)
 # | damping | the code: each factor by a fraction of its largest eigenvalue: [.1, later .05 and .01](https://github.com/ConstantinPuiu/Randomized-KFACs/blob/2e11df097f04743f9e57e9a976c405249d579536/RS_KFAC_main_notebook.ipynb?plain=1#L5469) | `factored_inverse`; `relative_factored_inverse` for the code's |
 # | rank | the code: [220 to 230](https://github.com/ConstantinPuiu/Randomized-KFACs/blob/2e11df097f04743f9e57e9a976c405249d579536/RS_KFAC_main_notebook.ipynb?plain=1#L5471), oversampling 10 to 12 | 64, 10, with 2 iterations |
 # | adaptive rank | the distributed code: ratio .033 in a band, mean of five, steps of 10, from 10 to [700](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_R_kfac_lean_Kfactors_batchsize.py#L42) | `AdaptiveRank` with these numbers, without band and mean, and a rank for each factor |
-# | schedule | the code: factors every 10 steps, inverses every 50, later 30; decay .95 | the optimizer's, [Chapter 9](09_averages.py) |
+# | schedule | the code: factors every 10 steps, inverses every 50, later 30; decay .95 | the optimizer's, [Chapter 11](11_averages.py) |
 # | step | the code: [no momentum, weight decay $7 \cdot 10^{-4}$, every layer's root mean square at most .07](https://github.com/ConstantinPuiu/Randomized-KFACs/blob/2e11df097f04743f9e57e9a976c405249d579536/RS_KFAC_main_notebook.ipynb?plain=1#L5454-L5458) | the length of Adam's step; `graft` and others are controls |
-# | headline | the cost falls from the cube to the square of the width: per epoch about 2.5 times and to the same accuracy about 3.3 times less time than KFAC, on par with SENG (CIFAR-10, VGG16) | the powers of the width: measured above; training: [Chapter 19](19_comparison.py) trains both beside their controls, on wide layers, too; SENG and networks of the size of the paper's are not tested, because the one is not in this package and the others are out of reach |
+# | headline | the cost falls from the cube to the square of the width: per epoch about 2.5 times and to the same accuracy about 3.3 times less time than KFAC, on par with SENG (CIFAR-10, VGG16) | the powers of the width: measured above; training: [Chapter 23](23_comparison.py) trains both beside their controls, on wide layers, too; SENG and networks of the size of the paper's are not tested, because the one is not in this package and the others are out of reach |
 #
 # ## Exercises
 #
-# **Exercise 14.1.** A factor has $d$ rows. Count the multiplications of `range_basis` and of `rsvd`, up to terms of
+# **Exercise 18.1.** A factor has $d$ rows. Count the multiplications of `range_basis` and of `rsvd`, up to terms of
 # order $d q^2$. Take $10 d^3$ for an eigendecomposition. For $d = 2048$, $q = 74$ and 2 iterations, how many
 # times fewer are they?
 #
@@ -800,7 +800,7 @@ assert_exact(torch.linalg.inv(from_pairs(d, U) + (0.9**3 + 0.01) * torch.eye(20)
 #
 # </details>
 #
-# **Exercise 14.2.** Which $c$ makes the error [(14.8)] smallest?
+# **Exercise 18.2.** Which $c$ makes the error [(18.8)] smallest?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -810,7 +810,7 @@ assert_exact(torch.linalg.inv(from_pairs(d, U) + (0.9**3 + 0.01) * torch.eye(20)
 #
 # </details>
 #
-# **Exercise 14.3.** RS is "half a power step ahead of SRE". Show that the squares of its singular
+# **Exercise 18.3.** RS is "half a power step ahead of SRE". Show that the squares of its singular
 # values are the Ritz values of $M^2$ for the same $Q$.
 #
 # <details class="solution" markdown="1">
@@ -823,10 +823,10 @@ assert_exact(torch.linalg.inv(from_pairs(d, U) + (0.9**3 + 0.01) * torch.eye(20)
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-ratio = 10 * 2048 / (4 * 74)  # 14.1
+ratio = 10 * 2048 / (4 * 74)  # 18.1
 assert 69 < ratio < 70
 
-_, values = made_up(60, rate=0.04)  # 14.2
+_, values = made_up(60, rate=0.04)  # 18.2
 inverses = 1 / (values[12:] + gamma)
 middle = (inverses.max() + inverses.min()) / 2
 least = (inverses.max() - inverses.min()) / 2
@@ -834,7 +834,7 @@ assert_exact((inverses - middle).abs().max(), least)
 assert all((inverses - shift * middle).abs().max() > least for shift in (0.99, 1.01))
 assert all(least < error for _, error in tails.values())
 
-M, _ = made_up(60)  # 14.3
+M, _ = made_up(60)  # 18.3
 Q = range_basis(M, Sketch(12, 0, 0))
 assert_exact(rsvd(M, Q)[0].square(), srevd(M @ M, Q)[0])
 print("all hold")
@@ -845,5 +845,5 @@ print("all hold")
 # [Puiu (2022)](bibliography.md#randomized) introduces both methods. [Halko et al.
 # (2011)](bibliography.md#halko) is the standard text on randomised decompositions, with bounds for the
 # error that a random basis leaves; [Tropp et al. (2017)](bibliography.md#nystrom) treat positive
-# semi-definite matrices. [Chapter 13](13_skfac.py) uses the low rank of a *single* batch, where no
+# semi-definite matrices. [Chapter 17](17_skfac.py) uses the low rank of a *single* batch, where no
 # randomness is needed.

@@ -11,15 +11,15 @@
 # ---
 
 # %% [markdown]
-# # 28. The bug museum: mistakes that looked right
+# # 36. The bug museum: mistakes that looked right
 #
-# **Part VI: Scale and trust.** What goes wrong in implementations of KFAC, why does nobody notice,
+# **Part IX: Scale and trust.** What goes wrong in implementations of KFAC, why does nobody notice,
 # and which test would have told?
 #
 # KFAC needs two averages of outer products for a layer, and an inverse. Yet nearly every public
 # implementation has had a mistake in one of them. Most were found by accident, some after years. The shapes fit, the
 # matrix is positive definite, and the network trains. This chapter collects such mistakes. Each piece changes
-# *one* function of a right KFAC, and the oracle of [Chapter 27](27_conformance.py) has to reject it.
+# *one* function of a right KFAC, and the oracle of [Chapter 35](35_conformance.py) has to reject it.
 #
 # The code here is ours. Where a mistake was made in public, the text names the thread, and also what speaks for the
 # other side: a documented convention is no mistake, and several threads end with one.
@@ -269,7 +269,7 @@ assert ask("never-called").verdict == "error"
 
 # %% [markdown]
 # (The attention in our cases calls its layers. This piece exchanges the call, as PyTorch does. How the
-# package finds such a weight all the same is the subject of [Chapter 26](26_capture.py).)
+# package finds such a weight all the same is the subject of [Chapter 10](10_capture.py).)
 #
 # ### Positions of the input
 #
@@ -371,7 +371,7 @@ assert equal_weights(60_000, 128) < 1e-3 < 0.05 < equal_weights(7, 5)
 #
 # ### Squares of positions
 #
-# EKFAC squares gradients in KFAC's eigenbasis ([Chapter 10](10_ekfac.py)). With weight sharing, the
+# EKFAC squares gradients in KFAC's eigenbasis ([Chapter 14](14_ekfac.py)). With weight sharing, the
 # gradient of a datum is a sum over positions, and is squared after the sum. KFAC's factors treat
 # positions as data, so code that joins both to one axis is right for KFAC and wrong for EKFAC.
 
@@ -400,7 +400,7 @@ assert "twice" in ask("damping-in-place").words
 # ### A name
 #
 # [Thrandis/EKFAC-pytorch #4](https://github.com/Thrandis/EKFAC-pytorch/issues/4). Damping both factors needs
-# the number $\pi$, whose *square* is the ratio of their mean eigenvalues ([Chapter 8](08_damping.py)).
+# the number $\pi$, whose *square* is the ratio of their mean eigenvalues ([Chapter 9](09_damping.py)).
 # That code calls the ratio `pi` and takes the root later, so it is right. The author of the thread had taken `pi` for
 # the paper's $\pi$, and said so later. A port that mixes both readings has this mistake:
 
@@ -439,7 +439,7 @@ for piece in [piece for piece in PIECES if piece.slug not in shown]:
 # %% [markdown]
 # ## Which cases catch what
 #
-# No single case rejects all pieces. [Figure 28.1] shows every piece against twelve cases, which together reject nearly
+# No single case rejects all pieces. [Figure 36.1] shows every piece against twelve cases, which together reject nearly
 # all. Mistakes about sampled labels are left out, because they need many draws. The figure computes the expected
 # block of each case once for all pieces. Otherwise it does what the oracle does: ask twice, compare, judge.
 
@@ -565,7 +565,7 @@ plt.show()
 # $$
 # \bigl( c\, B \otimes A + \delta I \bigr)^{-1}
 # = \frac1c \Bigl( B \otimes A + \frac{\delta}{c} I \Bigr)^{-1} ,
-# \tag{28.1}
+# \tag{36.1}
 # $$
 #
 # so a wrong KFAC with damping $c\,\delta$ and learning rate $c\,\eta$ gives *exactly* the same training as
@@ -654,7 +654,7 @@ assert len(needed) >= 2
 #
 # ## Exercises
 #
-# **Exercise 28.1.** A library has the factor $A$ too large by $S$ and $B$ too small by $S$. Which verdict
+# **Exercise 36.1.** A library has the factor $A$ too large by $S$ and $B$ too small by $S$. Which verdict
 # does it get, for a layer's block and for the inverse with factored damping?
 #
 # <details class="solution" markdown="1">
@@ -667,7 +667,7 @@ assert len(needed) >= 2
 #
 # </details>
 #
-# **Exercise 28.2.** Which pieces of the museum does a test with a single datum, a single position, and
+# **Exercise 36.2.** Which pieces of the museum does a test with a single datum, a single position, and
 # a cross-entropy with reduction `mean` let pass that a test with two data rejects? Why is "one
 # datum" nevertheless among the cases?
 #
@@ -681,7 +681,7 @@ assert len(needed) >= 2
 #
 # </details>
 #
-# **Exercise 28.3.** In [(28.1)], let the scale be wrong by $c$ in one layer only. Is there still a
+# **Exercise 36.3.** In [(36.1)], let the scale be wrong by $c$ in one layer only. Is there still a
 # damping and a learning rate that repair it?
 #
 # <details class="solution" markdown="1">
@@ -695,7 +695,7 @@ assert len(needed) >= 2
 #
 # </details>
 #
-# **Exercise 28.4 (write it).** Write a piece of your own: a function in the place of `naive.vector_factor` that
+# **Exercise 36.4 (write it).** Write a piece of your own: a function in the place of `naive.vector_factor` that
 # averages the vectors of KFAC-expand over positions and does not sum them. Which cases reject it, and which scale do
 # they name? The cell below has `check_piece`, which shows your function to two cases, and one solution.
 #
@@ -711,16 +711,16 @@ assert len(needed) >= 2
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
 S = 5
-A, B = (M @ M.T for M in (torch.randn(4, 6), torch.randn(3, 6)))  # 28.1
+A, B = (M @ M.T for M in (torch.randn(4, 6), torch.randn(3, 6)))  # 36.1
 damped = [naive.damped_factors(F, H, naive.balance(F, H), 0.1) for F, H in ((A, B), (S * A, B / S))]
 one, other = (torch.kron(H, F) for F, H in damped)
 torch.testing.assert_close(one, other)
 
-single = ("one-datum-cross-entropy-tanh-mean", "expand")  # 28.2
+single = ("one-datum-cross-entropy-tanh-mean", "expand")  # 36.2
 for slug in ("first-datum", "cross-terms", "mean-gradients", "equal", "wrong-side", "local"):
     assert judged(museum[slug].adapter(), single).passes
 
-c, delta = 0.01, 0.3  # 28.3
+c, delta = 0.01, 0.3  # 36.3
 M = torch.kron(B, A)
 one = torch.linalg.inv(c * M + delta * torch.eye(12))
 other = torch.linalg.inv(M + delta / c * torch.eye(12)) / c
@@ -731,7 +731,7 @@ def mean_over_positions(g: Tensor, terms: float) -> Tensor:
     return torch.einsum("vnso,vnsp->op", g, g) / terms / g.shape[2]
 
 
-def check_piece(function: Callable[[Tensor, float], Tensor]) -> None:  # 28.4
+def check_piece(function: Callable[[Tensor, float], Tensor]) -> None:  # 36.4
     yours = Piece("yours", "a mean over positions", "vector_factor", function, "", single)
     result = judged(yours.adapter(), ("positions-mse-mean-bias", "expand"))
     say(result)
@@ -748,4 +748,4 @@ check_piece(mean_over_positions)
 # [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) for the two scales of a shared layer;
 # [Kunstner et al. (2019)](bibliography.md#empirical-fisher) on the empirical Fisher taken for the Fisher;
 # [Dangel et al. (2025)](bibliography.md#from-scratch), a tutorial on KFAC with tests in every section.
-# The cases and the judge are the subject of [Chapter 27](27_conformance.py).
+# The cases and the judge are the subject of [Chapter 35](35_conformance.py).

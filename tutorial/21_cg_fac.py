@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 17. CG-FAC: solve with products alone
+# # 21. CG-FAC: solve with products alone
 #
-# **Part III: Better and faster.** A layer's exact block can be multiplied without being formed. Is that
+# **Part V: Better and faster.** A layer's exact block can be multiplied without being formed. Is that
 # enough to solve with it, and is the exact block worth having?
 #
 # Every approximation so far gave up the block for something that can be inverted. Conjugate gradients
@@ -77,7 +77,7 @@ def random_io(N: int, S: int = 1, V: int = 1) -> LayerIO:
 # F X = \sum_{v, n} \langle G_{vn}, X \rangle\, G_{vn} ,
 # \qquad
 # \langle G_{vn}, X \rangle = \sum_s g_{vns}^\top X a_{ns} ,
-# \tag{17.1}
+# \tag{21.1}
 # $$
 #
 # with $\langle X, Y \rangle$ for the sum of the products of all entries. No gradient has to be formed
@@ -117,7 +117,7 @@ code(LayerIO.inner_products, LayerIO.combination, Gradients.__matmul__)
 # F X = \mathbf g^\top \operatorname{diag}(\mathcal M)\, \mathbf a ,
 # \qquad
 # B X A = \tfrac1N\, \mathbf g^\top \mathcal M\, \mathbf a .
-# \tag{17.2}
+# \tag{21.2}
 # $$
 #
 # This is the whole difference between the exact block and KFAC. The block asks every datum's vector
@@ -132,7 +132,7 @@ assert_exact(kfac(io) @ X, g.T @ pairs @ a / 8)
 matrices({"exact block": pairs.diagonal().diag(), "KFAC": pairs / 8})
 
 # %% [markdown]
-# KFAC's product needs no factor either: it is the product of [SKFAC](13_skfac.py)'s matrix. CG-FAC can
+# KFAC's product needs no factor either: it is the product of [SKFAC](17_skfac.py)'s matrix. CG-FAC can
 # be run with one operator or with the other, `cg_fac(io)` or `skfac(io)`. The author's repository DeepFormer has the second
 # one in two lines that are commented out
 # ([`CG_KFAC.py`, lines 166 to 167](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166-L168)).
@@ -152,7 +152,7 @@ assert_exact(cg_fac(io) @ X, skfac(io) @ X)  # one datum has no pairs
 #
 # $$
 # q(X) = \tfrac12 \langle X, M X \rangle - \langle X, G \rangle .
-# \tag{17.3}
+# \tag{21.3}
 # $$
 #
 # With products alone one can reach $G$, $M G$, $M^2 G$ and so on, and their combinations. Conjugate
@@ -198,8 +198,8 @@ for k in (1, 3, 6):
 code(conjugate_gradient)
 
 # %% [markdown]
-# <div class="admonition theorem" markdown="1" id="thm-17.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 17.1 (a few steps are safe, and K + 1 are enough)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-21.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 21.1 (a few steps are safe, and K + 1 are enough)</b></p>
 #
 # Let $X_k$ be the result of $k$ steps from zero for $M = F + \delta I$, $\delta \gt 0$, $G \ne 0$.
 #
@@ -253,7 +253,7 @@ plt.show()
 
 # %% [markdown]
 # Run to the end, both agree with what other chapters compute by decompositions: the exact block with its dense
-# inverse, KFAC's operator with the exactly damped inverse in the eigenbasis ([Chapter 8](08_damping.py)).
+# inverse, KFAC's operator with the exactly damped inverse in the eigenbasis ([Chapter 9](09_damping.py)).
 # `inverse(damping)` does that. `truncated_inverse` stops after a few steps. Strictly speaking it is not
 # a linear map, since the polynomial that it applies depends on $G$.
 
@@ -271,12 +271,12 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 #
 # If $K + 1$ products are enough, the answer must hang on about $K$ numbers. It does.
 # Let $U$ have the columns $\operatorname{vec}(G_{vn})$, so that $F = U U^\top$. Woodbury's identity
-# ([Theorem 13.1]) needs $U^\top U$, the **kernel** of all inner products of two gradients. With one position
+# ([Theorem 17.1]) needs $U^\top U$, the **kernel** of all inner products of two gradients. With one position
 # these are products of two inner products,
 #
 # $$
 # \langle G_{vn}, G_{wm} \rangle = (g_{vn}^\top g_{wm})\, (a_n^\top a_m) ,
-# \tag{17.4}
+# \tag{21.4}
 # $$
 #
 # so that the kernel is the entrywise product of two small Gram matrices, and costs
@@ -289,10 +289,10 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # (F + \delta I)^{-1} \sum\nolimits_{vn} c_{vn} G_{vn} &= \sum\nolimits_{vn} y_{vn} G_{vn} ,
 # & (T + \delta I)\, y &= c .
 # \end{aligned}
-# \tag{17.5}
+# \tag{21.5}
 # $$
 #
-# The second line is for a gradient of the same batch, pushed through as in [(13.4)]. For the empirical
+# The second line is for a gradient of the same batch, pushed through as in [(17.4)]. For the empirical
 # Fisher all $c$ are equal: the step solves for weights of the data, and the plain gradient has them all alike.
 
 # %% tags=["remove-input"]
@@ -312,7 +312,7 @@ for S in (1, 3):
 #
 # The abstract says: it is proved that time and memory are much less than KFAC's. Memory is a matter of counting: inputs and vectors
 # hold $N (d_\text{in} + V d_\text{out})$ numbers per position, KFAC's factors $d_\text{in}^2 + d_\text{out}^2$.
-# For the time we count operations as in [Chapter 13](13_skfac.py), for a square layer of width $d$.
+# For the time we count operations as in [Chapter 17](17_skfac.py), for a square layer of width $d$.
 
 # %%
 aten = torch.ops.aten
@@ -373,7 +373,7 @@ plt.show()
 #
 # We train three layers on handwritten digits for a while, and take 48 images that the training did not
 # use. Curvature comes from labels drawn from the model, the gradient from the data's. Of the lowest
-# value that the damped parabola [(17.3)] can take, what part does a step reach? For KFAC's direction
+# value that the damped parabola [(21.3)] can take, what part does a step reach? For KFAC's direction
 # we grant the best step length.
 
 # %%
@@ -586,7 +586,7 @@ plt.show()
 # %% [markdown]
 # It is, for the first few steps. Then it is in the way. Plain, the matrix has seven different
 # eigenvalues, and the seventh step finishes. KFAC's inverse multiplies the many equal eigenvalues
-# $\delta$ by different numbers, and Theorem 17.1 no longer has anything to say. Use it for a handful of
+# $\delta$ by different numbers, and Theorem 21.1 no longer has anything to say. Use it for a handful of
 # steps or not at all.
 #
 # ## What goes wrong in practice
@@ -638,7 +638,7 @@ except ValueError as refused:
     print(refused)
 
 # %% [markdown]
-# **A warm start.** Starting from the last step's solution saves products, and Theorem 17.1 is lost: its
+# **A warm start.** Starting from the last step's solution saves products, and Theorem 21.1 is lost: its
 # proof needs $q(0) = 0$ for the start. After one step from a bad start the result points uphill:
 
 # %%
@@ -660,11 +660,11 @@ assert (moved * G).sum() < 0
 # | without convergence | code: what the steps have reached; [the plain gradient](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L204-L206) if the residual has grown | what the steps have reached, which descends |
 # | direct solution | not in the abstract | `kernel_inverse`, for few gradients |
 # | average over batches | code: of the factors | none |
-# | headline | proved: time and memory much less than KFAC's | operations and memory counted above, on which condition it holds; the abstract reports no training. [Chapter 19](19_comparison.py) trains it beside its controls |
+# | headline | proved: time and memory much less than KFAC's | operations and memory counted above, on which condition it holds; the abstract reports no training. [Chapter 23](23_comparison.py) trains it beside its controls |
 #
 # ## Exercises
 #
-# **Exercise 17.1.** All data of a batch are copies of three. How many steps are enough?
+# **Exercise 21.1.** All data of a batch are copies of three. How many steps are enough?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -674,7 +674,7 @@ assert (moved * G).sum() < 0
 #
 # </details>
 #
-# **Exercise 17.2.** $G$ is a combination of the batch's gradients with weights $c$. Show that all $X_k$ are,
+# **Exercise 21.2.** $G$ is a combination of the batch's gradients with weights $c$. Show that all $X_k$ are,
 # too, and write conjugate gradients in the $K$ weights alone. Which matrix does a step multiply by?
 #
 # <details class="solution" markdown="1">
@@ -686,7 +686,7 @@ assert (moved * G).sum() < 0
 #
 # </details>
 #
-# **Exercise 17.3.** Show that the solution $X$ shrinks when the damping grows, in $\langle X, G \rangle$ and in
+# **Exercise 21.3.** Show that the solution $X$ shrinks when the damping grows, in $\langle X, G \rangle$ and in
 # $\lVert X \rVert$, and that $X_1$ does as well. Which $X_k$ have a limit for $\delta \to 0$, if $G$ is not in
 # the span of the gradients?
 #
@@ -706,11 +706,11 @@ assert (moved * G).sum() < 0
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-io, G = random_io(3), torch.randn(5, 7)  # 17.1
+io, G = random_io(3), torch.randn(5, 7)  # 21.1
 copies = concatenate([io] * 5, [1.0] * 5)
 assert_exact(truncated_inverse(cg_fac(copies), 1.0, 4, 0.0) @ G, cg_fac(copies).inverse(1.0) @ G)
 
-io, c = random_io(6), torch.randn(6)  # 17.2
+io, c = random_io(6), torch.randn(6)  # 21.2
 T, y, r = gradient_kernel(io), torch.zeros(6), c
 p = r
 for k in range(1, 4):
@@ -722,7 +722,7 @@ for k in range(1, 4):
     found = truncated_inverse(cg_fac(io), 0.5, k, 0.0) @ io.combination(c[None])
     assert_exact(io.combination(y[None]), found)
 
-io, G = random_io(3), torch.randn(5, 7)  # 17.3
+io, G = random_io(3), torch.randn(5, 7)  # 21.3
 M, dampings = cg_fac(io), (1e-6, 1e-4, 1e-2, 1.0)
 solutions = [kernel_inverse(M, d) @ G for d in dampings]
 for row in (solutions, [truncated_inverse(M, d, 1, 0.0) @ G for d in dampings]):
@@ -739,4 +739,4 @@ print("all hold")
 #
 # [Chen (2021)](bibliography.md#cg-fac) for CG-FAC; [Martens (2014)](bibliography.md#new-insights), on curvature
 # products, damping and stopping early; [Tang et al. (2021)](bibliography.md#skfac) and
-# [Chapter 13](13_skfac.py) for the same identities with KFAC's factors in place of the exact block.
+# [Chapter 17](17_skfac.py) for the same identities with KFAC's factors in place of the exact block.

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 12. KPSVD: the nearest Kronecker product
+# # 16. KPSVD: the nearest Kronecker product
 #
-# **Part III: Better and faster.** Which Kronecker product is nearest to the exact block, and what does a
+# **Part V: Better and faster.** Which Kronecker product is nearest to the exact block, and what does a
 # second one buy?
 #
 # KFAC multiplies two averages, TKFAC two weighted averages. Neither asks the obvious question. A block with
@@ -82,7 +82,7 @@ def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
 #
 # $$
 # \lVert F - B \otimes A \rVert = \lVert R - \operatorname{vec}(B) \operatorname{vec}(A)^\top \rVert ,
-# \tag{12.1}
+# \tag{16.1}
 # $$
 #
 # and likewise for sums of products. To find the nearest Kronecker product is to find the nearest matrix
@@ -121,7 +121,7 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # F = \sum_{v,n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top
 # \quad\Longrightarrow\quad
 # R = \sum_{v,n} G_{vn} \otimes G_{vn} .
-# \tag{12.2}
+# \tag{16.2}
 # $$
 #
 # And the product of $G \otimes G$ with a vector is the vec trick, [(1.6)]:
@@ -131,10 +131,10 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # R \operatorname{vec}(X) &= \operatorname{vec} \Bigl( \sum_{v,n} G_{vn} X G_{vn}^\top \Bigr) , \\
 # R^\top \operatorname{vec}(Y) &= \operatorname{vec} \Bigl( \sum_{v,n} G_{vn}^\top Y G_{vn} \Bigr) .
 # \end{aligned}
-# \tag{12.3}
+# \tag{16.3}
 # $$
 #
-# With $X = I$ and $Y = I$ these are the partial traces of [(11.2)]: TKFAC is made of $R \operatorname{vec}(I)$
+# With $X = I$ and $Y = I$ these are the partial traces of [(15.2)]: TKFAC is made of $R \operatorname{vec}(I)$
 # and $R^\top \operatorname{vec}(I)$. With one position, $G = g a^\top$, no gradient is needed either:
 #
 # $$
@@ -142,7 +142,7 @@ for name, M in (("KFAC", kfac(io)), ("TKFAC", tkfac(io)), ("KPSVD", kpsvd(io))):
 # \sum_{v,n} G_{vn} X G_{vn}^\top &= \sum_n (a_n^\top X a_n) \sum_v g_{vn} g_{vn}^\top , \\
 # \sum_{v,n} G_{vn}^\top Y G_{vn} &= \sum_n \Bigl( \sum_v g_{vn}^\top Y g_{vn} \Bigr) a_n a_n^\top .
 # \end{aligned}
-# \tag{12.4}
+# \tag{16.4}
 # $$
 #
 # Every datum gets a number, from one side, as a weight on the other side. A pair of products costs about
@@ -180,7 +180,7 @@ code(Rearranged.to_outputs, Rearranged.to_inputs)
 # %% [markdown]
 # ## Taking turns
 #
-# Fix $A$. Which $B$ is best? The error [(12.1)] is a least-squares problem in every row of $R$, with
+# Fix $A$. Which $B$ is best? The error [(16.1)] is a least-squares problem in every row of $R$, with
 # the solution $\operatorname{vec}(B) = R \operatorname{vec}(A) / \lVert A \rVert^2$. Then fix $B$ and solve
 # for $A$; and so on. Up to scale this is $X \leftarrow R^\top Y$, $Y \leftarrow R X$: the **power
 # iteration** for $R^\top R$. The error falls with every turn, and what remains of the other
@@ -190,11 +190,11 @@ code(Rearranged.to_outputs, Rearranged.to_inputs)
 code(power_svd)
 
 # %% [markdown]
-# Where to start? Look at [(12.3)]: if $X$ is positive semi-definite, so is every $G X G^\top$. Products
+# Where to start? Look at [(16.3)]: if $X$ is positive semi-definite, so is every $G X G^\top$. Products
 # with $R$ and with $R^\top$ never leave the cone of such matrices, and the limit lies in it.
 #
-# <div class="admonition theorem" markdown="1" id="thm-12.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 12.1 (the nearest product is a factored curvature)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-16.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 16.1 (the nearest product is a factored curvature)</b></p>
 #
 # Among all products of symmetric matrices, one of two positive semi-definite ones is nearest to $F$. The power
 # iteration that starts at $Y = I$ converges to such a product, and every one on its way is of
@@ -244,8 +244,8 @@ assert errors[0] <= relative_error(tkfac(io).dense(), F)
 # **Deflation** takes it away from $F$ and adds the product nearest to the rest. **Lanczos** finds the same
 # two terms at once. **KFAC-CORRECTED** adds to KFAC the product nearest to KFAC's error.
 #
-# <div class="admonition theorem" markdown="1" id="thm-12.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 12.2 (errors)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-16.2">
+# <p class="admonition-title" markdown="1"><b>Theorem 16.2 (errors)</b></p>
 #
 # The squared errors, in the norm of Frobenius, are
 #
@@ -256,7 +256,7 @@ assert errors[0] <= relative_error(tkfac(io).dense(), F)
 # \text{KPSVD} &: \lVert F \rVert^2 - \sigma_1^2 , \\
 # \text{Deflation, Lanczos} &: \lVert F \rVert^2 - \sigma_1^2 - \sigma_2^2 .
 # \end{aligned}
-# \tag{12.5}
+# \tag{16.5}
 # $$
 #
 # Hence Deflation is never farther than KPSVD, which is never farther than KFAC or TKFAC; and Deflation is
@@ -301,7 +301,7 @@ for S in (1, 4):
 # What is *not* ordered: KFAC-CORRECTED and KPSVD, although the first has two terms and the second one. If KFAC
 # is far off, its correction is busy with making up for that. Layers with one-hot data, of equal or of different
 # lengths, are examples for both. Nor are EKFAC and KPSVD ordered: with one-hot data $F$ is
-# diagonal, so EKFAC is exact; for the datum that does not matter, [Chapter 11](11_tkfac.py), KPSVD is.
+# diagonal, so EKFAC is exact; for the datum that does not matter, [Chapter 15](15_tkfac.py), KPSVD is.
 
 
 # %%
@@ -518,7 +518,7 @@ assert kappa.square().sum() < C.square().sum() - 0.1
 # K^\top P K &= E^\top L^{-1} (L L^\top) L^{-\top} E = E^\top E = I, \\
 # K^\top M K &= E^\top (L^{-1} M L^{-\top}) E = \operatorname{diag}(p) .
 # \end{aligned}
-# \tag{12.6}
+# \tag{16.6}
 # $$
 #
 # Do this for the pair $A_1, A_2$, which gives $K_A$ and $p$, and for the pair $B_1, B_2$, which
@@ -528,7 +528,7 @@ assert kappa.square().sum() < C.square().sum() - 0.1
 # K^\top (B_1 \otimes A_1 + B_2 \otimes A_2) K
 # = I \otimes I + \operatorname{diag}(q) \otimes \operatorname{diag}(p)
 # = \operatorname{diag}(1 + q_o p_i) .
-# \tag{12.7}
+# \tag{16.7}
 # $$
 #
 # Invert both sides, $K^{-1} (\cdots)^{-1} K^{-\top} = \operatorname{diag}(1 / (1 + q_o p_i))$,
@@ -537,16 +537,16 @@ assert kappa.square().sum() < C.square().sum() - 0.1
 # $$
 # (B_1 \otimes A_1 + B_2 \otimes A_2)^{-1}
 # = (K_B \otimes K_A) \operatorname{diag}\Bigl(\frac{1}{1 + q_o p_i}\Bigr) (K_B \otimes K_A)^\top .
-# \tag{12.8}
+# \tag{16.8}
 # $$
 #
-# It has the form of [(7.5)]; only the matrices at both ends are not orthogonal.
+# It has the form of [(8.5)]; only the matrices at both ends are not orthogonal.
 #
 # ### In the package
 #
-# `simultaneous_eigh` is [(12.6)], line by line: two triangular solves for $L^{-1} M L^{-\top}$, an
+# `simultaneous_eigh` is [(16.6)], line by line: two triangular solves for $L^{-1} M L^{-\top}$, an
 # eigendecomposition, and one more solve for $K$. `KroneckerSum` calls it twice and returns a
-# `Congruence`, which is the right-hand side of [(12.8)].
+# `Congruence`, which is the right-hand side of [(16.8)].
 
 # %% tags=["beside", "remove-input"]
 code(simultaneous_eigh)
@@ -595,7 +595,7 @@ matrices(in_basis, scale=float(in_basis["the identity"].abs().max()) / 4)
 # gradients*, which need only products with $M + \delta I$, and these are cheap. The number of
 # iterations depends on how far the eigenvalues are spread. A preconditioner narrows the spread:
 # here the inverse of the first term with damping, $(B_1 \otimes A_1 + \delta I)^{-1}$, which we
-# have exactly by [(7.5)]. If the first term is the larger one, little is left to do.
+# have exactly by [(8.5)]. If the first term is the larger one, little is left to do.
 
 # %% tags=["beside", "remove-input"]
 code(KroneckerSum.inverse, ConjugateGradientInverse.__matmul__)
@@ -665,7 +665,7 @@ assert (
 
 # %% [markdown]
 # The inverse of an eigenvalue $-\lambda$ with damping is $1 / (\delta - \lambda)$, which may be anything: a step of any
-# length, and uphill if $\delta \lt \lambda$. Positivity can be read off [(12.7)]: the sum is positive definite if and only
+# length, and uphill if $\delta \lt \lambda$. Positivity can be read off [(16.7)]: the sum is positive definite if and only
 # if $q_o p_i > -1$ for all pairs. If it is not, `KroneckerSum.inverse` raises an error. The two sides of the limit, for a
 # second term that is scaled by $c$:
 
@@ -702,7 +702,7 @@ refused(lambda: KroneckerSum(correction, nearest).inverse(0.0))  # the order mat
 # In training, an error is no help. So multiply the second term by the largest
 # $\theta \le 1$ for which $1 + \theta q_o p_i$ is at least a margin, say a tenth. Nothing has to be
 # decomposed again. What is shrunk is the correction, and only as much as needed. Before that the
-# first term's factors are damped as in [Chapter 8](08_damping.py), because $\delta I$ as a third term has no place in the
+# first term's factors are damped as in [Chapter 9](09_damping.py), because $\delta I$ as a third term has no place in the
 # common basis.
 
 # %% tags=["remove-input"]
@@ -745,7 +745,7 @@ assert shrunk[1e-6] > shrunk[1e-2] > shrunk[1e-1]
 # ## Nearer, and then?
 #
 # The paper reports that all four methods are nearer to the Fisher than KFAC, and faster than KFAC on
-# three autoencoders. The first half is [Theorem 12.2]. We measure both on the classifier from above: the error, and
+# three autoencoders. The first half is [Theorem 16.2]. We measure both on the classifier from above: the error, and
 # what a step is worth. The step is $p = -M_\delta^{-1} h$ for the gradient $h$ of the layer, with the best
 # learning rate; we print the share of the damped parabola's largest possible decrease that it achieves.
 #
@@ -756,7 +756,7 @@ assert shrunk[1e-6] > shrunk[1e-2] > shrunk[1e-1]
 # $1 + \lvert q_o \rvert \lvert p_i \rvert$ of the authors' code
 # ([`deflation.py`, lines 316 to 322](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/optimizers/deflation.py#L316-L322)).
 # The last member of the family is not in the paper: the eigenvectors of KPSVD with the
-# eigenvalues of [Theorem 10.1].
+# eigenvalues of [Theorem 14.1].
 
 # %%
 methods = {
@@ -870,7 +870,7 @@ for name, row in absolute.items():
 # agrees with the paper. But the order of the errors is not the order of the decreases. TKFAC is farther from the block
 # than KPSVD, Deflation and KFAC-CORRECTED, and ahead of all three on the whole.
 # The norm of Frobenius looks at the large eigenvalues, and a damped inverse magnifies the small ones.
-# (The relative entropy, in which TKFAC is nearest by [Theorem 11.2], compares eigenvalues by their ratio.)
+# (The relative entropy, in which TKFAC is nearest by [Theorem 15.2], compares eigenvalues by their ratio.)
 # And the choice of the damping moves TKFAC and KPSVD by more than a second term moves KFAC or KPSVD.
 # Three layers of one classifier are no rule, and other networks may give other orders. But they
 # refute "nearer, hence better". The paper's abstract does not say "hence": it reports two measurements, both on
@@ -883,7 +883,7 @@ for name, row in absolute.items():
 # wrong. The second pair's signs are arbitrary, and when $\sigma_1$ and $\sigma_2$, or $\sigma_2$ and $\sigma_3$,
 # change places, so do the terms. `MovingAverage` refuses a `KroneckerSum` for that reason.
 #
-# There is a clean way. [(12.1)] holds for any matrix that we can multiply with. The average of the old
+# There is a clean way. [(16.1)] holds for any matrix that we can multiply with. The average of the old
 # matrix and the new block, $(1 - w) M + w F$, is one: a batch and two further products. So take the nearest sum to
 # *that*.
 
@@ -930,7 +930,7 @@ assert squared_error(M2.dense(), target) < squared_error(
 # missing. So the faults below need not have been in it.
 #
 # **An inverse of something else.** To stay positive, the code divides by $1 + \lvert q_o \rvert \lvert p_i \rvert$
-# instead of [(12.8)]. This is positive definite, but it is not the inverse of the sum. Where
+# instead of [(16.8)]. This is positive definite, but it is not the inverse of the sum. Where
 # $q_o p_i \lt 0$, it takes the second term with the wrong sign. As the table above shows, its steps are
 # about as good as ours.
 
@@ -1052,13 +1052,13 @@ assert set(kept) - set(near)
 # | damping, one product | the code: [$\sqrt\lambda$ on both factors, with $\pi$ as an option](https://github.com/Abdoulaye-Koroko/natural-gradients/blob/97105b613b54915b83c627e8aa5ca6e45edc2c2d/optimizers/kpsvd.py#L290-L310) that is off in its script; for convolutions $\lambda$ divided by the positions | `factored_inverse`, with $\pi$, not divided |
 # | damping, two products | the code: $\lambda$ on both first factors, and the inverse of $1 + \lvert q p \rvert$ | `guarded_inverse`: $\pi$ and $\sqrt\lambda$, and the second term shrunk where it must be, so that it is the inverse of a matrix that one can look at |
 # | average over batches | the code: of each factor, the old one with up to .95 | `Recompressed`: nearest to the averaged block; or `Latest` |
-# | schedule | the code: matrices and inverses every 100 steps | the optimizer's, [Chapter 9](09_averages.py) |
+# | schedule | the code: matrices and inverses every 100 steps | the optimizer's, [Chapter 11](11_averages.py) |
 # | numbers | the code: damping $10^{-3}$, clipping $10^{-2}$, by default | not used |
-# | headline | more accurate than KFAC at a slight additional cost, and faster than KFAC and first-order methods on three deep autoencoders | accuracy: [Theorem 12.2]; cost: counted above; training: [Chapter 19](19_comparison.py) trains each beside its controls, with smaller autoencoders among the tasks |
+# | headline | more accurate than KFAC at a slight additional cost, and faster than KFAC and first-order methods on three deep autoencoders | accuracy: [Theorem 16.2]; cost: counted above; training: [Chapter 23](23_comparison.py) trains each beside its controls, with smaller autoencoders among the tasks |
 #
 # ## Exercises
 #
-# **Exercise 12.1.** Show that KPSVD equals KFAC if and only if KFAC's $\operatorname{vec}(B)$ and
+# **Exercise 16.1.** Show that KPSVD equals KFAC if and only if KFAC's $\operatorname{vec}(B)$ and
 # $\operatorname{vec}(A)$ are singular vectors of $R$ for its largest singular value. Give a simple
 # sufficient condition.
 #
@@ -1072,7 +1072,7 @@ assert set(kept) - set(near)
 #
 # </details>
 #
-# **Exercise 12.2.** What does one turn of the power iteration give if it starts from KFAC's $B$ instead of
+# **Exercise 16.2.** What does one turn of the power iteration give if it starts from KFAC's $B$ instead of
 # the identity? Which guarantee does it have that the identity does not give?
 #
 # <details class="solution" markdown="1">
@@ -1084,7 +1084,7 @@ assert set(kept) - set(near)
 #
 # </details>
 #
-# **Exercise 12.3.** An estimator starts every power iteration at the $B$ of the previous batch, which is
+# **Exercise 16.3.** An estimator starts every power iteration at the $B$ of the previous batch, which is
 # cheaper. Find a case in which it never notices that the data have changed.
 #
 # <details class="solution" markdown="1">
@@ -1097,8 +1097,8 @@ assert set(kept) - set(near)
 #
 # </details>
 #
-# **Exercise 12.4.** Write $B \otimes A + \delta I$ as a `KroneckerSum` that is inverted directly,
-# without conjugate gradients, and explain why there is no contradiction to what [Chapter 7](07_matrices.py) and this one say about
+# **Exercise 16.4.** Write $B \otimes A + \delta I$ as a `KroneckerSum` that is inverted directly,
+# without conjugate gradients, and explain why there is no contradiction to what [Chapter 8](08_matrices.py) and this one say about
 # damping.
 #
 # <details class="solution" markdown="1">
@@ -1106,7 +1106,7 @@ assert set(kept) - set(near)
 #
 # `KroneckerSum(Kronecker(delta * I, I), Kronecker(A, B)).inverse(0.0)`: two terms, of which the
 # first is positive definite. The Cholesky factors are multiples of the identity, so the common
-# basis is orthogonal up to scale, and [(12.8)] is [(7.5)] in another scaling. It is the third term
+# basis is orthogonal up to scale, and [(16.8)] is [(8.5)] in another scaling. It is the third term
 # that does not fit, not the identity.
 #
 # </details>
@@ -1114,7 +1114,7 @@ assert set(kept) - set(near)
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-a = torch.randn(5, 1, 5).repeat_interleave(4, 0)  # 12.1: all pairs of 5 inputs and 4 vectors
+a = torch.randn(5, 1, 5).repeat_interleave(4, 0)  # 16.1: all pairs of 5 inputs and 4 vectors
 io = LayerIO(a, torch.randn(1, 4, 1, 3).repeat(1, 5, 1, 1))
 assert_exact(kpsvd(io).dense(), kfac(io).dense())
 io = random_io(20)
@@ -1123,27 +1123,27 @@ assert relative_error(kpsvd(io).dense(), K.dense()) > 0.01
 C = rearranged(io.block() - K.dense(), 3, 5)
 assert (C @ K.A.flatten()).norm() > 1e-3 * C.norm() * K.A.norm()
 
-F = io.block()  # 12.2
+F = io.block()  # 16.2
 for turns in range(1, 5):
     assert relative_error(power_svd(R, K.B, 0.0, turns).dense(), F) <= relative_error(K.dense(), F)
 
-old = Kronecker(torch.eye(2)[0].diag(), torch.eye(2)[0].diag())  # 12.3
+old = Kronecker(torch.eye(2)[0].diag(), torch.eye(2)[0].diag())  # 16.3
 new = LayerIO(torch.eye(2)[1][None, None], torch.eye(2)[1][None, None, None])
 R = Rearranged(LayerIO(new.a, 0.9**0.5 * new.g), (Kronecker(0.1 * old.A, old.B),))
 stuck, found = power_svd(R, old.B), power_svd(R, old.B + 0.01 * torch.eye(2))
 assert_exact(stuck.dense(), 0.1 * old.dense())
 assert relative_error(found.dense(), 0.9 * new.block()) < 1e-4
 
-M, E = Kronecker(spd(5), spd(3)), torch.randn(3, 5)  # 12.4
+M, E = Kronecker(spd(5), spd(3)), torch.randn(3, 5)  # 16.4
 as_sum = KroneckerSum(Kronecker(0.1 * torch.eye(5), torch.eye(3)), M).inverse(0.0)
 assert isinstance(as_sum, Congruence)
 assert_exact(as_sum @ E, M.inverse(0.1) @ E)
-print("Exercises 12.1 to 12.4: all hold")
+print("Exercises 16.1 to 12.4: all hold")
 
 # %% [markdown]
 # ## Further reading
 #
 # [Koroko et al. (2022)](bibliography.md#kpsvd-kfac) for the four methods and their experiments;
 # [Van Loan and Pitsianis (1993)](bibliography.md#kpsvd) for the rearrangement. For TKFAC and TEKFAC see
-# [Chapter 11](11_tkfac.py). Golub and Van Loan, *Matrix Computations*, for simultaneous diagonalisation and conjugate
+# [Chapter 11](15_tkfac.py). Golub and Van Loan, *Matrix Computations*, for simultaneous diagonalisation and conjugate
 # gradients.

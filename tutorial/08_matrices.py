@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 7. Matrices: working with Kronecker factors
+# # 8. Matrices: working with Kronecker factors
 #
-# **Part II: KFAC.** What can one do with $B \otimes A$ and a damping, without ever writing the big matrix down?
+# **Part III: KFAC.** What can one do with $B \otimes A$ and a damping, without ever writing the big matrix down?
 #
 # The curvature of a layer with $d_\text{out} d_\text{in}$ parameters is a matrix with
 # $(d_\text{out} d_\text{in})^2$ entries, and KFAC replaces it by two factors that together have
@@ -94,7 +94,7 @@ plt.show()
 #
 # $$
 # \operatorname{vec}(\mathtt{M\,@\,V}) = M \operatorname{vec}(V) .
-# \tag{7.1}
+# \tag{8.1}
 # $$
 #
 # Its damped inverse undoes the damped product, for every $V$ and every damping $\delta$ for which
@@ -102,7 +102,7 @@ plt.show()
 #
 # $$
 # \mathtt{M.inverse}(\delta)\;\mathtt{@}\;(\mathtt{M\,@\,V} + \delta V) = V .
-# \tag{7.2}
+# \tag{8.2}
 # $$
 #
 # Two decisions are hidden in this line. Damping is an argument of the inverse and not a property
@@ -147,7 +147,7 @@ print(f"entries of the factors: {A.numel() + B.numel()}, of the matrix: {M.dense
 # \operatorname{tr}(B \otimes A) = \sum_{o, i} B_{oo} A_{ii}
 # = \Bigl( \sum_o B_{oo} \Bigr) \Bigl( \sum_i A_{ii} \Bigr)
 # = \operatorname{tr}(B) \operatorname{tr}(A) .
-# \tag{7.3}
+# \tag{8.3}
 # $$
 
 # %%
@@ -162,7 +162,7 @@ assert_exact(M.trace(), dense.trace())
 #
 # $$
 # (B \otimes A)(r \otimes q) = (B r) \otimes (A q) = \beta \alpha\, (r \otimes q) .
-# \tag{7.4}
+# \tag{8.4}
 # $$
 #
 # So every pair of eigenvectors gives an eigenvector, and every *product* of eigenvalues an
@@ -181,7 +181,7 @@ assert_exact(M.trace(), dense.trace())
 # (B \otimes A) \operatorname{vec}(V)
 # = \operatorname{vec}\Bigl( Q_B \bigl( \Lambda \odot (Q_B^\top V Q_A) \bigr) Q_A^\top \Bigr),
 # \qquad \Lambda = \beta \alpha^\top .
-# \tag{7.5}
+# \tag{8.5}
 # $$
 #
 # This looks like a detour compared with $B V A$. It pays because a function of a matrix is a
@@ -239,7 +239,7 @@ assert obeys_laws(arbitrary, (d_out, d_in))
 # = \sum_{o, i} \log (\beta_o \alpha_i)
 # = \sum_{o, i} (\log \beta_o + \log \alpha_i)
 # = d_\text{in} \log\det B + d_\text{out} \log\det A .
-# \tag{7.6}
+# \tag{8.6}
 # $$
 #
 # Each sum over the index that a summand does not have gives a factor, so the exponent of $\det B$
@@ -248,7 +248,7 @@ assert obeys_laws(arbitrary, (d_out, d_in))
 #
 # $$
 # \log\det(B \otimes A + \delta I) = \sum_{o, i} \log(\beta_o \alpha_i + \delta) .
-# \tag{7.7}
+# \tag{8.7}
 # $$
 
 # %%
@@ -279,8 +279,8 @@ assert_exact(large.logdet(), 90 * large.B.logdet() + 70 * large.A.logdet())
 # Curvature from a few data is singular or nearly so, hence damping is the normal case, and there
 # the structure ends:
 #
-# <div class="admonition theorem" markdown="1" id="thm-7.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 7.1 (damping leaves the Kronecker products)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-8.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 8.1 (damping leaves the Kronecker products)</b></p>
 #
 # Let $A$ and $B$ be symmetric positive semi-definite and $\delta \gt 0$. Then
 # $B \otimes A + \delta I$ and its inverse are Kronecker products if and only if $A$ or $B$ is a multiple
@@ -326,14 +326,14 @@ assert ranks["B ⊗ 2I, damped"] == 1
 # %% [markdown]
 # The damped matrix is a sum of two products, $B \otimes A + \delta\, I \otimes I$. Its inverse is
 # a sum of several, and storing those would not help. The eigenbasis does. Adding $\delta I$ adds
-# $\delta$ to every eigenvalue and keeps the eigenvectors, so [(7.5)] with
+# $\delta$ to every eigenvalue and keeps the eigenvectors, so [(8.5)] with
 # $1 / (\beta_o \alpha_i + \delta)$ *is* the inverse. It is exact, and costs two small
 # eigendecompositions and, for each $V$, products with four small matrices.
 #
 # What does damping change? Each coefficient of the gradient in the eigenbasis is divided by its
 # curvature plus $\delta$. Where the curvature is far above $\delta$ this is a Newton step, and
 # where it is far below it is a gradient step of length $1 / \delta$: flat directions, about which
-# the data say little, are not trusted to be as flat as they look ([Figure 7.1]).
+# the data say little, are not trusted to be as flat as they look ([Figure 8.1]).
 
 # %% [markdown]
 # ### A preview: factored damping
@@ -366,7 +366,7 @@ assert eigvalsh(exact - approximate).min() > -EXACT  # the difference is positiv
 # x = R \varepsilon, \qquad
 # \operatorname{Cov}(x) = \mathbb{E}[R \varepsilon \varepsilon^\top R^\top] = R R^\top
 # = (M + \delta I)^{-1} .
-# \tag{7.8}
+# \tag{8.8}
 # $$
 #
 # (From here to the end of this section $R$ is a root, not the rearranged matrix.) In the eigenbasis
@@ -389,7 +389,7 @@ roots = Kronecker(inv(Dense(A).sqrt().M), inv(Dense(B).sqrt().M))
 assert_exact(M.inverse_sqrt(0.0) @ E, roots.B @ E @ roots.A)
 
 # %% [markdown]
-# One statistical test is left, that noise is really fed in as in [(7.8)]. For a unit vector $u$,
+# One statistical test is left, that noise is really fed in as in [(8.8)]. For a unit vector $u$,
 # the square of $u^\top x$ has the mean $u^\top \operatorname{Cov}(x)\, u$ and, relative to that,
 # the variance 2 (that of a squared standard normal). The average over $K$ samples therefore has
 # the relative standard error $\sqrt{2 / K}$. We ask for five standard errors, in each coordinate
@@ -431,7 +431,7 @@ for name, matrix in zoo.items():
 
 # %% [markdown]
 # The last line is different. Two Kronecker products have different eigenvectors, and a damped sum of two is a sum of
-# three. [Chapter 12](12_kpsvd.py#a-sum-of-two-products-and-its-inverse) needs such sums, and derives their inverse.
+# three. [Chapter 16](16_kpsvd.py#a-sum-of-two-products-and-its-inverse) needs such sums, and derives their inverse.
 #
 # ## A step for a whole network
 #
@@ -557,7 +557,7 @@ plt.show()
 #
 # $$
 # \varepsilon \, \frac{\lambda_\text{max}}{\lambda_\text{min} + \delta} ,
-# \tag{7.9}
+# \tag{8.9}
 # $$
 #
 # precision times condition number. Curvature is badly conditioned, and the condition number of
@@ -573,7 +573,7 @@ plt.show()
 # \frac{\beta_o \alpha_\text{max} + \beta_\text{max} \alpha_i}{\beta_o \alpha_i + \delta}
 # \;\le\; \varepsilon \Bigl(
 # \frac{\alpha_\text{max}}{\alpha_\text{min}} + \frac{\beta_\text{max}}{\beta_\text{min}} \Bigr) .
-# \tag{7.10}
+# \tag{8.10}
 # $$
 #
 # Without damping, the *sum* of the condition numbers has taken the place of their product: the
@@ -787,7 +787,7 @@ assert_exact(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E)
 #
 # ## Exercises
 #
-# **Exercise 7.1.** The *effective number of parameters* is
+# **Exercise 8.1.** The *effective number of parameters* is
 # $\operatorname{tr}\bigl(M (M + \delta I)^{-1}\bigr)$. Compute it for $M = B \otimes A$. What
 # does it tend to for $\delta \to 0$ and $\delta \to \infty$?
 #
@@ -800,7 +800,7 @@ assert_exact(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E)
 #
 # </details>
 #
-# **Exercise 7.2.** [(5.7)] uses that $\langle B_1 \otimes A_1, B_2 \otimes A_2 \rangle =
+# **Exercise 8.2.** [(5.7)] uses that $\langle B_1 \otimes A_1, B_2 \otimes A_2 \rangle =
 # \langle B_1, B_2 \rangle \langle A_1, A_2 \rangle$ for the inner product
 # $\langle X, Y \rangle = \sum_{ij} X_{ij} Y_{ij}$. Show it. How do you compute the distance of two
 # Kronecker products without forming them?
@@ -815,7 +815,7 @@ assert_exact(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E)
 #
 # </details>
 #
-# **Exercise 7.3.** For which $D$ is $B \otimes A + \delta D$ a Kronecker product for all
+# **Exercise 8.3.** For which $D$ is $B \otimes A + \delta D$ a Kronecker product for all
 # $\delta$, with $D$ not a multiple of $B \otimes A$? Interpret the damping $D = I \otimes A$.
 #
 # <details class="solution" markdown="1">
@@ -829,7 +829,7 @@ assert_exact(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E)
 #
 # </details>
 #
-# **Exercise 7.4.** Sample from the normal distribution with covariance $(B \otimes A)^{-1}$ with
+# **Exercise 8.4.** Sample from the normal distribution with covariance $(B \otimes A)^{-1}$ with
 # Cholesky decompositions of $A$ and $B$ only. Is the sample for one noise matrix the same as with
 # symmetric roots?
 #
@@ -846,22 +846,22 @@ assert_exact(starved.inverse(1e-3) @ (starved @ E + 1e-3 * E), E)
 # The solutions, checked:
 
 # %% tags=["hide-input"]
-effective = (Lambda / (Lambda + 0.1)).sum()  # 7.1
+effective = (Lambda / (Lambda + 0.1)).sum()  # 8.1
 assert_exact(effective, (dense @ inv(damped)).trace())
 assert abs((Lambda / (Lambda + 1e-13)).sum() - d_out * d_in) < 1e-8
 assert (Lambda / (Lambda + 1e13)).sum() < 1e-8
 
-inner = (M.B * second.B).sum() * (M.A * second.A).sum()  # 7.2
+inner = (M.B * second.B).sum() * (M.A * second.A).sum()  # 8.2
 squares = [K.B.square().sum() * K.A.square().sum() for K in (M, second)]
 assert_exact(inner, (M.dense() * second.dense()).sum())
 distance = (squares[0] - 2 * inner + squares[1]).sqrt()
 assert_exact(distance, torch.dist(M.dense(), second.dense()))
 
-damped_in_metric = dense + 0.1 * kron(torch.eye(d_out), A)  # 7.3
+damped_in_metric = dense + 0.1 * kron(torch.eye(d_out), A)  # 8.3
 assert_exact(kron(B + 0.1 * torch.eye(d_out), A), damped_in_metric)
 assert torch.linalg.matrix_rank(rearranged(damped_in_metric)) == 1
 
-R = kron(inv(torch.linalg.cholesky(B)).T, inv(torch.linalg.cholesky(A)).T)  # 7.4
+R = kron(inv(torch.linalg.cholesky(B)).T, inv(torch.linalg.cholesky(A)).T)  # 8.4
 assert_exact(R @ R.T, inv(dense))
 assert largest_error(R @ vec(E), vec(M.inverse_sqrt(0.0) @ E)) > 0.01
 print("all hold")

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 32. Relatives: Shampoo, SOAP and Muon
+# # 25. Relatives: Shampoo, SOAP and Muon
 #
-# **Part III: Better and faster.** Shampoo, SOAP and Muon multiply gradients by matrices on both sides, as KFAC
+# **Part VI: Relatives.** Shampoo, SOAP and Muon multiply gradients by matrices on both sides, as KFAC
 # does, and need neither the loss nor the layers: why take KFAC, and when not?
 #
 # These optimizers need only the gradient of a model. KFAC needs the layer of a weight, its inputs, and the Hessian of
@@ -22,7 +22,7 @@
 #
 # $$
 # L^{-1/4} G R^{-1/4} = U \Sigma^{-1/2} \Sigma\, \Sigma^{-1/2} W^\top = U W^\top .
-# \tag{32.1}
+# \tag{25.1}
 # $$
 
 # %%
@@ -148,7 +148,7 @@ assert_exact(by_shampoo, by_muon)
 assert_exact(by_soap, by_muon)
 
 # %% [markdown]
-# All three steps are equal, by [(32.1)] and $L = U \Sigma^2 U^\top$, $R = W \Sigma^2 W^\top$.
+# All three steps are equal, by [(25.1)] and $L = U \Sigma^2 U^\top$, $R = W \Sigma^2 W^\top$.
 #
 # In the eigenbasis, $G$ is the diagonal $\Sigma$ up to signs, and Adam without memory divides every entry by
 # its size. So the three differ only in their **memory**: Muon has none for squares, Shampoo and SOAP
@@ -197,12 +197,12 @@ for n, io in of_data.items():
 # ## Shampoo is TKFAC
 #
 # Shampoo's sums $L = \sum_k G_k G_k^\top$ and $R = \sum_k G_k^\top G_k$ are the partial traces of the block,
-# which [Chapter 11](11_tkfac.md) calls $B$ and $A$. TKFAC is $B \otimes A / \operatorname{tr} A$. Shampoo
+# which [Chapter 15](15_tkfac.md) calls $B$ and $A$. TKFAC is $B \otimes A / \operatorname{tr} A$. Shampoo
 # as published takes roots, which give an upper bound. If no gradient has a rank above $r$,
 #
 # $$
 # F \preceq r \; B^{1/2} \otimes A^{1/2} .
-# \tag{32.2}
+# \tag{25.2}
 # $$
 #
 # A matrix that is too large gives steps that are too short, which is safe. TKFAC is no such bound:
@@ -272,7 +272,7 @@ assert_exact(K.B, weighted(quadratic(a_, torch.linalg.inv(K.A)) / a_.shape[1], g
 
 # %% [markdown]
 # Put $A = B = I$ into the last two lines: both become TKFAC's. Shampoo's sums are the first step of the power
-# iteration that ends at KPSVD ([Chapter 12](12_kpsvd.md)), and of the flip-flop that ends at KL-Shampoo. The next
+# iteration that ends at KPSVD ([Chapter 16](16_kpsvd.md)), and of the flip-flop that ends at KL-Shampoo. The next
 # figure follows both iterations from the identity, and shows the gain after the first step.
 
 # %% tags=["hide-input"] alt="Two panels against half steps from 0 to 8. Left: the cosine between the exact block and the iterates of power iteration rises steeply in the first two half steps and is flat afterwards; a dotted line marks KFAC below the final value. Right: the divergence of the flip-flop falls in the same way." caption="From the identity. Left: cosine of the angle to the exact block, power iteration. Right: divergence, flip-flop. After two half steps both change little."
@@ -315,7 +315,7 @@ plt.show()
 # ## SOAP is EKFAC of TKFAC
 #
 # SOAP runs Adam in the eigenbasis of Shampoo's factors. Adam keeps second moments, and second moments of
-# gradients in a Kronecker basis are EKFAC's eigenvalues ([Chapter 10](10_ekfac.md)). So SOAP's matrix is
+# gradients in a Kronecker basis are EKFAC's eigenvalues ([Chapter 14](14_ekfac.md)). So SOAP's matrix is
 # EKFAC with TKFAC's basis, which is TEKFAC. This one basis has a property that KFAC's has not:
 
 # %% tags=["hide-input"] alt="A heat map of the second moments of a layer in the eigenbasis of TKFAC, with 12 rows and 17 columns, large at one corner. A narrow strip to its right shows the row sums, one below it the column sums." caption="Second moments $s_{oi}$ in TKFAC's eigenbasis (logarithmic), their row sums and their column sums: these are the eigenvalues of $B$ and of $A$."
@@ -347,7 +347,7 @@ plt.show()
 #
 # ## Muon: without memory
 #
-# Muon approximates $U W^\top$ of [(32.1)], the **polar factor** of the gradient, without a
+# Muon approximates $U W^\top$ of [(25.1)], the **polar factor** of the gradient, without a
 # decomposition, by an odd polynomial $X \leftarrow a X + b X X^\top X + c (X X^\top)^2 X$ that acts on every
 # singular value as $x \leftarrow a x + b x^3 + c x^5$. With Newton's and Schulz's numbers this converges. Muon's
 # numbers give a polynomial that is steep at zero, and whose values then stay within a band without converging.
@@ -380,7 +380,7 @@ assert relative_error(newton_schulz(G, 30, MUON), polar_factor(G)) > 0.01
 # $$
 # N \, \mathbb E \bigl[ \operatorname{vec}(\bar G) \operatorname{vec}(\bar G)^\top \bigr]
 # = F_1 + (N - 1) \, m m^\top .
-# \tag{32.3}
+# \tag{25.3}
 # $$
 #
 # The second term is a bias: $N - 1$ times the square of the gradient that training is about to remove. The bias
@@ -599,16 +599,16 @@ for task, stored in trained.items():
 #
 # ## In one minute
 #
-# - One family: gradients, matrix, power. Without memory, Shampoo, SOAP and Muon are the same step, (32.1).
+# - One family: gradients, matrix, power. Without memory, Shampoo, SOAP and Muon are the same step, (25.1).
 # - Shampoo's sums are TKFAC's factors. SOAP is EKFAC of TKFAC. KFAC is the one member that pooling does not change.
-# - Batch gradients estimate the Fisher with a bias, (32.3), that vanishes for labels of the model.
+# - Batch gradients estimate the Fisher with a bias, (25.3), that vanishes for labels of the model.
 # - Four checks of an implementation: row and column sums (SOAP), a batch of one (`pooled` changes nothing), the
 #   polar factor (no memory), a matrix with two different eigenvalues (roots).
 # - KFAC uses gradients of samples and divides by curvature. For this it needs the layer and the loss.
 #
 # ## Exercises
 #
-# **Exercise 32.1.** Why is $r$ needed in (32.2)? Find a block of one gradient for which
+# **Exercise 25.1.** Why is $r$ needed in (25.2)? Find a block of one gradient for which
 # $B^{1/2} \otimes A^{1/2}$ alone is no bound.
 #
 # <details class="solution" markdown="1">
@@ -619,7 +619,7 @@ for task, stored in trained.items():
 #
 # </details>
 #
-# **Exercise 32.2.** Show that `kfac(from_gradient(G))` is $G G^\top \otimes I / d_\text{in}$. Which relative is
+# **Exercise 25.2.** Show that `kfac(from_gradient(G))` is $G G^\top \otimes I / d_\text{in}$. Which relative is
 # that?
 #
 # <details class="solution" markdown="1">
@@ -631,7 +631,7 @@ for task, stored in trained.items():
 #
 # </details>
 #
-# **Exercise 32.3.** Write SOAP's step for one matrix in ten lines, with exact eigenvectors, and check it against the
+# **Exercise 25.3.** Write SOAP's step for one matrix in ten lines, with exact eigenvectors, and check it against the
 # optimizer above with one update of the basis. Why does the result not depend on the order of the eigenvectors?
 #
 # <details class="solution" markdown="1">
@@ -646,11 +646,11 @@ for task, stored in trained.items():
 # The solutions, checked:
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
-eye = from_gradient(torch.eye(3))  # 32.1
+eye = from_gradient(torch.eye(3))  # 25.1
 assert_exact(torch.linalg.eigvalsh(eye.block())[-1], torch.tensor(3.0))
 assert_exact(shampoo_bound(eye).dense(), torch.eye(9))
-assert_exact(kfac(from_gradient(G)).dense(), torch.kron(G @ G.T, torch.eye(7) / 7))  # 32.2
-moments = tekfac(from_gradient(G))  # 32.3
+assert_exact(kfac(from_gradient(G)).dense(), torch.kron(G @ G.T, torch.eye(7) / 7))  # 25.2
+moments = tekfac(from_gradient(G))  # 25.3
 step = moments.QB @ ((moments.QB.T @ G @ moments.QA) / (moments.scale + 1e-6).sqrt()) @ moments.QA.T
 assert_exact(inverse_root(moments, 1e-6) @ G, step)
 order = torch.randperm(7)

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 34. Other losses: many labels, weights, your own
+# # 7. Other losses: many labels, weights, your own
 #
-# **Part II: KFAC.** Which vectors does a loss send back if a datum has many labels, if the labels have weights, or if
+# **Part III: KFAC.** Which vectors does a loss send back if a datum has many labels, if the labels have weights, or if
 # the loss is your own?
 #
 # [Chapter 3](03_losses.py) described a loss by vectors $s_{vn}$ whose outer products sum to its Hessian at the
@@ -61,7 +61,7 @@ def curvature_of(vectors: Tensor) -> Tensor:
 N, C, P = 7, 3, 5
 tokens, token_labels = torch.randn(N, C, P), torch.randint(C, (N, P))
 
-# %% tags=["hide-input"] alt="Two heat maps of 15 by 15. The exact Hessian of one sequence couples each position with itself only. The shortcut has further entries of both signs that couple different positions." caption="What the two say about one sequence (three classes at five positions, positions together). The cross terms of [(34.1)] fill the space between the blocks."
+# %% tags=["hide-input"] alt="Two heat maps of 15 by 15. The exact Hessian of one sequence couples each position with itself only. The shortcut has further entries of both signs that couple different positions." caption="What the two say about one sequence (three classes at five positions, positions together). The cross terms of [(7.1)] fill the space between the blocks."
 by_position = torch.arange(C * P).reshape(C, P).T.flatten()  # positions first
 loss = CrossEntropyLoss()
 exact_root, shortcut = (fisher(loss, tokens, token_labels) for fisher in (type2, type2_classwise))
@@ -93,7 +93,7 @@ matrices(pictures, blocks=dict.fromkeys(pictures, (C, C)))
 # $$
 # s_c s_c^\top = \sum_s s_{cs} s_{cs}^\top
 # + \underbrace{\sum_{s \neq s'} s_{cs} s_{cs'}^\top}_{\text{cross terms}},
-# \tag{34.1}
+# \tag{7.1}
 # $$
 #
 # and the cross terms claim that the loss couples positions, which it does not.
@@ -183,7 +183,7 @@ for fisher in (type2, type2_classwise):
 # \ell = -\sum_c q_c w_c \log p_c
 # \quad\Longrightarrow\quad
 # \nabla^2 \ell = \Bigl(\sum_c q_c w_c\Bigr) \bigl(\operatorname{diag}(p) - p p^\top\bigr).
-# \tag{34.2}
+# \tag{7.2}
 # $$
 #
 # Here $q$ is the target distribution ($e_y$ for a label, or what smoothing makes of it) and $w$
@@ -326,7 +326,7 @@ assert curve[0] < 0 < curve[2]
 #
 # ## Exercises
 #
-# **Exercise 34.1.** Multiply the column $s_{cs}$ of each position by a sign $\varepsilon_s = \pm 1$, drawn by a fair
+# **Exercise 7.1.** Multiply the column $s_{cs}$ of each position by a sign $\varepsilon_s = \pm 1$, drawn by a fair
 # coin, before columns are added up over positions. Show that the expected outer product has no cross terms.
 #
 # <details class="solution" markdown="1">
@@ -338,7 +338,7 @@ assert curve[0] < 0 < curve[2]
 #
 # </details>
 #
-# **Exercise 34.2 (write it).** Write vectors for the loss $\sum \sqrt{1 + (f - y)^2}$, a smooth form of the absolute
+# **Exercise 7.2 (write it).** Write vectors for the loss $\sum \sqrt{1 + (f - y)^2}$, a smooth form of the absolute
 # error, summed over all entries. Is the GGN with these vectors a Fisher? The cell below has `check_vectors` and one
 # solution.
 #
@@ -369,7 +369,7 @@ class SmoothAbsolute(Module):
 
 
 def smooth_absolute(loss: Module, f: Tensor, y: Tensor) -> Tensor:
-    """A solution of Exercise 34.2."""
+    """A solution of Exercise 7.2."""
     return (1 + (f.detach() - y).square()).pow(-3 / 4).diag_embed().movedim(-1, 0)
 
 
@@ -384,7 +384,7 @@ def check_vectors(vectors) -> None:
 check_vectors(smooth_absolute)
 other = [curvature.loss_hessian(SmoothAbsolute(), f, targets[MSELoss] + k) for k in (0, 1)]
 assert largest_error(*other) > 0.1  # it depends on the label
-print("Exercises 34.1 and 34.2: all hold")
+print("Exercises 7.1 and 34.2: all hold")
 
 # %% [markdown]
 # ## Further reading

@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # 35. The quadratic model: lengths from exact curvature
+# # 12. The quadratic model: lengths from exact curvature
 #
-# **Part VII: Training.** How long should a step be, and how much of the previous step should it keep, if the exact
+# **Part IV: Training.** How long should a step be, and how much of the previous step should it keep, if the exact
 # curvature of the batch may decide?
 #
 # KFAC uses blocks because a *direction* must be cheap. A *length* along a given direction is a single number, and
-# for one number the exact curvature of all layers is affordable. [Figure 35.1] shows what it changes where the
+# for one number the exact curvature of all layers is affordable. [Figure 12.1] shows what it changes where the
 # layers interact.
 
 # %% tags=["hide-input"]
@@ -93,7 +93,7 @@ def adapt(damping: float, ratio: float | None) -> float:
 
 
 def damped_ggn(model: Module, X: Tensor, y: Tensor, steps: int, damping: float = 0.1):
-    """All points of a run with the exact damped GGN (chapter 8), and the last loss."""
+    """All points of a run with the exact damped GGN (chapter 9), and the last loss."""
     points = [parameter_vector(model)]
     for _ in range(steps):
         value = squared(model(X), y)
@@ -176,7 +176,7 @@ plt.show()
 # $$
 # m(\Delta) = h^\top \Delta + \tfrac12 \Delta^\top (C + \delta I)\, \Delta ,
 # \qquad \Delta = -\eta P + \mu \Delta_0 ,
-# \tag{35.1}
+# \tag{12.1}
 # $$
 #
 # with the gradient $h$, the exact GGN $C$ of *all* layers on the batch, the damping $\delta$, KFAC's direction $-P$
@@ -209,7 +209,7 @@ plt.show()
 # -P^\top \tilde C \Delta_0 & \Delta_0^\top \tilde C \Delta_0
 # \end{bmatrix}^{-1}
 # \begin{bmatrix} -h^\top P \\ h^\top \Delta_0 \end{bmatrix} ,
-# \tag{35.2}
+# \tag{12.2}
 # $$
 #
 # where the model's value is $\tfrac12 h^\top \Delta$. The entries need no product with $C$. Since
@@ -222,11 +222,11 @@ code(quadratic_model, _minimised)
 # %% [markdown]
 # ### On a quadratic loss: conjugate gradients
 #
-# <div class="admonition theorem" markdown="1" id="thm-35.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 35.1 (conjugate gradients)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-12.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 12.1 (conjugate gradients)</b></p>
 #
 # Let the loss be a quadratic function with a positive definite matrix $C$ and let $\delta = 0$. Let the
-# preconditioner $Q$ in $P = Q h$ be fixed and positive definite. Then the steps of [(35.2)] are
+# preconditioner $Q$ in $P = Q h$ be fixed and positive definite. Then the steps of [(12.2)] are
 # those of the conjugate gradient method with the preconditioner $Q$. They end at the minimum after
 # at most as many steps as there are parameters.
 #
@@ -236,7 +236,7 @@ code(quadratic_model, _minimised)
 # a multiple of the method's previous change $\Delta_{t-1}$. So its next change lies in the plane of $P_t$ and
 # $\Delta_{t-1}$. The method is known to reach the minimum over *all* points
 # $\theta_0 + \operatorname{span}(P_1, \dots, P_t)$. This set contains the plane through the present point, so that
-# the method reaches the minimum over this plane, too. [(35.2)] computes the same minimum. By induction both are at
+# the method reaches the minimum over this plane, too. [(12.2)] computes the same minimum. By induction both are at
 # the same point, with the same previous change. $\blacksquare$
 #
 # The optimizer satisfies the premise if its preconditioner is fixed. `invert` is a function that we can pass, so we
@@ -278,8 +278,8 @@ assert (linear[0].weight - minimum).norm() < 1e-7
 # of eight settings. KFAC with the quadratic model has no learning rate and no momentum to be tuned, and its damping
 # starts from a guess.
 #
-# The damping is adapted by the rule of Levenberg and Marquardt ([Chapter 8](08_damping.py)), which is passed as
-# `adapt_damping`. The rule compares the change of the loss with the change that the model predicted, [(8.13)]. The
+# The damping is adapted by the rule of Levenberg and Marquardt ([Chapter 9](09_damping.py)), which is passed as
+# `adapt_damping`. The rule compares the change of the loss with the change that the model predicted, [(9.13)]. The
 # ratio is measured on the batch of the step, with the exact GGN and without damping:
 
 # %% tags=["remove-input"]
@@ -359,7 +359,7 @@ diverged = sum(errors[-1] > errors[0] for errors in tried)
 print(f"fixed rates: {diverged} of {len(tried)} settings end above the start")
 assert runs["quadratic model"][-1] < 0.8 * min(runs["Adam"][-1], runs["fixed rates"][-1])
 
-# %% tags=["hide-input"] alt="Six small plots against the step: the error of the three methods, of which the quadratic model falls fastest; its learning rate, which stays below one half and has teeth of five steps; its momentum, which begins at zero, swings, and then stays below one; the damping, which falls every five steps by more than an order of magnitude in all; the reduction ratio at every fifth step, above three quarters; and the KL divergence and the norm of the steps." caption="The autoencoder, and what `record=` collected with the quadratic model (dashed). Learning rate and momentum come from [(35.2)]. The damping falls at every fifth step, because the reduction ratio is above $\\tfrac34$ (dotted)."
+# %% tags=["hide-input"] alt="Six small plots against the step: the error of the three methods, of which the quadratic model falls fastest; its learning rate, which stays below one half and has teeth of five steps; its momentum, which begins at zero, swings, and then stays below one; the damping, which falls every five steps by more than an order of magnitude in all; the reduction ratio at every fifth step, above three quarters; and the KL divergence and the norm of the steps." caption="The autoencoder, and what `record=` collected with the quadratic model (dashed). Learning rate and momentum come from [(12.2)]. The damping falls at every fifth step, because the reduction ratio is above $\\tfrac34$ (dotted)."
 fig, axes = plt.subplots(2, 3, figsize=(7.8, 5.0), layout="constrained")
 styles = {"quadratic model": ("C0", "--"), "Adam": ("C1", "-"), "fixed rates": ("C0", "-")}
 heights = {"quadratic model": 0.75, "Adam": 1.3, "fixed rates": 0.8}
@@ -413,11 +413,11 @@ assert history[-1]["damping"] < 0.1 * history[0]["damping"]
 #
 # **Limits of the model.** It is exact *on the batch*. On a small batch it fits the noise of this batch, and the
 # momentum that it chooses follows the noise of the previous one. Use it with large batches. The parameters of
-# another optimizer, `rest=` in [Chapter 36](36_in_practice.py), are not in the model.
+# another optimizer, `rest=` in [Chapter 13](13_in_practice.py), are not in the model.
 #
 # ## Paths on a landscape
 #
-# [Figure 35.1] has two parameters, so that whole runs can be drawn. Its left problem is a linear regression with
+# [Figure 12.1] has two parameters, so that whole runs can be drawn. Its left problem is a linear regression with
 # two inputs that are nearly equal; the Hessian is KFAC's $B \otimes A$. Its right problem has one weight in each of
 # two layers. The loss hardly changes if one weight grows and the other shrinks, so that the valley is bent. KFAC
 # treats each layer by itself: its matrix is diagonal, and the valley is *not* along an axis. The first-order
@@ -473,7 +473,7 @@ def growth(s: Tensor, start: int, end: int) -> float:
 
 
 def trusted(number: int) -> float:
-    """Directions that damping lets through: the sum of the filter of chapter 8."""
+    """Directions that damping lets through: the sum of the filter of chapter 9."""
     products = torch.outer(B_spectra[number], A_spectra[number])
     return (products / (products + 1e-3)).sum().item()
 
@@ -509,16 +509,16 @@ plt.show()
 # At first $B$ has nine large eigenvalues: the vectors come from ten classes and sum to zero, and the units, not yet
 # saturated, pass all of them on in the same way. Then features form. Both factors change by orders of magnitude
 # within a few dozen steps, and hardly afterwards. So matrices should be renewed often at first and may be kept
-# longer later, as [Chapter 10](10_ekfac.py) finds for bases. `factor_every` and `inverse_every` are attributes that
+# longer later, as [Chapter 14](14_ekfac.py) finds for bases. `factor_every` and `inverse_every` are attributes that
 # a loop may change at any time. A constant damping means something else when the eigenvalues move, because its
-# effect is that of a place on their axis ([Chapter 8](08_damping.py)).
+# effect is that of a place on their axis ([Chapter 9](09_damping.py)).
 #
 # ## In one minute
 #
 # - **Two numbers from exact curvature.** Learning rate and momentum minimise the quadratic model of the batch in
-#   the plane of KFAC's direction and the previous change, [(35.2)]. They cost two forward derivatives.
+#   the plane of KFAC's direction and the previous change, [(12.2)]. They cost two forward derivatives.
 # - **Conjugate gradients.** On a quadratic loss with a fixed preconditioner the steps are those of conjugate
-#   gradients ([Theorem 35.1]).
+#   gradients ([Theorem 12.1]).
 # - **Between layers.** The model contains the blocks between layers that KFAC leaves out. So its learning rate is
 #   well below one.
 # - **Damping.** The rule of Levenberg and Marquardt compares the model's prediction with the change of the loss.
@@ -527,7 +527,7 @@ plt.show()
 #
 # ## Exercises
 #
-# **Exercise 35.1.** Write the control yourself. Fill in `my_rates`, then call `check_rates(my_rates)`, which
+# **Exercise 12.1.** Write the control yourself. Fill in `my_rates`, then call `check_rates(my_rates)`, which
 # compares your numbers with those of the package in four steps.
 
 
@@ -581,7 +581,7 @@ def check_rates(rates) -> None:
 #
 # </details>
 #
-# **Exercise 35.2.** Let KFAC be exact, $M = C$, and take the first step with [(35.2)]. What is
+# **Exercise 12.2.** Let KFAC be exact, $M = C$, and take the first step with [(12.2)]. What is
 # $\eta$? What is it for $M = 2 C$ and damping $2 \delta$ in the inverse?
 #
 # <details class="solution" markdown="1">
@@ -593,7 +593,7 @@ def check_rates(rates) -> None:
 #
 # </details>
 #
-# **Exercise 35.3.** What is the reduction ratio of *any* step if the loss is a quadratic function and $C$ its
+# **Exercise 12.3.** What is the reduction ratio of *any* step if the loss is a quadratic function and $C$ its
 # Hessian? What does the rule of Levenberg and Marquardt then do to the damping?
 #
 # <details class="solution" markdown="1">
@@ -608,7 +608,7 @@ def check_rates(rates) -> None:
 
 
 # %% tags=["hide-input"]
-def solution(h: Tensor, P: Tensor, previous: Tensor, C: Tensor, damping: float):  # 35.1
+def solution(h: Tensor, P: Tensor, previous: Tensor, C: Tensor, damping: float):  # 12.1
     U = torch.stack([-P, previous], 1)
     damped = U.T @ C @ U + damping * U.T @ U
     lr, momentum = (-torch.linalg.pinv(damped, hermitian=True) @ U.T @ h).tolist()
@@ -623,14 +623,14 @@ except AssertionError:
 else:
     raise AssertionError("check_rates finds nothing")
 
-for factor in (1.0, 2.0):  # 35.2
+for factor in (1.0, 2.0):  # 12.2
     seen: list[dict[str, float]] = []
     options = {"controls": [quadratic_model()], "damping": 0.1, "fisher": type2}
     options |= {"record": seen.append, "adapt_damping": adapt, "adapt_every": 1}
     options["invert"] = lambda M, damping, c=factor: Kronecker(M.A, c * M.B).inverse(c * damping)
     path(Sequential(Linear(6, 3)), lambda m, o=options: KFAC(m, squared, **o), inputs, targets, 3)
     assert abs(seen[0]["model_lr"] - factor) < 1e-8
-    assert all(abs(row["ratio"] - 1) < 1e-6 for row in seen)  # 35.3
+    assert all(abs(row["ratio"] - 1) < 1e-6 for row in seen)  # 12.3
     assert seen[0]["damping"] > seen[1]["damping"] > seen[2]["damping"]
 print(
     f"35.2 and 35.3: learning rate {factor:.0f}, ratios", [round(row["ratio"], 6) for row in seen]

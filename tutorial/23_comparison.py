@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 19. Which one when: all methods side by side
+# # 23. Which one when: all methods side by side
 #
-# **Part III: Better and faster.** Eight chapters explain some twenty methods. Which one should you use, and when does
+# **Part V: Better and faster.** Eight chapters explain some twenty methods. Which one should you use, and when does
 # the choice matter?
 #
 # This chapter compares the methods in two ways. The first half applies them to the same trained networks with the same
@@ -97,7 +97,7 @@ for name in TRAINED:
 if not trained_on:
     print("No results of the benchmark: this chapter shows them in a clone of the repository.")
 
-# %% tags=["hide-input"] alt="Two panels with one row for each of eleven methods and up to three marks in a row, one for each task. Left the steps to the target, right the CPU seconds, both relative to KFAC's on a logarithmic axis. No row lies left of 1 on all its tasks in steps, and marks at the right edge are runs that miss the target." caption="Median steps and CPU seconds to a target, KFAC = 1 (Chapter 5's method in the optimizer of Chapter 9). T4: a convolutional network, T3: an autoencoder, T2: a graph network. Marks at the right edge missed the target. No method is left of 1 on all tasks in steps. Intervals and tests follow below."
+# %% tags=["hide-input"] alt="Two panels with one row for each of eleven methods and up to three marks in a row, one for each task. Left the steps to the target, right the CPU seconds, both relative to KFAC's on a logarithmic axis. No row lies left of 1 on all its tasks in steps, and marks at the right edge are runs that miss the target." caption="Median steps and CPU seconds to a target, KFAC = 1 (Chapter 5's method in the optimizer of Chapter 11). T4: a convolutional network, T3: an autoencoder, T2: a graph network. Marks at the right edge missed the target. No method is left of 1 on all tasks in steps. Intervals and tests follow below."
 ROWS = {
     "adamw": "AdamW",
     "sgd": "SGD",
@@ -142,8 +142,8 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 #
 # A method is two choices: a matrix for each layer, from its inputs and vectors, and a damped inverse of
 # it. Most matrices have an exact damped inverse. Sums of two products are damped by factors, and guarded
-# against negative eigenvalues ([Chapter 12](12_kpsvd.py)). CG-FAC stops after a few steps. KFAC is listed
-# with both dampings of [Chapter 8](08_damping.py), so that the effect of the damping can be separated from
+# against negative eigenvalues ([Chapter 16](16_kpsvd.py)). CG-FAC stops after a few steps. KFAC is listed
+# with both dampings of [Chapter 9](09_damping.py), so that the effect of the damping can be separated from
 # the effect of the matrix.
 
 
@@ -186,8 +186,8 @@ METHODS: dict[str, tuple[Callable[[LayerIO], Matrix], Callable[[Matrix, float], 
 
 # %% [markdown]
 # Three methods are missing because they would repeat a row. SKFAC computes KFAC's step with factored
-# damping without KFAC's matrix ([Chapter 13](13_skfac.py)). Mini-blocks by their rows give the step of mini-blocks
-# ([Chapter 16](16_mini_block.py)). B-KFAC follows a stream of batches, and after one batch it equals KFAC. The three
+# damping without KFAC's matrix ([Chapter 17](17_skfac.py)). Mini-blocks by their rows give the step of mini-blocks
+# ([Chapter 20](20_mini_block.py)). B-KFAC follows a stream of batches, and after one batch it equals KFAC. The three
 # methods differ in cost, and the table of costs below has them.
 
 # %% tags=["hide-input"] fold="Checked: SKFAC, mini-blocks by rows and B-KFAC repeat a row"
@@ -210,9 +210,9 @@ for name, (one, other) in pairs.items():
 #    theorems;
 # 2. that of the damped inverses, $\lVert P - F_\delta^{-1} \rVert / \lVert F_\delta^{-1} \rVert$;
 # 3. the share of the possible decrease of the layer's damped parabola that is reached along $p = P h$ with
-#    the best length, [(16.4)];
+#    the best length, [(20.4)];
 # 4. the same for the whole network, with its exact curvature between layers, along all layers' steps
-#    together, as in [Chapter 18](18_two_level.py). A layer-wise method cannot reach 1 here.
+#    together, as in [Chapter 22](22_two_level.py). A layer-wise method cannot reach 1 here.
 #
 # Two tasks: digits are classified with softmax and cross-entropy, and reconstructed by an
 # autoencoder with squared error. Three seeds each. One damping for the network, 1 % of the mean
@@ -312,7 +312,7 @@ measured = {
 }
 
 # %% [markdown]
-# The methods of [Chapter 18](18_two_level.py) add a second level to KFAC, so only the fourth number applies to them.
+# The methods of [Chapter 22](22_two_level.py) add a second level to KFAC, so only the fourth number applies to them.
 # For comparison there are conjugate gradients for the whole network, preconditioned by KFAC, with two products.
 
 
@@ -458,7 +458,7 @@ for task in TASKS:
 #
 # **A second level helps where the blocks are already good.** In the classifier, exact blocks would gain much over KFAC,
 # and the second level gains little. In the autoencoder, blocks are nearly exact, and only the coupling between layers
-# is missing. There one length per layer ([Theorem 18.2]) gains more than exact blocks would, and a second direction
+# is missing. There one length per layer ([Theorem 22.2]) gains more than exact blocks would, and a second direction
 # adds little. A coarse space of ones gains nothing in either task.
 
 # %% tags=["hide-input"] fold="Checked: CG-FAC, two-level methods and exact blocks"
@@ -540,7 +540,7 @@ def costs(d_in: int, d_out: int, N: int, K: int, r: int) -> dict[str, Cost]:
         "KFAC, factored damping": Cost(2 * both, grams, d_in**3 + d_out**3, sides),
         "KFAC": Cost(2 * both, grams, eigen, 2 * sides),
         "TKFAC": Cost(2 * both, grams, eigen, 2 * sides),
-        "KPSVD": Cost(2 * both, 18 * grams, eigen, 2 * sides),  # as counted in Chapter 12
+        "KPSVD": Cost(2 * both, 18 * grams, eigen, 2 * sides),  # as counted in Chapter 16
         "EKFAC": Cost(2 * both + D, grams + moments, eigen, 2 * sides),
         "TEKFAC": Cost(2 * both + D, grams + moments, eigen, 2 * sides),
         "Lanczos, two products": Cost(6 * both, 24 * grams, 2 * eigen, 2 * sides),
@@ -661,7 +661,7 @@ plt.show()
 # ## In training
 #
 # In training, a learning rate, a schedule, an average and a damping matter besides the matrix. `benchmarks/training.py`
-# puts every method into the optimizer of [Chapter 9](09_averages.py), with the length of each layer's step from Adam.
+# puts every method into the optimizer of [Chapter 11](11_averages.py), with the length of each layer's step from Adam.
 # Three rules make the comparison fair:
 #
 # - **Equal trials.** On a task every method gets the same number of settings to try, the same budget of steps and the
@@ -887,7 +887,7 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 # | a posterior, an influence, a determinant | KFAC, EKFAC | both are matrices with roots, for sampling; CG and rows give products only |
 #
 # Before any of this: expand or reduce ([Chapter 6](06_weight_sharing.py)), which labels
-# ([Chapter 3](03_losses.py)), and how much damping ([Chapter 8](08_damping.py)).
+# ([Chapter 3](03_losses.py)), and how much damping ([Chapter 9](09_damping.py)).
 #
 # ### What this page leaves open
 #
@@ -908,7 +908,7 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 #
 # ## Exercises
 #
-# **Exercise 19.1.** A method multiplies its steps by 10. Which of the four numbers change? And if it
+# **Exercise 23.1.** A method multiplies its steps by 10. Which of the four numbers change? And if it
 # multiplies its matrix by 10?
 #
 # <details class="solution" markdown="1">
@@ -920,7 +920,7 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 #
 # </details>
 #
-# **Exercise 19.2.** From how many data on is SKFAC's step with factored damping as expensive as KFAC's, for
+# **Exercise 23.2.** From how many data on is SKFAC's step with factored damping as expensive as KFAC's, for
 # a square layer and $V = 1$?
 #
 # <details class="solution" markdown="1">
@@ -931,7 +931,7 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 #
 # </details>
 #
-# **Exercise 19.3.** The share of the exact block of one layer is 1. Why is the share of the network with
+# **Exercise 23.3.** The share of the exact block of one layer is 1. Why is the share of the network with
 # exact blocks not? Give an upper bound for what any block-diagonal method could reach.
 #
 # <details class="solution" markdown="1">
@@ -944,7 +944,7 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 #
 # </details>
 #
-# **Exercise 19.4 (write it).** FOOF's matrix is $I \otimes A$. Write a function `foof_step(io, h, damping)` that
+# **Exercise 23.4 (write it).** FOOF's matrix is $I \otimes A$. Write a function `foof_step(io, h, damping)` that
 # returns its damped step $(I \otimes A + \delta I)^{-1}$ applied to the gradient `h` of shape `[d_out, d_in]`, with the
 # inputs `io.a` of shape `[N, S, d_in]` and one linear solve. The matrix $A$ is the mean of $a a^\top$. The cell below
 # has `check_foof_step`, which compares your function with the package on all layers, and one solution. `problem.share`
@@ -953,7 +953,7 @@ if {"T2", "T3", "T4"} <= set(trained_on):
 # The solutions, checked:
 
 # %% tags=["hide-input"] fold="Checked: the exercises"
-problem = problems["classifier"][0]  # 19.1
+problem = problems["classifier"][0]  # 23.1
 for name, io in problem.ios.items():
     h = problem.split(problem.h)[name]
     F = problem.blocks[name][0]
@@ -967,10 +967,10 @@ for name, io in problem.ios.items():
 scaled = {name: 10 * v for name, v in problem.split(problem.h).items()}
 assert abs(problem.share(problem.joined(scaled)) - problem.share(problem.h)) < 1e-12
 
-square = costs(1000, 1000, 500, 500, 1)  # 19.2
+square = costs(1000, 1000, 500, 500, 1)  # 23.2
 assert square["SKFAC"].step == square["KFAC, factored damping"].step
 
-best = torch.linalg.solve(problem.F, problem.h)  # 19.3
+best = torch.linalg.solve(problem.F, problem.h)  # 23.3
 positive = [(best[i] * problem.h[i]).sum() > 0 for i in problem.index.values()]
 assert problem.share(best) > 1 - 1e-9
 of_all = f"{sum(map(int, positive))} of {len(positive)}"
@@ -978,7 +978,7 @@ print(f"the best step has a positive product with the gradient in {of_all} layer
 
 
 def foof_step(io: LayerIO, h: Tensor, damping: float) -> Tensor:
-    """A solution of Exercise 19.4."""
+    """A solution of Exercise 23.4."""
     a = io.a.flatten(0, 1)
     A = a.T @ a / len(a)
     return torch.linalg.solve(A + damping * eye_like(A), h, left=False)

@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # 16. Mini-block Fisher: one block per neuron
+# # 20. Mini-block Fisher: one block per neuron
 #
-# **Part III: Better and faster.** KFAC gives all neurons of a layer one common matrix. What if every
+# **Part V: Better and faster.** KFAC gives all neurons of a layer one common matrix. What if every
 # neuron keeps its own, exact, and nothing is kept between neurons?
 #
 # The weights of one neuron are one row of $W$. The mini-block Fisher keeps the part of the layer's block that
-# belongs to each neuron and replaces the rest by zeros: [Figure 16.1]. [Bahamou et al.
+# belongs to each neuron and replaces the rest by zeros: [Figure 20.1]. [Bahamou et al.
 # (2023)](bibliography.md#mini-block) propose it as MBF, between first-order methods, whose matrix is diagonal, and
 # KFAC.
 
@@ -109,7 +109,7 @@ matrices(
 # $$
 # F_{op} = \sum_{v,n} (G_{vn})_{o \cdot}^\top\, (G_{vn})_{p \cdot}
 # \qquad \in \mathbb{R}^{d_\text{in} \times d_\text{in}} .
-# \tag{16.1}
+# \tag{20.1}
 # $$
 #
 # With one position, $G_{vn} = g_{vn} a_n^\top$, and row $o$ of it is the input times a number. Then
@@ -118,7 +118,7 @@ matrices(
 # F_{op} = \sum_n \Bigl( \sum_v g_{vno}\, g_{vnp} \Bigr)\, a_n a_n^\top,
 # \qquad
 # F_o = F_{oo} = \sum_n \Bigl( \sum_v g_{vno}^2 \Bigr)\, a_n a_n^\top .
-# \tag{16.2}
+# \tag{20.2}
 # $$
 #
 # $F_o$ is a weighted second moment of the inputs. The weight of a datum is the squared vector of neuron $o$. KFAC
@@ -177,8 +177,8 @@ for o in range(3):  # every neuron solves its own small system
 # %% [markdown]
 # ## The best of its kind
 #
-# <div class="admonition theorem" markdown="1" id="thm-16.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 16.1 (cutting is projecting)</b></p>
+# <div class="admonition theorem" markdown="1" id="thm-20.1">
+# <p class="admonition-title" markdown="1"><b>Theorem 20.1 (cutting is projecting)</b></p>
 #
 # Let $M$ have the blocks $F_o$, and let $T$ be any matrix that does not mix neurons, with blocks $T_o$.
 # Then
@@ -188,7 +188,7 @@ for o in range(3):  # every neuron solves its own small system
 # \lVert F - M \rVert^2 &= \lVert F \rVert^2 - \sum_o \lVert F_o \rVert^2 , \\
 # \lVert F - T \rVert^2 &= \lVert F - M \rVert^2 + \sum_o \lVert F_o - T_o \rVert^2 ,
 # \end{aligned}
-# \tag{16.3}
+# \tag{20.3}
 # $$
 #
 # and $\operatorname{tr} M = \operatorname{tr} F$. If $F$ is positive semi-definite, so is $M$.
@@ -223,7 +223,7 @@ assert 0 < nearer < 200
 # %% [markdown]
 # ## Where it is exact
 #
-# The mini-block Fisher is exact if and only if all $F_{op}$ of [(16.1)] with $o \ne p$ vanish. Three cases:
+# The mini-block Fisher is exact if and only if all $F_{op}$ of [(20.1)] with $o \ne p$ vanish. Three cases:
 #
 # - The layer has **one neuron**.
 # - **No datum reaches two neurons**: $g_{vno}\, g_{vnp} = 0$. A layer of experts, of which every datum
@@ -286,7 +286,7 @@ assert_exact(kfac(io).dense(), io.block())
 #
 # $$
 # \frac{(h^\top p)^2}{(p^\top F_\delta\, p)\; (h^\top F_\delta^{-1} h)} \in [0, 1]
-# \tag{16.4}
+# \tag{20.4}
 # $$
 #
 # of the decrease that is possible. It does not depend on the length of $p$, hence not on a learning
@@ -384,7 +384,7 @@ plt.show()
 #
 # $$
 # (\lambda_k + \delta)\; u_k^\top (M + \delta I)^{-1} u_k
-# \tag{16.5}
+# \tag{20.5}
 # $$
 #
 # should be 1: above, a step goes too far in this direction, below not far enough.
@@ -461,7 +461,7 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # ### First way: do not form the blocks
 #
 # If there are fewer data than inputs, $F_o$ has a low rank. With the rows
-# $R_o = \operatorname{diag}(|g_{\cdot o}|)\, a$, where $|g_{no}|$ is the norm over the vectors, [(16.2)] says
+# $R_o = \operatorname{diag}(|g_{\cdot o}|)\, a$, where $|g_{no}|$ is the norm over the vectors, [(20.2)] says
 # $F_o = R_o^\top R_o$, and Woodbury's identity turns the large system into one of size $N$,
 #
 # $$
@@ -469,7 +469,7 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # &(R_o^\top R_o + \delta I)^{-1} \\
 # &\quad = \tfrac1\delta \bigl( I - R_o^\top (R_o R_o^\top + \delta I)^{-1} R_o \bigr).
 # \end{aligned}
-# \tag{16.6}
+# \tag{20.6}
 # $$
 #
 # To check it, multiply by $R_o^\top R_o + \delta I$ and use
@@ -477,7 +477,7 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 #
 # $$
 # (R_o R_o^\top)_{nm} = |g_{no}|\, |g_{mo}|\; a_n^\top a_m .
-# \tag{16.7}
+# \tag{20.7}
 # $$
 #
 # All neurons share the inner products of the inputs. They are computed once, and no row $R_o$ is ever
@@ -512,10 +512,10 @@ assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inve
 # \bar F &= \frac{1}{d_\text{out}} \sum_o F_o
 # = \frac{1}{d_\text{out}} \sum_{v,n} G_{vn}^\top G_{vn} .
 # \end{aligned}
-# \tag{16.8}
+# \tag{20.8}
 # $$
 #
-# Of all matrices $I \otimes A$ this one is nearest to $F$, since by [(16.3)] it has to minimise
+# Of all matrices $I \otimes A$ this one is nearest to $F$, since by [(20.3)] it has to minimise
 # $\sum_o \lVert F_o - A \rVert^2$, which the mean does. Two methods of other chapters are close
 # relatives. With one position,
 # $\bar F \propto \sum_n \bigl( \sum_v \lVert g_{vn} \rVert^2 \bigr) a_n a_n^\top$: this is KFAC's input
@@ -548,7 +548,7 @@ assert relative_error(shared.A / shared.A.trace(), foof(io).A / foof(io).A.trace
 # A convolution's row of $W$ consists of one filter for each input channel. Smaller blocks are one block for each
 # *filter*: for a kernel of $k \times k$ that is $k^2 \times k^2$, whatever the number of channels. Rows and filters
 # are our reading of the paper, not checked: its abstract speaks of many mini-blocks of modest size in every layer,
-# and does not say where a layer is cut. [Theorem 16.1] holds for every way to cut. A `LayerIO` does not know the
+# and does not say where a layer is cut. [Theorem 20.1] holds for every way to cut. A `LayerIO` does not know the
 # kernel, so its size has to be passed; a bias is a filter with a single entry.
 
 # %% tags=["beside", "remove-input"]
@@ -576,8 +576,8 @@ matrices({"exact block": F, "rows": rows.dense(), "filters": filters.dense()})
 # networks, and uses the empirical Fisher. This section tests something else, the quality of a
 # direction, where we can take the
 # learning rate out of the comparison. Each method gets the same fixed batch of 200 images with all
-# pixels, the best length of its direction by the exact damped quadratic model, as in [(16.4)], and
-# a damping that follows [Chapter 8](08_damping.py)'s rule. We count steps, not seconds. The vectors are
+# pixels, the best length of its direction by the exact damped quadratic model, as in [(20.4)], and
+# a damping that follows [Chapter 9](09_damping.py)'s rule. We count steps, not seconds. The vectors are
 # type-2, as everywhere in this chapter, and then the empirical Fisher's.
 
 # %%
@@ -657,7 +657,7 @@ plt.show()
 # the inputs. With the empirical Fisher the gap is the same. KFAC and mini-blocks reach a higher loss with it in this
 # test, whose lengths and damping are those of the GGN's quadratic model, and again differ little.
 #
-# **In seconds.** The training benchmark of [Chapter 36](36_in_practice.py) ran mini-blocks on the convolutional
+# **In seconds.** The training benchmark of [Chapter 13](13_in_practice.py) ran mini-blocks on the convolutional
 # network T4. It did *not* run them on the deep autoencoder T3, although autoencoders are a task of the paper.
 # The second autoencoder of the benchmark, `curves`, includes them. The stored results:
 
@@ -698,7 +698,7 @@ assert relative_error(wrong, mini_block(io).blocks[0]) > 0.1
 # %% [markdown]
 # **The gradient of the batch instead of gradients of data.** The batch's gradient is available after every backward
 # pass, and its rows have the right shape. But the outer product of *one* row has rank one, and its expectation is
-# not $F_o$ (the sum of squares is not the square of the sum, as in [(10.7)]). The damped inverse then only shortens
+# not $F_o$ (the sum of squares is not the square of the sum, as in [(14.7)]). The damped inverse then only shortens
 # the row:
 
 # %%
@@ -713,9 +713,9 @@ print("cosine of row and step, true blocks:", *(f"{c:.2f}" for c in cosine.tolis
 assert cosine.max() < 0.999
 
 # %% [markdown]
-# **One block per position.** With weight sharing, (16.1) sums over positions before it multiplies.
+# **One block per position.** With weight sharing, (20.1) sums over positions before it multiplies.
 # Flattening positions into the batch drops the products of different positions, as it does for EKFAC
-# ([Chapter 10](10_ekfac.py)); KFAC-expand does not notice, mini-blocks do.
+# ([Chapter 14](14_ekfac.py)); KFAC-expand does not notice, mini-blocks do.
 
 # %%
 io = random_io(7, S=4)
@@ -768,7 +768,7 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # `lambda io: (mini_block_filters(9) if io.a.shape[-1] in {10, 55} else mini_block)(io)`.
 #
 # **One damping for neurons of different scale.** A neuron with small vectors has a small block, and a
-# damping chosen for the layer may be much larger than this block. Exercise 16.3 is about this case.
+# damping chosen for the layer may be much larger than this block. Exercise 20.3 is about this case.
 #
 # ## The paper and this package
 #
@@ -782,15 +782,15 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # | one block for all neurons | not checked | `mini_block_shared` |
 # | Fisher | empirical | any: `fisher=empirical` is the paper's, one drawn label the default |
 # | damping | not checked | `exact_inverse`, one number for all blocks |
-# | average and schedule | not checked | the optimizer's, [Chapter 9](09_averages.py) |
+# | average and schedule | not checked | the optimizer's, [Chapter 11](11_averages.py) |
 # | convergence | an idealised version converges linearly, proved | not shown |
-# | headline | a cost per step only slightly above that of first-order methods, by the parallelism of GPUs; effective in time and in generalisation on autoencoders, convolutional and graph networks | [Chapter 19](19_comparison.py) trains it beside its controls; graph networks and the time on a GPU are not tested, because the benchmark has neither |
+# | headline | a cost per step only slightly above that of first-order methods, by the parallelism of GPUs; effective in time and in generalisation on autoencoders, convolutional and graph networks | [Chapter 23](23_comparison.py) trains it beside its controls; graph networks and the time on a GPU are not tested, because the benchmark has neither |
 #
 # ## In one minute
 #
-# - **Blocks.** Every neuron has its own weighted second moment of the inputs, [(16.2)]; the coupling of neurons is
+# - **Blocks.** Every neuron has its own weighted second moment of the inputs, [(20.2)]; the coupling of neurons is
 #   left out.
-# - **Promise.** Of all matrices without coupling they are nearest to $F$ ([Theorem 16.1]). KFAC may be nearer.
+# - **Promise.** Of all matrices without coupling they are nearest to $F$ ([Theorem 20.1]). KFAC may be nearer.
 # - **Exact** for a single neuron, for experts, and in the last layer with a loss that does not mix outputs.
 # - **Steps** can be better than KFAC's although the matrix is farther away: on the trained networks here they were
 #   as good or better.
@@ -798,19 +798,19 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # ## Exercises
 #
-# **Exercise 16.1.** The input of a layer is one-hot (an embedding). Show that mini-blocks are
+# **Exercise 20.1.** The input of a layer is one-hot (an embedding). Show that mini-blocks are
 # diagonal, and that the mini-block Fisher then equals the diagonal of $F$. What does KFAC keep that they
 # lose?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $a_n a_n^\top$ has a single nonzero entry, on the diagonal, so $F_o$ is diagonal by [(16.2)]. KFAC's
+# $a_n a_n^\top$ has a single nonzero entry, on the diagonal, so $F_o$ is diagonal by [(20.2)]. KFAC's
 # $B \otimes A$ has a diagonal $A$, and keeps the coupling of neurons for one token.
 #
 # </details>
 #
-# **Exercise 16.2.** Replace $W$ by $W' = W T$ and the inputs by $T^{-1} a$, with an invertible $T$: the
+# **Exercise 20.2.** Replace $W$ by $W' = W T$ and the inputs by $T^{-1} a$, with an invertible $T$: the
 # same network in other coordinates. Show that the undamped mini-block step is the same, and that the
 # diagonal's is not. What about $W' = T W$?
 #
@@ -825,7 +825,7 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # </details>
 #
-# **Exercise 16.3.** Multiply all vectors of one neuron by 100. How do the undamped step, the
+# **Exercise 20.3.** Multiply all vectors of one neuron by 100. How do the undamped step, the
 # step with a fixed damping, and the step with a damping relative to the block change, for that
 # neuron's gradient multiplied by 100 as well?
 #
@@ -838,7 +838,7 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # </details>
 #
-# **Exercise 16.4.** Write the step yourself, for one position: from `a` of shape $[N, d_\text{in}]$, `g` of shape
+# **Exercise 20.4.** Write the step yourself, for one position: from `a` of shape $[N, d_\text{in}]$, `g` of shape
 # $[V, N, d_\text{out}]$, a gradient $G$ and a damping to the step of every neuron. Compare it with
 # `mini_block(io).inverse(damping) @ G`.
 #
@@ -857,7 +857,7 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 
 
 # %% tags=["hide-input"]
-def solution(a: Tensor, g: Tensor, G: Tensor, damping: float) -> Tensor:  # 16.4
+def solution(a: Tensor, g: Tensor, G: Tensor, damping: float) -> Tensor:  # 20.4
     F = torch.einsum("vno,ni,nj->oij", g.square(), a, a)
     return torch.linalg.solve(F + damping * torch.eye(a.shape[1]), G)
 
@@ -865,18 +865,18 @@ def solution(a: Tensor, g: Tensor, G: Tensor, damping: float) -> Tensor:  # 16.4
 io, G = random_io(9), torch.randn(3, 5)
 assert_exact(solution(io.a[:, 0], io.g[:, :, 0], G, 0.1), mini_block(io).inverse(0.1) @ G)
 
-tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 4])  # 16.1
+tokens = torch.tensor([0, 1, 1, 2, 2, 2, 3, 4])  # 20.1
 io = LayerIO(torch.eye(5)[tokens][:, None], torch.randn(2, 8, 1, 3))
 assert_exact(mini_block(io).dense(), io.block().diagonal().diag())
 
-io, T = random_io(40), torch.randn(5, 5) + 3 * torch.eye(5)  # 16.2
+io, T = random_io(40), torch.randn(5, 5) + 3 * torch.eye(5)  # 20.2
 moved = LayerIO(io.a @ torch.linalg.inv(T).T, io.g)
 h, h_moved = io.gradients().sum((0, 1)), moved.gradients().sum((0, 1))
 assert_exact(mini_block(moved).inverse(0.0) @ h_moved, (mini_block(io).inverse(0.0) @ h) @ T)
 wrong = (diagonal(io).inverse(0.0) @ h) @ T
 assert relative_error(diagonal(moved).inverse(0.0) @ h_moved, wrong) > 0.1
 
-large = LayerIO(io.a, io.g * torch.tensor([100.0, 1.0, 1.0]))  # 16.3
+large = LayerIO(io.a, io.g * torch.tensor([100.0, 1.0, 1.0]))  # 20.3
 M, L, row = mini_block(io), mini_block(large), h.clone()
 row[0] *= 100
 assert_exact((L.inverse(0.0) @ row)[0], (M.inverse(0.0) @ h)[0] / 100)
@@ -892,5 +892,5 @@ print("all hold")
 # [Bahamou et al. (2023)](bibliography.md#mini-block) introduce the method, with an idealised version
 # that converges linearly, and experiments on autoencoders, convolutional and graph networks.
 # [Benzing (2022)](bibliography.md#foof) argues for $I \otimes A$, "gradient descent on neurons".
-# [Gao et al. (2021)](bibliography.md#tkfac) weight both of KFAC's factors as [(16.8)] weights one.
+# [Gao et al. (2021)](bibliography.md#tkfac) weight both of KFAC's factors as [(20.8)] weights one.
 # [Kunstner et al. (2019)](bibliography.md#empirical-fisher) on the empirical Fisher.

@@ -11,9 +11,9 @@
 # ---
 
 # %% [markdown]
-# # 36. In practice: results, use, and silent mistakes
+# # 13. In practice: results, use, and silent mistakes
 #
-# **Part VII: Training.** What does KFAC gain in a training run, how is it used, and what goes wrong without an error?
+# **Part IV: Training.** What does KFAC gain in a training run, how is it used, and what goes wrong without an error?
 #
 # The settings of every method below were searched with the same effort. The runs in the figure and in the table are
 # from seeds that the search has not seen.
@@ -176,11 +176,11 @@ by_task("steps", 0)
 # W \leftarrow W - \eta\, \frac{\lVert u \rVert}{\lVert P \rVert}\, P + \mu\, \Delta_0 ,
 # \qquad
 # P = \Bigl(B + \tfrac{\sqrt\delta}{\pi} I\Bigr)^{-1} G \,\bigl(A + \pi \sqrt\delta\, I\bigr)^{-1} ,
-# \tag{36.1}
+# \tag{13.1}
 # $$
 #
-# with averaged factors $A$ and $B$ ([Chapter 9](09_averages.py)), the gradient $G$ of the layer, factored damping
-# $\delta$ with its $\pi$ ([Chapter 8](08_damping.py)), Adam's step $u$ for this layer, and the previous change
+# with averaged factors $A$ and $B$ ([Chapter 11](11_averages.py)), the gradient $G$ of the layer, factored damping
+# $\delta$ with its $\pi$ ([Chapter 9](09_damping.py)), Adam's step $u$ for this layer, and the previous change
 # $\Delta_0$.
 #
 # After this chapter you will be able to
@@ -191,7 +191,7 @@ by_task("steps", 0)
 #
 # ## What KFAC gains
 #
-# `benchmarks/training.py` measured the table and [Figure 36.1] on one CPU thread:
+# `benchmarks/training.py` measured the table and [Figure 13.1] on one CPU thread:
 #
 # - Every method has the same budget of steps, the same family of schedules (a cosine to a horizon
 #   of its own choice, with or without warm-up), the same ranges for shared settings, and the same
@@ -281,7 +281,7 @@ Markdown(conclusions if results else ABSENT)
 # %% [markdown]
 # These sentences have limits. The searches are short, so that SGD and AdamW miss targets for which a longer search
 # might have found settings; the comparison is of what equal effort finds. Another search would end with other
-# settings: [Chapter 19](19_comparison.py) searches for KFAC under six fixed combinations of average and damping,
+# settings: [Chapter 23](23_comparison.py) searches for KFAC under six fixed combinations of average and damping,
 # which shows how far equals differ. The networks are small, and $d_\text{in}^3 + d_\text{out}^3$ grows faster than
 # any other cost of a step. A search for every method is rarely possible, and KFAC has more to choose. The cell
 # below has all numbers.
@@ -311,7 +311,7 @@ print("\n".join(lines) or ABSENT)
 # ### With no argument
 #
 # Most users will not search. The defaults of `KFAC(model, loss)` are the choices of
-# [Chapter 9](09_averages.py) that made a run depend least on its numbers:
+# [Chapter 11](11_averages.py) that made a run depend least on its numbers:
 #
 # - **Graft**, so that a learning rate means the same for every layer and damping. Its averages
 #   are shorter than Adam's own: $\beta = (0.9, 0.99)$.
@@ -474,7 +474,7 @@ for name, options in variants.items():
 #
 # Keep the parameters in float32 and run the forward pass in `bfloat16`; call `observe` in the same context as the
 # forward pass. Factors and inverses stay in float32, because the eight bits of a `bfloat16` mantissa do not survive
-# an inversion ([Chapter 7](07_matrices.py)). With `float16`, step through a `GradScaler` as usual. Parameters that
+# an inversion ([Chapter 8](08_matrices.py)). With `float16`, step through a `GradScaler` as usual. Parameters that
 # are themselves in half precision are accepted, and their factors are in float32, too, but the vectors have been
 # rounded on their way. So this is not the recommended way.
 
@@ -612,7 +612,7 @@ print("the same parameters, to the last bit")
 # **Two mistakes that compensate each other.**
 # [One implementation](https://github.com/lzhangbv/kfac_pytorch) has `factor_decay=0.95` and
 # computes `alpha * new + (1 - alpha) * current`. The decay is the weight of the new matrix, so that there is
-# hardly an average. The same code adds damping to the running factor in place, and by [(8.15)]
+# hardly an average. The same code adds damping to the running factor in place, and by [(9.15)]
 # this multiplies the damping by $1 / (1 - \rho)$, which is 20 for the decay that was meant. With the decay on the
 # wrong side it is $1 / 0.95$, and nobody notices. Repairing the decay alone gives twenty
 # times the damping.
@@ -628,7 +628,7 @@ for decay in (0.95, 0.05):
 # %% [markdown]
 # **The identity in the average.** The same code, and a
 # [widely used one](https://github.com/gpauloski/kfac-pytorch), start both factors at the identity.
-# By [(9.6)] this is a damping that decays.
+# By [(11.6)] this is a damping that decays.
 #
 # **A batch size inside the damping.** Gradients of a mean loss carry $1 / N$. If a hook stores
 # these $g$ and takes the *mean* of $g g^\top$, as the widely used code does, the result is
@@ -654,13 +654,13 @@ assert_exact(mean_of_outer_products(X4, y4), mean_of_outer_products(X, y) / 16)
 
 # %% [markdown]
 # **A learning rate without effect.** Both implementations clip with the current rate,
-# $\eta^2$ in [(9.9)]. Their users schedule a rate that cancels while the clip is active.
+# $\eta^2$ in [(11.9)]. Their users schedule a rate that cancels while the clip is active.
 #
 # **A damping that arrives late.** An inverse holds the damping that it was made with. If the damping
 # is adapted in every step and the inverse renewed in every tenth, nine of ten values are never
 # used, and the reduction ratio judges another damping than the one that it changes. So our optimizer
 # inverts anew in the step after an adaptation. (With an eigendecomposition at hand, another damping
-# costs nothing, [(8.5)].) The same holds for a damping that you set by hand or by a schedule:
+# costs nothing, [(9.5)].) The same holds for a damping that you set by hand or by a schedule:
 
 # %%
 optimizer = KFAC(network(), loss, **plain_rule | {"damping": 1e-2})
@@ -688,7 +688,7 @@ assert_exact(optimizer.inverses["0"] @ V, optimizer.matrices["0"].inverse(1.0) @
 #
 # ## Exercises
 #
-# **Exercise 36.1.** Write the factors of an implementation with hooks. A forward hook has the inputs `a` of the
+# **Exercise 13.1.** Write the factors of an implementation with hooks. A forward hook has the inputs `a` of the
 # last layer, without the bias. A backward hook has `g`, the gradient of the *mean* loss with respect to the layer's
 # outputs. Fill in `my_factors` such that both are KFAC's factors (with the labels of the data, to keep it short),
 # and call `check_factors(my_factors)`.
@@ -732,7 +732,7 @@ def check_factors(factors) -> None:
 #
 # </details>
 #
-# **Exercise 36.2.** A method needs $r$ times the steps of AdamW, and a step takes $c$ times as long. When is it
+# **Exercise 13.2.** A method needs $r$ times the steps of AdamW, and a step takes $c$ times as long. When is it
 # faster? Compute $r$ and $c$ of KFAC on T4 from the folded numbers above, and compare $r c$ with the ratio of the
 # CPU seconds.
 #
@@ -744,7 +744,7 @@ def check_factors(factors) -> None:
 #
 # </details>
 #
-# **Exercise 36.3.** You change the loss to `reduction="sum"`, with batches of 100. Which arguments of a run with
+# **Exercise 13.3.** You change the loss to `reduction="sum"`, with batches of 100. Which arguments of a run with
 # graft must change so that all steps stay the same?
 #
 # <details class="solution" markdown="1">
@@ -760,7 +760,7 @@ def check_factors(factors) -> None:
 
 
 # %% tags=["hide-input"]
-def solution(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # 36.1
+def solution(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # 13.1
     a = torch.cat([a, torch.ones(len(a), 1)], 1)
     return a.T @ a / len(a), len(g) * g.T @ g
 
@@ -773,7 +773,7 @@ except AssertionError:
 else:
     raise AssertionError("check_factors finds nothing")
 
-if "T4" in results:  # 36.2
+if "T4" in results:  # 13.2
     of = {name: results["T4"][name] for name in ("adamw", "kfac-expand")}
     rate = {
         name: statistics.median(run["total"] / len(run["metric"]) for run in runs)
@@ -786,7 +786,7 @@ if "T4" in results:  # 36.2
     assert abs(r * c - seconds) < 0.1
 
 
-def summed_run(reduction: str, damping: float) -> Tensor:  # 36.3
+def summed_run(reduction: str, damping: float) -> Tensor:  # 13.3
     model, rule = network(), CrossEntropyLoss(reduction=reduction)
     generator = torch.Generator(images.device).manual_seed(3)
     options = plain_rule | {"lr": 0.02, "damping": damping, "controls": [graft(eps=1e-30)]}
@@ -807,6 +807,6 @@ print("36.3: a hundred times the damping, the same steps")
 # ## Further reading
 #
 # [Martens and Grosse (2015)](bibliography.md#kfac), section 8, has the whole method. [Agarwal et al.
-# (2020)](bibliography.md#grafting) study grafting. [Chapter 19](19_comparison.py) compares all methods of this book
-# in training, [Chapter 27](27_conformance.py) judges implementations by exact cases, and [Chapter 28](28_museum.py)
+# (2020)](bibliography.md#grafting) study grafting. [Chapter 23](23_comparison.py) compares all methods of this book
+# in training, [Chapter 35](35_conformance.py) judges implementations by exact cases, and [Chapter 36](36_museum.py)
 # collects their mistakes.
