@@ -11,18 +11,18 @@
 # ---
 
 # %% [markdown]
-# # 37. When KFAC pays for PINNs: nine methods, equal trials
+# # 28. When KFAC pays for PINNs: nine methods, equal trials
 #
-# **Part IV: PINNs.** Which method gets furthest on a differential equation in the same time, and what decides it?
+# **Part VII: PINNs.** Which method gets furthest on a differential equation in the same time, and what decides it?
 #
-# [Chapter 21](21_pinn.py) derived KFAC for PINNs. It competes with first-order methods, whose steps are cheap, and with exact
+# [Chapter 27](27_pinn.py) derived KFAC for PINNs. It competes with first-order methods, whose steps are cheap, and with exact
 # Gauss-Newton methods, whose steps are good. Two numbers decide between KFAC and an exact method: how many steps of
 # KFAC take as long as one exact step, and how many it needs to get as far. The first can be counted. For $N$ residuals, a
 # network of many weights, and $S$ Taylor coefficients for each point, a step by the kernel takes
 #
 # $$
 # \frac{\text{operations, kernel}}{\text{operations, KFAC*}} \approx \frac{N}{10\, S}
-# \tag{37.1}
+# \tag{28.1}
 # $$
 #
 # times as long. The second has to be measured.
@@ -135,7 +135,7 @@ table(
 # Gauss-Newton, ENGD, SPRING and Hessian-free use the exact matrix $J^\top J$: the first three by a factorisation of
 # $J^\top J + \lambda I$ or of the kernel, whichever is smaller, the last by conjugate gradients. Gauss-Newton and ENGD
 # solve the same system; the first adapts $\lambda$ and takes the whole step or none, the second keeps $\lambda$ and searches
-# along the line. SPRING is ENGD with momentum. `KFACKrylov` is KFAC\* with more directions ([Chapter 21](21_pinn.py)).
+# along the line. SPRING is ENGD with momentum. `KFACKrylov` is KFAC\* with more directions ([Chapter 27](27_pinn.py)).
 
 # %% tags=["hide-input"] alt="Error against seconds of processor time for six methods, one panel for each problem, logarithmic axes, median of three seeds. (Without the benchmark's files, an empty picture.)" caption="Error against processor seconds, medians over three seeds, both axes logarithmic. Lines carry the method's name at their end."
 CURVES = {
@@ -228,7 +228,7 @@ for name, result in trained.items():
 #
 # We take $c = 10$ (a forward and a reverse pass, two factors, three products with the
 # Jacobian) and $c' = 20$ (decompositions), which are rough. As long as the decompositions are not the larger part, the
-# ratio of the last two lines is [(37.1)]: the *number of points* decides, and not the size of the network.
+# ratio of the last two lines is [(28.1)]: the *number of points* decides, and not the size of the network.
 
 # %%
 NETS = [
@@ -343,7 +343,7 @@ plt.show()
 # %% [markdown]
 # ## Which preconditioner?
 #
-# Any approximation of [Chapter 21](21_pinn.py) can be the preconditioner of `KFACKrylov`. Here it is trained with each of them for ten
+# Any approximation of [Chapter 27](27_pinn.py) can be the preconditioner of `KFACKrylov`. Here it is trained with each of them for ten
 # seconds, with the settings of one search for all: `python -m benchmarks.pinn preconditioners`.
 
 # %% tags=["hide-input"]
@@ -417,19 +417,19 @@ print(f"dense / kernel: {(N * D**2 + D**3 / 3) / (N**2 * D + N**3 / 3):.0f} time
 # | SPRING | [a learning rate and a bound on the step's norm](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/spring.py#L242) | a line search |
 # | headline | competes with the most expensive second-order methods on small problems; scales to larger networks and dimensions, where it outperforms first-order methods and L-BFGS | the table at the top of this page, four small problems; larger ones: above |
 #
-# The smallest loss of a list that contains NaN [is taken by `min`](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/line_search.py#L87) in that line search: [Chapter 21](21_pinn.py)
+# The smallest loss of a list that contains NaN [is taken by `min`](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/line_search.py#L87) in that line search: [Chapter 27](27_pinn.py)
 # shows what this can give.
 #
 # ## Exercises
 #
-# **Exercise 37.1.** Write the step of Gauss-Newton in the kernel's form yourself: given $J$ with one row for each residual, $\rho$ and
+# **Exercise 28.1.** Write the step of Gauss-Newton in the kernel's form yourself: given $J$ with one row for each residual, $\rho$ and
 # $\lambda$, return $p$ with $(J^\top J + \lambda I)\, p = - J^\top \rho$, and never form a matrix of the size of $J^\top J$. The cell below
 # checks `kernel_step`; replace its body by yours.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# `return -J.T @ torch.linalg.solve(J @ J.T + damping * torch.eye(len(J)), rho)`, by (27.10) of [Chapter 21](21_pinn.py).
+# `return -J.T @ torch.linalg.solve(J @ J.T + damping * torch.eye(len(J)), rho)`, by (27.10) of [Chapter 27](27_pinn.py).
 #
 # </details>
 
@@ -446,8 +446,8 @@ assert left_.norm() < 1e-10 * (J_.T @ rho_).norm(), "this is not the damped Gaus
 print("kernel_step is right")
 
 # %% [markdown]
-# **Exercise 37.2.** A problem in 100 dimensions has the points of the second line of the table above, $N = 1000$. Which method has the cheaper step
-# by [(37.1)], and by which factor? What changes if the Laplacian is estimated from 10 random directions?
+# **Exercise 28.2.** A problem in 100 dimensions has the points of the second line of the table above, $N = 1000$. Which method has the cheaper step
+# by [(28.1)], and by which factor? What changes if the Laplacian is estimated from 10 random directions?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -461,7 +461,7 @@ print("kernel_step is right")
 #
 # - Equal trials, equal processor time, fresh seeds: the table at the top is what nine methods reach.
 # - A method with the exact matrix is the first to try where its system is small: few weights, or few points.
-# - The kernel makes the exact step affordable for any number of weights; the number of points decides, by [(37.1)].
+# - The kernel makes the exact step affordable for any number of weights; the number of points decides, by [(28.1)].
 # - KFAC's step is cheap where there are many points. As a preconditioner of the exact model it needs few products to come near the exact step.
 #
 # ## Further reading
