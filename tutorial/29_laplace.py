@@ -21,7 +21,7 @@
 # weights. From it follow error bars, and a number that compares weight decays without validation data. Error bars
 # need no further training, only a matrix for each layer, as the chapters before have made.
 
-# %% tags=["hide-input"]
+# %%
 import math
 from collections.abc import Callable
 from dataclasses import replace

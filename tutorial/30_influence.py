@@ -20,7 +20,7 @@
 # Near its minimum the training loss is nearly a parabola. Without one sample it is another parabola, and one Newton
 # step leads to its minimum.
 
-# %% tags=["hide-input"]
+# %%
 from collections.abc import Callable
 from copy import deepcopy
 from textwrap import fill

@@ -19,7 +19,7 @@
 # also tells how the other weights should change, so that the objective rises least. This change is called the **reply**
 # here. No network is trained again in this chapter.
 
-# %% tags=["hide-input"]
+# %%
 from copy import deepcopy
 from itertools import combinations
 from statistics import median

@@ -19,7 +19,7 @@
 # of the weights its data have determined. Along these directions, the merged network should have the weights of this
 # network. A plain average of the weights treats all directions alike.
 
-# %% tags=["hide-input"]
+# %%
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
