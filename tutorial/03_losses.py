@@ -44,6 +44,7 @@ from torch.testing import assert_close
 from kfac_scratch import curvature, losses
 from kfac_scratch.checks import assert_exact, largest_error, set_up
 from kfac_scratch.losses import divisor, empirical, monte_carlo, type2, type2_classwise
+from kfac_scratch.moving.triangle import probability_triangle
 from kfac_scratch.show import code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -75,8 +76,13 @@ plt.show()
 
 # %% [markdown]
 # A prediction for three classes is a point of a triangle whose corners are certainty. Vector $s_c$ points from
-# the prediction towards corner $c$.
-#
+# the prediction towards corner $c$. Drag the prediction: towards a corner, all arrows and the ellipse shrink, because
+# a loss has little curvature where the network is sure.
+
+# %% tags=["hide-input"]
+probability_triangle(first=0.5, second=-0.5)
+
+# %% [markdown]
 # After this chapter you can
 #
 # - say which distribution a loss stands for, and derive its Hessian;

@@ -27,7 +27,6 @@
 
 # %%
 from collections.abc import Callable
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -54,7 +53,7 @@ from kfac_scratch.optimizer.coarse_spaces import (
 )
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
-from kfac_scratch.optimizer.step_control import Step, dot, graft, norm
+from kfac_scratch.optimizer.step_control import Step, dot, graft
 from kfac_scratch.optimizer.two_level import (
     _corrected,
     additive,
@@ -739,22 +738,10 @@ assert max(runs[..., 1].mean() for runs in ended.values()) < 0.1  # seldom uphil
 # The control `graft` ([Chapter 11](11_averages.py)) is the optimizer's default. It gives the step of *every layer* the length
 # of Adam's. But the second level is about the lengths of layers relative to each other. With the residual space it is
 # about nothing else: ADEF2's step in layer $l$ is $\alpha_l z_l$. After the graft, only the sign of $\alpha_l$ is left, and
-# where it is negative, a layer goes uphill with Adam's full length. A graft for the *whole network* keeps the ratios:
+# where it is negative, a layer goes uphill with Adam's full length. A graft for the *whole network*, `per="network"`, keeps the ratios:
 
 
 # %%
-def graft_network(betas: tuple[float, float]) -> Callable[[Step], Step]:
-    """The direction of the whole network, with the norm of Adam's step."""
-    by_layer = graft(betas)
-
-    def control(step: Step) -> Step:
-        found = by_layer(step)
-        ratio = norm(found.direction) / norm(step.direction)
-        return replace(found, direction={n: ratio * d for n, d in step.direction.items()})
-
-    return control
-
-
 def one_step(*controls) -> dict[str, Tensor]:
     """What one step of the optimizer does to the trained network, layer by layer."""
     problem.model.load_state_dict(before)
@@ -771,16 +758,18 @@ def one_step(*controls) -> dict[str, Tensor]:
 betas, with_fine_steps = (0.9, 0.99), coarse_correction(type2, residual_space, adef2)
 raw, without = one_step(with_fine_steps), one_step()
 grafted, alone = one_step(with_fine_steps, graft(betas)), one_step(graft(betas))
-kept = one_step(with_fine_steps, graft_network(betas))
+kept = one_step(with_fine_steps, graft(betas, per="network"))
 common = kept["0"].norm() / raw["0"].norm()
 for name in raw:
     sign = (raw[name] * without[name]).sum().sign()
     assert_exact(grafted[name], sign * alone[name])  # nothing of the coarse level but a sign
     assert_exact(kept[name], common * raw[name])  # everything but one common length
 
-for length, control in (("per layer", graft), ("for the network", graft_network)):
+for length, per in (("per layer", "layer"), ("for the network", "network")):
     for name in ("no coarse level", "ADEF2, fine steps"):
-        runs = [train(seed, forms_in_training[name], 0.03, control(betas)) for seed in range(3)]
+        runs = [
+            train(seed, forms_in_training[name], 0.03, graft(betas, per=per)) for seed in range(3)
+        ]
         print(f"graft {length:16}{name:18}", *(f"{value:6.2f}" for value, _ in runs))
         ended[length, name] = sum(value for value, _ in runs) / 3
 assert ended["for the network", "ADEF2, fine steps"] < ended["per layer", "ADEF2, fine steps"]

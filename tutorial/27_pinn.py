@@ -188,7 +188,7 @@ for name, term in mistakes.items():
 # $$
 #
 # This is a `LayerIO`, with one vector per residual of a datum ($V = 1$ for a scalar equation). The block of the
-# layer is `io.block()`, and everything in Parts II and III applies. Nothing about
+# layer is `io.block()`, and every approximation of the earlier parts applies to it. Nothing about
 # derivatives is left, except that the bias has the inputs $[1, 0, \dots, 0]$.
 #
 # In the package the reverse pass has two stages. The residual is linearised with respect to the few
