@@ -1242,9 +1242,7 @@ def uniform_error(outputs: Tensor) -> float:
     return largest_error(curvature_of(scores / C**0.5), H)
 
 
-print(
-    f"outputs / 100: {uniform_error(f / 100):.3f}   outputs: {uniform_error(f):.3f}   outputs × 5: {uniform_error(5 * f):.3f}"
-)
+print(*(f"outputs × {factor}: {uniform_error(factor * f):.3f}  " for factor in (0.01, 1, 5)))
 assert uniform_error(f / 100) < 0.05 < uniform_error(5 * f)
 
 M = 20_000
