@@ -67,7 +67,7 @@ trained = {name: result for name, result in trained.items() if result.get("summa
 NO_RESULTS = "No results of the benchmark: run this chapter in a clone of the repository."
 COLOURS = {"Adam": "C1", "L-BFGS": "C1", "KFAC": "C0", "KFAC*": "C0", "KFACKrylov": "C0"}
 
-# %% tags=["hide-input"] alt="One panel for each problem: nine methods from the largest median error at the top to the smallest at the bottom, as dots on a logarithmic axis with a line from the smallest to the largest of three seeds. (Without the benchmark's files, an empty picture.)" caption="Error after 60 seconds of one processor: median, and the span of three seeds. Blue: KFAC; orange: first-order and quasi-Newton methods; green: methods with the exact Gauss-Newton matrix. Smaller is better."
+# %% tags=["hide-input"] alt="One panel for each problem: nine methods from the smallest median error at the top to the largest at the bottom, as dots on a logarithmic axis with a line from the smallest to the largest of three seeds. (Without the benchmark's files, an empty picture.)" caption="Error after 60 seconds of one processor: median, and the span of three seeds. Blue: KFAC; orange: first-order and quasi-Newton methods; green: methods with the exact Gauss-Newton matrix. Smaller is better."
 fig, axes = plt.subplots(2, 2, figsize=(8.6, 5.6), layout="constrained")
 for ax, (name, result) in zip(axes.flat, trained.items(), strict=False):
     rows = sorted(result["summary"].items(), key=lambda item: -(item[1]["median"] or math.inf))
@@ -78,6 +78,8 @@ for ax, (name, result) in zip(axes.flat, trained.items(), strict=False):
             ax.plot(row["median"], y, "o", color=COLOURS.get(method, "C2"))
     ax.set_yticks(range(len(rows)), [method for method, _ in rows], fontsize="small")
     ax.set(xscale="log", title=PROBLEMS[name], xlabel="error")
+for ax in axes.flat[len(trained) :]:
+    ax.set_visible(False)
 plt.show()
 
 
@@ -171,6 +173,8 @@ for ax, (name, result) in zip(axes.flat, trained.items(), strict=False):
         ends.append(y)
         ax.annotate(method, (64, y), color=colour, fontsize="x-small", va="center")
     ax.set(title=PROBLEMS[name], xlabel="processor seconds", ylabel="error", xlim=(0.3, 260))
+for ax in axes.flat[len(trained) :]:
+    ax.set_visible(False)
 plt.show()
 
 # %% [markdown]
