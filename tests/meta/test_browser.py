@@ -67,7 +67,7 @@ def opened(context, path):
     page.on("requestfailed", lambda request: page.problems.append(request.url))
     page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
     page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
-    page.goto(path.as_uri())
+    page.goto(path.as_uri(), timeout=120_000)  # the machine may be busy
     page.wait_for_function(READY, timeout=120_000)
     return page
 

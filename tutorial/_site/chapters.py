@@ -296,6 +296,7 @@ def on_page_markdown(text, page, config, files):
     here = page.file.src_uri
     if (TUTORIAL / f"{page.file.name}.py").exists():
         page.meta["search"] = {"boost": 4}
+        page.meta["tags"] = config.extra["found_by"].get(page.file.name[3:], [])
     elif here.startswith("api/"):
         inside = api.grouped(config.extra["api"])[INSIDES]
         hidden = posixpath.dirname(here) == "api" and page.file.name.startswith(tuple(inside))
