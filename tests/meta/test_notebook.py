@@ -35,6 +35,7 @@ def test_the_set_up_is_folded_by_itself_and_says_so():
     assert "x = 1" in open_
     assert "<details" not in page(cell("found = set_up_of(1)"))
     assert page(cell("set_up()", "hide-input")) == page(cell("set_up()"))
+    assert "<summary>Set-up</summary>" in page(cell('set_up(device="cpu")'))
 
 
 def test_a_fold_has_the_title_that_its_cell_states():
