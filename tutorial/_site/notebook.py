@@ -29,7 +29,7 @@ COLOURS = {"": ("#23262d", "#ffffff"), "-dark": ("#d8dbe3", "#1b1d23")}
 # Headers of cells are read as Python strings; this undoes what becomes of \\top, \\beta, \\nu.
 UNREAD = {ord(c): rf"\{name}" for c, name in zip("\a\b\t\n\v\f\r", "abtnvfr", strict=True)}
 SET_UP = re.compile(
-    r"^set_up\(\)", re.MULTILINE
+    r"^set_up\(", re.MULTILINE
 )  # the cell of imports, which every chapter begins with
 LINK = re.compile(r"\]\((\d\d_\w+)\.py(#[^)]*)?\)")
 
