@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+"""Where benchmarks keep what they measured: only the repository has this folder, and no wheel."""
+
 
 class Source:
     """Source code that Jupyter displays highlighted, and `print` as it is."""

@@ -26,7 +26,6 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -45,7 +44,6 @@ from torch.nn import (
     Tanh,
 )
 
-import kfac_scratch
 from kfac_scratch.approximations.ekfac import AmortisedEKFAC, ekfac
 from kfac_scratch.approximations.estimators import Latest
 from kfac_scratch.approximations.kfac import foof, kfac
@@ -56,10 +54,9 @@ from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.matrix import exact_inverse
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.step_control import graft
-from kfac_scratch.show import Markdown
+from kfac_scratch.show import RESULTS, Markdown
 
 set_up()  # seed 0, float64, the GPU where there is one
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 ABSENT = (
     "**No results.** The results of the benchmark are part of the repository and not of the "
     "package: run this chapter in a clone of the repository."

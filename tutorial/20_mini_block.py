@@ -23,7 +23,6 @@
 
 # %% tags=["hide-input"]
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -41,7 +40,6 @@ from torch.nn import (
 )
 from torch.nn.functional import avg_pool2d
 
-import kfac_scratch
 from kfac_scratch.approximations.ekfac import ekfac
 from kfac_scratch.approximations.kfac import foof, kfac
 from kfac_scratch.approximations.mini_block import (
@@ -67,7 +65,7 @@ from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import RESULTS, code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -662,7 +660,6 @@ plt.show()
 # The second autoencoder of the benchmark, `curves`, includes them. The stored results:
 
 # %% tags=["hide-input"]
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 for task in ("T3", "T4", "curves"):
     file = RESULTS / f"training-{task}.json"
     summary = json.loads(file.read_text())["summary"] if file.exists() else {}

@@ -33,7 +33,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -42,7 +41,6 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 from torch.nn.functional import avg_pool2d
 
-import kfac_scratch
 from kfac_scratch.approximations.brand import Brand
 from kfac_scratch.approximations.cg_fac import cg_fac, truncated_inverse
 from kfac_scratch.approximations.ekfac import ekfac
@@ -74,12 +72,11 @@ from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.matrix import LinearMap, Matrix
 from kfac_scratch.optimizer.coarse_spaces import krylov_space, nicolaides_space, residual_space
 from kfac_scratch.optimizer.two_level import additive, adef2, coarse_inverse, joint_curvature
-from kfac_scratch.show import Markdown
+from kfac_scratch.show import RESULTS, Markdown
 
 set_up()  # seed 0, float64, the GPU where there is one
 
 # %% tags=["hide-input"] fold="The stored runs"
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 TRAINED = {
     "T4": "a convolutional network, accuracy .98",
     "T3": "a deep autoencoder, squared error .40",

@@ -30,15 +30,13 @@
 # %%
 import json
 import math
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-import kfac_scratch
 from kfac_scratch.checks import assert_exact, set_up
-from kfac_scratch.show import Markdown
+from kfac_scratch.show import RESULTS, Markdown
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -193,7 +191,6 @@ assert ideal["natural gradient"][-1] < ideal["power 1/2"][-1] / 5
 # an interval of 90 % confidence. `python -m benchmarks.training --task batch-32` makes the runs of one size again.
 
 # %% tags=["hide-input"] fold="Printed: steps and images for every batch size"
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 COMPARED = ("sgd", "adamw", "kfac-expand")
 trained = {}
 for path in sorted(RESULTS.glob("training-batch-*.json")):

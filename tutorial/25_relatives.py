@@ -30,7 +30,6 @@ import itertools
 import json
 import math
 import operator
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -38,7 +37,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
-import kfac_scratch
 from kfac_scratch import (
     KFAC,
     LayerIO,
@@ -63,7 +61,7 @@ from kfac_scratch.linalg import vec
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.rearranged import Rearranged
 from kfac_scratch.matrices.roots import inverse_root
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import RESULTS, code, matrices
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -491,7 +489,6 @@ assert value.item() < 0.7
 # confidence of 90 %; "—" means that more than half of the runs missed.
 
 # %% tags=["hide-input"] fold="Printed: medians of the family on every task"
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 FAMILY = ("kfac-expand", "ekfac", "soap", "shampoo", "muon", "adamw", "sgd")
 trained = {}
 for path_ in sorted(RESULTS.glob("training-T*.json")):

@@ -30,13 +30,11 @@
 # %% tags=["hide-input"]
 import json
 import math
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-import kfac_scratch
 from kfac_scratch.checks import set_up
 from kfac_scratch.pinn.krylov import KFACKrylov
 from kfac_scratch.pinn.preconditioners import TermWise, ekfac_inverse
@@ -44,15 +42,14 @@ from kfac_scratch.pinn.problems import mlp, poisson
 from kfac_scratch.pinn.solvers import two_directions_per_layer
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar
 from kfac_scratch.pinn.terms import Term, pinn_loss
-from kfac_scratch.show import Markdown, table
+from kfac_scratch.show import RESULTS, Markdown, table
 
 set_up()  # seed 0, float64, the GPU where there is one
-folder = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 
 
 def stored(name: str) -> dict:
     """A result of the repository's benchmarks; empty where there is none."""
-    path = folder / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 

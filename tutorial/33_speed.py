@@ -31,23 +31,20 @@
 import json
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import kfac_scratch
 from kfac_scratch import kfac_over, monte_carlo, plan
 from kfac_scratch.checks import assert_exact, set_up
 from kfac_scratch.linalg import _symmetric_product, gram
-from kfac_scratch.show import code
+from kfac_scratch.show import RESULTS, code
 
 set_up()  # seed 0, float64, the GPU where there is one
 
 # %% tags=["hide-input"] fold="The stored results"
-RESULTS = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results"
 
 
 def stored(name: str) -> dict:

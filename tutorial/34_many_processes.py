@@ -28,20 +28,18 @@
 # %%
 import copy
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-import kfac_scratch
 from kfac_scratch import KFAC, LayerIO, ekfac, kfac, layer_ios, type2
 from kfac_scratch.approximations.ekfac import second_moments
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.distributed.joint import joint_kfac
 from kfac_scratch.distributed.sharing import assignment, columns, grid_rows
 from kfac_scratch.losses import divisor
-from kfac_scratch.show import code
+from kfac_scratch.show import RESULTS, code
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -412,7 +410,7 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
 # cluster. All matrices and inverses are renewed in every step, which is the most that a placement can cost:
 
 # %% tags=["hide-input"] fold="Printed: placements, as the benchmark measured them"
-FILE = Path(kfac_scratch.__file__).parents[1] / "benchmarks" / "results" / "distributed-cpu.json"
+FILE = RESULTS / "distributed-cpu.json"
 if FILE.exists():
     print(
         f"{'placement':14} {'CPU time of a step':>18} {'matrices, inverses':>19} {'in collectives':>15}"
