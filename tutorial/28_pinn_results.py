@@ -195,6 +195,12 @@ def ahead(result: dict, one: str, other: str) -> bool:
     return span(result, one)[1] < span(result, other)[0]
 
 
+def compared(result: dict, one: str, other: str) -> str:
+    if ahead(result, one, other):
+        return "is ahead of"
+    return "is behind" if ahead(result, other, one) else "overlaps with"
+
+
 def lowest(result: dict, among: tuple[str, ...]) -> str:
     rows = result["summary"]
     return min(among, key=lambda m: rows[m]["median"] or math.inf)
@@ -204,14 +210,7 @@ for name, result in trained.items():
     best_exact, best_kfac, best_first = (lowest(result, of) for of in (EXACT, KFACS, FIRST))
     print(PROBLEMS[name])
     for one, other in ((best_exact, best_kfac), (best_kfac, best_first), ("KFACKrylov", "KFAC*")):
-        order = (
-            "is ahead of"
-            if ahead(result, one, other)
-            else "is behind"
-            if ahead(result, other, one)
-            else "overlaps with"
-        )
-        print(f"    {one} {order} {other}")
+        print(f"    {one} {compared(result, one, other)} {other}")
     steps = {m: result["summary"][m]["steps"] for m in ("Gauss-Newton", "KFAC*", "Adam")}
     print("    median steps:", ", ".join(f"{m} {n:.0f}" for m, n in steps.items()))
 

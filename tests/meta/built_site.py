@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,30 @@ def unavailable(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A running browser without a network; skips, or fails in CI, where there is none."""
+    missing("playwright", "axe_playwright_python")
+    if not CHROMIUM:
+        unavailable("no Chromium: install it or set CHROMIUM to the executable")
+    from playwright.sync_api import sync_playwright
+
+    options = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield running
+        running.close()
+
+
+def watched(page: Any) -> Any:
+    """The page, with a list of its `problems`: errors, and requests that leave the machine."""
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
+    page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
+    return page
 
 
 def mkdocs_build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.built_site import CHROMIUM, built_site, missing, once, pages, unavailable
+from tests.meta.built_site import built_site, chromium, once, pages, watched
 
 pytestmark = pytest.mark.slow
 
@@ -47,26 +47,14 @@ SHOWN = """() => [...document.querySelectorAll('figure.plot img')].filter(i => i
 
 @pytest.fixture(scope="module")
 def browser():
-    missing("playwright", "axe_playwright_python")
-    if not CHROMIUM:
-        unavailable("no Chromium: install it or set CHROMIUM to the executable")
-    from playwright.sync_api import sync_playwright
-
-    options = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 def opened(context, path):
     """Open a page, wait for its formulas, and collect whatever goes wrong."""
-    page = context.new_page()
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page = watched(context.new_page())
     page.on("requestfailed", lambda request: page.problems.append(request.url))
-    page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
-    page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
     page.goto(path.as_uri(), timeout=120_000)  # the machine may be busy
     page.wait_for_function(READY, timeout=120_000)
     return page

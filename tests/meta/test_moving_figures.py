@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from tests.meta.built_site import CHROMIUM, ROOT, built_site, missing, unavailable
+from tests.meta.built_site import ROOT, built_site, chromium, watched
 from tests.meta.test_browser import inaccessible
 from tests.moving_figures import FIGURES, Drawn, difference
 
@@ -45,16 +45,8 @@ each_screen = pytest.mark.parametrize("screen", SCREENS)
 
 @pytest.fixture(scope="module")
 def browser():
-    missing("playwright", "axe_playwright_python")
-    if not CHROMIUM:
-        unavailable("no Chromium: install it or set CHROMIUM to the executable")
-    from playwright.sync_api import sync_playwright
-
-    options = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @cache
@@ -77,11 +69,7 @@ def visit(browser, tmp_path):
         page_file.write_text(text, encoding="utf-8")
         context = browser.new_context(**{**SCREENS[screen], "reduced_motion": "reduce", **more})
         contexts.append(context)
-        page = context.new_page()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("console", lambda m: m.type == "error" and page.problems.append(m.text))
-        page.on("request", lambda r: r.url.startswith("http") and page.problems.append(r.url))
+        page = watched(context.new_page())
         page.goto(page_file.as_uri())
         if more.get("java_script_enabled", True):
             page.wait_for_selector("figure.moving.ready", timeout=10_000)

@@ -3,7 +3,6 @@
 import inspect
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from kfac_scratch.matrices.damping import factored_inverse, relative_damping
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.optimizer.periods import EARLY_OFTEN
 from tests.laws import check_differs, check_equal
-from tests.meta.built_site import CHROMIUM, built_site, missing, unavailable
+from tests.meta.built_site import ROOT, built_site, chromium
 
-ROOT = Path(__file__).parents[2]
 AUDIT = ROOT / "kfac_scratch" / "conformance" / "audit" / "results"
 ADAPTERS = ROOT / "kfac_scratch" / "conformance" / "adapters"
 SHEETS = ("sheet_formulas", "sheet_conventions")
@@ -200,16 +198,9 @@ def test_bias_and_numbering_are_those_of_the_adapter(row):
 @pytest.mark.slow
 @pytest.mark.parametrize("sheet", SHEETS)
 def test_a_sheet_prints_on_one_page(sheet):
-    missing("playwright")
-    if not CHROMIUM:
-        unavailable("no Chromium: install it or set CHROMIUM to the executable")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page()
         page.goto((built_site() / f"{sheet}.html").as_uri())
         page.wait_for_function("document.documentElement.dataset.math === 'ready'")
         printed = page.pdf(format="A4", prefer_css_page_size=True)
-        browser.close()
     assert len(re.findall(rb"/Type\s*/Page\b", printed)) == 1

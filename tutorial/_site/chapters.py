@@ -37,11 +37,7 @@ TUTORIAL = ROOT / "tutorial"
 CACHE = ROOT / ".cache" / "chapters"
 INSIDES = "The oracle's insides"  # a group of the API
 RUNS = re.compile(r"\bbenchmarks[./](\w+)")  # `python -m benchmarks.training`, `benchmarks/step.py`
-EVERYWHERE = {
-    "checks",
-    "moving",
-    "show",
-}  # tools of all chapters, which say nothing about one of them
+EVERYWHERE = {"", "checks", "moving", "show"}  # tools of all chapters, not what one is about
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
 
@@ -95,9 +91,7 @@ class Chapter:
         """Modules and folders of the package that the chapter imports from, in reading order."""
         used = {*package.used(ast.parse(self.path.read_text(encoding="utf-8")))}
         order = [*dict.fromkeys(m.name for m in package.modules()), *package.folders()]
-        return [
-            name for name in order if name in used and package.room(name) not in {*EVERYWHERE, ""}
-        ]
+        return [n for n in order if n in used and package.room(n) not in EVERYWHERE]
 
     @property
     def runs(self) -> list[str]:

@@ -28,9 +28,7 @@ PLACEHOLDERS = ("#010203", "#fdfcfb")  # ink and paper while a figure is drawn
 COLOURS = {"": ("#23262d", "#ffffff"), "-dark": ("#d8dbe3", "#1b1d23")}
 # Headers of cells are read as Python strings; this undoes what becomes of \\top, \\beta, \\nu.
 UNREAD = {ord(c): rf"\{name}" for c, name in zip("\a\b\t\n\v\f\r", "abtnvfr", strict=True)}
-SET_UP = re.compile(
-    r"^set_up\(", re.MULTILINE
-)  # the cell of imports, which every chapter begins with
+SET_UP = re.compile(r"^set_up\(", re.MULTILINE)  # in the cell that every chapter begins with
 LINK = re.compile(r"\]\((\d\d_\w+)\.py(#[^)]*)?\)")
 
 SETUP = f"""\
@@ -104,11 +102,12 @@ class ChapterError(Exception):
 
 def digest(path: Path, package: Path) -> str:
     """What an executed chapter depends on: its text, the package, these settings, the versions."""
-    h = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes() + sys.version.encode())
+    text = path.read_text(encoding="utf-8")
+    h = hashlib.sha256(text.encode() + Path(__file__).read_bytes() + sys.version.encode())
     for file in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
         h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     for file in sorted(path.parent.glob("[a-z]*.py")):  # that the chapter shows
-        if file.name in path.read_text(encoding="utf-8"):
+        if file.name in text:
             h.update(file.read_bytes())
     for name in ("torch", "numpy", "matplotlib"):
         h.update(metadata.version(name).encode())
