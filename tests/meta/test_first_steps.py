@@ -86,16 +86,3 @@ def test_a_forgotten_mean_or_scale_would_be_found():
     for old, new in [(" / len(layer.a)", ""), ("(2 / y.numel())", "(1 / y.numel())")]:
         with pytest.raises(AssertionError):
             defined(old, new)["check_exactness"]()
-
-
-def test_a_chapter_runs_again_when_a_file_that_it_shows_has_changed(tmp_path):
-    digest = pytest.importorskip("notebook").digest
-    chapter, other = tmp_path / "00_t.py", tmp_path / "01_t.py"
-    chapter.write_text("# see kfac_in_80_lines.py")
-    other.write_text("# see nothing")
-    (tmp_path / FILE.name).write_text(TEXT)
-    before = digest(chapter, tmp_path / "no"), digest(other, tmp_path / "no")
-    (tmp_path / FILE.name).write_text(TEXT + "# changed")
-    after = digest(chapter, tmp_path / "no"), digest(other, tmp_path / "no")
-    assert before[0] != after[0]
-    assert before[1] == after[1]

@@ -1,19 +1,22 @@
 """How an executed notebook becomes a page: what is folded, and what stands beside a text."""
 
-import sys
+import importlib
 
 import pytest
 
 from tests.meta.built_site import ROOT, missing
 
-missing("jupytext", "nbformat", "nbclient", "nbconvert")
-sys.path.insert(0, str(ROOT / "tutorial" / "_site"))
-nbformat = pytest.importorskip("nbformat")
-notebook = pytest.importorskip("notebook")
-v4 = nbformat.v4
+pytestmark = pytest.mark.slow  # needs packages of the docs extra, which plain tests go without
+
+
+@pytest.fixture(autouse=True)
+def _packages(monkeypatch):
+    missing("jupytext", "nbformat", "nbclient", "nbconvert")
+    monkeypatch.syspath_prepend(ROOT / "tutorial" / "_site")
 
 
 def page(*cells):
+    v4, notebook = importlib.import_module("nbformat.v4"), importlib.import_module("notebook")
     nb = v4.new_notebook(
         cells=[v4.new_markdown_cell("# 1. Title\n\n## A section\n\nText."), *cells]
     )
@@ -21,6 +24,7 @@ def page(*cells):
 
 
 def cell(source, *tags, output="", **metadata):
+    v4 = importlib.import_module("nbformat.v4")
     made = v4.new_code_cell(source, metadata={"tags": list(tags), **metadata})
     if output:
         made.outputs = [v4.new_output("stream", name="stdout", text=output)]
@@ -53,3 +57,17 @@ def test_code_that_would_be_cut_stands_below_its_text(length):
     assert (beside in page(cell("x", "beside", output=line))) == (length == 62)
     assert beside in page(cell("x", "beside"))
     assert (beside in page(cell(line, "beside", "remove-input", output="x"))) is True
+
+
+def test_a_chapter_runs_again_when_a_file_that_it_shows_has_changed(tmp_path):
+    digest = importlib.import_module("notebook").digest
+    chapter, other = tmp_path / "00_t.py", tmp_path / "01_t.py"
+    chapter.write_text("# see shown.py")
+    other.write_text("# see nothing")
+    shown = tmp_path / "shown.py"
+    shown.write_text("x = 1")
+    before = digest(chapter, tmp_path / "no"), digest(other, tmp_path / "no")
+    shown.write_text("x = 2")
+    after = digest(chapter, tmp_path / "no"), digest(other, tmp_path / "no")
+    assert before[0] != after[0]
+    assert before[1] == after[1]
