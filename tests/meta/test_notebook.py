@@ -1,18 +1,18 @@
 """How an executed notebook becomes a page: what is folded, and what stands beside a text."""
 
 import importlib
+import json
 
 import pytest
 
-from tests.meta.built_site import ROOT, missing
+from tests.meta.built_site import missing
 
 pytestmark = pytest.mark.slow  # needs packages of the docs extra, which plain tests go without
 
 
 @pytest.fixture(autouse=True)
-def _packages(monkeypatch):
+def _packages():
     missing("jupytext", "nbformat", "nbclient", "nbconvert")
-    monkeypatch.syspath_prepend(ROOT / "tutorial" / "_site")
 
 
 def page(*cells):
@@ -71,3 +71,44 @@ def test_a_chapter_runs_again_when_a_file_that_it_shows_has_changed(tmp_path):
     after = digest(chapter, tmp_path / "no"), digest(other, tmp_path / "no")
     assert before[0] != after[0]
     assert before[1] == after[1]
+
+
+def downloaded(*cells, address=""):
+    """A notebook as readers get it, and its text."""
+    v4, notebook = importlib.import_module("nbformat.v4"), importlib.import_module("notebook")
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell("# 7. Title, [on](08_next.py)"), *cells])
+    before = json.dumps(nb)
+    data = notebook.download(nb, "07_probe", address)
+    assert data == notebook.download(nb, "07_probe", address)
+    assert json.dumps(nb) == before
+    return json.loads(data)["cells"], data.decode()
+
+
+def test_a_downloaded_notebook_says_how_to_install_and_has_the_outputs():
+    made = cell("print(1)", output="1\n")
+    made.metadata.execution = {"iopub.execute_input": "2026-01-01T00:00:00Z"}
+    made.execution_count = 5
+    (first, title, code), text = downloaded(made)
+    assert "Chapter 7" in first["source"]
+    assert "in a clone of the repository `pip install" in first["source"].replace("\n> ", "")
+    assert title["source"] == "# 7. Title, [on](08_next.ipynb)"
+    assert code["outputs"][0]["text"] == "1\n"
+    assert code["execution_count"] == 1
+    assert "2026" not in text
+    assert "git clone https://host/a/b" in downloaded(made, address="https://host/a/b")[1]
+
+
+def test_a_downloaded_notebook_collapses_what_the_page_folds():
+    made = [cell("x"), cell("x", "hide-input"), cell("x", "remove-input")]
+    hidden = [c["metadata"].get("jupyter", {}) for c in downloaded(*made)[0][2:]]
+    assert hidden == [{}, {"source_hidden": True}, {"source_hidden": True}]
+
+
+def test_a_downloaded_figure_has_the_colours_of_paper():
+    v4, notebook = importlib.import_module("nbformat.v4"), importlib.import_module("notebook")
+    ink, paper = notebook.PLACEHOLDERS
+    made, data = cell("plot()"), {"image/svg+xml": f'<svg width="9"><g fill="{ink}"/>{paper}</svg>'}
+    made.outputs = [v4.new_output("display_data", data=data)]
+    svg = downloaded(made)[0][2]["outputs"][0]["data"]["image/svg+xml"]
+    (dark, white) = notebook.COLOURS[""]
+    assert svg == f'<svg style="background: {white}" width="9"><g fill="{dark}"/>{white}</svg>'

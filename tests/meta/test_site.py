@@ -4,6 +4,8 @@ import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -119,7 +121,8 @@ def test_a_chapter_comes_with_script_and_notebook(site, stem):
     assert (site / f"{stem}.py").read_bytes() == (ROOT / "tutorial" / f"{stem}.py").read_bytes()
     notebook = json.loads((site / f"{stem}.ipynb").read_text(encoding="utf-8"))
     nbformat.validate(nbformat.from_dict(notebook))
-    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    assert any(cell.get("outputs") for cell in notebook["cells"])
+    assert 'pip install -e ".[docs]"' in "".join(notebook["cells"][0]["source"])
 
 
 @pytest.mark.parametrize("stem", CHAPTERS)
@@ -301,6 +304,38 @@ def test_the_small_site_builds(small_site):
     figures = small_site / "site" / "01_probe_files"
     assert "#23262d" in (figures / "figure-1.svg").read_text()
     assert "#23262d" not in (figures / "figure-1-dark.svg").read_text()
+
+
+def test_the_book_is_plain_markdown_without_mkdocs(small_site):
+    """Lists are filled in, references are links, and all that a page needs is there."""
+    (small_site / "tutorial" / "01_probe.py").write_text(HEADER)
+    (small_site / "tutorial" / "reading_map.md").write_text("# Map\n\n<!-- chapters -->\n")
+    script = """
+import runpy, sys
+sys.modules["mkdocs"] = None
+sys.path.insert(0, "tutorial/_site")
+sys.argv = ["book.py", "written"]
+runpy.run_path("tutorial/_site/book.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", script]
+    made = subprocess.run(command, cwd=small_site, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    book = small_site / "written"
+    page = (book / "01_probe.md").read_text(encoding="utf-8")
+    assert page.startswith("---\nsearch:\n  boost: 4\n---\n\n# 1. Probe")
+    assert "(other.md#end)" in page
+    assert page.endswith("[(1.1)]: #eq-1.1\n")
+    for place in re.findall(r'(?:src="|download=")([^"#]+)', page):
+        assert (book / place).exists(), place
+    assert "[1. Probe: a small chapter](01_probe.md)" in (book / "reading_map.md").read_text(
+        encoding="utf-8"
+    )
+    assert (book / "api" / "linalg.md").read_text(encoding="utf-8").startswith("---\nsearch:")
+    assert (book / "assets" / "site.css").exists()
+    assert not (book / "_site").exists()
+    again = subprocess.run(command, cwd=small_site, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert again.stderr.strip().endswith("is not empty: name a folder that is new.")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

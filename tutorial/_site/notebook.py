@@ -1,10 +1,11 @@
 """A chapter as a jupytext script in; Markdown and files out. Nothing here knows MkDocs.
 
 `run` executes a script in a fresh kernel of this interpreter, `render` writes the executed
-notebook as Markdown, and `clean` gives the notebook that readers download.
+notebook as Markdown, and `download` gives the notebook that readers download.
 """
 
 import base64
+import copy
 import hashlib
 import html
 import json
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jupytext
+import kernel
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
@@ -29,6 +31,10 @@ COLOURS = {"": ("#23262d", "#ffffff"), "-dark": ("#d8dbe3", "#1b1d23")}
 # Headers of cells are read as Python strings; this undoes what becomes of \\top, \\beta, \\nu.
 UNREAD = {ord(c): rf"\{name}" for c, name in zip("\a\b\t\n\v\f\r", "abtnvfr", strict=True)}
 SET_UP = re.compile(r"^set_up\(", re.MULTILINE)  # in the cell that every chapter begins with
+PAPER = f'<svg style="background: {COLOURS[""][1]}" '  # a page of Jupyter may be dark
+INSTALL = """\
+> Chapter {number} of kfac_scratch, with its outputs. To run it, install the package once: {where}\
+`pip install -e ".[docs]"`. Cells whose code is collapsed draw figures or check what the text says."""
 LINK = re.compile(r"\]\((\d\d_\w+)\.py(#[^)]*)?\)")
 
 SETUP = f"""\
@@ -127,19 +133,20 @@ def run(path: Path, package: Path, cache: Path) -> NotebookNode:
     nb = jupytext.read(path)
     nb.cells.insert(0, nbformat.v4.new_code_cell(SETUP))
     where = {"metadata": {"path": str(path.parent)}}
+    # The kernel of this interpreter, whatever else is registered as python3.
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     client = NotebookClient(
         nb,
+        km=kernel.manager(),
         timeout=TIMEOUT,
-        kernel_name="python3",
         extra_arguments=["--log-level=ERROR"],
         coalesce_streams=True,
         resources=where,
     )
     # One thread each, since several chapters run at once and their matrices are small.
     own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_NUM_THREADS": "1"}
-    try:  # the kernel of this interpreter, whatever else is registered as python3
-        os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-        client.execute(env={**os.environ, **own})
+    try:
+        client.execute(env={**os.environ, **own}, cleanup_kc=True)
     except Exception as error:  # a failing cell, a dead kernel, a timeout
         raise ChapterError(f"{path.name} failed:\n{error}") from None
     del nb.cells[0]
@@ -150,14 +157,33 @@ def run(path: Path, package: Path, cache: Path) -> NotebookNode:
     return nb
 
 
-def clean(path: Path) -> bytes:
-    """The chapter as a notebook without outputs, the same bytes on every build."""
-    nb = jupytext.read(path)
+def download(nb: NotebookNode, name: str, address: str = "") -> bytes:
+    """An executed chapter as a notebook with its outputs, the same bytes on every build.
+
+    Its first cell says how to install what the chapter imports, with the repository's address if
+    there is one. Code that the page folds or leaves out is collapsed in Jupyter.
+    """
+    nb = copy.deepcopy(nb)
+    nb.metadata.pop("jupytext", None)
+    where = f"`git clone {address}`, and there " if address else "in a clone of the repository "
+    text = INSTALL.format(number=int(name.split("_")[0]), where=where)
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell(text))
+    count = 0
     for index, cell in enumerate(nb.cells):
         cell["id"] = f"cell-{index}"
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(r"](\1.ipynb)", cell.source)
-    nb.metadata.pop("jupytext", None)
+        elif cell.cell_type == "code":
+            cell.metadata.pop("execution", None)  # times
+            cell.execution_count = count = count + 1
+            if {"hide-input", "remove-input"} & {*cell.metadata.get("tags", ())}:
+                cell.metadata.jupyter = NotebookNode(source_hidden=True)
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+                data = output.get("data", {})
+                if svg := data.get("image/svg+xml"):
+                    data["image/svg+xml"] = _coloured(svg.replace("<svg ", PAPER, 1))
     return (json.dumps(nb, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -213,6 +239,13 @@ def _beside(left: NotebookNode, right: NotebookNode) -> list[NotebookNode]:
     return [left, right, nbformat.v4.new_markdown_cell("</div>\n</div>")]
 
 
+def _coloured(svg: str, suffix: str = "") -> str:
+    """A drawing in the colours of the light or of the dark scheme."""
+    for old, new in zip(PLACEHOLDERS, COLOURS[suffix], strict=True):
+        svg = svg.replace(old, new)
+    return svg
+
+
 def _figure(
     data: NotebookNode, cell: NotebookNode, name: str, files: dict[str, bytes], where: str
 ) -> str:
@@ -229,11 +262,8 @@ def _figure(
         box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
         width, height = (float(x) * 4 / 3 for x in box.groups()) if box else (0, 0)
         size = f'width="{width:.0f}" height="{height:.0f}"'
-        for suffix, colours in COLOURS.items():
-            text = svg
-            for old, new in zip(PLACEHOLDERS, colours, strict=True):
-                text = text.replace(old, new)
-            files[f"{stem}{suffix}.svg"] = text.encode()
+        for suffix in COLOURS:
+            files[f"{stem}{suffix}.svg"] = _coloured(svg, suffix).encode()
         images = {f"{stem}.svg#only-light": size, f"{stem}-dark.svg#only-dark": size}
     else:
         files[f"{stem}.png"] = base64.b64decode(data["image/png"])
