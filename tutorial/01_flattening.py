@@ -510,7 +510,7 @@ assert_close(transposed, W.mT)
 #   gradient of one datum is $g \otimes a$.
 # - Inverse, trace and eigenvalues of a product come from the factors. The exact damped inverse comes from their
 #   eigendecompositions.
-# - Test with $d_\text{in} \ne d_\text{out}$, and compare entries. Eigenvalues do not depend on the order of the factors.
+# - Test with $d_\text{in} \ne d_\text{out}$, and compare entries: eigenvalues do not depend on the factors' order.
 #
 # ## Exercises
 #
