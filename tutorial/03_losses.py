@@ -1192,8 +1192,9 @@ assert (roots[0] - roots[1]).abs().max() < 1e-10 * f.abs().max()
 
 # %% [markdown]
 # The axis is a subtle one, since `softmax(-1)` is right for outputs of shape $[N, C]$ and wrong as
-# soon as there are positions behind the classes. On the last line, the gradients of a mean loss, which
-# contain $1 / N$ each, are taken for those of single data; [Chapter 4](04_layer_io.py) meets this again.
+# soon as there are positions behind the classes. On the last line, the gradients of a mean loss at the labels of the
+# data, which contain $1 / N$ each, are taken for those of single data: two mistakes at once.
+# [Chapter 4](04_layer_io.py) has more about the second.
 #
 # **Mixing data.** Outer products belong to one datum each. Summing gradients over the batch first, as one
 # plain `backward` does, adds the terms $n \neq n'$. The blocks on the diagonal are right, and so a test with a
