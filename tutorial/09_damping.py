@@ -165,7 +165,9 @@ measured = (fresh @ QA).square().mean(0)
 kept = alpha > 1e-10  # without the pixels that are always zero
 ratio = (measured / alpha)[kept]
 print("mean of (qᵀa)² over other images, relative to the eigenvalue:")
-print(f"  ten largest {ratio[-10:].median().item():.2f}, ten smallest {ratio[:10].median().item():.2f}")
+print(
+    f"  ten largest {ratio[-10:].median().item():.2f}, ten smallest {ratio[:10].median().item():.2f}"
+)
 assert 0.7 < ratio[-10:].median() < 1.5
 assert ratio[:10].median() > 3
 assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are not flat at all
@@ -530,7 +532,7 @@ plt.show()
 #
 # The step is the same **if damping is multiplied by $c$ as well**. Damping has the unit of
 # curvature. A common $c$ is the number of data: for `reduction="sum"` instead of `"mean"`, the
-# same number means $N$ times less damping.
+# same value of $\delta$ damps $N$ times less.
 
 # %%
 of_mean = factors["2"]
