@@ -18,8 +18,8 @@
 #
 # The GGN of [Chapter 2](02_curvature.py) is $\sum_n J_n^\top H_n J_n$, and all that a loss contributes is $H_n$, its
 # Hessian with respect to the outputs for datum $n$. Autodiff sends vectors backward, not matrices. So write $H_n$ as a
-# sum of outer products of vectors $s_{vn}$, and send these. The result measures, too, how far a step $\Delta$ of the
-# parameters $W$ moves the predictions $p_W$, if KL is the divergence of two distributions and the loss is a sum:
+# sum of outer products of vectors $s_{vn}$, and send these. For a loss that is a sum over data, the result also says
+# how far a step $\Delta$ of the parameters $W$ moves the predictions $p_W$, as measured by the divergence KL:
 #
 # $$
 # F = \sum_n J_n^\top H_n J_n = \sum_{v, n} \bigl(J_n^\top s_{vn}\bigr) \bigl(J_n^\top s_{vn}\bigr)^\top,
