@@ -59,11 +59,12 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # \tag{0.1}
 # $$
 #
-# - $F$ is the exact curvature of the loss with respect to the layer's weights $W$: one row and column per weight.
+# - $F$ is the curvature of the loss with respect to the layer's weights $W$, with one row and column per weight: the
+#   *Fisher matrix*, which takes the place of the second derivatives.
 # - $N$ is the number of examples in the batch, and $n$ counts them.
 # - $a_n$ is what the layer receives for example $n$, with a 1 at the end for the bias.
-# - $g_{cn}$ is what the loss sends back to the layer's output for example $n$, if the label were $c$. It contains
-#   the probability that the model gives to label $c$, and the $1/N$ of a mean loss. The derivation below says how.
+# - $g_{cn}$ is what the loss sends back to the layer's output for example $n$, if the label were $c$, times a root:
+#   of the probability that the model gives to label $c$, divided by $N$. The derivation below says why.
 # - $\otimes$ is the Kronecker product: $B \otimes A$ is the matrix $B$ with every entry $B_{ij}$ replaced by the tile
 #   $B_{ij} A$.
 #
@@ -82,14 +83,14 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # \tag{0.2}
 # $$
 #
-# where $\operatorname{vec}$ writes a matrix as one long vector, row after row. For cross-entropy and for squared error
-# it equals the Gauss-Newton matrix, which is the Hessian of the loss after the network has been replaced by its
-# linear approximation ([Chapters 2](02_curvature.py) and [3](03_losses.py)). So $F$ is a curvature, and it has
-# no negative eigenvalues.
+# where $\operatorname{vec}$ writes a matrix as one long vector, row after row. $F$ equals the Gauss-Newton matrix,
+# which is the Hessian of the loss after the network has been replaced by its linear approximation
+# ([Chapters 2](02_curvature.py) and [3](03_losses.py)). So $F$ is a curvature, and it has no negative eigenvalues.
+# For squared error the same holds, with a Gaussian distribution in the place of $p$.
 #
 # **What is a gradient made of?** The layer computes $z_n = W a_n$. By the chain rule, the gradient with respect to
-# $W$ is the outer product of what comes back to $z_n$, and $a_n$. Let $g_{cn}$ be what comes back to
-# $z_n$ for label $c$, times $\sqrt{p_{cn} / N}$. Then
+# $W$ is the outer product of the gradient with respect to $z_n$ and the input $a_n$. Let $g_{cn}$ be the gradient of
+# $-\log p_{cn}$ with respect to $z_n$, times $\sqrt{p_{cn} / N}$. Then
 #
 # $$
 # \sqrt{p_{cn} / N}\; G_{cn} = g_{cn} a_n^\top,
@@ -98,7 +99,7 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # \tag{0.3}
 # $$
 #
-# **Put one into the other.** Kronecker products are multiplied factor by factor, so that
+# **Put [(0.3)] into [(0.2)].** Kronecker products are multiplied factor by factor, so that
 #
 # $$
 # \begin{aligned}
@@ -113,12 +114,14 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # Only the second line approximates: it replaces an average of products by the product of the averages. It would be
 # exact if the two factors were uncorrelated over the examples.
 #
-# **How is it inverted?** Near the present weights the loss changes by about $\operatorname{vec}(G)^\top d +
-# \tfrac12 d^\top (F + \delta I)\, d$, if the weights change by $d$ and $G$ is the gradient. This is smallest at
-# $d = -(F + \delta I)^{-1} \operatorname{vec}(G)$. The *damping* $\delta \gt 0$ keeps the step short where the
-# curvature is small. Let $A = Q_A \Lambda_A Q_A^\top$ and $B = Q_B \Lambda_B Q_B^\top$ be eigendecompositions.
-# The eigenvalues of $B \otimes A$ are all products $\beta_i \alpha_j$ of one eigenvalue of $B$ and one of $A$.
-# Hence
+# **How is it inverted?** If the weights change by a small $d$, the loss changes by about
+# $\operatorname{vec}(G)^\top d + \tfrac12 d^\top F d$, where $G$ is its gradient with respect to $W$. To this an
+# optimizer adds $\tfrac12 \delta \lVert d \rVert^2$: the *damping* $\delta \gt 0$ keeps the step short where the
+# curvature is small. The sum is smallest at $d = -(F + \delta I)^{-1} \operatorname{vec}(G)$.
+#
+# Let $A = Q_A \Lambda_A Q_A^\top$ and $B = Q_B \Lambda_B Q_B^\top$ be eigendecompositions. Then $B \otimes A$ has the
+# eigenvectors $Q_B \otimes Q_A$, and its eigenvalues are all products $\beta_i \alpha_j$ of one eigenvalue of $B$ and
+# one of $A$. With $(Q_B \otimes Q_A) \operatorname{vec}(M) = \operatorname{vec}(Q_B M Q_A^\top)$ ([Theorem 1.1]),
 #
 # $$
 # (B \otimes A + \delta I)^{-1} \operatorname{vec}(G)
@@ -135,7 +138,7 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # All code of this section is from one file that needs PyTorch and nothing else. Download
 # [kfac_in_80_lines.py](kfac_in_80_lines.py){ download="kfac_in_80_lines.py" } and run it:
 # `python kfac_in_80_lines.py` trains with Adam and with KFAC, three times each, and checks that KFAC is
-# exact where it must be.
+# exact where it must be. In this chapter's cells the file is the module `short`.
 
 # %% tags=["hide-input"]
 sys.path += [str(Path.cwd()), str(Path(kfac_scratch.__file__).parents[1] / "tutorial")]
@@ -170,8 +173,8 @@ code(short.KFAC.record)
 # ### The factors
 #
 # `torch.autograd.grad` sends all vectors from the outputs $f$ to every $z$ at once. The factor $A$ is a mean. The
-# factor $B$ is a sum, because the $1/N$ is in $g$ already: to divide again is the most frequent
-# mistake in a first KFAC. Running averages smooth both over the batches.
+# factor $B$ is a sum, because the $1/N$ is in $g$ already: to divide again is a mistake that training
+# does not show (Exercise 0.3). Running averages smooth both over the batches.
 
 # %% tags=["remove-input"]
 code(short.KFAC.observe)
@@ -203,10 +206,10 @@ for name, settings in {"Adam": adam, "KFAC": ours}.items():
         f"{name}, the best of {len(ends)}: learning rate {best[0]}",
         *[f"damping {d}" for d in best[1:]],
     )
-    assert settings[0] != best != settings[-1]  # neither end of the list
+    assert settings[0][0] < best[0] < settings[-1][0]  # the rate is at neither end of its list
     curves[name] = torch.stack([short.train(*best, seed=seed) for seed in range(1, 6)]).cpu()
 
-# %% tags=["hide-input"] alt="The loss against the step for Adam and for KFAC, each as a median over five seeds with a band from the smallest to the largest. KFAC's curve falls below 0.3 after fewer than half of Adam's steps and stays below it." caption="Loss on new examples: the median over five seeds and the range between the smallest and the largest. Both methods run with the best of six settings. The dotted line is the target of the text."
+# %% tags=["hide-input"] alt="The loss against the step for Adam and for KFAC, each as a median over five seeds with a band from the smallest to the largest. KFAC's curve falls below 0.3 after fewer than half of Adam's steps and stays below it." caption="Loss on new examples: the median over five seeds and the range between the smallest and the largest. Both methods run with the best of six settings. The dotted line is the loss of 0.3, to which the text below counts steps."
 TARGET = 0.3
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
 for name, runs in curves.items():
@@ -238,18 +241,18 @@ assert sent["KFAC"] * first["KFAC"].min() > sent["Adam"] * first["Adam"].max()
 #
 # **What it does not show.** A step of KFAC costs more: this file sends back four vectors instead of one, and
 # decomposes two matrices per layer. Measured in vectors, Adam reaches the target at less cost. An optimizer in
-# practice sends back one vector for a sampled label, and renews the factors every ten steps or so.
+# practice sends back only one more vector, for a sampled label, and renews the factors every ten steps or so.
 # [Chapter 13](13_in_practice.py) compares such an optimizer with others on larger tasks, in steps and in seconds.
 #
 # ## Is it right?
 #
 # A KFAC with a mistake often trains well, because tuning hides it (Exercise 0.3). So a test needs a network on
-# which KFAC is exact. Linear layers without activations, and squared error, make one. A mean of $D$ squares has
-# the Hessian $2/D$ times the identity, and its root gives one vector $\sqrt{2/D}\, e_c$ for every output $c$
-# ([Chapter 3](03_losses.py)). No activation changes these vectors on their way back, so that $g$ is the same for
-# all examples. What does not vary is uncorrelated with everything, and [(0.4)] holds with $=$. The Hessian of the
-# loss with respect to one layer, computed by autograd with no idea of KFAC, must equal $B \otimes A$ in every
-# digit and with the right scale:
+# which KFAC is exact. Linear layers without activations, and squared error, make one. A mean of $D$ squares has, with
+# respect to the outputs, the Hessian $2/D$ times the identity. Its root gives one vector $\sqrt{2/D}\, e_c$ for every
+# output $c$ ([Chapter 3](03_losses.py)). No activation changes these vectors on their way back, so that $g$ is the
+# same for all examples. What does not vary is uncorrelated with everything, and [(0.4)] holds with $=$. The outputs
+# are linear in the weights of one layer, so that $F$ is the Hessian with respect to them. Autograd computes this
+# Hessian without KFAC, and it must equal $B \otimes A$ in every digit and with the right scale:
 
 # %% tags=["remove-input"]
 code(short.check_exactness)
@@ -286,6 +289,8 @@ for layer, io in zip(optimizer.layers, layer_ios(model, loss, X, y).values(), st
 #    $\sum_c g_{cn} g_{cn}^\top$ over the examples ([Theorem 5.1]). With one example it vanishes.
 # 2. **Between layers**, the Fisher matrix of the whole network has entries, too. KFAC sets them to zero.
 # 3. **The Fisher matrix is not the Hessian**: it leaves out the curvature of the network itself.
+#
+# The cell prints the norm of each difference, relative to the norm of the matrix that is approximated.
 
 # %%
 whole, layers = ggn(model, loss, X, y), block_index(model).values()
@@ -309,7 +314,8 @@ assert_exact(
 )
 
 # %% [markdown]
-# The last line is the other exact case: one example, any network, any of these losses.
+# The cell's last statement checks the other exact case: one example. It holds for every layer that is used once for
+# an example, whatever the activations and for both losses. [Chapter 6](06_weight_sharing.py) treats the other layers.
 #
 # ## Where to go from here
 #
@@ -325,8 +331,8 @@ assert_exact(
 # ## Exercises
 #
 # **Exercise 0.1 (write it yourself).** In a network of linear layers with squared error, a layer was given the inputs
-# `a` of shape `[N, d_in]`, and the vectors `g` of shape `[V, N, d_out]` were sent back to it. Write a
-# function that returns $A$ and $B$. The checker compares $B \otimes A$ with the Hessian. It does
+# `a` of shape `[N, d_in]`, with the 1 for the bias, and the $V$ vectors `g` of shape `[V, N, d_out]` were sent back
+# to it. Write a function that returns $A$ and $B$. The checker compares $B \otimes A$ with the Hessian. It does
 # not accept the first attempt below:
 
 
@@ -388,8 +394,8 @@ print(check(attempt))
 # <summary>Solution</summary>
 #
 # For every $s \gt 0$, $\eta s\, (s B \otimes A + s \delta I)^{-1} = \eta\, (B \otimes A + \delta I)^{-1}$.
-# With $s = 1/N^2$, a learning rate and a damping that are $N^2$ times smaller give the right steps. Whoever
-# tunes both tunes the mistake away.
+# With $s = 1/N^2$, a learning rate and a damping that are $N^2$ times smaller give the right steps. So a search
+# over both hides the mistake.
 #
 # </details>
 #
@@ -435,7 +441,7 @@ print("all hold")
 # - KFAC replaces the average of products by the product of averages: $F \approx B \otimes A$. In it, $A$ is a mean
 #   and $B$ a sum.
 # - It is stored in two small matrices and inverted by two small eigendecompositions.
-# - It is exact for one example, and for linear layers with squared error. Test yours there.
+# - It equals $F$ for one example, and for linear layers with squared error. Test your code there.
 # - It drops the covariance within a layer, everything between layers, and the difference between Fisher and Hessian.
 #
 # ## Further reading

@@ -47,7 +47,7 @@ matrices(product, blocks={r"$B \otimes A$": (4, 4)})
 # %% [markdown]
 # After this chapter you can
 #
-# - flatten a layer's weight and bias in the right order, and translate between rows and columns;
+# - flatten a layer's weight and bias in the right order, and translate a formula for stacked columns to stacked rows;
 # - multiply with $B \otimes A$, invert it and decompose it from its factors;
 # - say when a damped Kronecker product is a Kronecker product;
 # - find a wrong order of factors, which most obvious tests do not notice.
@@ -139,7 +139,8 @@ assert not torch.equal(vec(V), cvec(V))
 # $$
 #
 # Its rows are numbered by a pair, block $i$ and row $j$ within the block, and so are its
-# columns. Read with the positions of [(1.1)] in mind, [(1.3)] says
+# columns. By the positions of [(1.1)], row $(i, j)$ is row $i q + j$ and column $(k, l)$ is column $k n + l$, so that
+# [(1.3)] says
 #
 # $$
 # (B \otimes A)_{(i, j), (k, l)} = B_{ik} A_{jl}.
@@ -170,9 +171,9 @@ assert_close(kron_by_hand(B, A), torch.kron(B, A))
 kronecker_cells(B, A, cell=(6, 3))
 
 # %% [markdown]
-# For two vectors the product has a meaning that we will use in every chapter. The gradient of a
-# linear layer for one datum is an outer product $g a^\top$ of what is sent back to the layer's
-# output and what came into the layer. By [(1.1)] its entries $g_i a_j$ are lined up as
+# For two vectors the product has a meaning that we will use in every chapter. For one datum, the gradient with respect
+# to the weights of a linear layer is an outer product $g a^\top$: $a$ is the layer's input, and $g$ is the gradient
+# with respect to its output. By [(1.1)] its entries $g_i a_j$ are lined up as
 #
 # $$
 # \operatorname{vec}(g a^\top) = g \otimes a.
@@ -300,10 +301,10 @@ matrices(pair, blocks=dict.fromkeys(pair, (4, 4)))
 # \tag{1.9}
 # $$
 #
-# Everything that makes KFAC cheap is a special case. With $D = B^{-1}$ and $C = A^{-1}$ the right
+# The inverse and the eigendecomposition are special cases. With $D = B^{-1}$ and $C = A^{-1}$ the right
 # side is the identity. Symmetric factors have orthonormal eigenvectors,
-# $B = Q_B \Lambda_B Q_B^\top$ and $A = Q_A \Lambda_A Q_A^\top$, and [(1.9)], used twice, pulls
-# these apart from the eigenvalues. The transpose and the trace are read off [(1.3)].
+# $B = Q_B \Lambda_B Q_B^\top$ and $A = Q_A \Lambda_A Q_A^\top$, and [(1.9)], used twice, separates
+# these from the eigenvalues. The transpose and the trace are read off [(1.3)].
 #
 # $$
 # \begin{aligned}
@@ -337,9 +338,10 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # %% [markdown]
 # ### What it does not inherit
 #
-# Sums. In particular $B \otimes A + \delta I$ is a Kronecker product only if $A$ or $B$ is a multiple of the identity
-# ([Theorem 8.1]). If $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. In all other cases,
-# adding a damping to both factors is an approximation, not the damped matrix:
+# A sum of Kronecker products is in general not a Kronecker product. In particular $B \otimes A + \delta I$ is one only
+# if $A$ or $B$ is a multiple of the identity ([Theorem 8.1]). If $A = c I$, then
+# $B \otimes A + \delta I = (c B + \delta I) \otimes I$. Adding a damping to *both* factors does not give the damped
+# matrix, but an approximation:
 #
 # $$
 # (B + \sqrt{\delta} I) \otimes (A + \sqrt{\delta} I)
@@ -407,8 +409,8 @@ assert trick == 2 * m * n * (m + n)
 # ## Many parameters, one vector
 #
 # A network has several parameters. Its gradient is the concatenation of their flattened
-# gradients, and its Jacobian that of the columns belonging to each. Here is a layer
-# $z = W a + b$. Output $i$ depends on row $i$ of $W$ only, and its derivative by that row is
+# gradients, and the columns of its Jacobian, the matrix of first derivatives, follow the same order. Here is a layer
+# $z = W a + b$. Output $i$ depends on row $i$ of $W$ only, and its derivative with respect to that row is
 # $a^\top$. With one row for each output and the columns in the order of [(1.1)],
 #
 # $$
@@ -428,7 +430,7 @@ assert trick == 2 * m * n * (m + n)
 # \tag{1.14}
 # $$
 #
-# One product per layer instead of two blocks: this is why a bias is always the last column of
+# A layer with a bias needs one product, not two blocks: this is why a bias is always the last column of
 # $W$ in this package.
 
 # %%
@@ -448,8 +450,8 @@ assert_close(joint, torch.kron(torch.eye(d_out), a1[None]))
 
 # %% [markdown]
 # The two vectors $(\operatorname{vec} W, b)$ and $\operatorname{vec}([W\; b])$ hold the same
-# numbers, but the bias is interleaved: one entry after every row. Translating is an index, made
-# by sending positions through the same operations as the values:
+# numbers, but in the second the bias is interleaved: one entry after every row. An index translates the first into
+# the second. The index is made by sending positions through the same operations as the values:
 
 # %%
 positions = torch.arange(float(d_out * d_in + d_out))
@@ -461,7 +463,7 @@ assert_close(joint, apart[:, order])
 assert_close(joint.mT @ joint, (apart.mT @ apart)[order][:, order])  # rows and columns of a matrix
 assert not torch.allclose(joint.mT @ joint, apart.mT @ apart)
 
-# %% tags=["hide-input"] alt="Two 15 by 15 heat maps of the same Gram matrix. With the bias kept apart, three blocks of 4 by 4 stand on the diagonal and stripes for the bias at the end of rows and columns. With the bias as last column of W there are three blocks of 5 by 5 on the diagonal and nothing else." caption="$J^\top J$ for the two orders. With the bias as a column of $W$ it is block-diagonal."
+# %% tags=["hide-input"] alt="Two 15 by 15 heat maps of the same Gram matrix. With the bias kept apart, three blocks of 4 by 4 stand on the diagonal and stripes for the bias at the end of rows and columns. With the bias as last column of W there are three blocks of 5 by 5 on the diagonal and nothing else." caption="$J^\\top J$ of one layer, whose rows and columns belong to the 15 parameters, for the two orders. With the bias as a column of $W$ it is block-diagonal, with one block for each output."
 orders = {r"$(\mathrm{vec}\,W,\ b)$": apart.mT @ apart, r"$\mathrm{vec}\,[W\ b]$": joint.mT @ joint}
 matrices(orders, blocks={r"$\mathrm{vec}\,[W\ b]$": (5, 5)})
 
@@ -481,9 +483,8 @@ kernel = W.mT.contiguous()  # d_in × d_out
 assert_close(kernel.flatten(), cvec(W))
 
 # %% [markdown]
-# **A transpose that was never carried out.** `V.T` only changes strides. `view` refuses it, which
-# is the good case. `flatten` and `reshape` copy when they must, and what is written into a copy is
-# lost:
+# **A transpose that was never carried out.** `V.T` only changes strides. `view` raises an error for it, which
+# is the good case. `flatten` and `reshape` copy when they must, and what is written into a copy does not reach `V`:
 
 # %%
 try:
@@ -498,8 +499,8 @@ assert_close(transposed, W.mT)
 
 # %% [markdown]
 # **Bias and weight concatenated in different orders** in the gradient and in the curvature. Both
-# vectors have the same length, so only the values reveal it. Keep one of the two, and convert at
-# the border with an index as above.
+# vectors have the same length, so that no error is raised. Use one of the two orders everywhere, and convert what
+# comes from outside with an index as above.
 
 # %% [markdown]
 # ## In one minute
@@ -507,8 +508,9 @@ assert_close(transposed, W.mT)
 # - $\operatorname{vec}$ stacks rows, as PyTorch does; a bias is the last column of $W$.
 # - $(B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^\top)$, with the factor of the outputs first. The
 #   gradient of one datum is $g \otimes a$.
-# - Inverse, trace and eigenvalues of a product come from the factors. With damping, the eigenvectors still do.
-# - Test with $d_\text{in} \ne d_\text{out}$, and compare entries. Spectra do not see the order of the factors.
+# - Inverse, trace and eigenvalues of a product come from the factors. The exact damped inverse comes from their
+#   eigendecompositions.
+# - Test with $d_\text{in} \ne d_\text{out}$, and compare entries: eigenvalues do not depend on the factors' order.
 #
 # ## Exercises
 #
@@ -544,7 +546,7 @@ assert_close(transposed, W.mT)
 #
 # By [(1.9)], $B \otimes A = (B \otimes I_n)(I_m \otimes A)$. The second matrix is block-diagonal
 # with $m$ copies of $A$; the first is so with $n$ copies of $B$ after the renumbering of
-# [(1.8)]. Hence $\det(B)^n \det(A)^m$.
+# [(1.8)]. Hence $\det(B \otimes A) = \det(B)^n \det(A)^m$.
 #
 # </details>
 #

@@ -150,7 +150,7 @@ plt.show()
 # valley. After this chapter you can
 #
 # - derive the two parts of the Hessian, and say which network has the first part as its Hessian;
-# - say what semi-definiteness gives, and what it does not: when the quadratic model has a minimum;
+# - say what the semi-definiteness of the GGN gives, and when its quadratic model has a minimum;
 # - say where Hessian and GGN agree, for the whole matrix and layer by layer;
 # - multiply with both without writing them down.
 #
@@ -166,8 +166,9 @@ valley_steps(start=(2.7, 2.3), damping=0.1)
 # %% [markdown]
 # Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the
 # vector of all its $D$ parameters, flattened by rows as in [Chapter 1](01_flattening.py). All
-# outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, data first. The targets never
-# change, so the loss is a function of the outputs alone, and what we train is a composition:
+# outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, all outputs of one datum after those of the other.
+# The targets never change, so that the loss is a function $\ell$ of the outputs alone. (In the cells `loss` is the sum
+# of all squared errors.) What we train is a composition:
 #
 # $$
 # L(\theta) = \ell(f(\theta)).
@@ -210,7 +211,7 @@ assert (5 * 3 + 5) + (C * 5 + C) == D
 #
 # The **Hessian** $\nabla^2_\theta L$ is the only symmetric matrix for which this holds: the number
 # $v^\top (\nabla^2_\theta L)\, v$ is the curvature of the loss in direction $v$, and a symmetric
-# matrix is determined by these numbers. A test of [(2.2)] needs no tolerance plucked from the air:
+# matrix is determined by these numbers. A test of [(2.2)] needs no arbitrary tolerance:
 # if the error is of third order, then halving $t$ divides it by $2^3 = 8$.
 
 
@@ -244,10 +245,9 @@ assert abs(ratio - 8) < 0.3
 # ## The network as a linear map
 #
 # The first derivative of all outputs by all parameters is the **Jacobian**
-# $J \in \mathbb{R}^{NC \times D}$ with entries $J_{ki} = \partial f_k / \partial \theta_i$. It is
-# the linear map that the network looks like from nearby, $f(\theta + \delta) \approx f(\theta) +
-# J \delta$: a small change of the parameters goes in, the change of the outputs comes out. Autodiff
-# gives us two products with it and neither needs the matrix:
+# $J \in \mathbb{R}^{NC \times D}$ with entries $J_{ki} = \partial f_k / \partial \theta_i$. It maps a small change
+# $\delta$ of the parameters to the change of the outputs, $f(\theta + \delta) \approx f(\theta) + J \delta$. Autodiff
+# gives us two products with $J$, and neither needs the matrix:
 #
 # | Product | Name | What runs |
 # | --- | --- | --- |
@@ -319,9 +319,9 @@ assert_close(gradient, J.T @ (2 * (network_at(theta) - y.flatten())))
 # \tag{2.5}
 # $$
 #
-# The first term knows that the *loss* is curved and treats the network as the linear map $J$. The
-# second knows that the *network* is curved, and counts it in proportion to the slope of the loss.
-# The first term alone is the **generalised Gauss-Newton matrix**. By hand, with one Hessian per
+# The first term has the curvature of the *loss*, and of the network only the linear map $J$. The
+# second has the curvature of the *network*, one Hessian per output, each weighted by the slope of the loss.
+# The first term alone is the **generalised Gauss-Newton matrix** (GGN). The second by hand, with one Hessian per
 # output:
 
 
@@ -342,8 +342,8 @@ def network_curvature_by_hand(model: Module, loss: Module, X: Tensor, y: Tensor)
 # %% [markdown]
 # ### In the package
 #
-# Three definitions, each written down as it is defined. Dense matrices are for small networks; they
-# are the oracle against which everything faster is checked.
+# Hessian, $H_f$ and GGN are written as they are defined. Dense matrices are for small networks: every faster
+# method is checked against them.
 
 # %% tags=["remove-input"]
 code(hessian, loss_hessian, ggn)
@@ -540,7 +540,7 @@ assert disagreement(shallow, cross_entropy, X, labels) < 1e-10
 assert disagreement(deep, loss, X, y) > 1e-2
 
 # %% [markdown]
-# **A loss without slope.** For the squared error $r_k = 2 (f_k - y_k)$ is zero where the network
+# **Outputs at which the loss has no slope.** For the squared error $r_k = 2 (f_k - y_k)$ is zero where the network
 # interpolates the data. Near such a point the GGN is nearly the Hessian, which is why Gauss-Newton
 # converges fast on problems with small residuals. (Cross-entropy has the slope $p - e_y$, the
 # predicted probabilities minus the one-hot label, which is never exactly zero.) Here the network
@@ -562,17 +562,18 @@ assert disagreement(model, loss, X, target + 0.01 * y) > 1e-5
 #
 # Let a network consist of linear layers, each used once, and piecewise linear activations, and let
 # no activation stand at a kink. Then, for every loss, the diagonal block of the Hessian that belongs
-# to one layer equals that of the GGN. For the last layer this is so with any activations.
+# to one layer equals that of the GGN. If the network ends with a linear layer, this holds for that layer with any
+# activations.
 #
 # </div>
 #
 # **Proof.** Let only the weights $W$ of one layer vary. What the layer receives, $a$, comes from
 # earlier layers and does not change. Its output $z = W a$ is linear in $W$. Everything after it is
 # affine in $z$ as long as no activation crosses a kink, which a small enough change does not do.
-# So each output is locally an affine function of $W$, and $\nabla^2_W f_k = 0$. After the last layer
-# nothing follows, so that no activation matters there. $\blacksquare$
+# So each output is locally an affine function of $W$, and $\nabla^2_W f_k = 0$. After a linear layer at the end
+# nothing follows, so that its outputs are linear in $W$ whatever the activations before it. $\blacksquare$
 #
-# *Between* layers nothing of the kind holds: the outputs contain products of the weights of one
+# The blocks *between* two layers differ in general: the outputs contain products of the weights of one
 # layer with those of another.
 
 # %% [markdown]
@@ -608,15 +609,15 @@ H_relu, GGN_relu = hessian(relu, loss, X, y), ggn(relu, loss, X, y)
 assert relative((H_relu - GGN_relu)[:20, 20:], H_relu) > 1e-2  # between layers they differ
 assert torch.linalg.eigvalsh(H_relu)[0] < 0  # so the whole Hessian is still indefinite
 
-# %% tags=["hide-input"] alt="Heat maps of Hessian minus GGN. For the ReLU network the two diagonal blocks are empty and the blocks between the layers are not. For the tanh network the block of the first layer is filled as well." caption="Hessian minus GGN. With ReLU it lives between the layers only."
+# %% tags=["hide-input"] alt="Heat maps of Hessian minus GGN. For the ReLU network the two diagonal blocks are empty and the blocks between the layers are not. For the tanh network the block of the first layer is filled as well." caption="Hessian minus GGN. With ReLU all nonzero entries lie in the blocks between the layers."
 tanh_label, relu_label = "tanh: Hessian − GGN", "ReLU: Hessian − GGN"
 with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
 
 # %% [markdown]
 # For a ReLU network, then, **a method that treats every layer by itself loses nothing by using the
-# GGN instead of the Hessian.** It sees the same blocks. If the loss is convex, these are positive
-# semi-definite by [Theorem 2.2], and all that is indefinite about the Hessian of such a network
-# comes from the blocks between layers.
+# GGN instead of the Hessian.** The blocks are the same. If the loss is convex in the outputs, they are positive
+# semi-definite by [Theorem 2.2]. So negative eigenvalues of the whole Hessian of such a network come from the blocks
+# between layers.
 #
 # ## A picture: down the banana valley
 #
@@ -717,7 +718,7 @@ assert losses["gradient descent"][-1] > 0.1
 # %% [markdown]
 # Newton's method recovers here, because on this function each of its steps lands on or below the
 # parabola, where the Hessian is positive definite. (The second row of the linear system that it solves
-# says so.) A network gives no such promise: Newton's method is not repelled by saddles but attracted.
+# says so.) For a network nothing of the kind is guaranteed, and saddles, too, attract Newton's method.
 #
 # ## Products without matrices
 #
@@ -743,9 +744,8 @@ assert losses["gradient descent"][-1] > 0.1
 # \tag{2.13}
 # $$
 #
-# In plain PyTorch, the first is two calls of `grad`. The second uses the old trick to get a product
-# with $J$ out of backward passes only: $u \mapsto J^\top u$ is linear in $u$, so its own transpose
-# applied to $v$ is $J v$.
+# In plain PyTorch, the first is two calls of `grad`. The second gets a product with $J$ out of backward passes
+# only: $u \mapsto J^\top u$ is linear in $u$, and the backward pass through this map sends $v$ to $J v$.
 
 
 # %%
@@ -899,7 +899,7 @@ assert slope_inside.norm() > 0.1
 # %% [markdown]
 # **A slice instead of a block.** The parameters of a layer are neighbours in the flat vector, but
 # $(\operatorname{vec} W, b)$ is not $\operatorname{vec}([W\; b])$. A slice has the right size
-# and the right eigenvalues, and every entry but a few at the wrong place:
+# and the right eigenvalues, but most of its entries are at the wrong place:
 
 # %%
 slice_, block = GGN[:20, :20], diagonal_blocks(model, GGN)["0"]
@@ -1075,10 +1075,10 @@ assert history[-1][1] < 0.1 * history[0][1]
 # $$
 #
 # At the start, the network's own curvature is most of the Hessian. Once the data are fitted, the GGN
-# is, and its largest eigenvalues follow those of the Hessian, though not closely. The small ones, the
-# negative ones among them, still have little in common. Nor need the relative distance vanish with
-# the slopes, as it does for a squared error: with cross-entropy, the slopes $p - e_y$ and the loss
-# Hessian get small together.
+# is most of it, and the largest eigenvalues of the GGN follow those of the Hessian, though not closely. The small
+# eigenvalues, the negative ones among them, still have little in common. The relative distance of the two matrices
+# need not vanish with the slopes, as it does for a squared error: with cross-entropy, the slopes $p - e_y$ and the
+# loss Hessian get small together.
 
 # %%
 for _, _, H_mlp, GGN_mlp in history:

@@ -18,7 +18,8 @@
 #
 # The GGN of [Chapter 2](02_curvature.py) is $\sum_n J_n^\top H_n J_n$, and all that a loss contributes is $H_n$, its
 # Hessian with respect to the outputs for datum $n$. Autodiff sends vectors backward, not matrices. So write $H_n$ as a
-# sum of outer products of vectors $s_{vn}$, and send these:
+# sum of outer products of vectors $s_{vn}$, and send these. For a loss that is a sum over data, the result also says
+# how far a step $\Delta$ of the parameters $W$ moves the predictions $p_W$, as measured by the divergence KL:
 #
 # $$
 # F = \sum_n J_n^\top H_n J_n = \sum_{v, n} \bigl(J_n^\top s_{vn}\bigr) \bigl(J_n^\top s_{vn}\bigr)^\top,
@@ -26,9 +27,8 @@
 # \operatorname{KL}(p_W \,\Vert\, p_{W + \Delta}) \approx \tfrac12\, \Delta^\top F \Delta .
 # $$
 #
-# The matrix $F$ is also the Fisher information of the network's predictions. Vectors that are drawn at random give it
-# in expectation. A third kind, the gradients at the labels of the data, gives another matrix, which is often mistaken
-# for it.
+# This makes $F$ the Fisher information of the predictions. Gradients at labels that are drawn from the predictions give
+# it in expectation. Gradients at the labels of the data give another matrix, which is often mistaken for it.
 
 # %% tags=["hide-input"]
 import copy
@@ -75,9 +75,9 @@ for ax, probabilities in zip(axes, ([0.4, 0.35, 0.25], [0.05, 0.88, 0.07]), stri
 plt.show()
 
 # %% [markdown]
-# A prediction for three classes is a point of a triangle whose corners are certainty. Vector $s_c$ points from
-# the prediction towards corner $c$. Drag the prediction: towards a corner, all arrows and the ellipse shrink, because
-# a loss has little curvature where the network is sure.
+# A prediction for three classes is a point of a triangle. At a corner, one class has probability one. Vector $s_c$
+# points from the prediction towards corner $c$. Drag the prediction: towards a corner, all arrows and the ellipse
+# shrink, because cross-entropy has little curvature where the network is sure.
 
 # %% tags=["hide-input"]
 probability_triangle(first=0.5, second=-0.5)
@@ -93,8 +93,8 @@ probability_triangle(first=0.5, second=-0.5)
 # ## A loss is a likelihood
 #
 # Let the network's output $f_n \in \mathbb{R}^C$ for datum $n$ be the parameters of a distribution
-# $p(y \mid f_n)$ of the target. Asking for the parameters that make the data most probable means
-# minimising a sum of negative logarithms. Every loss of this chapter is of the form
+# $p(y \mid f_n)$ of the target. The weights that make the data most probable are those that
+# minimise a sum of negative logarithms. Every loss of this chapter is of the form
 #
 # $$
 # L = \frac{1}{D} \sum_n \ell(f_n, y_n),
@@ -112,7 +112,7 @@ probability_triangle(first=0.5, second=-0.5)
 # | `CrossEntropyLoss` | $-\log p_y$ with $p = \operatorname{softmax}(f)$ | categorical, class $c$ with probability $p_c$ |
 # | `BCEWithLogitsLoss` | $-y \log p - (1 - y) \log(1 - p)$ with $p = \sigma(f)$, for each entry | Bernoulli, 1 with probability $p$ |
 #
-# Only the first may surprise. A Gaussian of variance $\sigma^2$ has $-\log p = \lVert y - f
+# The first needs a word. A Gaussian of variance $\sigma^2$ has $-\log p = \lVert y - f
 # \rVert^2 / (2 \sigma^2) + \text{const}$, so the squared error *without* a half belongs to
 # $\sigma^2 = \tfrac12$. (With the half, the variance is 1: another loss, half the curvature.) The
 # constant depends on nothing that is trained; compare differences of two outputs:
@@ -177,12 +177,12 @@ for loss, outputs, y in [
 # %% [markdown]
 # ## Three Hessians
 #
-# Now differentiate each term twice by the outputs.
+# Now differentiate each term twice with respect to the outputs.
 #
 # **Squared error.** $\partial \ell / \partial f = 2 (f - y)$, and once more, $\nabla^2 \ell = 2 I$.
 #
 # **Softmax and cross-entropy.** Write the term as $\ell = -f_y + \log \sum_k e^{f_k}$. The derivative
-# of the logarithm by $f_c$ is $e^{f_c} / \sum_k e^{f_k} = p_c$. So
+# of the logarithm with respect to $f_c$ is $e^{f_c} / \sum_k e^{f_k} = p_c$. So
 #
 # $$
 # \frac{\partial \ell}{\partial f} = p - e_y
@@ -202,8 +202,8 @@ for loss, outputs, y in [
 # $\partial \ell / \partial f = p - y$, and $\nabla^2 \ell = p (1 - p)$ for each entry.
 #
 # The same happened three times: **the target dropped out of the second derivative.** In each case
-# $y$ (or $e_y$) and $f$ meet in $y^\top f$ only, which is linear in $f$. This will be the reason that
-# GGN and Fisher are one.
+# $y$ (or $e_y$) and $f$ stand together in $y^\top f$ only, which is linear in $f$. For this reason GGN and Fisher
+# will be equal.
 
 
 # %%
@@ -284,9 +284,9 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 #
 # ### One vector less
 #
-# The Hessian [(3.3)] has rank $C - 1$, since the softmax does not see a shift of all logits. So a root
-# with one column less exists, and one can be written down. Take away a first column that makes the
-# first row of what remains zero. This is $s_1 = H e_1 / \sqrt{H_{11}}$, and with
+# The Hessian $H$ of [(3.3)] has rank $C - 1$, since the softmax does not change if all logits are shifted. So a root
+# with one column less exists, and one can be written down. Choose a first column $s_1$ such that the first row and
+# column of $H - s_1 s_1^\top$ are zero. This is $s_1 = H e_1 / \sqrt{H_{11}}$, and with
 # $q_c = \sum_{k \ge c} p_k$, of which $q_1 = 1$,
 #
 # $$
@@ -298,7 +298,7 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 # $$
 #
 # for $i, j > 1$. What remains is the Hessian of the softmax over the other classes, times their
-# probability. The same step takes away the next column, and so on; the last class has none. The
+# probability. The same step gives the next column, and so on; the last class has none. The
 # result is lower triangular, a Cholesky factor in closed form:
 #
 # $$
@@ -311,8 +311,8 @@ def sent_back(vectors: Tensor, J: Tensor) -> Tensor:
 #
 # ### In the package
 #
-# `type2` is that. The general shape $[N, C, P]$ with $P$ positions is for losses with several labels
-# per datum ([Chapter 7](07_other_losses.py)); here $P = 1$. What it returns makes its vectors when they are
+# `type2` returns this root. The general shape $[N, C, P]$ with $P$ positions is for losses with several labels
+# per datum ([Chapter 7](07_other_losses.py)); here $P = 1$. The vectors are computed when they are
 # read, so that those of a thousand classes are never all in memory; `[:]` reads all of them.
 
 # %% tags=["remove-input"]
@@ -466,8 +466,8 @@ print("the oracle's Fisher is the GGN, for three losses and both reductions")
 # %% [markdown]
 # We can now say what the arrows in the picture are. By [(3.2)], the gradient at label $c$ is $p - e_c$,
 # and the term that it contributes to the expectation [(3.6)] is $p_c\, (p - e_c)(p - e_c)^\top$. The
-# column $s_c = \sqrt{p_c}\, (e_c - p)$ of [(3.5)] **is** the enumerated score of class $c$, up to a sign
-# that outer products do not see. ([Chapter 7](07_other_losses.py)'s `type2_classwise` has these columns.)
+# column $s_c = \sqrt{p_c}\, (e_c - p)$ of [(3.5)] **is** the enumerated score of class $c$, times $\sqrt{p_c}$.
+# ([Chapter 7](07_other_losses.py)'s `type2_classwise` has these columns.)
 
 # %%
 loss, y = CrossEntropyLoss(reduction="sum"), targets[CrossEntropyLoss]
@@ -479,7 +479,7 @@ for c, column in enumerate(type2_classwise(loss, f, y)):
 # %% [markdown]
 # ### Where the equality ends
 #
-# [Theorem 3.1] holds for every likelihood, [Theorem 3.2] needs a Hessian without $y$. Take a Gaussian
+# [Theorem 3.1] holds for every smooth likelihood, [Theorem 3.2] needs a Hessian without $y$. Take a Gaussian
 # whose network predicts the mean $m$ *and* the logarithm $t$ of the variance: $\ell = \tfrac12 t +
 # \tfrac12 (y - m)^2 e^{-t}$. Its Hessian depends on $y$, is indefinite unless $y = m$, and only its average is the
 # Fisher. Three points and weights (those of Gauss and Hermite) average exactly here, because
@@ -512,7 +512,7 @@ assert torch.linalg.eigvalsh(hessians[0])[0] < 0
 # %% [markdown]
 # ## The Fisher measures how far a step moves the predictions
 #
-# Parameters are a means; what a network says about labels is the end. So measure a step $\Delta$ by what it
+# What matters about a step $\Delta$ of the parameters is how it changes the predictions. So measure it by what it
 # does to the model's distributions. With parameters $W$, datum $n$ has the distribution $p(y \mid f_n(W))$.
 # The labels of different data are independent, and all of them together have the distribution $p_W$, the
 # product over $n$. The **Kullback–Leibler divergence** compares it with the model after the step,
@@ -816,11 +816,11 @@ assert apart[True] < 0.03 < 0.2 < apart[False]
 #   raise the loss, for example where predictions are sure, so that $F$ is small.
 # - **With damping it depends on the coordinates again.** The $I$ in $(F + \delta I)^{-1} \nabla L$ measures Euclidean
 #   lengths.
-# - **It is not the step of the empirical Fisher**, the subject of a section below, which is the second derivative of
-#   no divergence from the model.
-# - **It needs an inverse, which may not exist.** With fewer data than parameters $F$ is singular. For the losses here
-#   $\nabla L$ lies in the range of $F$, so that $F^+ \nabla L$ with the pseudoinverse $F^+$ is a step of steepest
-#   descent.
+# - **It is not the step of the empirical Fisher**, the subject of a section below, which is not the second derivative
+#   of KL.
+# - **It needs an inverse, which may not exist.** With fewer output entries, $N C$, than parameters $F$ is singular.
+#   For the losses here $\nabla L$ lies in the range of $F$, so that $F^+ \nabla L$ with the pseudoinverse $F^+$ is a
+#   step of steepest descent.
 
 # %% tags=["hide-input"]
 criterion, target = CrossEntropyLoss(), targets[CrossEntropyLoss]
@@ -918,9 +918,9 @@ code(monte_carlo, losses.SampledScores, losses._sampled, losses._scores)
 # of [(3.10)], and each vector must be $p - e_c$ for *some* class, exactly. What remains is how often
 # each class occurs. We take a number that depends on all classes, $u^\top \widehat H u$ for a fixed
 # $u$. Its expectation and its standard error $\sigma$ are known exactly, by enumeration. If the code
-# is right, a mean of this many independent terms is nearly normal, and a deviation of more than
-# $5 \sigma$ has a probability of less than one in a million. The cell also prints how small an error
-# it would notice.
+# is right, a mean of 20,000 independent terms is nearly normal, and a deviation of more than
+# $5 \sigma$ has a probability of less than one in a million. The cell also prints how large an error
+# must be to be found.
 
 # %% tags=["hide-input"]
 loss, M = CrossEntropyLoss(), 20_000
@@ -1070,8 +1070,8 @@ def angle(v: Tensor, w: Tensor) -> float:
 
 
 # %% [markdown]
-# Before the picture, two points in numbers. The step $-\mathrm{GGN}^{-1} \nabla L$ is exactly the way to
-# the minimum, so it is the measure of the other's length and course.
+# Before the picture, two points in numbers. The step $-\mathrm{GGN}^{-1} \nabla L$ leads exactly to the minimum. The
+# length and the direction of the empirical step are compared with it.
 
 # %%
 far, near = best + torch.tensor([1.5, 3.0]), best + torch.tensor([0.02, -0.03])
@@ -1101,7 +1101,7 @@ assert_close(
 # Now the whole plane:
 
 
-# %% tags=["hide-input"] alt="Three direction fields over slope and intercept with contours of the loss. The gradient's arrows cross the long valley and its paths bend into it. The Fisher's arrows all point straight at the minimum. Most of the empirical Fisher's arrows point past it, and its paths make detours or leave the picture." caption="Directions and four paths for linear regression with misspecified noise. All paths may be equally long. Preconditioned by the Fisher they are straight and arrive. The empirical Fisher sends some on long detours."
+# %% tags=["hide-input"] alt="Three direction fields over slope and intercept with contours of the loss. The gradient's arrows cross the long valley and its paths bend into it. The Fisher's arrows all point straight at the minimum. Most of the empirical Fisher's arrows point past it, and its paths make detours or leave the picture." caption="Directions and four paths for linear regression with noise that grows with the input. All paths have the same number of steps. Preconditioned by the Fisher they lead straight to the minimum ★. Preconditioned by the empirical Fisher some make long detours."
 def points_around(count: int) -> Tensor:
     axes = torch.linspace(-2.2, 2.2, count), torch.linspace(-3.6, 3.6, count)
     return best + torch.stack(torch.meshgrid(*axes, indexing="xy"), -1)
@@ -1147,8 +1147,8 @@ axes[0].set_ylabel("intercept")
 plt.show()
 
 # %% [markdown]
-# None of this forbids using $E$ as a preconditioner. It only is no approximation of the Fisher or the
-# GGN in general, and it should be neither tested nor named as one.
+# One may still use $E$ as a preconditioner. But in general it is no approximation of the Fisher or the
+# GGN, and it should be neither tested nor named as one.
 
 # %% [markdown]
 # ## What goes wrong in practice
@@ -1192,8 +1192,9 @@ assert (roots[0] - roots[1]).abs().max() < 1e-10 * f.abs().max()
 
 # %% [markdown]
 # The axis is a subtle one, since `softmax(-1)` is right for outputs of shape $[N, C]$ and wrong as
-# soon as there are positions behind the classes. On the last line, the gradients of a mean loss, which
-# contain $1 / N$ each, are taken for those of single data; [Chapter 4](04_layer_io.py) meets this again.
+# soon as there are positions behind the classes. On the last line, the gradients of a mean loss at the labels of the
+# data, which contain $1 / N$ each, are taken for those of single data: two mistakes at once.
+# [Chapter 4](04_layer_io.py) has more about the second.
 #
 # **Mixing data.** Outer products belong to one datum each. Summing gradients over the batch first, as one
 # plain `backward` does, adds the terms $n \neq n'$. The blocks on the diagonal are right, and so a test with a
@@ -1210,7 +1211,7 @@ assert_close(alone.T @ alone, curvature.loss_hessian(entropy, f[:1], hard[:1]))
 # %% [markdown]
 # **The square root of the number of samples.** With $1 / M$ on the vectors in place of $1 / \sqrt M$, the
 # curvature is $M$ times too small, and for $M = 1$ it is right. Our deterministic test of Monte Carlo,
-# that undoing the scale must give one-hot labels, sees it:
+# that undoing the scale must give one-hot labels, finds the mistake:
 
 
 # %%
@@ -1228,9 +1229,9 @@ for M in (1, 4):
 
 # %% [markdown]
 # **Labels from the wrong distribution.** If classes are drawn uniformly, not with the probabilities of the
-# model, the vectors still are scores of labels, and the test above passes. It takes the expectation, by
-# enumeration, or the $5 \sigma$ test. At initialisation, with $p$ nearly uniform, the mistake is
-# nearly invisible, so test with outputs that are not small:
+# model, the vectors still are scores of labels, and the test above passes. What finds this mistake is the expectation,
+# by enumeration, or the $5 \sigma$ test. At initialisation $p$ is nearly uniform, and the error is small, so test with
+# outputs that are not small:
 
 
 # %%

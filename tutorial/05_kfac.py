@@ -17,9 +17,10 @@
 # and when is nothing lost?
 #
 # KFAC stands for *Kronecker-factored approximate curvature*. [Chapter 4](04_layer_io.py) computed the exact curvature
-# block $F$ of a layer from what the layer received, $a$, and what the loss sent back to its output, $g$. For one
-# datum the block is a Kronecker product of two small matrices. For many data it is a sum of such products, which is
-# no Kronecker product in general. KFAC replaces it by the product of two averages:
+# block $F$ of a layer from what the layer received for datum $n$, $a_n$, and the vectors that the loss sent back to its
+# output, $g_{vn}$ with $v = 1, \dots, V$. For one datum the block is a Kronecker product of two small matrices. For
+# many data it is a sum of such products, which is no Kronecker product in general. KFAC replaces it by $N$ times the
+# product of two averages over the $N$ data:
 #
 # $$
 # F = \sum_n \Bigl(\sum_v g_{vn} g_{vn}^\top\Bigr) \otimes a_n a_n^\top
@@ -123,8 +124,7 @@ assert best["KFAC"] < best["gradient"] < value
 # We measure two things, here and in all chapters that follow. `assert_exact` is for theorems: no entry
 # may deviate by more than $10^{-10}$ of the largest one. `relative_error` is for approximations: the norm of
 # the difference over the norm of the exact matrix. The norm is the Frobenius norm,
-# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$. Both refuse to compare with
-# zeros, which would prove nothing.
+# $\lVert M \rVert = (\sum_{ij} M_{ij}^2)^{1/2}$. Both raise an error if the expected matrix is zero.
 
 # %% tags=["remove-input"]
 code(assert_exact, largest_error, relative_error)
@@ -198,7 +198,7 @@ print(f"F is {len(F)} × {len(F)}; B_n is {d_out} × {d_out} and A_n is {d_in} �
 # $$
 #
 # The one sign that is not an equality replaces the average of a product by the product of the
-# averages. That is all of KFAC. It would be an identity if $B_n$ and $A_n$ were independent.
+# averages. That is all of KFAC. It would be an identity if $B_n$ and $A_n$ were uncorrelated.
 #
 # The factor $N$ went to $B$, so that $B$ is a sum and $A$ a mean. It could have gone anywhere,
 # because $B \otimes A = (cB) \otimes (A/c)$. Our choice keeps all scale of the loss in one place,
@@ -227,7 +227,7 @@ print(f"relative error: {relative_error(K.dense(), F):.3f} (Figure 5.1)")
 # %% [markdown]
 # ## The error is a covariance
 #
-# How good is [(5.3)]? For numbers, the average of a product minus the product of the averages is
+# How large is the error of [(5.3)]? For numbers, the average of a product minus the product of the averages is
 # the covariance, $\mathbb{E}[xy] - \mathbb{E}[x]\mathbb{E}[y] = \mathbb{E}[(x - \bar x)(y - \bar y)]$.
 # The same algebra works for $\otimes$, because it is bilinear. With $\bar B = \mathbb{E}[B_n]$ and
 # $\bar A = \mathbb{E}[A_n]$,
@@ -324,10 +324,10 @@ axes[1].set_ylim(0, 2 * every_B[:, row].abs().max().item() + 1e-3)
 plt.show()
 
 # %% [markdown]
-# Take a layer with two inputs and two outputs, six inputs $a$ and six vectors $g$. The slider decides who meets
-# whom. At the left end every $a$ meets every $g$ equally often, nothing is correlated, and KFAC is exact. At the right end the
-# longest input always meets the longest vector. $A$ and $B$ are averages over each side alone, so they never
-# change, and the whole change of $F$ becomes KFAC's error.
+# Take a layer with two inputs and two outputs, six inputs $a$ and six vectors $g$. The slider decides which $a$ is
+# paired with which $g$. At the left end every $a$ is paired with every $g$ equally often, nothing is correlated, and
+# KFAC is exact. At the right end the longest input is always paired with the longest vector. $A$ depends on the inputs
+# alone and $B$ on the vectors alone, so they never change, and the whole change of $F$ becomes KFAC's error.
 
 # %% tags=["hide-input"]
 source = torch.Generator(torch.get_default_device()).manual_seed(4)
@@ -335,8 +335,8 @@ few_a, few_g = torch.randn(6, 2, generator=source) + 0.4, torch.randn(6, 2, gene
 matched_pairs(few_a, few_g, share=0.6)
 
 # %% [markdown]
-# One more consequence is worth having. The norm of a covariance can be computed from inner
-# products between data alone, and here these are squares of inner products of vectors:
+# The norm of the error can be computed without the block. Inner products between data are enough, and here these are
+# squares of inner products of vectors:
 #
 # $$
 # \begin{aligned}
@@ -348,7 +348,7 @@ matched_pairs(few_a, few_g, share=0.6)
 # \tag{5.7}
 # $$
 #
-# So $\lVert F \rVert^2$ is the sum of all products of two $N \times N$ tables, and
+# So $\lVert F \rVert^2$ is the sum over $n$ and $m$ of the products of two $N \times N$ tables, and
 # $\lVert F - B \otimes A \rVert^2$ is the same with one table centred: the means of its rows and
 # of its columns are subtracted, and the mean of all its entries is added back. We can measure
 # KFAC's error on wide layers without ever forming their block.
@@ -374,9 +374,9 @@ assert abs(error_without_block(io) - relative_error(K.dense(), F)) < 1e-10
 #
 # Each of the following follows from [Theorem 5.1] by asking: what does not vary with $n$?
 #
-# **A single datum.** With $N = 1$ nothing varies. Any network, any loss, any kind of vectors.
-# This makes $N = 1$ the most popular test of a KFAC implementation, and a weak one: it cannot see
-# how data are averaged. Keep this in mind for the pitfalls below.
+# **A single datum.** With $N = 1$ nothing varies, so that KFAC is exact for any activations, any loss and any kind of
+# vectors. A test with $N = 1$ is tempting for this reason, and weak: it does not test how data are averaged, as the
+# section on pitfalls below shows.
 
 # %%
 for loss, target in ((CrossEntropyLoss(), torch.tensor([1])), (MSELoss(), torch.rand(1, 3))):
@@ -407,9 +407,9 @@ for loss, target in ((CrossEntropyLoss(), torch.tensor([1])), (MSELoss(), torch.
 #
 # </div>
 #
-# This theorem is the best test of an implementation: all sizes may differ, $N$ is large, and every factor of two
-# or $N$ or $C$ shows. The last lines use one layer twice. Then its gradient is a sum over two positions, and KFAC is
-# not exact, not even for a single datum ([Chapter 6](06_weight_sharing.py) has settings for that).
+# This theorem is the best test of an implementation: all sizes may differ, $N$ may be large, and a wrong factor of two
+# or $N$ or $C$ is found. The cell's last lines use one layer twice. Then its gradient is a sum over two positions, and
+# KFAC is not exact, not even for a single datum ([Chapter 6](06_weight_sharing.py) has settings for that).
 
 # %%
 for reduction in ("mean", "sum"):
@@ -461,8 +461,8 @@ for name, layer in layer_ios(nonlinear, loss, X, y).items():
 #
 # and the output of the first layer is the same for all $n$. Then so are all later activations,
 # the logits, the Hessian of the loss, and every Jacobian. For the first layer $B_n$ does not vary,
-# although $A_n$ does, as much as you like. For the later layers nothing varies. The empirical
-# Fisher joins in if the targets repeat as well.
+# although $A_n$ does, as much as you like. For the later layers nothing varies. For the empirical
+# Fisher KFAC is exact, too, if all targets are the same.
 
 
 # %%
@@ -488,7 +488,8 @@ assert relative_error(kfac(wrong).dense(), wrong.block()) > 0.01
 # %% [markdown]
 # **The biases**, in any network, with any loss, for any $N$. The input that belongs to the bias is
 # always one, so the corner entry of $A_n$ does not vary. Pick the rows and columns of $F$ that
-# belong to the bias, the last entry of every row of $W$. By [(5.2)] they form
+# belong to the bias, the last entry of every row of $W$. By [(5.2)] they form, with the index $-1$ for the last row
+# and column,
 #
 # $$
 # F_\text{bias} = \sum_n B_n (A_n)_{-1,-1} = \sum_n B_n = B = A_{-1,-1} B.
@@ -513,7 +514,7 @@ for name, layer in layer_ios(nonlinear, loss, X, y).items():
 # %% [markdown]
 # ## Where it is not
 #
-# A theorem is understood when one knows what happens without its conditions. Two were used above:
+# What happens without the conditions of [Theorem 5.2]? Two were used in its proof:
 # constant Jacobians and a constant Hessian of the loss. Take away one at a time.
 #
 # *Cross-entropy instead of squared error.* The network is still linear, so the Jacobians are
@@ -548,9 +549,8 @@ assert table["tanh,   squared error"][-1] < 1e-10
 assert min(table["tanh,   cross-entropy"]) > 0.05
 
 # %% [markdown]
-# One column per layer. These errors are not small: KFAC does not claim to get every entry right.
-# It keeps how the inputs of a layer vary together and how the vectors at its output do, and it
-# drops which inputs came with which vectors.
+# There is one column per layer. These errors are not small. The factors keep how the entries of a layer's input vary
+# together, and how those of the vectors at its output do. They do not keep which inputs came with which vectors.
 
 # %% [markdown]
 # ## How wrong on real data?
@@ -629,8 +629,8 @@ assert min(after["N", 2]) > 0.05
 # Training matters far more than width or depth. [Theorem 5.1] says why. An untrained
 # network predicts nearly the same probabilities for every image, so $B_n$ hardly varies, and what
 # does not vary cannot be correlated. The trained network is sure about most images. For those the
-# Hessian $\operatorname{diag}(p_n) - p_n p_n^\top$ is nearly zero, and $B$ is the work of the few
-# images that are still in doubt. We can count them: $(\sum_n t_n)^2 / \sum_n t_n^2$ with
+# Hessian $\operatorname{diag}(p_n) - p_n p_n^\top$ is nearly zero, and most of $B$ comes from the
+# images whose predictions are still unsure. We can count them: $(\sum_n t_n)^2 / \sum_n t_n^2$ with
 # $t_n = \operatorname{tr} B_n$ is $N$ if all contribute alike and 1 if one contributes everything.
 
 
@@ -674,7 +674,7 @@ stages = {"exact GGN": G, "block diagonal": diagonal, "KFAC": K}
 matrices(stages, scale=G.abs().max().item() / 4)
 
 # %% [markdown]
-# Both errors are perpendicular to each other: one lives outside the diagonal blocks, one inside.
+# The two errors are perpendicular to each other: one lies outside the diagonal blocks, one inside.
 # So their squares add up, and neither can make up for the other. The exactness theorems above
 # are about the blocks on the diagonal only. Even where KFAC is exact in that sense, as for deep
 # linear networks, the blocks between layers are not zero:
@@ -693,16 +693,16 @@ assert relative_error(K, gradients.T @ gradients) > 0.1
 # ## Sampled vectors
 #
 # So far the vectors were *type-2*, an exact square root of the loss Hessian. [Chapter 3](03_losses.py) also draws
-# labels from the model and sends back the gradients at those, $M$ for each datum, with an error of $1 / \sqrt M$. How
-# does this go together with KFAC? Only $B$ is affected, and KFAC is linear in $B$, so the expectation passes through:
+# labels from the model and sends back the gradients at those, $M$ for each datum, with an error that falls like
+# $1 / \sqrt M$. In KFAC only $B$ is affected, and $B \otimes A$ is linear in $B$, so that
 #
 # $$
 # \mathbb{E}[\hat B \otimes A] = \mathbb{E}[\hat B] \otimes A = B \otimes A.
 # \tag{5.11}
 # $$
 #
-# **Monte Carlo KFAC is right in expectation about type-2 KFAC**, not about the exact block. How
-# fast does it get there? Let datum $n$ have the vector $h_{cn}$ for label $c$, with probability
+# **The expectation of Monte Carlo KFAC is type-2 KFAC**, not the exact block. How
+# fast does the error fall? Let datum $n$ have the vector $h_{cn}$ for label $c$, with probability
 # $p_{cn}$. One sample of $\hat B$ is $\sum_n h_{c_n n} h_{c_n n}^\top$ with independent labels
 # $c_n$. The variances of its entries add up to
 #
@@ -789,7 +789,7 @@ assert enough > 1  # a single sample does not reach it
 
 # %% [markdown]
 # The two errors add in squares, because the sampling error has mean zero. Beyond the printed
-# number of samples most of the error is KFAC's own, and more samples buy little. With a single one,
+# number of samples most of the error is KFAC's own, and more samples reduce it little. With a single one,
 # the usual choice in training, sampling dominates on this small batch. Larger batches help, as
 # [(5.12)] has more data to average over, and so does averaging the factors over steps, which is what
 # optimisers do.
@@ -822,7 +822,7 @@ assert min(relative_error(E, F), relative_error(KE, E), relative_error(KE, F)) >
 # $$
 #
 # The paper calls it FOOF and reports that it often trains at least as well. It needs no vectors $g$
-# at all. It is not an approximation of the block: its scale knows nothing of the loss.
+# at all. It is not an approximation of the block: its scale does not depend on the loss.
 
 # %% tags=["remove-input"]
 code(foof)
@@ -890,10 +890,10 @@ for name in ("2", "4"):
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# Most mistakes with KFAC are mistakes of scale, and training hides them, because the step size
-# can be tuned until they cancel. [Theorem 5.2] does not hide anything. Here are six wrong
+# Many mistakes with KFAC are mistakes of scale, and training hides them, because step size and damping
+# can be tuned until they cancel. The test with [Theorem 5.2] finds them. Here are six wrong
 # versions for one layer of a deep linear network with squared error. Next to $N = 11$ we try the
-# popular test with a single datum.
+# test with a single datum.
 
 
 # %%
@@ -932,7 +932,7 @@ assert found["A is a sum", 1] < 1e-10  # a single datum does not see it
 assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") > 0.05
 
 # %% [markdown]
-# A single datum lets one of them pass, and cannot see anything else about averages over data.
+# With a single datum the mistake "A is a sum" passes, and so would every other mistake in an average over data.
 #
 # **Half the squared error or all of it?** `MSELoss` has no $\tfrac12$ in front, so its Hessian is
 # $2 I / D$. Texts that start from $\tfrac12 \lVert f - y \rVert^2$ get $I / D$. Both are right
@@ -955,10 +955,10 @@ assert min(found[mistake, 1] for mistake in several if mistake != "A is a sum") 
 # - KFAC, Kronecker-factored approximate curvature, replaces an average of products $B_n \otimes A_n$ by the product of
 #   the averages: $B = \sum_{v, n} g_{vn} g_{vn}^\top$ and $A = \frac1N \sum_n a_n a_n^\top$.
 # - Its error is $N$ times the covariance of the entries of $B_n$ with those of $A_n$.
-# - It is exact for one datum, for deep linear networks with squared error whose layers are used once, and for the last
-#   layer with squared error. Test with the second of these.
+# - If every layer is used once, it is exact for one datum, for deep linear networks with squared error, and for the
+#   last layer with squared error. Test with the second of these.
 # - On real data a block is wrong by tens of per cent after training, and steps are useful all the same.
-# - Sampled vectors are right in expectation about KFAC, not about the block. The empirical Fisher is another matrix.
+# - With sampled vectors the expectation is KFAC, not the block. The empirical Fisher is another matrix.
 #
 # ## Exercises
 #

@@ -18,7 +18,8 @@
 #
 # [Chapter 3](03_losses.py) described a loss by vectors $s_{vn}$ whose outer products sum to its Hessian at the
 # outputs. Its data had one label each, and all labels counted alike. This chapter does the same for sequences, for
-# the options of PyTorch's losses, and for a loss that the package does not know:
+# the options of PyTorch's losses, and for a loss that the package does not know. A weight of a label multiplies the
+# Hessian, and so the vectors by its root:
 #
 # $$
 # \nabla^2_f L = \sum_v s_{vn} s_{vn}^\top
@@ -26,6 +27,9 @@
 # \qquad
 # s \to \sqrt{\text{weight}}\; s .
 # $$
+#
+# For a sequence, it is tempting to send back one vector per class for all positions together. [Figure 7.1] shows what
+# this does to the curvature.
 
 # %% tags=["hide-input"]
 import itertools
@@ -61,7 +65,7 @@ def curvature_of(vectors: Tensor) -> Tensor:
 N, C, P = 7, 3, 5
 tokens, token_labels = torch.randn(N, C, P), torch.randint(C, (N, P))
 
-# %% tags=["hide-input"] alt="Two heat maps of 15 by 15. The exact Hessian of one sequence couples each position with itself only. The shortcut has further entries of both signs that couple different positions." caption="What the two say about one sequence (three classes at five positions, positions together). The cross terms of [(7.1)] fill the space between the blocks."
+# %% tags=["hide-input"] alt="Two heat maps of 15 by 15. The exact Hessian of one sequence couples each position with itself only. The shortcut has further entries of both signs that couple different positions." caption="The curvature at the outputs of one sequence, with one block for each of five positions and three classes in each. Left, with a vector for every class and position: the Hessian. Right, with one vector per class for all positions: the cross terms of [(7.1)] fill the space between the blocks."
 by_position = torch.arange(C * P).reshape(C, P).T.flatten()  # positions first
 loss = CrossEntropyLoss()
 exact_root, shortcut = (fisher(loss, tokens, token_labels) for fisher in (type2, type2_classwise))
@@ -96,12 +100,12 @@ matrices(pictures, blocks=dict.fromkeys(pictures, (C, C)))
 # \tag{7.1}
 # $$
 #
-# and the cross terms claim that the loss couples positions, which it does not.
+# and the cross terms couple positions, which the loss does not.
 #
 # ### In the package
 #
 # The shortcut has a name of its own, `type2_classwise`, and nothing uses it unless it is asked for. Its
-# columns are those of [(3.5)]: the cross terms of another root would be others.
+# columns $s_{cs}$ are those of [(3.5)]; another root would have other cross terms.
 
 # %% tags=["remove-input"]
 code(type2_classwise, losses._class_vectors)
@@ -115,12 +119,12 @@ assert_exact(curvature_of(exact_root), H_f)
 assert largest_error(curvature_of(shortcut), H_f) > 1e-2
 
 # %% [markdown]
-# When does nobody notice? KFAC in its expand setting ([Chapter 6](06_weight_sharing.py)) asks of the vectors
-# that reach a layer only for the sum of *their own* outer products over all positions,
+# When does the shortcut do no harm? KFAC in its expand setting ([Chapter 6](06_weight_sharing.py)) needs of the vectors
+# $g_{vns}$ that reach position $s$ of a layer only the sum of their outer products, each vector with itself,
 # $\sum_{v n s} g_{vns} g_{vns}^\top$. As long as no later layer mixes positions, what arrives at position $s$
-# of a layer started at position $s$ of the output. Then both give the same sum. Once
+# of a layer started at position $s$ of the output. Then both kinds of vectors give the same sum. Once
 # positions are mixed, by attention, by a convolution or by a mean, the vectors of different positions
-# are added up on the way, and cross terms enter. We watch the first layer of a small network for
+# are added up on the way, and cross terms enter. We compare the sums at two layers of a small network for
 # sequences, without and with attention. Here $g$ comes from `layer_ios`, the subject of
 # [Chapter 4](04_layer_io.py).
 
@@ -157,10 +161,9 @@ for attention, layer in itertools.product((False, True), ("first", "last")):
     assert error > 1e-2 if mixed else error < 1e-10
 
 # %% [markdown]
-# The last layer agrees in both networks, since nothing follows it. But the agreement is one of these sums, not of
+# At the last layer the sums agree in both networks, since nothing follows it. But only these sums agree, not the
 # curvature. The exact block of a layer that is used at several positions adds up a datum's gradient over
-# positions *before* taking the outer product, and meets the cross terms even where nothing
-# mixes:
+# positions *before* the outer product is taken, and so contains the cross terms even if no layer mixes positions:
 
 # %%
 network = TokenModel(attention=False)
@@ -194,7 +197,7 @@ for fisher in (type2, type2_classwise):
 #
 # ### In the package
 #
-# One number for each label. Everything else, `type2` and `monte_carlo`, multiplies by its square root.
+# The function returns one number for each label. `type2` and `monte_carlo` multiply by its square root.
 
 # %% tags=["remove-input"]
 code(losses._hessian_weights)
@@ -233,8 +236,8 @@ for name, (loss, y) in options.items():
 # %% [markdown]
 # With weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no
 # longer the negative log-likelihood of a distribution. The GGN exists all the same. `monte_carlo` draws from the
-# unweighted model and multiplies by the number above. The oracle `fisher`, which stands for the
-# definition, refuses:
+# unweighted model and multiplies by the root of the number above. The reference function `fisher`, which follows the
+# definition, raises an error:
 
 # %%
 try:
@@ -246,9 +249,9 @@ except NotImplementedError as error:
 # %% [markdown]
 # ## Your own loss in five lines
 #
-# Another likelihood needs a function of the same kind, nothing to register. Take counts with a
-# Poisson distribution of rate $e^f$. Its term is $\ell = e^f - y f + \log y!$, so $\nabla^2 \ell = e^f$:
-# no $y$ in it, one vector per output entry.
+# Another likelihood needs a function of the same kind, which need not be registered. Take counts with a
+# Poisson distribution of rate $e^f$. Its term is $\ell = e^f - y f + \log y!$, so $\nabla^2 \ell = e^f$ for each
+# entry. This does not contain $y$, and there is one vector per output entry.
 
 
 # %%
@@ -270,8 +273,7 @@ for loss in (PoissonNLLLoss(), PoissonNLLLoss(reduction="sum")):
         assert_exact(ours, block)
 
 # %% [markdown]
-# `type2`, in contrast, refuses a loss that it does not know, and says what to do. A wrong guess
-# would not be noticed.
+# `type2`, in contrast, raises an error for a loss that it does not know, and the message says what to do.
 
 # %%
 try:
@@ -295,10 +297,10 @@ assert_exact(curvature_of(right), H_f)
 assert_exact(curvature_of(wrong), 4 * H_f)
 
 # %% [markdown]
-# **A loss that is not convex in the outputs** has no real square root. Its Hessian has a negative eigenvalue, and a
-# sum of outer products has none. An example is the squared error of a sigmoid, $(\sigma(f) - y)^2$. Call the
-# sigmoid a part of the network instead. Then the loss is the squared error, and the GGN is another matrix, which is
-# semi-definite.
+# **A loss that is not convex in the outputs.** Its Hessian has a negative eigenvalue for some outputs, and there it has
+# no real square root, because a sum of outer products has none. An example is the squared error of a sigmoid,
+# $(\sigma(f) - y)^2$. Make the sigmoid a part of the network instead. Then the loss is the squared error, and the GGN
+# is another matrix, which is semi-definite.
 
 
 # %%
@@ -320,14 +322,16 @@ assert curve[0] < 0 < curve[2]
 #
 # - With $P$ labels per datum, the exact root has $(C - 1) P$ vectors. One vector per class is enough where no layer
 #   mixes positions, and only for sums of outer products over positions.
-# - Class weights and `pos_weight` multiply vectors by the root of a number. Soft targets and smoothing change nothing.
+# - Class weights and `pos_weight` multiply vectors by the root of a number. Without class weights, soft targets and
+#   smoothing leave the curvature as it is.
 # - A loss of your own needs one function that returns vectors. Test it against `curvature.loss_hessian`.
 # - A weighted loss is no negative log-likelihood any more: its GGN exists, its Fisher does not.
 #
 # ## Exercises
 #
-# **Exercise 7.1.** Multiply the column $s_{cs}$ of each position by a sign $\varepsilon_s = \pm 1$, drawn by a fair
-# coin, before columns are added up over positions. Show that the expected outer product has no cross terms.
+# **Exercise 7.1.** Multiply the column $s_{cs}$ of each position by a sign $\varepsilon_s = \pm 1$, drawn for each
+# position by a fair coin, before columns are added up over positions. Show that the expected outer product has no cross
+# terms.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -384,7 +388,7 @@ def check_vectors(vectors) -> None:
 check_vectors(smooth_absolute)
 other = [curvature.loss_hessian(SmoothAbsolute(), f, targets[MSELoss] + k) for k in (0, 1)]
 assert largest_error(*other) > 0.1  # it depends on the label
-print("Exercises 7.1 and 34.2: all hold")
+print("Exercises 7.1 and 7.2: all hold")
 
 # %% [markdown]
 # ## Further reading

@@ -105,8 +105,8 @@ plt.show()
 # \tag{8.2}
 # $$
 #
-# Two decisions are hidden in this line. Damping is an argument of the inverse and not a property
-# of the matrix, so it cannot be stored by accident and added twice. And the inverse is something
+# This line contains two decisions. Damping is an argument of the inverse and not a property
+# of the matrix, so it cannot be stored by accident and added twice. And the inverse is a map
 # that acts on $V$, not an array: it may be a Kronecker product, an eigendecomposition or an
 # iteration.
 
@@ -115,8 +115,8 @@ source(Matrix)
 
 # %% [markdown]
 # These are laws, so they can be checked by one function for all kinds of matrices. It compares
-# with the *dense twin* of the matrix, `M.dense()`, which is what nobody can afford for a real
-# layer.
+# with the *dense twin* of the matrix, `M.dense()`, which is too large for a real layer. (`EXACT` is $10^{-10}$, and
+# `spd` makes a random symmetric positive definite matrix.)
 
 
 # %%
@@ -206,8 +206,8 @@ assert_exact(QB @ (Lambda * (QB.T @ V @ QA)) @ QA.T, M @ V)
 #
 # `KroneckerEigen` stores $Q_A$, $Q_B$ and the scales. Its inverse, its square roots and its product are
 # one line each, and `Kronecker` gets them by decomposing its factors: two small
-# eigendecompositions instead of a large one. The scales need not be of rank one,
-# $\Lambda = \beta \alpha^\top$; that is the freedom that EKFAC will use.
+# eigendecompositions instead of a large one. The matrix of scales need not have the form
+# $\Lambda = \beta \alpha^\top$, of rank one: EKFAC will use others ([Chapter 14](14_ekfac.py)).
 
 # %% tags=["beside", "remove-input"]
 code(
@@ -242,7 +242,7 @@ assert obeys_laws(arbitrary, (d_out, d_in))
 # \tag{8.6}
 # $$
 #
-# Each sum over the index that a summand does not have gives a factor, so the exponent of $\det B$
+# The term $\log \beta_o$ does not depend on $i$ and is counted $d_\text{in}$ times, so the exponent of $\det B$
 # is the size of the *other* factor. With damping, the logarithm of $\beta_o \alpha_i + \delta$
 # does not split, and the eigenvalues are needed,
 #
@@ -263,8 +263,7 @@ damped = dense + 0.1 * torch.eye(len(dense))
 assert_exact(M.logdet(0.1), damped.logdet())
 
 # %% [markdown]
-# Why logarithms? The determinant of even a small layer does not fit into a float64, its logarithm
-# does:
+# Why logarithms? Already for a small layer the determinant can lie below the smallest number of float64:
 
 # %%
 large = Kronecker(spd(90) / 10, spd(70) / 10)
@@ -302,10 +301,9 @@ assert_exact(large.logdet(), 90 * large.B.logdet() + 70 * large.A.logdet())
 # multiple of the identity. Finally, if the inverse were a product $Y \otimes X$, then so would be
 # its inverse $Y^{-1} \otimes X^{-1}$, the damped matrix. $\blacksquare$
 #
-# A computer can see this. Rearrange $M$ such that every block becomes a row; call the result $R$.
-# Its rows are all multiples of one row, so $R$ has rank one, exactly when $M$ is a Kronecker
-# product. In general the rank of $R$ is the smallest number of Kronecker products that add up to
-# $M$.
+# This can be checked numerically. Rearrange $M$ such that every block becomes a row; call the result $R$.
+# $M$ is a Kronecker product if and only if all rows of $R$ are multiples of one row, that is, if $R$ has rank one. In
+# general the rank of $R$ is the smallest number of Kronecker products that add up to $M$.
 
 
 # %%
@@ -332,8 +330,8 @@ assert ranks["B ⊗ 2I, damped"] == 1
 #
 # What does damping change? Each coefficient of the gradient in the eigenbasis is divided by its
 # curvature plus $\delta$. Where the curvature is far above $\delta$ this is a Newton step, and
-# where it is far below it is a gradient step of length $1 / \delta$: flat directions, about which
-# the data say little, are not trusted to be as flat as they look ([Figure 8.1]).
+# where it is far below it is a gradient step with learning rate $1 / \delta$. So along flat directions, where the
+# estimated curvature is least reliable, the step is limited ([Figure 8.1]).
 
 # %% [markdown]
 # ### A preview: factored damping
@@ -342,7 +340,7 @@ assert ranks["B ⊗ 2I, damped"] == 1
 # $(B + \sqrt\delta I) \otimes (A + \sqrt\delta I)$, because then the inverse stays a Kronecker
 # product and each factor can be inverted by itself. Equation [(1.11)] says what that costs: the
 # extra term $\sqrt\delta (B \otimes I + I \otimes A)$. It is positive semi-definite, so the
-# factored inverse is smaller than the exact one, in every direction: more damping than asked for.
+# factored inverse is at most the exact one, in every direction: it damps more than was asked for.
 
 # %%
 delta = 0.1
@@ -354,7 +352,7 @@ assert largest_error(approximate, exact) > 0.1
 assert eigvalsh(exact - approximate).min() > -EXACT  # the difference is positive semi-definite
 
 # %% [markdown]
-# It is an approximation with a free parameter, and the subject of a chapter of its own.
+# [Chapter 9](09_damping.py) says how to share $\delta$ between the factors, and what the extra damping does.
 #
 # ## Square roots, and samples
 #
@@ -376,7 +374,7 @@ assert eigvalsh(exact - approximate).min() > -EXACT  # the difference is positiv
 # $B^{-1/2} E A^{-1/2}$ with standard normal $E$: the *matrix normal* distribution, with covariance
 # $B^{-1}$ between rows and $A^{-1}$ between columns.
 #
-# Whether the covariance is right needs no random number. Send all unit vectors through $R$, which
+# A check of the covariance needs no random number. Send all unit vectors through $R$, which
 # gives its columns, and multiply:
 
 # %%
@@ -389,10 +387,10 @@ roots = Kronecker(inv(Dense(A).sqrt().M), inv(Dense(B).sqrt().M))
 assert_exact(M.inverse_sqrt(0.0) @ E, roots.B @ E @ roots.A)
 
 # %% [markdown]
-# One statistical test is left, that noise is really fed in as in [(8.8)]. For a unit vector $u$,
+# One statistical test is left: that samples are made from noise as in [(8.8)]. For a unit vector $u$,
 # the square of $u^\top x$ has the mean $u^\top \operatorname{Cov}(x)\, u$ and, relative to that,
 # the variance 2 (that of a squared standard normal). The average over $K$ samples therefore has
-# the relative standard error $\sqrt{2 / K}$. We ask for five standard errors, in each coordinate
+# the relative standard error $\sqrt{2 / K}$. We allow a deviation of five standard errors, in each coordinate
 # direction:
 
 # %%
@@ -409,9 +407,8 @@ assert twice > 5  # a covariance wrong by a factor of two is noticed
 # %% [markdown]
 # ## Other matrices under the same laws
 #
-# `Diagonal` stores one number per parameter, `Dense` all of the matrix. They are the two ends: what to
-# compare with if the structure is in doubt. Both obey the laws, and a method that asks for no more
-# than the laws runs with all kinds.
+# `Diagonal` stores one number per parameter, the least of all kinds, and `Dense` the whole matrix. Both obey the laws,
+# and a method that uses no more than the laws runs with all kinds.
 
 # %%
 S = spd(d_out * d_in)
@@ -430,8 +427,9 @@ for name, matrix in zoo.items():
     print(f"{name:>14}: inverse is a {type(matrix.inverse(0.1)).__name__}")
 
 # %% [markdown]
-# The last line is different. Two Kronecker products have different eigenvectors, and a damped sum of two is a sum of
-# three. [Chapter 16](16_kpsvd.py#a-sum-of-two-products-and-its-inverse) needs such sums, and derives their inverse.
+# The last line is different. Two Kronecker products have different eigenvectors, so that no eigenbasis of factors
+# inverts their sum. [Chapter 16](16_kpsvd.py#a-sum-of-two-products-and-its-inverse) needs such sums, and derives their
+# inverse.
 #
 # ## A step for a whole network
 #
@@ -544,14 +542,14 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Do not expect exactly three and six: small matrices are dominated by overhead, and processors
-# treat matrices of different sizes differently well. The gap between the curves is what counts.
+# Do not expect exactly three and six: for small matrices, and all factors here are small, most of the time is overhead.
+# What matters is the gap between the curves.
 #
 # ## How many digits survive
 #
 # A number in float32 has a relative precision of $\varepsilon \approx 10^{-7}$. A computed
-# eigenvalue of a matrix has an error relative to the *largest* one, $\varepsilon
-# \lambda_\text{max}$, for the rounding of the matrix alone moves it by so much. In the direction of the
+# eigenvalue of a matrix has an error of about $\varepsilon \lambda_\text{max}$, relative to the *largest* one, because
+# the rounding of the matrix's entries changes it by that much. In the direction of the
 # smallest eigenvalue we divide by $\lambda_\text{min} + \delta$, so the relative error of a dense
 # inverse is of the order of
 #
@@ -576,9 +574,9 @@ plt.show()
 # \tag{8.10}
 # $$
 #
-# Without damping, the *sum* of the condition numbers has taken the place of their product: the
-# small eigenvalues of the block were never computed by subtraction from large ones, but
-# multiplied from those of the factors. In both cases damping decides how many digits are left.
+# Without damping, the *sum* of the condition numbers has taken the place of their product, because
+# the small eigenvalues of the block are products of those of the factors, each with a small relative error. In both
+# cases damping decides how many digits are left.
 
 
 # %%
@@ -631,12 +629,12 @@ assert max(single["dense"][-1], single["factors"][-1]) < 1e-5  # damping restore
 # %% [markdown]
 # Rounding can even make the smallest eigenvalues negative, which no covariance has. With
 # $\lambda + \delta$ close to zero or below it, a step would explode or change its sign.
-# `psd_eigh` sets negative eigenvalues within round-off to zero, and refuses matrices that are
-# negative beyond that, since those were not positive semi-definite in the first place. It changes no
-# positive eigenvalue: before damping, nobody can tell a small genuine one from round-off, and nobody
-# has to. A rule that sets eigenvalues below $d \cdot \mathrm{eps}$ of the largest to zero is common. In
-# float32 it removes genuine eigenvalues of a wide layer, here of inputs whose spectrum falls like that
-# of images, and the step along every direction that it removes is too long:
+# `psd_eigh` sets negative eigenvalues within round-off to zero. For matrices that are
+# negative beyond that it raises an error, since those were not positive semi-definite in the first place. It changes no
+# positive eigenvalue: a small genuine one cannot be told from round-off, and damping makes the difference harmless. A
+# common rule sets eigenvalues below $d \cdot \mathrm{eps}$ of the largest to zero, with the machine precision
+# $\mathrm{eps}$. In float32 it removes genuine eigenvalues of a wide layer, here of inputs whose spectrum falls with a
+# power of the index, and the step along every direction that it removes is too long:
 
 
 # %%
@@ -715,10 +713,9 @@ for wrong in (exchanged, transposed):
     assert largest_error(wrong.inverse(0.1) @ V, square.inverse(0.1) @ V) > 0.1
 
 # %% [markdown]
-# **Averages of the wrong thing.** Curvature is averaged over batches, workers or time. What may
-# be averaged is the matrix, then inverted. The average of inverses is a different matrix, and not
-# a harmless one: it is larger in every direction, because the inverse is convex (for numbers: the
-# mean of $1/x$ exceeds $1$ over the mean of $x$). Steps come out too long. And averaging the
+# **Averages of the wrong thing.** Curvature is averaged over batches, workers or time. Average the matrices, and then
+# invert. The average of the inverses is another matrix. It is larger in every direction, because the inverse is convex
+# (for numbers: the mean of $1/x$ exceeds $1$ over the mean of $x$), so that steps are too long. And averaging the
 # factors separately is not averaging the products, though it is what KFAC does, as a further
 # approximation:
 
@@ -751,9 +748,9 @@ assert largest_error(averaged.T @ averaged, torch.eye(d_in)) > 0.1
 assert largest_error(averaged * alpha @ averaged.T, A) > 0.1
 
 # %% [markdown]
-# **No damping.** The factor $A$ is a mean of $N S$ outer products, so it is singular if $N S \lt
-# d_\text{in}$; a pixel that is never lit or a token that is not in the batch is enough as well. An
-# eigenvalue that is exactly zero is refused:
+# **No damping.** The factor $A$ is a mean of $N S$ outer products, for $N$ data with $S$ positions each, so it is
+# singular if $N S \lt d_\text{in}$. A pixel that is zero in all images or a token that is not in the batch makes it
+# singular, too. An inverse without damping raises an error if an eigenvalue is exactly zero:
 
 # %%
 counts = torch.tensor([2.0, 0.0, 1.0, 0.0, 3.0])  # one-hot inputs: A is diagonal
@@ -763,9 +760,8 @@ assert_exact(unseen.inverse(1e-3) @ (unseen @ E + 1e-3 * E), E)
 
 # %% [markdown]
 # More often round-off turns the zero into a tiny number of random size and sign. Its inverse is an
-# enormous number with no correct digit. Without damping, `told_from_zero` takes what rounding can
-# make, up to ten units of it, for the zero that it is, factor by factor. So the package refuses here
-# as well; code that inverts what it gets does not notice:
+# enormous number with no correct digit. So without damping the package sets, in each factor, eigenvalues of at most
+# $10\, \mathrm{eps}$ of the largest to zero (`told_from_zero`), and raises an error here as well:
 
 # %%
 few = torch.randn(3, d_in)  # three data

@@ -17,7 +17,8 @@
 # where does it go?
 #
 # Damping is the small positive number $\delta$ that earlier chapters passed to every inverse. It is a filter on the
-# directions of a step: [Figure 9.1].
+# directions of a step: along an eigenvector of the curvature with eigenvalue $\lambda$, the fraction
+# $\lambda / (\lambda + \delta)$ of the undamped step, Newton's, is left ([Figure 9.1]).
 
 # %% tags=["hide-input"]
 import itertools
@@ -114,7 +115,7 @@ plt.show()
 #
 # - give the two reasons for damping, noise in small eigenvalues and a model that is local;
 # - say what a damping does to each direction, and in which unit it is measured;
-# - choose between exact and factored damping, and say why $\pi$ is not optional;
+# - choose between exact and factored damping, and say why the second needs its constant $\pi$;
 # - let the loss decide how much damping is needed.
 #
 # The example is a network of two layers for the handwritten digits of the earlier chapters, after
@@ -146,7 +147,7 @@ assert losses[0.1] < losses[10.0] < value  # too much damping: hardly a step
 # %% [markdown]
 # Nearly without damping the step is many times longer than the vector of all weights, and the
 # loss is many times larger afterwards, on the very batch on which gradient and curvature
-# were computed. With a damping of 0.1 the step lowers the loss. There are two different reasons.
+# were computed. With a damping of 0.1 the step lowers the loss. Damping is needed for two different reasons.
 #
 # ## Reason one: small eigenvalues are noise
 #
@@ -161,16 +162,18 @@ few, fresh = a[500:600], a[600:]
 alpha, QA = psd_eigh(few.T @ few / len(few))
 measured = (fresh @ QA).square().mean(0)
 
-kept = alpha > 1e-10  # pixels that are always zero say nothing either way
+kept = alpha > 1e-10  # without the pixels that are always zero
 ratio = (measured / alpha)[kept]
-print(f"largest ten eigenvalues: fresh images see {ratio[-10:].median().item():.2f} times as much")
-print(f"smallest ten:            fresh images see {ratio[:10].median().item():.2f} times as much")
+print("mean of (qᵀa)² over other images, relative to the eigenvalue:")
+print(
+    f"  ten largest {ratio[-10:].median().item():.2f}, ten smallest {ratio[:10].median().item():.2f}"
+)
 assert 0.7 < ratio[-10:].median() < 1.5
 assert ratio[:10].median() > 3
 assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are not flat at all
 
 # %% [markdown]
-# The large eigenvalues are right. The small ones are too small, and not by chance: the decomposition
+# The large eigenvalues are nearly right. The small ones are too small, and not by chance: the decomposition
 # finds the directions along which *these* 100 images vary least. Dividing by
 # a number that is too small gives a step that is too long. Adding $\delta$ to all eigenvalues
 # corrects the small ones and hardly changes the large ones.
@@ -245,8 +248,7 @@ lengths = [s.norm().item() for s in damped.values()]
 assert lengths == sorted(lengths, reverse=True)
 
 # %% [markdown]
-# Fixing the damping is one policy and fixing the radius is another; the steps come from the same
-# family.
+# An optimiser may fix the damping or the radius. The steps come from the same family.
 #
 # ## Damping as a filter
 #
@@ -263,9 +265,9 @@ assert lengths == sorted(lengths, reverse=True)
 #
 # Where $\lambda_i$ is far above $\delta$, the filter is one and the step is Newton's. Where it is
 # far below, the step is a gradient step with learning rate $1 / \delta$. In between, at
-# $\lambda_i = \delta$, it is half of either. So $\delta$ is a place on the axis of eigenvalues: it
-# says which directions are trusted. The sum of the filter over all directions counts them,
-# $\sum_i \lambda_i / (\lambda_i + \delta)$. Let us see this for the first layer.
+# $\lambda_i = \delta$, it is half of either. So $\delta$ is a place on the axis of eigenvalues: in the directions with
+# larger eigenvalues the curvature is trusted. The sum of the filter over all directions,
+# $\sum_i \lambda_i / (\lambda_i + \delta)$, counts these directions. The cell does so for the first layer.
 
 # %%
 K = factors["0"]
@@ -281,8 +283,8 @@ for damping in (1e-6, 1e-4, 1e-2):
     assert_exact(along, coefficients / (eigen.scale + damping))
 
 # %% [markdown]
-# Move $\delta$ along the axis of eigenvalues. Far above it, directions keep nearly their whole Newton step.
-# The more damping there is, the fewer they are, and the directions with eigenvalue zero keep nothing at all.
+# Move $\delta$ along the axis of eigenvalues. Directions with eigenvalues far above $\delta$ keep nearly their whole
+# Newton step. With more damping there are fewer of them. For directions with eigenvalue zero the fraction is zero.
 
 # %% tags=["hide-input"]
 damping_filter(eigen.scale.flatten(), damping=1e-4)
@@ -359,7 +361,7 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # \tag{9.7}
 # $$
 #
-# The derivative by $\pi$ is
+# The derivative with respect to $\pi$ is
 # $\sqrt\delta\, (d_\text{in} \operatorname{tr} B - d_\text{out} \operatorname{tr} A / \pi^2)$. It is zero where
 #
 # $$
@@ -423,11 +425,11 @@ assert not torch.allclose(inverse.dense(), small.inverse(d).dense(), rtol=0.05)
 # step by $\beta_o \alpha_i + \delta = \delta (xy + 1)$. The ratio is [(9.9)], and
 # $(x + 1)(y + 1) = xy + 1 + x + y$. $\blacksquare$
 #
-# So the factored step is no longer in any direction, whatever $\pi$ is. It is the exact step for a
+# So, whatever $\pi$ is, the factored step is in no direction longer than the exact one. It is the exact step for a
 # damping of $\delta (1 + x + y)$, which differs from direction to direction. Where both eigenvalues are
 # large compared with their share of the damping, or both are small, the ratio [(9.9)] is near one. It
-# is small where one is large and the other small. Such mixed directions are the normal case for a
-# Kronecker product.
+# is small where one is large and the other small. A Kronecker product has many such mixed directions, because each
+# eigenvalue of one factor is paired with each of the other.
 
 # %%
 alpha, beta = psd_eigh(A)[0], psd_eigh(B)[0]
@@ -530,7 +532,7 @@ plt.show()
 #
 # The step is the same **if damping is multiplied by $c$ as well**. Damping has the unit of
 # curvature. A common $c$ is the number of data: for `reduction="sum"` instead of `"mean"`, the
-# same number means $N$ times less damping.
+# same value of $\delta$ damps $N$ times less.
 
 # %%
 of_mean = factors["2"]
@@ -563,8 +565,7 @@ sum_step = of_sum.inverse(relative_damping(of_sum, 0.1)) @ (N * V)
 assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 
 # %% [markdown]
-# This is a choice and not a law: the trust region becomes an ellipsoid, with longer steps in flat
-# layers.
+# With this choice the trust region becomes an ellipsoid, with longer steps in flat layers.
 #
 # ## Levenberg and Marquardt: ask the loss
 #
@@ -683,21 +684,21 @@ plt.show()
 # %% [markdown]
 # With exact curvature, damping starts high, while the model is good for short steps only, and
 # falls as the minimum comes near, so that the steps become Gauss-Newton steps. Neither of the two
-# fixed dampings does both. KFAC's damping soon returns to its first value. Its $M$ leaves out the curvature
-# between layers, and this error stays when the minimum is near. So the ratio falls below the threshold
-# whenever the damping gets low.
+# fixed dampings does both. KFAC's damping soon returns to its first value. Its $M$ is not the GGN: it leaves out the
+# curvature between layers, for example, and this error stays when the minimum is near. So the ratio falls below the
+# threshold whenever the damping gets low.
 #
 # ### The end, and after the end
 #
 # At a minimum [(9.13)] becomes $0 / 0$, and in floating point round-off over round-off. If the loss does not change
 # in its last digit, the ratio is zero, and a rule that uses this ratio raises the damping again and again.
-# `reduction_ratio` returns `None` when the model predicts less than the loss can resolve, and damping stays. The
+# `reduction_ratio` returns `None` when the predicted change is within the round-off of the loss, and damping stays. The
 # opposite case is a step so long that the loss is not a number. Every comparison with `nan` is false, so that a
 # rule with two comparisons leaves damping where it is, and the next step is as bad. `nan` must count as the worst
 # ratio.
 
 # %%
-before, promised, nan = 0.8, -1e-18, float("nan")
+before, promised, nan = 0.8, -1e-18, float("nan")  # `promised`: the predicted change
 after_step = before + promised  # as on the parabola: the true ratio is one
 naive = (after_step - before) / promised
 assert levenberg_marquardt(0.1, naive) > 0.1 > naive == 0
