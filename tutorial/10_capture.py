@@ -16,17 +16,19 @@
 # **Part III: KFAC.** How does a program find the inputs $a$ and the vectors $g$ of every weight
 # in a network that somebody else wrote, and how does it know that it found all of them?
 #
-# [Chapter 4](04_layer_io.py) records a layer's input $a$ and the vector $g$ at its output with forward hooks. That is
-# enough if every weight is used by calling its layer. PyTorch's attention reads the weight of a layer and never calls
-# the layer. This chapter records *functions* instead of layers, and checks the record: with a random vector $v$ at the
-# outputs, the recorded calls $c$ must explain the gradient,
+# [Chapter 4](04_layer_io.py) makes the block of a layer, its part of the GGN, from the layer's input $a$ and the
+# vectors $g$ that arrive at the layer's output when vectors are sent back from the network's outputs. Forward hooks
+# record $a$ and the place to ask for $g$. That is enough if every weight is used by calling its layer. PyTorch's
+# attention reads the weight of a layer and never calls the layer. This chapter records calls of *functions* instead
+# of layers, and checks the record. Let $f$ be the network's outputs, $v$ a random vector, and $g_c$ the derivative of
+# $v^\top f$ with respect to the output of call $c$. The recorded calls must explain the gradient:
 #
 # $$
 # \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top .
 # $$
 #
-# *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back
-# for every $g$.
+# *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back from the
+# outputs for every $g$.
 
 # %%
 import textwrap
@@ -56,7 +58,7 @@ set_up()  # seed 0, float64, the GPU where there is one
 
 EXACT = 1e-10  # what we call equal in float64
 
-# %% tags=["hide-input"] alt="A dot plot with the trace of each of the 14 blocks of a transformer with two layers, on a logarithmic axis. Blocks of feed-forward layers, embedding and head are marked as seen by a hook. Queries, keys, values and output projections, eight blocks with smaller traces, are marked as blocks for which no hook runs." caption="The trace of every block of a transformer of PyTorch's modules, found by capture. For the four matrices of each attention, no forward hook on a layer runs."
+# %% tags=["hide-input"] alt="A dot plot with the trace of each of the 14 blocks of a transformer with two layers, on a logarithmic axis. Blocks of feed-forward layers, embedding and head are marked as seen by a hook. Queries, keys, values and output projections, eight blocks with smaller traces, are marked as blocks for which no hook runs." caption="The trace of every block of the GGN, for a transformer of PyTorch's modules, found by capture. For the four matrices of each attention, no forward hook on a layer runs."
 torch.manual_seed(0)
 encoder = nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32, batch_first=True)
 stack = nn.TransformerEncoder(encoder, num_layers=2)
@@ -98,14 +100,16 @@ _ = torch.manual_seed(0)
 # After this chapter you will be able to
 #
 # - record the inputs and vectors of every use of a weight, whatever function uses it;
-# - check a record: data must not meet, and the recorded calls must explain the gradient;
+# - check a record: no derivative may pass from one datum to another, and the recorded calls must explain the
+#   gradient;
 # - say which networks capture refuses and why, and what its checks cannot see.
 #
 # ## Why hooks are not enough
 #
 # A forward hook belongs to a module. PyTorch calls it after the module's `forward`, with the module's
-# input and output. The following program has one hook for every linear layer, as in Chapter 4. It accepts
-# inputs with positions, too: all axes between the first and the last are joined to one axis of positions.
+# input and output. The following program has one hook for every linear layer, as in Chapter 4. It accepts inputs with
+# positions, too: all axes between the first and the last are joined to one axis of positions. `type2` gives the
+# vectors $\sigma_{vn}$ of Chapter 4, a square root of the loss's Hessian, which are sent back all at once.
 
 
 # %%
@@ -282,9 +286,9 @@ class Recorder(TorchFunctionMode):
 # The recorder does not know the model. So `matrices_of` lists the matrices $W$ of the model: for each its
 # name, the parameter that holds it, and its rows there. Then `by_functions` brings matrices and calls
 # together. A call that uses the rows of several matrices counts for each of them, with the entries of $g$
-# that belong to its rows. Inside of attention, the axis of the positions comes before the axis of the data.
-# The argument `positions_first` says so, and the data are put first. Both networks without attention get
-# their exact blocks:
+# that belong to its rows. Inside attention, the axis of the positions comes before the axis of the data. If
+# `positions_first` is true, `by_functions` puts the data first. Both networks without attention get their exact
+# blocks:
 
 
 # %%
@@ -333,10 +337,10 @@ for name, net in (("a weight used twice", twice), ("a hook of other code", hooke
 # The hook of [Chapter 4](04_layer_io.py) returns a copy of every output, because the next function may write
 # into it. An edge makes most copies unnecessary: it is a place in the graph, and it stays the same place
 # when the tensor gets new values. Views are the exception. With a bias, and a contiguous input with positions,
-# `functional.linear` computes one large matrix product and returns a view of it. If a function writes into a
-# view, autograd attaches the new value to the tensor that the view was taken from. The view's old edge is then no
-# longer part of the graph. The cell asks for the derivative at the edge of $z$, with an activation in place
-# behind it.
+# `functional.linear` computes one large matrix product and returns a view of it. If a function writes into a view,
+# autograd records the write at the tensor that the view was taken from, and takes the view from there anew. The
+# view's old edge is then no longer on any path to the output. The cell asks for the derivative at the edge of $z$,
+# with an activation in place behind it.
 
 
 # %% tags=["hide-input"] fold="Checked: a derivative is lost exactly where the output is a view"
@@ -381,10 +385,10 @@ assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
 #
 # ### A function that hides others
 #
-# The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else
-# the mode would get its own calls again. Most functions that get a weight call no other, so nothing is missed. A few
-# of those written in Python do. Their first line asks whether a mode is on, and if so, gives the whole call to
-# the mode. The mode runs the function again, now switched off itself, and so it does not see which other
+# The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else the mode
+# would get its own calls again. Most functions that get a weight call no other function, so nothing is missed. A few
+# functions that are written in Python call others. Their first line asks whether a mode is on, and if so, gives the
+# whole call to the mode. The mode is switched off while it runs the function again, so it does not see which other
 # functions are called. One of these is `functional.multi_head_attention_forward`:
 
 # %% tags=["hide-input"] fold="Checked: no call behind the attention is in the list"
@@ -398,7 +402,7 @@ assert names.count("linear") == 1  # the head
 # %% [markdown]
 # The function calls `linear` for its projections, and none of these calls is in the list. It does not help if
 # the mode switches itself on again and then runs the function: the first line gives the call to the mode, the
-# mode runs the function, and so on for ever.
+# mode runs the function, and so on without end.
 
 
 # %% tags=["hide-input"] fold="Checked: a mode that is switched on again runs for ever"
@@ -422,8 +426,8 @@ else:
 
 # %% [markdown]
 # The package therefore *opens* the function: it makes a copy with the same code, in which the test for an active
-# mode always returns false. The mode gets every call that the copy makes. This gives the exact
-# blocks of all four projections, and the recorder needs nothing else that is special to attention.
+# mode always returns false. The mode gets every call that the copy makes. This gives the exact blocks of all four
+# projections. Nothing else in the recorder is special to attention.
 
 # %% tags=["remove-input"]
 code(functions.opened)
@@ -582,34 +586,33 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 # %% [markdown]
 # ## Two checks
 #
-# So far a program has found *some* uses of $W$, and two conditions have been taken for granted. First,
-# [Theorem 4.1] assumes that $f_n$ depends on no datum but $n$. Second, the gradient is $\sum_s g_s a_s^\top$,
-# [(4.3)], only if the recorded calls are all that the network does with $W$. Neither condition can be read off
-# a network's layers. Data may meet each other behind a layer, by a mean over the batch, say. A weight may be
-# used by a function that has no rule. Then the network can be trained, capture without checks raises no
-# error, and the block is wrong.
+# So far a program has found *some* uses of $W$, and two conditions have been taken for granted. First, [Theorem 4.1]
+# assumes that data do not meet: $f_n$ has no derivative with respect to what a layer computes for another datum.
+# Second, the gradient is $\sum_s g_s a_s^\top$, [(4.3)], only if the recorded calls are all that the network does
+# with $W$. Neither condition can be read off a network's layers. Data may meet each other behind a layer, by a mean
+# over the batch, say. A weight may be used by a function that has no rule. Then the network can be trained, capture
+# without checks raises no error, and the block is wrong.
 #
 # The package therefore tries a network on a few of the data, after the forward pass of the batch and before any
 # vector of the loss is sent. One trial serves all
 # batches of one kind: with the same shapes and types of the inputs (the number of data may differ), the same
 # modes of the modules, and the same trainable parameters.
 #
-# 1. *Data do not meet.* Data meet if the output $f_n$ of one has a derivative with respect to a layer's
-#    output $z_{ms}$ for another. The package sends random vectors to the network's outputs for some of the
-#    data. At all other data, the $g$ of every layer must be zero, exactly: no path leads there, so there is
-#    nothing to round. This is done for a few sets of data. For any two data there is a set with the first and
-#    without the second. The derivatives from two data of a set could cancel. For random vectors, the probability
-#    of that is zero.
+# 1. *Data do not meet.* Data $n$ and $m$ meet if $f_n$ has a derivative with respect to a layer's output $z_{ms}$.
+#    The package sends random vectors back from the network's outputs for a set of the data. At all data outside the
+#    set, the $g$ of every layer must be zero, exactly: no path leads there, so there is nothing to round. This is
+#    done for a few sets. For any two data there is a set with the first and without the second. What arrives from two
+#    data of a set could cancel, but for random vectors the probability of that is zero.
 # 2. *The calls explain the gradient.* The package sends a random vector $v$ to all outputs. For every
 #    parameter, the gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls, up to
 #    rounding. The tolerance is a bound on the terms of this sum times the square root of the machine
 #    precision. It is not a share of the gradient, since a gradient may be zero, such as that of a bias whose
 #    effect cancels.
 #
-# The first check also finds the axis of the data, which the package does not assume. It is the axis of $z$
-# whose size changes between two and three data. If several axes fit, the inputs of both small runs decide. If
-# this axis also contains positions, the zeros tell whether the positions of one datum are neighbours on it or far
-# apart.
+# The first check also finds the axis of the data, which the package does not assume. The package runs the network on
+# two and on three data, and takes the axis of $z$ whose size changes. If this axis also contains positions, the zeros
+# tell whether the positions of one datum are neighbours on it or far apart. If the zeros leave several possibilities,
+# the inputs of the two small runs decide.
 #
 # <div class="admonition theorem" markdown="1" id="thm-10.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 10.1 (the calls explain the gradient)</b></p>
@@ -638,15 +641,16 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 # $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the difference is the
 # contribution of all other paths, those through uses of $W$ that were not recorded.
 #
-# Equation [(10.1)] makes blocks exact, for this reason. Take a $v$ that is $\sigma_{vn}$ at the output of datum $n$ and
-# zero at the others. If data do not meet, $g_c$ is zero at the rows of all data but $n$. So the sum in [(10.1)] is over
-# the rows of datum $n$, and by [(10.1)] it is the gradient $G_{vn}$ of [Theorem 4.1]. This proves the blocks for the
-# data that are tried. For the rest of the batch it is assumed.
+# Equation [(10.1)] makes blocks exact, for this reason. Take for $v$ one of the vectors of the loss, $\sigma_{vn}$,
+# at the output of datum $n$, and zero at the others. If data do not meet, $g_c$ is zero at the rows of all data but
+# $n$. So the sum in [(10.1)] is over the rows of datum $n$, and by [(10.1)] it is the gradient $G_{vn}$ of
+# [Theorem 4.1]. This proves the blocks for the data that are tried. For the rest of the batch it is assumed.
 #
-# The proof holds for any $a_c$ and $g_c$. The second check finds every mistake of a rule that changes
-# the sum, in the rows, say, or in a bias column. The first finds data on the wrong axis. A mistake that keeps every
-# $G_{vn}$, such as $2 a$ with $g / 2$, keeps the block. It could still change the factors $A$ and $B$ of KFAC, so
-# these are tested for every rule. By hand, both checks are a few lines.
+# The proof uses only that $g_c$ is linear in $v$ and that $a_c$ does not depend on $v$. So the second check also
+# finds mistakes of a rule, namely all that change the sum, such as entries of $a$ in a wrong order or a missing bias
+# column. The first check finds data on the wrong axis. A mistake that keeps every $G_{vn}$, such as $2 a$ with
+# $g / 2$, keeps the block. It could still change the factors $A$ and $B$ of KFAC, so these are tested for every rule.
+# By hand, both checks are a few lines.
 
 
 # %%
@@ -675,9 +679,9 @@ def two_checks(net: Uses, X: Tensor, v=None, by=Recorder) -> tuple[float, float]
 
 
 # %% [markdown]
-# Every set is one datum here. The package needs fewer sets, five for eight data: each datum is in three of
-# the five, and no two data are in the same three. So for any two data, one of the three sets of the first does
-# not contain the second.
+# In this program every set is one datum. The package needs fewer sets, five for eight data: each datum is in three of
+# the five, and no two data are in the same three. So for any two data, one of the three sets of the first does not
+# contain the second.
 
 # %% tags=["hide-input"] fold="Checked: five sets separate eight data"
 sets = plan.separating_sets(8, X.device)  # [sets, data]
@@ -689,8 +693,8 @@ assert torch.equal(alone.any(0), ~torch.eye(8, dtype=torch.bool))
 # %% [markdown]
 # Two sound networks and three unsound ones show what the checks find. In two of the unsound networks data
 # meet; in the third, `written_out` uses the weight in a way that no rule describes. The last column is the
-# error of the block. The package refuses all three. Its messages call a datum a sample, and the last one ends
-# with the functions that got the weight. One of these is the multiplication in `written_out`.
+# error of the block. The package refuses all three. Its messages call a datum a sample. The last message ends with
+# the functions that got the weight, among them the multiplication in `written_out`.
 
 
 # %% tags=["hide-input"] fold="Checked: both checks pass sound networks only"
@@ -764,9 +768,9 @@ for mistake, change in mistakes.items():
     assert unexplained > 0.01
 
 # %% [markdown]
-# The first check as a picture: vectors are sent to the outputs of the last two data only.
+# [Figure 10.2] shows the first check. Vectors are sent back from the outputs of the last two data only.
 
-# %% tags=["hide-input"] fold="Code of the figure" alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="What arrives at the layer, a row for each datum, when vectors are sent to the last two data. If data do not meet, the first three rows are zero. If the mean over the batch is subtracted, they are not."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two heat maps with five rows and six columns. For a sound network, the first three rows are empty and the last two are filled. For the centred network, all five rows are filled." caption="The g at the output of the layer, a row for each datum, when vectors are sent back from the last two data. If data do not meet, the first three rows are zero. If the mean over the batch is subtracted, they are not."
 arriving = {}
 for title, name in {"a layer": "a layer", "centred": "centred by the batch's mean"}.items():
     with Recorder() as recorder:
@@ -780,9 +784,9 @@ assert arriving["a layer"][:3].abs().max() == 0
 assert arriving["centred"][:3].abs().min() > 0
 
 # %% [markdown]
-# A value that is detached from the gradient needs no special case. With the mean detached, a datum has an
-# influence on the outputs of others, but no derivative passes there. Autodiff gives the exact matrix of this
-# network without these derivatives, too, and the blocks agree:
+# A value that is detached from the graph needs no special case. With the mean detached, a datum has an influence on
+# the outputs of others, but no derivative passes there. Autodiff leaves these derivatives out of the exact matrix,
+# too, and the blocks agree:
 
 # %% tags=["hide-input"] fold="Checked: a detached mean crosses nothing, and blocks are exact"
 detached = Uses(lambda layer, x: (z := layer(x)) - z.mean(0).detach())
@@ -862,9 +866,9 @@ for name, io in ios.items():
 # %% [markdown]
 # Every block is exact. The last two columns are the relative errors of KFAC, an approximation of the block,
 # in its two flavours from [Chapter 6](06_weight_sharing.py): *expand* treats positions as if they were data,
-# *reduce* averages over them. The head of this network reads a mean over positions. Reduce is nearer than
-# expand for all blocks but two kinds: at the head both agree, and for keys reduce is zero ([Theorem 6.2]), so
-# that its relative error is 1. A later cell asserts these statements.
+# *reduce* averages over them. The head of this network reads a mean over positions. Reduce is nearer than expand for
+# all blocks but two kinds. At the head both agree. For keys reduce is zero ([Theorem 6.2]), so that its relative
+# error is 1. A later cell asserts these statements.
 
 # %% tags=["hide-input"] alt="Dot plot with one line for each of the 14 blocks of the transformer and two marks on each: the relative error of KFAC-expand, large for all blocks but the head, and of KFAC-reduce, which is clearly smaller for most blocks but 1 for the two key projections." caption="Relative errors of KFAC, block by block, from the input at the top to the head at the bottom. Both flavours agree at the head, which comes after the mean. For keys, reduce is zero and its relative error is 1."
 fig, ax = plt.subplots(figsize=(6.4, 4.2))
@@ -892,9 +896,9 @@ assert abs(table["head"][0] - table["head"][1]) <= EXACT  # S = 1
 # %% [markdown]
 # **A bias without curvature.** The score of query $q_s$ and key $k_t$ is proportional to $q_s^\top k_t$. The
 # bias $b$ of the keys adds $q_s^\top b$ to it, the same number for all $t$, and the softmax over $t$ does not
-# change if such a number is added. So the bias's rows and columns of the exact block are zero. KFAC has
-# numbers there. The factor $A$ is the mean of $a a^\top$, and the bias's entry of $a$ is the constant one, so
-# its entry of $A$ is 1. So the bias's part of $B \otimes A$ is $1 \cdot B$:
+# change if such a number is added. So the bias's rows and columns of the exact block are zero. Those of KFAC-expand
+# are not. The factor $A$ is the mean of $a a^\top$. The bias's entry of $a$ is the constant one, so its entry on the
+# diagonal of $A$ is 1. So the bias's part of $B \otimes A$ is $1 \cdot B$:
 
 # %% tags=["hide-input"] fold="Checked: the bias of the keys has no curvature, and KFAC's has"
 for name in keys:
@@ -945,10 +949,10 @@ assert between > 0
 # ## What goes wrong in practice
 #
 # **A part of a weight.** A function may use some rows of a layer's weight, as `weight[:k]` or as a part from
-# `torch.chunk`, and so give some of the layer's outputs. The package records a use of the whole weight with
-# vectors that are zero at the other outputs, and the block is exact. For a use of some *columns* there is no
-# rule. The recorder skips such a call, the second check finds the gradient unexplained, and the network is
-# refused. The way out is to split the layer into two.
+# `torch.chunk`. Then it computes some of the layer's outputs. The package records a use of the whole weight with
+# vectors that are zero at the other outputs, and the block is exact. For a use of some *columns* there is no rule.
+# The recorder skips such a call, the second check finds the gradient unexplained, and the network is refused. The way
+# out is to split the layer into two.
 
 # %% tags=["hide-input"] fold="Checked: rows are exact, columns are refused"
 rows = Uses(lambda layer, x: layer(x) + functional.linear(x.sin(), layer.weight[:1]))
@@ -1010,11 +1014,11 @@ class InPlaceResidual(nn.Module):
 refused(ValueError, InPlaceResidual(), loss, X, torch.randn(N, 4))
 
 # %% [markdown]
-# **The batch is not on axis 0.** Recurrent code often puts time first, and attention does so on the inside.
-# Then axis 0 of the layer's input counts positions, and a program that takes it for the batch adds up
-# gradients of different data. If there are as many positions as data, no shape shows the mistake. So tests
-# need sizes that are all different. The package finds the axis by trying. A plan that assumes axis 0, made by
-# hand in this cell, shows the error that this avoids:
+# **The batch is not on axis 0.** Recurrent code often puts time first, and so does PyTorch's attention internally.
+# Then axis 0 of the layer's input counts positions, and a program that takes it for the batch adds up gradients of
+# different data. If there are as many positions as data, no shape shows the mistake. So tests need sizes that are all
+# different. The package finds the axis by trying. A plan that assumes axis 0, made by hand in this cell, shows the
+# error that this avoids:
 
 
 # %% tags=["hide-input"] fold="Checked: axis 0 assumed is wrong, axis found by trying is right"
@@ -1084,7 +1088,7 @@ refused(ValueError, net, loss, X, y)
 # - Two checks on a few data: no derivative passes between data, and a random vector's gradient is the sum of
 #   $g a^\top$ over the recorded calls. Then blocks are exact for these data, with probability one.
 # - Capture refuses a network that fails a check. A use that has no effect on the tried data is not found.
-# - Expand and reduce agree behind a pool. For keys of attention, reduce is zero.
+# - Expand and reduce agree for a head that reads a mean over positions. For keys of attention, reduce is zero.
 #
 # ## Exercises
 #
@@ -1108,9 +1112,9 @@ refused(ValueError, net, loss, X, y)
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Let the unexplained use act on some outputs only, and let $v$ be zero there. For instance, add the sum of
-# `(x.unsqueeze(1) * W).sum(2)` to the last output. Every $v$ whose last column is zero lies in the subspace
-# of the proof.
+# Let the unexplained use act on some outputs only, and let $v$ be zero there. For instance, add the number
+# `(x.unsqueeze(1) * W).sum((1, 2))` of each datum to its last output. Every $v$ whose last column is zero lies in the
+# subspace of the proof.
 #
 # </details>
 #
@@ -1133,12 +1137,11 @@ refused(ValueError, net, loss, X, y)
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# No: the two terms cancel, in the output as in the derivative. Autograd computes the derivative with
-# respect to the mean as the sum of two numbers that differ in their sign alone, and that sum is exactly
-# zero. If the mean is multiplied by 3 and divided by 3 before it is added, rounding may leave a small number
-# instead of zero. The check would then refuse a network that is sound. The other mistake is to accept a
-# network in which tried data meet. Its probability is zero, as in [Theorem 10.1]: what arrives at the other
-# data is a linear function of the vectors that were sent.
+# No: the two terms cancel, in the output as in the derivative. Autograd computes the derivative with respect to the
+# mean as the sum of two numbers that differ only in sign, and that sum is exactly zero. If the mean is multiplied by
+# 3 and divided by 3 before it is added, rounding may leave a small number instead of zero. The check would then
+# refuse a network that is sound. The opposite mistake, to accept a network in which tried data meet, has probability
+# zero, as in [Theorem 10.1]: what arrives at the other data is a linear function of the vectors that were sent.
 #
 # </details>
 #

@@ -16,11 +16,12 @@
 # **Part IV: Training.** How long should a step be, and how much of the previous step should it keep, if the exact
 # curvature of the batch may decide?
 #
-# KFAC uses blocks because a *direction* must be cheap. A *length* along a given direction is a single number, and
-# for one number the exact curvature of all layers is affordable. [Figure 12.1] shows what it changes where the
-# layers interact.
+# KFAC uses blocks because a *direction* must be cheap. A *length* along a given direction is a single number, and for
+# one number the exact curvature of all layers is affordable. [Figure 12.1] shows what lengths from exact curvature
+# change where two layers interact.
 
 # %% tags=["hide-input"]
+import math
 import statistics
 from typing import Any
 
@@ -124,7 +125,7 @@ for name, options in {"KFAC": adapted, "KFAC, quadratic model": by_model}.items(
     right_paths[name] = path(bent[0](), lambda m, o=options: KFAC(m, squared, **o), *bent[1:], 30)
 right_paths["exact GGN"] = damped_ggn(bent[0](), *bent[1:], 30)
 
-# %% tags=["hide-input"] alt="Two contour plots with paths. Left, a narrow straight valley: SGD, momentum and Adam drop across it, swing, and move along its floor only a little, while KFAC goes to the minimum in one step. Right, a bent valley along a hyperbola: SGD zigzags, momentum and KFAC creep along near the start, Adam follows the bend in wide swings, and KFAC with the quadratic model and the exact GGN go around the bend to the minimum in a few steps." caption="Thirty steps on two landscapes (contours of the logarithm of the loss). Left: one layer with two inputs that are nearly equal. KFAC has the exact Hessian, and one step is enough. Right: $f(x) = w_2 \\tanh(w_1 x)$, where the valley is a joint motion of two layers. KFAC's blocks do not contain it, and KFAC stays near the start; with the quadratic model it reaches the minimum."
+# %% tags=["hide-input"] alt="Two contour plots with paths. Left, a narrow straight valley: SGD, momentum and Adam drop across it, swing, and move along its floor only a little, while KFAC goes to the minimum in one step. Right, a bent valley along a hyperbola: SGD zigzags, momentum and KFAC creep along near the start, Adam follows the bend in wide swings, and KFAC with the quadratic model and the exact GGN go around the bend to the minimum in a few steps." caption="Thirty steps on two landscapes (contours of the logarithm of the loss). Left: one layer with two inputs that are nearly equal. KFAC has the exact Hessian, and one step is enough. Right: $f(x) = w_2 \\tanh(w_1 x)$, where both layers change together along the valley. KFAC's blocks do not contain the curvature between layers, and KFAC stays near the start; with the quadratic model it reaches the minimum."
 ink = plt.rcParams["text.color"]
 looks = {
     "SGD": {"color": "C2", "marker": "x"},
@@ -179,9 +180,9 @@ plt.show()
 # \tag{12.1}
 # $$
 #
-# with the gradient $h$, the exact GGN $C$ of *all* layers on the batch, the damping $\delta$, KFAC's direction $-P$
-# and the previous change $\Delta_0$. The learning rate $\eta$ and the momentum $\mu$ are the two numbers that
-# minimise $m$.
+# with the gradient $h$, the exact GGN $C$ of *all* layers on the batch, the damping $\delta$, KFAC's direction $-P$,
+# where $P$ is the gradient times KFAC's damped inverse, and the previous change of the parameters $\Delta_0$. The
+# learning rate $\eta$ and the momentum $\mu$ are the two numbers that minimise $m$.
 #
 # After this chapter you will be able to
 #
@@ -212,9 +213,10 @@ plt.show()
 # \tag{12.2}
 # $$
 #
-# where the model's value is $\tfrac12 h^\top \Delta$. The entries need no product with $C$. Since
-# $C = \sum_n J_n^\top H_n J_n$, we have $u^\top C w = \sum_n (J_n u)^\top H_n (J_n w)$, and $J_n u$ is one forward
-# derivative. So learning rate and momentum together cost two forward derivatives.
+# where the model's value is $\tfrac12 h^\top \Delta$. The entries of the matrix need no product of $C$ with a vector.
+# Since $C = \sum_n J_n^\top H_n J_n$, we have $u^\top C w = \sum_n (J_n u)^\top H_n (J_n w)$, and $J_n u$ is one
+# forward derivative. So learning rate and momentum together cost two forward derivatives. In the code, `ggn_gram`
+# computes $U^\top C\, U$ in this way, and a pseudo-inverse covers the first step, where $\Delta_0 = 0$.
 
 # %% tags=["remove-input"]
 code(quadratic_model, _minimised)
@@ -286,8 +288,9 @@ assert (linear[0].weight - minimum).norm() < 1e-7
 code(ratio_after_step)
 
 # %% [markdown]
-# `record` is called after every step with a dictionary of numbers. A control is any function from step to step; so
-# we put one in front that changes nothing and measures the curvature along the direction.
+# `record` is called after every step with a dictionary of numbers. A *control* is a function that gets a `Step`,
+# which holds direction, rates and damping, and returns a changed one. The control `probe` changes nothing: it
+# measures the curvature along the direction. We put it in front of the quadratic model.
 
 # %%
 digits = load_digits()
@@ -333,7 +336,7 @@ def probe(step: Step) -> Step:
     return step
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Measured: the autoencoder by three methods"
 history: list[dict[str, float]] = []
 curvatures: list[tuple[float, float, float]] = []
 often = plain_rule | {"factor_every": 5, "inverse_every": 5}
@@ -389,7 +392,7 @@ for ax in axes[1]:
     ax.set_xlabel("step")
 plt.show()
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Measured: learning rates, and curvature along the direction"
 rates_ = [row["model_lr"] for row in history]
 fresh, stale = statistics.median(rates_[10::5]), statistics.median(rates_[14::5])
 print(
@@ -406,24 +409,25 @@ assert history[-1]["damping"] < 0.1 * history[0]["damping"]
 
 # %% [markdown]
 # The learning rate is far below one in the whole run. Along KFAC's direction the exact curvature is several times
-# KFAC's, because of the approximation within layers and because of the missing blocks between layers; $\eta$
-# corrects the common length. The momentum corrects more, since it brings a second direction. The learning rate has
-# teeth with a period of five steps, the period in which matrices and inverses are renewed: along a fresh direction
-# the step is longer than along the direction of the same inverse four steps later.
+# KFAC's, because of the approximation within layers and because of the missing blocks between layers; $\eta$ corrects
+# the common length. The momentum adds a second direction. The learning rate has teeth with a period of five steps,
+# the period in which matrices and inverses are renewed: with a fresh inverse the step is longer than with the same
+# inverse four steps later.
 #
-# **Limits of the model.** It is exact *on the batch*. On a small batch it fits the noise of this batch, and the
-# momentum that it chooses follows the noise of the previous one. Use it with large batches. The parameters of
-# another optimizer, `rest=` in [Chapter 13](13_in_practice.py), are not in the model.
+# **Limits of the model.** Its gradient and its curvature are those of the *batch*. On a small batch the two numbers
+# fit the noise of this batch, and the momentum continues a step that fitted the noise of another one. So use the
+# model with large batches. The parameters of another optimizer, `rest=` in [Chapter 13](13_in_practice.py), are not
+# in the model.
 #
 # ## Paths on a landscape
 #
-# [Figure 12.1] has two parameters, so that whole runs can be drawn. Its left problem is a linear regression with
-# two inputs that are nearly equal; the Hessian is KFAC's $B \otimes A$. Its right problem has one weight in each of
-# two layers. The loss hardly changes if one weight grows and the other shrinks, so that the valley is bent. KFAC
-# treats each layer by itself: its matrix is diagonal, and the valley is *not* along an axis. The first-order
-# methods have the best of three learning rates each.
+# The problems of [Figure 12.1] have two parameters, so that whole runs can be drawn. Its left problem is a linear
+# regression with two inputs that are nearly equal; the Hessian is KFAC's $B \otimes A$. Its right problem has one
+# weight in each of two layers. The loss hardly changes if one weight grows and the other shrinks, so that the valley
+# is bent. KFAC treats each layer by itself: its matrix is diagonal, and the valley is *not* along an axis. The
+# first-order methods have the best of three learning rates each.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the quadratic model ends with the loss of the exact GGN"
 for title, paths in {"straight": left_paths, "bent": right_paths}.items():
     for name, (points, value) in paths.items():
         print(f"{title:8} {name:21} loss {value:.1e} after {len(points) - 1:2} steps")
@@ -433,14 +437,18 @@ assert right_paths["KFAC, quadratic model"][1] < 1.1 * floor
 assert right_paths["KFAC"][1] > 5 * floor
 
 # %% [markdown]
-# With two parameters the plane of $P$ and $\Delta_0$ is the whole space. From the second step on the quadratic
-# model therefore *is* the exact damped Newton step, and the two must agree. In a real network the plane is two
-# directions out of many. There, too, the model contains curvature between layers, which blocks do not.
+# With two parameters the plane of $P$ and $\Delta_0$ is the whole space. From the second step on, the quadratic model
+# therefore computes the exact damped Gauss-Newton step at its point. Only its first step differs from a run with the
+# exact GGN, and both runs end with nearly the same loss. In a real network the plane is two directions out of many.
+# There, too, the model contains curvature between layers, which blocks do not.
 #
 # ## Spectra during training
 #
-# Damping is compared with eigenvalues. How do these change in a run? We train a classifier on digits with graft and
-# a learning rate schedule, and keep the eigenvalues of both factors of the middle layer.
+# What a damping does depends on the eigenvalues that it is added to. How do these change in a run? We train a
+# classifier on digits with a learning rate schedule and the control `graft`, which keeps KFAC's direction in every
+# layer and gives it the length of Adam's step. We record the eigenvalues of both factors of the middle layer.
+# `trusted` sums $\lambda / (\lambda + \delta)$ over the eigenvalues $\lambda$ of $B \otimes A$, the number of
+# directions that the damping $\delta$ lets through.
 
 # %%
 loss = CrossEntropyLoss()
@@ -483,13 +491,14 @@ for name, s in {"A": A_spectra, "B": B_spectra}.items():
     print(f"{name}: an eigenvalue changes by up to a factor {early:.0f} in steps 0 to 40,", end=" ")
     print(f"and {late:.1f} in steps 60 to 99")
     assert early > 5 * late
+    assert 0.7 < math.log10(early) / {"A": 1, "B": 3}[name] < 1.3  # orders of magnitude
 print(
-    f"of 272 directions, damping trusts {trusted(0):.0f} at first, {trusted(40):.0f} after 40 steps"
+    f"of 272 directions, damping passes {trusted(0):.0f} at first, {trusted(40):.0f} after 40 steps"
 )
 assert trusted(40) > 1.5 * trusted(0)
 assert B_spectra[0, 7] > 10 * B_spectra[0, 6]  # nine large eigenvalues: one less than classes
 
-# %% tags=["hide-input"] alt="Three plots against the step, with logarithmic axes. Left, the 17 eigenvalues of A as lines: the largest stays near its value, and the others rise by one to two orders of magnitude within 40 steps and then hardly change. Middle, the 16 eigenvalues of B: nine are large from the start, and seven rise by three orders of magnitude within 40 steps and then stay. Right, the loss of the batches, the learning rate of the schedule, which rises and then falls, and the norm of the steps, which follows it." caption="Eigenvalues of both factors of the middle layer during training, and the run that they are from. Both spectra change by orders of magnitude within 40 steps and then settle."
+# %% tags=["hide-input"] alt="Three plots against the step, with logarithmic axes. Left, the 17 eigenvalues of A as lines: the largest stays near its value, and the others rise by about one order of magnitude within 40 steps and then hardly change. Middle, the 16 eigenvalues of B: nine are large from the start, and seven rise by three orders of magnitude within 40 steps and then stay. Right, the loss of the batches, the learning rate of the schedule, which rises and then falls, and the norm of the steps, which follows it." caption="Eigenvalues of both factors of the middle layer during training, and the run that they are from. Within 40 steps small eigenvalues of A grow by about one order of magnitude and those of B by about three; after that both hardly change."
 fig, (left, middle, right) = plt.subplots(1, 3, figsize=(7.8, 3.1), layout="constrained")
 left.semilogy(A_spectra.cpu(), color="C0", linewidth=0.9)
 middle.semilogy(B_spectra.cpu(), color="C0", linewidth=0.9)
@@ -506,12 +515,13 @@ right.set(title="the run", xlabel="step", xlim=(-3, 150))
 plt.show()
 
 # %% [markdown]
-# At first $B$ has nine large eigenvalues: the vectors come from ten classes and sum to zero, and the units, not yet
-# saturated, pass all of them on in the same way. Then features form. Both factors change by orders of magnitude
-# within a few dozen steps, and hardly afterwards. So matrices should be renewed often at first and may be kept
-# longer later, as [Chapter 14](14_ekfac.py) finds for bases. `factor_every` and `inverse_every` are attributes that
-# a loop may change at any time. A constant damping means something else when the eigenvalues move, because its
-# effect is that of a place on their axis ([Chapter 9](09_damping.py)).
+# At first $B$ has nine large eigenvalues. The vectors of the loss have ten entries that sum to zero, so they lie in a
+# space of nine dimensions, and units that are not yet saturated send them back by nearly the same linear map for
+# every datum. Within a few dozen steps small eigenvalues grow, in $A$ by about one order of magnitude and in $B$ by
+# about three, and afterwards they hardly change. So matrices should be renewed often at first and may be kept longer
+# later, as [Chapter 14](14_ekfac.py) finds for bases. `factor_every` and `inverse_every` are attributes that a loop
+# may change at any time. The effect of a constant damping changes when the eigenvalues do, because only its ratio to
+# them counts ([Chapter 9](09_damping.py)).
 #
 # ## In one minute
 #
@@ -519,8 +529,8 @@ plt.show()
 #   the plane of KFAC's direction and the previous change, [(12.2)]. They cost two forward derivatives.
 # - **Conjugate gradients.** On a quadratic loss with a fixed preconditioner the steps are those of conjugate
 #   gradients ([Theorem 12.1]).
-# - **Between layers.** The model contains the blocks between layers that KFAC leaves out. So its learning rate is
-#   well below one.
+# - **Between layers.** The model contains the blocks between layers, and the parts of each block, that KFAC leaves
+#   out. In the autoencoder its learning rate is well below one for this reason.
 # - **Damping.** The rule of Levenberg and Marquardt compares the model's prediction with the change of the loss.
 # - **When.** Use the model with large batches. Renew matrices often at first, when spectra change, and less often
 #   later.
@@ -542,7 +552,7 @@ def my_rates(
     raise NotImplementedError
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="check_rates, which compares your numbers with the package's"
 inputs = torch.randn(40, 6)
 targets = inputs @ torch.randn(6, 3) + 0.3 * torch.randn(40, 3)
 
@@ -607,7 +617,7 @@ def check_rates(rates) -> None:
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 def solution(h: Tensor, P: Tensor, previous: Tensor, C: Tensor, damping: float):  # 12.1
     U = torch.stack([-P, previous], 1)
     damped = U.T @ C @ U + damping * U.T @ U
@@ -619,7 +629,7 @@ check_rates(solution)
 try:  # the checker sees a forgotten damping
     check_rates(lambda h, P, previous, C, damping: solution(h, P, previous, C, 0.0))
 except AssertionError:
-    print("35.1: the solution agrees with the package, and a forgotten damping is found")
+    print("12.1: the solution agrees with the package, and a forgotten damping is found")
 else:
     raise AssertionError("check_rates finds nothing")
 
@@ -633,11 +643,11 @@ for factor in (1.0, 2.0):  # 12.2
     assert all(abs(row["ratio"] - 1) < 1e-6 for row in seen)  # 12.3
     assert seen[0]["damping"] > seen[1]["damping"] > seen[2]["damping"]
 print(
-    f"35.2 and 35.3: learning rate {factor:.0f}, ratios", [round(row["ratio"], 6) for row in seen]
+    f"12.2 and 12.3: learning rate {factor:.0f}, ratios", [round(row["ratio"], 6) for row in seen]
 )
 
 # %% [markdown]
 # ## Further reading
 #
-# [Martens and Grosse (2015)](bibliography.md#kfac), sections 6 to 8: damping, the quadratic model with its
-# momentum, and all of it together. For conjugate gradients: Golub and Van Loan, *Matrix Computations*, chapter 11.
+# [Martens and Grosse (2015)](bibliography.md#kfac), sections 6 and 7: damping, and the quadratic model with its
+# momentum. For conjugate gradients: Golub and Van Loan, *Matrix Computations*, chapter 11.

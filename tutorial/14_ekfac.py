@@ -16,9 +16,10 @@
 # **Part V: Better and faster.** The eigenvalues of KFAC are products of averages. Which ones would
 # be best for its eigenvectors?
 #
-# KFAC gives each layer a basis, the eigenvectors $U = Q_B \otimes Q_A$, and an eigenvalue for each basis vector,
-# the product $\beta_o \alpha_i$. EKFAC keeps the basis, which its paper calls the Kronecker-factored eigenbasis,
-# and replaces the eigenvalues: [Figure 14.1].
+# KFAC approximates the curvature block of a layer by $B \otimes A$. Let $A$ have the eigenvalues $\alpha_i$ with
+# eigenvectors $q_i$, the columns of $Q_A$, and let $B$ have $\beta_o$ with $r_o$, the columns of $Q_B$. Then KFAC has
+# the eigenvectors $U = Q_B \otimes Q_A$ and the eigenvalues $\beta_o \alpha_i$. EKFAC keeps the basis $U$, which its
+# paper calls the Kronecker-factored eigenbasis, and replaces the eigenvalues ([Figure 14.1]).
 
 # %% tags=["hide-input"]
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ matrices(rotated)
 # s_{oi} = \sum_{v, n} \bigl( Q_B^\top G_{vn} Q_A \bigr)_{oi}^2
 # $$
 #
-# with the gradients $G_{vn}$ of single data: the second moments of the gradient along the basis vectors.
+# with the gradients $G_{vn}$ of single data ([Theorem 4.1]): the second moments of the gradient along the basis
+# vectors.
 #
 # After this chapter you will be able to
 #
@@ -121,13 +123,14 @@ matrices(rotated)
 #
 # </div>
 #
-# **Proof.** The second line is [(14.1)], first with $t$ for $s$ and then with $s$ itself, which leaves
-# the first sum. With $t = 0$ it reads $\lVert F \rVert^2 = \lVert F - E \rVert^2 + \lVert s \rVert^2$,
-# the first line. The trace of $U^\top F U$ is the trace of $F$ and the sum of the $s_k$.
-# Finally $u_k^\top F u_k \ge 0$. $\blacksquare$
+# **Proof.** By [(14.1)], the squared error with the numbers $t$ is the first sum plus $\lVert s - t \rVert^2$, and
+# with $s$ it is the first sum. This is the second line. With $t = 0$ it reads
+# $\lVert F \rVert^2 = \lVert F - E \rVert^2 + \lVert s \rVert^2$, the first line. The trace of $U^\top F U$ is the
+# trace of $F$ and also the sum of the $s_k$, the trace of $E$. If $F$ is positive semi-definite,
+# $s_k = u_k^\top F u_k \ge 0$. $\blacksquare$
 #
-# Choose $U = Q_B \otimes Q_A$ and $t_{oi} = \beta_o \alpha_i$, and the second line compares with KFAC:
-# **EKFAC is never farther from the block than KFAC**, and equally near only if it equals KFAC. EKFAC corrects the part
+# With $U = Q_B \otimes Q_A$ and $t_{oi} = \beta_o \alpha_i$, the second line compares EKFAC with KFAC: **EKFAC is
+# never farther from the block than KFAC**, and equally near only if it equals KFAC. EKFAC corrects the part
 # $\lVert s - \beta \alpha^\top \rVert$ of KFAC's error. The entries of $U^\top F U$ beside the diagonal stay wrong.
 #
 # ## As second moments
@@ -142,7 +145,7 @@ matrices(rotated)
 # \tag{14.4}
 # $$
 #
-# Rotate every gradient, square every entry, add up. As loops:
+# So every gradient is rotated, its entries are squared, and the squares are added up. As loops:
 
 
 # %%
@@ -185,9 +188,10 @@ for S in (1, 4):
 # \tag{14.5}
 # $$
 #
-# KFAC takes the product of averages, EKFAC the average of products. [Theorem 5.1] said that KFAC's error is a
-# covariance of all entries of $B_n$ and $A_n$; EKFAC adds the diagonal part of this covariance in KFAC's basis. The
-# two agree if and only if no squared projection of $g$ is correlated with one of $a$.
+# KFAC takes the product of averages, EKFAC the average of products. By [Theorem 5.1], the entries of KFAC's error are
+# $N$ times the covariances of the entries of $B_n = \sum_v g_{vn} g_{vn}^\top$ with those of $A_n = a_n a_n^\top$.
+# EKFAC adds the diagonal part of this covariance in KFAC's basis. The two agree if and only if no squared projection
+# of $g$ is correlated with one of $a$.
 #
 # ### In the package
 #
@@ -243,8 +247,10 @@ assert abs(per_position.trace() - io.block().trace()) > 0.01 * io.block().trace(
 # product of $\sum_s g_s$ and the mean $a_s$. So EKFAC-reduce takes its basis from `io.reduced()` and its
 # moments from `io`. A reduced layer knows how many positions a row stands for, and EKFAC refuses it.
 
-# %%
+# %% tags=["remove-input"]
 code(ekfac_reduce)
+
+# %%
 K, E = kfac_reduce(io), ekfac_reduce(io)
 right, plain = (relative_error(M.dense(), io.block()) for M in (E, K))
 print(f"error: {right:.3f} of EKFAC-reduce, {plain:.3f} of KFAC-reduce")
@@ -258,9 +264,9 @@ else:
     raise AssertionError("the gradients of data are lost")
 
 # %% [markdown]
-# In training, `KFAC(model, loss, approximation=AmortisedEKFAC(factors=MovingAverage(kfac_reduce)))` is its moving
-# average, with the default flavour, whose rows are all positions (see [the amortised form](#the-amortised-form)).
-# The first batch gives the same matrix:
+# In training, `KFAC(model, loss, approximation=AmortisedEKFAC(factors=MovingAverage(kfac_reduce)))` averages
+# EKFAC-reduce over batches (see [the amortised form](#the-amortised-form)). It needs the default flavour, which keeps
+# a row for every position. The first batch gives the same matrix:
 
 # %%
 amortised_reduce = AmortisedEKFAC(factors=MovingAverage(kfac_reduce))
@@ -328,7 +334,7 @@ for name, io in ios.items():
     assert_exact(E.trace(), F.trace())
     assert 0.8 * k < e < k
 
-# %% tags=["hide-input"] alt="Three log-log scatter plots, one per layer, of EKFAC's eigenvalues against KFAC's products, with the diagonal as a dashed line. The points form clouds about the diagonal, which scatter by a factor of several to both sides." caption="Every eigenvalue of KFAC and its correction. On the dashed line EKFAC would agree with KFAC. (Eigenvalues of zero are left out.)"
+# %% tags=["hide-input"] alt="Three log-log scatter plots, one per layer, of EKFAC's eigenvalues against KFAC's products, with the diagonal as a dashed line. The points form clouds about the diagonal, which scatter by a factor of several to both sides." caption="Every eigenvalue of KFAC and its correction. On the dashed line EKFAC would agree with KFAC; the points lie on both sides of it, some by a factor of two and more. (Eigenvalues of zero are left out.)"
 fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
 for ax, (name, io) in zip(axes, ios.items(), strict=True):
     products, moments = kfac(io).eigen().scale.flatten(), ekfac(io).scale.flatten()
@@ -347,15 +353,14 @@ assert factor.max() > 2 > 0.5 > factor.min()
 
 # %% [markdown]
 # KFAC gets the order of magnitude right, over many orders of magnitude. Individual eigenvalues are
-# off by the printed factors, and a step divides by them. But only a small share of the *error* was in
-# the eigenvalues. Most of it is in the basis: $F$ is far from diagonal in it, and no
-# eigenvalues correct this. (This is one small network with one seed. The share depends on the network; with
-# four positions above, for example, it was larger.)
+# off by the printed factors, and a step divides by them. But only a small share of the *error* was in the
+# eigenvalues. Most of it is in the basis: $F$ is far from diagonal in it, and no eigenvalues correct this. (This is
+# one small network with one seed. The share depends on the network.)
 #
 # ## What EKFAC does not promise
 #
-# The theorem compares diagonals *in KFAC's basis*. The plain diagonal of $F$ uses another basis,
-# that of the weights themselves. The paper's abstract says that a diagonal is likely to be more effective in
+# The theorem has two limits. First, it compares diagonals *in KFAC's basis*. The plain diagonal of $F$ uses another
+# basis, that of the weights themselves. The paper's abstract says that a diagonal is likely to be more effective in
 # KFAC's basis, not that it always is. We draw random layers and count those where the other basis is the better one:
 
 
@@ -380,11 +385,10 @@ assert 0 < len(diagonal_wins) < trials / 10
 # %% [markdown]
 # So "likely" is right: in more than nine of ten of these layers, KFAC's basis is the better one.
 #
-# Second, an optimiser uses the damped *inverse*, in
-# which the smallest eigenvalues weigh most, while the largest ones dominate the Frobenius norm. For the
-# same layers we compare the inverses with $(F + \delta I)^{-1}$, and we compare steps: a step $p$ from a
-# gradient $h$, with the best learning rate, lowers the damped quadratic model by
-# $\tfrac12 (h^\top p)^2 / \bigl( p^\top (F + \delta I) p \bigr)$.
+# Second, the theorem is about the block, and an optimizer uses the damped *inverse*. The smallest eigenvalues weigh
+# most in the inverse, and the largest ones in the Frobenius norm of the block. For the same layers we compare the
+# inverses with $(F + \delta I)^{-1}$. We also compare steps: a step $p$ from a gradient $h$, with the best learning
+# rate, lowers the damped quadratic model by $\tfrac12 (h^\top p)^2 / \bigl( p^\top (F + \delta I) p \bigr)$.
 
 # %%
 farther, lower = 0, 0
@@ -405,14 +409,15 @@ print(f"and its step lowers the quadratic model less in {lower}")
 assert 0 < farther < lower < trials / 2
 
 # %% [markdown]
-# So EKFAC is always nearer to the block, its step is usually better, and neither implies the other.
+# So EKFAC was never farther from the block than KFAC, and in most layers its inverse was nearer and its step better,
+# but not in all.
 #
 # ## Basis now and then, eigenvalues often
 #
 # Two eigendecompositions cost $O(d_\text{out}^3 + d_\text{in}^3)$, and they use the hardware less well than
-# products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$ with one position. This
-# suggests to compute a basis rarely, and fresh eigenvalues in it often. [Theorem 14.1] holds for *any* orthogonal
-# basis, so fresh eigenvalues in an old basis are still the best ones for it.
+# products of matrices. A rotation of a batch costs $N (d_\text{in}^2 + V d_\text{out}^2)$ with one position. So a
+# basis may be computed rarely, and fresh eigenvalues in it often. [Theorem 14.1] holds for *any* orthogonal basis:
+# fresh eigenvalues in an old basis are still the best ones for this basis.
 
 # %% tags=["beside", "remove-input"]
 code(rescaled)
@@ -450,7 +455,7 @@ assert loss_of_basis[5] > 0.2
 assert 0 < loss_of_basis[100] < 0.1
 assert max(after_30[5][5], 1 / after_30[5][5]) > 1.5
 
-# %% tags=["hide-input"] alt="Two plots of the relative error of four approximations of the middle layer against training steps since the basis was kept. Left, kept after 5 steps: stale KFAC rises to about one, the stale basis with fresh eigenvalues stays a little below it, and fresh KFAC and fresh EKFAC are far lower. Right, kept after 100 steps: all four are close together, with fresh EKFAC lowest and stale KFAC highest." caption="What goes stale, and when. Left: kept after 5 steps; within 20 steps the old basis is of little use. Right: kept after 100 steps; the old basis lasts."
+# %% tags=["hide-input"] alt="Two plots of the relative error of four approximations of the middle layer against training steps since the basis was kept. Left, kept after 5 steps: stale KFAC rises to about one, the stale basis with fresh eigenvalues stays a little below it, and fresh KFAC and fresh EKFAC are far lower. Right, kept after 100 steps: all four are close together, with fresh EKFAC lowest and stale KFAC highest." caption="Errors of four approximations after a basis was kept. Left: kept after 5 steps; within 20 steps the old basis is of little use, even with fresh eigenvalues. Right: kept after 100 steps; with fresh eigenvalues the old basis stays nearly as good as a fresh one."
 fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.5), layout="constrained", sharey=True)
 for ax, (start, rows) in zip(axes, measured.items(), strict=True):
     steps, *curves = list(zip(*rows, strict=True))[:5]
@@ -462,15 +467,15 @@ axes[1].legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# In the beginning the features change, and a basis is out of date after a few steps. Fresh eigenvalues
-# then correct the *scale* of the block, since their trace is exact, and little else. Later a basis
-# lasts. So the period between two bases should be short at first and may be long later. Only one statement holds
-# at every step, and the loop asserts it: fresh eigenvalues are no worse than old ones.
+# In the beginning the network changes fast, and a basis is out of date after a few steps. Fresh eigenvalues then
+# correct the *scale* of the block, since their trace is exact, and little else. Later a basis can be kept much
+# longer. So the period between two bases should be short at first and may be long later. The loop also asserts the
+# one statement that [Theorem 14.1] proves for every step: fresh eigenvalues are no worse than old ones.
 #
 # ### What may be averaged
 #
-# One batch is noisy, so eigenvalues are averaged over batches: `decay` is the weight of the old ones.
-# In a fixed basis, this is right. [(14.2)] is linear in $F$, so with a decay $\mu$
+# The moments of one batch are noisy, so eigenvalues are averaged over batches: `decay` is the weight of the old ones.
+# In a fixed basis this is right, because [(14.2)] is linear in $F$, so with a decay $\mu$
 #
 # $$
 # \mu\, s + (1 - \mu)\, s'
@@ -498,7 +503,7 @@ assert_exact(mixed.trace(), same.trace())  # the trace does not see it
 
 # %% [markdown]
 # Two batches of the same network have similar bases, whose eigenvectors come in a similar order.
-# That is the mild case. With an order that differs, the average is meaningless, even for the same $F$:
+# So the loss is small here. If the order differs, the average is meaningless, even for the same matrix:
 
 # %%
 turned = KroneckerEigen(M1.QA.flip(1), M1.QB, M1.scale.flip(1))  # the same matrix
@@ -562,9 +567,10 @@ assert relative_error(moved.dense(), before.dense()) > 0.05
 # $$
 #
 # Only the first sum is [(14.4)]. The second has $N (N - 1)$ terms. On average over batches of independent data each
-# of them is the square of the mean gradient, which vanishes only at a minimum. We try it with the gradients of the
-# labels in the data, that is, with the empirical Fisher. Its vectors carry $1 / \sqrt N$, so the left side is $N$
-# times the square of the mean gradient, as in that implementation:
+# of them is the square of an entry of the mean gradient. All these entries vanish only at a stationary point. We try
+# it with the gradients of the labels in the data, that is, with the empirical Fisher. Its vectors carry
+# $1 / \sqrt N$, so the left side is $N$ times the square of the mean gradient, as in that implementation. The cell
+# prints the sums over all entries:
 
 # %%
 torch.manual_seed(2)
@@ -580,9 +586,9 @@ for state, net in (("untrained", network()), ("trained", model)):
 
 # %% [markdown]
 # The second term grows with $N$, and we took 200 images. With fewer data in a batch the two are nearer, and for
-# $N = 1$ they are equal. The square of the mean is not useless either: it is what Adam averages, here in KFAC's basis
-# instead of that of the weights. ([SOAP](25_relatives.py) does so in Shampoo's basis.) But it is another
-# matrix, to which [Theorem 14.1] does not apply.
+# $N = 1$ they are equal. The square of the mean has a use, too: Adam averages it, in the basis of the weights instead
+# of KFAC's. ([SOAP](25_relatives.py) does so in Shampoo's basis.) But it is another matrix, to which [Theorem 14.1]
+# does not apply.
 
 # %%
 io = layer_ios(network(), loss, X, y, empirical)["2"]
@@ -623,7 +629,8 @@ broken = KroneckerEigen(averaged, (M1.QB + M2.QB) / 2, proper.scale)
 assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.dense(), average)
 
 # %% [markdown]
-# **Moments per position**, as above: KFAC gives no hint, since its factors are the same.
+# **Moments per position.** The section [above](#per-datum-not-per-position) shows this mistake. A test of KFAC's
+# factors does not find it, since they are the same.
 #
 # ## The paper and this package
 #
@@ -657,15 +664,16 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 #
 # ## Exercises
 #
-# **Exercise 14.1.** Let the inputs be one-hot vectors (an embedding) and the layer have one output.
-# Show that EKFAC is exact. Is KFAC?
+# **Exercise 14.1.** Let the inputs be one-hot vectors (an embedding, without a bias), each with its own frequency,
+# and let the layer have one output. Show that EKFAC is exact. Is KFAC?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # $a_n a_n^\top$ is diagonal, $B_n$ is a number, so $F = \sum_n B_n a_n a_n^\top$ and $A$ are diagonal.
-# If all frequencies differ, the eigenvectors of $A$ are the unit vectors, up to sign, and $F$ is diagonal
-# in this basis. KFAC replaces the mean of $B_n$ over the data with token $i$ by the mean over all.
+# Since all frequencies differ, the eigenvectors of $A$ are the unit vectors, up to sign, and $F$ is diagonal in this
+# basis. KFAC replaces the mean of $B_n$ over the data with token $i$ by the mean over all data, so it is exact only
+# if these means are equal.
 #
 # </details>
 #
@@ -715,7 +723,7 @@ assert relative_error(proper.dense(), average) < 0.9 * relative_error(broken.den
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 def solution(io: LayerIO) -> tuple[Tensor, Tensor, Tensor]:  # 14.4
     N, S = io.a.shape[:2]
     QA = torch.linalg.eigh(torch.einsum("nsi,nsj->ij", io.a, io.a) / (N * S))[1]

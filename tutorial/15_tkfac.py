@@ -13,12 +13,12 @@
 # %% [markdown]
 # # 15. TKFAC: factors that know each other's size
 #
-# **Part V: Better and faster.** KFAC averages inputs as if every datum counted the same. The block does
-# not. What if each side is weighted by the other?
+# **Part V: Better and faster.** KFAC averages inputs as if every datum counted the same. In the curvature block it
+# does not. What if every input is weighted by its vector, and every vector by its input?
 #
-# A classifier is right, and sure, about most of its data. For these data the vectors $g$ that the loss sends back
-# are nearly zero, and so are their terms in the exact block. KFAC's factor of the inputs is the mean of $a a^\top$
-# over *all* data; so it mostly describes data that the block hardly contains: [Figure 15.1].
+# A trained classifier is right, and sure, about most of its data. For these data the vectors $g$ that the loss sends
+# back are nearly zero, and so are their terms in the exact block. KFAC's factor of the inputs is the mean of
+# $a a^\top$ over *all* data. So it mostly describes data that hardly contribute to the block ([Figure 15.1]).
 
 # %% tags=["hide-input"]
 from collections.abc import Iterator
@@ -78,8 +78,8 @@ matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 #
 # After this chapter you will be able to
 #
-# - derive these weights: they give the partial traces of the block, and $T$ is the only Kronecker product that has
-#   them;
+# - derive these weights: they give the partial traces of the block, which are sums of its entries, and $T$ is the
+#   only Kronecker product with the same partial traces;
 # - say in which sense TKFAC is the nearest product, and in which sense KFAC may be nearer;
 # - average it over batches, damp it, and correct its eigenvalues (TEKFAC).
 #
@@ -154,8 +154,8 @@ for S in (1, 4):
 
 # %% [markdown]
 # The partial traces of a Kronecker product $Y \otimes X$ are $\operatorname{tr}(Y)\, X$ and
-# $\operatorname{tr}(X)\, Y$. So a product is determined by its partial traces, and the product with
-# those of $F$ is
+# $\operatorname{tr}(X)\, Y$. So a product is determined by its partial traces. With $\operatorname{tr} F > 0$, the
+# product with those of $F$ is
 #
 # $$
 # T = \frac{1}{\operatorname{tr} F}\, B \otimes A .
@@ -170,11 +170,11 @@ for S in (1, 4):
 #
 # </div>
 #
-# **Proof.** The partial trace of $T$ over the outputs is
-# $\operatorname{tr}(B)\, A / \operatorname{tr} F = A$, the one over the inputs $B$. If $Y \otimes X$ has
-# these as well, then $X = A / \operatorname{tr} Y$, $Y = B / \operatorname{tr} X$ and
-# $\operatorname{tr} X \operatorname{tr} Y = \operatorname{tr} F$, hence $Y \otimes X = T$. If $F$ is
-# a product, it is a product with its own partial traces. $\blacksquare$
+# **Proof.** The sum over the outputs in $T$ gives $\operatorname{tr}(B)\, A / \operatorname{tr} F = A$, and the sum
+# over the inputs gives $B$, because $\operatorname{tr} A = \operatorname{tr} B = \operatorname{tr} F$. If
+# $Y \otimes X$ has these as well, then $X = A / \operatorname{tr} Y$, $Y = B / \operatorname{tr} X$ and
+# $\operatorname{tr} X \operatorname{tr} Y = \operatorname{tr} F$, hence $Y \otimes X = T$. If $F$ is a product, it is
+# the only product with its own partial traces, so $T = F$. $\blacksquare$
 #
 # By the last sentence **TKFAC is exact wherever a Kronecker product can be exact.** KFAC is not:
 # by [Theorem 5.1], it is exact only where $B_n = \sum_v g_{vn} g_{vn}^\top$ and
@@ -192,12 +192,12 @@ for S in (1, 4):
 # \tag{15.4}
 # $$
 #
-# KFAC's sums with weights for every datum, the squared lengths of its vectors and of its input. No
-# gradient is formed; beyond KFAC's cost there are only these lengths.
+# which are KFAC's sums with a weight for every datum: in $A$ the squared lengths of its vectors, in $B$ that of its
+# input. No gradient is formed; beyond KFAC's cost there are only these lengths.
 # [Gao et al. (2021)](bibliography.md#tkfac), who found the method, write it as $\delta\, \Psi \otimes \Phi$ with
-# $\Phi = A / \delta$ and $\Psi = B / \delta$ of trace one, and $\delta = \operatorname{tr} F$. "T" stands
-# for trace-restricted. (That the partial traces determine the product, and Theorem 15.2 below, are not from the
-# paper's abstract.)
+# $\Phi = A / \delta$ and $\Psi = B / \delta$ of trace one, and $\delta = \operatorname{tr} F$. "T" stands for
+# trace-restricted. (That the partial traces determine the product, and Theorem 15.2 below, are not from the paper's
+# abstract.)
 #
 # ### In the package
 #
@@ -232,8 +232,8 @@ for S in (1, 4):
 #
 # because KFAC's trace is the product of $\sum_n b_n$ and the mean of $\lVert a_n \rVert^2$. It is too large if
 # large inputs have small vectors. Let all inputs be multiples of one vector and all vectors of another,
-# $a_n = c_n a$ and $g_n = g / c_n$: every datum has the same gradient $g a^\top$, the block is $N$
-# times one outer product, and KFAC is too large by the mean of $c^2$ times the mean of $c^{-2}$.
+# $a_n = c_n a$ and $g_n = g / c_n$: every datum has the same gradient $g a^\top$, the block is $N$ times that of one
+# datum, and KFAC is too large by the mean of $c_n^2$ times the mean of $c_n^{-2}$.
 
 # %%
 c = torch.tensor([0.3, 1, 2, 5]).reshape(4, 1, 1)
@@ -269,8 +269,7 @@ for io in layer_ios(bent, CrossEntropyLoss(), X, classes).values():
 # %% [markdown]
 # **What is lost.** With one position and a bias, KFAC is exact for the bias *alone*, [(5.10)]: the bias's
 # block is $\sum_n B_n$, and KFAC's is $B$ times a corner of $A$ that is one. TKFAC's $B$ is weighted by
-# $\lVert a_n \rVert^2$, so it has the right trace for all weights together, and a wrong block for
-# the bias.
+# $\lVert a_n \rVert^2$. So the trace of the whole block is right, and the block of the bias is wrong.
 
 # %%
 lengths = torch.linspace(0.2, 3, 11)[:, None]
@@ -342,9 +341,9 @@ right.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# Before training all images have nearly the same weight, and the weights make little difference. Afterwards the
-# block consists of few images, and most of KFAC's mean over all inputs belongs to the others. So TKFAC's error is
-# the smaller one:
+# Before training all images have nearly the same weight, and the weights make little difference. Afterwards most of
+# the block comes from few images, and most of KFAC's mean over all inputs comes from the others. TKFAC's error is the
+# smaller one at every measurement. The cell prints every fourth ratio:
 
 # %%
 K, T = torch.tensor(errors["KFAC"]), torch.tensor(errors["TKFAC"])
@@ -364,15 +363,15 @@ assert (T / K)[4:].mean() < 0.95
 # \tag{15.6}
 # $$
 #
-# with the logarithm of matrices. It is zero for $M = F$ and positive otherwise. For diagonal matrices it is the
-# Kullback-Leibler divergence of tables. For tables it is known that, of all products of two distributions, the
-# product of the table's own marginals is nearest to it. The same holds here:
+# with the logarithm of matrices. It is zero for $M = F$ and positive otherwise. For diagonal matrices of trace one it
+# is the Kullback-Leibler divergence of two tables of probabilities. For tables it is known that, of all products of
+# two distributions, the product of the table's own marginals is nearest to it. The same holds here:
 #
 # <div class="admonition theorem" markdown="1" id="thm-15.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 15.2 (nearest in relative entropy)</b></p>
 #
-# Among all positive definite Kronecker products $M$, the one with the smallest $\mathcal{D}(F, M)$ is
-# TKFAC.
+# Let $F$ be positive definite. Among all positive definite Kronecker products $M$, the one with the smallest
+# $\mathcal{D}(F, M)$ is TKFAC.
 #
 # </div>
 #
@@ -387,9 +386,9 @@ assert (T / K)[4:].mean() < 0.95
 # \tag{15.7}
 # $$
 #
-# The first two terms are smallest for $\mu = \operatorname{tr} F$. The third is, up to a constant
-# and the factor $\operatorname{tr} F$, the relative entropy of $A / \operatorname{tr} F$ and $X$, both of
-# trace one, so it is smallest for $X = A / \operatorname{tr} F$; likewise the fourth. $\blacksquare$
+# The first two terms are smallest for $\mu = \operatorname{tr} F$. The third is, up to a constant,
+# $\operatorname{tr} F$ times the relative entropy of $A / \operatorname{tr} F$ and $X$, both of trace one. So it is
+# smallest for $X = A / \operatorname{tr} F$, and the fourth for $Y = B / \operatorname{tr} F$. $\blacksquare$
 
 
 # %%
@@ -422,10 +421,10 @@ assert larger <= 2
 #
 # The paper's abstract announces an upper bound of TKFAC's error; [a
 # summary](https://liner.com/review/tracerestricted-kroneckerfactored-approximation-to-natural-gradient) says that
-# it is "generally smaller" than KFAC's, and that measured errors were smaller, too. So they were here, in all or
-# nearly all random layers above and at every step of the training. But an upper bound does not order two errors,
-# and no theorem says that TKFAC is always the nearer one in the Frobenius norm. The error $F - T$ has partial
-# traces of zero. So an error in one entry of the diagonal forces errors in other entries. KFAC has no such
+# it is "generally smaller" than KFAC's, and that measured errors were smaller, too. TKFAC's errors were smaller here,
+# too, in all or nearly all random layers above and at every measurement in the training. But an upper bound does not
+# order two errors, and TKFAC is not always the nearer one in the Frobenius norm. The partial traces of the error
+# $F - T$ are zero. So if one entry of its diagonal is not zero, others are not, either. KFAC's error has no such
 # constraint.
 #
 # Take eight data: $a = (10, \pm c)$ and $g = (10, \pm c)$ with all four combinations of signs, for
@@ -447,16 +446,19 @@ assert abs(rows[0][:3]).max() < 1e-10 < abs(rows[0][3])
 
 # %% [markdown]
 # KFAC errs in a single entry, the one of the second output and second input. TKFAC keeps the sums over rows and
-# columns of this two by two table, so that it errs in all four entries, with alternating signs: twice the norm.
-# With the rearranged matrix $R = \mathcal{R}(F)$ of [Chapter 5](05_kfac.py): with $e = \operatorname{vec} I$,
+# columns of the diagonal, written as a two by two table. So it errs in all four entries, with alternating signs, and
+# the norm of its error is about twice that of KFAC. The rearranged matrix $R = \mathcal{R}(F)$ of
+# [Chapter 5](05_kfac.py) shows the general form of TKFAC's error. With $e = \operatorname{vec} I$, of the size of the
+# inputs or of the outputs,
 #
 # $$
 # \mathcal{R}(T) = \frac{(R\, e)(e^\top R)}{e^\top R\, e} ,
 # \tag{15.8}
 # $$
 #
-# a matrix of rank one with the same products with $e$ as $R$. The map from $R$ to the error $R - \mathcal{R}(T)$ is
-# an oblique and not an orthogonal projection, and an oblique projection can make vectors longer.
+# a matrix of rank one with the same products with $e$ as $R$. So the error is $R - \mathcal{R}(T) = P R$ with
+# $P = I - (R e) e^\top / (e^\top R\, e)$. This $P$ is a projection, $P^2 = P$, and an orthogonal one only if $R e$ is
+# a multiple of $e$. In general it is oblique, and an oblique projection makes some vectors longer.
 
 
 # %%
@@ -469,6 +471,10 @@ io = random_io(7)
 R, e_out, e_in = rearranged(io.block(), 3, 5), torch.eye(3).flatten(), torch.eye(5).flatten()
 RT = rearranged(tkfac(io).dense(), 3, 5)
 assert_exact(RT, torch.outer(R @ e_in, e_out @ R) / (e_out @ R @ e_in))
+P = torch.eye(9) - torch.outer(R @ e_in, e_out) / (e_out @ R @ e_in)
+assert_exact(P @ R, R - RT)
+assert_exact(P @ P, P)
+assert torch.linalg.matrix_norm(P, 2) > 1.01  # oblique: an orthogonal projection has norm 1
 assert torch.linalg.matrix_rank(R - RT) == torch.linalg.matrix_rank(R) - 1
 
 # %% [markdown]
@@ -492,8 +498,8 @@ for S in (1, 4):
 
 # %% [markdown]
 # So TEKFAC is never farther than TKFAC. Is it nearer than EKFAC? The two differ in the basis, and no theorem orders
-# bases. With a datum without gradient TEKFAC is exact and EKFAC is not. The second example is the other way round.
-# Let inputs lie along two diagonals, twice as many along the first, but with vectors of half the squared length.
+# bases. On the two data of [Figure 15.1] TEKFAC is exact and EKFAC is not. In the second example EKFAC is the nearer
+# one. Let inputs lie along two diagonals, twice as many along the first, but with vectors of half the squared length.
 # Then TKFAC's $A$ has two equal eigenvalues, every orthogonal basis consists of eigenvectors, and a datum of small
 # length determines which one the decomposition returns.
 
@@ -522,10 +528,10 @@ print({name: round(curve[-1], 3) for name, curve in errors.items()})
 # %% [markdown]
 # ## What the weights cost
 #
-# All errors so far were measured against the block *of the same data*. An optimiser has a batch and needs
-# the block of all data. KFAC's $A$ is a mean over all images of the batch. TKFAC's is, after training,
-# a mean over the few images with large weight, so it scatters more from batch to batch. We measure
-# the distance to the block of all images, for batches of different sizes.
+# All errors so far were measured against the block *of the same data*. An optimizer has a batch and needs the block
+# of all data. KFAC's $A$ is a mean over all images of the batch. TKFAC's is, after training, a mean over the few
+# images with large weight, so it scatters more from batch to batch. We measure the distance to the block of all
+# images, for batches of different sizes.
 
 # %%
 torch.manual_seed(0)
@@ -560,9 +566,8 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# The exact block of a small batch is the worst estimate, because a Kronecker product has fewer numbers to be estimated.
-# With few images TKFAC lies between it and KFAC. With large batches, or averages over many batches,
-# its smaller error shows.
+# For 20 images the batch's exact block is the worst estimate of the three: a Kronecker product has far fewer numbers
+# to be estimated. TKFAC lies between it and KFAC. With large batches TKFAC's smaller error shows.
 #
 # ## Over batches
 #
@@ -603,11 +608,12 @@ assert error > 0.01
 # share of $\sqrt\delta$ (here $\delta$ is the damping). The paper splits the trace evenly, so that both
 # factors have trace $\sqrt{\operatorname{tr} F}$, and adds $\sqrt\delta$ to both. [Chapter 9](09_damping.py)
 # balances by $\pi^2$, the ratio of the *mean* eigenvalues. With equal traces that is
-# $d_\text{out} / d_\text{in}$, so the two agree for square layers only, and otherwise $\pi$ adds less: it minimises
-# the trace of what is inverted. Either way, the damped product no longer has the trace of $F + \delta I$.
+# $d_\text{out} / d_\text{in}$, so the two agree for square layers only. Otherwise the balance by $\pi$ adds less
+# trace: of all $\pi$ it gives the damped product the smallest trace. In both cases this trace is larger than that of
+# $F + \delta I$.
 #
-# In the optimizer, `invert=even_traces_inverse` is the paper's, and `invert=factored_inverse`, the default, the other
-# one.
+# In the optimizer, `invert=even_traces_inverse` is the paper's damping, and `invert=factored_inverse`, the default,
+# is that of Chapter 9.
 #
 # **For convolutional networks** the paper has a second damping, "to maintain the superiority of second-order
 # optimization methods during training", as its abstract says. The abstract of the TEKFAC paper takes it over. We
@@ -683,10 +689,11 @@ assert_exact(PartialTraces(A, B).dense(), tkfac(io).dense())
 # A test on data with equal lengths would not notice. Use data with $g_n = 0$, as in the first figure.
 #
 # **Weights per position.** With weight sharing, [(15.4)] for every position as if it were a datum leaves out the
-# products of different positions, and the trace is that of another matrix. It is exact if inputs and vectors of
-# different positions are uncorrelated, which [the
-# notes](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac)
-# say the paper assumes for convolutions (Assumption 4.1). Its convolutions are then this, and ours are not:
+# products of different positions, and the trace is that of another matrix. It is right in expectation if these
+# products have mean zero.
+# [The notes](https://github.com/baolgr/new_adafisher/blob/6a841f5a2ee22b62f631e5ff4ce7e2ced3116ce3/docs/reports/plan.md#44-tkfac)
+# say that the paper assumes inputs and vectors of different positions of a convolution to be uncorrelated (Assumption
+# 4.1). So the paper's TKFAC of a convolution is this sum, and the package's is not:
 
 # %%
 io = random_io(7, S=4)
@@ -760,8 +767,8 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 #
 # With $\lVert a_n \rVert^2 = \alpha$ and $b_n = \beta$, [(15.4)] is $\beta$ and $\alpha$ times KFAC's sums,
 # and $\operatorname{tr} F = N \alpha \beta$, so [(15.3)] is KFAC. One does not suffice: with equal
-# lengths of the inputs $B$ is KFAC's up to scale, but $A$ is weighted by $b_n$. So layers after a
-# normalisation of the inputs still differ.
+# lengths of the inputs $B$ is KFAC's up to scale, but $A$ is weighted by $b_n$. So KFAC and TKFAC also differ in
+# layers whose inputs are normalised.
 #
 # </details>
 #
@@ -771,8 +778,8 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# In [(15.7)], $X$ and $Y$ are fixed, so $\mu$ is such that the trace is that of $F$. The
-# factors are still the unweighted ones, so the last two terms stay too large.
+# In [(15.7)], $X$ and $Y$ are fixed, and the best $\mu$ is $\operatorname{tr} F$: it gives KFAC the trace of $F$. The
+# factors are still the unweighted ones, so the last two terms stay larger than TKFAC's.
 #
 # </details>
 #
@@ -794,7 +801,7 @@ assert_exact(dead.inverse(0.5).dense(), 2 * torch.eye(15))
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 def solution(a: Tensor, g: Tensor) -> Tensor:  # 15.4
     of_a, of_g = a.square().sum(1), g.square().sum((0, 2))
     A, B = a.T @ (of_g[:, None] * a), torch.einsum("n,vno,vnp->op", of_a, g, g)
@@ -839,6 +846,6 @@ print("all hold")
 # ## Further reading
 #
 # [Gao et al. (2021)](bibliography.md#tkfac) for TKFAC, its bound, and its use on several deep
-# networks; [Gao et al. (2020)](bibliography.md#tekfac) for TEKFAC. # [George et al. (2018)](bibliography.md#ekfac) for
+# networks; [Gao et al. (2020)](bibliography.md#tekfac) for TEKFAC; [George et al. (2018)](bibliography.md#ekfac) for
 # eigenvalues in a given basis. The next chapter continues with [(15.8)], which is half of one step of a
 # method for the nearest Kronecker product.

@@ -16,9 +16,9 @@
 # **Part V: Better and faster.** A small batch tells a wide layer little. Can its curvature be
 # inverted at the price of the batch, not of the layer?
 #
-# KFAC's factors have the size of the layer, although a small batch fills them with few outer products. SKFAC, swift
-# KFAC, keeps these columns $U$ in the place of the factor $A = U U^\top$ and inverts the small matrix $U^\top U$
-# instead: [Figure 17.1].
+# KFAC's factors have the size of the layer, although for a small batch each is a sum of few outer products. SKFAC,
+# swift KFAC, keeps the vectors of these products as the columns of a matrix $U$, in the place of the factor
+# $A = U U^\top$. It inverts the small matrix $U^\top U$ instead of $A$, both with damping ([Figure 17.1]).
 
 # %% tags=["hide-input"]
 from textwrap import fill
@@ -89,7 +89,8 @@ matrices(
 )
 
 # %% [markdown]
-# The main formula is an identity, not an approximation. SKFAC's step is KFAC's step for the same batch:
+# The main formula is an identity, not an approximation. Here $\gamma$ is the damping of the factor. SKFAC's step is
+# KFAC's step for the same batch:
 #
 # $$
 # (U U^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - U (U^\top U + \gamma I)^{-1} U^\top \bigr) .
@@ -128,10 +129,10 @@ matrices(
 #
 # </div>
 #
-# **Proof.** $U (U^\top U + \gamma I) = (U U^\top + \gamma I)\, U$, since both are
-# $U U^\top U + \gamma U$. Multiply by the two inverses, one from each side: the first line. Now let $X$
-# be the inverse that we look for. $(U U^\top + \gamma I) X = I$ says $\gamma X = I - U\, U^\top X$, and
-# $U^\top X$ is the transpose of the first line. $\blacksquare$
+# **Proof.** $U (U^\top U + \gamma I) = (U U^\top + \gamma I)\, U$, since both are $U U^\top U + \gamma U$.
+# Multiplication by the two inverses, one from each side, gives the first line. Let $X = (U U^\top + \gamma I)^{-1}$.
+# Then $(U U^\top + \gamma I) X = I$ says $\gamma X = I - U\, U^\top X$, and $U^\top X$ is the transpose of the first
+# line. $\blacksquare$
 #
 # The first line *pushes* $U$ *through* the inverse: on the left a $d \times d$ matrix is inverted, on the right a
 # $K \times K$ one. Entry $(k, l)$ of $U^\top U$ is the inner product of two columns, a similarity of two data.
@@ -164,9 +165,9 @@ assert_exact(inverse_by_hand(U, gamma), torch.linalg.inv(A + gamma * eye_like(A)
 # %% [markdown]
 # ## A layer by its columns
 #
-# SKFAC's matrix is the same $B \otimes A$ as KFAC's, stored as columns. `reduced_columns` is for the opposite case.
-# With more columns than the factor has rows, a QR decomposition $U^\top = Q R$ gives $U U^\top = R^\top R$, and the
-# $d$ columns of $R^\top$ replace $U$. So the columns never need more memory than the factor.
+# SKFAC's matrix is the same $B \otimes A$ as KFAC's, stored as columns. `reduced_columns` is for the case of many
+# columns. If there are more than the factor has rows, a QR decomposition $U^\top = Q R$ gives $U U^\top = R^\top R$,
+# and the $d$ columns of $R^\top$ replace $U$. So the columns never need more memory than the factor.
 
 # %% tags=["remove-input"]
 code(skfac, reduced_columns)
@@ -189,8 +190,8 @@ for fisher in (monte_carlo(1, generator), type2):
 
 # %% [markdown]
 # In the second half of the output each datum has nine type-2 vectors, one less than classes, so that $B$ has 288
-# columns and `reduced_columns` reduces them to $d_\text{out}$. **The number of columns is $V N S$, not $N$.** SKFAC
-# is for the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
+# columns and `reduced_columns` reduces them to $d_\text{out}$. **The number of columns is $V N S$ for $B$ and $N S$
+# for $A$, not $N$.** SKFAC is for the Monte Carlo or the empirical Fisher ($V = 1$), small batches and one position.
 #
 # ## The paper's inverse
 #
@@ -220,11 +221,11 @@ for io in ios.values():
     assert_exact(M.inverse_of_damped_factors(gamma, gamma) @ G, explicit @ G)
 
 # %% [markdown]
-# This is the explicit inverse, as in the authors' code ([line
-# 363](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L363)),
-# against the applied one. They agree up to rounding, but the explicit one forms $d \times d$ matrices: it costs
-# $K d^2$ per factor and is multiplied at $d^3$. If the same inverse serves hundreds of steps, as in that code,
-# forming it once is the better choice for $2 K \gt d$: applying it takes two products with $K$ columns each.
+# The last lines compare two forms: the explicit inverse of a factor, as in the authors' code
+# ([line 363](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L363)),
+# and the inverse that is only applied. They agree up to rounding. The explicit one is a $d \times d$ matrix: it costs
+# $K d^2$ to form, and $d^3$ to multiply with a gradient. If the same inverse serves hundreds of steps, as in that
+# code, forming it once is the better choice for $2 K \gt d$: applying it takes two products with $K$ columns each.
 #
 # ### What it saves
 #
@@ -277,24 +278,24 @@ assert counts["SKFAC, N = 32"][-1] < 4.5 * counts["SKFAC, N = 32"][-2]  # toward
 assert gain[0] < 2 < 10 < gain[-1]
 
 # %% [markdown]
-# The figure counts operations and has two limits. An operation of a decomposition takes longer than one of a
-# product, so that in time SKFAC gains more than in operations. And KFAC decomposes its averages only every so many
-# steps, because they change slowly, while SKFAC decomposes anew for each batch. A decomposition every 100 steps
-# costs a hundredth, and then SKFAC saves only in the products.
+# The figure counts operations and has two limits. First, an operation of a decomposition takes longer than one of a
+# product, so that times differ from this count. Second, KFAC decomposes its averages only every so many steps,
+# because they change slowly, while SKFAC decomposes anew for each batch. With a decomposition every 100 steps KFAC's
+# costs for it fall to a hundredth, and then SKFAC saves only in the products.
 #
 # ## The batch's own gradient
 #
-# If the gradient comes from the same batch, it is made of the same columns. For
-# the empirical Fisher, $g_n$ is the gradient of a datum's loss divided by $\sqrt D$, so that the gradient
-# of the mean loss is $G = \sum_n g_n a_n^\top / \sqrt D$. In general,
+# If the gradient comes from the same batch, it is a combination of the same columns. For the empirical Fisher, $g_n$
+# is the gradient of a datum's loss divided by $\sqrt D$, so that the gradient of the mean loss is
+# $G = \sum_n g_n a_n^\top / \sqrt D$. In general,
 #
 # $$
 # G = \sum_{v, n} c_{vn} G_{vn} = U_B\, C\, U_A^\top ,
 # \tag{17.3}
 # $$
 #
-# where $C$, of shape $[V N S, N S]$, has $\sqrt{N S}\, c_{vn}$ at the entries that join $g_{vns}$ with
-# its own $a_{ns}$ and zeros elsewhere. Push both through:
+# where $C$, of shape $[V N S, N S]$, has $\sqrt{N S}\, c_{vn}$ at the entries that join $g_{vns}$ with its own
+# $a_{ns}$ and zeros elsewhere. The first line of [(17.1)], used on both sides, gives
 #
 # $$
 # (B + \gamma_B I)^{-1} G\, (A + \gamma_A I)^{-1}
@@ -309,9 +310,9 @@ code(push_through)
 
 # %% [markdown]
 # With type-2 vectors it works as well, although the labels do not enter them: the columns for a datum span all
-# gradients that any label can have. Here we let least squares find $c$. With the scores of all classes, another
-# root, it would be zero except at the datum's own class (Exercise 17.2). Only for Monte Carlo vectors is the
-# gradient of the data's labels not in their span.
+# gradients that any label can have. Here we let least squares find $c$. With another root of the same Hessian, the
+# scores of all classes, $c$ would be zero except at the datum's own class (Exercise 17.2). Monte Carlo vectors, one
+# per datum, do not in general span the gradient for the data's labels.
 
 # %%
 f = net(X).detach().requires_grad_()
@@ -376,7 +377,7 @@ assert min(forms["Woodbury"][0], forms["only G is rounded"][0]) > 1
 assert forms["pushed through"][0] < 0.1
 
 # %% [markdown]
-# At a damping of $10^{-7}$ the forms that divide by it have relative errors near or above one. The Cholesky factor
+# At a damping of $10^{-7}$ the three forms that divide by it have relative errors far above one. The Cholesky factor
 # is not the reason: eigenpairs have the same error, and so has the inverse in double precision if only $G$ was
 # rounded. A rounded $G$ is no longer *exactly* in the span, and its part outside of the span is divided by
 # $\gamma^2$. The form that is pushed through does not use $G$.
@@ -391,10 +392,10 @@ assert forms["pushed through"][0] < 0.1
 # $B \otimes A + \delta I$ are $\beta_i \alpha_j + \delta$ where both vectors are known, and $\delta$
 # everywhere else.
 #
-# So the inverse divides by $\delta$ everywhere and corrects a rectangle. Other low-rank
-# methods give the unknown directions a number, too, so that the package treats the general case.
-# Let $A$ have the eigenvalue $c_A$ outside of its known vectors and $B$ have $c_B$. The table then
-# has four blocks. Write $w$ for the inverse eigenvalues of each,
+# So the inverse divides by $\delta$ everywhere and corrects a rectangle. Other low-rank methods give the unknown
+# directions an eigenvalue that is not zero, so the package treats the general case. Let $A$ have the eigenvalue $c_A$
+# outside of its known vectors and $B$ have $c_B$. The table then has four blocks. Write $w$ for the inverse
+# eigenvalues of each,
 #
 # $$
 # \begin{aligned}
@@ -456,7 +457,7 @@ for io in ios.values():
 # 6](06_weight_sharing.py)), and `reduce_sum(io)` is `io.reduced()`. The authors' code takes the mean of both
 # ([lines 166 and
 # 194](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L166)),
-# here `mean_over_positions(io)`. All its curvature is then smaller by $S^2$, and so must be the damping.
+# here `mean_over_positions(io)`. The curvature is then $S^2$ times smaller, and the damping must be, too.
 #
 # **Spatial Subsampling**: let a subset $\mathcal T$ of the positions stand for all,
 #
@@ -543,8 +544,8 @@ assert_exact(averages.inverse_of_damped_factors(0.1, 0.1) @ G, S**2 * step)
 # 6](06_weight_sharing.py)), and there one averaged patch is a better approximation than sixteen. Third, the
 # curvature of the code's averages is $1 / S^2$ of Reduce Sum's. As a matrix it is far from the block. Its step is
 # Reduce Sum's step, with $S^2$ times the damping on the side of the outputs and $S^2$ times the length, as the last
-# line asserts. If damping and learning rate are tuned for the averages, as the authors did, the scale does no harm;
-# a damping that is taken from another method is wrong by it.
+# line asserts. If damping and learning rate are tuned for the averages, as the authors did, the scale does no harm. A
+# damping that is taken from another method would be wrong by this factor.
 #
 # In the optimizer, the choice is a part of the approximation. Layers with one position, such as the last one
 # here, are not changed by any of them:
@@ -573,12 +574,12 @@ for name, approximation in choices.items():
 # ## What one batch does not know
 #
 # So far SKFAC was equal to KFAC, since both had one batch. In training KFAC averages its factors over many steps.
-# Many batches have many columns, so that the authors' code keeps the columns of one batch. Between two updates, 834
-# steps apart ([`config.py`, line
-# 38](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/config.py#L38)), it
-# applies an old batch's inverse to the gradients of new ones. New gradients are not in the old span. A gradient
-# that is orthogonal to the columns on both sides is divided by $\gamma_A \gamma_B$, however large the true
-# curvature is there.
+# Many batches have many columns. The authors' code therefore keeps the columns of one batch. Between two updates,
+# which are 834 steps apart
+# ([`config.py`, line 38](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/config.py#L38)),
+# it applies an old batch's inverse to the gradients of new ones. New gradients are not in the old span. A gradient
+# that is orthogonal to the columns on both sides is divided by $\gamma_A \gamma_B$, however large the true curvature
+# is there.
 
 # %%
 trained = network()
@@ -603,7 +604,7 @@ for name, io in batches.items():
     ]
     assert share < 1e-10 if name == "own batch" else 1e-3 < share < 0.9
 
-# %% tags=["hide-input"] alt="Log-log plot of the length of a step against the damping of the factors as a fraction of their traces. For the batch's own gradient the curve levels off as the damping falls; for another batch's gradient it keeps rising, a hundredfold for each tenth of the damping." caption="Length of a step for the gradient of the batch that the factors come from, and for that of another batch. The second has no limit."
+# %% tags=["hide-input"] alt="Log-log plot of the length of a step against the damping of the factors as a fraction of their traces. For the batch's own gradient the curve levels off as the damping falls; for another batch's gradient it keeps rising, a hundredfold for each tenth of the damping." caption="Length of a step for the gradient of the batch that the factors come from, and for that of another batch. As the damping falls, the first levels off and the second keeps growing."
 fig, ax = plt.subplots(figsize=(6.2, 3.4))
 for (name, row), style in zip(lengths.items(), ("-", "--"), strict=True):
     ax.loglog(fractions, row, "." + style, label=name)
@@ -634,9 +635,9 @@ assert growth["another batch"] > 50 > 10 > growth["own batch"]
 # \tag{17.7}
 # $$
 #
-# With the shares of a moving average this *is* KFAC's moving average of the factor, without the factor, as long as
-# no batch is dropped. `Window` is an estimator that keeps the last few batches. The weights of the dropped batches
-# are left out of the sum, and the rest is scaled up to one.
+# With the shares of a moving average this *is* KFAC's moving average of the factor, as long as no batch is dropped,
+# and the factor is never formed. `Window` is an estimator that keeps the last few batches. The shares of dropped
+# batches are left out, and the rest is scaled so that its sum is one.
 
 # %% tags=["remove-input"]
 code(Window.update)
@@ -738,12 +739,12 @@ plt.show()
 
 # %% [markdown]
 # With the best damping of each, all three train the network. That agrees with "comparable", under a condition that
-# the plot shows. Where the damping is large, most of the step is decided by the damping and little by the batch,
-# and the three coincide. Where it is small, the single batch fails first. (A new inverse in every step, as here,
-# favours the single batch: see [what one batch does not know](#what-one-batch-does-not-know).) The window lies
-# between, but its small systems have six times as many unknowns. The plot is not about time. By the last lines of
-# the cell, KFAC and SKFAC from one batch each train *the same network*. So all differences in the plot come from
-# the averages over batches, none from the form of the inverse.
+# the plot shows. Where the damping is large, the step depends little on the factors, and the three nearly coincide.
+# Where it is small, the single batch fails first. (A new inverse in every step, as here, favours the single batch:
+# see [what one batch does not know](#what-one-batch-does-not-know).) The window lies between, but its small systems
+# have six times as many unknowns. The plot is not about time. By the last lines of the cell, KFAC and SKFAC from one
+# batch each train *the same network*. So all differences in the plot come from the averages over batches, none from
+# the form of the inverse.
 #
 # ## What goes wrong in practice
 #
@@ -757,12 +758,12 @@ plt.show()
 # 349](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/skfac_layer.py#L349)).
 # Its own network has no biases in these layers ([`resnet_skfac.py`, line
 # 137](https://github.com/fL0n9/SKFAC-MindSpore/blob/aca020fc5dfe3fddff7c0928f4ad2fe414653666/src/resnet_skfac.py#L137)),
-# so nothing is lost there. In a network that has, biases would be updated by the plain gradient, at a scale that
-# has nothing to do with that of the weights' step, and the weights' own step is another one, too, since weights and
-# bias interact in $A$.
+# so nothing is lost there. In a network with biases, these would be updated by the plain gradient, at a scale that
+# has nothing to do with that of the weights' step. The step of the weights would also change, since weights and bias
+# interact in $A$. The next cell measures this change, too.
 #
-# **One damping for both sides.** $\sqrt\delta$ on both factors is not invariant. Move a factor of ten from
-# the inputs to the vectors (as a different convention for the loss does), and the step changes:
+# **One damping for both sides.** $\sqrt\delta$ on both factors is not invariant. If a factor of ten is moved from the
+# inputs to the vectors, which leaves $B \otimes A$ unchanged, the step changes:
 
 # %%
 io = ios["2"]
@@ -793,8 +794,8 @@ assert relative_error(without, with_bias[:, :-1]) > 1e-3
 #
 # **A damping below round-off.** $U^\top U + \gamma I$ is decomposed in the precision of $U$. Data that occur
 # twice make $U^\top U$ singular, and a $\gamma$ below a millionth of its entries disappears in single
-# precision. The package refuses what it cannot decompose, and the exact inverse is a way out, since it
-# takes the columns themselves apart:
+# precision. The package refuses what it cannot decompose. The exact inverse is a way out, since it decomposes the
+# columns themselves and not their inner products:
 
 # %%
 four_times = torch.full((3, 4), 1000.0).float()  # four data, all the same
@@ -832,7 +833,8 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # - **Identity.** SKFAC keeps the columns of the factors and inverts their inner products ([Theorem 17.1]). For one
 #   batch its step is KFAC's.
-# - **Cost.** The number of columns is $V N S$. SKFAC saves where this is smaller than the width.
+# - **Cost.** The number of columns is $V N S$ for the vectors and $N S$ for the inputs. SKFAC saves where both are
+#   smaller than the width.
 # - **Own gradient.** For the batch's own gradient, [(17.4)] needs no division by the damping and survives single
 #   precision.
 # - **Convolutions.** Reduce Sum is KFAC-reduce; Spatial Subsampling keeps a grid of positions.
@@ -841,16 +843,16 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 #
 # ## Exercises
 #
-# **Exercise 17.1.** What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for $\gamma \to 0$? What is
-# $U^\top (U U^\top + \gamma I)^{-1} U$ then, if the columns are independent?
+# **Exercise 17.1.** Let the columns of $U$ be independent. What does $\gamma\, (U U^\top + \gamma I)^{-1}$ become for
+# $\gamma \to 0$? What is $U^\top (U U^\top + \gamma I)^{-1} U$ then?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # $I - U (U^\top U)^{-1} U^\top$, by the second line of [(17.1)]: the projection onto all that is
 # orthogonal to the columns. By the first line, the other is
-# $U^\top U (U^\top U + \gamma I)^{-1} \to I$: measured by the inverse, different data are orthogonal and each
-# has length one.
+# $U^\top U (U^\top U + \gamma I)^{-1} \to I$: in the inner product of the inverse, different columns are orthogonal
+# and each has length one.
 #
 # </details>
 #
@@ -881,8 +883,8 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 # </details>
 #
 # **Exercise 17.4.** Write SKFAC's step yourself: from the columns $U_A$ and $U_B$, a gradient $G$ and a damping
-# $\gamma$ of both factors to $(B + \gamma I)^{-1} G (A + \gamma I)^{-1}$, without a matrix of the layer's width.
-# Compare it with `KroneckerColumns(UA, UB).inverse_of_damped_factors(gamma, gamma) @ G`.
+# $\gamma$ of both factors to $(B + \gamma I)^{-1} G (A + \gamma I)^{-1}$, without forming $A$, $B$ or an inverse of
+# their size. Compare it with `KroneckerColumns(UA, UB).inverse_of_damped_factors(gamma, gamma) @ G`.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -901,7 +903,7 @@ assert relative_error((single @ G.float()).double(), exact @ G) < 1e-3
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 def solution(UA: Tensor, UB: Tensor, G: Tensor, gamma: float) -> Tensor:  # 17.4
     def solve(U: Tensor, M: Tensor) -> Tensor:
         small = U.T @ U + gamma * torch.eye(U.shape[1])

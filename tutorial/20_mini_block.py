@@ -16,10 +16,10 @@
 # **Part V: Better and faster.** KFAC gives all neurons of a layer one common matrix. What if every
 # neuron keeps its own, exact, and nothing is kept between neurons?
 #
-# The weights of one neuron are one row of $W$. The mini-block Fisher keeps the part of the layer's block that
-# belongs to each neuron and replaces the rest by zeros: [Figure 20.1]. [Bahamou et al.
-# (2023)](bibliography.md#mini-block) propose it as MBF, between first-order methods, whose matrix is diagonal, and
-# KFAC.
+# A neuron is one output of a layer, and its weights are one row of $W$. The mini-block Fisher keeps the parts of the
+# layer's curvature block $F$ that belong to single neurons and replaces the rest by zeros ([Figure 20.1]).
+# [Bahamou et al. (2023)](bibliography.md#mini-block) propose it as MBF, between first-order methods, whose matrix is
+# diagonal, and KFAC.
 
 # %% tags=["hide-input"]
 import json
@@ -75,7 +75,7 @@ def random_io(N: int, S: int = 1, V: int = 2) -> LayerIO:
     return LayerIO(torch.randn(N, S, 5), torch.randn(V, N, S, 3))
 
 
-# %% tags=["hide-input"] alt="Heat maps of a 15 by 15 block in three versions. The exact block has nine 5 by 5 parts, all of which differ. The mini-block version has the three parts on the diagonal, exactly, and zero elsewhere. KFAC fills all nine parts, each with a multiple of one and the same pattern." caption="A layer with three neurons and five inputs. The mini-blocks are exact and know nothing of each other; KFAC repeats one matrix $A$ in nine strengths."
+# %% tags=["hide-input"] alt="Heat maps of a 15 by 15 block in three versions. The exact block has nine 5 by 5 parts, all of which differ. The mini-block version has the three parts on the diagonal, exactly, and zero elsewhere. KFAC fills all nine parts, each with a multiple of one and the same pattern." caption="A layer with three neurons and five inputs. The mini-blocks are exact, and the rest is zero. KFAC has nine multiples of one matrix $A$."
 torch.manual_seed(1)
 io = random_io(12, V=1)
 io = LayerIO(io.a * torch.tensor([2.0, 1.5, 1.0, 1.0, 0.7]), io.g)
@@ -119,8 +119,8 @@ matrices(
 # \tag{20.2}
 # $$
 #
-# $F_o$ is a weighted second moment of the inputs. The weight of a datum is the squared vector of neuron $o$. KFAC
-# has the same $A$ for all neurons. By hand:
+# $F_o$ is a weighted second moment of the inputs. The weight of a datum is the sum of squares of its vectors' entries
+# at neuron $o$. KFAC has the same $A$ for all neurons. By hand:
 
 
 # %%
@@ -198,7 +198,7 @@ for o in range(3):  # every neuron solves its own small system
 # vector $x$ with parts $x_o$, $x^\top M x = \sum_o x_o^\top F_o x_o$, and each term is $y^\top F y$ for a
 # vector $y$ that is zero outside of neuron $o$. $\blacksquare$
 #
-# So the mini-block Fisher is nearer to $F$ than the diagonal, than KFAC restricted to its diagonal blocks
+# So the mini-block Fisher is never farther from $F$ than the diagonal, than KFAC restricted to its diagonal blocks
 # $B_{oo} A$, and than $I \otimes A$ for any $A$. The theorem does *not* compare it with KFAC itself, which mixes
 # neurons. Either of the two may be nearer:
 
@@ -224,11 +224,11 @@ assert 0 < nearer < 200
 # The mini-block Fisher is exact if and only if all $F_{op}$ of [(20.1)] with $o \ne p$ vanish. Three cases:
 #
 # - The layer has **one neuron**.
-# - **No datum reaches two neurons**: $g_{vno}\, g_{vnp} = 0$. A layer of experts, of which every datum
-#   uses one, is of this kind.
+# - **No vector reaches two neurons**: $g_{vno}\, g_{vnp} = 0$. A layer of experts, of which every datum uses one, is
+#   of this kind.
 # - **The last layer, with a loss that does not mix outputs.** The loss Hessian of a squared error
-#   is $2 I$ per datum and that of binary cross-entropy is diagonal, so each of the type-2 vectors has a
-#   single entry. This holds for *every* network. With softmax and cross-entropy, it does not.
+#   is $2 I$ per datum and that of binary cross-entropy is diagonal, so each of the type-2 vectors has a single entry
+#   that is not zero. This holds for *every* network. With softmax and cross-entropy, it does not.
 
 # %%
 io = random_io(9, S=4)
@@ -254,10 +254,10 @@ for kind, y in labels.items():
     assert (errors[1] < 1e-14) == (kind is not CrossEntropyLoss)
 
 # %% [markdown]
-# Compare KFAC's list ([Chapter 5](05_kfac.py)): a single datum, deep linear networks with squared
-# error. In both, $F$ is a Kronecker product $B \otimes A$, whose part between neurons $o$ and $p$ is
-# $B_{op} A$. Mini-blocks are exact there only if $B$ is diagonal. On the experts above KFAC is not exact.
-# So neither list contains the other. Both methods are exact if $F = B \otimes A$ with a diagonal $B$:
+# KFAC has another list ([Chapter 5](05_kfac.py)), among others a single datum, and deep linear networks with squared
+# error. In both cases $F$ is a Kronecker product $B \otimes A$, whose part between neurons $o$ and $p$ is $B_{op} A$.
+# Mini-blocks are exact there only if $B$ is diagonal. On the experts above KFAC is not exact. So neither list
+# contains the other. Both methods are exact if $F = B \otimes A$ with a diagonal $B$:
 
 # %%
 linear = Sequential(Linear(5, 4), Linear(4, 3))
@@ -276,11 +276,10 @@ assert_exact(kfac(io).dense(), io.block())
 # %% [markdown]
 # ## Near as a matrix, good as a step
 #
-# A trained network, three seeds. For every layer we compare two numbers. The first is the distance
-# to the exact block. The second is the quality of the step: with a gradient $h$ and
-# $F_\delta = F + \delta I$, the damped quadratic model
-# $q(p) = \tfrac12 p^\top F_\delta\, p - h^\top p$ has its minimum at $F_\delta^{-1} h$. A step in
-# the direction $p$ with the best length reaches the share
+# We train a network with three seeds. For every layer we compare two numbers. The first is the distance to the exact
+# block. The second is the quality of the step: with a gradient $h$ and $F_\delta = F + \delta I$, the damped
+# quadratic model $q(p) = \tfrac12 p^\top F_\delta\, p - h^\top p$ has its minimum at $F_\delta^{-1} h$. A step in the
+# direction $p$ with the best length reaches the share
 #
 # $$
 # \frac{(h^\top p)^2}{(p^\top F_\delta\, p)\; (h^\top F_\delta^{-1} h)} \in [0, 1]
@@ -355,8 +354,9 @@ for layer, farther, better in (("0", 2, -0.1), ("4", 0, 0.2)):  # trained, first
     assert M[1] > K[1] + better  # the step is as good as KFAC's, or better
 K, M = (measured[0, name, "0"].mean(0) for name in ("KFAC", "mini-block"))
 assert K[1] > M[1] + 0.2  # untrained: KFAC's is better
+assert measured[0, "mini-block", "4"][:, 1].min() > 0.99  # but for the last layer
 
-# %% tags=["hide-input"] alt="Two scatter plots of the share of the possible decrease against the relative error, one point for each of three layers and three seeds. Left, untrained: KFAC and EKFAC sit at error zero and share one, mini-block at errors from 0.3 to 0.8 and shares from 0.55 to one, the diagonal far right and low. Right, trained: KFAC spreads over errors from 0.2 to 0.8 with shares from 0.3 to 0.6; mini-block has errors of 0.55 to 0.7 and shares from 0.5 to 0.85; the diagonal stays far right and low." caption="Three layers, three seeds. The distance does not tell how good the step is: on the right, at equal error, mini-blocks reach more than KFAC."
+# %% tags=["hide-input"] alt="Two scatter plots of the share of the possible decrease against the relative error, one point for each of three layers and three seeds. Left, untrained: KFAC and EKFAC sit at error zero and share one, mini-block at errors from 0.3 to 0.8 and shares from 0.55 to one, the diagonal far right and low. Right, trained: KFAC spreads over errors from 0.2 to 0.8 with shares from 0.3 to 0.6; mini-block has errors of 0.55 to 0.7 and shares from 0.5 to 0.85; the diagonal stays far right and low." caption="Three layers, three seeds. Up is a better step, left a nearer matrix. The distance does not tell how good the step is: on the right, at similar errors, mini-blocks reach more than KFAC."
 fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
 for ax, steps in zip(axes, (0, 400), strict=True):
     for name, marker in zip(methods, "vos^", strict=True):
@@ -370,12 +370,14 @@ plt.show()
 
 # %% [markdown]
 # In the untrained network, inputs and vectors are nearly independent. $F$ is close to
-# $B \otimes A$, and $B$ is far from diagonal. KFAC is nearly exact there, and without the coupling of neurons
-# the step loses a good part of its decrease.
+# $B \otimes A$, and $B$ is far from diagonal. KFAC is nearly exact there. Without the coupling of neurons the step
+# loses a good part of its decrease in the first two layers. In the last layer it loses almost nothing: all classes
+# have nearly the same probability there, so $B$ is nearly a multiple of $I - \tfrac1C \mathbf{1} \mathbf{1}^\top$,
+# and the gradient is orthogonal to the ones.
 #
 # Training changes this. Different neurons have large vectors on different data, so
-# that one $A$ for all neurons has a large error. In the first layer KFAC still is three times nearer to $F$, but
-# its step is no better. In the last layer mini-blocks are better by both numbers.
+# that one $A$ for all neurons has a large error. In the first layer KFAC is still much nearer to $F$, but its step is
+# no better. In the last layer mini-blocks are better by both numbers.
 #
 # The eigenvectors $u_k$ of $F$, with eigenvalues $\lambda_k$, explain the steps. The
 # right inverse stretches $u_k$ by $1 / (\lambda_k + \delta)$, so that
@@ -421,9 +423,9 @@ plt.show()
 # %% [markdown]
 # KFAC's steps are too long along steep directions and too short along flat ones. Mini-blocks are right up to a
 # factor of two, with one exception: the 13 flattest directions add the same number to all logits. Softmax does not
-# depend on such a number, so that these directions have no curvature. KFAC's $B$ has this property; mini-blocks do
-# not, since it is a property of all neurons together. But such a direction has no gradient either, so that the
-# error does not change the step, while it changes every matrix norm of the inverse.
+# depend on such a number, so that these directions have no curvature. KFAC has no curvature there, either.
+# Mini-blocks do, since a common shift concerns all neurons together. But the gradient has no component along such a
+# direction. So this error hardly matters for the step, while it enters every matrix norm of the inverse.
 #
 # This is one family of small networks, and one damping. It does not show that mini-blocks are the
 # better choice. It shows that the distance of a matrix from the block does not order the steps.
@@ -437,9 +439,10 @@ plt.show()
 # | KFAC | $d_\text{in}^2 + d_\text{out}^2$ | $N d_\text{in}^2 + V N d_\text{out}^2$ | $\sim d_\text{in}^3 + d_\text{out}^3$ | $d_\text{in} d_\text{out} (d_\text{in} + d_\text{out})$ |
 # | mini-block | $d_\text{out} d_\text{in}^2$ | $N d_\text{out} d_\text{in}^2$ | $\sim d_\text{out} d_\text{in}^3$ | $d_\text{out} d_\text{in}^2$ |
 #
-# The step is cheaper than KFAC's. Everything else has the factor $d_\text{out}$. The inverse can be
-# recomputed rarely, and the small systems run at once on a GPU; the paper's abstract puts the cost of an
-# iteration at only slightly more than that of a first-order method. The factor in memory stays:
+# The step is cheaper than KFAC's. In everything else, the terms $d_\text{in}^2$ and $d_\text{in}^3$ have the factor
+# $d_\text{out}$. The inverse can be recomputed rarely, and the small systems run at once on a GPU; the paper's
+# abstract puts the cost of an iteration at only slightly more than that of a first-order method. But memory keeps
+# this factor:
 
 
 # %%
@@ -517,8 +520,9 @@ assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inve
 # $\sum_o \lVert F_o - A \rVert^2$, which the mean does. Two methods of other chapters are close
 # relatives. With one position,
 # $\bar F \propto \sum_n \bigl( \sum_v \lVert g_{vn} \rVert^2 \bigr) a_n a_n^\top$: this is KFAC's input
-# factor with every datum weighted by the size of its vectors. It is the input factor of **TKFAC**, up to
-# scale, with $I$ for the other one. And it is **FOOF**, $I \otimes A$, if all vectors have one size.
+# factor with every datum weighted by the size of its vectors. It is the input factor of **TKFAC**
+# ([Chapter 15](15_tkfac.py)), up to scale, with $I$ for the other factor. If $\sum_v \lVert g_{vn} \rVert^2$ is the
+# same for all data, it is **FOOF**, $I \otimes A$, up to scale.
 
 # %% tags=["remove-input"]
 code(mini_block_shared)
@@ -640,7 +644,7 @@ for seed in range(3):
     assert curves["mini-block"][seed, -1] < 0.5 * curves["gradient"][seed, -1]
     assert curves["mini-block"][seed, -1] < 0.5 * curves["diagonal"][seed, -1]
 
-# %% tags=["hide-input"] alt="Training loss, on a logarithmic axis, against steps for four methods with three seeds each. The gradient and the diagonal fall slowly and stay near one. KFAC and mini-block fall by two orders of magnitude within twelve steps, and their bands of seeds overlap." caption="Three seeds each. KFAC and mini-blocks can hardly be told apart; a single number per weight gains little."
+# %% tags=["hide-input"] alt="Training loss, on a logarithmic axis, against steps for four methods with three seeds each. The gradient and the diagonal fall slowly and stay near one. KFAC and mini-block fall by two orders of magnitude within twelve steps, and their bands of seeds overlap." caption="Training loss, three seeds each. KFAC and mini-blocks can hardly be told apart; the diagonal gains little over the gradient."
 fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
 for k, (name, runs) in enumerate(curves.items()):
     ax.semilogy(runs.T, color=f"C{k}", linewidth=1, alpha=0.4)
@@ -650,16 +654,16 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# The gap is between the methods that keep curvature *within* a neuron and those that do not. The
-# diagonal has the same trace as the mini-blocks and the same labels. It lacks the correlations of
-# the inputs. With the empirical Fisher the gap is the same. KFAC and mini-blocks reach a higher loss with it in this
-# test, whose lengths and damping are those of the GGN's quadratic model, and again differ little.
+# The gap is between the methods that keep curvature *within* a neuron and those that do not. The diagonal is made of
+# the same vectors as the mini-blocks and has the same trace. It lacks the correlations of the inputs. With the
+# empirical Fisher the gap is the same. KFAC and mini-blocks reach a higher loss with it in this test, whose lengths
+# and damping are those of the GGN's quadratic model, and again differ little.
 #
 # **In seconds.** The training benchmark of [Chapter 13](13_in_practice.py) ran mini-blocks on the convolutional
-# network T4. It did *not* run them on the deep autoencoder T3, although autoencoders are a task of the paper.
-# The second autoencoder of the benchmark, `curves`, includes them. The stored results:
+# network T4. It did *not* run them on the deep autoencoder T3, although autoencoders are a task of the paper. The
+# benchmark's second autoencoder, `curves`, is planned with them; the last lines say whether results of it are stored:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Measured: mini-blocks in the training benchmark"
 for task in ("T3", "T4", "curves"):
     file = RESULTS / f"training-{task}.json"
     summary = json.loads(file.read_text())["summary"] if file.exists() else {}
@@ -694,9 +698,9 @@ assert relative_error(wrong, mini_block(io).blocks[0]) > 0.1
 
 # %% [markdown]
 # **The gradient of the batch instead of gradients of data.** The batch's gradient is available after every backward
-# pass, and its rows have the right shape. But the outer product of *one* row has rank one, and its expectation is
-# not $F_o$ (the sum of squares is not the square of the sum, as in [(14.7)]). The damped inverse then only shortens
-# the row:
+# pass, and its rows have the right shape. But the outer product of *one* row with itself has rank one, and its
+# expectation is not $F_o$ (the square of a sum is not the sum of the squares, [(14.7)]). The damped inverse then only
+# shortens the row:
 
 # %%
 io = random_io(9)
@@ -710,9 +714,9 @@ print("cosine of row and step, true blocks:", *(f"{c:.2f}" for c in cosine.tolis
 assert cosine.max() < 0.999
 
 # %% [markdown]
-# **One block per position.** With weight sharing, (20.1) sums over positions before it multiplies.
-# Flattening positions into the batch drops the products of different positions, as it does for EKFAC
-# ([Chapter 14](14_ekfac.py)); KFAC-expand does not notice, mini-blocks do.
+# **One block per position.** With weight sharing, [(20.1)] sums over positions before it multiplies. Flattening
+# positions into the batch drops the products of different positions, as it does for EKFAC
+# ([Chapter 14](14_ekfac.py)). KFAC-expand stays the same, mini-blocks do not.
 
 # %%
 io = random_io(7, S=4)
@@ -724,10 +728,11 @@ assert wrong > 1.02 * right
 
 # %% [markdown]
 # **Which Fisher.** The paper uses gradients at the labels of the data, the *empirical* Fisher, which needs no
-# backward pass of its own. Late in training the two differ: gradients of fitted data are nearly zero, so that these
-# data hardly enter the empirical Fisher. By the quadratic model with the GGN and its damping, the step then reaches
-# a smaller share of the decrease. This is one measure of one step, and both kinds train, above and below. (Which
-# model describes the loss better is another question; see [Chapter 3](03_losses.py).)
+# backward pass of its own. Late in training the two differ. If a datum's label has the probability $1 - \epsilon$,
+# its gradient at the outputs is of order $\epsilon$. So its part in the empirical Fisher is of order $\epsilon^2$,
+# and in the Fisher of order $\epsilon$. By the quadratic model with the GGN and its damping, the step then reaches a
+# smaller share of the decrease. This is one measure of one step, and both kinds train, above and below. (Which model
+# describes the loss better is another question; see [Chapter 3](03_losses.py).)
 
 # %%
 shares = []
@@ -795,9 +800,8 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # ## Exercises
 #
-# **Exercise 20.1.** The input of a layer is one-hot (an embedding). Show that mini-blocks are
-# diagonal, and that the mini-block Fisher then equals the diagonal of $F$. What does KFAC keep that they
-# lose?
+# **Exercise 20.1.** The input of a layer is one-hot (an embedding, without a bias). Show that mini-blocks are
+# diagonal, and that the mini-block Fisher then equals the diagonal of $F$. What does KFAC keep that they lose?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -817,8 +821,8 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # The gradient with respect to $W'$ is $G T^{-\top}$, so row $o$ becomes $G_o T^{-\top}$ and the block
 # $T^{-1} F_o T^{-\top}$. The step is $G_o T^{-\top} (T^{-1} F_o T^{-\top})^{-1} = G_o F_o^{-1} T$, and
 # this is the old step in the coordinates $W' = W T$. The diagonal of $T^{-1} F_o T^{-\top}$ does not
-# transform like this. For $T W$, rows are mixed, and blocks with them: mini-blocks are not invariant,
-# KFAC is.
+# transform like this. With $W' = T W$ the rows are mixed, and so are the blocks: mini-blocks are not invariant, and
+# undamped KFAC is.
 #
 # </details>
 #
@@ -830,8 +834,8 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # <summary>Solution</summary>
 #
 # $F_o$ grows by $10^4$ and the row by 100, so the undamped step falls to a hundredth. With
-# $\delta_o = c \operatorname{tr} F_o / d_\text{in}$, damping grows along and the same holds. With a fixed
-# $\delta$ the step changes by some other factor in every direction, and its direction changes.
+# $\delta_o = c \operatorname{tr} F_o / d_\text{in}$, the damping grows by $10^4$, too, and the same holds. With a
+# fixed $\delta$ the step changes by some other factor in every direction, and its direction changes.
 #
 # </details>
 #
@@ -853,7 +857,7 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 def solution(a: Tensor, g: Tensor, G: Tensor, damping: float) -> Tensor:  # 20.4
     F = torch.einsum("vno,ni,nj->oij", g.square(), a, a)
     return torch.linalg.solve(F + damping * torch.eye(a.shape[1]), G)
