@@ -255,9 +255,9 @@ print("nested: ", nested, "\nforward:", forward)
 assert min(growth) > 1.5
 assert growth[-1] > 2 > forward[-1] / forward[-2]
 assert forward[-1] < nested[-1] / 2
-assert [a > b for a, b in zip(forward, nested, strict=True)] == [True] * 4 + [False] * 2
+assert forward[0] > nested[0]
 
-# %% tags=["hide-input"] alt="Number of recorded operations against the order of the derivative, on a logarithmic axis. Nested reverse mode is a straight line that rises from about ten to over a thousand at order six; Taylor mode starts higher and stays below three hundred." caption="Operations that autodiff records for one derivative of order $k$. Nested reverse mode grows geometrically, Taylor mode by a few terms per order: it records more up to order four, and fewer from order five on."
+# %% tags=["hide-input"] alt="Number of recorded operations against the order of the derivative, on a logarithmic axis. Nested reverse mode is a straight line that rises from about ten to over a thousand at order six; Taylor mode starts higher and stays below three hundred." caption="Operations that autodiff records for one derivative of order $k$. Nested reverse mode grows geometrically, Taylor mode by a few terms per order: it records more at first order and far fewer at order six."
 fig, ax = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
 ax.semilogy(range(1, 7), nested, "o-", label="nested reverse mode")
 ax.semilogy(range(1, 7), forward, "s-", label="Taylor mode")
@@ -483,9 +483,9 @@ plt.show()
 
 # %% [markdown]
 # In many dimensions, the forward Laplacian needs about half of the multiplications, and writes fewer numbers. With
-# $d = 2$ it saves less and writes more. The times of such small networks follow neither count. The benchmark
-# `python -m benchmarks.pinn` measures time and memory, also on a GPU. The larger benefit is that layers keep their form,
-# as the next sections show.
+# $d = 2$ it saves less, and writes more than nesting. The times of such small networks need not follow the counts. The
+# benchmark `python -m benchmarks.pinn` measures time and memory, also on a GPU. The larger benefit is that layers keep
+# their form, as the next sections show.
 #
 # ## Any forward pass, by overloading
 #
