@@ -173,7 +173,9 @@ assert_exact(0.5 * (h * v).sum(), found)
 
 # %% tags=["hide-input"] fold="Checked: the order of the methods at the smallest and the largest batch"
 gain = [slow / fast for slow, fast in zip(ideal["SGD"], ideal["natural gradient"], strict=True)]
-print(f"SGD's steps over the natural gradient's: {gain[0]:.1f} with batches of {sizes[0]}, ", end="")
+print(
+    f"SGD's steps over the natural gradient's: {gain[0]:.1f} with batches of {sizes[0]}, ", end=""
+)
 print(f"{gain[-1]:.0f} with batches of {sizes[-1]}")
 assert 2 < gain[0] < 4
 assert gain[-1] > 100

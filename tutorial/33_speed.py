@@ -403,7 +403,8 @@ for row in applications:
             found = row["accuracy of the chosen"][flavour]
             print(f"    {flavour}: decay {decay}, accuracy {found:.3f}", end="")
             print(f", {row['seconds'][flavour]:.2f} s")
-            assert decay == row["chosen"]["expand"] and found < best[0]
+            assert decay == row["chosen"]["expand"]
+            assert found < best[0]
 
 # %% [markdown]
 # A smaller network has room for the exact blocks. The table shows the logarithm of the evidence, divided by the number
