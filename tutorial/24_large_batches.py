@@ -80,7 +80,7 @@ def critical(steps: list[float]) -> int:
 
 
 for name, steps in ideal.items():
-    print(f"{name:17} critical batch size {critical(steps):6}   steps {steps}")
+    print(f"{name:16} critical size {critical(steps):5}   steps {steps}")
 assert critical(ideal["SGD"]) < critical(ideal["power 1/2"]) < critical(ideal["natural gradient"])
 
 # %% tags=["hide-input"] alt="Steps to the target against the batch size, both logarithmic, in the noisy quadratic model, for SGD, the power one half and the natural gradient. All fall along straight lines at first. SGD becomes flat at the smallest batch size, the power one half later, the natural gradient last and lowest; for small batches it is no better than the power one half." caption="The noisy quadratic model: fewest steps to 5 % of the first loss, by the best learning rate for each batch size. A straight line of slope $-1$ is perfect scaling. SGD leaves it first, the natural gradient last."
@@ -164,8 +164,8 @@ assert_exact(0.5 * (h * v).sum(), found)
 
 # %% [markdown]
 # For every batch size, take the learning rate that reaches 5 % of the first loss in the fewest steps. In practice this
-# rate is unknown. Here it makes the comparison fair. [Figure 24.1] shows the result. The critical batch size above is
-# the first one of the figure from which four times the batch does not halve the steps.
+# rate is unknown. Here it makes the comparison fair. [Figure 24.1] shows the result. The *critical
+# size* printed above the figure is the first batch size from which four times the batch does not halve the steps.
 #
 # In this model, the first paper's statement holds: the larger the power $q$, the larger the critical batch size. With
 # small batches, noise limits all three methods, and the natural gradient gains much less. It is *not* ahead of the power
@@ -272,9 +272,7 @@ for rival in COMPARED[:2]:
         if of["kfac-expand"] and of[rival]
     }
     told = ", ".join(f"{b}: {share:.2f}" for b, share in shares.items())
-    print(
-        f"KFAC's steps as a share of those of {rival}, by batch size: {told or 'no pair of hits'}"
-    )
+    print(f"KFAC's steps as a share of {rival}'s, by batch size: {told or 'no pair of hits'}")
     missed = [b for b, of in sized.items() if of["kfac-expand"] and not of[rival]]
     if missed:
         print(f"    {rival} misses with batches of {', '.join(map(str, missed))}")

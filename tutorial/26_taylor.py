@@ -138,7 +138,7 @@ X, v = torch.randn(5, 3), torch.randn(3)
 by_hand = torch.stack([torch.cat(jet_by_hand(net, x, v)) for x in X])  # [N, 3]
 for k in range(3):
     assert_exact(by_hand[:, k], derivative(net, X, [v] * k))
-print("value, first and second derivative at the first point:", by_hand[0].tolist())
+print("value, first and second derivative at the first point:", *(f"{h:.4f}" for h in by_hand[0]))
 
 # %% [markdown]
 # Nested reverse mode multiplies with $W$ and its transpose several times, in an order that the software chooses.

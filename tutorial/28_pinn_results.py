@@ -422,7 +422,7 @@ for name in short:
     of_problem = {kind: error for (problem, kind), error in errors.items() if problem == name}
     worse = [of_problem.pop(f"{kind} of all terms") for kind in ("EKFAC", "KPSVD")]
     order = sorted(of_problem, key=of_problem.get)
-    print(f"{name}, from the best:", ", ".join(order))
+    print(f"{name}, from the best:\n    {', '.join(order)}")
     assert min(worse) > 5 * of_problem[order[-1]]
     assert of_problem[order[-1]] < 10 * of_problem[order[0]]
 
