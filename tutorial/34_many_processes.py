@@ -17,13 +17,15 @@
 # and what do they send each other for it?
 #
 # Each of $P$ processes, the *ranks*, has a copy of the model and a shard of the batch. For SGD the ranks exchange
-# gradients. For KFAC that is not sufficient. They also need the factors of the whole batch,
+# gradients. For KFAC that is not sufficient: their weights move apart ([Figure 34.1]). They also need the factors of the
+# whole batch, made of the factors $A_r$ and $B_r$ of every rank $r$,
 #
 # $$
 # B = \sum_r B_r , \qquad A = \frac{\sum_r R_r A_r}{\sum_r R_r} ,
 # $$
 #
-# where rank $r$ has $R_r$ rows, and its vectors are scaled by its share of the loss.
+# where $R_r$ is the number of inputs of the layer on rank $r$, called rows, and $B_r$ is scaled by the rank's share of
+# the loss.
 
 # %%
 import copy
@@ -43,7 +45,7 @@ from kfac_scratch.show import RESULTS, code
 
 set_up()  # seed 0, float64, the GPU where there is one
 
-# %% tags=["hide-input"] alt="A line that rises from zero over ten steps: the distance between the weights of two ranks, as a share of the way that rank 0 has moved." caption="Two ranks that exchange gradients and no curvature: the distance between their weights, as a share of the way from the start."
+# %% tags=["hide-input"] alt="A line that rises from zero over ten steps: the distance between the weights of two ranks, as a share of the way that rank 0 has moved." caption="Two ranks that exchange gradients and no curvature: the distance between their weights, relative to the distance of rank 0 from the start. With equal weights it would be 0."
 torch.manual_seed(0)
 start = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 loss = nn.CrossEntropyLoss()
@@ -65,11 +67,11 @@ for X, y in batches:
     at = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (start, *models)]
     drifts.append(((at[1] - at[2]).norm() / (at[1] - at[0]).norm()).item())
 
-print(f"after 10 steps, the ranks differ by {drifts[-1]:.2f} of the way that rank 0 has moved")
+print(f"distance of the ranks after 10 steps: {drifts[-1]:.2f} times rank 0's from the start")
 assert drifts[-1] > 0.05
 fig, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
 ax.plot(range(1, 11), drifts, "o-")
-ax.set(xlabel="step", ylabel="distance / way from start", ylim=(0, None))
+ax.set(xlabel="step", ylabel="distance / that from the start", ylim=(0, None))
 plt.show()
 
 # %% [markdown]
@@ -88,10 +90,11 @@ plt.show()
 # KFAC needs more, because each rank computes the curvature of its own shard only. In [Figure 34.1], two ranks in one
 # process exchange gradients and no curvature. Each has an optimizer of its own, and both get the same gradient.
 #
-# The ranks began at one point and always got one gradient. But each multiplied it by the inverse of another
-# matrix. So they took different steps, and from then on their gradients belong to different points. The mean of
-# two such gradients is the gradient of neither network, and no error is raised. So in a job of several processes, an
-# optimizer of this package raises until one line tells it that they belong together:
+# The ranks began with the same weights and always got the same gradient. But each multiplied it by the inverse of its own
+# matrix. So they took different steps, and from then on their gradients belong to different points. The mean of two such
+# gradients is the gradient of neither network, and PyTorch raises no error. So in a job of several processes, an
+# optimizer of this package raises an error until one line, the last one here, tells it that the processes belong
+# together:
 #
 # ``````py
 # torch.distributed.init_process_group()
@@ -99,14 +102,14 @@ plt.show()
 # distribute(optimizer)
 # ``````
 #
-# The training loop stays as it is, with one exception: with `DistributedDataParallel`, a sum or shards of unequal
-# size need another loss (Exercise 34.1). This chapter shows what the line does. The command
+# The training loop stays as it is, with one exception: with `DistributedDataParallel`, a loss that is a sum, or shards of
+# unequal size, need another factor in the loss (Exercise 34.1). This chapter shows what the line does. The command
 # `torchrun --nproc-per-node 2 examples/digits.py` trains a transformer with it, and reaches the loss of one process.
 #
 # ## The loss of the batch, and its curvature
 #
-# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms. Each target is a term with a weight: 0 if it is
-# ignored, else its class weight, if there are such, else 1. $D_r \gt 0$ is the sum of these weights. With
+# Rank $r$ has a shard, and a loss that is a mean over $D_r$ terms, one for each target. With class weights, or with
+# targets that the loss ignores, $D_r \gt 0$ is the sum of the targets' weights, which is 0 for an ignored one. With
 # $D = \sum_r D_r$, the loss of the whole batch is
 #
 # $$
@@ -162,7 +165,7 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 # An approximation is a function of $(a, g)$. So every approximation of this book can be distributed in one way: send
 # all $a$ and $g$ to everybody, and let each rank compute. A layer with $d_\text{in}$ inputs and $d_\text{out}$
 # outputs then takes $N S (d_\text{in} + V d_\text{out})$ numbers, for $N$ samples, $S$ positions in each, and $V$
-# vectors for every output.
+# vectors that are sent back for each sample.
 #
 # KFAC has a cheaper way, because its factors are sums over samples. An input at one position is a *row* of $a$. With
 # $R_r$ rows on rank $r$,
@@ -173,8 +176,9 @@ assert_exact(torch.cat([io.g for io in scaled], dim=1), whole.g)
 # \tag{34.3}
 # $$
 #
-# where $B_r$ belongs to the scaled vectors. The two factors have different weights: $A$ counts rows, $B$ counts the
-# terms of the loss, in its vectors. Both factors are symmetric, so half of each suffices. In a cell:
+# where $B_r$ is made of the scaled vectors of [(34.2)]. The two factors weigh ranks differently: $A$ by their rows, $B$,
+# in its vectors, by their terms of the loss. Both factors are symmetric, so half of the entries of each are sent. In
+# code:
 
 # %%
 own = [kfac(io) for io in scaled]
@@ -203,13 +207,14 @@ assert_exact(moments, ekfac(whole).scale)
 # %% [markdown]
 # ## What goes wrong
 #
-# All of the following run without an error, and the loss falls. We measure the distance from the right matrix by
-# products with random directions. The second one, plain means, is what public code does ([kfac-pytorch, `base.py`, line
+# All of the following mistakes run without an error. We measure the distance of their matrix from the right one by
+# products with random directions. The second mistake, plain means, is what public code does ([kfac-pytorch, `base.py`,
+# line
 # 333](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/base.py#L333);
 # [kfac_pytorch of DP-KFAC, `kfac_preconditioner_inv.py`, line
 # 99](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv.py#L99-L100)).
-# It is right where all shards have equally many terms and rows, as with the usual samplers, and wrong for our shards of
-# 5 and 19 samples.
+# It is right where all shards have equally many terms and rows, as with the usual samplers, and wrong for our shards of 5
+# and 19 samples.
 
 # %% tags=["hide-input"] fold="Measured: the distance of five mistakes from the right matrix"
 V = torch.randn(50, 8, 7)
@@ -247,16 +252,17 @@ print(f"{'EKFAC: means of the eigenvectors':36} off by {distance(averaged, ekfac
 assert distance(averaged, ekfac(whole)) > 0.1
 
 # %% [markdown]
-# One more mistake appears only when the number of ranks changes. Let $s_i$ be the vector of a single term. The vector
-# of the *mean* loss is $s_i / N$. Kfac-pytorch, the code of KAISA, takes the mean over $i$ of the outer products of
-# these ([`modules.py`, line
+# One more mistake appears only when the number of ranks changes. Let $s_i$ be the vector of a single term. The vector of
+# the *mean* loss is $s_i / N$. Kfac-pytorch, the code of KAISA, takes the mean over $i$ of the outer products of these
+# ([`modules.py`, line
 # 140](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/modules.py#L134-L141)
 # and [`utils.py`, line
 # 55](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/layers/utils.py#L51-L55)),
-# which is the right matrix times $1 / N^2$. With one rank, another damping compensates for the factor. On $P$ ranks
-# with $N / P$ samples each, the same program has the factor $1 / (N / P)^2 = P^2 / N^2$. The batch is the same, and the
-# matrix is $P^2$ times as large. If $N / P$ stays the same and ranks are added, one damping fits all of them. The code
-# of DP-KFAC, which began as a fork of it, multiplies by the size of the batch first ([`utils.py`, line
+# which is $1 / N^2$ times the right matrix, the mean of $s_i s_i^\top$. With one rank, another damping compensates for
+# the factor. On $P$ ranks with $N / P$ samples each, the same program has the factor $1 / (N / P)^2 = P^2 / N^2$. The
+# batch is the same, and the matrix is $P^2$ times as large. If $N / P$ stays the same and ranks are added, one damping
+# fits all of them. The code of DP-KFAC, which began as a fork of kfac-pytorch, multiplies the vectors by the size of the
+# batch first ([`utils.py`, line
 # 137](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/utils.py#L132-L140)).
 
 # %% tags=["hide-input"] fold="Checked: the trace grows with the square of the number of ranks"
@@ -275,7 +281,8 @@ for P in (1, 2, 4):
 # If all ranks have one seed, the samples at the same place of two shards get the same random number. Each label alone
 # is drawn from the right distribution, so the factor is right on average. But the draws of two ranks are no longer
 # independent, and their errors do not cancel. The extreme case has two equal shards. Then the second rank repeats the
-# draws of the first. Here an entry of $B$ is estimated whose true value is 0, from the products of two random signs:
+# draws of the first. In the next cell, 12 samples on each of two ranks estimate an entry of $B$ whose true value is 0, by
+# the mean of products of two random signs:
 
 # %% tags=["hide-input"] fold="Measured: the error of labels with one seed, and with own seeds"
 errors = {}
@@ -296,8 +303,9 @@ assert 1.5 < errors["one seed"] / errors["own seeds"] < 2.7  # twice as large, u
 #
 # ## Who inverts
 #
-# All ranks have the joint factors. If all invert all of them, no time is saved. So every layer gets an *owner*, who
-# inverts. The largest layer is assigned first, always to the rank that has the least work so far, as in KAISA's code
+# All ranks have the joint factors. If every rank inverts all of them, no time is saved. So every layer gets an *owner*,
+# the rank that inverts its factors. Layers are assigned from the largest to the smallest, each to the rank that has the
+# least work so far, as in KAISA's code
 # ([`assignment.py`, line
 # 228](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/assignment.py#L228)):
 
@@ -310,8 +318,9 @@ code(assignment)
 # 40](https://github.com/gpauloski/kfac-pytorch/blob/869cf110334e5a6e9ea054bafdc4558313a821e8/kfac/enums.py#L40-L54)):
 #
 # - The owner sends the inverse to all ranks, whenever it is new. Every rank applies all inverses. This is *comm-opt*:
-#   little is sent, and every rank has all inverses in memory.
-# - The owner keeps the inverse, applies it, and sends the result in every step. This is *mem-opt*.
+#   little is sent if inverses are seldom renewed, and every rank has all inverses in memory.
+# - The owner keeps the inverse, applies it, and sends the result in every step. This is *mem-opt*: every rank has the
+#   inverses of its own layers only.
 # - Between them, the ranks stand in a grid of $m$ rows and $P / m$ columns. The owner's column gets the inverse, and
 #   every rank of the column sends results along its row. This is *hybrid-opt*.
 #
@@ -319,7 +328,7 @@ code(assignment)
 # the original optimizers with the same batch, for ResNet-50, Mask R-CNN, U-Net and BERT on up to 128 GPUs. This is not
 # tested here, because we have no cluster.
 
-# %% tags=["hide-input"] alt="Three grids of four ranks. With one row of four, each layer's inverse is at its owner alone. With two rows and two columns, it is at both ranks of a column. With four rows and one column, all inverses are at all ranks." caption="Four ranks and four layers, named by their owners. Lines of text: the inverses that a rank holds. Left to right: mem-opt, hybrid, comm-opt."
+# %% tags=["hide-input"] alt="Three grids of four ranks. With one row of four, each layer's inverse is at its owner alone. With two rows and two columns, it is at both ranks of a column. With four rows and one column, all inverses are at all ranks." caption="Four ranks and four layers; rank $k$ owns layer $k$. Below the rank's name: the inverses that it holds. Left to right, with one, two and four rows: mem-opt, hybrid-opt, comm-opt."
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.2))
 owners = assignment({f"layer {i}": 1.0 for i in range(4)}, 4)
 for ax, m in zip(axes, (1, 2, 4), strict=True):
@@ -345,9 +354,10 @@ plt.show()
 # %% [markdown]
 # ## The bill
 #
-# A sum over all ranks in a ring makes every rank send $2 (P - 1) / P$ of the summed numbers. Let $G$ be the number of
-# parameters, $F$ the entries of all packed factors, $I$ those of all inverses, and $T_F$, $T_I$ the steps between two
-# updates and two inversions. With $m$ rows, a rank sends in a step, on average over ranks,
+# If the ranks stand in a ring, a sum over all of them makes every rank send $2 (P - 1) / P$ numbers for each summed
+# number. Let $G$ be the number of parameters, $F$ the entries of all factors, counted once for symmetric ones, $I$ those
+# of all inverses, and $T_F$, $T_I$ the steps between two updates and two inversions. In a grid of $m$ rows, a rank sends
+# in a step, on average over ranks,
 #
 # $$
 # \underbrace{\frac{2 (P - 1)}{P} \Bigl( G + \frac{F}{T_F} \Bigr)}_{\text{gradients, factors}}
@@ -356,8 +366,10 @@ plt.show()
 # \tag{34.4}
 # $$
 #
-# The tests compare this with the bytes that real processes write, which agree within 2 %. They also count the numbers
-# that each rank hands to collectives, one by one. Here is the formula for the layers of a ResNet-50 and of GPT-2:
+# For the inverses, an owner sends to the $m - 1$ other ranks of its column. For the results, each of those $m$ ranks
+# sends to the $P / m - 1$ others of its row. The tests compare (34.4) with the bytes that real processes write, which
+# agree within 2 %. Here is the formula for the layers of a ResNet-50 and of GPT-2 on 64 ranks, with $T_F = 10$ and
+# $T_I = 100$:
 
 
 # %% tags=["hide-input"] fold="Computed: numbers sent, for ResNet-50 and GPT-2"
@@ -402,8 +414,8 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
         print(f"{name}, {mode}: {words} million; {extra:.0%} more than gradients")
 
 # %% [markdown]
-# So KFAC's factors and inverses are a fraction of what any data-parallel training sends, if they are not renewed in
-# every step. Mem-opt sends more, since its results go out in every step.
+# So KFAC's factors and inverses are a fraction of the gradients, which any data-parallel training sends, if they are not
+# renewed in every step. Mem-opt sends more than comm-opt, since its results go out in every step.
 #
 # The repository measures the placements with real processes, `python -m benchmarks.distributed`. Every rank is a
 # process of one machine, so what is compared here is work, memory and numbers sent, and not the time of a step in a
@@ -425,9 +437,9 @@ else:
     print("No results here: clone the repository and run python -m benchmarks.distributed")
 
 # %% [markdown]
-# The columns say what each rank has, at most: ranks that own less hold less. The last column counts the numbers
+# Each column has the largest value of any rank: ranks that own less hold less. The last column counts the numbers
 # that a rank hands to collectives in a step, to send or to receive. Copying between the processes is a part of
-# the time.
+# the time. Where a line has more time than that of $P = 1$, the copying costs more than sharing the work saves.
 #
 # ## Where it stops
 #
@@ -463,10 +475,10 @@ plt.show()
 #
 # - A rank computes matrix products with $10^{14}$ operations in a second, and eigendecompositions with $10^{12}$. An
 #   eigendecomposition of width $d$ takes as long as six products, $12 d^3$ operations.
-# - Numbers have four bytes. Sending overlaps with computing, and latency counts nothing. So a step takes the larger
-#   one of both times. How to come near to this is the subject of *SPD-KFAC*
-#   ([Shi et al. (2021)](bibliography.md#spd-kfac)). It sends factors while others are computed, places inversions by
-#   their load, and reports 10 to 35 % less time on 64 GPUs than the best method before. The package does not overlap.
+# - Numbers have four bytes. Sending overlaps with computing, and latency counts nothing. So a step takes the larger of
+#   both times. *SPD-KFAC* ([Shi et al. (2021)](bibliography.md#spd-kfac)) aims at this. It sends factors while
+#   others are computed, places inversions by their load, and reports 10 to 35 % less time on 64 GPUs than the best method
+#   before. The package does not overlap.
 # - Factors are renewed every 10 steps, inverses every 100 steps.
 # - Every rank has 32 images, or 4096 tokens, however many ranks there are (*weak scaling*).
 #
@@ -518,8 +530,8 @@ plt.show()
 
 # %% [markdown]
 # With the fast network, computing takes longer than sending, and a step of 4096 ranks costs less than one of a rank
-# alone, because inversions are shared. With the slow one, sending takes longer, and most of it are the gradients that
-# every data-parallel training sends. There, comm-opt is the better choice, and mem-opt where memory is short.
+# alone, because inversions are shared. With the slow one, sending takes longer, and most of what is sent are the
+# gradients, as in every data-parallel training. There, comm-opt is the better choice, and mem-opt where memory is short.
 #
 # More ranks with larger batches need not mean fewer steps, and the papers differ. [Osawa et al.
 # (2019)](bibliography.md#osawa-2019) trained ResNet-50 on ImageNet to 75 % with batches of 131,072 images in 978 steps,
@@ -529,14 +541,14 @@ plt.show()
 #
 # ## No factors at all
 #
-# *DP-KFAC* ([Zhang et al. (2022)](bibliography.md#dp-kfac)) sends no factors: the owner of a layer makes its matrix
-# from its own shard ([`kfac_preconditioner_inv_dp.py`, line
+# *DP-KFAC* ([Zhang et al. (2022)](bibliography.md#dp-kfac)) sends no factors: the owner of a layer makes its matrix from
+# its own shard ([`kfac_preconditioner_inv_dp.py`, line
 # 80](https://github.com/lzhangbv/kfac_pytorch/blob/c45acb8fc8a47848fefcc0e665ab292184f36215/kfac/kfac_preconditioner_inv_dp.py#L75-L95)).
 # This saves three costs: the term $F / T_F$ of [(34.4)], the work of making a layer's factors on all other ranks, and
-# their memory. On 64 GPUs the paper reports 1.55 to 1.65 times less computing, 2.79 to 3.15 times less communication
-# and 1.14 to 1.47 times less memory in an update of the curvature, and that the convergence of the joint methods is
-# retained. DP-KFAC is another estimator: its curvature has the noise of a shard, which is smaller for larger shards.
-# Ours have 5 and 19 samples, much less than a GPU has, so we look at larger ones, too:
+# their memory. On 64 GPUs the paper reports 1.55 to 1.65 times less computing, 2.79 to 3.15 times less communication and
+# 1.14 to 1.47 times less memory in an update of the curvature, and says that it converges as the joint methods do.
+# DP-KFAC's matrix is another estimate: it has the noise of a shard, which is smaller for larger shards. The shards of
+# this chapter have 5 and 19 samples, much less than a GPU has, so the cell measures larger ones, too:
 
 # %% tags=["hide-input"] fold="Measured: the distance of a shard's matrix from the batch's"
 noise = [distance(M, kfac(whole)) for M in unscaled]
@@ -561,11 +573,11 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 #
 # ## When a rank fails
 #
-# A collective waits for all ranks. If one of them is killed, or hangs, the others wait. On CPUs, PyTorch's
-# default is 30 minutes, and the message then names no rank. So a few numbers are exchanged on the CPU before
-# ranks send each other anything: what this rank is about to do, in which step, and whether it refuses. (The
-# backward pass of `DistributedDataParallel` has its own messages; an exchange comes before the forward pass.)
-# This has three consequences.
+# A *collective*, an operation in which all ranks take part, such as a sum, waits for all of them. If one rank is killed,
+# or hangs, the others wait. On CPUs, PyTorch's default is 30 minutes, and the message then names no rank. So the package
+# exchanges a few numbers on the CPU before ranks send each other anything: what a rank is about to do, in which step, and
+# whether it refuses. (The backward pass of `DistributedDataParallel` has its own messages; an exchange comes before the
+# forward pass.) This has three consequences.
 #
 # - **All ranks refuse together.** One rank finds a number that is not finite in its shard, or a matrix without an
 #   inverse. All raise the same error, which names it, and no rank has changed anything.
@@ -582,13 +594,14 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 # - A layer of the whole batch is the joined rows of the ranks, with vectors scaled by the root of the rank's share of
 #   the loss. $B$ is a sum, and $A$ a mean weighted by rows.
 # - Plain means of factors are right only if all shards have the same number of terms and rows.
-# - Inverses are shared out by owner. The widest layer limits how many ranks are of use.
+# - Every layer has an owner, who inverts its factors. The widest layer limits how many ranks are of use for this.
+# - Comm-opt sends inverses when they are new, mem-opt sends results in every step and holds fewer inverses: [(34.4)].
 #
 # ## Exercises
 #
 # **Exercise 34.1.** Two ranks have 10 and 30 samples, and a loss that is a *sum*. `DistributedDataParallel` gives
 # both the mean of their two gradients. By which factor must rank $r$ multiply its loss, so that this mean is the
-# gradient of the whole batch? And for a mean loss?
+# gradient of the whole batch's loss? And which factor does a mean loss need?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -605,13 +618,13 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 # <summary>Solution</summary>
 #
 # Because the inverse of a mean is not the mean of inverses. For numbers $x_r > 0$, the mean of $1 / x_r$ is at least
-# $1$ over the mean of $x_r$, with equality only if all $x_r$ are equal. So directions with little curvature on some
-# rank get too long.
+# $1$ over the mean of $x_r$, with equality only if all $x_r$ are equal. So the step is too long in directions
+# that have little curvature on some rank.
 #
 # </details>
 #
-# **Exercise 34.3.** A network has 100 layers of width 1000 and one of width 4000. How many ranks share its inversions
-# usefully?
+# **Exercise 34.3.** A network has 100 layers of width 1000 and one of width 4000. From how many ranks on do more of them
+# not shorten the inversions?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>

@@ -17,8 +17,8 @@
 # computes what it should?
 #
 # KFAC is an approximation. It differs from the exact curvature even if every line of code is right, so a difference
-# proves nothing. An optimizer converges with many wrong factors. A factor $B$ that is too large by $c$ is a right one
-# under another damping and another learning rate:
+# proves nothing. Nor does training, since an optimizer converges with many wrong factors ([Figure 35.1]). With a factor
+# $B$ that is $c$ times too large, steps are those of the right KFAC with another damping and another learning rate:
 #
 # $$
 # (c B \otimes A + \delta I)^{-1} = \tfrac1c \bigl( B \otimes A + \tfrac{\delta}{c} I \bigr)^{-1} .
@@ -127,16 +127,17 @@ plt.show()
 #
 # ## Why training does not tell
 #
-# [Figure 35.1] trains a small network on digits with all data at once. The wrong factor is the most frequent mistake of
-# its kind, $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$. The code takes them for
+# [Figure 35.1] trains a small network on digits with all data at once. The wrong factor comes from a frequent mistake,
+# with $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$, and the code takes them for
 # gradients of single data, and squares them.
 #
 # The wrong KFAC trains. Tuned, its losses equal those of the right one at every step, by [(35.1)]. The mistake shows
-# where the scale of the curvature is used: a damping that was tuned at another batch size, a Laplace
-# approximation, an influence function, a comparison with the GGN.
+# where the scale of the curvature is used: with a damping that was tuned at another batch size, in a Laplace
+# approximation, in an influence function, in a comparison with the GGN.
 #
-# A unit test with an absolute tolerance does not find it either, because the entries of a mean loss's curvature are
-# small:
+# A unit test with an absolute tolerance does not find the mistake either, because the entries of a mean loss's curvature
+# are small. The next cell prints the largest entry of the exact block, and the largest differences of the right and the
+# wrong KFAC from it:
 
 # %% tags=["hide-input"] fold="Checked: a tolerance of 0.2 accepts the wrong block, and zero"
 io = layer_ios(network(), loss, images, labels)["2"]
@@ -152,8 +153,8 @@ assert torch.allclose(torch.zeros_like(F), F, atol=0.2)
 #
 # KFAC replaces the average of a product by the product of averages, and its error is a
 # covariance ([Theorem 5.1]). A covariance with something that does not vary is zero. So there are
-# networks, losses and data on which KFAC is **exact**, by a theorem, and the exact block needs
-# only plain autodiff. A **case** of the oracle is a theorem with a network, a loss and data
+# networks, losses and data on which KFAC is **exact**, by a theorem. The exact block can be computed by
+# plain autodiff. A **case** of the oracle is a theorem with a network, a loss and data
 # to which it applies:
 
 # %%
@@ -166,25 +167,24 @@ print(fill(THEOREMS[case.theorem], 96))
 assert case.flavours["expand"] == EXACT
 
 # %% [markdown]
-# This one has a nonlinearity, cross-entropy and seven data. Its inputs differ by elements of the
-# null space of the first weight, so that everything behind the first layer is constant, and the
-# inputs of the first layer are not. Where no theorem applies, a case expects KFAC's *definition*.
-# Such a case is weaker, since it rests on our reading of the definition; but it has no symmetry
-# behind which a mistake could hide.
+# The network of this case has a nonlinearity, and the case has cross-entropy and seven data. Its inputs differ by
+# elements of the null space of the first weight, so that everything behind the first layer is constant, and the inputs of
+# the first layer are not. Where no theorem applies, a case expects KFAC's *definition*. Such a case is weaker, since it
+# rests on our reading of the definition; but it has no symmetry behind which a mistake could hide.
 #
 # ### The truth
 #
 # The expected block is computed without the package's own code for curvature, from the Jacobian of all
 # outputs with respect to the parameters, and the Hessian of the loss with respect to all outputs. This is slow
-# and easy to check. The inputs of a layer are the derivative of its result with
-# respect to its weight, so that a convolution needs no unfolding. The listing has all of
-# KFAC's definition.
+# and easy to check. The inputs of a layer are found as the derivative of its result with
+# respect to its weight, so that a convolution needs no unfolding. In the listing, `exact` returns the exact block, and
+# `factors` those of KFAC's definition.
 
 # %% tags=["beside", "remove-input"]
 code(truth.exact, truth.factors)
 
 # %% [markdown]
-# The package's own KFAC passes, to ten digits, a test whose two sides have no code in common:
+# The package's own KFAC shares no code with this truth, and agrees with it to ten digits:
 
 # %%
 result = harness.verdict(Ours(), case, "expand", device)
@@ -194,7 +194,7 @@ assert result.verdict == "exact"
 # %% [markdown]
 # ### The scale tells the mistake
 #
-# The judge fits the best scale in the sense of least squares, and measures the residual.
+# The judge fits the scale between an answer and the truth by least squares, and measures the residual.
 
 # %% tags=["beside", "remove-input"]
 code(judge.fit)
@@ -202,8 +202,8 @@ code(judge.fit)
 # %% [markdown]
 # If the residual is zero, the block is right up to a number. If all sizes differ, the number says which size is
 # missing. So all sizes of a case are chosen pairwise coprime, as far
-# as that is possible: seven data, five positions. A scale of 1/49 is then $1/N^2$.
-# With equal sizes, many formulas have this value:
+# as that is possible, such as seven data and five positions. A scale of 1/49 is then $1/N^2$.
+# With equal sizes, many formulas have this value, as the cell below the listing shows:
 
 # %% tags=["beside", "remove-input"]
 code(scalars.formulas, scalars.candidates)
@@ -263,8 +263,8 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # states about their scale (`scale`): by which factor your numbers exceed the right ones. If your
 # documentation says that the squared error has $\tfrac12$ in front, `scale` returns 0.5. If it says nothing
 # of a factor, `scale` returns `None`. The oracle compares matrices, and some codes give none.
-# Four shapes are common. This command writes an adapter of a shape into the folder where you are; it
-# runs as it stands, for a small implementation in the same file. Put yours in its place.
+# Four shapes of answers are common. The first command writes an adapter of one shape into the folder where you are. It
+# runs as it stands, for a small implementation in the same file. Put yours in its place. The second runs some cases:
 #
 # ```sh
 # python -m kfac_scratch.conformance skeleton adapter mine --folder . --shape preconditioner
@@ -278,12 +278,12 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 # | a product with a vector | `product` | `drivers.from_products(product, like)` |
 # | nothing but gradients that it changes | `preconditioner` | `drivers.from_preconditioner(...)` |
 #
-# Questions have *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and
-# EKFAC ([Chapter 14](14_ekfac.py)). Each question names one of three *Fishers*: `type2` is the Fisher over the
-# model's own labels, computed exactly ([Chapter 3](03_losses.py)), `mc` draws labels, and `empirical`
-# takes those of the data. An adapter claims what it has of both. `ops` names the kinds of layers that you are
-# asked for. The skeleton's code knows linear layers only, and claims `{"linear"}`. With an empty `ops`, you are
-# asked for all networks. Code with hooks can do that: it raises `NotSupported` for a layer that it has nothing for.
+# Questions have *flavours*: KFAC-expand and KFAC-reduce ([Chapter 6](06_weight_sharing.py)), and EKFAC ([Chapter
+# 14](14_ekfac.py)). Each question names one of three *Fishers*: `type2` is the Fisher over the model's own labels,
+# computed exactly ([Chapter 3](03_losses.py)), `mc` draws labels, and `empirical` takes those of the data. An adapter
+# claims which flavours and Fishers it has. `ops` names the kinds of layers that you are asked for. The skeleton's code
+# knows linear layers only, and claims `{"linear"}`. With an empty `ops`, you are asked for all networks. This suits code
+# with hooks, which can raise `NotSupported` for a layer that it does not cover.
 #
 # EKFAC means the eigenvectors of KFAC-expand and the second moments of every datum's gradient. EKFAC of a
 # layer that KFAC-reduce has averaged is not asked for. The gradients of data are lost there, so that no
@@ -298,7 +298,7 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 #   column $v$ of a square root of the loss's Hessian, one below the other. The Hessian contains what the
 #   loss divides by. So the right $B$ is the plain sum of $g g^\top$ over all these rows, and the right
 #   $A$ is the mean of $a a^\top$.
-# - **Your code's own divisor.** If it takes the mean of $g g^\top$ where the sum is right, multiply the
+# - **Your code's own divisor.** If your code takes the mean of $g g^\top$ where the sum is right, multiply the
 #   vectors by the root of the number that it divides by. This is `len(X)` for the `X` of `drivers.rows`: the
 #   samples, once for every column. If you show several batches and the code averages over them, it also
 #   divides by their number. Multiply only by a number that is the same for all layers. What differs between
@@ -307,11 +307,10 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 #   $1 / N^2$ of the first section hides. Drive the `empirical` questions with the loss itself, as your
 #   users do, and state the scale that your documentation gives. The skeleton's code documents $1 / N$, and
 #   its adapter states it. Yours states `None` where your documentation is silent.
-# - **Running averages.** Most start at the identity. Set the decay to 0 if your code takes it, and if a batch
-#   is one update. Where every call of a layer is an update, a decay of 0 would forget all calls but the
-#   last. Otherwise show the
-#   same rows `drivers.updates_to_forget(decay)` times, and the start is gone. For code whose factors can
-#   be read, `drivers.without_start` takes it out of them.
+# - **Running averages.** Most running averages start at the identity. Set the decay to 0 if your code takes it, and if a
+#   batch is one update. Where every call of a layer is an update, a decay of 0 would forget all calls but the last.
+#   Otherwise show the same rows `drivers.updates_to_forget(decay)` times, and the start is gone. For code whose factors
+#   can be read, `drivers.without_start` takes it out of them.
 # - **Everything else in a step.** Switch off clipping, momentum and whatever is not linear in the
 #   gradient. Keep the factors as they are while you ask. The damping changes, so the inverse has to be
 #   computed anew each time.
@@ -395,12 +394,12 @@ class FirstTry:
 
 
 # %% [markdown]
-# It has mistakes that all occur in public code. You may stop here and look for them.
+# This code has mistakes, all of which occur in public code. You may stop here and look for them.
 #
 # ### The adapter
 #
 # The oracle knows nothing of your classes. The adapter's three methods say what you offer, your raw
-# numbers for a request, and by what your documentation says that they exceed the canonical ones
+# numbers for a request, and the factor by which your documentation says that they exceed the right ones
 # (`None` if it says nothing). An adapter never permutes or rescales by itself.
 
 
@@ -592,7 +591,7 @@ assert_exact(moved, E)
 
 # %% [markdown]
 # All numbers are right and stand at other places: `with_bias` puts the ones *before* the other inputs. The KFAC may do
-# so. The mistake is in the adapter, which did not say so, and `bias_at="first"` corrects it. Before you
+# that. The mistake is in the adapter, which did not state it, and `bias_at="first"` corrects it. Before you
 # change an implementation, check the layout that its adapter declares. (The KFAC would be wrong if it then
 # read the last column of a step as the bias.)
 
@@ -665,8 +664,8 @@ assert unclear.verdict == "undocumented-scale"
 # The cases named `relu-inplace` fail, while the same with an ordinary ReLU would pass. A hook that
 # keeps a layer's output keeps a reference. An activation that works in place writes over it, and
 # from then on the kept tensor *is* the activation's result: the gradient that autograd
-# returns for it belongs to another point of the network. PyTorch raises no exception. To return a
-# copy from the hook corrects this.
+# returns for it belongs to another point of the network. PyTorch raises no exception. A hook that returns a
+# copy corrects this.
 
 
 # %%
@@ -719,8 +718,8 @@ assert verdicts("positions", "positions") == {"scaled"}
 # $w_{y_n}$, and a mean is divided by the sum of these weights. The code never looks at
 # `loss.weight`, and the judge says so in one case. In the other all data have the same label, so
 # that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. In the first layer
-# that is $d_\text{out}^2$ as well, but not in the last, and the judge names what fits both. Two
-# formulas mean that the case cannot decide. Code must support a setting or refuse it. We support it:
+# 4 is also $d_\text{out}^2$, but not in the last, so the judge gives the number alone. (Where it gives two
+# formulas, the case cannot decide between them.) Code must support a setting or refuse it. We support it:
 
 
 # %%
@@ -811,10 +810,10 @@ assert sum(map(len, left.values())) == len(failing)
 # %% [markdown]
 # ## Round 11: what the code does not support
 #
-# The cases that are left are of two kinds. In the first, a layer is called twice. `save` overwrites, so
+# The cases that still fail are of two kinds. In the first, a layer is called twice. `save` overwrites, so
 # the first call is lost. We could keep a list, and count the calls as positions. In the second, class
-# weights meet targets that are shares of several classes, and `given[y]` is not their weight. We could
-# also say that we do not support these, which takes a few lines and is as correct:
+# weights meet targets that are shares of several classes, and `given[y]` is not their weight. We could also
+# declare that both are not supported, which takes a few lines and is as correct:
 
 
 # %%
@@ -873,10 +872,10 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # ## How to use it
 #
 # **From the command line.** An adapter is a class in a module that can be imported, from the folder where you are, for
-# example. It runs in a process of its own, so that a crash or a hang is a verdict and not the end. Only its numbers
-# come back, and the verdict is made outside of that process. `-k` takes part of an identifier or a pattern, `--tag` a
-# tag or a family. The exit status is 0 if everything is as expected, 1 if something is not, and 2 if an option or a
-# file makes no sense.
+# example. The adapter runs in a process of its own, so that a crash or a hang is a verdict and not the end. Only its
+# numbers come back, and the verdict is made outside of that process. `-k` takes part of an identifier or a pattern,
+# `--tag` a tag or a family. The exit status is 0 if everything is as expected, 1 if something is not, and 2 if an option
+# or a file makes no sense.
 #
 # ```sh
 # python -m kfac_scratch.conformance run --adapter mypackage.oracle:Adapter
@@ -894,7 +893,7 @@ assert all(min(row) < 1 for row in shares[:-1])  # every version with a mistake 
 # ```
 #
 # **In another environment.** If your package needs another PyTorch or clashes with something, give
-# the interpreter of its environment. That needs PyTorch and jaxtyping; `kfac_scratch` is put on
+# the interpreter of its environment. That environment needs PyTorch and jaxtyping; `kfac_scratch` is put on
 # its path and need not be installed.
 #
 # ```sh
@@ -986,12 +985,11 @@ assert len(selection.tasks()) == sum(len(case.flavours) for case in CASES.values
 # %% [markdown]
 # ### Monte Carlo, in expectation
 #
-# A KFAC with sampled labels is right if its *expectation* is. The oracle takes 40 independent
-# draws with three labels per datum each, and compares their mean with the truth, entry by entry.
-# The tolerance comes from the draws: an entry may be off by six standard errors of the mean, as
-# estimated from the draws themselves. The rate at which a right implementation fails can be estimated. If means were
-# normal, the ratio would follow Student's distribution with 39 degrees of freedom. We integrate
-# its tails, and multiply by the number of different entries in all these cases:
+# A KFAC with sampled labels is right if its *expectation* is. The oracle takes 40 independent draws with three labels per
+# datum each, and compares their mean with the truth, entry by entry. The tolerance comes from the draws: an entry may be
+# off by six standard errors of the mean, as estimated from the draws themselves. How often does a right implementation
+# fail? If means were normal, the ratio of an error to its standard error would follow Student's distribution with 39
+# degrees of freedom. We integrate its tails, and multiply by the number of different entries in all these cases:
 
 # %% tags=["hide-input"] fold="Computed: how often a right implementation fails"
 R, bound = harness.REPETITIONS, harness.STANDARD_ERRORS
@@ -1040,11 +1038,10 @@ print(f"found: scales above {above:.2f} or below {below:.2f}")
 assert 1.01 < above < harness.SAMPLES**0.5
 
 # %% [markdown]
-# So factors of two, of $M$ or of $\sqrt M$ are found. Draws that spread so much that six standard
-# errors exceed the largest entry are an error: any mean would pass. A mistake of a few percent is not, and
-# precision grows with the square root of the number of draws only. Where it can be avoided, do not
-# test an estimator by sampling. Enumerate the labels, weighted by their probabilities: that is
-# type-2.
+# So factors of two, and with $M = 3$ labels for each datum those of $M$ or $\sqrt M$, are found. Draws that spread so
+# much that six standard errors exceed the largest entry are an error: any mean would pass. A mistake of a few percent is
+# not found, and precision grows with the square root of the number of draws only. Where it can be avoided, do not test an
+# estimator by sampling. Enumerate the labels, weighted by their probabilities: that is type-2.
 #
 # ### What passing does not prove
 #
@@ -1063,10 +1060,10 @@ print(Counter(r.verdict for r in modest))
 assert all(r.passes for r in modest)
 
 # %% [markdown]
-# - The cases are small. A chunk size that is wrong from 1000 data on, an overflow in half
-#   precision, a slow inverse, are not seen.
+# - The cases are small. They do not show a mistake that appears from 1000 data on, an overflow in half
+#   precision, or a slow inverse.
 # - What is judged is a curvature at one point, or its damped inverse times a gradient. Moving
-#   averages, schedules, clipping, several processes, checkpoints: not judged.
+#   averages, schedules, clipping, several processes and checkpoints are not judged.
 # - `definition` rests on our reading of papers. If it contradicts yours, the report names the
 #   case, and the truth is a page of code.
 # - A theorem's symmetry can hide a mistake, as $C = 2$ did. In `class-weights-constant-mean` all
@@ -1101,8 +1098,8 @@ assert of_sum.keys() - of_mean.keys() == {"weights"}
 # **Equal sizes.** A test with eight data, eight positions and eight channels cannot tell $N$ from
 # $S$ from $C$, nor see a transpose.
 #
-# **Only layers without a bias, only `mean`, only one batch.** Each of the last four columns of the
-# figure rejects a version that all columns to the left of it let pass:
+# **Only layers without a bias, only `mean`, only one batch.** Each of the last four columns of
+# [Figure 35.3] rejects a version that all columns to the left of it let pass:
 
 # %% tags=["hide-input"] fold="Checked: every group rejects a version that the groups before it let pass"
 groups = list(PANEL)
@@ -1134,8 +1131,8 @@ for j, group in enumerate(groups[3:], start=3):
 #
 # ## Exercises
 #
-# **Exercise 35.1.** Somebody averages the factors of mini-batches with equal weights. Which cases
-# of the panel pass? Which verdict do the others get, and can a scale explain it?
+# **Exercise 35.1.** A code averages the factors of mini-batches with equal weights. Which cases
+# with mini-batches pass? Which verdict do the others get, and can a scale explain it?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>

@@ -13,13 +13,14 @@
 # %% [markdown]
 # # 37. The audit: what the oracle says of others
 #
-# **Part IX: Scale and trust.** Several public implementations of KFAC, the same cases: where do they
-# agree with the definition, and what is the reason where they do not?
+# **Part IX: Scale and trust.** Where do public implementations of KFAC agree with its definition, and what is the reason
+# where they do not?
 #
-# This page runs the oracle on code that others wrote, read and use. Each library runs in an environment of its own,
-# through an adapter that follows the library's documentation ([Chapter 35](35_conformance.py)). The same adapter runs
-# some libraries in an earlier release, too. Tables and texts of this page are made from stored
-# result files and from findings, which are programs.
+# This page runs the **oracle** of [Chapter 35](35_conformance.py) on code that others wrote. The oracle is a set of cases
+# for which a theorem or the definition says what KFAC must give; each answer gets a verdict ([Figure 37.1]). Each library
+# runs in an environment of its own, through an adapter that follows the library's documentation. The same adapter runs
+# some libraries in an earlier release, too. Tables and texts of this page are made from stored result files and from
+# findings, which are programs.
 
 # %% tags=["hide-input"] fold="The stored runs, with versions and dates"
 from collections import Counter
@@ -59,16 +60,16 @@ fig.colorbar(image, ax=ax, shrink=0.8, label="share that passes")
 plt.show()
 
 # %% [markdown]
-# Most of these verdicts pass, to the last digit, and this project learned its mathematics partly from these libraries.
-# What does not pass is of three kinds: a documented **convention**, which is no mistake and passes; a question that a
-# library **does not offer**, and says so; and a **mismatch**, which is traced to a line, and proven by mending that
-# line in memory. After this chapter you will be able to
+# Most of these verdicts pass, within a tolerance of rounding errors, and this project learned its mathematics partly from
+# these libraries. An answer that differs from what is right is of one of three kinds: a documented **convention**, which
+# is no mistake and passes; a question that a library **does not offer**, and says so; and a **mismatch**, which is traced
+# to a line, and proven by mending that line in memory. After this chapter you will be able to
 #
 # - read the table of a library, and tell a convention from a mismatch;
 # - prove the cause of a mismatch by a patch of one expression;
-# - write three habits into your own tests that find most of the list.
+# - name three habits for your own tests that find such mismatches.
 #
-# Cases are added, and results stay where they are until somebody runs the library again. Every result file
+# When cases are added, stored results stay as they are until somebody runs the library again. Every result file
 # keeps a digest of the cases at the time of its run. This page compares the digests, and lists the results that are
 # older than the cases:
 
@@ -80,7 +81,7 @@ page.notices()
 #
 # The table has the verdicts that pass and those that were judged, by family of cases. Bold: some do not pass. Empty:
 # the library does not offer what the family needs. Every flavour of a case counts, so a single missing feature, such as
-# the padding mode of a convolution, changes a dozen verdicts.
+# the padding mode of a convolution, changes a dozen verdicts. Dense layers are right in all libraries but one.
 
 # %% tags=["remove-input"]
 page.overview(runs)
@@ -116,14 +117,16 @@ print(
     ", ".join(f"{family} {share_of(family):.0%}" for family in ("dense", "sharing", "convolutions"))
 )
 assert share_of("dense") > 0.95 > 0.8 > max(share_of("sharing"), share_of("convolutions"))
+dense = [page.judged_results(run, "dense") for run in present.values()]
+assert sum(not all(r.passes for r in results) for results in dense) == 1
 
 # %% [markdown]
 # ## One release and the next
 #
-# The next release of a library may correct a finding or add one. So several libraries run
+# A later release of a library may correct a finding or add one. So several libraries run
 # in more than one release, with the same cases and the same adapter. The table counts verdicts by what they were
 # in the earlier release and what they are in the later one. Where only the last two columns have numbers, nothing
-# changed in what the oracle asks about.
+# has changed that the oracle asks about.
 
 # %% tags=["remove-input"]
 page.changes(others)
@@ -136,19 +139,21 @@ for name in finding_names():
 assert any(page.occurrence(name, others).passing for name in finding_names())
 
 # %% [markdown]
-# The printed finding is recent. An earlier release took a root of the softmax's curvature that has one column more
-# than it needs; the later one takes a smaller root, which saves a backward pass and divides by probabilities that
-# can be zero. Both are the same matrix on paper. No other verdict of that library changed.
+# Both printed findings come from one change. The earlier release of nngeometry takes a root of the softmax's curvature
+# that has one column more than it needs. The later one takes a smaller root, which saves a backward pass. On paper both
+# are roots of the same matrix, but the code of the smaller one divides by probabilities that can be zero, and makes a
+# matrix in PyTorch's default precision. No other verdict of that library changed.
 #
-# An earlier release does not always run as it is. BackPACK 1.6.0 imports `pkg_resources`, which the present
-# `setuptools` no longer has; laplace-torch 0.2.2.2 imports a module that curvlinops dropped in release 3, so that
+# Some earlier releases need other packages in earlier releases, too. BackPACK 1.6.0 imports `pkg_resources`, which the
+# present `setuptools` no longer has; laplace-torch 0.2.2.2 imports a module that curvlinops dropped in release 3, so that
 # it is asked with curvlinops 2. Which other libraries a result depends on is written in its file.
 #
 # ## Conventions
 #
 # A loss may be a sum or a mean, over data or over output entries. The squared error may be halved. The factor
-# of the vectors may be a sum over positions or a mean. All conventions are in use, and all pass if they
-# are documented. For the following, the judge applies the documented number, and the result is exact.
+# of the vectors may be a sum over positions or a mean. All these conventions are in use, and all pass if they
+# are documented. For the verdicts in the next table, the judge applies the documented number, and the block is right. $N$
+# counts data, $C$ classes or outputs, $S$ and $T$ positions; "or" stands where two formulas have one value.
 
 # %% tags=["remove-input"]
 page.documented_scales(others)
@@ -186,9 +191,9 @@ for library, n in libraries.items():
 assert len(proofs.proven()) >= 10
 
 # %% [markdown]
-# In the other direction: every verdict that does not pass is asked again within the patch of each finding, and within
-# all of them together, of which those that are not needed are then left out. A verdict that no patch corrects is
-# unexplained and listed here. It may be a mistake of ours.
+# The other direction asks whether the findings explain everything. Every question whose verdict does not pass is asked
+# again with the patch of each finding, and with all patches together, from which those that are not needed are then
+# removed. A verdict that no patch corrects would be listed below as unexplained. It may be a mistake of this project.
 
 # %% tags=["hide-input"] fold="Counted: verdicts that a finding explains"
 failures = page.failures(others)
@@ -202,7 +207,7 @@ for stem, key in unexplained:
 # %% [markdown]
 # ## The findings
 #
-# Each with its cause, what the documentation says, the releases in which it is seen, and a text for the
+# Each finding has its cause, what the documentation says, the releases in which it is seen, and a text for the
 # maintainer with a reproduction that needs nothing of this project. A release in which it is *seen* is one in
 # which the same patch mends a verdict that fails without it.
 
@@ -222,7 +227,7 @@ print(", ".join(finding(name).LIBRARY for name in padding))
 assert len(padding) >= 3
 
 # %% [markdown]
-# Three habits find most of the list, and none of them needs an oracle:
+# Three habits find mismatches of the kinds above, and none of them needs an oracle:
 #
 # 1. *Test with sizes that are pairwise coprime.* With batch size, positions and classes all equal to 4, a
 #    factor that is too large by the number of positions looks like one that is too large by the number of data.
@@ -247,16 +252,17 @@ assert len(padding) >= 3
 #
 # ## Exercises
 #
-# **Exercise 37.1.** A library's factor of the vectors is a mean over data and positions, that of the inputs
-# too. On which families of cases does this show, and as which verdict? Find a library in the stored results
+# **Exercise 37.1.** In a library, both factors, that of the inputs and that of the vectors, are means over data and
+# positions. In which cases does this show, and as which verdict? Find a library in the stored results
 # for which this is so.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# A block needs one sum over positions, see the definition in [Chapter 6](06_weight_sharing.py). With two
-# means it is too small by $S$, the number of positions of *that layer*: with one kind of layer, an
-# `undocumented-scale` of $1/S$; in a network with convolutions and a classifier, an `inconsistent-scale`.
+# A block needs one sum over positions, see the definition in [Chapter 6](06_weight_sharing.py). With two means it is too
+# small by $S$, the number of positions of *that layer*. So all cases with positions show it, in the families `sharing`
+# and `convolutions` above all: as an `undocumented-scale` of $1/S$ if all layers have the same positions, as an
+# `inconsistent-scale` in a network with convolutions and a classifier. The next cell prints libraries.
 #
 # </details>
 #
