@@ -197,8 +197,7 @@ class Graph(Module):
 
 # %% [markdown]
 # For each of the four examples, the folded cell compares every block made of $a$ and $g$ with the block by autodiff. It
-# prints the shapes. As in all chapters, a bias is the last column of $W$, and the last entry of every $a_{ns}$ is then
-# 1.
+# prints the shapes. As in all chapters, a bias is the last column of $W$, and every $a_{ns}$ then ends with a 1.
 
 
 # %% tags=["hide-input"] fold="Checked: the exact blocks of four kinds of networks"

@@ -108,7 +108,7 @@ def train(model: Module, optimizer, data, schedule=None) -> list[float]:
     return losses
 
 
-# %% tags=["hide-input"] fold="Measured: the loss after 15 steps, 12 settings with three controls"
+# %% tags=["hide-input"] fold="Measured: the loss after 15 steps, for 12 settings with and without controls"
 dampings, rates = (1e-5, 1e-3, 1e-1), (1e-3, 1e-2, 1e-1, 1.0)
 controls = {"no control": [], "KL clip": [kl_clip(1e-3)], "graft": [graft()]}
 outcome = {}
@@ -474,8 +474,9 @@ assert max(abs(ratio - 1) for ratio in equal) < 1e-3  # the learning rate has no
 good = [max(outcome["graft", d, 0.01] for d in dampings), outcome["no control", 1e-5, 0.01]]
 assert good[0] < 0.5 * start < start < good[1]
 assert any(outcome["KL clip", 1e-5, r] > start for r in rates)
-print(f"Runs that end above the loss at the start, {start:.2f}: {worse['no control']} of 12 without", end=" ")
-print(f"control,\n{worse['KL clip']} with a KL clip, {worse['graft']} with graft, all with a learning rate of 1")
+print(f"Runs that end above {start:.2f}, the loss at the start: {worse['no control']} of 12", end=" ")
+print(f"without control,\n{worse['KL clip']} with a KL clip,", end=" ")
+print(f"{worse['graft']} with graft, all of these with a learning rate of 1")
 print(f"graft, learning rate .01: loss at most {good[0]:.2f} for all three dampings")
 print("KL clip, small damping: rates .1 and 1 end at the same loss, to", end=" ")
 print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
