@@ -152,9 +152,10 @@ plt.show()
 # \tag{11.1}
 # $$
 #
-# Here $\hat M_t$ is the matrix and $h_t$ the gradient that batch $t$ gives; $w_t$ is the weight of the newest matrix,
-# $\delta$ the damping, $\eta$ the learning rate, $\mu$ the momentum and $\Delta_t$ the change of the parameters.
-# The number $\nu_t$ is 1 in the plain rule. A control chooses it.
+# Here $\hat M_t$ is the matrix and $h_t$ the gradient that batch $t$ gives. KFAC's matrix is a Kronecker product $B
+# \otimes A$ of two small factors for each layer ([Chapter 5](05_kfac.py)). Further, $w_t$ is the weight of the newest
+# matrix, $\delta$ the damping, $\eta$ the learning rate, $\mu$ the momentum and $\Delta_t$ the change of the
+# parameters. The number $\nu_t$ is 1 in the plain rule. A control chooses it.
 #
 # After this chapter you will be able to
 #
@@ -257,7 +258,7 @@ assert [default.factor_every(step) for step in (0, 19, 20, 180, 1000)] == [1, 1,
 # ## Averages over batches
 #
 # The matrix of one batch is a noisy estimate. An optimizer averages over many batches. But the parameters move, so
-# old batches should have a smaller weight. Most optimizers take an exponential average: with a **decay** $\rho$, a
+# old batches should have a smaller weight. Optimizers usually take an exponential average: with a **decay** $\rho$, a
 # batch that is $k$ batches old has the weight $\rho^k$. Divided by the sum of the weights,
 #
 # $$
@@ -335,7 +336,7 @@ print(f"Theorem 11.1: after 7 batches A differs by {largest_error(M.A, by_hand):
 # \tag{11.4}
 # $$
 #
-# batches. For $\rho = 0.95$ this is 39. The words "a decay of 0.95" have two meanings. Here, and in
+# batches for large $t$. For $\rho = 0.95$ these are 39. The words "a decay of 0.95" have two meanings. Here, and in
 # [Martens and Grosse (2015)](bibliography.md#kfac), 0.95 is the weight of the *old* matrix. In some code it is the
 # weight of the *new* one; then $\rho$ is 0.05, and the average is one over 1.1 batches. The next cell does not train
 # the network, and measures how far each average is from the factor of all 1000 images:
@@ -383,8 +384,8 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # The right side is factored damping, [(9.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$. **A start at the identity is
 # a damping that decays**, by a schedule that follows from $\rho$ alone: for $\rho = 0.95$ the damping is
 # $\gamma_1^2 = 361$ in the first step. The value $\pi = 1$ does not suit the factors, because $A$ has entries of order
-# one, while $B$ has the scale of the loss and is small. The following estimator starts at the identity. The next cell
-# compares it with the corrected average: the damping, the share of the identity in $B$, and the length of a step.
+# one, while $B$ has the scale of the loss and is small. The following estimator starts at the identity. [Figure 11.2]
+# compares it with the corrected average.
 
 
 # %%
@@ -401,25 +402,37 @@ class FromIdentity:
 
 
 # %% tags=["hide-input"] fold="Checked: (11.6); measured: the share of the identity, and the length of a step"
-G, lengths, shares = torch.randn(16, 65), {}, {}
-for t in (1, 10, 30, 60):
-    biased = estimate(FromIdentity(0.95), stream[:t], 0.95)
-    right = estimate(MovingAverage(kfac), stream[:t], 0.95)
+G, lengths, shares, hidden = torch.randn(16, 65), {}, {}, {}
+biased = right = None
+for t, io in enumerate(stream, start=1):
+    biased = FromIdentity(0.95).update(biased, io, weight_of_newest(0.95, t))
+    right = MovingAverage(kfac).update(right, io, weight_of_newest(0.95, t))
     gamma = 0.95**t / (1 - 0.95**t)
-    same = Kronecker(right.A + gamma * eye_like(right.A), right.B + gamma * eye_like(right.B))
-    assert_exact(biased.dense(), (1 - 0.95**t) ** 2 * same.dense())
-
     lengths[t] = ((biased.inverse(1e-3) @ G).norm() / (right.inverse(1e-3) @ G).norm()).item()
     shares[t] = 0.95**t * len(right.B) / biased.B.trace().item()
-    print(f"batch {t:2}: hidden damping {gamma**2:7.1e}, identity {shares[t]:4.0%} of the", end=" ")
-    print(f"trace of B, step {lengths[t]:.3f} times as long")
+    hidden[t] = gamma**2
+    if t in (1, 10, 30, 60):
+        same = Kronecker(right.A + gamma * eye_like(right.A), right.B + gamma * eye_like(right.B))
+        assert_exact(biased.dense(), (1 - 0.95**t) ** 2 * same.dense())
+        print(f"batch {t:2}: hidden damping {hidden[t]:7.1e}, identity {shares[t]:4.0%} of", end=" ")
+        print(f"the trace of B, step {lengths[t]:.3f} times as long")
 assert max(lengths.values()) < 0.5 < shares[60] < shares[1]
 assert lengths[10] < lengths[30] < lengths[60]
+
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two plots against the number of batches from 1 to 60. Left, on a logarithmic axis, the hidden damping falls from several hundred to a few thousandths. Right, the share of the identity in the trace of B stays near one, and the length of a step, relative to that with the corrected average, stays near zero for thirty batches and then rises to about a quarter." caption="An average that starts at the identity, with $\\rho = 0.95$. Left: the damping $\\gamma_t^2$ that it adds. Right: the share of the identity in the trace of $B$, and the length of a step relative to that with the corrected average. After 60 batches, most of $B$ is the identity."
+fig, (ax, other) = plt.subplots(1, 2, figsize=(7.8, 2.9), layout="constrained")
+ax.semilogy(hidden.keys(), hidden.values())
+ax.set(xlabel="batch", ylabel=r"hidden damping $\gamma_t^2$")
+for curve, name, place in ((shares, "identity in the trace of $B$", 0.9), (lengths, "step", 0.1)):
+    (line,) = other.plot(curve.keys(), curve.values())
+    other.text(2, place, name, color=line.get_color(), va="center")
+other.set(xlabel="batch", ylabel="share, relative length", ylim=(-0.02, 1.05))
+plt.show()
 
 # %% [markdown]
 # After 60 updates, which at one update every ten steps are 600 steps, most of the trace of $B$ still comes from the
 # identity. With the identity in place of $B$, the method uses the factor $A$ alone, and becomes KFAC late. A damping
-# that was tuned for such an optimizer is wrong in any other one.
+# that was tuned for such an optimizer does not suit another one.
 #
 # ### Factors, not products
 #
@@ -437,7 +450,7 @@ assert lengths[10] < lengths[30] < lengths[60]
 #
 # The difference is a covariance of $B$ and $A$ over batches. KFAC averages factors for two reasons. The average of
 # products is a sum of Kronecker products, which has no cheap inverse. And the average of factors is the matrix that
-# KFAC would give for *one large batch* made of the small ones, as long as the parameters stay. The average of
+# KFAC would give for *one large batch* made of the small ones, if the parameters do not change. The average of
 # products depends on how the data were cut into batches.
 
 # %% tags=["hide-input"] fold="Checked: (11.7), and one large batch made of two"
@@ -889,7 +902,7 @@ def check_step(step) -> None:
 #
 # With $\rho_t = 1 - 1/t$, $t M_t = (t - 1) M_{t-1} + \hat M_t$, so $t M_t$ is the sum of all $\hat M_i$ and $M_t$ their
 # plain mean. It is not [(11.2)], whose weights decay from the first batch on, and which is the plain mean only for
-# $\rho \to 1$. From $t = 1 / (1 - \rho)$ on, the weights of old batches decay at the same rate in both.
+# $\rho = 1$. From $t = 1 / (1 - \rho)$ on, the weights of old batches decay at the same rate in both.
 #
 # </details>
 #
