@@ -308,8 +308,8 @@ assert 0.05 < off["same, after attention"] < off["loss of the average"]
 # $$
 #
 # Inputs are **averaged** and vectors are **summed**, because the product of these two in [(6.4)] has the scale of the
-# gradient. So reduce takes a product of averages twice, first over
-# the positions of a datum and then over data. Expand takes one product of averages, over the positions of all data.
+# gradient. So reduce takes a product of averages twice, first over the positions of a datum and then over data. Expand
+# takes one product of averages, over the positions of all data.
 
 # %% [markdown]
 # ### In the package
@@ -420,15 +420,15 @@ pool_position(captured, position=2)
 # %% [markdown]
 # ### The error of the wrong setting
 #
-# Let the average be at the end, and use expand. If $g_{vn}$ is the vector at the average, every position receives
-# $g_{vn}/S$, so
+# Let the average be at the end, and use expand. All positions of a datum receive the same vector. If we write it as
+# $g_{vn}/S$, then
 #
 # $$
 # B_\text{reduce} = \sum_{v,n} g_{vn} g_{vn}^\top = S\, B_\text{expand}.
 # \tag{6.6}
 # $$
 #
-# So the two factors $B$ agree up to the number $S$. The rest of the error is in $A$. The exact block is the Kronecker
+# The two factors $B$ agree up to the number $S$. The rest of the error is in $A$. The exact block is the Kronecker
 # product of $B_\text{expand}$ with the mean over data of $\tfrac1S \sum_{s,s'} a_{ns} a_{ns'}^\top$, and
 # $A_\text{expand}$ has only the terms $s = s'$ of this sum. If inputs at different positions are uncorrelated with mean
 # zero, the other terms cancel on average. If inputs are positive, as behind a ReLU, the other terms do not cancel, and
@@ -491,7 +491,7 @@ for positions in (1, 7):
     assert error < 1e-10 if positions == 1 else error > 0.05
 
 # %% [markdown]
-# ### The biases again
+# ### Biases
 #
 # The input of a bias is usually one at every position. Then its gradient is $\sum_s g_{vns} = \hat g_{vn}$, and its
 # exact block is $\sum_{v,n} \hat g_{vn} \hat g_{vn}^\top = B_\text{reduce}$. **Reduce is exact for a bias whose input
