@@ -907,7 +907,7 @@ hook.remove()
 assert ran == []
 assert attention.attend.out_proj.weight.grad.abs().max() > 0
 errors = check(ios, attention, nn.MSELoss(), sequence, y)
-print({name: f"{e:.0e}" for name, e in errors.items()})
+print("\n".join(f"{name:>15}: {error:.0e}" for name, error in errors.items()))
 assert "attend.out_proj" in errors
 assert max(errors.values()) <= EXACT
 

@@ -414,7 +414,9 @@ for t, io in enumerate(stream, start=1):
     if t in (1, 10, 30, 60):
         same = Kronecker(right.A + gamma * eye_like(right.A), right.B + gamma * eye_like(right.B))
         assert_exact(biased.dense(), (1 - 0.95**t) ** 2 * same.dense())
-        print(f"batch {t:2}: hidden damping {hidden[t]:7.1e}, identity {shares[t]:4.0%} of", end=" ")
+        print(
+            f"batch {t:2}: hidden damping {hidden[t]:7.1e}, identity {shares[t]:4.0%} of", end=" "
+        )
         print(f"the trace of B, step {lengths[t]:.3f} times as long")
 assert max(lengths.values()) < 0.5 < shares[60] < shares[1]
 assert lengths[10] < lengths[30] < lengths[60]
@@ -487,7 +489,9 @@ assert max(abs(ratio - 1) for ratio in equal) < 1e-3  # the learning rate has no
 good = [max(outcome["graft", d, 0.01] for d in dampings), outcome["no control", 1e-5, 0.01]]
 assert good[0] < 0.5 * start < start < good[1]
 assert any(outcome["KL clip", 1e-5, r] > start for r in rates)
-print(f"Runs that end above {start:.2f}, the loss at the start: {worse['no control']} of 12", end=" ")
+print(
+    f"Runs that end above {start:.2f}, the loss at the start: {worse['no control']} of 12", end=" "
+)
 print(f"without control,\n{worse['KL clip']} with a KL clip,", end=" ")
 print(f"{worse['graft']} with graft, all of these with a learning rate of 1")
 print(f"graft, learning rate .01: loss at most {good[0]:.2f} for all three dampings")
