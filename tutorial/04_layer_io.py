@@ -169,7 +169,7 @@ assert torch.linalg.matrix_rank(gradient) == 1
 # including those through $z_2$. Backpropagation computes this derivative. [Figure 4.2] shows the three terms of an
 # example in which the second input depends on the first output.
 
-# %% tags=["hide-input"] fold="Checked: (4.3) with three positions, of which the second reads the first"
+# %%
 S = 3
 xs = torch.randn(S, d_in)
 z1 = W @ xs[0]

@@ -315,12 +315,12 @@ assert 0.05 < off["same, after attention"] < off["loss of the average"]
 # ### In the package
 #
 # `kfac` averages over data and positions, which is expand. (The code shown is its form for rows that are stored in
-# full.) Reduce is the same function of a layer after its method `reduced`. The folded cell compares both with loops.
+# full.) Reduce is the same function of a layer after its method `reduced`. The next cell compares both with loops.
 
 # %% tags=["beside", "remove-input"]
 code(kfac_in_full, LayerIO.reduced)
 
-# %% tags=["hide-input"] fold="Checked: both settings against loops, and equation (6.4)"
+# %%
 io = layer_ios(pooled, MSELoss(), torch.rand(N, S, 4), per_datum)["0"]
 expand, reduce = kfac(io), kfac(io.reduced())
 
@@ -334,6 +334,7 @@ A = sum(torch.outer(mean[n], mean[n]) for n in range(N)) / N
 B = sum(torch.outer(total[v, n], total[v, n]) for v in range(4) for n in range(N))
 assert_exact(reduce.dense(), torch.kron(B, A))
 
+# %% tags=["hide-input"] fold="Checked: equation (6.4)"
 spread = torch.einsum("vnso,nsi->vnoi", g - g.mean(2, keepdim=True), a - a.mean(1, keepdim=True))
 assert_exact(io.reduced().gradients() + spread, io.gradients())  # equation 6.4
 

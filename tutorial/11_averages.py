@@ -301,7 +301,7 @@ assert [default.factor_every(step) for step in (0, 19, 20, 180, 1000)] == [1, 1,
 # %% tags=["remove-input"]
 code(weight_of_newest, MovingAverage.update)
 
-# %% tags=["hide-input"] fold="Checked: Theorem 11.1 after 1, 2 and 7 batches"
+# %%
 model, decay = network(), 0.9
 stream = [layer_ios(model, loss, X, y)["0"] for X, y in batches(60)]
 
