@@ -114,12 +114,12 @@ matrices(tables)
 # A &= \tfrac{1}{N S} \textstyle\sum_{n, s} a_{ns} a_{ns}^\top, \\
 # B &= \textstyle\sum_{v, n, s} g_{vns} g_{vns}^\top, \\
 # \text{reduce:} \quad
-# A &= \tfrac{1}{N} \textstyle\sum_n \bar a_n \bar a_n^\top, &
-# \bar a_n &= \tfrac1S \textstyle\sum_s a_{ns}, \\
-# B &= \textstyle\sum_{v, n} \hat g_{vn} \hat g_{vn}^\top, &
-# \hat g_{vn} &= \textstyle\sum_s g_{vns} .
+# A &= \tfrac{1}{N} \textstyle\sum_n \bar a_n \bar a_n^\top, \\
+# B &= \textstyle\sum_{v, n} \hat g_{vn} \hat g_{vn}^\top,
 # \end{aligned}
 # $$
+#
+# with the mean input $\bar a_n = \tfrac1S \sum_s a_{ns}$ and the summed vector $\hat g_{vn} = \sum_s g_{vns}$.
 #
 # After this chapter you will be able to
 #
