@@ -13,18 +13,12 @@
 # %% [markdown]
 # # 4. LayerIO: what flows through a layer
 #
-# **Part III: KFAC.** Why do two tensors per layer hold everything that KFAC, Kronecker-factored
-# approximate curvature, and every method like it need to know about a network and its loss?
+# **Part III: KFAC.** What must be recorded while a network runs, so that the curvature of each layer can be computed
+# from the record alone?
 #
-# For a layer that multiplies with a matrix $W$, these tensors are $a$, the vector that $W$ multiplies, and $g$, the
-# derivatives that a backward pass brings to the layer's output. With $V$ vectors $v$ sent back for each datum $n$, and
-# positions $s$ at which $W$ is used, they give the layer's gradients and its exact curvature:
-#
-# $$
-# G_{vn} = \sum_s g_{vns}\, a_{ns}^\top,
-# \qquad
-# \text{block} = \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top .
-# $$
+# Two tensors for each layer are enough: $a$, the vectors that the layer's matrix $W$ multiplies, and $g$, the
+# derivatives that backward passes bring to the layer's output. [Figure 4.1] shows where they are in a network. KFAC,
+# Kronecker-factored approximate curvature, is a function of these two tensors.
 
 # %% tags=["hide-input"]
 import copy
@@ -79,22 +73,34 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# A network can be a perceptron, a convolutional network or a transformer, and the loss a squared error or a
-# cross-entropy. A method that sees $(a, g)$ need not know. After this chapter you can
+# For every datum $n$, backward passes start with $V$ vectors at the network's output, and bring $g_{1n}, \dots, g_{Vn}$
+# to the layer's output. A layer may also use $W$ at several positions $s$ of a datum, such as the tokens of a sentence.
+# A gradient is then a sum over positions, and the layer's exact curvature is a sum over gradients:
+#
+# $$
+# G_{vn} = \sum_s g_{vns}\, a_{ns}^\top,
+# \qquad
+# \text{block} = \sum_{v, n} \operatorname{vec}(G_{vn}) \operatorname{vec}(G_{vn})^\top .
+# $$
+#
+# Here $\operatorname{vec}$ writes a matrix as one vector, row by row. The curvature matrix is the generalised
+# Gauss-Newton matrix (GGN) of [Chapter 2](02_curvature.py): the Hessian of the loss if the network is replaced by its
+# linearisation. The *block* of a layer is the part whose rows and columns belong to the layer's parameters. The
+# formulas are the same for a perceptron, a convolutional network and a transformer, and for each loss of
+# [Chapter 3](03_losses.py).
+#
+# After this chapter you will be able to
 #
 # - derive the gradient and the curvature block of any layer that applies a matrix;
 # - record $a$ and $g$ of a network by hand, with the right scale;
 # - say what a row $a_{ns}$ is for a convolution, an embedding, and a weight that is used twice;
 # - name the mistakes that no error message reports: in-place activations, lost calls, mean losses.
-#
-# The curvature matrix is the generalised Gauss-Newton matrix (GGN) of [Chapter 2](02_curvature.py). The *block* of a
-# layer is the part whose rows and columns belong to the layer's parameters.
 
 # %% [markdown]
 # ## A gradient is an outer product
 #
-# Begin with one datum and one layer, $z = W a$ with $W \in \mathbb{R}^{d_\text{out} \times
-# d_\text{in}}$. The rest of the network and the loss turn $z$ into a number $\ell$.
+# Begin with one datum and one layer, $z = W a$ with $W \in \mathbb{R}^{d_\text{out} \times d_\text{in}}$. The rest
+# of the network and the loss turn $z$ into a number $\ell$, the loss of this datum.
 # Entry $W_{oi}$ occurs in one output only, $z_o = \sum_i W_{oi} a_i$, so
 # $\partial z_k / \partial W_{oi}$ is $a_i$ for $k = o$ and zero for all other $k$. The chain rule
 # sums over all entries of $z$ through which $W_{oi}$ can act, and just one term is left:
@@ -123,6 +129,8 @@ by_hand = torch.zeros(d_out, d_in)
 for o in range(d_out):
     for i in range(d_in):
         by_hand[o, i] = g[o] * a[i]
+
+# %% tags=["hide-input"] fold="Checked: the loops give the gradient, and its rank is one"
 assert_exact(by_hand, gradient)
 print("rank of the gradient:", torch.linalg.matrix_rank(gradient).item())
 assert torch.linalg.matrix_rank(gradient) == 1
@@ -158,8 +166,8 @@ assert torch.linalg.matrix_rank(gradient) == 1
 #
 # The positions may even feed into each other, as in a recurrent network where $a_2$ depends on
 # $z_1$. Equation [(4.3)] still holds: $g_1$ is the derivative along all paths from $z_1$ to $\ell$,
-# including those through $z_2$. Backpropagation computes this derivative. In the example, the second input
-# depends on the first output.
+# including those through $z_2$. Backpropagation computes this derivative. [Figure 4.2] shows the three terms of an
+# example in which the second input depends on the first output.
 
 # %%
 S = 3
@@ -185,10 +193,10 @@ matrices(terms | {"$G$, their sum": gradient})
 #
 # Now take $N$ data and a loss, $L = \frac{1}{D} \sum_n \ell_n(f_n)$. Here $f_n \in \mathbb{R}^C$ is the
 # network's output for datum $n$, and $\ell_n$ is the loss of datum $n$ as a function of this output. The
-# number $D$ is what the loss divides by: $N$ for the mean of a cross-entropy, 1 for a sum. The vector
-# $\theta$ has all parameters of the network. The GGN of [Chapter 2](02_curvature.py) has the Hessian of $L$
-# with respect to all outputs in the middle. Each term of $L$ depends on one $f_n$ only, so this Hessian has
-# one block $H_n$ for each datum and zeros elsewhere:
+# loss divides by the number $D$, which is $N$ for the mean of a cross-entropy and 1 for a sum. The vector
+# $\theta$ has all parameters of the network. The GGN is the Jacobian's transpose times the Hessian of $L$ with
+# respect to all outputs times the Jacobian. Each term of $L$ depends on one $f_n$ only, so this Hessian has one
+# block $H_n$ for each datum and zeros elsewhere:
 #
 # $$
 # \operatorname{GGN} = \sum_n J_n^\top H_n J_n,
@@ -197,16 +205,16 @@ matrices(terms | {"$G$, their sum": gradient})
 # \tag{4.4}
 # $$
 #
-# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors. There they are called $s_{vn}$;
-# here $s$ numbers positions. The vectors $\sigma_{vn} \in \mathbb{R}^C$ of its function `type2` are the columns
-# of a square root of $H_n$:
+# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors, the columns of a square root of
+# $H_n$. Its function `type2` computes them. Chapter 3 calls them $s_{vn}$. Here they are called
+# $\sigma_{vn} \in \mathbb{R}^C$, because $s$ numbers positions:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
 # \tag{4.5}
 # $$
 #
-# The factor $1/D$ is in $H_n$ and so it is in the vectors: they carry all of the loss's scale.
+# The factor $1/D$ is in $H_n$, so each vector has a factor $1/\sqrt{D}$: the vectors carry all of the loss's scale.
 # Insert [(4.5)] into [(4.4)]:
 #
 # $$
@@ -218,13 +226,13 @@ matrices(terms | {"$G$, their sum": gradient})
 #
 # The vector $J_n^\top \sigma_{vn}$ is a gradient: that of the number $\sigma_{vn}^\top f_n$ with
 # respect to $\theta$, with $\sigma_{vn}$ held fixed. A backward pass computes it if it starts at the
-# network's output with $\sigma_{vn}$ in place of the gradient of a loss. For the gradient of a layer we
-# have [(4.3)], and we use it with $\ell = \sigma_{vn}^\top f_n$:
+# network's output with $\sigma_{vn}$ in place of the gradient of a loss. The part that belongs to one layer
+# follows from [(4.3)] with $\ell = \sigma_{vn}^\top f_n$:
 #
 # <div class="admonition theorem" markdown="1" id="thm-4.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 4.1 (the block of a layer)</b></p>
 #
-# Let a layer compute $z_{ns} = W a_{ns}$, and let the network use $W$ nowhere else. Let data not meet:
+# Let a layer compute $z_{ns} = W a_{ns}$, and let the network use $W$ nowhere else. Let data not meet, that is,
 # $\partial f_n / \partial z_{ms} = 0$ for $m \ne n$. Let
 # $g_{vns} = (\partial f_n / \partial z_{ns})^\top \sigma_{vn}$ be what arrives at $z_{ns}$ when
 # $\sigma_{vn}$ is sent backward. Then the block of the GGN that belongs to
@@ -243,10 +251,10 @@ matrices(terms | {"$G$, their sum": gradient})
 # of $\sigma_{vn}^\top f_n$ with respect to $W$. The positions of other data add nothing to it, as data do not meet.
 # Those of datum $n$ add up to $G_{vn}$ by [(4.3)]. $\blacksquare$
 #
-# Nothing has been approximated. Other vectors in the same formula give other matrices. If the vectors are
+# No step was an approximation. Other vectors in the same formula give other matrices. If the vectors are
 # random with $\mathbb{E} [\sum_v \sigma_{vn} \sigma_{vn}^\top] = H_n$, the sum [(4.7)] is random and its
 # expectation is the block of the GGN. If there is one vector per datum, $\nabla \ell_n / \sqrt{D}$ at the
-# label of the data, the sum is the block of the empirical Fisher. Cells below check both.
+# label of the data, the sum is the block of the empirical Fisher. A cell [below](#many-vectors-or-one) checks both.
 
 # %% [markdown]
 # ### In the package
@@ -267,8 +275,8 @@ code(LayerIO.gradients, LayerIO.block)
 # | `a` | $[N, S, d_\text{in}]$ | inputs of $W$; with a bias, the last column is 1 |
 # | `g` | $[V, N, S, d_\text{out}]$ | vectors sent back to $W$'s output; all scale of the loss |
 #
-# The `a` has no axis $V$: whatever is sent backward, the forward pass is the same. And `g` has all
-# of the scale: if the loss is multiplied by $c$, type-2 vectors are multiplied by $\sqrt{c}$ and
+# The tensor `a` has no axis $V$, because the forward pass does not depend on what is sent backward. All scale of
+# the loss is in `g`: if the loss is multiplied by $c$, type-2 vectors are multiplied by $\sqrt{c}$ and
 # the block by $c$, while `a` stays the same. Two more fields, `positions` and `counted`, are for layers
 # with several positions ([Chapter 6](06_weight_sharing.py)); this chapter does not need them.
 
@@ -280,9 +288,9 @@ code(LayerIO.gradients, LayerIO.block)
 # the very tensor $z$ that the computation goes on with, so we may ask for derivatives with respect
 # to it.
 #
-# For $g$ we need $V$ vectors for each of $N$ data. All data can share a backward pass: as $f_n$
-# depends on datum $n$ only, a pass that starts with $\sigma_{v1}, \dots, \sigma_{vN}$ at all
-# outputs gives $g_{vns}$ at all $z_{ns}$, and no datum disturbs another. Several vectors of one datum
+# For $g$ we need $V$ vectors for each of $N$ data. All data can share a backward pass, because $f_n$
+# depends on datum $n$ only: a pass that starts with $\sigma_{v1}, \dots, \sigma_{vN}$ at the $N$
+# outputs gives $g_{vns}$ at all $z_{ns}$. Several vectors of one datum
 # cannot share a pass, because their results would be added up. So there are $V$ backward passes,
 # which `is_grads_batched=True` runs as one. PyTorch stores one datum in each row, so the code's inputs `a`
 # have the shape $[N, d_\text{in}]$.
@@ -324,12 +332,13 @@ for name, io in capture_by_hand(model, loss, X, y).items():
 
 # %% [markdown]
 # Are these the right $a$ and $g$? [Chapter 2](02_curvature.py)'s `curvature.ggn` builds the whole matrix
-# [(4.4)] from full Jacobians. It uses no layers, hooks or vectors; `diagonal_blocks` cuts a layer's
-# rows and columns out of it. All errors in this chapter are shares of the largest exact entry. The last
-# lines check that the scale of the loss is in `g` alone.
+# [(4.4)] from full Jacobians, without layers, hooks or vectors; `diagonal_blocks` cuts a layer's
+# rows and columns out of it. The function `check` compares each layer's block with this one and returns the largest
+# error, as a share of the largest exact entry. All errors in this chapter are such shares. A loss that is a sum instead
+# of a mean must give the same `a`, and a `g` that is $\sqrt{N}$ times as large.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: both blocks, and the scale of the loss"
 def check(ios: dict[str, LayerIO], model, loss, X, y) -> dict[str, float]:
     exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))
     assert ios.keys() == exact.keys()
@@ -348,12 +357,12 @@ assert_exact(total.g, N**0.5 * mean.g)
 # %% [markdown]
 # ## The theorem, checked
 #
-# Three networks are tried: a perceptron, a convolutional network with an in-place activation, and a
+# We try three networks: a perceptron, a convolutional network with an in-place activation, and a
 # network that applies one layer twice. Each has a squared error and a cross-entropy, averaged and
-# summed. All layers get their exact block; the largest error of each network is printed:
+# summed. All layers get their exact block. For each network and loss, the largest error is printed:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: twelve pairs of a network and a loss"
 def targets(loss: nn.Module, f: Tensor) -> Tensor:
     if isinstance(loss, nn.CrossEntropyLoss):
         return torch.randint(f.shape[1], (len(f),))
@@ -392,12 +401,12 @@ print("\n".join(report))
 # %% [markdown]
 # ### More than the blocks
 #
-# Equation [(4.6)] was about the whole GGN; only then did we pick a layer. So line up the
-# gradients of *all* layers for one pair $(v, n)$ as one long vector, and the sum of outer
-# products is the full matrix, including the blocks that couple two layers. Block-diagonal methods drop
+# Equation [(4.6)] holds for the whole GGN, and [Theorem 4.1] takes one layer's part of it. So the record of all layers
+# gives the full matrix. For each pair $(v, n)$, join the gradients of *all* layers to one long vector; the sum of the
+# outer products of these vectors is the GGN, with the blocks that couple two layers. Block-diagonal methods drop
 # these blocks. Two tensors per layer are enough to compute them, if every parameter belongs to a layer.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the full GGN from the gradients of all layers"
 model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 4))
 X, y = torch.randn(N, 5), torch.randint(4, (N,))
 
@@ -413,7 +422,7 @@ assert_exact(full, exact)
 block_diagonal = torch.block_diag(*[io.block() for io in ios.values()])
 assert largest_error(block_diagonal, exact) > 0.1  # the coupling is not small
 
-# %% tags=["hide-input"] alt="Two 24 by 24 heat maps divided into four blocks. In the full GGN all four blocks are filled; in the second picture only the two diagonal blocks are." caption="Left the full GGN of a network with two layers, from the concatenated gradients. Right what block-diagonal methods keep."
+# %% tags=["hide-input"] alt="Two 24 by 24 heat maps divided into four blocks. In the full GGN all four blocks are filled; in the second picture only the two diagonal blocks are." caption="Left: the full GGN of a network with two layers, from the joined gradients. Right: the blocks of the two layers, which block-diagonal methods keep."
 pair = {"full GGN": full, "layer blocks": block_diagonal}
 matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
 
@@ -431,7 +440,7 @@ matrices(pair, blocks=dict.fromkeys(pair, (12, 12)))
 # **A convolution** takes a patch of its input, as large as the kernel, and multiplies it with the
 # kernel; then it moves on to the next patch. With the patch and the kernel both flattened in the
 # same order (channel, then row, then column), this is a row times a matrix. Padding, stride and
-# dilation only decide which entries a patch consists of:
+# dilation decide which entries a patch consists of:
 
 
 # %%
@@ -454,6 +463,7 @@ def patches_by_hand(conv: nn.Conv2d, image: Tensor) -> Tensor:
     return torch.stack(rows)  # [S, d_in]
 
 
+# %% tags=["hide-input"] fold="Checked: rows times the flattened kernel are the convolution"
 conv = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False)
 image = torch.randn(2, 5, 4)
 rows = patches_by_hand(conv, image)
@@ -480,7 +490,7 @@ matrices({"$a_n$: one row for each patch": rows}, digits=0)
 #
 # The package's functions follow the definitions above. Groups of a convolution are a leading axis: each
 # group is a layer of its own, with its own channels in and out and its own $W$. The argument `ends` has
-# the numbers behind each row that belong to bias columns, such as the single 1 of one bias.
+# the numbers that are appended to each row for bias columns, such as the single 1 of one bias.
 
 # %% tags=["remove-input"]
 code(input_rows, output_rows, weight_matrix, weight_view)
@@ -488,7 +498,7 @@ code(input_rows, output_rows, weight_matrix, weight_view)
 # %% [markdown]
 # One check covers them all: a layer without bias must compute $W$ times its rows.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: seven layers without bias compute W times their rows"
 kinds = [
     (nn.Linear(4, 3, bias=False), torch.randn(2, 5, 7, 4)),
     (nn.Conv1d(2, 3, 3, stride=2, padding=1, bias=False), torch.randn(2, 2, 11)),
@@ -506,10 +516,10 @@ for layer, x in kinds:
     print(f"{type(layer).__name__:>15}: a {tuple(a.shape)}, z {tuple(z.shape)}")
 
 # %% [markdown]
-# Mistakes here do not announce themselves by shapes. Zeros in place of the circular padding give
-# rows of the right size with wrong content:
+# Wrong rows can have the right shape, so that no error is raised. An example is a circular padding that is replaced by
+# zeros.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: zeros for a circular padding, the same shape and other rows"
 circular, x = kinds[3]
 zeros = copy.deepcopy(circular)
 zeros.padding_mode = "zeros"
@@ -519,21 +529,22 @@ assert largest_error(input_rows(zeros, x), input_rows(circular, x)) > 0.1
 # %% [markdown]
 # ## Blocks: which parameters belong to one $W$
 #
-# A block is mostly one layer, and its name is the layer's. Four situations need a rule.
+# Most blocks belong to one layer each, and a block has its layer's name. Four situations need a rule.
 #
-# - **Shared weights.** Layers that share a weight are one block, as there is one $W$. Their positions
-#   are joined: $S$ adds up. If each has a bias of its own, $W$ has one column for each, and a row
-#   of $a$ contains a 1 for its own bias and a 0 for the others. An embedding and a linear layer may
-#   share a weight, too, as in language models. This weight is one block as well, but one of the layers
-#   applies $W^\top$, so that the block needs a pair of `LayerIO`
-#   ([Chapter 6](06_weight_sharing.py#one-weight-both-ways)).
+# - **Shared weights.** Layers that share a weight are one block, as there is one $W$. Their positions are joined, so
+#   that the numbers $S$ of the layers are added. If each layer has a bias of its own, $W$ has one column for each bias,
+#   and a row of $a$ contains a 1 for its own bias and a 0 for the others. An embedding and a linear layer may share a
+#   weight, too, as in language models. This weight is one block as well, but one of the layers applies $W^\top$, so
+#   that the block needs a pair of `LayerIO` ([Chapter 6](06_weight_sharing.py#one-weight-both-ways)).
 # - **Groups** of a convolution are blocks of their own, named `layer[0]`, `layer[1]`, …
 # - **Frozen parameters** have no columns: a frozen bias means no column of ones, a frozen weight
 #   leaves only that column.
 # - **A layer whose parameters are all frozen** has no block.
+#
+# The cell has one network for each rule. It prints the shapes, and compares every block with the exact one.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: blocks of shared, grouped and frozen layers"
 def shapes(model: nn.Module, X: Tensor) -> None:
     with torch.no_grad():
         y = torch.randn_like(model(X))
@@ -565,16 +576,17 @@ assert "4" not in layer_ios(frozen, nn.MSELoss(), torch.randn(N, 4), torch.randn
 # %% [markdown]
 # ## The engineering of a recorder
 #
-# The theorem needs $a$ and $g$, whatever records them. The rest of the chapter is about the recorder: why it copies,
-# what ships, what it does not cover, what it leaves behind, and how much memory it needs.
-# [Chapter 10](10_capture.py) goes on with networks that hooks cannot follow.
+# The theorem holds for any program that records $a$ and $g$. The rest of the chapter is about that program: why it
+# copies outputs, how the package records, what it does not cover, what it leaves behind, and how much memory it needs.
+# [Chapter 10](10_capture.py) goes on with networks in which hooks record too little.
 #
 # ### Why the hook returns a copy
 #
-# The hook above returns a copy of the output. A perceptron with `Tanh` gets the same blocks without a copy, as the
-# first lines of the cell check. But many networks save memory by activations that write *into* their input:
+# The hook above returns a copy of the output. A perceptron with `Tanh` gets the same blocks without a copy. But many
+# networks save memory by activations that write *into* their input. The cell records such a network with and without
+# the copy, and prints the errors of both blocks:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: an in-place activation makes one block wrong, unless the hook copies"
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randint(3, (N,))
 not_copied = capture_by_hand(model, loss, X, y, pass_on=lambda z: z)
@@ -592,12 +604,12 @@ assert without_copy["0"] > 0.1
 # %% [markdown]
 # Without the copy, the block of the first layer is wrong, and there is no error and no warning. The
 # tensor that we recorded as $z$ has been overwritten. Autograd now takes it for
-# $\operatorname{relu}(z)$, so we get the derivative *after* the activation. The factor $\operatorname{relu}'(z)$
-# is missing: it is 1 for active units and 0 for the others, so a multiplication with it repairs the
-# vectors. With the copy, the activation overwrites the copy. The price is memory: a layer's output may be
-# there twice until the backward pass is over.
+# $\operatorname{relu}(z)$, so we get the derivative with respect to the output of the activation. The factor
+# $\operatorname{relu}'(z)$ is missing. It is 1 for active units and 0 for the others, so a multiplication with it
+# repairs the vectors. With the copy, the activation overwrites the copy. The copy costs memory: a layer's output may be
+# stored twice until the backward pass is over.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the missing factor repairs the vectors"
 correct = capture_by_hand(in_place, loss, X, y)["0"].g
 wrong = without["0"].g
 active = (in_place[0](X) > 0).unsqueeze(1)
@@ -606,16 +618,18 @@ assert largest_error(wrong, correct) > 0.1
 print(f"share of active units: {active.double().mean().item():.2f}")
 
 # %% [markdown]
-# ### What ships
+# ### The package's recorder
 #
-# The package does the same in three pieces. The first one records. It looks at functions instead of modules:
-# every linear layer calls `functional.linear` in the end. Code that has weights but no layers may use `@` or
-# `einsum`, which have rules, too. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and
-# the recorder keeps those calls that get a layer's weight. There are three differences from our hook. There is a
-# list of calls, as a weight may be used several times. The recorder notes the output's place in autograd's graph,
-# `edge`, which survives an overwriting, so that most copies are not needed. And it notes the version of the
-# input, a counter that PyTorch increases whenever a tensor is written to, so that a later change of the *input*
-# is noticed as well.
+# The package's capture has three pieces. The first one records. It watches functions instead of modules, because
+# every linear layer calls `functional.linear` in the end, and code that has weights but no layers may use `@` or
+# `einsum`. A `TorchFunctionMode` of PyTorch sees each such call with its arguments, and
+# the recorder keeps those calls that get a layer's weight. There are three differences from our hook:
+#
+# - It keeps a list of calls, as a weight may be used several times.
+# - It notes the output's place in autograd's graph, `edge`. This place stays valid when the output is overwritten, so
+#   that most copies are not needed.
+# - It notes the version of the input, a counter that PyTorch increases whenever a tensor is written to. So a later
+#   change of the *input* is noticed as well.
 #
 # [Chapter 10](10_capture.py) builds such a recorder by hand. It also explains the details of `_record` that
 # this chapter passes over: when a copy is needed, functions that use a part of a weight (`unused`), products
@@ -629,33 +643,27 @@ code(calls.recorded, calls.Recorder._record)
 # network's output does not depend on get zeros, which is their derivative. A single vector is sent
 # without batching, because a few operations of PyTorch cannot be batched. If the user gives no `chunk`,
 # the first vectors show whether the network contains such an operation.
-
-# %% tags=["remove-input"]
-code(capture._backward, capture._batched_if_possible)
-
-# %% [markdown]
-# The third is the whole procedure: find the layers, run forward and record, ask the loss for its
-# vectors, send them back in parts of at most `chunk`, arrange everything as `LayerIO`. The checks
-# refuse networks in which they find an error; we will meet some of them. A `ForwardPass` makes the
+#
+# The third piece is the whole procedure: find the layers, run forward and record, ask the loss for its
+# vectors, send them back in parts of at most `chunk`, and arrange everything as `LayerIO`. The function `forward_pass`
+# is its first half. The checks in it refuse networks in which they find an error. The value that it returns makes the
 # tensors of one layer at a time, so that a loop over a data set need not hold those of all layers.
-# `stream` gives all layers, part by part, and `layer_ios` joins the parts.
+# [`stream`][kfac_scratch.capture.forward_pass.stream] gives all layers, part by part, and
+# [`layer_ios`][kfac_scratch.capture.forward_pass.layer_ios] joins the parts.
 
 # %% tags=["remove-input"]
-code(capture.forward_pass, capture.ForwardPass, stream, layer_ios)
+code(capture.forward_pass)
 
 # %% [markdown]
 # ### What is not covered
 #
 # A layer norm has parameters, but they are not a matrix that is applied to rows. It gets a block only if
 # `layers=[...]` names it, and [Chapter 10](10_capture.py#a-real-transformer) derives that block. For the
-# parameters of some other layers, such as `nn.PReLU`, the package has no block. Leaving parameters
-# out silently would be the worst answer: the caller would believe that a step is taken for the whole
-# network. So a warning names the parameters without a block. A layer that is known to get a wrong block
-# is refused with an error that says what to do. After the warning, the cells show three such errors: for a layer
-# of an unknown kind that is asked for by name, for an embedding that changes its own weight, and for two
-# convolutions in opposite directions with one kernel.
+# parameters of some other layers, such as `nn.PReLU`, the package has no block. If parameters were left
+# out silently, the caller would believe that a step is taken for the whole network. So a warning names the parameters
+# without a block:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: one warning, and none if the layers are named"
 normed = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randn(N, 3)
 print("uncovered:", uncovered(normed, layer_groups(normed)))
@@ -669,8 +677,13 @@ with warnings.catch_warnings(record=True) as caught:
     layer_ios(normed, nn.MSELoss(), X, y, layers=["0", "2"])  # meant: no second warning
     assert len(caught) == 1
 
+# %% [markdown]
+# A layer that is known to get a wrong block is refused with an error that says what to do. The errors below are for a
+# layer of an unknown kind that is asked for by name, for an embedding that changes its own weight, and for two
+# convolutions in opposite directions with one kernel.
 
-# %%
+
+# %% tags=["hide-input"] fold="Checked: three networks are refused"
 def refused(expected: type[Exception] | tuple, *arguments, **options) -> None:
     """Run a capture that has to fail, and print why it does."""
     try:
@@ -695,24 +708,23 @@ both_ways[1].weight = both_ways[0].weight  # one kernel for both directions
 refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torch.randn(N, 2, 5))
 
 # %% [markdown]
-# Two things have been taken for granted. In [Theorem 4.1], $f_n$ depends on no datum but $n$. And [(4.3)] is
-# the whole gradient only if the recorded calls are all that the network does with $W$. The package tests
-# both on a few data first. A network is refused if the vector of one datum arrives at the rows of another,
-# or if the recorded calls do not explain the gradient of every parameter. Both checks, the theorem that one
-# random vector is enough for the second, and what the checks can miss are in
+# [Theorem 4.1] has two conditions: $f_n$ depends on no datum but $n$, and the recorded calls are all that the network
+# does with $W$. The package tests both on a few data first. A network is refused if the vector of one datum arrives at
+# the rows of another, or if the recorded calls do not explain the gradient of every parameter. Both checks, the theorem
+# that one random vector is enough for the second, and what the checks can miss are in
 # [Chapter 10](10_capture.py#two-checks).
 
 # %% [markdown]
 # ### What capture leaves behind
 #
-# Capture leaves nothing behind. No hook is registered. The function mode ends with the forward pass, also
-# when that fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
+# Capture does not change the network. No hook is registered. The function mode ends with the forward pass, also
+# if the forward pass fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
 # training modes and the parameters' `requires_grad` stay as they were. The trial runs of `plan` put buffers
 # and the state of the random generator back. (The forward pass of the batch itself changes them as any
 # forward pass does.)
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: hooks, modes, gradients, flags and random state stay"
 def traces(model: nn.Module) -> list:
     hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()]
     modes = [m.training for m in model.modules()]
@@ -751,22 +763,25 @@ print("hooks, modes, gradients, flags and random state are as before, also after
 # \tag{4.8}
 # $$
 #
-# numbers; an embedding keeps the numbers of its tokens in place of $a$. For a linear layer the first part is as
-# large as what training keeps for its backward pass, and a column of ones. For a convolution it is more, as an
-# entry of the image is repeated in every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when
-# patches can be avoided). The second part is $V$ times the size of the layer's output. For the vectors of
-# `type2`, $V$ is the number of outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss
-# at each). With many classes, `g` soon does not fit into memory. But the block is a *sum* over vectors, and so is
-# $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$, the factor that KFAC takes from `g` ([Chapter 5](05_kfac.py)). So
-# `stream` yields a `LayerIO` with at most `chunk` vectors at a time, and the caller adds up. Fewer vectors at a
-# time need less memory and more backward passes. Without a `chunk`, the package chooses one from a budget of
-# bytes:
+# numbers. (An embedding keeps the numbers of its tokens in place of $a$.) For a linear layer, $a$ is as large as the
+# input that training keeps for the backward pass, and a column of ones. For a convolution $a$ is larger, as an entry of
+# the image is repeated in every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when patches can be
+# avoided). The tensor $g$ is $V$ times as large as the layer's output. For the vectors of `type2`, $V$ is the number of
+# outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With many classes, $g$
+# does not fit into memory. But the block is a *sum* over vectors, and so is $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$,
+# the factor that KFAC takes from $g$ ([Chapter 5](05_kfac.py)). So `stream` yields a `LayerIO` with at most `chunk`
+# vectors at a time, and the caller adds up. Fewer vectors at a time need less memory and more backward passes. Without
+# a `chunk`, the package chooses one from a budget of bytes:
 
 # %% tags=["remove-input"]
 code(capture.default_chunk)
 
+# %% [markdown]
+# The next cell counts the numbers in $g$ and the backward passes for a network with 61 classes. For every chunk, the
+# sum over the parts is the same $B$.
 
-# %%
+
+# %% tags=["hide-input"] fold="Counted: numbers in g, and backward passes, for six chunks"
 C, N_large = 61, 100
 wide = nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, C))
 X, y = torch.randn(N_large, 50), torch.randint(C, (N_large,))
@@ -792,28 +807,30 @@ for chunk in chunks:
     assert_exact(in_parts, B)
     assert largest == chunk * N_large * (80 + C)
     assert count * chunk == C - 1
-print("numbers in g at once:", dict(zip(chunks, numbers, strict=True)))
+print(f"in g at once: {numbers[0]:,} numbers with chunk 1, {numbers[-1]:,} with chunk 60")
 
 # %% tags=["hide-input"] alt="Log-log plot over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk, the backward passes fall in proportion to it, from 60 to 1." caption="Memory grows in proportion to the chunk, the number of backward passes falls in proportion to it."
 fig, ax = plt.subplots(figsize=(5.5, 2.9))
-ax.loglog(chunks, numbers, "o-", label="numbers in $g$ at once")
-ax.loglog(chunks, passes, "s-", label="backward passes")
-ax.set(xlabel="chunk")
+curves = {"numbers in $g$ at once": (numbers, "o-"), "backward passes": (passes, "s-")}
+for (name, (values, marks)), side in zip(curves.items(), ("right", "left"), strict=True):
+    (line,) = ax.loglog(chunks, values, marks)
+    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": side}
+    ax.annotate(name, (chunks[3], values[3]), color=line.get_color(), **place)
+ax.set(xlabel="chunk", ylim=(0.5, max(numbers) * 6))
 ax.set_xticks(chunks, labels=chunks)
 ax.minorticks_off()
-ax.legend()
 plt.show()
 
 # %% [markdown]
 # ### Many vectors or one
 #
-# The other way to save is to send fewer vectors. `monte_carlo(1)` draws one label per datum from
+# Memory is also saved by fewer vectors. `monte_carlo(1)` draws one label per datum from
 # the model and sends one vector, whatever $V$ is for `type2`. So $g$ is smaller by the factor $V$, and the block is
 # right in expectation only. [Chapter 3](03_losses.py) derives the error, which falls as $1 / \sqrt M$ with $M$ samples.
 # The gradients at the data's labels, `empirical`, are one vector per datum as well, and give the block of the
 # empirical Fisher exactly. The cell checks all three against autodiff.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: type-2, sampled and empirical vectors"
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randint(3, (N,))
 exact = curvature.diagonal_blocks(model, curvature.ggn(model, loss, X, y))["0"]
@@ -848,7 +865,7 @@ assert_exact(io.block(), curvature.diagonal_blocks(model, matrix)["0"])
 # loss. The right scale is $g = \nabla \ell_n / \sqrt{D}$. The function `divisor` of
 # [Chapter 3](03_losses.py) computes $D$.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: both factors, and the right scale"
 z = model[0](X).detach().requires_grad_()
 (of_mean,) = torch.autograd.grad(loss(model[1:](z), y), z)  # [N, d_out]
 right = layer_ios(model, loss, X, y, empirical)["0"].g[0, :, 0]
@@ -863,15 +880,15 @@ assert_exact(divisor(loss, model(X), y) ** 0.5 * of_mean, right)
 
 # %% [markdown]
 # **A hook that never runs.** `nn.MultiheadAttention` has a submodule `out_proj`, an ordinary
-# linear layer. Its forward pass is never called: the parent reads its weight and computes by
-# itself. A library that registers hooks for all linear layers waits for a call that does not come
+# linear layer. Its forward pass is never called, because the parent module reads its weight and passes it to a
+# function. A hook for this layer is never called either
 # ([an example](https://github.com/gpauloski/kfac-pytorch/issues/267), with an error at the first
-# step). Yet the weight of `out_proj` is used. The package follows it into the function that uses it
+# step). Yet the weight of `out_proj` is used. The package records the function that uses the weight
 # ([Chapter 10](10_capture.py)), so that all four projections (to queries, keys, values and the output)
 # have their exact blocks:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the hook of out_proj does not run, and the package has its block"
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -890,7 +907,7 @@ hook.remove()
 assert ran == []
 assert attention.attend.out_proj.weight.grad.abs().max() > 0
 errors = check(ios, attention, nn.MSELoss(), sequence, y)
-print({name: f"{e:.0e}" for name, e in errors.items()})
+print("\n".join(f"{name:>15}: {error:.0e}" for name, error in errors.items()))
 assert "attend.out_proj" in errors
 assert max(errors.values()) <= EXACT
 
@@ -899,7 +916,7 @@ assert max(errors.values()) <= EXACT
 # last call of a layer that runs twice. The first call is overwritten, and its term of every
 # gradient [(4.3)] is lost:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the last call alone gives a wrong block"
 tied, shape = networks["tied"]
 X, y = torch.randn(N, *shape), torch.randint(3, (N,))
 last_only = check(capture_by_hand(tied, loss, X, y), tied, loss, X, y)
@@ -911,9 +928,9 @@ assert max(check(layer_ios(tied, loss, X, y), tied, loss, X, y).values()) <= EXA
 # %% [markdown]
 # **A bias column of zeros.** The ones are lost by `a.new_zeros` in place of `a.new_ones`, or by a step that
 # changes them after they are appended, such as padding. The weight's part of the block remains right,
-# so a test without biases passes. The block's rows and columns of the bias are zero:
+# so a test without biases passes. The block's rows and columns of the bias are zero.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the bias has zero rows and columns, all else is right"
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 io = layer_ios(model, loss, X, y)["0"]
 no_bias = LayerIO(torch.cat([io.a[..., :-1], torch.zeros_like(io.a[..., -1:])], -1), io.g)
@@ -924,11 +941,12 @@ assert block[:, -1].abs().max() > 0
 
 # %% [markdown]
 # **Batch normalisation in training mode** breaks the assumption of [Theorem 4.1] that $f_n$
-# depends on datum $n$ only. The vectors of all data, sent backward together, then get mixed on
-# their way. The code by hand runs, but its result is not the block. The package refuses the network:
+# depends on datum $n$ only. The vectors of all data are sent backward together, and are mixed when they pass the
+# normalisation. `capture_by_hand` runs, but its result before the normalisation is not the block. The package refuses
+# the network. In evaluation mode the statistics are constants, and all blocks are exact.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: wrong before the normalisation, refused, and exact in evaluation mode"
 def with_norm(**options) -> nn.Module:
     norm = nn.BatchNorm1d(6, affine=False, **options)
     return nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3))
@@ -946,10 +964,6 @@ assert wrong["0"] > 0.01
 assert wrong["3"] <= EXACT
 refused(ValueError, mixing, loss, X, y)
 
-# %% [markdown]
-# In evaluation mode the statistics are constants, and all is exact:
-
-# %%
 normed = with_norm()
 normed(X)  # collect statistics
 normed.eval()
@@ -967,7 +981,8 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # - With the columns of a square root of the loss's Hessian as vectors, the outer products of these gradients sum to the
 #   layer's exact GGN block ([Theorem 4.1]). All scale of the loss is in $g$.
 # - A convolution, an embedding and a tied layer differ only in what their rows $a_{ns}$ are.
-# - A recorder must copy what will be overwritten, see every use of a weight, and refuse networks in which data meet.
+# - A recorder must copy outputs that are overwritten, record every use of a weight, and refuse networks in which data
+#   meet.
 #
 # ## Exercises
 #
@@ -1016,8 +1031,8 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # <summary>Solution</summary>
 #
 # No. The *gradient* is a sum over calls, $G = G_1 + G_2$, and the outer product of a sum has cross
-# terms $\operatorname{vec}(G_1) \operatorname{vec}(G_2)^\top$ and its transpose. This is
-# where weight sharing becomes interesting, see [Chapter 6](06_weight_sharing.py).
+# terms $\operatorname{vec}(G_1) \operatorname{vec}(G_2)^\top$ and its transpose.
+# [Chapter 6](06_weight_sharing.py) is about these terms.
 #
 # </details>
 #
@@ -1036,7 +1051,7 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 X, y = torch.randn(N, 4), torch.randint(3, (N,))
 io = layer_ios(model, loss, X, y)["0"]
@@ -1065,15 +1080,15 @@ same_a = LayerIO(io.a[:, :1].expand_as(io.a), io.g)
 for x in (same_g, same_a):
     assert_exact(x.reduced().gradients(), x.gradients())
 assert largest_error(io.reduced().gradients(), io.gradients()) > 0.01
-print("all hold")
+print("Exercises 4.1 to 4.5: all hold")
 
 # %% [markdown]
 # ## Further reading
 #
-# [Grosse and Martens (2016)](bibliography.md#kfc) for convolutions as rows of patches;
-# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) for weight sharing as the common view
-# of linear layers, convolutions and attention; [BackPACK](bibliography.md#backpack) for what else
-# can be computed from the same two tensors; PyTorch's notes on
+# [Grosse and Martens (2016)](bibliography.md#kfc) treat convolutions as matrices on rows of patches.
+# [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) use weight sharing as the common view
+# of linear layers, convolutions and attention. [BackPACK](bibliography.md#backpack) computes other quantities
+# from the same two tensors. PyTorch has notes on
 # [autograd and in-place operations](https://docs.pytorch.org/docs/stable/notes/autograd.html).
 #
-# [Chapter 5](05_kfac.py) takes the `LayerIO` and makes the one approximation that KFAC is.
+# [Chapter 5](05_kfac.py) replaces the block by one Kronecker product. This is KFAC's approximation.

@@ -17,20 +17,8 @@
 # datum but at many positions?
 #
 # A convolution applies the same weights at every pixel, a transformer at every token, a graph network at every node.
-# Then the gradient of one datum is a sum over positions $s$, and its curvature a double sum. **Expand** treats positions
-# as data. **Reduce** averages $a$ and sums $g$ over positions first
-# ([Eschenhagen et al. 2023](bibliography.md#weight-sharing)):
-#
-# $$
-# \begin{aligned}
-# \text{expand:} \quad
-# A &= \tfrac{1}{N S} \textstyle\sum_{n, s} a_{ns} a_{ns}^\top, \\
-# B &= \textstyle\sum_{v, n, s} g_{vns} g_{vns}^\top, \\
-# \text{reduce:} \quad
-# A &= \tfrac{1}{N} \textstyle\sum_n \bar a_n \bar a_n^\top, \\
-# B &= \textstyle\sum_{v, n} \hat g_{vn} \hat g_{vn}^\top .
-# \end{aligned}
-# $$
+# The gradient of one datum is then a sum over positions, and the curvature is a sum over *pairs* of positions.
+# [Figure 6.1] shows for three networks which pairs contribute.
 
 # %% tags=["hide-input"]
 import textwrap
@@ -111,31 +99,49 @@ tables = {
 }
 tables = {name: table / table.abs().max() for name, table in tables.items()}
 
-# %% tags=["hide-input"] alt="Three 5 by 5 heat maps. The first is diagonal. The second has a strong diagonal and weaker entries elsewhere. The third is filled evenly." caption="Which pairs of positions contribute to the curvature of a layer. Without mixing, only pairs of a position with itself; with an average before the loss, all pairs alike."
+# %% tags=["hide-input"] alt="Three 5 by 5 heat maps. The first is diagonal. The second has a strong diagonal and weaker entries elsewhere. The third is filled evenly." caption="The contribution of each pair of five positions to the trace of a layer's curvature block. Left: tokens do not mix, and only the pairs of a position with itself contribute. Middle: attention mixes tokens, and other pairs contribute, too. Right: the loss is that of an average over tokens, and all pairs contribute."
 matrices(tables)
 
 # %% [markdown]
-# Expand keeps the diagonals of these tables. Reduce is made for the third. After this chapter you can
+# KFAC has two settings for such a layer ([Eschenhagen et al. 2023](bibliography.md#weight-sharing)). **Expand** treats
+# positions as if they were data, so that it keeps the diagonals of these tables. **Reduce** averages the inputs
+# $a_{ns}$ over the positions $s$ of a datum $n$, and sums the vectors $g_{vns}$ that the loss sends back to them. It is
+# made for networks as in the right table:
+#
+# $$
+# \begin{aligned}
+# \text{expand:} \quad
+# A &= \tfrac{1}{N S} \textstyle\sum_{n, s} a_{ns} a_{ns}^\top, \\
+# B &= \textstyle\sum_{v, n, s} g_{vns} g_{vns}^\top, \\
+# \text{reduce:} \quad
+# A &= \tfrac{1}{N} \textstyle\sum_n \bar a_n \bar a_n^\top, \\
+# B &= \textstyle\sum_{v, n} \hat g_{vn} \hat g_{vn}^\top,
+# \end{aligned}
+# $$
+#
+# with the mean input $\bar a_n = \tfrac1S \sum_s a_{ns}$ and the summed vector $\hat g_{vn} = \sum_s g_{vns}$.
+#
+# After this chapter you will be able to
 #
 # - write a convolution, attention, or a graph layer as one matrix at many positions;
 # - derive expand and reduce, with the right factors of $S$, and choose one for a layer;
 # - say for which networks each of them is exact, and test an implementation with these;
 # - handle padded sentences, tied embeddings and biases.
 #
-# Which of them is exact? Each row is derived and asserted in a section below.
+# The table says which setting is exact. Each row is derived and asserted in a section below.
 #
 # | Layer | expand | reduce |
 # | --- | --- | --- |
 # | one position for each datum | KFAC of [Chapter 5](05_kfac.py) | the same |
-# | deep linear, squared error at every position | exact | not |
-# | deep linear, squared error of the average, before the average | not | exact |
+# | deep linear, squared error at every position | exact | not exact |
+# | deep linear, squared error of the average, before the average | not exact | exact |
 # | the same, behind the average | exact | exact |
-# | a bias whose input is 1 at every position | without cross terms | exact |
+# | a bias whose input is 1 at every position | exact without cross terms | exact |
 # | the keys of softmax attention | not zero | zero |
 #
 # ## One matrix, many positions
 #
-# Four examples, one form. In each of them a layer computes
+# Convolutions, sequences, attention and graphs lead to the same form. In each of them a layer computes
 #
 # $$
 # z_{ns} = W a_{ns}, \qquad n = 1, \dots, N, \quad s = 1, \dots, S,
@@ -146,9 +152,10 @@ matrices(tables)
 #
 # **Convolution.** An output pixel is the inner product of a kernel with the patch of the image
 # that the kernel covers. Flatten the patches into rows $a_{ns}$ and the kernels into rows of $W$:
-# convolving is multiplying. The positions are the output pixels.
+# the convolution is a product of matrices. The positions are the output pixels.
+# [Chapter 4](04_layer_io.py#layers-as-rows) makes the rows with loops.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the product is the convolution"
 conv, x = Conv2d(1, 3, kernel_size=2, bias=False), torch.randn(1, 1, 4, 5)
 rows = []
 for i in range(3):
@@ -166,14 +173,15 @@ matrices(product)
 # %% [markdown]
 # **A linear layer along a sequence** is already of the form [(6.1)], the positions being tokens.
 #
-# **Attention** mixes tokens, but its weights do not: queries, keys, values and outputs are linear
-# layers applied to every token. What happens between them, softmax and all, is the business of
-# the backward pass that computes $g$. (The class `Attention` is in the folded cell at the top, as is `Mean`.)
+# **Attention** mixes tokens, but none of its weights does. Queries, keys, values and outputs are linear
+# layers that are applied to every token. The softmax between them is a part of the rest of the network, through which
+# the backward pass computes $g$. (The classes `Attention` and `Mean`, an average over positions, are in the
+# folded cell at the top.)
 
 # %% [markdown]
 # **A graph layer** applies a linear layer to every node and then averages over the neighbours of
-# each node, which is a fixed matrix from the left. Again the weights see one node at a time, and
-# the positions are the nodes.
+# each node. The average is a product with a fixed matrix from the left. The weights are applied to one node at a time,
+# so the positions are the nodes.
 
 
 # %%
@@ -187,13 +195,18 @@ class Graph(Module):
         return self.average @ self.linear(x)
 
 
+# %% [markdown]
+# For each of the four examples, the folded cell compares every block made of $a$ and $g$ with the block by autodiff. It
+# prints the shapes. As in all chapters, a bias is the last column of $W$, and every $a_{ns}$ then ends with a 1.
+
+
+# %% tags=["hide-input"] fold="Checked: the exact blocks of four kinds of networks"
 def path(S: int) -> Tensor:
     """Adjacency of a path: every node is a neighbour of itself and of the nodes beside it."""
     i = torch.arange(S)
     return ((i - i[:, None]).abs() <= 1).double()
 
 
-# %%
 examples = {
     "convolution": (Sequential(Conv1d(4, 3, 2, padding=1), Tanh(), Mean(2)), torch.randn(N, 4, S)),
     "sequence": (Sequential(Linear(4, 3), Tanh(), Mean(1)), torch.randn(N, S, 4)),
@@ -208,9 +221,6 @@ for kind, (model, X) in examples.items():
         print(f"{kind:12} {name:9} a {list(io.a.shape)!s:10}  g {list(io.g.shape)}")
 
 # %% [markdown]
-# The bias is the last column of $W$ and a one in every $a_{ns}$, as always. The assertion compares
-# the block made of $a$ and $g$ with plain autodiff. That block is what we look at next.
-#
 # ## The exact block, and its cross terms
 #
 # All positions use the same $W$, so the gradient of vector $v$ for datum $n$ is a sum over
@@ -225,8 +235,8 @@ for kind, (model, X) in examples.items():
 # \tag{6.2}
 # $$
 #
-# The last step is [(1.5)] and the mixed product [(1.9)], once for every pair of positions. The
-# terms with $s \neq s'$ are the **cross terms**. With one position there are none.
+# The last step uses $\operatorname{vec}(g a^\top) = g \otimes a$, [(1.5)], and the mixed product [(1.9)], for every
+# pair of positions. The terms with $s \neq s'$ are the **cross terms**. With one position there are none. As loops:
 
 # %%
 model, X = examples["attention"]
@@ -241,14 +251,14 @@ for n in range(N):
 assert_exact(F, io.block())
 
 # %% [markdown]
-# Which pairs matter? The trace of the term for $(s, s')$ is
-# $\sum_{v,n} (g_{vns}^\top g_{vns'})(a_{ns}^\top a_{ns'})$; over all pairs these numbers add up to
+# The trace of the term for $(s, s')$ is
+# $\sum_{v,n} (g_{vns}^\top g_{vns'})(a_{ns}^\top a_{ns'})$, and over all pairs these numbers add up to
 # $\operatorname{tr} F$. [Figure 6.1] shows them as $S \times S$ tables, for three kinds of networks: one loss
-# per token and tokens that never meet; one loss per token after attention; one loss for the
+# per token, and tokens that do not mix; one loss per token, after attention; one loss for the
 # average of all tokens.
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the share of the cross terms in the trace"
 off = {name: (1 - table.trace() / table.sum()).item() for name, table in tables.items()}
 for name, share in off.items():
     print(f"{name:22} cross terms make up {share:.0%} of the trace")
@@ -258,12 +268,13 @@ assert 0.05 < off["same, after attention"] < off["loss of the average"]
 # %% [markdown]
 # ## Two settings, two approximations
 #
-# The outer two tables are the extremes, and each suggests an approximation.
+# The first table of [Figure 6.1] has no cross terms, and in the last one all pairs contribute. Each of these two
+# extremes leads to an approximation.
 #
-# The **expand setting**: the loss has a term for every position, and positions do not mix. Every
-# vector $v$ belongs to one position of a datum and is zero at the others. The cross terms vanish,
-# so *drop them*. What remains is a sum over $NS$ terms, in which a position is just another
-# datum. Then take the product of averages, as in [(5.3)]:
+# In the **expand setting**, the loss has a term for every position, and positions do not mix. Every vector $v$ reaches
+# one position of a datum and is zero at the others, so that all cross terms are zero. Expand drops the cross terms in
+# every network. A sum over $NS$ terms is left, in which a position counts as a datum. It is replaced by the product of
+# averages, as in [(5.3)]:
 #
 # $$
 # F \approx \sum_{v, n, s} (g_{vns}\, g_{vns}^\top) \otimes (a_{ns}\, a_{ns}^\top)
@@ -272,11 +283,11 @@ assert 0.05 < off["same, after attention"] < off["loss of the average"]
 # \tag{6.3}
 # $$
 #
-# The **reduce setting**: positions are averaged or added up before the loss. In the simplest case
-# every position receives the same vector, and then the sum over positions in $G_{vn}$ acts on the
-# inputs alone. In general, write $\bar a_n = \tfrac1S \sum_s a_{ns}$ and
-# $\bar g_{vn} = \tfrac1S \sum_s g_{vns}$, and use that the sum of products is the product of the sums
-# plus a covariance (the same algebra as [(5.4)]):
+# In the **reduce setting**, positions are averaged or added up before the loss. In the simplest case
+# every position receives the same vector, and then the sum over positions in $G_{vn}$ is a sum of the
+# inputs. In general, write $\bar a_n = \tfrac1S \sum_s a_{ns}$ and
+# $\bar g_{vn} = \tfrac1S \sum_s g_{vns}$. A sum of products is the sum of the $g$ times the mean of the $a$, plus a
+# covariance (the same algebra as in [(5.4)]):
 #
 # $$
 # G_{vn} = \sum_s g_{vns}\, a_{ns}^\top
@@ -285,8 +296,8 @@ assert 0.05 < off["same, after attention"] < off["loss of the average"]
 # \tag{6.4}
 # $$
 #
-# What remains is a single outer product per datum, as if the layer had been applied once, to
-# $\bar a_n$. Then take the product of averages over data:
+# Without the covariance, $G_{vn}$ is a single outer product, as if the layer had been applied once, to
+# $\bar a_n$. Then the block is replaced by the product of averages over data:
 #
 # $$
 # F \approx
@@ -296,15 +307,15 @@ assert 0.05 < off["same, after attention"] < off["loss of the average"]
 # \tag{6.5}
 # $$
 #
-# Inputs are **averaged**, vectors are **summed**. The reason is [(6.4)], and the scale: only a sum
-# of $g$ keeps the gradient right. To sum up: reduce takes a product of averages twice, first over
-# the positions of a datum and then over data; expand ignores that positions belong to a datum.
+# Inputs are **averaged** and vectors are **summed**, because the product of these two in [(6.4)] has the scale of the
+# gradient. So reduce takes a product of averages twice, first over the positions of a datum and then over data. Expand
+# takes one product of averages, over the positions of all data.
 
 # %% [markdown]
 # ### In the package
 #
-# Neither needs code of its own. `kfac`, here in full, treats positions as data, which is expand; reduce is the
-# same function after averaging and summing.
+# `kfac` averages over data and positions, which is expand. (The code shown is its form for rows that are stored in
+# full.) Reduce is the same function of a layer after its method `reduced`. The next cell compares both with loops.
 
 # %% tags=["beside", "remove-input"]
 code(kfac_in_full, LayerIO.reduced)
@@ -323,6 +334,7 @@ A = sum(torch.outer(mean[n], mean[n]) for n in range(N)) / N
 B = sum(torch.outer(total[v, n], total[v, n]) for v in range(4) for n in range(N))
 assert_exact(reduce.dense(), torch.kron(B, A))
 
+# %% tags=["hide-input"] fold="Checked: equation (6.4)"
 spread = torch.einsum("vnso,nsi->vnoi", g - g.mean(2, keepdim=True), a - a.mean(1, keepdim=True))
 assert_exact(io.reduced().gradients() + spread, io.gradients())  # equation 6.4
 
@@ -332,26 +344,30 @@ assert_exact(io.reduced().gradients() + spread, io.gradients())  # equation 6.4
 # <div class="admonition theorem" markdown="1" id="thm-6.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 6.1 (expand and reduce)</b></p>
 #
-# **Expand** equals the exact block if every vector of a datum reaches a single position, and over
-# all data and positions one of $\sum_v g_{vns} g_{vns}^\top$ and $a_{ns} a_{ns}^\top$ does not vary.
+# **Expand** equals the exact block if every vector of a datum reaches a single position, and one of the matrices
+# $\sum_v g_{vns} g_{vns}^\top$ and $a_{ns} a_{ns}^\top$ is the same for all data and positions.
 #
 # **Reduce** equals the exact block if each vector of a datum is the same at all its positions
-# ($g_{vns}$ does not depend on $s$), and over all data one of $\sum_v \hat g_{vn} \hat g_{vn}^\top$
-# and $\bar a_n \bar a_n^\top$ does not vary.
+# ($g_{vns}$ does not depend on $s$), and one of the matrices $\sum_v \hat g_{vn} \hat g_{vn}^\top$
+# and $\bar a_n \bar a_n^\top$ is the same for all data.
 #
 # </div>
 #
-# **Proof.** Under the first condition of each, the first step of [(6.3)] or the dropped term of
-# [(6.4)] loses nothing. Under the second, the second step is [Theorem 5.1]. $\blacksquare$
+# **Proof.** If the first condition of expand holds, the first step of [(6.3)] is exact. If that of reduce holds, the
+# dropped term of [(6.4)] is zero. If the second condition holds, the product of averages is exact by [Theorem 5.1].
+# $\blacksquare$
 #
-# For a deep linear network with squared error the second conditions hold, since Jacobians and the
-# Hessian of the loss are constant. Which first condition holds depends on where the positions are
-# averaged. If never, and the loss has a term per position: expand. If at the end: reduce. If
-# after layer $l$: before the average reduce, and behind it there is one position left and both
-# are the same. Let code fill in the table:
+# For a deep linear network with squared error the second conditions hold, because its Jacobians and the
+# Hessian of the loss are constant. Which of the first conditions holds depends on where positions are averaged:
+#
+# - If they are never averaged, and the loss has a term for every position, expand is exact.
+# - If they are averaged after layer $l$, reduce is exact for the layers up to $l$. Behind the average one position is
+#   left, so that both settings agree and are exact.
+#
+# The folded cell tries each place of the average, and finds the settings that are exact for each layer:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: which setting is exact for each layer"
 def linear_network(pool_after: int | None) -> Sequential:
     """Four linear layers, positions averaged after one of them (0: at once, None: never)."""
     sizes, layers = (5, 4, 6, 3, 2), []
@@ -388,10 +404,10 @@ for pool_after, row in table.items():
     print(f"{where:16}" + "".join(f"{entry:10}" for entry in row))
 
 # %% [markdown]
-# The same table to move. Put the average somewhere along the chain: the layers before it need reduce, and behind it
-# the two agree. Take it away altogether, and only expand is exact. The bars show how wrong the other one is.
+# In the next figure a slider moves the average along the chain of layers. The layers before it need reduce, and behind
+# it both settings agree. Without an average, only expand is exact. The bars are the relative errors of both settings.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Code of the figure"
 places = {"at the input": 0} | {f"after layer {i}": i for i in (1, 2, 3, 4)} | {"never": None}
 targets = {
     place: torch.ones(N, S, 2) if place is None else torch.ones(N, 2) for place in places.values()
@@ -403,22 +419,23 @@ captured = {
 pool_position(captured, position=2)
 
 # %% [markdown]
-# ### How wrong is the wrong one?
+# ### The error of the wrong setting
 #
-# Take the average at the end, and use expand. Every position receives the vector $g_{vn}/S$, so
+# Let the average be at the end, and use expand. All positions of a datum receive the same vector. If we write it as
+# $g_{vn}/S$, then
 #
 # $$
 # B_\text{reduce} = \sum_{v,n} g_{vn} g_{vn}^\top = S\, B_\text{expand}.
 # \tag{6.6}
 # $$
 #
-# Up to this number the factors $B$ agree. The difference is in $A$. The exact block has the mean
-# over data of $\tfrac1S \sum_{s,s'} a_{ns} a_{ns'}^\top$ beside $B_\text{expand}$, and expand only
-# the terms $s = s'$ of it. If inputs at different positions are uncorrelated with mean zero, the
-# others cancel, up to chance. If inputs are positive, as behind a ReLU, none of them do, and expand
-# is up to $S$ times too small. In the corner of the bias it is $S$ times too small exactly.
+# The two factors $B$ agree up to the number $S$. The rest of the error is in $A$. The exact block is the Kronecker
+# product of $B_\text{expand}$ with the mean over data of $\tfrac1S \sum_{s,s'} a_{ns} a_{ns'}^\top$, and
+# $A_\text{expand}$ has only the terms $s = s'$ of this sum. If inputs at different positions are uncorrelated with mean
+# zero, the other terms cancel on average. If inputs are positive, as behind a ReLU, the other terms do not cancel, and
+# expand is too small: by a factor of at most $S$ in every direction, and exactly $S$ for a bias, whose input is 1.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the factor S; measured: the error of expand"
 X, y = torch.rand(N, S, 5), torch.randn(N, 2)
 for name, io in layer_ios(linear_network(4), MSELoss(), X, y).items():
     F, expand, reduce = io.block(), kfac(io), kfac(io.reduced())
@@ -428,17 +445,18 @@ for name, io in layer_ios(linear_network(4), MSELoss(), X, y).items():
     size = (expand.dense().norm() / F.norm()).item()
     bias = slice(io.a.shape[-1] - 1, None, io.a.shape[-1])  # the last entry of every row of W
     assert_exact(S * expand.dense()[bias, bias], F[bias, bias])
+    assert torch.linalg.eigvalsh(S * expand.dense() - F)[0] > -1e-12 * F.norm()
     print(f"layer {name}: expand is {error:.0%} off, its norm is {size:.2f} of the exact one")
     assert error > 0.01
 print(f"1 / S = {1 / S:.2f}")
 
 # %% [markdown]
-# The other way round: a loss per token, and reduce. With several loss terms per datum "reduce" is
-# not even uniquely defined. We take [(6.5)] literally, with one vector per entry of the output. To
-# send one vector per class to all positions at once is another reading, here larger by a factor
-# $S$. Either way the inputs are averaged although nothing was averaged:
+# Now let the loss have a term per token, and use reduce. With several loss terms per datum, reduce is
+# not uniquely defined. We take [(6.5)] literally, with one vector per entry of the output. Another reading sends one
+# vector per class to all positions at once; here its $B$ is $S$ times as large. In both, the mean input stands for the
+# inputs at the single positions, and the block is wrong:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the error of reduce for a loss per token"
 X, y = 3 * torch.randn(N, S, 5), torch.randn(N, S, 2)
 model = linear_network(None)
 classwise = layer_ios(model, MSELoss(), X, y, type2_classwise)
@@ -452,11 +470,12 @@ for name, io in layer_ios(model, MSELoss(), X, y).items():
 # %% [markdown]
 # ### One datum is not enough any more
 #
-# For $N = 1$ and one position, KFAC was exact for everything. With a loss per position it is not:
-# for expand, positions are data, and for cross-entropy their Hessians differ.
+# For a single datum with one position, KFAC is exact in every network with every loss ([Chapter 5](05_kfac.py)). For a
+# single datum with a loss at each of several positions, expand is not. Expand treats the positions as data, and for
+# cross-entropy the Hessians of the loss differ between them:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the error of expand for one datum"
 class ClassesFirst(Module):
     """`CrossEntropyLoss` wants the classes on axis 1."""
 
@@ -473,18 +492,18 @@ for positions in (1, 7):
     assert error < 1e-10 if positions == 1 else error > 0.05
 
 # %% [markdown]
-# ### The biases again
+# ### Biases
 #
 # The input of a bias is usually one at every position. Then its gradient is $\sum_s g_{vns} = \hat g_{vn}$, and its
 # exact block is $\sum_{v,n} \hat g_{vn} \hat g_{vn}^\top = B_\text{reduce}$. **Reduce is exact for a bias whose input
-# is 1 at every position, in any network with any loss.** Expand is so only if the cross terms vanish or cancel;
-# otherwise $A_{-1,-1} B_\text{expand}$ fails. This makes a good pair of tests.
+# is 1 at every position, in any network with any loss.** The block of expand is $B_\text{expand}$ for this bias, which
+# is exact only if the cross terms vanish or cancel. Both statements are good tests of an implementation.
 #
-# The condition matters for tied layers with biases of their own. Their input is 1 at the positions of one call and 0
-# at those of the others ([Chapter 4](04_layer_io.py)). The average of this is less than 1, and reduce is not exact:
+# The condition matters for tied layers with biases of their own. The input of such a bias is 1 at the positions of one
+# call and 0 at those of the others ([Chapter 4](04_layer_io.py)). Its average is less than 1, and reduce is not exact:
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: reduce is exact for biases, except for those of tied layers"
 def bias_errors(model: Module, X: Tensor, y: Tensor) -> tuple[float, float]:
     """Of expand and reduce, on the rows and columns of the first layer's bias."""
     name, io = next(iter(layer_ios(model, MSELoss(), X, y).items()))
@@ -520,16 +539,15 @@ for call in (0, 1):
 # %% [markdown]
 # ## Convolutions and padding
 #
-# The reduce setting of vision is a convolutional network with global average pooling. Is reduce
-# exact for it, if it is linear? The average sends the same vector to every output pixel, so for
-# the last convolution yes. For an earlier one, that vector travels back through the later
-# convolutions, and must arrive the same at all pixels. It does if the later layers treat all
-# pixels alike: with kernels of size one, or if the image is wrapped around (*circular* padding)
-# with stride one. It does not with zero padding, the usual choice, or with none: pixels at the
-# border take part in fewer outputs than those in the middle.
+# In vision, a convolutional network with global average pooling is in the reduce setting. Suppose that such a network
+# is linear. The average sends the same vector to every output pixel, so reduce is exact for the last convolution. For
+# an earlier convolution, reduce is exact if the vectors are still the same at all pixels after the backward pass
+# through the later ones. That is so if the later layers treat all pixels alike: with kernels of size one, or if the
+# image is wrapped around (*circular* padding) with stride one. It is not so with zero padding, the usual choice, or
+# with no padding, because pixels at the border take part in fewer outputs than those in the middle.
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: reduce is exact if the later layers treat all pixels alike"
 def convolutional(kernel: int, **settings) -> Sequential:
     return Sequential(
         Conv2d(2, 3, kernel, **settings),
@@ -559,19 +577,20 @@ for case in ("zero padding", "no padding"):
     assert max(found[case][1:]) < 1e-10
 
 # %% [markdown]
-# One column per layer. The break is real, but compare it with the errors of the wrong flavour
-# above: for large images borders are a small part of the pixels.
+# The output has one column per layer. With zero padding, and with no padding, reduce is wrong for the first
+# convolution. Its error is smaller than that of the wrong setting above. It comes from pixels near the border, whose
+# share is small in a large image.
 
 # %% [markdown]
 # ## Three networks on real data
 #
-# No network that anyone trains is linear. How wrong are the two flavours then? We classify
+# Networks that are trained in practice are not linear. How large are the errors of both settings then? We classify
 # handwritten digits, $8 \times 8$ pixels, in three ways: with a convolutional network; with
 # attention over the eight rows of an image, each row with a one-hot code of its place; and with a
-# graph network, rows being nodes on a path. Each of them averages over positions before the
+# graph network whose nodes are the rows, on a path. Each of them averages over positions before the
 # classifier, which is the reduce setting.
 
-# %%
+# %% tags=["hide-input"] fold="The data and the three networks"
 digits = load_digits()
 images = torch.tensor(digits.data).reshape(-1, 8, 8) / 16
 labels = torch.tensor(digits.target)
@@ -601,8 +620,7 @@ networks = {
     "graph": (graph, tokens),
 }
 
-
-# %%
+# %% tags=["hide-input"] fold="Trained: 180 steps of Adam for each network"
 lines = []
 for kind, (model, inputs) in networks.items():
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -618,12 +636,13 @@ for kind, (model, inputs) in networks.items():
 print("\n".join(lines))
 
 # %% [markdown]
-# For every layer we compare both flavours with the exact GGN block on 100 images. The relative
-# error punishes a wrong scale, and expand has one here. So we also print the cosine
-# $\langle K, F \rangle / (\lVert K \rVert \lVert F \rVert)$, which ignores the scale.
+# For every layer we compare both settings with the exact GGN block on 100 images. A part of expand's relative
+# error is its wrong scale, so we also print the cosine
+# $\langle K, F \rangle / (\lVert K \rVert \lVert F \rVert)$, which ignores the scale. The last of the three numbers is
+# the norm of the approximation, relative to that of the exact block.
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: error, cosine and norm of both settings"
 def cosine(K: Tensor, F: Tensor) -> float:
     if K.norm() < 1e-12 * F.norm():
         return 0.0  # zero up to round-off
@@ -673,13 +692,11 @@ picture = {name: M[part, part] for name, M in picture.items()}
 matrices(picture, blocks=dict.fromkeys(picture, (17, 17)))
 
 # %% [markdown]
-# In the reduce setting reduce is the better of the two on average, although the networks are not
-# linear and borders are padded. Expand is mostly too small, for the reason given below [(6.6)]. One
-# row of the table, though, is different: the keys of the attention, which the mean leaves out.
+# On average over these layers, reduce is nearer to the exact block, although the networks are not linear and borders
+# are padded. Expand is mostly too small, for the reason given below [(6.6)]. The mean in the last row leaves out the
+# keys of the attention, which the next section is about.
 #
-# ### Reduce is blind to keys
-#
-# For the key projection of attention, reduce is zero. This is no accident of training.
+# ### Reduce is zero for keys
 #
 # <div class="admonition theorem" markdown="1" id="thm-6.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 6.2 (keys)</b></p>
@@ -691,19 +708,19 @@ matrices(picture, blocks=dict.fromkeys(picture, (17, 17)))
 #
 # **Proof.** Token $s$ attends to token $t$ with the score $q_s^\top k_t / \sqrt{d}$. Shift all keys
 # of a datum by the same vector $c$. All scores of token $s$ change by the same number
-# $q_s^\top c / \sqrt{d}$, and softmax ignores that. So the output of the network does not change
-# in the direction in which all $k_t$ move alike. The derivative in that direction is
-# $\sum_t g_{vnt}^\top c$, for any $c$; hence $\hat g_{vn} = \sum_t g_{vnt} = 0$ and
+# $q_s^\top c / \sqrt{d}$, and a softmax does not change if all its inputs are shifted by the same number. So the output
+# of the network is constant in the direction of a common shift. The derivative in this direction is
+# $\sum_t g_{vnt}^\top c$, which is zero for every $c$. Hence $\hat g_{vn} = \sum_t g_{vnt} = 0$ and
 # $B_\text{reduce} = 0$. $\blacksquare$
 #
-# A mask changes nothing in this proof. Rotary position codes do: they turn every key by another
-# angle after the projection, so that a common shift does not stay one.
+# The proof also holds for attention with a mask. It does not hold with rotary position codes: they rotate every key by
+# another angle after the projection, so that a common shift of the projection's outputs is no common shift of the keys.
 #
-# The same argument says that a bias of the keys does nothing, so its exact block is zero, too, in
-# accord with *reduce is exact for such biases*. But the rest of the block is not zero. An optimiser
-# that uses reduce here divides by nothing but the damping. Expand does see the keys:
+# By the same argument a bias of the keys has no effect on the output. So its exact block is zero, and reduce is exact
+# for it, as for all biases with input 1. But the rest of the exact block is not zero. An optimizer that uses reduce for
+# keys divides their gradient by the damping alone. Expand is not zero:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: reduce is zero for keys, and its inverse divides by the damping"
 model, inputs = networks["attention"]
 io = layer_ios(model, loss, inputs[:N], labels[:N])["1.k"]
 F, expand, reduce = io.block(), kfac(io), kfac(io.reduced())
@@ -715,7 +732,7 @@ assert cosine(expand.dense(), F) > 0.3
 V = torch.randn(10, 11)
 assert_exact(reduce.inverse(1e-3) @ V, V / 1e-3)
 
-# %% tags=["hide-input"] alt="Three 55 by 55 heat maps for half of the key projection. The exact block and KFAC-expand are filled with similar patterns, KFAC-reduce is empty." caption="The key projection: reduce is zero. The other two are scaled to their largest entry, and only five of the ten output units are drawn."
+# %% tags=["hide-input"] alt="Three 55 by 55 heat maps for half of the key projection. The exact block and KFAC-expand are filled with similar patterns, KFAC-reduce is empty." caption="The key projection: reduce is zero. Exact block and expand are each scaled to their largest entry, and only five of the ten output units are drawn."
 part = slice(0, 5 * 11)  # five of the ten output units
 shown = {"exact": F, "expand": expand.dense(), "reduce": reduce.dense()}
 shown = {name: M[part, part] / M.abs().max() for name, M in shown.items() if name != "reduce"}
@@ -724,11 +741,13 @@ matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(sh
 # %% [markdown]
 # ## Which one to use
 #
-# Use **expand** when the loss has a term per position (language models, segmentation), **reduce**
-# when positions are averaged before the loss (classification of images, sequences and graphs),
-# layer by layer where a network does both, and expand for keys. Behind the average it makes no
-# difference. `layer_ios` takes `flavour` and `layers`, so both can be used in one network. For convolutions reduce is
-# cheaper, as it needs no patches: see the appendix.
+# - The loss has a term per position, as in language models and segmentation: use **expand**.
+# - Positions are averaged before the loss, as in the classification of images, sequences and graphs: use **reduce**.
+#   Behind the average both agree.
+# - A network has both: choose layer by layer. `layer_ios` takes `flavour`, which is the setting, and `layers`.
+# - Keys of attention: use expand.
+#
+# For convolutions reduce is cheaper, as it needs no patches: see the [appendix](#appendix-reduce-without-patches).
 #
 # This is advice about the matrix: which of the two is nearer to the exact block. In training, the paper found **little
 # difference** between them, for a graph network and a vision transformer. With either, a fixed target of validation was
@@ -736,13 +755,12 @@ matrices(shown | {"reduce": reduce.dense()[part, part]}, blocks=dict.fromkeys(sh
 # lower cost of reduce, to choose hyperparameters of a Wide ResNet by the marginal likelihood. This chapter repeats none
 # of these experiments, because they need networks and data of another size.
 #
-#
 # There is one more choice for losses per token. Type-2 vectors are an exact square root of the loss
 # Hessian only with one vector for every class *and position* ([Chapter 7](07_other_losses.py)). One
-# vector per class, sent to all positions at once, is cheaper by a factor of $S$. As long as
-# positions do not mix, the factors of expand cannot tell the difference; after attention they can.
+# vector per class, sent to all positions at once, is cheaper by a factor of $S$. If
+# positions do not mix, both have the same factors of expand. If attention mixes them, the factors differ:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: one vector per class is enough for expand, unless positions mix"
 for model, mixes in ((apart, False), (mixing, True)):
     X, y = torch.rand(N, 5, 4), torch.randn(N, 5, 4)
     full = next(iter(layer_ios(model, MSELoss(), X, y, type2).values()))
@@ -755,19 +773,19 @@ for model, mixes in ((apart, False), (mixing, True)):
 # ## Other ways to share a weight
 #
 # [Chapter 4](04_layer_io.py) has three more kinds of rows. A **grouped convolution** is one block
-# per group. **Tied weights** are positions: the rows of all calls are put behind each other along $S$.
+# per group. **Tied weights** are positions: the rows of all calls are joined along $S$.
 # An **embedding** multiplies one-hot rows, so $A$ of expand is a diagonal matrix that holds how
 # often each token occurs. With 50,000 words a matrix of that size does not fit into memory, and neither
-# do the rows. So capture keeps the words' numbers, as a tensor that forms its rows where an operation
-# needs them, and KFAC keeps the diagonal:
+# do the rows. So capture keeps the words' numbers, as a tensor [`OneHot`][kfac_scratch.one_hot.OneHot] that forms its
+# rows where an operation needs them. KFAC keeps the diagonal, and multiplies with $B$ and with a vector:
 
 # %% tags=["remove-input"]
-code(OneHot, DiagonalKronecker)
+code(OneHot.counts, DiagonalKronecker.__matmul__)
 
 # %% [markdown]
-# All three kinds, checked:
+# The folded cell checks all three kinds:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: groups, a layer that is called three times, and an embedding"
 grouped = Sequential(Conv1d(4, 6, 3, groups=2), Tanh(), Mean(2))
 X, y = torch.randn(N, 4, 9), torch.randn(N, 6)
 for name, block in diagonal_blocks(grouped, ggn(grouped, MSELoss(), X, y)).items():
@@ -795,7 +813,7 @@ assert_exact(kfac(io).dense(), kfac_in_full(io).dense())
 # ## Padded sentences
 #
 # Sentences of different lengths make a rectangular batch when the short ones are padded with a
-# token that stands for nothing. The loss ignores what the network says there. If no other position reads
+# token that stands for no word. The loss ignores the network's outputs there. If no other position reads
 # the padding either, the vectors are zero at these positions, and the exact block does not depend on them.
 # Expand does depend on them. Its $B$ is a sum, to which zero vectors add nothing, but its $A$ is a *mean
 # over all rows*. Let $A_\text{words}$ be the mean of $a a^\top$ over the rows of words, and
@@ -806,7 +824,7 @@ assert_exact(kfac(io).dense(), kfac_in_full(io).dense())
 # \tag{6.7}
 # $$
 #
-# and if most rows are padding, $A$ is mostly $A_\text{padding}$. Reduce has the same problem, as its mean
+# and if most rows are padding, $A$ is mostly $A_\text{padding}$. Reduce has the same problem, because its mean
 # over the positions of a sentence contains the padding. The means must be taken over the words
 # alone. Only the user knows which positions are words, so `layer_ios`, `over_loader` and the optimizer take
 # a function `counted(X, y)`. It returns a mask with one entry for each position, true for words.
@@ -816,7 +834,7 @@ assert_exact(kfac(io).dense(), kfac_in_full(io).dense())
 # other positions read the padding, as they do in attention without `key_padding_mask`. Then the block
 # depends on the padding, which must be counted.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: equation (6.7), and a mask that the loss contradicts is refused"
 PAD, IGNORED, WORDS, LENGTH = 0, -100, 12, 16  # cross-entropy ignores targets of -100
 
 
@@ -867,7 +885,7 @@ else:
 # stays as it was initialised. In the figure it has the size of the other embeddings. Every point is
 # the mean of ten networks, each with data of its own.
 
-# %% tags=["hide-input"] alt="Two lines over the share of padding, from zero to fifteen sixteenths. The relative error of KFAC with the words alone stays level, that of KFAC with all positions rises." caption="Distance of KFAC-expand from the exact block of the first linear layer, mean and range of ten networks."
+# %% tags=["hide-input"] fold="Measured: errors for six shares of padding" alt="Two lines over the share of padding, from zero to fifteen sixteenths. The relative error of KFAC with the words alone stays level, that of KFAC with all positions rises." caption="Distance of KFAC-expand from the exact block of the first linear layer, mean and range of ten networks. It grows with the padding if all positions count."
 lengths = [16, 12, 8, 4, 2, 1]
 errors: dict[str, list[list[float]]] = {"all positions": [], "words alone": []}
 for words in lengths:
@@ -883,17 +901,20 @@ shares = [1 - words / LENGTH for words in lengths]
 for name, found in errors.items():
     mean = torch.tensor(found).mean(1)
     low, high = torch.tensor(found).amin(1), torch.tensor(found).amax(1)
-    plt.plot(shares, mean.cpu(), marker="o", label=name)
+    (line,) = plt.plot(shares, mean.cpu(), marker="o")
     plt.fill_between(shares, low.cpu(), high.cpu(), alpha=0.2)
+    plt.text(0.96, mean[-1].item(), name, color=line.get_color(), va="center")
+plt.xlim(-0.05, 1.25)
+plt.xticks([0, 0.25, 0.5, 0.75, 1])
 plt.xlabel("share of the padding")
 plt.ylabel("relative error")
-plt.legend()
 plt.show()
 
 first, last = ({name: sum(e[i]) / 10 for name, e in errors.items()} for i in (0, -1))
 print(f"without padding both are {first['words alone']:.0%} off")
 print(f"with one word of {LENGTH}: {last['words alone']:.0%} and {last['all positions']:.0%}")
 assert first["words alone"] == first["all positions"]
+assert last["words alone"] < 1.2 * first["words alone"]
 assert last["all positions"] > last["words alone"] + 0.1
 
 # %% [markdown]
@@ -936,7 +957,7 @@ assert last["all positions"] > last["words alone"] + 0.1
 # \tag{6.9}
 # $$
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the block of a tied weight, and equation (6.9)"
 VOCABULARY, SHORT = 7, 5
 
 
@@ -972,11 +993,11 @@ assert_exact(
 )
 
 # %% [markdown]
-# How far is $K$ from the exact block, and why? The next cell prints four errors: of $K$, of each of its
+# How far is $K$ from the exact block? The next cell prints four errors: of $K$, of each of its
 # two products alone, and of the sum of the *exact* blocks of both uses. The last error is due to the mixed
-# parts only. It would remain if both Kronecker products were exact.
+# parts alone. It would remain if both Kronecker products were exact.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Measured: four errors for a tied weight"
 places = torch.arange(VOCABULARY * 4).reshape(VOCABULARY, 4).T.flatten()  # W^T, read as W is
 
 
@@ -1025,12 +1046,12 @@ else:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# For a single convolution with a squared error at every output pixel, expand is exact, and for
-# the same with an average over pixels, reduce is. So every mistake shows. Stride, padding and
-# dilation all differ from their defaults, and every size from every other. PyTorch's own `unfold`
-# makes the patches, so that we can get them wrong:
+# For a single convolution with a squared error at every output pixel, expand is exact. With an average over pixels,
+# reduce is exact. So any error that is left there is a mistake of the implementation. We make ten mistakes on purpose
+# and measure their errors. Stride, padding and dilation all differ from their defaults, and every size from every
+# other. PyTorch's own `unfold` makes the patches, so that we can get them wrong:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the errors of ten mistakes"
 settings = {"kernel_size": (3, 2), "stride": 2, "padding": 1, "dilation": 2}
 conv = Conv2d(2, 5, bias=False, **settings)
 X = torch.randn(7, 2, 9, 11)
@@ -1079,32 +1100,32 @@ for mistake, (wrong, right) in mistakes.items():
 #
 # **Is there a factor $S$?** Papers distribute $1/S$ differently over the two factors, and the
 # question has come up in public ([nngeometry #75](https://github.com/tfjgeorge/nngeometry/pull/75),
-# [tensorflow/kfac #41](https://github.com/tensorflow/kfac/issues/41)). Compare the products, on a
-# case where KFAC is exact, and there is nothing left to argue about.
+# [tensorflow/kfac #41](https://github.com/tensorflow/kfac/issues/41)). A comparison of the products $B \otimes A$ with
+# the exact block answers it, in a case in which KFAC is exact.
 #
 # **Axes in another order.** A patch has a channel axis and spatial axes, and frameworks order them
-# differently. It must be the order of the flattened weight, here channels first. All sizes agree
-# whichever way it is done. (A relative, a transpose that was missing and then fixed:
+# differently. The order must be that of the flattened weight, here channels first. A wrong order changes no size, so
+# no error is raised. (A similar mistake, a missing transpose, was mended in
 # [LBANN #2010](https://github.com/LBANN/lbann/pull/2010).)
 #
-# **Layers that are never called**, such as the output projection of `torch.nn.MultiheadAttention`, whose
-# weight a function uses: see [Chapter 10](10_capture.py).
+# **Layers that are never called.** The output projection of `torch.nn.MultiheadAttention` is a layer, but a function
+# uses its weight: see [Chapter 10](10_capture.py).
 
 # %% [markdown]
 # ## In one minute
 #
 # - One matrix at many positions: the gradient of a datum is a sum over positions, and its curvature has cross terms.
 # - Expand treats positions as data and drops the cross terms. Reduce averages $a$, sums $g$, and drops a covariance
-#   over positions.
+#   over positions. Use expand for a loss per position, reduce for a loss of the average.
 # - In deep linear networks with squared error, expand is exact for a loss at every position, reduce before an average.
 #   Behind the average both are.
-# - Reduce is exact for biases with input 1, and zero for the keys of attention.
+# - Reduce is exact for biases whose input is 1 at every position, and zero for the keys of attention.
 # - The usual mistakes are factors of $S$, the order of the axes of a patch, and counted padding.
 #
 # ## Exercises
 #
 # **Exercise 6.1.** A deep linear network averages over $S$ positions at the end, and all positions
-# of a datum hold the same input. By which factor is expand off?
+# of a datum have the same input. By which factor is expand off?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -1135,20 +1156,19 @@ for mistake, (wrong, right) in mistakes.items():
 #
 # With stride two, shifting the input by one pixel does not shift the output. Pixels with even and
 # with odd coordinates meet different entries of the kernel, so they receive different vectors, and
-# the first condition of [Theorem 6.1] fails. (For an odd kernel. A kernel of two with stride two
-# meets every pixel once, each with another entry: it fails, too.)
+# the first condition of [Theorem 6.1] fails. (This is for an odd kernel. A kernel of size two with stride two
+# meets every pixel once, but pixels next to each other with different entries, so that it fails, too.)
 #
 # </details>
 #
 # **Exercise 6.4.** Positions are *added up* instead of averaged before the loss. Which of the two
-# is exact now?
+# settings is exact now?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Still reduce: all positions receive the same vector, only now without $1/S$. Inputs are averaged
-# as before, vectors are summed as before; the scale is in $g$ by itself. That is the reason for
-# keeping it there.
+# Reduce, as before: all positions receive the same vector, now without the factor $1/S$. Inputs are averaged
+# and vectors are summed. The formula needs no change, because all scale is in $g$.
 #
 # </details>
 #
@@ -1164,11 +1184,26 @@ for mistake, (wrong, right) in mistakes.items():
 #
 # **Exercise 6.6 (write it).** Write `expand(a, g)` and `reduce(a, g)` that return $A$ and $B$ from $a$ of shape
 # $[N, S, d_\text{in}]$ and $g$ of shape $[V, N, S, d_\text{out}]$, with torch alone. The cell below has
-# `check_settings`, which tests yours where they must be exact, and a solution.
+# `check_settings`, which tests yours where they must be exact.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def expand_by_hand(a, g):
+#     rows, vectors = a.flatten(0, 1), g.flatten(0, 2)
+#     return rows.T @ rows / len(rows), vectors.T @ vectors
+#
+#
+# def reduce_by_hand(a, g):
+#     return expand_by_hand(a.mean(1, keepdim=True), g.sum(2, keepdim=True))
+# ```
+#
+# </details>
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises; check_settings of Exercise 6.6"
 S = 5
 X, y = torch.rand(N, 1, 5).expand(N, S, 5), torch.randn(N, 2)
 for io in layer_ios(linear_network(4), MSELoss(), X, y).values():
@@ -1232,10 +1267,9 @@ print("Exercises 6.1 to 6.6: all hold")
 # %% [markdown]
 # ## Appendix: reduce without patches
 #
-# Reduce has another advantage, its cost: the paper finds it generally faster than expand. Expand needs all $N S$
-# patches, and every pixel of the image is copied into as many patches as cover it: with stride one and away from the
-# border, as many as the kernel has entries. Reduce needs only the *average* patch. Entry $j$ of it, for a kernel
-# along one axis, is
+# Reduce costs less: the paper finds it generally faster than expand. Expand needs all $N S$ patches, and every pixel of
+# the image is copied into each patch that contains it. With stride one and away from the border, these are as many as
+# the kernel has entries. Reduce needs only the *average* patch. Entry $j$ of it, for a kernel along one axis, is
 #
 # $$
 # \begin{aligned}
@@ -1270,13 +1304,13 @@ matrices(shown)
 # %% [markdown]
 # ### In the package
 #
-# With `flavour=REDUCE`, the inputs are averaged while they are captured. One turn of the loop per
-# axis: build the pattern, contract.
+# With `flavour=REDUCE`, the inputs are averaged while they are captured. For each axis, the loop builds the pattern and
+# contracts the image with it.
 
 # %% tags=["remove-input"]
 code(_averaged_patches)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: four convolutions, and the pattern"
 X, y = torch.rand(5, 2, 6, 7), torch.randn(5, 3)
 for settings in ({}, {"padding": 1}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2}):
     model = Sequential(Conv2d(2, 3, (3, 2), **settings), Tanh(), Mean(2, 3))
@@ -1292,11 +1326,11 @@ assert_exact(
 )
 
 # %% [markdown]
-# What does it save? We time both ways to the averaged patch, and record the largest tensor that
+# How much is saved? We time both ways to the averaged patch, and record the largest tensor that
 # each creates:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Measured: seconds and the largest tensor"
 class Largest(TorchDispatchMode):
     """Remember the size of the largest storage that any operation returns."""
 
@@ -1335,14 +1369,16 @@ for k in kernels:
         measured["patches, then average"].append(cost(with_patches, conv, image))
         measured["without patches"].append(cost(averaged_rows, conv, image))
 
-# %% tags=["hide-input"] alt="Two plots against the size of the kernel from 1 to 9, for 8 images of 32 by 32 pixels with 8 channels. Left, time: with patches it rises steeply, without it stays low. Right, the largest tensor in memory: with patches it grows with the square of the kernel, without it stays near the size of the image." caption="Averaging patches with and without forming them, on the CPU of the machine that built this page."
+# %% tags=["hide-input"] alt="Two plots against the size of the kernel from 1 to 9, for 8 images of 32 by 32 pixels with 8 channels. Left, time: with patches it rises steeply, without it stays low. Right, the largest tensor in memory: with patches it grows with the square of the kernel, without it stays near the size of the image." caption="The averaged patch with and without all patches, on the CPU of the machine that built this page. Without patches, neither time nor memory grows with the size of the kernel as it does with them."
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
 for (name, rows), marker in zip(measured.items(), "os", strict=True):
-    axes[0].semilogy(kernels, [seconds for seconds, _ in rows], f"{marker}-", label=name)
-    axes[1].semilogy(kernels, [megabytes for _, megabytes in rows], f"{marker}-", label=name)
+    for ax, values in zip(axes, zip(*rows, strict=True), strict=True):
+        (line,) = ax.semilogy(kernels, values, f"{marker}-")
+        place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "right"}
+        ax.annotate(name, (kernels[-1], values[-1]), color=line.get_color(), **place)
+        ax.margins(y=0.15)
 axes[0].set(xlabel="kernel size", ylabel="seconds", xticks=kernels)
 axes[1].set(xlabel="kernel size", ylabel="largest tensor in MiB", xticks=kernels)
-axes[0].legend()
 plt.show()
 slow, fast = (rows[-1] for rows in measured.values())
 print(
@@ -1357,5 +1393,5 @@ assert fast[1] < slow[1] / 20
 # K-FAC-reduce, prove that each is exact for deep linear networks in its setting, and train with both.
 # [Grosse and Martens (2016)](bibliography.md#kfc) derive what is now called expand, for convolutions, from
 # assumptions about images: compare these with [Theorem 6.1]. [Dangel et al. (2025)](bibliography.md#from-scratch)
-# have KFAC with code. [Dangel, Müller and Zeinhofer (2024)](bibliography.md#pinns) use the positions for something
-# else: the coefficients of a Taylor expansion.
+# derive KFAC with code. In [Dangel, Müller and Zeinhofer (2024)](bibliography.md#pinns) positions are the coefficients
+# of a Taylor expansion.

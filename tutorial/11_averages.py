@@ -13,12 +13,12 @@
 # %% [markdown]
 # # 11. Averages and lengths: from a matrix to an optimizer
 #
-# **Part IV: Training.** Every batch gives another gradient and another curvature matrix. How do they become one sequence of
-# steps, and how long is each step?
+# **Part IV: Training.** Every batch gives another gradient and another curvature matrix. How do they become one
+# sequence of steps, and how long is each step?
 #
 # [Figure 11.1] shows why the second half of the question matters. The same small network is trained for 15 steps with
-# KFAC, under three dampings and four learning rates. In the left panel the update rule stands alone; in the other two
-# panels a *control* changes the length of each step.
+# KFAC, with each of three dampings and four learning rates. The left panel is for the update rule alone. In the other
+# two panels a *control* changes the length of each step.
 
 # %% tags=["hide-input"]
 import itertools
@@ -108,7 +108,7 @@ def train(model: Module, optimizer, data, schedule=None) -> list[float]:
     return losses
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Measured: the loss after 15 steps, for 12 settings with and without controls"
 dampings, rates = (1e-5, 1e-3, 1e-1), (1e-3, 1e-2, 1e-1, 1.0)
 controls = {"no control": [], "KL clip": [kl_clip(1e-3)], "graft": [graft()]}
 outcome = {}
@@ -121,12 +121,9 @@ for name, chosen in controls.items():
         outcome[name, damping, lr] = training_loss(model)
 
 start = training_loss(network())
-print(f"loss at the start: {start:.2f}")
 worse = {
     name: sum(outcome[name, d, r] > start for d in dampings for r in rates) for name in controls
 }
-for name, count in worse.items():
-    print(f"{name:10} loss higher than at the start in {count:2} of 12 runs")
 
 # %% tags=["hide-input"] alt="Three heat maps of the loss after 15 steps, for three dampings and four learning rates, with the number in every cell. Without control most cells with small damping or large learning rate have losses from tens to many thousands, and a diagonal of few cells is good. With a KL clip the columns of the larger learning rates are equal. With graft the column of learning rate 0.01 is good for all dampings." caption="Loss after 15 steps of KFAC. The numbers are losses, the colours their logarithms. Without control, a learning rate is good only together with a damping that suits it. With a KL clip, the larger learning rates give equal numbers: the learning rate has no effect. With graft, one learning rate suits all dampings."
 fig, axes = plt.subplots(1, 3, figsize=(7.8, 3.1), layout="constrained", sharey=True)
@@ -155,9 +152,10 @@ plt.show()
 # \tag{11.1}
 # $$
 #
-# Here $\hat M_t$ is the matrix and $h_t$ the gradient that batch $t$ gives; $w_t$ is the weight of the newest matrix,
-# $\delta$ the damping, $\eta$ the learning rate, $\mu$ the momentum and $\Delta_t$ the change of the parameters.
-# A control chooses $\nu_t$; the plain rule has $\nu_t = 1$.
+# Here $\hat M_t$ is the matrix and $h_t$ the gradient that batch $t$ gives. KFAC's matrix is a Kronecker product $B
+# \otimes A$ of two small factors for each layer ([Chapter 5](05_kfac.py)). Further, $w_t$ is the weight of the newest
+# matrix, $\delta$ the damping, $\eta$ the learning rate, $\mu$ the momentum and $\Delta_t$ the change of the
+# parameters. The number $\nu_t$ is 1 in the plain rule. A control chooses it.
 #
 # After this chapter you will be able to
 #
@@ -165,16 +163,16 @@ plt.show()
 # - average matrices over batches without a start value, and recognise the two mistakes that public code makes here;
 # - say what each control bounds, and notice when a learning rate has no effect.
 #
-# The networks start with the same weights and the runs see the same batches, so that only the optimizer differs.
-# Most runs begin with the plain rule: no control, exact damping, matrices and inverses every ten steps. The
+# In all comparisons the networks start with the same weights and get the same batches, so that only the optimizer
+# differs. Most runs begin with the plain rule: no control, exact damping, matrices and inverses every ten steps. The
 # optimizer's own defaults are the subject of [Chapter 13](13_in_practice.py#with-no-argument).
 #
 # ## An optimizer in ten lines
 #
-# All pieces are there. `layer_ios` returns the inputs and vectors of each layer ([Chapter 4](04_layer_io.py)), `kfac`
-# makes a matrix of them ([Chapter 5](05_kfac.py)), `inverse` damps and inverts the matrix
-# ([Chapter 9](09_damping.py)), and `preconditioner` applies the inverses to a gradient ([Chapter 8](08_matrices.py)).
-# `weight_of_newest` and `update` take the average, which the next section derives.
+# Earlier chapters have all parts of the optimizer. `layer_ios` returns the inputs and vectors of each layer
+# ([Chapter 4](04_layer_io.py)), `kfac` makes a matrix of them ([Chapter 5](05_kfac.py)), `inverse` damps and inverts
+# the matrix ([Chapter 9](09_damping.py)), and `preconditioner` applies the inverses to a gradient
+# ([Chapter 8](08_matrices.py)). `weight_of_newest` and `update` take the average, which the next section derives.
 
 # %%
 average, lr, momentum, damping = MovingAverage(kfac), 0.1, 0.9, 0.1
@@ -193,8 +191,8 @@ for count, (X, y) in enumerate(batches(10), start=1):
         change[name] = momentum * change[name] - lr * P
         parameters[name].data += change[name]
 # %% [markdown]
-# The shipped optimizer has PyTorch's interface. Its loop has one line more than usual: `observe` shows it the
-# batch. If it observes every batch, it takes the same steps as our loop, to the last bit.
+# The package's optimizer has PyTorch's interface. The training loop has one line more than usual: `observe` shows the
+# batch to the optimizer. If every batch is observed, the steps are those of our loop, to the last bit.
 
 # %%
 theirs = network()
@@ -207,6 +205,7 @@ for X, y in batches(10):
     optimizer.observe(X, y)
     optimizer.step()
 
+# %% tags=["hide-input"] fold="Checked: equal to our loop, bit by bit"
 for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
     assert torch.equal(p, q)
 print(f"loss {training_loss(network()):.3f} -> {training_loss(theirs):.3f} after 10 steps")
@@ -217,10 +216,13 @@ assert training_loss(theirs) < 0.7 * training_loss(network())
 #
 # The backward pass of training has already sent vectors through the network. They cannot be used here, because they are
 # the gradients for the labels of the *data*, which give the empirical Fisher, another matrix ([Chapter 5](05_kfac.py)).
-# So `observe` makes a backward pass of its own: by default with one vector per datum, for a label drawn from the model.
+# So `observe` makes a backward pass of its own, if an update is due: by default with one vector per datum, for a label
+# drawn from the model. In [`step`][kfac_scratch.optimizer.optimizer.KFAC.step], the method `_inverted` renews inverses
+# that are due, the controls change the step, and `_move` takes it. (`placement` is for several processes,
+# [Chapter 34](34_many_processes.py).)
 
 # %% tags=["remove-input"]
-code(KFAC.observe, KFAC.update_curvature, KFAC.step)
+code(KFAC._inverted, KFAC._controlled, KFAC._move)
 
 # %% [markdown]
 # ### How often
@@ -228,13 +230,13 @@ code(KFAC.observe, KFAC.update_curvature, KFAC.step)
 # A step costs a forward and a backward pass and, for each layer, a few products with small matrices. The curvature
 # matrices cost another forward and backward pass, and an inverse costs $O(d_\text{in}^3 + d_\text{out}^3)$. Curvature
 # changes more slowly than the gradient, so that both may be renewed every so many steps: `factor_every` and
-# `inverse_every` are numbers, or functions of the number of steps so far. Their default, `Growing(10)`, is 1 in the
-# first twenty steps, in which curvature changes fast, and 10 from step 180 on.
+# `inverse_every` are numbers, or functions of the number of steps so far. Their default is 1 in the
+# first twenty steps, in which curvature changes fast, and grows to 10 at step 180.
 #
-# The next cell counts passes of whole batches through the network for two constant periods, and compares the losses.
+# The next cell counts forward passes of whole batches for two constant periods, and compares the losses.
 # (Before the first update, capture tries the network on up to eight samples, see [Chapter 10](10_capture.py).)
 
-# %%
+# %% tags=["hide-input"] fold="Counted: forward passes for two periods"
 reached = {}
 for every in (1, 10):
     model, passes = network(), []
@@ -248,12 +250,15 @@ for every in (1, 10):
     assert passes.count(100) == 60 + 60 // every
     assert max(n for n in passes if n not in (100, 1000)) <= 8  # 1000 are those of the final loss
 assert max(reached.values()) < 0.3
+default = KFAC(network(), loss)
+assert default.factor_every == default.inverse_every
+assert [default.factor_every(step) for step in (0, 19, 20, 180, 1000)] == [1, 1, 2, 10, 10]
 
 # %% [markdown]
 # ## Averages over batches
 #
-# The matrix of one batch is a noisy estimate. An optimizer averages over many batches; but the parameters move, so
-# that old batches should count less. The usual compromise is an exponential average: with a **decay** $\rho$, a
+# The matrix of one batch is a noisy estimate. An optimizer averages over many batches. But the parameters move, so
+# old batches should have a smaller weight. Optimizers usually take an exponential average: with a **decay** $\rho$, a
 # batch that is $k$ batches old has the weight $\rho^k$. Divided by the sum of the weights,
 #
 # $$
@@ -263,8 +268,8 @@ assert max(reached.values()) < 0.3
 # \tag{11.2}
 # $$
 #
-# where $\hat M_i$ is the matrix of batch $i$ alone. An implementation does not store all $\hat M_i$: the weight of the
-# newest one is enough.
+# where $\hat M_i$ is the matrix of batch $i$ alone. An implementation does not store all $\hat M_i$. It stores $M_t$,
+# and needs the weight of the newest matrix:
 #
 # <div class="admonition theorem" markdown="1" id="thm-11.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 11.1 (bias-corrected average)</b></p>
@@ -290,11 +295,11 @@ assert max(reached.values()) < 0.3
 # Divide by $Z_t$. The coefficient of $M_{t-1}$ is $\rho Z_{t-1} / Z_t = 1 - 1 / Z_t = 1 - w_t$. For
 # $t = 1$ it is zero. $\blacksquare$
 #
-# The state is a matrix, the update takes a matrix to a matrix, and no start value is needed. The package calls such a
-# pair an **estimator**. `MovingAverage` makes an estimator of any function of one batch:
+# No start value is needed, because $w_1 = 1$. The package calls a rule that makes the next matrix of the last one and
+# of a batch an **estimator**. `MovingAverage` makes an estimator of any function of one batch:
 
 # %% tags=["remove-input"]
-code(weight_of_newest, MovingAverage)
+code(weight_of_newest, MovingAverage.update)
 
 # %%
 model, decay = network(), 0.9
@@ -331,12 +336,12 @@ print(f"Theorem 11.1: after 7 batches A differs by {largest_error(M.A, by_hand):
 # \tag{11.4}
 # $$
 #
-# batches. For $\rho = 0.95$ this is 39. Now "a decay of 0.95" can mean two things. Here, and in
+# batches for large $t$. For $\rho = 0.95$ these are 39. The words "a decay of 0.95" have two meanings. Here, and in
 # [Martens and Grosse (2015)](bibliography.md#kfac), 0.95 is the weight of the *old* matrix. In some code it is the
-# weight of the *new* one; then $\rho$ is 0.05, and the average is over 1.1 batches only. The next cell holds
-# the network fixed and measures how far each average is from the factor of all 1000 images:
+# weight of the *new* one; then $\rho$ is 0.05, and the average is one over 1.1 batches. The next cell does not train
+# the network, and measures how far each average is from the factor of all 1000 images:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the distance of A from that of all images"
 whole = kfac(layer_ios(model, loss, images[:1000], labels[:1000])["0"])
 
 
@@ -367,7 +372,7 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # \tag{11.5}
 # $$
 #
-# with the corrected average $\bar A_t$ of [(11.2)]. Both factors start like this, so that
+# with the corrected average $\bar A_t$ of [(11.2)]. Both factors start at the identity, so that
 #
 # $$
 # B_t \otimes A_t = (1 - \rho^t)^2 \,
@@ -377,9 +382,10 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # $$
 #
 # The right side is factored damping, [(9.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$. **A start at the identity is
-# a damping that decays**, by a schedule that nobody chose: for $\rho = 0.95$ it is $\delta = \gamma_1^2 = 361$ in the
-# first step. Its $\pi = 1$ does not fit either, because $A$ has entries of order one, while $B$ carries the scale of
-# the loss and is small. The following estimator starts at the identity; the optimizer accepts it like any other:
+# a damping that decays**, by a schedule that follows from $\rho$ alone: for $\rho = 0.95$ the damping is
+# $\gamma_1^2 = 361$ in the first step. The value $\pi = 1$ does not suit the factors, because $A$ has entries of order
+# one, while $B$ has the scale of the loss and is small. The following estimator starts at the identity. [Figure 11.2]
+# compares it with the corrected average.
 
 
 # %%
@@ -395,30 +401,45 @@ class FromIdentity:
         return old.mixed(new, 1 - self.decay)
 
 
-G, lengths, shares = torch.randn(16, 65), {}, {}
-for t in (1, 10, 30, 60):
-    biased = estimate(FromIdentity(0.95), stream[:t], 0.95)
-    right = estimate(MovingAverage(kfac), stream[:t], 0.95)
+# %% tags=["hide-input"] fold="Checked: (11.6); measured: the share of the identity, and the length of a step"
+G, lengths, shares, hidden = torch.randn(16, 65), {}, {}, {}
+biased = right = None
+for t, io in enumerate(stream, start=1):
+    biased = FromIdentity(0.95).update(biased, io, weight_of_newest(0.95, t))
+    right = MovingAverage(kfac).update(right, io, weight_of_newest(0.95, t))
     gamma = 0.95**t / (1 - 0.95**t)
-    same = Kronecker(right.A + gamma * eye_like(right.A), right.B + gamma * eye_like(right.B))
-    assert_exact(biased.dense(), (1 - 0.95**t) ** 2 * same.dense())
-
     lengths[t] = ((biased.inverse(1e-3) @ G).norm() / (right.inverse(1e-3) @ G).norm()).item()
     shares[t] = 0.95**t * len(right.B) / biased.B.trace().item()
-    print(f"batch {t:2}: hidden damping {gamma**2:7.1e}, identity {shares[t]:4.0%} of the", end=" ")
-    print(f"trace of B, step {lengths[t]:.3f} times as long")
+    hidden[t] = gamma**2
+    if t in (1, 10, 30, 60):
+        same = Kronecker(right.A + gamma * eye_like(right.A), right.B + gamma * eye_like(right.B))
+        assert_exact(biased.dense(), (1 - 0.95**t) ** 2 * same.dense())
+        print(
+            f"batch {t:2}: hidden damping {hidden[t]:7.1e}, identity {shares[t]:4.0%} of", end=" "
+        )
+        print(f"the trace of B, step {lengths[t]:.3f} times as long")
 assert max(lengths.values()) < 0.5 < shares[60] < shares[1]
 assert lengths[10] < lengths[30] < lengths[60]
 
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two plots against the number of batches from 1 to 60. Left, on a logarithmic axis, the hidden damping falls from several hundred to a few thousandths. Right, the share of the identity in the trace of B stays near one, and the length of a step, relative to that with the corrected average, stays near zero for thirty batches and then rises to about a quarter." caption="An average that starts at the identity, with $\\rho = 0.95$. Left: the damping $\\gamma_t^2$ that it adds. Right: the share of the identity in the trace of $B$, and the length of a step relative to that with the corrected average. After 60 batches, most of $B$ is the identity."
+fig, (ax, other) = plt.subplots(1, 2, figsize=(7.8, 2.9), layout="constrained")
+ax.semilogy(hidden.keys(), hidden.values())
+ax.set(xlabel="batch", ylabel=r"hidden damping $\gamma_t^2$")
+for curve, name, place in ((shares, "identity in the trace of $B$", 0.9), (lengths, "step", 0.1)):
+    (line,) = other.plot(curve.keys(), curve.values())
+    other.text(2, place, name, color=line.get_color(), va="center")
+other.set(xlabel="batch", ylabel="share, relative length", ylim=(-0.02, 1.05))
+plt.show()
+
 # %% [markdown]
 # After 60 updates, which at one update every ten steps are 600 steps, most of the trace of $B$ still comes from the
-# identity. Training often works nevertheless: the method then behaves like one that uses the factor $A$ only, and
-# becomes KFAC late. A damping that was tuned for such an optimizer is wrong in any other one.
+# identity. With the identity in place of $B$, the method uses the factor $A$ alone, and becomes KFAC late. A damping
+# that was tuned for such an optimizer does not suit another one.
 #
 # ### Factors, not products
 #
-# The average is taken of both factors separately. It is not the average of the products. For two batches with the
-# weights $1 - w$ and $w$,
+# The optimizer averages both factors separately. The product of the averages is not the average of the products. For
+# two batches with the weights $1 - w$ and $w$,
 #
 # $$
 # \begin{aligned}
@@ -431,10 +452,10 @@ assert lengths[10] < lengths[30] < lengths[60]
 #
 # The difference is a covariance of $B$ and $A$ over batches. KFAC averages factors for two reasons. The average of
 # products is a sum of Kronecker products, which has no cheap inverse. And the average of factors is the matrix that
-# KFAC would give for *one large batch* made of the small ones, as long as the parameters stay. The average of
+# KFAC would give for *one large batch* made of the small ones, if the parameters do not change. The average of
 # products depends on how the data were cut into batches.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: (11.7), and one large batch made of two"
 first, second = stream[:2]
 K1, K2, w = kfac(first), kfac(second), 0.3
 product = (1 - w) * K1.dense() + w * K2.dense()
@@ -455,11 +476,11 @@ assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()
 #
 # ## How long is a step?
 #
-# The undamped Newton step is right for a quadratic loss. KFAC's step is the minimum of an *approximate* quadratic,
-# estimated from a few batches, block by block. [Chapter 9](09_damping.py) damped one such step. [Figure 11.1] is
-# about 15 of them, and these are its findings:
+# The undamped Newton step ends at the minimum of a quadratic loss. KFAC's step ends at the minimum of an *approximate*
+# quadratic, which is estimated from a few batches, block by block. [Chapter 9](09_damping.py) damped one such step.
+# [Figure 11.1] has the results of 15 of them:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: what Figure 11.1 shows"
 assert worse["no control"] > 6
 assert worse["graft"] < worse["no control"]
 assert all(outcome["graft", d, r] < start for d in dampings for r in rates[:3])
@@ -467,29 +488,30 @@ equal = [outcome["KL clip", d, 0.1] / outcome["KL clip", d, 1.0] for d in dampin
 assert max(abs(ratio - 1) for ratio in equal) < 1e-3  # the learning rate has no effect
 good = [max(outcome["graft", d, 0.01] for d in dampings), outcome["no control", 1e-5, 0.01]]
 assert good[0] < 0.5 * start < start < good[1]
+assert any(outcome["KL clip", 1e-5, r] > start for r in rates)
 print(
-    f"no control: {worse['no control']} of 12 runs end above the start; graft: {worse['graft']},",
-    end=" ",
+    f"Runs that end above {start:.2f}, the loss at the start: {worse['no control']} of 12", end=" "
 )
-print("all of them with a learning rate of 1")
+print(f"without control,\n{worse['KL clip']} with a KL clip,", end=" ")
+print(f"{worse['graft']} with graft, all of these with a learning rate of 1")
 print(f"graft, learning rate .01: loss at most {good[0]:.2f} for all three dampings")
 print("KL clip, small damping: rates .1 and 1 end at the same loss, to", end=" ")
 print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
 
 # %% [markdown]
-# Without control, damping and learning rate must be found together, in a narrow region. The reason is the length of
+# Without control, a learning rate is good only with certain dampings. The reason is the length of
 # the step: a small damping makes it long, and so does a large learning rate. Each control of the package fixes the
-# length by another measure. A control does not make every setting a good one. A clip does not save a damping that
-# is far too small, and a grafted step with $\eta = 1$ is as much too long as Adam's would be. But with a control,
-# good settings are easy to find.
+# length by another measure. Not every setting is good with a control. With a KL clip, runs with a damping that
+# is far too small still fail, and a grafted step with $\eta = 1$ is too long, as Adam's would be. But one learning
+# rate of graft is good for all three dampings.
 #
 # In the package a control is a function from a `Step` to a `Step`. A `Step` is a value that holds gradient, direction
 # and rates, before any parameter has moved.
 #
 # ## The KL clip
 #
-# The first measure is the effect of the step on the model's *predictions*. By the expansion that [Chapter
-# 3](03_losses.py) proves under "The natural gradient", the KL divergence between the predicted distributions before
+# The first measure is the effect of the step on the model's *predictions*. By the expansion that
+# [Chapter 3](03_losses.py#the-natural-gradient) proves, the KL divergence between the predicted distributions before
 # and after a small change $\Delta$, averaged over the data, is
 #
 # $$
@@ -497,8 +519,8 @@ print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
 # \tag{11.8}
 # $$
 #
-# with the Fisher $F$. So an optimizer can forbid $\Delta^\top F \Delta$ to exceed some $\kappa$. The product with $F$
-# need not even be computed:
+# with the Fisher $F$. So an optimizer can keep $\Delta^\top F \Delta$ below a limit $\kappa$. If $F$ is replaced by the
+# optimizer's damped matrix, no product with it is needed:
 #
 # <div class="admonition theorem" markdown="1" id="thm-11.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 11.2 (KL clip)</b></p>
@@ -521,18 +543,19 @@ print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
 # scales this number by $\nu^2$. The last claim holds because $\delta I$ is positive definite. $\blacksquare$
 #
 # For a block-diagonal $M$ the product $h^\top P$ is a sum over layers of $\langle P_l, G_l \rangle$, the sum of the
-# products of all entries of gradient and preconditioned gradient. Both are at hand.
+# products of all entries of gradient and preconditioned gradient. The optimizer has computed both already.
 
 # %% tags=["remove-input"]
-code(kl_clip, _kl_clipped, squared_length)
+code(_kl_clipped, squared_length)
 
 
 # %% [markdown]
-# The next cells check the theorem on a trained network, first with the blocks of KFAC for $M$. `a_step` makes a step as
-# the optimizer would, with any function from gradients to directions:
+# The next cells check the theorem on a trained network, with the blocks of KFAC for $M$, and measure what the limit
+# means for the predictions. The function `a_step` makes a step as the optimizer would, with any function from gradients
+# to directions. The first number below is $\nu$. The second, the squared length with damping, must be the limit.
 
 
-# %%
+# %% tags=["hide-input"] fold="A step as the optimizer would make it"
 def a_step(model: Module, X: Tensor, y: Tensor, direction, lr: float = 1.0) -> Step:
     """A step as the optimizer would make it, with a given function from gradients to directions."""
     named = dict(model.named_parameters())
@@ -547,7 +570,7 @@ def a_step(model: Module, X: Tensor, y: Tensor, direction, lr: float = 1.0) -> S
     )
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: Theorem 11.2 on a trained network"
 model = network()
 train(model, torch.optim.Adam(model.parameters(), lr=0.02), batches(60))
 X, y = images[1000:1050], labels[1000:1050]
@@ -578,12 +601,12 @@ factored = preconditioner(model, {n: factored_inverse(M, damping) for n, M in Ms
 assert lengths_squared(kl_clip(limit)(a_step(model, X, y, factored)).change())[1] < 0.99 * limit
 
 # %% [markdown]
-# With factored damping the length stays below the limit. The matrix that is inverted exceeds $M + \delta I$
-# ([Theorem 9.2]), so that $h^\top P$ over-estimates. Now we compare the limit with the KL divergence itself, for
-# the exact GGN of all layers and for KFAC:
+# The cell also checks that with factored damping the length stays below the limit. There the matrix that is inverted is
+# larger than $M + \delta I$ ([Theorem 9.2]), so that $h^\top P$ is larger than the squared length. Now we compare the
+# limit with the KL divergence itself, for steps with the exact GGN of all layers and with KFAC:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: KL divergence of clipped steps"
 def kl_after(change: dict[str, Tensor]) -> float:
     """KL divergence from the predictions before the change to those after, mean over the data."""
     moved = {n: p.detach() + change[n] for n, p in model.named_parameters()}
@@ -615,12 +638,12 @@ for name, direction in {"exact": newton_direction, "KFAC": kfac_direction}.items
     assert name == "KFAC" or wrong[2] < wrong[0] / 5
 
 # %% [markdown]
-# With the exact GGN the quadratic stays below half of the limit, and the KL divergence approaches the quadratic as
-# the limit gets smaller; at the largest limit they differ. With KFAC the clip bounds the length in *KFAC's* metric,
-# and the predictions change several times as much. To see where the difference comes from, we measure the same step
-# with KFAC's blocks, with the exact blocks, and with the exact GGN of all layers:
+# With the exact GGN the quadratic [(11.8)] stays below half of the limit, and the KL divergence approaches the
+# quadratic as the limit gets smaller. At the largest limit they differ. With KFAC the clip bounds the length by
+# *KFAC's* matrix, and the predictions change several times as much. To find the cause of the difference, we measure the
+# same step with KFAC's blocks, with the exact blocks, and with the exact GGN of all layers:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the squared length of one step by three matrices"
 change = kl_clip(1e-3)(a_step(model, X, y, kfac_direction)).change()
 flat, places = flatten_values(model, change), block_index(model).values()
 in_blocks = sum(
@@ -636,21 +659,21 @@ assert 2 * seen[0] < seen[1] < seen[2]
 
 # %% [markdown]
 # Both approximations contribute: the product of averages within a layer, and the missing blocks between layers. The
-# true curvature along the step is larger than KFAC's, not smaller, for the reason given in [Chapter
-# 9](09_damping.py): a step goes where the inverse is large, that is, where KFAC's curvature is small, and errors of
-# KFAC that make it too small are selected. So the limit $\kappa$ is a number to be tuned, not a guarantee.
+# exact curvature along the step is larger than KFAC's. [Chapter 9](09_damping.py) gives the reason: a step is long in
+# directions in which KFAC's curvature is small, and among these are the directions in which KFAC errs to the small
+# side. So the limit $\kappa$ does not bound the KL divergence; it is a number to be tuned.
 #
 # The clip leaves out two parts of the change. *Momentum* is added afterwards: if successive steps agree,
 # $\mu = 0.9$ makes the change up to ten times as long, a hundred times in squared length. *Weight decay* is added
-# afterwards, too. Public implementations of the clip also leave both out.
+# afterwards, too. Public implementations of the clip leave both out as well.
 #
 # ### The learning rate cancels
 #
 # While the clip is active, [(11.9)] says that $\nu \eta = \sqrt{\kappa / h^\top P}$. **The learning rate cancels.**
-# This explains the equal columns in [Figure 11.1]: there, a search over $\eta$ changes nothing. With a schedule the
-# cancellation does harm. A clip that uses the *current* rate undoes the schedule, and steps do not get shorter. The
-# package uses the base rate in the clip, so that the schedule acts. The other version is one line, and we compare
-# both:
+# This explains the equal columns in [Figure 11.1]: a search over $\eta$ changes nothing there. The cancellation is
+# harmful if the learning rate has a schedule. A clip that uses the *current* rate undoes the schedule, and steps do not
+# get shorter. The package uses the base rate in the clip, so that the schedule acts. We compare it with the other
+# version:
 
 
 # %%
@@ -658,6 +681,7 @@ def clip_with_current_rate(limit: float):
     return lambda step: kl_clip(limit)(replace(step, base_lr=step.lr))
 
 
+# %% tags=["hide-input"] fold="Checked: equal weights for two learning rates; measured: two clips with a schedule"
 def clipped_run(control, lr: float, steps: int, scheduled: bool = True) -> tuple[Module, list]:
     model, rows = network(), []
     options = {"momentum": 0.0, "damping": 1e-2, "fisher": type2, "record": rows.append}
@@ -681,6 +705,7 @@ for name, rows in histories.items():
     print(f"{name:25} KL per step: {early:.1e} at first, {late:.1e} near the end")
 assert falls["current rate in the clip"] > 0.5
 assert falls["base rate in the clip"] < 0.1
+
 # %% tags=["hide-input"] alt="Two plots against the step. Left, the KL divergence of each step on a logarithmic axis: with the current rate in the clip it stays level until the last steps; with the base rate in the clip it falls by orders of magnitude, as the cosine schedule says. Right, nu: below one throughout for the base rate, and for the current rate it rises to one only in the last steps." caption="A cosine schedule from 1 to 0, with both clips. Left: the KL divergence of each step, to second order. Right: $\\nu$. The clip that uses the current rate lengthens the steps that the schedule shortens, until it is no longer active."
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.1), layout="constrained")
 looks = {"current rate in the clip": ("C4", "--"), "base rate in the clip": ("C0", "-")}
@@ -694,13 +719,13 @@ right.set(xlabel="step", ylabel=r"$\nu$")
 plt.show()
 
 # %% [markdown]
-# So look at $\nu$, which `record=` collects. If $\nu \lt 1$ in every step, the learning rate has no effect: tune
-# $\kappa$, and let the schedule act outside the clip.
+# So look at $\nu$, which the optimizer's argument `record` collects. If $\nu \lt 1$ in every step, the learning rate
+# has no effect. Then tune $\kappa$, and give the clip the base rate if there is a schedule.
 #
 # ## A norm, and Adam's norm
 #
-# **`norm_constraint`** bounds the plain length: $\nu = \min(1, c / \lVert \eta P \rVert)$. It needs no assumption about
-# $P$ and uses no property of the model.
+# **`norm_constraint`** bounds the Euclidean length of the step by a number $c$:
+# $\nu = \min(1, c / \lVert \eta P \rVert)$. This needs no assumption about $P$, and uses no property of the model.
 #
 # **`graft`** takes the length of each layer's step from Adam and the direction from KFAC. With Adam's step $u_l$ (at
 # learning rate 1) for layer $l$,
@@ -710,13 +735,13 @@ plt.show()
 # \tag{11.10}
 # $$
 #
-# The learning rate then means the same as for Adam, and its usual range is known. The scale of each layer's matrix
-# cancels: $B \otimes A$ and $5 (B \otimes A)$ give the same step if the damping is scaled along.
+# The learning rate then has the usual range of Adam's. The scale of each layer's matrix
+# cancels: $B \otimes A$ and $5 (B \otimes A)$ give the same step if the damping is multiplied by 5, too.
 
 # %% tags=["remove-input"]
-code(norm_constraint, _norm_constrained, graft, _grafted)
+code(_norm_constrained, _grafted)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: Adam's length, KFAC's direction, no scale, and the norm's limit"
 grafted = graft()(unclipped)
 copy = network()
 copy.load_state_dict(model.state_dict())
@@ -740,11 +765,11 @@ short = norm_constraint(0.1)(unclipped).change()
 assert abs(torch.cat([v.flatten() for v in short.values()]).norm().item() - 0.1) < 1e-10
 
 # %% [markdown]
-# Grafting gives up the length that curvature suggests. On a linear regression KFAC is the exact Hessian ([Chapter
-# 5](05_kfac.py)), so that one step with $\eta = 1$ ends at the minimum. A grafted step points to the minimum, too,
-# but has Adam's length, and many steps are needed.
+# Grafting discards the length that the curvature gives. For a linear regression KFAC is the exact Hessian
+# ([Chapter 5](05_kfac.py)), so that one step with $\eta = 1$ ends at the minimum. A first grafted step has the same
+# direction but Adam's length, and many steps are needed.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: a linear regression without control and with graft"
 squared, inputs = MSELoss(), torch.randn(40, 6)
 targets = inputs @ torch.randn(6, 3) + 0.3 * torch.randn(40, 3)
 best = (inputs @ torch.linalg.lstsq(inputs, targets).solution - targets).square().mean().item()
@@ -773,13 +798,13 @@ assert regress(grafting, 5) > 1e-2
 # %% [markdown]
 # ### Several controls
 #
-# `controls=[graft(), norm_constraint(0.1)]` first grafts and then limits. The order matters: in the other order,
-# graft would replace the limited length. A clip behind a graft has another problem. Graft has scaled each layer by
-# a number of its own, so that $P$ is no longer $(M + \delta I)^{-1} h$, the sum in [(11.9)] is no longer a squared
-# length, and [Theorem 11.2] does not apply. The clip still shortens long steps, but not to the limit that it was
-# given. After a graft, limit the norm.
+# `controls=[graft(), norm_constraint(0.1)]` first grafts and then limits. The order matters: in the other order, graft
+# would replace the limited length. A KL clip behind a graft has another problem. Graft has multiplied each layer by a
+# number of its own, so that $P$ is no longer $(M + \delta I)^{-1} h$, the sum in [(11.9)] is no longer a squared
+# length, and [Theorem 11.2] does not apply. The clip still shortens long steps, but not to the limit that it was given.
+# So use `norm_constraint` behind a graft.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a norm's limit behind a graft holds, a KL clip's does not"
 both, limit = graft()(unclipped), 1e-3
 meaningful = norm_constraint(0.1)(both).change()
 assert abs(torch.cat([v.flatten() for v in meaningful.values()]).norm().item() - 0.1) < 1e-10
@@ -796,11 +821,11 @@ assert abs(ratio - 1) > 0.05
 #
 # - **One loop.** For every layer the optimizer averages a matrix, inverts it with damping, and multiplies the gradient:
 #   [(11.1)]. It observes batches with vectors of its own, every few steps.
-# - **Averages.** A weight $w_t = (1 - \rho) / (1 - \rho^t)$ makes every average exact from the first batch on,
-#   without a start value ([Theorem 11.1]). The decay $\rho$ is the weight of the *old* matrix.
-# - **No identity.** A start at $I$ is a factored damping $\gamma_t^2$ that decays and that nobody chose, [(11.6)].
-# - **Length.** Damping and learning rate both set the length of a step. A control sets it once: by the change of
-#   the predictions (KL clip), by the norm, or by Adam's length (graft).
+# - **Averages.** With the weight $w_t = (1 - \rho) / (1 - \rho^t)$ of the newest matrix, the average is right from the
+#   first batch on, without a start value ([Theorem 11.1]). The decay $\rho$ is the weight of the *old* matrix.
+# - **No identity.** A start at $I$ is a factored damping $\gamma_t^2$ that decays with $t$, [(11.6)].
+# - **Length.** Damping and learning rate both change the length of a step. A control bounds or sets it by one measure:
+#   the change of the predictions (KL clip), the norm, or Adam's length (graft).
 # - **Check $\nu$.** While a KL clip is active, the learning rate cancels.
 #
 # [Chapter 12](12_quadratic_model.py) chooses the length by the exact curvature of the batch.
@@ -827,7 +852,7 @@ def my_step(G: Tensor, io: LayerIO, state: State, count: int) -> tuple[Tensor, S
     raise NotImplementedError
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="The function check_step"
 def check_step(step) -> None:
     """Five steps with `step` and with `KFAC`: the same parameters."""
     mine, theirs = network(), network()
@@ -879,9 +904,9 @@ def check_step(step) -> None:
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $\rho_t = 1 - 1/t$, $t M_t = (t - 1) M_{t-1} + \hat M_t$, so $t M_t$ is the sum of all
-# $\hat M_i$ and $M_t$ their plain mean. [(11.2)] decays from the first batch on; it is the plain
-# mean only for $\rho = 1$. Later both forget at the same rate.
+# With $\rho_t = 1 - 1/t$, $t M_t = (t - 1) M_{t-1} + \hat M_t$, so $t M_t$ is the sum of all $\hat M_i$ and $M_t$ their
+# plain mean. It is not [(11.2)], whose weights decay from the first batch on, and which is the plain mean only for
+# $\rho = 1$. From $t = 1 / (1 - \rho)$ on, the weights of old batches decay at the same rate in both.
 #
 # </details>
 #
@@ -904,15 +929,15 @@ def check_step(step) -> None:
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# After $T$ steps the weight of the old matrices must have fallen by $\rho$ in both cases, so that the decay per step is
-# $\rho^{1/T} = 0.95^{0.1} = 0.9949$. By [(11.4)] this average has ten times as many batches in it.
+# After $T$ steps the weight of the old matrices must be multiplied by $\rho$ in both cases, so that the decay per step
+# is $\rho^{1/T} = 0.95^{0.1} = 0.9949$. By [(11.4)] this average has ten times as many batches in it.
 #
 # </details>
 #
 # The solutions, checked:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 def solution(G: Tensor, io: LayerIO, state: State, count: int) -> tuple[Tensor, State]:  # 11.1
     a, g = io.a[:, 0], io.g[:, :, 0]
     A, B = a.T @ a / len(a), torch.einsum("vni,vnj->ij", g, g)
@@ -931,7 +956,7 @@ check_step(solution)
 try:  # the checker sees a wrong weight of the newest matrix
     check_step(lambda G, io, state, count: solution(G, io, state, count + 1))
 except AssertionError:
-    print("9.1: the solution takes KFAC's steps, and a wrong weight is found")
+    print("11.1: the solution takes KFAC's steps, and a wrong weight is found")
 else:
     raise AssertionError("check_step finds nothing")
 
@@ -967,14 +992,14 @@ assert_exact(scaled_run(7.0, None), scaled_run(1.0, None))
 
 per_step = 0.95 ** (1 / 10)  # 11.4
 ratio = (1 + per_step) / (1 - per_step) / ((1 + 0.95) / (1 - 0.95))
-print(f"9.4: decay {per_step:.4f}, {ratio:.1f} times as many batches")
+print(f"11.4: decay {per_step:.4f}, {ratio:.1f} times as many batches")
 assert abs(per_step - 0.9949) < 5e-5
 assert abs(ratio - 10) < 0.1
 
 # %% [markdown]
 # ## Further reading
 #
-# [Martens and Grosse (2015)](bibliography.md#kfac), section 5, for averages.
+# [Martens and Grosse (2015)](bibliography.md#kfac), section 5, average the factors.
 # [Ba, Grosse and Martens (2017)](bibliography.md#kl-clip) scale steps by their KL divergence;
 # [Agarwal et al. (2020)](bibliography.md#grafting) study grafting;
 # [Kingma and Ba (2015)](bibliography.md#adam) have the bias correction and the norm that graft uses.
