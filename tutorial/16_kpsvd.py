@@ -60,7 +60,7 @@ from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.kronecker_sum import Congruence, ConjugateGradientInverse, KroneckerSum
 from kfac_scratch.matrices.rearranged import Rearranged, lanczos_svd, power_svd
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import code, matrices, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -449,10 +449,10 @@ for k in steps:
 # %% tags=["hide-input"] alt="Logarithmic plot of what is missing of the first and second singular value against the number of steps, for power iteration and for Lanczos. All fall until round-off. Power iteration needs about twelve steps for the first and more than sixteen for the second value; Lanczos needs six for the first and ten for both." caption="The middle layer of a trained network: what is missing of the first two singular values. A step is one product with $R$ and one with its transpose. Power iteration needs the steps for its second value in addition to those for the first; Lanczos has both at once."
 fig, ax = plt.subplots(figsize=(6.4, 3.7), layout="constrained")
 label_at = {("power", 0): 7, ("power", 1): 14, ("Lanczos", 0): 3, ("Lanczos", 1): 6}
-for (name, curves), style in zip(missing.items(), ("o--", "s-"), strict=True):
+for (name, curves), dashes in zip(missing.items(), ("o--", "s-"), strict=True):
     for number, (curve, which) in enumerate(zip(curves, ("first", "second"), strict=True)):
         color, at = f"C{number}", label_at[name, number]
-        ax.semilogy(steps, curve, style, color=color, markersize=3)
+        ax.semilogy(steps, curve, dashes, color=color, markersize=3)
         ax.annotate(
             f"{name}, {which}", (steps[at], curve[at]), (6, 4), textcoords="offset points", color=color
         )
@@ -850,44 +850,56 @@ for layer, io in ios.items():
                 by_factors[name].append(share(factored_inverse(M, delta)))
 
 
+# %% [markdown]
+# Every column has three numbers, for the layers 0, 2 and 4. "Absolute" is the inverse of the authors' code.
+
+
+# %% tags=["hide-input"] fold="Printed: errors and shares"
 def numbers(row: list[float], digits: int = 3) -> str:
     return " ".join(f"{x:6.{digits}f}" for x in row) if row else "     –      –      –"
 
 
-print(f"{'':21}{'error':20}   {'decrease, by factors':20}   decrease, exactly")
+print(f"{'':21}{'error':20}   {'share, by factors':20}   share, exactly")
 for name in methods:
     print(f"{name:18}", "   ".join(numbers(row[name]) for row in (errors, by_factors, exactly)))
 for name in absolute:
     print(f"{name + ', absolute':41} {numbers(absolute[name])}")
-print("lowest eigenvalue of M + δI over δ:", {n: numbers(row, 0) for n, row in lowest.items()})
+print("\nlowest eigenvalue of M + δI, divided by δ")
+for name, row in lowest.items():
+    print(f"{name:18}", numbers(row, 0))
 
 # %% tags=["hide-input"] alt="Scatter plots for three layers, the relative error against the share of the best decrease, one row for damping by factors and one for exact damping. In the upper row Deflation and KFAC-CORRECTED have the smallest errors; TKFAC has the largest or nearly the largest decrease in each layer, with a larger error. In the lower row TKFAC and TEKFAC lead." caption="Every method on every layer, above damped by factors, below exactly. If nearer meant better, points of one panel would lie on a line falling to the right."
+marks = {
+    "TKFAC": ("C1", "s"),
+    "TEKFAC": ("C3", "v"),
+    "KPSVD": ("C4", "P"),
+    "KPSVD + diagonal": ("C5", "X"),
+    "KFAC-CORRECTED": ("C6", "^"),
+    "Deflation": ("C8", "*"),
+}
+looks = {name: {"color": color, "marker": marker} for name, (color, marker) in marks.items()}
+looks |= {name: style(name) for name in ("KFAC", "EKFAC")}
 fig, axes = plt.subplots(2, 3, figsize=(9.4, 6.0), layout="constrained", sharex="col")
+handles = {}
 for row, shares in zip(axes, (by_factors, exactly), strict=True):
     for layer, ax in enumerate(row):
-        for k, (name, marker) in enumerate(zip(methods, "os^vPXD*", strict=True)):
-            if shares[name]:
-                x, y_share = errors[name][layer], shares[name][layer]
-                ax.plot(x, y_share, marker, markersize=7, label=name, color=f"C{k}")
+        for name in filter(shares.get, methods):
+            point = errors[name][layer], shares[name][layer]
+            (handles[name],) = ax.plot(*point, **looks[name], markersize=7, linestyle="")
 for layer, ax in enumerate(axes[0]):
     ax.set(title=f"layer {2 * layer}")
     axes[1, layer].set(xlabel="relative error")
 axes[0, 0].set_ylabel("share, by factors")
 axes[1, 0].set_ylabel("share, exactly")
-entries = {
-    text: line
-    for row in axes
-    for line, text in zip(*row[0].get_legend_handles_labels(), strict=True)
-}
 fig.legend(
-    [entries[name] for name in methods],
-    list(methods),
+    *([handles[name] for name in methods], list(methods)),
     loc="outside lower center",
     ncols=4,
     fontsize="small",
 )
 plt.show()
 
+# %% tags=["hide-input"] fold="Checked: errors are ordered, shares are ordered otherwise"
 for layer in range(3):
     E = {name: errors[name][layer] for name in methods}
     assert E["Deflation"] < E["KPSVD"] < min(E["KFAC"], E["TKFAC"])

@@ -100,20 +100,30 @@ losses_kfac, states = train(MovingAverage(kfac))
 factors = states["2"]
 spectra = {"A": psd_eigh(factors.A)[0].flip(0), "B": psd_eigh(factors.B)[0].flip(0)}
 
-# %% tags=["hide-input"] alt="Two log plots, one for each factor of the middle layer: all 257 or 256 eigenvalues against their number, relative to the largest. They fall by two orders of magnitude or more within the first 30 and further from there. Circles on the first 32 mark what is kept. A horizontal line over the others is the one number that replaces them; it lies below the dotted line of a damping of one percent." caption="The factors of the middle layer after 30 steps. Line: all eigenvalues, relative to the largest. Circles: the 32 eigenpairs that RS-KFAC finds and keeps. Horizontal line: the number $c$ that replaces all others, their mean. Dotted: a damping of 1 % of the largest eigenvalue, below which eigenvalues hardly count."
+# %% tags=["hide-input"] alt="Two log plots, one for each factor of the middle layer: all 257 or 256 eigenvalues against their number, relative to the largest. They fall by two orders of magnitude or more within the first 30 and further from there. Triangles on the first 32 mark what is kept. A horizontal line over the others is the one number that replaces them; it lies below the dotted line of a damping of one percent." caption="The factors of the middle layer after 30 steps. Line: all eigenvalues, relative to the largest. Triangles: the 32 eigenpairs that RS-KFAC finds and keeps. Horizontal line: the number $c$ that replaces all others, their mean. Dotted: a damping of 1 % of the largest eigenvalue, below which eigenvalues hardly count."
+looks = {  # the same in all figures of this chapter
+    "RS": {"color": "C1", "marker": "^"},
+    "SRE": {"color": "C2", "marker": "v"},
+    "Nyström": {"color": "C3", "marker": "s"},
+}
 fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained", sharey=True)
 for ax, (name, values) in zip(axes, spectra.items(), strict=True):
     M = getattr(factors, name)
     kept, _ = leading(M, Sketch(32))
     c = trace_matched(kept, M.trace(), len(M))
-    first, text = values[0], ax.xaxis.label.get_color()
-    ax.semilogy(range(1, len(values) + 1), (values / first).cpu(), color=text, linewidth=1)
-    ax.semilogy(range(1, 33), (kept / first).cpu(), **style("KFAC"), linestyle="", markersize=4)
-    ax.semilogy([33, len(values)], 2 * [float(c / first)], color=style("KFAC")["color"])
-    ax.axhline(0.01, linestyle=":", linewidth=1, color=text)
-    ax.annotate("kept: U, d", (20, float(values[19] / first)), (8, 14), textcoords="offset points")
-    ax.annotate("the rest: c", (170, float(c / first)), (0, 4), textcoords="offset points")
-    ax.annotate("damping", (200, 0.01), (0, 4), textcoords="offset points")
+    first, color = values[0], looks["RS"]["color"]
+    ax.semilogy(range(1, len(values) + 1), (values / first).cpu(), color=style("KFAC")["color"])
+    ax.semilogy(range(1, 33), (kept / first).cpu(), **looks["RS"], linestyle="", markersize=4)
+    ax.semilogy([33, len(values)], 2 * [float(c / first)], color=color, linewidth=2)
+    ax.axhline(0.01, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
+    labels = {
+        "eigenvalues": ((100, float(values[99] / first)), style("KFAC")["color"]),
+        "kept: U and d": ((12, float(values[11] / first)), color),
+        "the rest: c": ((180, float(c / first)), color),
+        "damping": ((200, 0.01), ax.xaxis.label.get_color()),
+    }
+    for label, (at, paint) in labels.items():
+        ax.annotate(label, at, (4, 4), textcoords="offset points", color=paint)
     ax.set(title=f"factor {name}", xlabel="number of the eigenvalue", ylim=(1e-8, 2))
 axes[0].set_ylabel("relative to the largest")
 plt.show()
@@ -363,7 +373,7 @@ for k in (0, 1):
 # %% tags=["hide-input"] alt="Mean relative error of three approximations of rank twelve against the number of iterations. SRE starts highest, RS and Nyström nearly together far below it; all meet the dashed line of the best error by four iterations." caption="Error of rank 12, mean over 20 seeds. Dashed: the best that any twelve eigenpairs can do."
 fig, ax = plt.subplots(figsize=(6.0, 3.0))
 for name, curve in curves.items():
-    ax.plot(steps, curve, ".-", label=name)
+    ax.plot(steps, curve, **looks[name], label=name)
 ax.axhline(best, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color())
 ax.set(xlabel="iterations", ylabel="relative error", ylim=(0, None), xticks=list(steps))
 ax.legend()
@@ -676,7 +686,8 @@ else:
             points = [r for r in scaling["rows"] if (r["method"], r["part"]) == (method, part)]
             if points:
                 times = [sorted(r["seconds"])[len(r["seconds"]) // 2] for r in points]
-                ax.loglog([r["width"] for r in points], times, ".-", label=method)
+                look = style("KFAC") if method == "K-FAC" else looks[method.removesuffix("-KFAC")]
+                ax.loglog([r["width"] for r in points], times, **look, label=method)
         ax.set(title=part, xlabel="width")
         ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
         ax.minorticks_off()
