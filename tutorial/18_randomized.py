@@ -116,13 +116,13 @@ for ax, (name, values) in zip(axes, spectra.items(), strict=True):
     ax.semilogy(range(1, 33), (kept / first).cpu(), **looks["RS"], linestyle="", markersize=4)
     ax.semilogy([33, len(values)], 2 * [float(c / first)], color=color, linewidth=2)
     ax.axhline(0.01, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
-    labels = {
+    notes = {
         "eigenvalues": ((100, float(values[99] / first)), style("KFAC")["color"]),
         "kept: U and d": ((12, float(values[11] / first)), color),
         "the rest: c": ((180, float(c / first)), color),
         "damping": ((200, 0.01), ax.xaxis.label.get_color()),
     }
-    for label, (at, paint) in labels.items():
+    for label, (at, paint) in notes.items():
         ax.annotate(label, at, (4, 4), textcoords="offset points", color=paint)
     ax.set(title=f"factor {name}", xlabel="number of the eigenvalue", ylim=(1e-8, 2))
 axes[0].set_ylabel("relative to the largest")
@@ -131,7 +131,10 @@ plt.show()
 for name, values in spectra.items():
     share = values.cumsum(0) / values.sum()
     visible = int((values > 0.01 * values[0]).sum())
-    print(f"{name}: {len(values)} eigenvalues, of which {visible} are above 1 % of the largest;", end=" ")
+    print(
+        f"{name}: {len(values)} eigenvalues, of which {visible} are above 1 % of the largest;",
+        end=" ",
+    )
     print(f"the first 32 hold {share[31].item():.1%} of the trace")
     assert visible < 64
     assert share[31] > 0.9
