@@ -219,7 +219,7 @@ for S in (1, 4):
 code(Rearranged.to_outputs, Rearranged.to_inputs)
 
 # %% [markdown]
-# ## Taking turns
+# ## Power iteration
 #
 # Fix $A$. Which $B$ is best? The error [(16.1)] is a least-squares problem in every row of $R$, with
 # the solution $\operatorname{vec}(B) = R \operatorname{vec}(A) / \lVert A \rVert^2$. Then fix $B$, solve
@@ -277,7 +277,7 @@ assert errors == sorted(errors, reverse=True)
 assert errors[0] <= relative_error(tkfac(io).dense(), F)
 
 # %% [markdown]
-# ## Errors, and what is ordered
+# ## The order of errors
 #
 # [Koroko et al. (2022)](bibliography.md#kpsvd-kfac) propose four methods. **KPSVD** is the nearest product.
 # **Deflation** subtracts it from $F$ and adds the product nearest to the rest. **Lanczos** finds the same
@@ -596,14 +596,14 @@ assert kappa.square().sum() < C.square().sum() - 0.1
 # ### In the package
 #
 # `simultaneous_eigh` is [(16.6)], line by line: two triangular solves for $L^{-1} M L^{-\top}$, an
-# eigendecomposition, and one more solve for $K$. `KroneckerSum` calls it twice and returns a
+# eigendecomposition, and one more solve for $K$. `KroneckerSum` calls this function twice and returns a
 # `Congruence`, which is the right-hand side of [(16.8)].
 
 # %% tags=["beside", "remove-input"]
 code(simultaneous_eigh)
 
 
-# %% tags=["hide-input"] fold="Checked: the basis by (16.6), the inverse by (16.8), and the package's inverse"
+# %%
 def spd(size: int) -> Tensor:
     """A symmetric positive definite matrix."""
     M = torch.randn(size, size)
@@ -626,7 +626,7 @@ V = torch.randn(3, 5)
 assert_exact(direct @ (total @ V), V)
 
 # %% [markdown]
-# ### Why damping spoils it
+# ### With damping
 #
 # With damping there is a third term, $\delta I$. In the common basis it becomes $\delta K^\top K =
 # \delta\, (K_B^\top K_B) \otimes (K_A^\top K_A)$. For an orthogonal basis this would be $\delta I$. The common
@@ -794,7 +794,7 @@ assert indefinite > trials / 4
 assert shrunk[1e-6] > shrunk[1e-2] > shrunk[1e-1]
 
 # %% [markdown]
-# ## Nearer, and then?
+# ## Nearer matrices, better steps?
 #
 # The paper reports that all four methods are nearer to the Fisher than KFAC, and faster than KFAC on
 # three autoencoders. [Theorem 16.2] proves the first part. On the classifier from above we measure the error of the
