@@ -117,7 +117,7 @@ for ax, (name, values) in zip(axes, spectra.items(), strict=True):
     ax.semilogy([33, len(values)], 2 * [float(c / first)], color=color, linewidth=2)
     ax.axhline(0.01, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
     notes = {
-        "eigenvalues": ((100, float(values[99] / first)), style("KFAC")["color"]),
+        "eigenvalues": ((150, float(values[149] / first)), style("KFAC")["color"]),
         "kept: U and d": ((12, float(values[11] / first)), color),
         "the rest: c": ((180, float(c / first)), color),
         "damping": ((200, 0.01), ax.xaxis.label.get_color()),
@@ -384,7 +384,8 @@ plt.show()
 
 # %% [markdown]
 # One more product lowers the error much more than another decomposition does. After two iterations, the curves of the
-# three coincide. ([Theorem 18.2] orders eigenvalues. The order of errors need not hold for *one* matrix and seed.)
+# three nearly coincide. ([Theorem 18.2] orders eigenvalues. The order of errors need not hold for *one* matrix and
+# seed.)
 #
 # ### Oversampling
 #
