@@ -96,9 +96,10 @@ matrices(picture, blocks=dict.fromkeys(picture, (5, 5)))
 # singular vectors,
 #
 # $$
-# F = \sum_k \sigma_k\, B_k \otimes A_k ,
-# \qquad
-# \Bigl\lVert F - \sum_{k \le r} \sigma_k\, B_k \otimes A_k \Bigr\rVert^2 = \sum_{k \gt r} \sigma_k^2 ,
+# \begin{aligned}
+# F &= \sum_k \sigma_k\, B_k \otimes A_k , \\
+# \sum_{k \gt r} \sigma_k^2 &= \Bigl\lVert F - \sum_{k \le r} \sigma_k\, B_k \otimes A_k \Bigr\rVert^2 ,
+# \end{aligned}
 # $$
 #
 # and no other sum of $r$ products is nearer to $F$. KPSVD is the case $r = 1$.
@@ -467,7 +468,7 @@ for (name, curves), dashes in zip(missing.items(), ("o--", "s-"), strict=True):
             ha=side,
             color=color,
         )
-ax.set(xlabel="steps", ylabel=r"relative error of $\sigma$", ylim=(1e-16, 2))
+ax.set(xlabel="steps", ylabel=r"relative error of $\sigma$", ylim=(1e-16, 2), xlim=(0.2, 16.5))
 plt.show()
 
 at = {k: (missing["power"][1][k - 2], missing["Lanczos"][1][k - 2]) for k in (2, 10)}
