@@ -72,6 +72,7 @@ device = torch.get_default_device()
 def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
     return (U * (d - c)) @ U.T + c * torch.eye(len(U))
 
+
 # %% tags=["hide-input"] alt="Three heat maps of 16 by 16 entries. In the coordinates of the layer all entries of the sum are filled. In the basis of U and Q only the upper left corner of five by five is filled. In the new eigenvectors only the first five entries of the diagonal are." caption="A sum of three eigenpairs and a batch of two columns, in three bases: the coordinates of the layer, $U$ and $Q$ (with eleven more vectors), and the new eigenvectors. Only the corner of five rows is ever decomposed."
 own = torch.Generator(device).manual_seed(0)
 U = torch.linalg.qr(torch.randn(16, 3, generator=own)).Q
@@ -132,6 +133,7 @@ matrices({r"$M + X X^\top$": total, r"in $[U\ Q]$": corner, "in the new eigenvec
 # the columns of $[U\ Q]\, W$, which are orthonormal, as $[U\ Q]$ and $W$ both have orthonormal columns. **The update is
 # exact**, and no matrix of size $d \times d$ occurs: the cost is of the order of $d\, (r + K)^2 + (r + K)^3$.
 # [Brand (2006)](bibliography.md#brand-svd) found the update for singular values. Column by column:
+
 
 # %%
 def update_by_hand(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +200,7 @@ code(brand_update)
 # %% tags=["beside", "remove-input"]
 code(updated_factor)
 
+
 # %% tags=["hide-input"] fold="Checked: without truncation the update is exact, from zero and from the identity"
 def none(d: int, c: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """No eigenpairs, and a tail."""
@@ -260,6 +263,7 @@ print(f"relative error after 20 batches: {relative_error(from_pairs(*factor), ex
 # Do the two differ in accuracy? We follow a stream of batches, with variances that decay and directions that drift, and
 # compare the inverse of the damped average with the exact one. The printed errors are means over the last 40 batches.
 
+
 # %% tags=["hide-input"] fold="Measured: the inverse of a drifting average, with five rules for the tail"
 def stream(batches: int, rate: float, drift: float, d: int = 120, N: int = 8) -> list[Tensor]:
     """Columns of batches; their principal directions turn slowly."""
@@ -305,13 +309,14 @@ assert mean["tail: trace_matched"] < 1.2 * mean["truncated average"]
 assert mean["tail: trace_matched"] < mean["tail at the end only"] < mean["tail: smallest_kept"]
 assert mean["tail: trace_matched"] < mean["tail: zero_tail"]
 
-# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, for five ways to treat the tail. The trace-matched tail stays on the line of the truncated exact average, which is lowest. Without a tail, or with one that is added at the end, errors are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, with 24 eigenpairs of 120. The truncated average knows the exact one."
-fig, ax = plt.subplots(figsize=(6.8, 3.5))
-for name in history[-1]:
-    style = "--" if name == "truncated average" else "-"
-    ax.plot(range(1, 101), [row[name] for row in history], style, label=name)
-ax.set(xlabel="batches", ylabel="error of the inverse", ylim=(0, None))
-ax.legend(fontsize="small")
+# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, for five ways to treat the tail. The trace-matched tail stays on the line of the truncated exact average, which is lowest. Without a tail, or with one that is added at the end, errors are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, with 24 eigenpairs of 120. The trace-matched tail (dots) is on the line of the truncated average, which needs the exact one."
+fig, ax = plt.subplots(figsize=(6.8, 3.5), layout="constrained")
+for number, name in enumerate(history[-1]):
+    values = [row[name] for row in history]
+    (line,) = ax.plot(range(1, 101), values, color=f"C{number}", label=name)
+    ax.text(102, values[-1], name, color=line.get_color(), va="center", fontsize="small")
+ax.set(xlabel="batches", ylabel="error of the inverse", ylim=(0, None), xlim=(0, 145))
+ax.set_xticks(range(0, 101, 20))
 plt.show()
 
 # %% [markdown]
@@ -332,6 +337,7 @@ code(Brand.update)
 # %% [markdown]
 # Made-up batches of 4 data, ten of them, for a layer with 90 inputs and 70 outputs. With rank 40 nothing is ever cut
 # off, and the inverse is that of KFAC's average. Smaller ranks have an error, but always KFAC's trace:
+
 
 # %% tags=["hide-input"] fold="Checked: rank 40 is exact. Measured: the error of a step for smaller ranks"
 def follow(estimator: Estimator, ios: list[LayerIO]):
@@ -444,27 +450,32 @@ assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 # of one square layer on one thread, with a batch of fixed size ([Chapter 18](18_randomized.py) describes how they are
 # measured).
 
-# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: KFAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: KFAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). B-KFAC and SKFAC have the slope one in both, and stay below the gradient, the dashed line."
+# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: KFAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: KFAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). B-KFAC and SKFAC have the slope one in both. Wide layers need more time for the gradient, the dashed line, than for their steps."
 file = RESULTS / "scaling-cpu.json"
 WIDTHS = [256, 2048, 16384]
+LOOKS = {"K-FAC": style("KFAC"), "RS-KFAC": {"color": "C1", "marker": "^"}}
+LOOKS |= {"B-KFAC": {"color": "C3", "marker": "s"}, "SKFAC": {"color": "C4", "marker": "d"}}
+LOOKS |= {"gradient": style("gradient") | {"linestyle": "--"}}
 scaling = json.loads(file.read_text()) if file.exists() else None
 if scaling is None:
     print("No stored benchmark here: clone the repository and run python -m benchmarks.scaling")
 else:
     fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharey=True)
     for ax, part in zip(axes, ("update", "apply"), strict=True):
-        for method in ("K-FAC", "RS-KFAC", "B-KFAC", "SKFAC", "gradient"):
+        for method, look in LOOKS.items():
             wanted = (method, "share" if method == "gradient" else part)
             points = [r for r in scaling["rows"] if (r["method"], r["part"]) == wanted]
             if method != "gradient" or part == "apply":
+                widths = [r["width"] for r in points]
                 times = [sorted(r["seconds"])[len(r["seconds"]) // 2] for r in points]
-                style = "--" if method == "gradient" else ".-"
-                ax.loglog([r["width"] for r in points], times, style, label=method)
-        ax.set(title=part, xlabel="width")
+                (line,) = ax.loglog(widths, times, **look, markersize=4)
+                end, name = (1.15 * widths[-1], times[-1]), method.replace("K-FAC", "KFAC")
+                ax.text(*end, name, color=line.get_color(), va="center", fontsize="small")
+        ax.set(title={"update": "update of a factor", "apply": "added to a step"}[part])
+        ax.set(xlabel="width", xlim=(None, 1e5))
         ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
         ax.minorticks_off()
     axes[0].set_ylabel("seconds")
-    axes[1].legend(fontsize="small")
     plt.show()
 
 # %% tags=["hide-input"] fold="Printed: fitted powers, crossings and errors. Checked: two methods are nearly linear"
@@ -487,9 +498,9 @@ if scaling is not None:
 
 # %% [markdown]
 # The expected powers are 3 for KFAC, 2 for RS-KFAC, and 1 for B-KFAC and [SKFAC](17_skfac.py). SKFAC has the lowest
-# cost, because it uses the last batch only, and therefore a large error. B-KFAC remembers earlier batches at a cost
-# that is larger by a constant. Its eigenpairs follow only if every factor is updated with *every* batch. So this time
-# counts at every step, while KFAC and RS-KFAC may invert less often.
+# cost, because it uses the last batch only, and therefore has a larger error. B-KFAC remembers earlier batches at a
+# cost that is larger by a constant. Its eigenpairs follow only if every factor is updated with *every* batch. So this
+# time counts at every step, while KFAC and RS-KFAC may invert less often.
 #
 # ## Training
 #
@@ -703,6 +714,7 @@ assert_exact(ContinuedInverse()(M, 0.1) @ (B @ G @ A), G)
 # which removes the wrong directions as long as there are $r$ right ones. We try two ranks, with an average that has
 # eight directions:
 
+
 # %%
 def naive_update(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     C = U.T @ X
@@ -735,10 +747,11 @@ assert wrong[naive_update, 16] > 1e-7
 
 # %% [markdown]
 # With $r = 8$ the naive update is as accurate as the package's. With $r = 16$, which is more than the data have, wrong
-# directions stay, and their overlaps grow. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases, because
-# [(19.2)] uses only $X = UC + QR$. The *inverse* is wrong: [(18.7)] holds for orthonormal columns only. A test that
-# compares matrices does not find this fault; a test that compares inverses does. Whether it occurred in the author's
-# experiments is not known: a rank below that of the data, or a little noise in other directions, is enough to avoid it.
+# directions are kept and enter the next update. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases,
+# because [(19.2)] uses only $X = UC + QR$. The *inverse* is wrong: [(18.7)] holds for orthonormal columns only. A test
+# that compares matrices does not find this fault; a test that compares inverses does. Whether it occurred in the
+# author's experiments is not known: a rank below that of the data, or a little noise in other directions, is enough to
+# avoid it.
 
 # %% tags=["remove-input"]
 code(split_by_span, reorthonormalized)
@@ -751,6 +764,7 @@ code(split_by_span, reorthonormalized)
 # the product $C R^\top$. Finally, $[U\ Q]\, W$ loses a little orthogonality by round-off in
 # every update, and thousands of updates add up. A step $U \leftarrow U\, (3 I - U^\top U) / 2$ squares
 # the deviation from orthogonality, so that it does not accumulate:
+
 
 # %% tags=["hide-input"] fold="Measured: orthogonality after 300 updates in single precision, without and with the step"
 def without_the_step(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
