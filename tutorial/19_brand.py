@@ -220,7 +220,7 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 # ## Truncation is the only error
 #
 # Every batch adds up to $K$ eigenpairs. Before the next batch the state is truncated to its leading $r$. An inverse
-# between two batches uses all $r + K$. The truncation loses something, and no other part of the method does.
+# between two batches uses all $r + K$. The truncation is the only step that loses something.
 #
 # <div class="admonition theorem" markdown="1" id="thm-19.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 19.2 (errors add up, and decay)</b></p>
@@ -573,7 +573,7 @@ code(refreshed, ritz)
 
 # %% [markdown]
 # <div class="admonition theorem" markdown="1" id="thm-19.3">
-# <p class="admonition-title" markdown="1"><b>Theorem 19.3 (a correction never harms)</b></p>
+# <p class="admonition-title" markdown="1"><b>Theorem 19.3 (a correction never increases the error)</b></p>
 #
 # Let $\hat M$ be the matrix before and $\hat M'$ the one after the correction. Then
 #

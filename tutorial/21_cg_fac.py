@@ -244,14 +244,15 @@ code(conjugate_gradient)
 #
 # </div>
 #
-# **Proof.** The Krylov spaces grow, so the minima fall. The first space is the line through $G$, which is (2). On this
-# line $q$ falls below $q(0) = 0$, so $0 \gt q(X_k) = \tfrac12 \langle X_k, M X_k \rangle - \langle X_k, G \rangle$. As
-# $\langle X_k, M X_k \rangle \ge 0$, the inner product with $G$ is positive, which completes (1). For (3), split $G$
-# into parts $G_\lambda$, one for each eigenvalue $\lambda$ of $M$. A combination of $M^j G$ is $\sum_\lambda
-# p(\lambda)\, G_\lambda$ with a polynomial $p$ of degree $k - 1$. The solution is $\sum_\lambda \lambda^{-1}
-# G_\lambda$. A polynomial of degree $k - 1$ can take the values $\lambda^{-1}$ at $k$ points. $F$ has rank $K$ at most,
-# so $M$ has at most $K$ eigenvalues that are not $\delta$, and $\delta$ itself. If $G$ is in the span of the gradients,
-# it has no part at $\delta$. $\blacksquare$
+# **Proof.** The Krylov spaces grow, so the minima do not rise. If $X_k$ is still the minimum in the next space, its
+# residual, which lies in that space, is orthogonal to itself, hence zero. The first space is the line through $G$,
+# which is (2). On this line $q$ falls below $q(0) = 0$, so $0 \gt q(X_k) = \tfrac12 \langle X_k, M X_k \rangle -
+# \langle X_k, G \rangle$. As $\langle X_k, M X_k \rangle \ge 0$, the inner product with $G$ is positive, which
+# completes (1). For (3), split $G$ into parts $G_\lambda$, one for each eigenvalue $\lambda$ of $M$. A combination of
+# $M^j G$ is $\sum_\lambda p(\lambda)\, G_\lambda$ with a polynomial $p$ of degree $k - 1$. The solution is
+# $\sum_\lambda \lambda^{-1} G_\lambda$. A polynomial of degree $k - 1$ can take the values $\lambda^{-1}$ at $k$
+# points. $F$ has rank $K$ at most, so $M$ has at most $K$ eigenvalues that are not $\delta$, and $\delta$ itself. If
+# $G$ is in the span of the gradients, it has no part at $\delta$. $\blacksquare$
 #
 # By (1), a step can be stopped at any time and remains a descent direction. By (3), $K = V N$ gradients need $V N + 1$
 # products at most, *however large the layer is*. This is the drop at step seven of [Figure 21.1]. KFAC's matrix of the
@@ -374,15 +375,20 @@ assert abs(cg[4] / (10 * 4 * 64 * d**2) - 1) < 0.05  # 4 N d² a step
 assert cg[0] < applied < cg[4]
 assert all(k < c for k, c in zip(counts["kernel"][:6], cg[:6], strict=True))
 
-# %% tags=["hide-input"] alt="Log-log plot of operations against the size of the batch, for a layer of width 256. Ten steps of CG rise in proportion to the batch. The kernel's two lines lie far below it and come nearer as the batch grows. KFAC with fresh factors is almost flat. A horizontal line, one product with a kept inverse, is crossed by CG at about 26 data and by the kernel at about 200." caption="Operations for one step of a layer of width 256. Dashed: one product with an inverse of KFAC that was kept."
-fig, ax = plt.subplots(figsize=(6.4, 3.6))
-for (name, row), marker in zip(counts.items(), "os^d", strict=True):
-    ax.loglog(sizes, row, marker + "-", markersize=4, label=name)
-ax.axhline(applied, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color())
+# %% tags=["hide-input"] alt="Log-log plot of operations against the size of the batch, for a layer of width 256. Ten steps of CG rise in proportion to the batch. The kernel's two lines lie far below it and come nearer as the batch grows. KFAC with fresh factors is almost flat. A horizontal line, one product with a kept inverse, is crossed by CG at about 26 data and by the kernel at about 200." caption="Operations for one step of a layer of width 256. Dashed: one product with an inverse of KFAC that was kept. The kernel costs less than this product up to 128 data, ten steps of CG up to 16."
+looks = ({"color": "C1", "marker": "s"}, {"color": "C3", "marker": "^"})
+looks += ({"color": "C4", "marker": "d"}, style("KFAC"))
+fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+for (name, row), look in zip(counts.items(), looks, strict=True):
+    (line,) = ax.loglog(sizes, row, **look, markersize=4)
+    ax.text(590, row[-1], name, color=line.get_color(), va="center", fontsize="small")
+ax.axhline(applied, linestyle="--", linewidth=1, color=style("KFAC")["color"])
 ax.set(xlabel="data in the batch, $N$", ylabel="operations", xticks=sizes, xticklabels=sizes)
+ax.set_xlim(3.5, 3500)
 ax.minorticks_off()
-ax.legend(fontsize="small")
 plt.show()
+assert cg[2] < applied < cg[3]
+assert counts["kernel"][5] < applied < counts["kernel"][6]
 
 # %% [markdown]
 # A product with the block takes $4 N d^2$ operations, a product with KFAC's inverse $4 d^3$. So $k$ steps of CG cost
@@ -449,16 +455,16 @@ for multiple in (0.1, 1.0, 10.0):
     assert all(old <= new + 1e-9 for old, new in zip(parts[:-1], parts[1:], strict=True))
     assert parts[0] < with_kfac < parts[-3] > 0.8
 
-# %% tags=["hide-input"] alt="Three plots of the reached part of the possible decrease against steps of CG, for three dampings. Each curve rises from near zero to one. A horizontal line for KFAC is crossed after a few steps; the smaller the damping, the lower the line and the more steps are needed to reach one." caption="Part of the possible decrease of the batch's own parabola. Dotted: KFAC's direction with the best step length."
+# %% tags=["hide-input"] alt="Three plots of the reached part of the possible decrease against steps of CG, for three dampings. Each curve rises from near zero to one. A horizontal line for KFAC is crossed after a few steps; the smaller the damping, the lower the line and the more steps are needed to reach one." caption="Part of the possible decrease of the batch's own quadratic function. Squares: CG. Dotted: KFAC's direction with the best step length. A few steps of CG exceed it; a smaller damping needs more steps for the rest."
 fig, axes = plt.subplots(1, 3, figsize=(9.2, 3), layout="constrained", sharey=True)
 for ax, (multiple, (parts, with_kfac)) in zip(axes, reached.items(), strict=True):
-    ax.semilogx(counts, parts, "o-", markersize=4, label="CG")
-    ax.axhline(with_kfac, linestyle=":", color="C1", label="KFAC")
+    ax.semilogx(counts, parts, "s-", color="C1", markersize=4)
+    ax.axhline(with_kfac, linestyle=":", color=style("KFAC")["color"])
+    ax.text(40, with_kfac - 0.02, "KFAC", color=style("KFAC")["color"], ha="right", va="top")
     ax.set(title=f"damping {multiple:g} × mean", xlabel="steps", xticks=[1, 3, 10, 40])
     ax.set_xticklabels([1, 3, 10, 40])
     ax.minorticks_off()
 axes[0].set_ylabel("part of the decrease")
-axes[0].legend()
 plt.show()
 
 # %% [markdown]
@@ -485,16 +491,17 @@ for name, row in judged.items():
 assert min(judged["own 48 images"]) > 0
 assert judged["1000 images"][-1] < -10 * judged["own 48 images"][-1]
 
-# %% tags=["hide-input"] alt="Plot of the decrease of the parabola against steps of CG for a small damping. For the batch's own parabola the curve rises a little; for that of all data it falls far below zero." caption="Decrease of two parabolas by the same steps, at a tenth of the mean eigenvalue as damping. The vertical axis is logarithmic on both sides of zero."
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for (name, row), marker in zip(judged.items(), "os", strict=True):
-    ax.semilogx(counts, row, marker + "-", markersize=4, label=name)
+# %% tags=["hide-input"] alt="Plot of the decrease of two quadratic functions against steps of CG for a small damping. For the batch's own function the curve rises a little; for that of all data it falls far below zero." caption="Decrease of two quadratic functions by the same steps, at a tenth of the mean eigenvalue as damping. With more steps the function of the batch's own images decreases more, and that of the 1000 images increases. The vertical axis is logarithmic on both sides of zero."
+fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
+for (name, row), (mark, colour) in zip(judged.items(), (("s-", "C1"), ("^-", "C3")), strict=True):
+    ax.semilogx(counts, row, mark, color=colour, markersize=4)
+    ax.text(44, row[-1], name, color=colour, va="center", fontsize="small")
 ax.set_yscale("symlog", linthresh=0.1)
 ax.axhline(0, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
 ax.set(xlabel="steps of CG on the batch", ylabel="decrease", xticks=[1, 3, 10, 40])
 ax.set_xticklabels([1, 3, 10, 40])
+ax.set_xlim(0.9, 130)
 ax.minorticks_off()
-ax.legend()
 plt.show()
 
 # %% [markdown]
@@ -505,8 +512,8 @@ plt.show()
 # number of steps and a large damping are reasonable even where more steps could be afforded.
 #
 # KFAC's factors can be averaged over many batches, which adds the missing information. Gradients of single data cannot
-# be averaged in this way: the mean of two batches' rows is not a row of anything, and the rows of several batches, kept
-# side by side, are a larger batch and cost as much.
+# be averaged in this way: the block of averaged rows is not the average of the blocks, and the rows of several batches,
+# kept side by side, are a larger batch and cost as much.
 
 # %%
 first, second = random_io(4), random_io(4)
@@ -599,12 +606,12 @@ plain, helped = errors.values()
 assert helped[0] < 0.9 * plain[0]
 assert plain[9] < 1e-6 < 1e-3 < helped[9]
 
-# %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays high for six steps and then drops to round-off. Preconditioned by KFAC it starts lower and falls slowly over thirty steps and more." caption="A preconditioner that helps the first steps and spoils the last. Six data, five outputs, seven inputs."
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for (name, row), marker in zip(errors.items(), "os", strict=True):
-    ax.semilogy(range(1, 41), row, marker + "-", markersize=3, label=name)
-ax.set(xlabel="steps", ylabel="relative error")
-ax.legend()
+# %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays high for six steps and then drops to round-off. Preconditioned by KFAC it starts lower and falls slowly over thirty steps and more." caption="Error of conjugate gradients with the exact block, plain and preconditioned by KFAC, for six data, five outputs and seven inputs. The preconditioner reduces the error of the first steps only."
+fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
+for (name, row), look in zip(errors.items(), (style("GGN"), style("KFAC")), strict=True):
+    ax.semilogy(range(1, 41), row, **look, markersize=3)
+    ax.text(41, row[-1], name, color=look["color"], va="center", fontsize="small")
+ax.set(xlabel="steps", ylabel="relative error", xlim=(0, 62), xticks=[1, 7, 20, 40])
 plt.show()
 
 # %% [markdown]
@@ -658,9 +665,9 @@ for tol, k in needed.items():
 # 206](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L204-L206)).
 # Such steps are counted, and `dump` reports them as `Bad` ([line
 # 54](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L54)). The
-# norm of the residual can grow in conjugate gradients that will converge. And the length of a gradient is unrelated to
-# that of a solution, which is larger by a factor of up to $1 / \delta$. The package returns the $X_k$ that was reached.
-# An indefinite matrix, which is a mistake elsewhere in the program, is an error:
+# norm of the residual can grow in conjugate gradients that will converge. And the gradient has another scale than the
+# solution, which is up to $1 / \delta$ times as long. The package returns the $X_k$ that was reached. An indefinite
+# matrix, which is a mistake elsewhere in the program, is an error:
 
 # %%
 try:
@@ -682,8 +689,8 @@ assert (moved * G).sum() < 0
 # %% [markdown]
 # ## The paper and this package
 #
-# What is in [Chen (2021)](bibliography.md#cg-fac), as far as its abstract tells, and what is here. "code" is
-# DeepFormer, as above.
+# What is in [Chen (2021)](bibliography.md#cg-fac), as far as its abstract tells, and what is here. Entries that begin
+# with "code" are about DeepFormer, as above.
 #
 # | | the paper | here |
 # | --- | --- | --- |
