@@ -609,17 +609,18 @@ assert plain[9] < 1e-6 < 1e-3 < helped[9]
 
 # %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays high for six steps and then drops to round-off. Preconditioned by KFAC it starts lower and falls slowly over thirty steps and more." caption="Error of conjugate gradients with the exact block, plain and preconditioned by KFAC, for six data, five outputs and seven inputs. The preconditioner reduces the error of the first steps only."
 fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
-for (name, row), look in zip(errors.items(), (style("GGN"), style("KFAC")), strict=True):
+looks, places = (style("GGN"), style("KFAC")), ((7.5, 1e-9), (12, 3e-3))
+for (name, row), look, place in zip(errors.items(), looks, places, strict=True):
     ax.semilogy(range(1, 41), row, **look, markersize=3)
-    ax.text(41, row[-1], name, color=look["color"], va="center", fontsize="small")
-ax.set(xlabel="steps", ylabel="relative error", xlim=(0, 62), xticks=[1, 7, 20, 40])
+    ax.text(*place, name, color=look["color"])
+ax.set(xlabel="steps", ylabel="relative error", xticks=[1, 7, 20, 40])
 plt.show()
 
 # %% [markdown]
 # In the first steps KFAC's inverse reduces the error. Later it delays convergence. The plain matrix has seven different
 # eigenvalues, and the seventh step finishes. KFAC's inverse multiplies the many equal eigenvalues
 # $\delta$ by different numbers, so that [Theorem 21.1] no longer bounds the number of steps by seven. Use KFAC as a
-# preconditioner for a handful of steps or not at all.
+# preconditioner for very few steps or not at all.
 #
 # ## What goes wrong in practice
 #
