@@ -16,17 +16,13 @@
 # **Part V: Better and faster.** Can the eigenpairs of a moving average be kept up to date without ever
 # forming the matrix that is averaged?
 #
-# The randomised inverses of [Chapter 18](18_randomized.py) cost the square of a layer's width instead of the cube.
-# To get below the square, nothing may touch a factor: neither store it, nor average it, nor multiply with it.
-# What is left are its leading eigenpairs, $r$ vectors of length $d$, and the rows of the newest batch. This
-# chapter shows that one can go from batch to batch with only these, at a cost that is *linear*
-# in the width: how the update works, what its only error is, where round-off breaks the obvious code, and what
-# "linear" does and does not include.
+# The randomised inverses of [Chapter 18](18_randomized.py) store and multiply KFAC's factors, which costs the square
+# of a layer's width. B-KFAC keeps only $r$ eigenpairs of each factor and updates them with the $K$ rows of each new
+# batch. The update is an eigendecomposition of $r + K$ rows: [Figure 19.1]. Its cost is *linear* in the width.
 
-# %%
+# %% tags=["hide-input"]
 import json
 from contextlib import ExitStack
-from pathlib import Path
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -35,7 +31,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Linear, Sequential, Tanh
 
-import kfac_scratch
 import kfac_scratch.approximations.brand as parts_of_brand
 import kfac_scratch.approximations.randomized as parts_of_sketches
 from kfac_scratch.approximations.brand import (
@@ -68,7 +63,7 @@ from kfac_scratch.matrices.low_rank import LowRankKronecker
 from kfac_scratch.matrices.low_rank_update import brand_update, reorthonormalized, split_by_span
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
-from kfac_scratch.show import code
+from kfac_scratch.show import RESULTS, code, matrices, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 device = torch.get_default_device()
@@ -78,12 +73,45 @@ def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
     return (U * (d - c)) @ U.T + c * torch.eye(len(U))
 
 
+# %% tags=["hide-input"] alt="Three heat maps of 16 by 16 entries. In the coordinates of the layer all entries of the sum are filled. In the basis of U and Q only the upper left corner of five by five is filled. In the new eigenvectors only the first five entries of the diagonal are." caption="A sum of three eigenpairs and a batch of two columns, in three bases: the coordinates of the layer, $U$ and $Q$ (with eleven more vectors), and the new eigenvectors. Only the corner of five rows is ever decomposed."
+own = torch.Generator(device).manual_seed(0)
+U = torch.linalg.qr(torch.randn(16, 3, generator=own)).Q
+d, X = torch.tensor([4.0, 3.0, 2.0]), torch.randn(16, 2, generator=own) / 2
+total = from_pairs(U, d) + X @ X.T
+basis = torch.linalg.qr(torch.cat([U, X], 1), mode="complete").Q
+corner = torch.zeros(16, 16)
+corner[:5, :5] = (basis.T @ total @ basis)[:5, :5]
+assert_exact(basis @ corner @ basis.T, total)
+V, e = brand_update(U, d, X)
+assert_exact(from_pairs(V, e), total)
+diagonal = torch.cat([e, torch.zeros(11)]).diag()
+matrices({r"$M + X X^\top$": total, r"in $[U\ Q]$": corner, "in the new eigenvectors": diagonal})
+
 # %% [markdown]
+# With $r$ eigenvectors in the columns of $U$, the columns $X$ of a batch, and an orthonormal basis $Q$ of what $X$ has
+# outside of the span of $U$,
+#
+# $$
+# U \operatorname{diag}(d)\, U^\top + X X^\top
+# = [U\ Q] \; \bigl( \text{a matrix with } r + K \text{ rows} \bigr) \; [U\ Q]^\top .
+# $$
+#
+# The eigenpairs of the small matrix, rotated by $[U\ Q]$, are those of the sum. Before the next batch the leading $r$
+# of them are kept.
+#
+# After this chapter you will be able to
+#
+# - update the eigenpairs of a moving average with a batch, exactly and without a matrix of the layer's size;
+# - say what a truncation loses, why this error decays, and what number to put in the place of what was cut off;
+# - tell for which layers the update is of low rank, and check that a run really used it;
+# - apply the inverse to a gradient in factors, and say what is linear then and what is not;
+# - keep eigenvectors orthonormal where round-off destroys a plain implementation.
+#
 # ## One update
 #
 # Let $M = U \operatorname{diag}(d)\, U^\top$ with $r$ orthonormal columns in $U$, and let a batch add
-# $X X^\top$ with $K$ columns. The sum lives in the span of $U$ and $X$ together. So split $X$ into what lies in the
-# span of $U$ and what does not, and give the second part an orthonormal basis $Q$:
+# $X X^\top$ with $K$ columns. The columns of the sum lie in the span of $U$ and $X$ together. So split $X$ into a part
+# in the span of $U$ and a part orthogonal to it, and give the second part an orthonormal basis $Q$:
 #
 # $$
 # X = U C + Q R , \qquad C = U^\top X , \qquad Q R = X - U C , \qquad U^\top Q = 0 .
@@ -96,15 +124,15 @@ def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
 # M + X X^\top
 # = [U\ Q]
 # \underbrace{\left( \begin{bmatrix} \operatorname{diag}(d) & 0 \\ 0 & 0 \end{bmatrix}
-# + \begin{bmatrix} C \\ R \end{bmatrix} \begin{bmatrix} C \\ R \end{bmatrix}^\top \right)}_{W \operatorname{diag}(w)\, W^\top}
+# + \begin{bmatrix} C \\ R \end{bmatrix} \begin{bmatrix} C \\ R \end{bmatrix}^\top \right)}_{W \operatorname{diag}(e)\, W^\top}
 # [U\ Q]^\top .
 # \tag{19.2}
 # $$
 #
-# The matrix in the middle has $r + K$ rows. Its eigenvalues $w$ are those of the sum, and the columns of
-# $[U\ Q]\, W$ the eigenvectors, orthonormal as a product of orthonormal ones. **This is exact**, and no matrix
-# of size $d \times d$ occurs: the cost is of the order of $d\, (r + K)^2 + (r + K)^3$. Brand found it
-# for singular values in 2006. Column by column:
+# The matrix in the middle has $r + K$ rows. Its eigenvalues $e$ are those of the sum. The eigenvectors of the sum are
+# the columns of $[U\ Q]\, W$, which are orthonormal, as $[U\ Q]$ and $W$ both have orthonormal columns. **The update is
+# exact**, and no matrix of size $d \times d$ occurs: the cost is of the order of $d\, (r + K)^2 + (r + K)^3$.
+# [Brand (2006)](bibliography.md#brand-svd) found the update for singular values. Column by column:
 
 
 # %%
@@ -127,21 +155,21 @@ for update in (update_by_hand, brand_update):
     assert_exact(from_pairs(V, w), from_pairs(U, d) + X @ X.T)
 
 # %% [markdown]
-# The package takes all columns at once. `split_by_span` is [(19.1)], and `reorthonormalized` removes round-off. Both are
-# shown below, where it is about what goes wrong.
+# The package takes all columns at once. `split_by_span` is [(19.1)], and `reorthonormalized` removes round-off. The
+# section on practice shows both.
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(brand_update)
 
 # %% [markdown]
 # ## The average, and its tail
 #
-# A moving average is $(1 - w) M + w \hat M$. For the factor of the inputs $\hat M = \tfrac1N \sum_n a_n a_n^\top$, so
-# the columns to add are $\sqrt{w / N}\, a_n$. (The weight is under the root. For $B$, a
-# sum, they are $\sqrt{w}\, g_{vn}$.)
+# A moving average is $(1 - w) M + w \hat M$. For the factor of the inputs, $\hat M = \tfrac1N \sum_n a_n a_n^\top$, so
+# the columns to add are $\sqrt{w / N}\, a_n$. The factor $B$ is a sum, and its columns are $\sqrt{w}\, g_{vn}$. In both
+# cases the weight is under the root.
 #
-# As in [Chapter 18](18_randomized.py), let everything orthogonal to $U$ have an eigenvalue of its own, the tail
-# $c$. An update can take it along at no cost:
+# As in [Chapter 18](18_randomized.py), let all directions orthogonal to $U$ have a common eigenvalue, the tail
+# $c$. The update includes the tail at no cost:
 #
 # <div class="admonition theorem" markdown="1" id="thm-19.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 19.1 (a tail is a shift)</b></p>
@@ -159,20 +187,21 @@ code(brand_update)
 # **Proof.** $M = U \operatorname{diag}(d - c)\, U^\top + c I$. Multiply by $1 - w$, add $w X X^\top$, and replace
 # the part without $I$ by its eigenpairs: $V \operatorname{diag}(e)\, V^\top + c' I$. $\blacksquare$
 #
-# So a matrix with a tail stays one, exactly. In particular the identity is such a matrix, with no
-# eigenpairs and $c = 1$: an average that starts there carries $\rho^t$ in its tail. The author's code adds $\rho^t$ to the
-# damping instead ([`solver_LA_utils.py`, line 9](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L9)),
-# which is the same.
+# So a matrix with a tail remains a matrix with a tail, exactly. The identity, for instance, is a matrix with a tail: it
+# has no eigenpairs and $c = 1$. An average that starts at the identity has $\rho^t$ in its tail after $t$ batches of
+# weight $1 - \rho$. The author's code adds $\rho^t$ to the damping instead ([`solver_LA_utils.py`, line
+# 9](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L9)),
+# which gives the same inverse.
 #
 # "The author's code" in this chapter is that repository, at this commit. It belongs to the author's thesis
-# and not to the paper, which names no code in its abstract. Its algorithms are called B, B-R and B-R-C, and
+# and not to the paper, whose abstract names no code. Its algorithms are called B, B-R and B-R-C, and
 # its scripts train them beside KFAC, R-KFAC and SGD on CIFAR-10, CIFAR-100 and ImageNet.
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(updated_factor)
 
 
-# %%
+# %% tags=["hide-input"] fold="Checked: without truncation the update is exact, from zero and from the identity"
 def none(d: int, c: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """No eigenpairs, and a tail."""
     return torch.zeros(d, 0), torch.zeros(0), torch.tensor(c)
@@ -190,8 +219,8 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 # %% [markdown]
 # ## Truncation is the only error
 #
-# Every batch adds $K$ eigenpairs. Before the next one, the state is cut back to its leading $r$, so
-# that an inverse may use $r + K$. Here, and only here, something is lost.
+# Every batch adds up to $K$ eigenpairs. Before the next batch the state is truncated to its leading $r$. An inverse
+# between two batches uses all $r + K$. The truncation is the only step that loses something.
 #
 # <div class="admonition theorem" markdown="1" id="thm-19.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 19.2 (errors add up, and decay)</b></p>
@@ -209,12 +238,12 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 #
 # </div>
 #
-# **Proof.** The update itself is exact, so $\hat M_{t+1} = \rho\, (\hat M_t - T_t) + (1 - \rho) X X^\top$.
-# Subtract this from $M_{t+1} = \rho M_t + (1 - \rho) X X^\top$: the error
-# $E_t = M_t - \hat M_t$ satisfies $E_{t+1} = \rho\, (E_t + T_t)$. Without a tail, $T_i$ is what was cut off, and its
-# eigenvalues are not negative. $\blacksquare$
+# **Proof.** The update itself is exact, so $\hat M_{t+1} = \rho\, (\hat M_t - T_t) + (1 - \rho) X X^\top$. Subtract
+# this from $M_{t+1} = \rho M_t + (1 - \rho) X X^\top$: the error $E_t = M_t - \hat M_t$ satisfies $E_{t+1} = \rho\,
+# (E_t + T_t)$. Without a tail, $T_i$ is the part that was cut off, and its eigenvalues are not negative. The matched
+# tail keeps the trace in every truncation. $\blacksquare$
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the error is the sum (19.4), and positive semi-definite without a tail"
 factor, exact, errors = none(60), torch.zeros(60, 60), torch.zeros(60, 60)
 for _ in range(20):
     X = torch.randn(60, 3)
@@ -226,14 +255,16 @@ assert torch.linalg.eigvalsh(errors)[0] > -1e-12
 print(f"relative error after 20 batches: {relative_error(from_pairs(*factor), exact):.2f}")
 
 # %% [markdown]
-# The author's code has no tail between updates. Where an inverse is taken, it continues the spectrum with
-# its smallest eigenvalue ([line 7](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L7-L13)).
-# Here the tail is a part of the matrix. Does this make a difference? We follow a
-# stream of batches, with variances that decay and directions that drift, and compare the inverse of the
-# damped average.
+# ### Which tail?
+#
+# In this package the tail is a part of the matrix that is updated. The author's code has no tail between updates. Where
+# an inverse is taken, it continues the spectrum with its smallest eigenvalue ([line
+# 7](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L7-L13)).
+# Do the two differ in accuracy? We follow a stream of batches, with variances that decay and directions that drift, and
+# compare the inverse of the damped average with the exact one. The printed errors are means over the last 40 batches.
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the inverse of a drifting average, with five rules for the tail"
 def stream(batches: int, rate: float, drift: float, d: int = 120, N: int = 8) -> list[Tensor]:
     """Columns of batches; their principal directions turn slowly."""
     torch.manual_seed(0)
@@ -278,32 +309,39 @@ assert mean["tail: trace_matched"] < 1.2 * mean["truncated average"]
 assert mean["tail: trace_matched"] < mean["tail at the end only"] < mean["tail: smallest_kept"]
 assert mean["tail: trace_matched"] < mean["tail: zero_tail"]
 
-# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, for five ways to treat the tail. The trace-matched tail stays on the line of the truncated exact average, which is lowest. Without a tail, or with one that is added at the end, errors are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, with 24 eigenpairs of 120. The truncated average knows the exact one."
-fig, ax = plt.subplots(figsize=(6.8, 3.5))
-for name in history[-1]:
-    style = "--" if name == "truncated average" else "-"
-    ax.plot(range(1, 101), [row[name] for row in history], style, label=name)
-ax.set(xlabel="batches", ylabel="error of the inverse", ylim=(0, None))
-ax.legend(fontsize="small")
+# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, for five ways to treat the tail. The trace-matched tail stays on the line of the truncated exact average, which is lowest. Without a tail, or with one that is added at the end, errors are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, with 24 eigenpairs of 120. The trace-matched tail is on the line of the truncated average (dashed), which needs the exact one."
+fig, ax = plt.subplots(figsize=(6.8, 3.5), layout="constrained")
+raised = (-0.01, 0.05, 0.0, 0.02, -0.06)  # so that labels do not meet
+for number, (name, up) in enumerate(zip(history[-1], raised, strict=True)):
+    values = [row[name] for row in history]
+    dashes = "--" if name == "truncated average" else "-"
+    ax.plot(range(1, 101), values, dashes, color=f"C{number}")
+    ax.text(102, values[-1] + up, name, color=f"C{number}", va="center", fontsize="small")
+ax.set(xlabel="batches", ylabel="error of the inverse", ylim=(0, None), xlim=(0, 145))
+ax.set_xticks(range(0, 101, 20))
 plt.show()
 
 # %% [markdown]
-# With the trace-matched tail, the eigenpairs that merely follow are as good as those of the exact
-# average, truncated. A direction that was cut off has not been forgotten altogether: when the data
-# come back to it, it starts from $c$ and not from zero. The tail must be an honest estimate for this. The smallest
-# eigenvalue that is kept overestimates what is cut off, in every update again, and this adds up.
+# The trace-matched tail is as accurate as the truncated exact average, which needs the whole matrix. The reason is that
+# a direction which was cut off keeps the eigenvalue $c$. When the data return to this direction, its eigenvalue starts
+# from $c$ and not from zero. For this the tail must be a good estimate of the eigenvalues that were cut off. The
+# smallest eigenvalue that is kept overestimates them in every update, and these errors add up.
 #
 # ## In the package
 #
-# An estimator ([`estimators`](api/approximations.estimators.md)) is a function from a state and a batch to the next state. `MovingAverage(kfac)` is
-# the moving average of KFAC's factors. `Brand(rank)` has as its state the eigenpairs and the
-# tails of both factors, a matrix like any other.
+# An estimator ([`estimators`](api/approximations.estimators.md)) maps a state and a batch to the next state.
+# `MovingAverage(kfac)` is the moving average of KFAC's factors. The state of `Brand(rank)` has the eigenpairs and the
+# tails of both factors, and is a matrix that can be multiplied and inverted.
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(Brand.update)
 
+# %% [markdown]
+# Made-up batches of 4 data, ten of them, for a layer with 90 inputs and 70 outputs. With rank 40 nothing is ever cut
+# off, and the inverse is that of KFAC's average. Smaller ranks have an error, but always KFAC's trace:
 
-# %%
+
+# %% tags=["hide-input"] fold="Checked: rank 40 is exact. Measured: the error of a step for smaller ranks"
 def follow(estimator: Estimator, ios: list[LayerIO]):
     state = None
     for t, io in enumerate(ios, start=1):
@@ -331,16 +369,18 @@ small = [made_up(11, 7) for _ in range(10)]  # too small for a truncation to mak
 assert_exact(follow(Brand(rank=8), small).dense(), follow(MovingAverage(kfac), small).dense())
 
 # %% [markdown]
-# A batch has $N S$ rows of inputs and $V N S$ rows of vectors. **A convolution has too many positions** $S$ for this: if
-# $r + K$ exceeds $d$, an update is no cheaper than a full decomposition. The package then keeps the
-# factor in full, as above, and the result is KFAC's. The same happens with type-2
-# vectors of many classes, $V = C - 1$; with Monte Carlo or empirical vectors, $V = 1$. One function decides it
-# at every update, and can be asked before a run:
+# ### When the low-rank update does not run
+#
+# A batch has $N S$ rows of inputs and $V N S$ rows of vectors. If $r + N S$ exceeds $d_\text{in}$, an update of $A$
+# costs at least as much as a full decomposition; for $B$ the condition is $r + V N S \gt d_\text{out}$. The package
+# then keeps the factor in full, and the result is KFAC's. **A convolution has too many positions** $S$ for the low-rank
+# update. Type-2 vectors of many classes, $V = C - 1$, are too many as well; Monte Carlo and empirical vectors have $V =
+# 1$. One function decides at every update, and can be asked before a run:
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(is_low_rank_update)
 
-# %%
+# %% tags=["hide-input"] fold="Asked: rank 64, three widths, three sizes of a batch"
 print("rank 64, batches of N samples with one position and one vector: is the update of low rank?")
 for width in (101, 257, 1025):
     answers = {N: is_low_rank_update(width, 64, N) for N in (32, 128, 700)}
@@ -352,20 +392,20 @@ assert not is_low_rank_update(101, 64, 128)
 assert is_low_rank_update(1025, 64, 700)
 
 # %% [markdown]
-# **When the low-rank update does not run.** It does not run for $A$ if $r + N S$ exceeds $d_\text{in}$, and not for $B$ if
-# $r + V N S$ exceeds $d_\text{out}$. Then the name of a run says B-KFAC, and its numbers are KFAC's. This happened here:
-# an earlier Chapter 23 trained "B-KFAC" on an autoencoder of widths up to 101 with batches of 700. The update was called
-# not once, and what was said of B-KFAC was said of KFAC. The author's code has the same rule: a factor gets
-# low-rank updates if its layer is `Linear` and rank and batch together are below its size
-# ([`distributed_B_kfac_lean_Kfactors_batchsize.py`, line 237](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_kfac_lean_Kfactors_batchsize.py#L237)),
-# as the abstract says ("typically for all FC layers"). Whether a run used the method that it is named after,
-# one should count, as a section below does.
+# A run for which the answer is "no" has the name B-KFAC and the numbers of KFAC. An earlier version of [Chapter
+# 23](23_comparison.py) made this mistake: it trained "B-KFAC" on an autoencoder of widths up to 101 with batches of 700
+# images, where the update was never called. The author's code has the same rule: a factor gets low-rank updates if its
+# layer is `Linear` and rank and batch together are below its size ([`distributed_B_kfac_lean_Kfactors_batchsize.py`,
+# line
+# 237](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_kfac_lean_Kfactors_batchsize.py#L237)),
+# as the abstract says ("typically for all FC layers"). To know whether a run used the update, count the calls. The
+# section [In the optimizer](#in-the-optimizer) does.
 #
 # ## A gradient in factors
 #
-# The inverse, too, is linear in the width if it never meets a matrix of the layer's size. The gradient of a
-# batch is a product of rows, $\sum_n g_n a_n^\top = \hat g^\top \hat a$, with the vectors of the *data's* labels in $\hat g$. Damp
-# the factors, and the inverse goes to both sides separately:
+# The application of the inverse is linear in the width, too, if no matrix of the layer's size is formed. The gradient
+# of a batch is a product of rows, $\sum_n g_n a_n^\top = \hat g^\top \hat a$, with the vectors of the *data's* labels
+# in $\hat g$. Damp the factors separately. Then the inverse is applied to each side separately:
 #
 # $$
 # P = \bigl[ \hat g\, (\hat B + \gamma_B I)^{-1} \bigr]^\top
@@ -373,12 +413,12 @@ assert is_low_rank_update(1025, 64, 700)
 # \tag{19.5}
 # $$
 #
-# Each bracket is a product with a low-rank matrix, $\mathcal{O}(K d\, r)$.
+# Each bracket is a product with a low-rank matrix and costs $\mathcal{O}(K d\, r)$.
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(product_of_rows)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the product of rows is the step with both damped factors"
 M = follow(Brand(rank=8), ios)
 inverse = M.inverse_of_damped_factors(0.1, 0.2)
 g, a = torch.randn(5, 70), torch.randn(5, 90)
@@ -389,11 +429,11 @@ A, B = A + 0.1 * torch.eye(90), B + 0.2 * torch.eye(70)
 assert_exact(h.T @ b, torch.linalg.solve(B, g.T @ a) @ torch.linalg.inv(A))
 
 # %% [markdown]
-# What does **linear** mean here? The step has $d_\text{out} d_\text{in}$ entries. Forming $h^\top b$, and adding it
-# to the weights, costs $\mathcal{O}(d_\text{out} d_\text{in} K)$, the same as the gradient itself, which any training pays.
-# Linear is what KFAC *adds* to it. We count multiplications, for a square layer with $K$ rows:
+# The step itself has $d_\text{out} d_\text{in}$ entries. Forming $h^\top b$, and adding it to the weights, costs
+# $\mathcal{O}(d_\text{out} d_\text{in} K)$, as much as the gradient, which every method pays. **Linear** is the part
+# that KFAC *adds* to this cost. The table counts multiplications for a square layer, with $K = 128$ rows and $r = 64$:
 
-# %%
+# %% tags=["hide-input"] fold="Counted: multiplications of the gradient and of three methods"
 K_rows, r = 128, 64
 print("   width     gradient     KFAC adds     RS-KFAC adds     B-KFAC adds")
 for width in (512, 2048, 8192, 32768):
@@ -403,39 +443,45 @@ for width in (512, 2048, 8192, 32768):
 assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 
 # %% [markdown]
-# Three things follow. What is averaged over steps, or added to the gradient, such as momentum and
-# weight decay, has no rows any more and acts on the formed step. The narrower the layer, the less
-# there is to gain, and below $r + K$ nothing. And at large widths, what is added disappears behind
-# the gradient.
+# The counts have three consequences. Quantities that are averaged over steps or added to the gradient, such as momentum
+# and weight decay, are not products of rows and act on the formed step. The narrower the layer, the less
+# there is to gain, and below a width of $r + K$ nothing. At large widths the added cost is small compared with the
+# gradient.
 #
-# The stored result of the repository's benchmark, `python -m benchmarks.scaling` (see
-# [Chapter 18](18_randomized.py), also on how it is found), as times of one square layer on one thread, with a batch of
-# fixed size:
+# [Figure 19.3] shows the stored result of the repository's benchmark, `python -m benchmarks.scaling`: times
+# of one square layer on one thread, with a batch of fixed size ([Chapter 18](18_randomized.py) describes how they are
+# measured).
 
-# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: K-FAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: K-FAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). The dashed line is the gradient itself."
-RESULT = Path(kfac_scratch.__file__).parents[1] / "benchmarks/results/scaling-cpu.json"
+# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: KFAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: KFAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). B-KFAC and SKFAC have the slope one in both. Wide layers need more time for the gradient, the dashed line, than for their steps."
+file = RESULTS / "scaling-cpu.json"
 WIDTHS = [256, 2048, 16384]
-scaling = json.loads(RESULT.read_text()) if RESULT.exists() else None
+LOOKS = {"K-FAC": style("KFAC"), "RS-KFAC": {"color": "C1", "marker": "^"}}
+LOOKS |= {"B-KFAC": {"color": "C3", "marker": "s"}, "SKFAC": {"color": "C4", "marker": "d"}}
+LOOKS |= {"gradient": style("gradient") | {"linestyle": "--"}}
+scaling = json.loads(file.read_text()) if file.exists() else None
 if scaling is None:
     print("No stored benchmark here: clone the repository and run python -m benchmarks.scaling")
 else:
     fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharey=True)
     for ax, part in zip(axes, ("update", "apply"), strict=True):
-        for method in ("K-FAC", "RS-KFAC", "B-KFAC", "SKFAC", "gradient"):
+        for method, look in LOOKS.items():
             wanted = (method, "share" if method == "gradient" else part)
             points = [r for r in scaling["rows"] if (r["method"], r["part"]) == wanted]
             if method != "gradient" or part == "apply":
+                widths = [r["width"] for r in points]
                 times = [sorted(r["seconds"])[len(r["seconds"]) // 2] for r in points]
-                style = "--" if method == "gradient" else ".-"
-                ax.loglog([r["width"] for r in points], times, style, label=method)
-        ax.set(title=part, xlabel="width")
+                (line,) = ax.loglog(widths, times, **look, markersize=4)
+                end, name = (1.15 * widths[-1], times[-1]), method.replace("K-FAC", "KFAC")
+                at = {"B-KFAC": "bottom", "SKFAC": "top"}.get(method, "center")
+                ax.text(*end, name, color=line.get_color(), va=at, fontsize="small")
+        ax.set(title={"update": "update of a factor", "apply": "added to a step"}[part])
+        ax.set(xlabel="width", xlim=(None, 1e5))
         ax.set_xticks(WIDTHS, labels=[str(d) for d in WIDTHS])
         ax.minorticks_off()
     axes[0].set_ylabel("seconds")
-    axes[1].legend(fontsize="small")
     plt.show()
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Printed: fitted powers, crossings and errors. Checked: two methods are nearly linear"
 if scaling is not None:
     print(f"{scaling['processor']}, {scaling['threads']} thread, rank {scaling['rank']}")
     for row in scaling["exponents"]:
@@ -454,17 +500,17 @@ if scaling is not None:
     assert max(linear) < 1.5 < power["RS-KFAC", "update"] < 2.5 < power["K-FAC", "update"]
 
 # %% [markdown]
-# The expected powers are 3, 2, 1 and 1. [SKFAC](17_skfac.py) is the cheapest, as it knows the last batch only, which its
-# error shows; B-KFAC remembers, at a cost that is larger by a constant. An update of every factor with *every*
-# batch, as here, is what the eigenpairs need to follow, so its time counts at every step, while KFAC and
-# RS-KFAC may wait.
+# The expected powers are 3 for KFAC, 2 for RS-KFAC, and 1 for B-KFAC and [SKFAC](17_skfac.py). SKFAC has the lowest
+# cost, because it uses the last batch only, and therefore has a larger error. B-KFAC remembers earlier batches at a
+# cost that is larger by a constant. Its eigenpairs follow only if every factor is updated with *every* batch. So this
+# time counts at every step, while KFAC and RS-KFAC may invert less often.
 #
 # ## Training
 #
-# The network and the training of [Chapter 18](18_randomized.py), with the moving average of KFAC's factors, and with
-# eigenpairs that follow:
+# The network and the training of [Chapter 18](18_randomized.py), once with the moving average of KFAC's factors and
+# once with 32 eigenpairs that follow:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: losses with KFAC and with B-KFAC"
 digits = load_digits()
 order = torch.randperm(len(digits.target), device="cpu")
 images = torch.tensor(digits.data, device=device)[order] / 16
@@ -508,28 +554,29 @@ assert max(curve[-1] for curve in curves.values()) < 0.5
 assert difference < 0.5
 
 # %% [markdown]
-# This training shows that following trains. It does not test the paper's claim, which is about time: for a slightly
-# modified VGG16_bn on CIFAR-10, two of the three algorithms are faster than RS-KFAC for every test accuracy that was
-# aimed at. The same abstract states limits: its inverses are less accurate than those of RS-KFAC, and the algorithms reach
-# 91 % sooner than SENG, another method, but not higher accuracies.
+# The eigenpairs train this network as the full factors do. The experiment does not test the paper's claim, which is
+# about time: for a slightly modified VGG16_bn on CIFAR-10, two of the three algorithms are faster than RS-KFAC for
+# every test accuracy that was aimed at. The same abstract states limits: the inverses are less accurate than those of
+# RS-KFAC, and the algorithms reach 91 % sooner than SENG, another method, but not higher accuracies.
 #
 # ## Two repairs
 #
-# If memory for the $d^2$ numbers of a factor is available after all, the errors of truncation can be repaired
-# now and then. The dense average is kept beside the eigenpairs, and every $T$ batches,
+# If there is memory for the $d^2$ numbers of a factor, the errors of truncation can be repaired
+# from time to time. The dense average is kept beside the eigenpairs, and every $T$ batches
 #
-# - **B-R-KFAC** overwrites the eigenpairs by RS-KFAC's;
+# - **B-R-KFAC** replaces the eigenpairs by RS-KFAC's;
 # - **B-KFAC-C** corrects a random share of them, as the code does
-#   ([`B_R_C_utils_for_C.py`, line 3](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/B_R_C_utils_for_C.py#L3-L17)). Let $U_S$ be the chosen eigenvectors. It takes the Ritz
+#   ([`B_R_C_utils_for_C.py`, line 3](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/B_R_C_utils_for_C.py#L3-L17)).
+#   Let $U_S$ be the chosen eigenvectors. They are replaced by the Ritz
 #   pairs of $M$ in their span: $U_S^\top M\, U_S = W \operatorname{diag}(\mu)\, W^\top$,
 #   $U_S \leftarrow U_S W$, $d_S \leftarrow \mu$.
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(refreshed, ritz)
 
 # %% [markdown]
 # <div class="admonition theorem" markdown="1" id="thm-19.3">
-# <p class="admonition-title" markdown="1"><b>Theorem 19.3 (a correction never harms)</b></p>
+# <p class="admonition-title" markdown="1"><b>Theorem 19.3 (a correction never increases the error)</b></p>
 #
 # Let $\hat M$ be the matrix before and $\hat M'$ the one after the correction. Then
 #
@@ -541,14 +588,14 @@ code(refreshed, ritz)
 #
 # </div>
 #
-# **Proof.** Complete $U_S$ to an orthonormal basis. In it, $\hat M$ has no entries between $S$ and the
-# rest, since the columns of $U$ are eigenvectors. $\hat M'$ differs from it in the block of $S$ only, where it now equals
-# $M$. So of the squared error exactly this block's share is gone. $\blacksquare$
+# **Proof.** Complete $U_S$ to an orthonormal basis. In this basis $\hat M$ has no entries between $S$ and the
+# rest, since the columns of $U$ are eigenvectors. $\hat M'$ differs from $\hat M$ in the block of $S$ only, where it
+# equals $M$. So the squared error loses exactly the share of this block. $\blacksquare$
 #
-# The span stays as it is. A correction moves eigenvalues, and turns eigenvectors among themselves; it
-# finds no direction that was cut off.
+# The span stays the same. A correction changes eigenvalues and rotates eigenvectors within their span. It
+# does not find a direction that was cut off.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: (19.6), and that the span stays, in 100 corrections"
 d, U = (t.flip(-1)[..., :24] for t in psd_eigh(early))  # eigenpairs of forty batches ago
 M, c, old = exact, 0.01, relative_error(from_pairs(U, d, 0.01), exact)
 for _ in range(100):
@@ -563,11 +610,11 @@ new = relative_error(from_pairs(U, d, c), M)
 print(f"error {old:.3f} before, {new:.3f} after 100 corrections of six eigenpairs")
 
 # %% [markdown]
-# How useful is it to follow between two refreshes? The abstract says that updates reduce the inversion error of
+# How useful are the updates between two refreshes? The abstract says that they reduce the inversion error of
 # RS-KFAC at little cost. We refresh once, let 20 batches of a drifting stream go
-# by, and compare eigenpairs that stood still with those that followed.
+# by, and compare eigenpairs that were kept fixed with eigenpairs that were updated.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: fixed, updated, corrected and refreshed eigenpairs"
 vectors = torch.randn(1, 8, 1, 3)
 drifting = [LayerIO(X.T.unsqueeze(1) * 8**0.5, vectors) for X in stream(80, rate=0.05, drift=0.03)]
 average = follow(MovingAverage(kfac), drifting).A
@@ -580,7 +627,7 @@ estimators = {
     "B-C, corrected every 5 batches": Repaired(Brand(40), corrected(0.2), period=5),
     "refreshed now": Repaired(Brand(40), refreshed(sketch), period=80),
 }
-found = {"stood still for 20 batches": inverse_error(at_60.modes.factors()[0], average)}
+found = {"fixed for 20 batches": inverse_error(at_60.modes.factors()[0], average)}
 for name, estimator in estimators.items():
     state = follow(estimator, drifting)
     modes = state if isinstance(state, LowRankKronecker) else state.modes
@@ -592,15 +639,15 @@ assert followed_since < 0.5 * stale
 assert found["B, never refreshed"] < 0.5 * stale
 
 # %% [markdown]
-# On this stream the abstract's statement holds. Following is what counts. Whether there was a refresh 20 batches ago is
-# hardly seen, since errors of old truncations decay, as [(19.4)] says.
+# On this stream the abstract's statement holds: updated eigenpairs have less than half the error of fixed ones.
+# A refresh 20 batches ago hardly changes the error, since errors of old truncations decay, as [(19.4)] says.
 #
 # ## In the optimizer
 #
-# All three are estimators, and the optimizer takes them as its `approximation=`. It saves and loads their state with
-# its own. We train with each of them and count which parts were called:
+# All three algorithms are estimators, and the optimizer takes them as its `approximation=`. It saves and loads their
+# state with its own. We train with each of them and count which parts were called:
 
-# %%
+# %% tags=["hide-input"] fold="Counted: calls of the four parts in 30 steps of three algorithms"
 PARTS = {
     "low-rank updates": (parts_of_brand, "brand_update"),
     "updates in full": (parts_of_brand, "updated_in_full"),
@@ -639,17 +686,18 @@ assert counts["B-R-KFAC"]["sketches (R)"] == 5 * 3
 assert counts["B-KFAC-C"]["corrections (C)"] == 6 * 6
 
 # %% [markdown]
-# Three layers have six factors. Two of them are too small for 32 eigenpairs and 64 columns: that of the 65 inputs,
-# and that of the 10 outputs. They are decomposed in full in 30 updates each, but for one: in the first batch the
-# inputs' 64 columns fit, as there are no eigenpairs yet. Sketches are made of all factors but the smallest.
+# Three layers have six factors. Two of them are too small for 32 eigenpairs and 64 columns: the factor of the 65 inputs
+# and the factor of the 10 outputs. Both are decomposed in full in all 30 updates, with one exception: the 64 columns of
+# the first batch fit into the factor of the inputs, because there are no eigenpairs yet. Sketches are made of all
+# factors but the smallest.
 #
-# The tail and the damping of the author's code, a fraction of the largest eigenvalue as in
-# [Chapter 18](18_randomized.py), are an `invert=` as well:
+# `invert=ContinuedInverse()` has the tail and the damping of the author's code, a fraction of the largest eigenvalue as
+# in [Chapter 18](18_randomized.py):
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(ContinuedInverse.__call__)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: ContinuedInverse() inverts factors with that tail and that damping"
 M = follow(Brand(8, zero_tail), ios)
 A, B = (from_pairs(U, d, d[-1]) for U, d in ((M.UA, M.dA), (M.UB, M.dB)))
 A, B = (F + 0.1 * torch.linalg.eigvalsh(F)[-1] * torch.eye(len(F)) for F in (A, B))
@@ -658,15 +706,16 @@ assert_exact(ContinuedInverse()(M, 0.1) @ (B @ G @ A), G)
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A batch that adds nothing.** Look at [(19.1)] again. If $X$ lies in the span of $U$, then $X - UC$ is zero, in
-# exact arithmetic. On a computer it is round-off, a matrix of tiny random numbers that is *not* orthogonal to
-# $U$. A QR decomposition scales it to length one, and this "basis" goes into $[U\ Q]$. Batches like this are common:
-# repeated data, units that are dead or share their inputs, an average that has seen all there is. The author's code
-# takes this QR ([`Brand_S_subroutine.py`, line 28](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/Brand_S_subroutine.py#L28)).
-# It also cuts back to $r$ eigenpairs before every update
-# ([line 14](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/Brand_S_subroutine.py#L14-L21)),
-# which throws the wrong directions away as long as $r$ right ones are there. We try both ranks, with an average
-# that has eight directions:
+# **A batch that adds nothing.** If $X$ lies in the span of $U$, then $X - UC$ of [(19.1)] is zero in exact arithmetic.
+# On a computer it is round-off, a matrix of tiny random numbers that is *not* orthogonal to $U$. A QR decomposition
+# scales its columns to length one, and they enter $[U\ Q]$. Such batches are common: repeated data, units that are dead
+# or share their inputs, an average that already contains all directions of the data. The author's code takes this QR
+# ([`Brand_S_subroutine.py`, line
+# 28](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/Brand_S_subroutine.py#L28)).
+# It also truncates to $r$ eigenpairs before every update ([line
+# 14](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/Brand_S_subroutine.py#L14-L21)),
+# which removes the wrong directions as long as there are $r$ right ones. We try two ranks, with an average that has
+# eight directions:
 
 
 # %%
@@ -686,7 +735,7 @@ for update, rank in ((naive_update, 8), (naive_update, 16), (brand_update, 16)):
     V, w = U, d
     for _ in range(10):
         V, w = update(V[:, :rank], w[:rank], X)
-    inverse = 10 * torch.eye(100) + V * (1 / (w + 0.1) - 10) @ V.T  # (14.7)
+    inverse = 10 * torch.eye(100) + V * (1 / (w + 0.1) - 10) @ V.T  # (18.7)
     wrong[update, rank] = relative_error(inverse, torch.linalg.inv(M + 0.1 * torch.eye(100)))
     orthogonality = (V.T @ V - torch.eye(len(w))).norm().item()
     print(
@@ -700,26 +749,27 @@ assert max(wrong[naive_update, 8], wrong[brand_update, 16]) < 1e-12 < 1e-7
 assert wrong[naive_update, 16] > 1e-7
 
 # %% [markdown]
-# With $r = 8$ the naive update is as good as the package's. With $r = 16$, more than there is to know, wrong directions
-# stay and meet each other. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases, because [(19.2)] needs
-# $X = UC + QR$ only. The *inverse* is not: [(18.7)] is a formula for eigenpairs, and columns that are not orthonormal
-# are none. A test that compares the matrix would not find this. Whether it happened in the author's experiments, we do
-# not know: a rank below that of the data, or a little noise in directions of its own, is enough to avoid it.
+# With $r = 8$ the naive update is as accurate as the package's. With $r = 16$, which is more than the data have, wrong
+# directions are kept and enter the next update. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases,
+# because [(19.2)] uses only $X = UC + QR$. The *inverse* is wrong: [(18.7)] holds for orthonormal columns only. A test
+# that compares matrices does not find this fault; a test that compares inverses does. Whether it occurred in the
+# author's experiments is not known: a rank below that of the data, or a little noise in other directions, is enough to
+# avoid it.
 
 # %% tags=["remove-input"]
 code(split_by_span, reorthonormalized)
 
 # %% [markdown]
-# The package projects twice ("twice is enough" is an old rule of Gram-Schmidt), takes a basis that reveals the
-# rank and drops what is below the precision, and projects the rest once more, since a direction just
-# above the precision still carries a part of $U$. What may not be dropped is what is *small*: a
-# part of $X$ that is $10^{-9}$ of the whole adds only $10^{-18}$ by itself, but counts with $10^{-9}$ in
-# the product $C R^\top$ with what lies within. Finally, $[U\ Q]\, W$ loses orthogonality by a little round-off in
+# The package projects twice, a known remedy for Gram-Schmidt. It then takes a basis that reveals the
+# rank, and drops directions below the precision. A direction just above the precision still contains a part of $U$, so
+# the basis is projected once more. A direction must not be dropped for being *small*: a
+# part of $X$ that is $10^{-9}$ of the whole adds only $10^{-18}$ in $R R^\top$, but $10^{-9}$ in
+# the product $C R^\top$. Finally, $[U\ Q]\, W$ loses a little orthogonality by round-off in
 # every update, and thousands of updates add up. A step $U \leftarrow U\, (3 I - U^\top U) / 2$ squares
-# the deviation, so that it never grows:
+# the deviation from orthogonality, so that it does not accumulate:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: orthogonality after 300 updates in single precision, without and with the step"
 def without_the_step(U: Tensor, d: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     C, Q, R = split_by_span(U, X)
     H = torch.cat([C, R])
@@ -740,11 +790,12 @@ assert deviations[1] < 3e-6
 assert deviations[0] > 3 * deviations[1]
 
 # %% [markdown]
-# **The wrong end.** `eigh` returns eigenvalues in ascending order, so "the first $r$" are the smallest. The functions here
-# return descending ones.
+# **The wrong end of the spectrum.** `eigh` returns eigenvalues in ascending order, so its first $r$ are the smallest.
+# The functions here return eigenvalues in descending order.
 #
-# **The weight outside of the root.** Columns enter as $X X^\top$, so a weight $w$ multiplies $X$ by $\sqrt w$. With $w$ itself,
-# the update is exact for an average with weights $w^2$, far too small, and everything still runs:
+# **The weight outside of the root.** Columns enter as $X X^\top$, so a weight $w$ multiplies $X$ by $\sqrt w$. With a
+# factor of $w$ in the place of $\sqrt w$ the batch has the weight $w^2$, which is far too small, and no error is
+# raised:
 
 # %%
 X = torch.randn(30, 3)
@@ -754,8 +805,8 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # %% [markdown]
 # ## The paper and this package
 #
-# What is in [Puiu (2022)](bibliography.md#brand), as far as its abstract tells. What the abstract does not say is taken
-# from the author's code (above) and marked so; that the paper does the same is not checked.
+# What is in [Puiu (2022)](bibliography.md#brand), as far as its abstract tells, and what is here. Entries that begin
+# with "code" are taken from the author's code (above); whether the paper does the same is not checked.
 #
 # | | the paper | here |
 # | --- | --- | --- |
@@ -771,10 +822,22 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # | schedule | code: B-updates [every 5 and later every update of factors, C every 5 and later every 2 B-updates](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/schedules/BRC_schedules.py#L12-L18), of a [share .2](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L64-L65); R [every 5 and later every 2 inversions](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/schedules/BR_schedules.py#L15); [decay .95](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L32) | B with every update, `period` chosen; share .2 |
 # | headline | CIFAR-10 with a slightly modified VGG16_bn: two of the three sooner than RS-KFAC at any test accuracy; 91 % sooner than SENG, but not above | [Chapter 23](23_comparison.py) trains it beside its controls; SENG not tested, because it is not in this package |
 #
+# ## In one minute
+#
+# - **Update.** A batch of $K$ columns changes $r$ eigenpairs to $r + K$ by an eigendecomposition of $r + K$ rows,
+#   [(19.2)]. The update is exact, with a tail as well, and linear in the width.
+# - **Error.** Only the truncation to $r$ eigenpairs loses something, and old losses decay with the average, [(19.4)].
+# - **Tail.** The trace-matched tail was as accurate as the truncated exact average. The smallest kept eigenvalue,
+#   carried through the updates, was the least accurate.
+# - **Limit.** The update is of low rank only if $r$ and the rows of a batch fit into the width. Convolutions and narrow
+#   layers are decomposed in full. Count the calls.
+# - **Repairs.** With dense factors in memory, B-R-KFAC refreshes the eigenpairs and B-KFAC-C corrects a share of them.
+# - **Check** the inverse, not the matrix: columns that are not orthonormal give the right matrix and a wrong inverse.
+#
 # ## Exercises
 #
 # **Exercise 19.1.** Start with nothing, $U$ empty and $c = 0$, and update with one batch. Show that the damped
-# inverse is the one that Woodbury's identity gives,
+# inverse is that of Woodbury's identity,
 # $(X X^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - X (X^\top X + \gamma I)^{-1} X^\top \bigr)$.
 #
 # <details class="solution" markdown="1">
@@ -787,7 +850,8 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 #
 # </details>
 #
-# **Exercise 19.2.** Take $\rho = 0.95$ and truncations with $\operatorname{tr} T_i \le \tau$, without a tail. Bound the trace of the error.
+# **Exercise 19.2.** Let $\rho = 0.95$, and let there be no tail. Every truncation removes at most
+# $\operatorname{tr} T_i \le \tau$. Bound the trace of the error.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -797,22 +861,44 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 #
 # </details>
 #
-# **Exercise 19.3.** Keep a gradient in factors also with the exact damping of the product, [(18.9)]: how many
-# rows has the step?
+# **Exercise 19.3.** The exact damping of the product, [(18.9)], can be applied to a gradient in factors as well. How
+# many rows has the step?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # With $G = \hat g^\top \hat a$ of $K$ rows, every term of [(18.9)] is a product of rows. Those that begin with $U_B$
-# share $r_B$ rows on the left. The others are
-# $\hat g^\top \bigl( w_{00} \hat a + \hat a\, U_A \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \bigr)$. So there are $K + r_B$ rows,
-# and the cost is linear again.
+# share $r_B$ rows on the left. The others are $\hat g^\top \bigl( w_{00} \hat a + \hat a\, U_A
+# \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \bigr)$. So there are $K + r_B$ rows, and the cost is linear in the
+# width.
+#
+# </details>
+#
+# **Exercise 19.4.** Write `follow_by_hand(U, d, c, X, w)`: the eigenpairs and the tail of
+# $(1 - w) M + w X X^\top$ with $M = U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$, by [Theorem 19.1], with
+# `torch.linalg.qr` and `torch.linalg.eigh` only. Do not form a matrix of $d$ rows and columns. Compare with
+# `updated_factor`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def follow_by_hand(U, d, c, X, w):
+#     C = U.T @ X
+#     Q, R = torch.linalg.qr(X - U @ C)
+#     H, new_c = torch.cat([C, R]), (1 - w) * c
+#     shifted = torch.cat([(1 - w) * d - new_c, torch.zeros(len(R))])
+#     e, W = torch.linalg.eigh(shifted.diag() + w * H @ H.T)
+#     return torch.cat([U, Q], 1) @ W, e + new_c, new_c
+# ```
+#
+# The plain QR is safe here because $X$ has parts outside of the span of $U$ that are not small.
 #
 # </details>
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 X, gamma = torch.randn(30, 3), 0.1  # 19.1
 U, d, c = updated_factor(none(30), X, 1.0, 5, zero_tail)
 woodbury = X @ torch.linalg.inv(X.T @ X + gamma * torch.eye(3)) @ X.T
@@ -829,6 +915,25 @@ left = torch.cat([g, M.UB.T])
 b = w.rest * a + (a @ M.UA * (w.right - w.rest)) @ M.UA.T
 below = (w.left - w.rest).unsqueeze(1) * (X @ a) + (middle * (X @ (a @ M.UA))) @ M.UA.T
 assert_exact(left.T @ torch.cat([b, below]), M.inverse(delta) @ (g.T @ a))
+
+
+def follow_by_hand(
+    U: Tensor, d: Tensor, c: Tensor, X: Tensor, w: float
+) -> tuple[Tensor, Tensor, Tensor]:  # 19.4
+    C = U.T @ X
+    Q, R = torch.linalg.qr(X - U @ C)
+    H, new_c = torch.cat([C, R]), (1 - w) * c
+    shifted = torch.cat([(1 - w) * d - new_c, torch.zeros(len(R))])
+    e, W = torch.linalg.eigh(shifted.diag() + w * H @ H.T)
+    return torch.cat([U, Q], 1) @ W, e + new_c, new_c
+
+
+start = torch.linalg.qr(torch.randn(40, 5)).Q, torch.arange(6.0, 1, -1), torch.tensor(0.3)
+X = torch.randn(40, 4)
+ours, theirs = follow_by_hand(*start, X, 0.1), updated_factor(start, X, 0.1, 5, trace_matched)
+assert_exact(from_pairs(*ours), from_pairs(*theirs))
+assert_exact(from_pairs(*ours), 0.9 * from_pairs(*start) + 0.1 * X @ X.T)
+assert ours[0].shape == (40, 9)
 print("all hold")
 
 # %% [markdown]

@@ -16,17 +16,12 @@
 # **Part V: Better and faster.** A layer's exact block can be multiplied without being formed. Is that
 # enough to solve with it, and is the exact block worth having?
 #
-# Every approximation so far gave up the block for something that can be inverted. Conjugate gradients
-# need no inverse and no matrix. They need products, and a product with the exact block takes only what
-# flows through the layer. CG-FAC solves a layer's system in this way, with a few products per step.
-# [Chen (2021)](bibliography.md#cg-fac) introduced it as an iterative KFAC without the Fisher matrix and without the
-# factors. Whether the products of the paper are with the exact block or with KFAC's matrix, its abstract does not say.
-# This chapter has both: `cg_fac` is the exact block, and `skfac` is KFAC's matrix.
-# We derive the product, see why a batch of $N$ data needs at most $N + 1$ of them, and find a
-# direct solver in the same place. Then comes the catch. The exact block of one batch is exact for that
-# batch only.
+# Conjugate gradients solve a linear system with products alone. A product with the exact block $F$ of a layer needs
+# only the layer's inputs and vectors, so that CG-FAC solves $F X + \delta X = G$ without any approximation of the
+# block. A batch of $N$ data with one vector each needs at most $N + 1$ products for this, however large the layer is:
+# [Figure 21.1].
 
-# %%
+# %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -56,7 +51,7 @@ from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.preconditioner import preconditioner
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import code, matrices, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -66,12 +61,49 @@ def random_io(N: int, S: int = 1, V: int = 1) -> LayerIO:
     return LayerIO(torch.randn(N, S, 7), torch.randn(V, N, S, 5))
 
 
+# %% tags=["hide-input"] alt="Plot of the error against the number of steps, logarithmic. For the exact block it drops to round-off at step seven. For KFAC it falls gradually, to about 1e-8 at step thirty." caption="Error of conjugate gradients for a batch of six data and a layer of five outputs and seven inputs. With the exact block, which has rank six, the seventh step ends at the solution. KFAC's matrix of the same batch has rank 30, and the error falls slowly."
+six, start, delta = random_io(6), torch.randn(5, 7), 1.0
+errors = {"exact block": [], "KFAC": []}
+for M, row in zip((cg_fac(six), skfac(six)), errors.values(), strict=True):
+    right = Dense(M.dense()).inverse(delta) @ start
+    for k in range(1, 31):
+        X = truncated_inverse(M, delta, k, tol=0.0) @ start
+        row.append(max(relative_error(X, right), 1e-16))
+ranks = [torch.linalg.matrix_rank(M.dense()).item() for M in (cg_fac(six), skfac(six))]
+assert ranks == [6, 30]
+fig, ax = plt.subplots(figsize=(6.2, 3.3))
+ax.semilogy(range(1, 31), errors["exact block"], **style("GGN"), markersize=4)
+ax.semilogy(range(1, 31), errors["KFAC"], **style("KFAC"), markersize=4)
+ax.axvline(7, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
+ax.text(7.5, 1e-12, "exact block")
+ax.text(17, 5e-3, "KFAC", color=style("KFAC")["color"])
+ax.set(xlabel="steps $k$", ylabel="relative error of $X_k$")
+plt.show()
+
 # %% [markdown]
+# The block is a sum of outer products of the gradients $G_{vn}$ of single data, and its product with a matrix $X$ of
+# the layer's shape is
+#
+# $$
+# F X = \sum_{v, n} \langle G_{vn}, X \rangle\, G_{vn} .
+# $$
+#
+# [Chen (2021)](bibliography.md#cg-fac) introduced the method as an iterative KFAC without the Fisher matrix and without
+# the factors. Whether the products of the paper are with the exact block or with KFAC's matrix, its abstract does not
+# say. This chapter has both: `cg_fac` is the exact block, and `skfac` is KFAC's matrix.
+#
+# After this chapter you will be able to
+#
+# - multiply with the exact block, and say what KFAC's product does differently;
+# - prove that a truncated solution descends, and how many steps are enough;
+# - solve the same system directly, by the kernel of the gradients;
+# - say when CG costs less than KFAC, and why the exact block of one batch wants much damping.
+#
 # ## A product without the block
 #
 # The block is a sum of outer products of gradients, $F = \sum_{vn} \operatorname{vec}(G_{vn})
-# \operatorname{vec}(G_{vn})^\top$ ([Theorem 4.1]). On a matrix $X$ it does two things. It asks every
-# gradient how much $X$ is like it, and adds up the gradients with the answers as weights,
+# \operatorname{vec}(G_{vn})^\top$ ([Theorem 4.1]). Its product with $X$ has two parts. The first is the inner product
+# of every gradient with $X$. The second is the sum of the gradients with these inner products as weights:
 #
 # $$
 # F X = \sum_{v, n} \langle G_{vn}, X \rangle\, G_{vn} ,
@@ -80,11 +112,11 @@ def random_io(N: int, S: int = 1, V: int = 1) -> LayerIO:
 # \tag{21.1}
 # $$
 #
-# with $\langle X, Y \rangle$ for the sum of the products of all entries. No gradient has to be formed
-# for either. The inner products send the inputs through $X$, as if it were the layer's weight, and meet
-# the vectors at its output. The sum first mixes the vectors, $\sum_v c_{vn} g_{vns}$, and then makes one
-# weight gradient. A forward and a backward pass of one layer, both of $2 N S\, d_\text{in} d_\text{out}$
-# operations, however many vectors there are. By hand:
+# where $\langle X, Y \rangle$ is the sum of the products of all entries. Neither part forms a gradient. For the inner
+# products, the inputs are multiplied by $X$ as by the layer's weight, and the results by the vectors. For the sum, the
+# vectors are first mixed, $\sum_v c_{vn} g_{vns}$, and then give one weight gradient. So a product costs a forward and
+# a backward pass of one layer, $2 N S\, d_\text{in} d_\text{out}$ operations each, whatever the number of vectors. By
+# hand:
 
 
 # %%
@@ -103,15 +135,15 @@ for S in (1, 3):
     assert_exact(product_by_hand(io, X).flatten(), io.block() @ X.flatten())
     assert_exact(cg_fac(io) @ X, product_by_hand(io, X))
 
-# %% tags=["remove-input"]
+# %% tags=["beside", "remove-input"]
 code(LayerIO.inner_products, LayerIO.combination, Gradients.__matmul__)
 
 # %% [markdown]
 # ### What KFAC does differently
 #
-# Take one vector and one position, and collect $\mathcal M_{nm} = g_n^\top X a_m$, an $N \times N$ matrix.
-# Line up the rows of inputs and vectors in $\mathbf a$, $[N, d_\text{in}]$, and $\mathbf g$,
-# $[N, d_\text{out}]$. Then $\mathcal M = \mathbf g X \mathbf a^\top$ and
+# Take one vector and one position per datum, and collect $\mathcal M_{nm} = g_n^\top X a_m$ in an $N \times N$ matrix.
+# Let $\mathbf a$, $[N, d_\text{in}]$, and $\mathbf g$, $[N, d_\text{out}]$, have the inputs and the vectors as rows.
+# Then $\mathcal M = \mathbf g X \mathbf a^\top$ and
 #
 # $$
 # F X = \mathbf g^\top \operatorname{diag}(\mathcal M)\, \mathbf a ,
@@ -120,10 +152,10 @@ code(LayerIO.inner_products, LayerIO.combination, Gradients.__matmul__)
 # \tag{21.2}
 # $$
 #
-# This is the whole difference between the exact block and KFAC. The block asks every datum's vector
-# about that datum's input. KFAC asks all vectors about all inputs, and averages.
+# This is the whole difference between the exact block and KFAC ([Figure 21.2]). The block's product combines every
+# vector with the input of its own datum. KFAC's product combines all vectors with all inputs, and divides by $N$.
 
-# %% tags=["hide-input"] alt="Two heat maps of 8 by 8 entries. Left, only the diagonal is filled. Right, all entries are filled, each an eighth of the size." caption="What stands between $\\mathbf g^\\top$ and $\\mathbf a$ in a product with the exact block, and with KFAC."
+# %% tags=["hide-input"] alt="Two heat maps of 8 by 8 entries. Left, only the diagonal is filled. Right, all entries are filled, each an eighth of the size." caption="The matrix between $\\mathbf g^\\top$ and $\\mathbf a$ in a product with the exact block, and with KFAC: the diagonal of $\\mathcal M$, and an eighth of $\\mathcal M$."
 io, X = random_io(8), torch.randn(5, 7)
 a, g = io.a.squeeze(1), io.g.squeeze((0, 2))
 pairs = g @ X @ a.T
@@ -132,12 +164,13 @@ assert_exact(kfac(io) @ X, g.T @ pairs @ a / 8)
 matrices({"exact block": pairs.diagonal().diag(), "KFAC": pairs / 8})
 
 # %% [markdown]
-# KFAC's product needs no factor either: it is the product of [SKFAC](17_skfac.py)'s matrix. CG-FAC can
-# be run with one operator or with the other, `cg_fac(io)` or `skfac(io)`. The author's repository DeepFormer has the second
-# one in two lines that are commented out
-# ([`CG_KFAC.py`, lines 166 to 167](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166-L168)).
+# KFAC's product needs no factor either: it is the product of [SKFAC](17_skfac.py)'s matrix. CG-FAC can be run with one
+# operator or with the other, `cg_fac(io)` or `skfac(io)`. The repository DeepFormer of the paper's author has the
+# second one in two lines that are commented out ([`CG_KFAC.py`, lines 166 to
+# 167](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166-L168)).
+# For a single datum the two are equal.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: KFAC's product without factors, and that both operators are equal for one datum"
 for S in (1, 3):
     io, X = random_io(4, S, V=2), torch.randn(5, 7)
     assert_exact(skfac(io) @ X, kfac(io) @ X)
@@ -147,20 +180,20 @@ assert_exact(cg_fac(io) @ X, skfac(io) @ X)  # one datum has no pairs
 # %% [markdown]
 # ## Conjugate gradients
 #
-# We look for $X$ with $F X + \delta X = G$. Write $M = F + \delta I$. The solution is the lowest point of
-# the parabola
+# We look for $X$ with $F X + \delta X = G$. Write $M = F + \delta I$. The solution is the minimum of
+# the quadratic function
 #
 # $$
 # q(X) = \tfrac12 \langle X, M X \rangle - \langle X, G \rangle .
 # \tag{21.3}
 # $$
 #
-# With products alone one can reach $G$, $M G$, $M^2 G$ and so on, and their combinations. Conjugate
-# gradients find, after $k$ products, the lowest point among the combinations of the first $k$ of these
-# (the *Krylov space*), and do so with three vectors in memory. Start from $X = 0$ with the residual
-# $R = G$ and the direction $P = R$. Go down along $P$ as far as it goes down. Then turn the new residual
-# into a direction that is *conjugate* to the last one, $\langle P, M P_\text{old} \rangle = 0$, so that what
-# was gained along the old one is not lost:
+# With products alone one can reach $G$, $M G$, $M^2 G$ and so on, and their combinations. After $k$ steps conjugate
+# gradients are at the minimum of $q$ among the combinations of the first $k$ of these (the *Krylov space*). They need
+# one product per step and keep three vectors in memory. Start from $X = 0$ with the residual $R = G$ and the direction
+# $P = R$. In each step, go along $P$ to the minimum of $q$ on this line. Then turn the new residual into a direction
+# that is *conjugate* to the last one, $\langle P, M P_\text{old} \rangle = 0$: a step along such a direction keeps the
+# minimum along the old one.
 
 
 # %%
@@ -177,10 +210,11 @@ def cg_by_hand(M, G: Tensor, steps: int) -> Tensor:
     return X
 
 
+# %% tags=["hide-input"] fold="Checked: step k is the minimum over the Krylov space, by hand and in the package"
 io, G, delta = random_io(8), torch.randn(5, 7), 0.5
 F = io.block()
 for k in (1, 3, 6):
-    powers = [G.flatten()]  # the Krylov space, and the parabola's lowest point in it
+    powers = [G.flatten()]  # the Krylov space, and the minimum of q in it
     for _ in range(k - 1):
         powers.append(F @ powers[-1] + delta * powers[-1])
     Q = torch.linalg.qr(torch.stack(powers, dim=1)).Q
@@ -190,8 +224,8 @@ for k in (1, 3, 6):
     assert_exact(truncated_inverse(cg_fac(io), delta, k, tol=0.0) @ G, X)
 
 # %% [markdown]
-# The shipped loop is the same, with three additions: each matrix of a batch stops by itself, as soon as its
-# residual is below `tol` times its right-hand side; the residual may be preconditioned; and a direction
+# The shipped loop is the same with three additions. Each matrix of a batch stops by itself, as soon as its
+# residual is below `tol` times its right-hand side. The residual may be preconditioned. A direction
 # of negative curvature is an error.
 
 # %% tags=["remove-input"]
@@ -199,65 +233,55 @@ code(conjugate_gradient)
 
 # %% [markdown]
 # <div class="admonition theorem" markdown="1" id="thm-21.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 21.1 (a few steps are safe, and K + 1 are enough)</b></p>
+# <p class="admonition-title" markdown="1"><b>Theorem 21.1 (every step descends, and K + 1 are enough)</b></p>
 #
 # Let $X_k$ be the result of $k$ steps from zero for $M = F + \delta I$, $\delta \gt 0$, $G \ne 0$.
 #
-# 1. $q(X_k)$ falls with $k$, and $\langle X_k, G \rangle \gt 0$ for all $k \ge 1$.
+# 1. $q(X_k)$ falls with $k$ until the solution is reached, and $\langle X_k, G \rangle \gt 0$ for all $k \ge 1$.
 # 2. $X_1$ is $G$ times the best step length along $G$.
 # 3. If $F$ is a sum of $K$ outer products, $X_{K + 1}$ is the solution. If $G$ is a combination of the same
-#    $K$ gradients, $X_K$ is.
+#    $K$ gradients, $X_K$ is the solution.
 #
 # </div>
 #
-# **Proof.** Larger spaces have lower lowest points. The first space is the line through $G$, which is
-# (2). There $q$ falls below $q(0) = 0$, so $0 \gt q(X_k) = \tfrac12 \langle X_k, M X_k \rangle - \langle X_k, G \rangle$,
-# and $\langle X_k, M X_k \rangle \ge 0$ leaves only (1). For (3), split $G$ into parts $G_\lambda$, one for
-# each eigenvalue $\lambda$ of $M$. A combination of $M^j G$ is $\sum_\lambda p(\lambda)\, G_\lambda$ with a
-# polynomial $p$ of degree $k - 1$. The solution is $\sum_\lambda \lambda^{-1} G_\lambda$. A
-# polynomial of degree $k - 1$ can take the values $\lambda^{-1}$ at $k$ points. $F$ has rank
-# $K$ at most, so $M$ has at most $K$ eigenvalues that are not $\delta$, and $\delta$ itself. If $G$ is in
-# the span of the gradients, it has no part at $\delta$. $\blacksquare$
+# **Proof.** The Krylov spaces grow, so the minima do not rise. If $X_k$ is still the minimum in the next space, its
+# residual, which lies in that space, is orthogonal to itself, hence zero. The first space is the line through $G$,
+# which is (2). On this line $q$ falls below $q(0) = 0$, so $0 \gt q(X_k) = \tfrac12 \langle X_k, M X_k \rangle -
+# \langle X_k, G \rangle$. As $\langle X_k, M X_k \rangle \ge 0$, the inner product with $G$ is positive, which
+# completes (1). For (3), split $G$ into parts $G_\lambda$, one for each eigenvalue $\lambda$ of $M$. A combination of
+# $M^j G$ is $\sum_\lambda p(\lambda)\, G_\lambda$ with a polynomial $p$ of degree $k - 1$. The solution is
+# $\sum_\lambda \lambda^{-1} G_\lambda$. A polynomial of degree $k - 1$ can take the values $\lambda^{-1}$ at $k$
+# points. $F$ has rank $K$ at most, so $M$ has at most $K$ eigenvalues that are not $\delta$, and $\delta$ itself. If
+# $G$ is in the span of the gradients, it has no part at $\delta$. $\blacksquare$
 #
-# So a step can be stopped at any time, and remains a descent direction. And $K = V N$ gradients need
-# $V N + 1$ products at most, *however large the layer is*. KFAC's matrix of the same batch has up to
-# $N \cdot V N$ different eigenvalues that are not zero, since each eigenvalue of $B$ meets each of $A$:
+# By (1), a step can be stopped at any time and remains a descent direction. By (3), $K = V N$ gradients need $V N + 1$
+# products at most, *however large the layer is*. This is the drop at step seven of [Figure 21.1]. KFAC's matrix of the
+# same batch has up to $N \cdot V N$ different eigenvalues that are not zero, since each eigenvalue of $B$ is multiplied
+# by each eigenvalue of $A$.
 
-# %%
-io, G, delta = random_io(6), torch.randn(5, 7), 1.0
-errors = {"exact block": [], "KFAC": []}
-for M, row in zip((cg_fac(io), skfac(io)), errors.values(), strict=True):
-    right = Dense(M.dense()).inverse(delta) @ G
+# %% tags=["hide-input"] fold="Checked: the three statements, for the exact block and for KFAC's matrix"
+delta = 1.0
+for M in (cg_fac(six), skfac(six)):
     values = []
     for k in range(1, 31):
-        X = truncated_inverse(M, delta, k, tol=0.0) @ G
-        values.append(((M @ X + delta * X) * X).sum() / 2 - (X * G).sum())
-        assert (X * G).sum() > 0
-        row.append(max(relative_error(X, right), 1e-16))
+        X = truncated_inverse(M, delta, k, tol=0.0) @ start
+        values.append(((M @ X + delta * X) * X).sum() / 2 - (X * start).sum())
+        assert (X * start).sum() > 0
     assert all(new <= old + 1e-9 for old, new in zip(values[:-1], values[1:], strict=True))
-    X = truncated_inverse(M, delta, 1) @ G
-    assert_exact(X, G * (G * G).sum() / ((M @ G + delta * G) * G).sum())
+    X = truncated_inverse(M, delta, 1) @ start
+    assert_exact(X, start * (start * start).sum() / ((M @ start + delta * start) * start).sum())
 assert errors["exact block"][6] < 1e-8 < 1e-5 < min(errors["exact block"][4], errors["KFAC"][6])
 
-own = io.combination(torch.randn(1, 6))  # a combination of the same gradients: one step less
-assert_exact(truncated_inverse(cg_fac(io), delta, 6, 0.0) @ own, cg_fac(io).inverse(delta) @ own)
-
-# %% tags=["hide-input"] alt="Plot of the error against the number of steps, logarithmic. For the exact block it drops to round-off at step seven. For KFAC it falls gradually and needs about three times as many steps." caption="Error of conjugate gradients for a batch of six data, five outputs and seven inputs. With the exact block it is over after seven steps."
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for (name, row), marker in zip(errors.items(), "os", strict=True):
-    ax.semilogy(range(1, 31), row, marker + "-", markersize=4, label=name)
-ax.axvline(7, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
-ax.set(xlabel="steps", ylabel="relative error of $X_k$")
-ax.legend()
-plt.show()
+own = six.combination(torch.randn(1, 6))  # a combination of the same gradients: one step less
+assert_exact(truncated_inverse(cg_fac(six), delta, 6, 0.0) @ own, cg_fac(six).inverse(delta) @ own)
 
 # %% [markdown]
-# Run to the end, both agree with what other chapters compute by decompositions: the exact block with its dense
-# inverse, KFAC's operator with the exactly damped inverse in the eigenbasis ([Chapter 9](09_damping.py)).
-# `inverse(damping)` does that. `truncated_inverse` stops after a few steps. Strictly speaking it is not
-# a linear map, since the polynomial that it applies depends on $G$.
+# Run to the end, conjugate gradients agree with the decompositions of other chapters: for the exact block with the
+# dense inverse, for KFAC's operator with the exactly damped inverse in the eigenbasis ([Chapter 9](09_damping.py)).
+# `inverse(damping)` runs to the end, `truncated_inverse` stops after a few steps. The truncated inverse is not a linear
+# map, since the polynomial that it applies depends on $G$.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: converged solutions against dense inverses, and that the truncated inverse is not linear"
 for S in (1, 3):
     io, X = random_io(4, S, V=2), torch.randn(2, 5, 7)
     dense = Dense(io.block()).inverse(0.1)
@@ -269,9 +293,9 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # %% [markdown]
 # ## The same, directly
 #
-# If $K + 1$ products are enough, the answer must hang on about $K$ numbers. It does.
+# If $K + 1$ products are enough, the solution depends on about $K$ numbers, and they can be computed directly.
 # Let $U$ have the columns $\operatorname{vec}(G_{vn})$, so that $F = U U^\top$. Woodbury's identity
-# ([Theorem 17.1]) needs $U^\top U$, the **kernel** of all inner products of two gradients. With one position
+# ([Theorem 17.1]) needs $T = U^\top U$, the **kernel** of all inner products of two gradients. With one position
 # these are products of two inner products,
 #
 # $$
@@ -280,7 +304,7 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # $$
 #
 # so that the kernel is the entrywise product of two small Gram matrices, and costs
-# $K^2 (d_\text{in} + d_\text{out})$ instead of $K^2 d_\text{in} d_\text{out}$. Then, with $T = U^\top U$,
+# $K^2 (d_\text{in} + d_\text{out})$ instead of $K^2 d_\text{in} d_\text{out}$. Then
 #
 # $$
 # \begin{aligned}
@@ -292,13 +316,14 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # \tag{21.5}
 # $$
 #
-# The second line is for a gradient of the same batch, pushed through as in [(17.4)]. For the empirical
-# Fisher all $c$ are equal: the step solves for weights of the data, and the plain gradient has them all alike.
+# The second line is for a gradient of the same batch, in the form of [(17.4)] that does not divide by the damping. For
+# the empirical Fisher all $c$ are equal: the plain gradient gives all data the same weight, and the step solves for
+# other weights $y$.
 
 # %% tags=["remove-input"]
 code(gradient_kernel, KernelInverse.__matmul__, same_batch_step)
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the kernel, and both lines of (21.5)"
 for S in (1, 3):
     io, X = random_io(4, S, V=2), torch.randn(5, 7)
     U = io.gradients().flatten(0, 1).flatten(1).T
@@ -310,11 +335,12 @@ for S in (1, 3):
 # %% [markdown]
 # ## What a step costs
 #
-# The abstract says: it is proved that time and memory are much less than KFAC's. Memory is a matter of counting: inputs and vectors
-# hold $N (d_\text{in} + V d_\text{out})$ numbers per position, KFAC's factors $d_\text{in}^2 + d_\text{out}^2$.
-# For the time we count operations as in [Chapter 17](17_skfac.py), for a square layer of width $d$.
+# The abstract says that time and memory are proved to be much less than KFAC's. For the memory we count numbers: inputs
+# and vectors have $N (d_\text{in} + V d_\text{out})$ numbers per position, KFAC's factors $d_\text{in}^2 +
+# d_\text{out}^2$. For the time we count operations as in [Chapter 17](17_skfac.py), for a square layer of width $d$:
+# [Figure 21.3].
 
-# %%
+# %% tags=["hide-input"] fold="Counted: operations of four methods for eight sizes of a batch"
 aten = torch.ops.aten
 decompositions = {
     aten.linalg_cholesky_ex: lambda L, *_, **__: L[-1] ** 3 // 3,
@@ -349,34 +375,39 @@ assert abs(cg[4] / (10 * 4 * 64 * d**2) - 1) < 0.05  # 4 N d² a step
 assert cg[0] < applied < cg[4]
 assert all(k < c for k, c in zip(counts["kernel"][:6], cg[:6], strict=True))
 
-# %% tags=["hide-input"] alt="Log-log plot of operations against the size of the batch, for a layer of width 256. Ten steps of CG rise in proportion to the batch. The kernel's two lines lie far below it and come nearer as the batch grows. KFAC with fresh factors is almost flat. A horizontal line, one product with a kept inverse, is crossed by CG at about 26 data and by the kernel at about 200." caption="Operations for one step of a layer of width 256. Dashed: one product with an inverse of KFAC that was kept."
-fig, ax = plt.subplots(figsize=(6.4, 3.6))
-for (name, row), marker in zip(counts.items(), "os^d", strict=True):
-    ax.loglog(sizes, row, marker + "-", markersize=4, label=name)
-ax.axhline(applied, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color())
+# %% tags=["hide-input"] alt="Log-log plot of operations against the size of the batch, for a layer of width 256. Ten steps of CG rise in proportion to the batch. The kernel's two lines lie far below it and come nearer as the batch grows. KFAC with fresh factors is almost flat. A horizontal line, one product with a kept inverse, is crossed by CG at about 26 data and by the kernel at about 200." caption="Operations for one step of a layer of width 256. Dashed: one product with an inverse of KFAC that was kept. The kernel costs less than this product up to 128 data, ten steps of CG up to 16."
+looks = ({"color": "C1", "marker": "s"}, {"color": "C3", "marker": "^"})
+looks += ({"color": "C4", "marker": "d"}, style("KFAC"))
+fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+heights = ("center", "bottom", "center", "top")
+for (name, row), look, va in zip(counts.items(), looks, heights, strict=True):
+    (line,) = ax.loglog(sizes, row, **look, markersize=4)
+    ax.text(590, row[-1], name, color=line.get_color(), va=va, fontsize="small")
+ax.axhline(applied, linestyle="--", linewidth=1, color=style("KFAC")["color"])
 ax.set(xlabel="data in the batch, $N$", ylabel="operations", xticks=sizes, xticklabels=sizes)
+ax.set_xlim(3.5, 3500)
 ax.minorticks_off()
-ax.legend(fontsize="small")
 plt.show()
+assert cg[2] < applied < cg[3]
+assert counts["kernel"][5] < applied < counts["kernel"][6]
 
 # %% [markdown]
-# A product with the block takes $4 N d^2$ operations, one with KFAC's inverse $4 d^3$. So $k$ steps of
-# CG are cheaper than KFAC's product if and only if $k N \lt d$ or, for a layer that is not square,
-# $k N \lt \tfrac12 (d_\text{in} + d_\text{out})$. KFAC has to compute its inverse besides, but can keep it for
-# many steps. **"Much less" holds for wide layers and small batches**, and not for a batch as large as the
-# layer is wide. And where it holds, the direct solver is cheaper than ten steps, and exact. Conjugate
-# gradients are left with many vectors per datum: the kernel's size is $V N$, while a product costs
-# nearly the same for all $V$.
-
-# %% [markdown]
+# A product with the block takes $4 N d^2$ operations, a product with KFAC's inverse $4 d^3$. So $k$ steps of CG cost
+# less than KFAC's product if and only if $k N \lt d$ or, for a layer that is not square, $k N \lt \tfrac12
+# (d_\text{in} + d_\text{out})$. KFAC has to compute its inverse besides, but can keep it for many steps. **"Much less"
+# holds for wide layers and small batches**, and not for a batch as large as the layer is wide. Where it holds and each
+# datum has one vector, the direct solver costs less than ten steps, and is exact. With many vectors per datum
+# conjugate gradients have an advantage: the size of the kernel is $V N$, while a product with the block costs nearly
+# the same for all $V$.
+#
 # ## How many steps are worth taking?
 #
-# We train three layers on handwritten digits for a while, and take 48 images that the training did not
-# use. Curvature comes from labels drawn from the model, the gradient from the data's. Of the lowest
-# value that the damped parabola [(21.3)] can take, what part does a step reach? For KFAC's direction
-# we grant the best step length.
+# We train three layers on handwritten digits for a while, and take 48 images that the training did not use. The
+# curvature comes from labels drawn from the model, the gradient from the data's labels. [Figure 21.4] shows which part
+# of the largest possible decrease of the damped quadratic function [(21.3)] a step reaches. KFAC's direction is given
+# its best step length.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the part of the decrease for ten numbers of steps and three dampings"
 digits = load_digits()
 order = torch.randperm(len(digits.target))
 images, labels = torch.tensor(digits.data)[order] / 16, torch.tensor(digits.target)[order]
@@ -395,7 +426,7 @@ def problem(model: Sequential, X: Tensor, y: Tensor) -> tuple[LayerIO, Tensor]:
 
 
 def decrease(M: Matrix, damping: float, X: Tensor, G: Tensor) -> float:
-    """By how much a step lowers the damped parabola."""
+    """By how much a step lowers the damped quadratic function."""
     return ((X * G).sum() - ((M @ X + damping * X) * X).sum() / 2).item()
 
 
@@ -425,29 +456,29 @@ for multiple in (0.1, 1.0, 10.0):
     assert all(old <= new + 1e-9 for old, new in zip(parts[:-1], parts[1:], strict=True))
     assert parts[0] < with_kfac < parts[-3] > 0.8
 
-# %% tags=["hide-input"] alt="Three plots of the reached part of the possible decrease against steps of CG, for three dampings. Each curve rises from near zero to one. A horizontal line for KFAC is crossed after a few steps; the smaller the damping, the lower the line and the more steps are needed to reach one." caption="Part of the possible decrease of the batch's own parabola. Dotted: KFAC's direction with the best step length."
+# %% tags=["hide-input"] alt="Three plots of the reached part of the possible decrease against steps of CG, for three dampings. Each curve rises from near zero to one. A horizontal line for KFAC is crossed after a few steps; the smaller the damping, the lower the line and the more steps are needed to reach one." caption="Part of the possible decrease of the batch's own quadratic function. Squares: CG. Dotted: KFAC's direction with the best step length. A few steps of CG exceed it; a smaller damping needs more steps for the rest."
 fig, axes = plt.subplots(1, 3, figsize=(9.2, 3), layout="constrained", sharey=True)
 for ax, (multiple, (parts, with_kfac)) in zip(axes, reached.items(), strict=True):
-    ax.semilogx(counts, parts, "o-", markersize=4, label="CG")
-    ax.axhline(with_kfac, linestyle=":", color="C1", label="KFAC")
+    ax.semilogx(counts, parts, "s-", color="C1", markersize=4)
+    ax.axhline(with_kfac, linestyle=":", color=style("KFAC")["color"])
+    ax.text(40, with_kfac - 0.02, "KFAC", color=style("KFAC")["color"], ha="right", va="top")
     ax.set(title=f"damping {multiple:g} × mean", xlabel="steps", xticks=[1, 3, 10, 40])
     ax.set_xticklabels([1, 3, 10, 40])
     ax.minorticks_off()
 axes[0].set_ylabel("part of the decrease")
-axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# Here is the case for the method. KFAC's direction, even with the best length, leaves much of what the
-# exact block offers. A few steps of conjugate gradients take more of it. The smaller the
-# damping, the more steps that needs, since the ratio of the largest eigenvalue to the smallest grows.
+# By this measure the exact block is worth having. KFAC's direction, even with the best length, misses much of the
+# decrease that the exact block allows, and a few steps of conjugate gradients reach more of it. A smaller
+# damping needs more steps, since the ratio of the largest eigenvalue to the smallest is larger.
 #
-# ### Exact for whom?
+# ### Exact for which data?
 #
-# The parabola above is that of 48 images. We judge the same steps by the parabola of all 1000 training
+# The quadratic function above is that of 48 images. We now judge the same steps by the function of all 1000 training
 # images, with the same damping.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the same steps for their own 48 images and for 1000 images"
 all_io, all_G = problem(model, images[:1000], labels[:1000])
 everything, delta = cg_fac(all_io), 0.1 * mean
 judged = {"own 48 images": [], "1000 images": []}
@@ -461,28 +492,29 @@ for name, row in judged.items():
 assert min(judged["own 48 images"]) > 0
 assert judged["1000 images"][-1] < -10 * judged["own 48 images"][-1]
 
-# %% tags=["hide-input"] alt="Plot of the decrease of the parabola against steps of CG for a small damping. For the batch's own parabola the curve rises a little; for that of all data it falls far below zero." caption="Decrease of two parabolas by the same steps, at a tenth of the mean eigenvalue as damping. The vertical axis is logarithmic on both sides of zero."
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for (name, row), marker in zip(judged.items(), "os", strict=True):
-    ax.semilogx(counts, row, marker + "-", markersize=4, label=name)
+# %% tags=["hide-input"] alt="Plot of the decrease of two quadratic functions against steps of CG for a small damping. For the batch's own function the curve rises a little; for that of all data it falls far below zero." caption="Decrease of two quadratic functions by the same steps, at a tenth of the mean eigenvalue as damping. With more steps the function of the batch's own images decreases more, and that of the 1000 images increases. The vertical axis is logarithmic on both sides of zero."
+fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
+for (name, row), (mark, colour) in zip(judged.items(), (("s-", "C1"), ("^-", "C3")), strict=True):
+    ax.semilogx(counts, row, mark, color=colour, markersize=4)
+    ax.text(44, row[-1], name, color=colour, va="center", fontsize="small")
 ax.set_yscale("symlog", linthresh=0.1)
 ax.axhline(0, linestyle=":", linewidth=1, color=ax.xaxis.label.get_color())
 ax.set(xlabel="steps of CG on the batch", ylabel="decrease", xticks=[1, 3, 10, 40])
 ax.set_xticklabels([1, 3, 10, 40])
+ax.set_xlim(0.9, 130)
 ax.minorticks_off()
-ax.legend()
 plt.show()
 
 # %% [markdown]
-# The better the batch's system is solved, the worse the step is for all others. 48 gradients do not
-# determine 1056 weights. Where the batch has no curvature, the exact solver trusts the damping alone and
-# goes far, with the part of the gradient that is noise. **Stopping early is not only cheap. Like damping, it keeps a
-# step away from what the batch does not know.** That is the reason for small numbers of steps and for
-# a damping that is not small, rather than speed.
+# For its own images a step improves with the number of CG steps. For the 1000 images it becomes worse and worse. 48
+# gradients do not determine 1056 weights. In directions where the batch has no curvature, the exact solution divides by
+# the damping alone, so that the noise of the gradient there gives a long step. **Stopping early saves products, and it
+# also keeps the step small in the directions about which the batch has no information**, as damping does. So a small
+# number of steps and a large damping are reasonable even where more steps could be afforded.
 #
-# KFAC's factors are averages over many batches, which repairs just this. Gradients have no such average:
-# the mean of two batches' rows means nothing, and rows of several batches, kept side by side, are a
-# larger batch and cost as much.
+# KFAC's factors can be averaged over many batches, which adds the missing information. Gradients of single data cannot
+# be averaged in this way: the block of averaged rows is not the average of the blocks, and the rows of several batches,
+# kept side by side, are a larger batch and cost as much.
 
 # %%
 first, second = random_io(4), random_io(4)
@@ -494,12 +526,12 @@ assert relative_error(mean_of_rows.block(), (first.block() + second.block()) / 2
 # %% [markdown]
 # ## Training with it
 #
-# The network from the start, 40 steps of 32 images each, a fixed learning rate. Four methods see the newest batch only:
-# KFAC, five steps of CG with KFAC's matrix and with the exact block, and the direct solver. Two methods have KFAC's moving
-# averages: KFAC, and ten steps of CG as in the author's code (see below). So conjugate gradients and averages can be
-# told apart.
+# The same network from its initial weights, 40 steps of 32 images each, a fixed learning rate. Four methods see the
+# newest batch only: KFAC, five steps of CG with KFAC's matrix and with the exact block, and the direct solver. Two
+# methods have KFAC's moving averages: KFAC, and ten steps of CG as in the author's code (see below). So the effect of
+# conjugate gradients and the effect of averages can be told apart. The table has the final loss for four dampings.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the final loss of six methods with four dampings"
 methods = {
     "KFAC, newest batch": (Latest(kfac), lambda M, damping: M.inverse(damping)),
     "CG, KFAC's matrix": (Latest(skfac), lambda M, damping: truncated_inverse(M, damping, 5, 0.0)),
@@ -545,18 +577,18 @@ assert max(abs(x / y - 1) for x, y in zip(k[1:], solved[1:], strict=True)) < 0.2
 assert max(k[0], solved[0]) < 2
 
 # %% [markdown]
-# At the largest damping all six are alike. At the smallest, every method that sees one batch fails, KFAC with the
-# newest batch like the others. Both methods with averages train, and ten steps of CG are as good as the inverse.
-# So the average is what counts here, neither the conjugate gradients nor the exact block. One batch wants more
-# damping or more data, whoever solves with it. The paper's claims are about cost: we have counted operations and memory,
-# with the conditions above, and measured no time.
+# At the largest damping all six are alike. At the smallest, every method that sees one batch fails, KFAC included. Both
+# methods with averages train, and ten steps of CG are as good as the inverse. So the average makes the difference here,
+# neither the conjugate gradients nor the exact block. One batch needs more damping or more data with every solver. The
+# paper's claims are about cost: we have counted operations and memory, with the conditions above, and measured no time.
 #
 # ## KFAC as a preconditioner
 #
 # Conjugate gradients for $K^{-1/2} M K^{-1/2}$ need only products with $K^{-1}$. If $K$ is near $M$, the
-# eigenvalues move together and few steps are enough. KFAC's inverse lies at hand. Is it a good one?
+# eigenvalues of the preconditioned matrix are near each other, and few steps are enough. Is KFAC's inverse a good
+# preconditioner? We try one layer whose inputs and vectors have very different scales.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the error with and without KFAC as a preconditioner"
 torch.manual_seed(0)
 io = LayerIO(
     torch.randn(6, 1, 7) * torch.logspace(0, -1.5, 7),
@@ -575,34 +607,37 @@ plain, helped = errors.values()
 assert helped[0] < 0.9 * plain[0]
 assert plain[9] < 1e-6 < 1e-3 < helped[9]
 
-# %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays high for six steps and then drops to round-off. Preconditioned by KFAC it starts lower and falls slowly over thirty steps and more." caption="A preconditioner that helps the first steps and spoils the last. Six data, five outputs, seven inputs."
-fig, ax = plt.subplots(figsize=(6.2, 3.3))
-for (name, row), marker in zip(errors.items(), "os", strict=True):
-    ax.semilogy(range(1, 41), row, marker + "-", markersize=3, label=name)
-ax.set(xlabel="steps", ylabel="relative error")
-ax.legend()
+# %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays high for six steps and then drops to round-off. Preconditioned by KFAC it starts lower and falls slowly over thirty steps and more." caption="Error of conjugate gradients with the exact block, plain and preconditioned by KFAC, for six data, five outputs and seven inputs. The preconditioner reduces the error of the first steps only."
+fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
+looks, places = (style("GGN"), style("KFAC")), ((7.5, 1e-9), (12, 3e-3))
+for (name, row), look, place in zip(errors.items(), looks, places, strict=True):
+    ax.semilogy(range(1, 41), row, **look, markersize=3)
+    ax.text(*place, name, color=look["color"])
+ax.set(xlabel="steps", ylabel="relative error", xticks=[1, 7, 20, 40])
 plt.show()
 
 # %% [markdown]
-# It is, for the first few steps. Then it is in the way. Plain, the matrix has seven different
+# In the first steps KFAC's inverse reduces the error. Later it delays convergence. The plain matrix has seven different
 # eigenvalues, and the seventh step finishes. KFAC's inverse multiplies the many equal eigenvalues
-# $\delta$ by different numbers, and Theorem 21.1 no longer has anything to say. Use it for a handful of
-# steps or not at all.
+# $\delta$ by different numbers, so that [Theorem 21.1] no longer bounds the number of steps by seven. Use KFAC as a
+# preconditioner for very few steps or not at all.
 #
 # ## What goes wrong in practice
 #
-# What follows is about the author's repository
-# [DeepFormer](https://github.com/closest-git/DeepFormer/tree/fa96626bf2ad267e3d0d92eaac11e63bc438b580), whose README cites the
-# paper. It is an experimental project about transformers, its first commit is a month younger than the paper, and its
-# training script uses KFAC and has CG switched off
-# ([line 416](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/examples/pytorch_cifar10_resnet.py#L416)). That the paper's experiments ran
-# this code is not known.
+# This section is about the author's repository
+# [DeepFormer](https://github.com/closest-git/DeepFormer/tree/fa96626bf2ad267e3d0d92eaac11e63bc438b580), whose README
+# cites the paper. It is an experimental project about transformers, its first commit is a month younger than the paper,
+# and its training script uses KFAC and has CG switched off ([line
+# 416](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/examples/pytorch_cifar10_resnet.py#L416)).
+# Whether the paper's experiments ran this code is not known.
 #
-# **A tolerance on the square.** It stops at $\lVert R \rVert^2 \lt 0.01\, \lVert G \rVert^2$
-# ([`CG_KFAC.py`, line 194](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L194)), or after 10 steps. A `T_r = 0.01` reads like one percent, and means ten percent of the norm. `tol` here is for
-# the norm:
+# **A tolerance on the square.** The loop there stops at $\lVert R \rVert^2 \lt 0.01\, \lVert G \rVert^2$
+# ([`CG_KFAC.py`, line
+# 194](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L194)),
+# or after 10 steps. A `T_r = 0.01` reads like one percent, and means ten percent of the norm. `tol` here is for the
+# norm:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: a tolerance of .1 needs fewer steps than one of .01, and tol= is for the norm"
 io, G = random_io(20), torch.randn(5, 7)
 M, delta = cg_fac(io), 0.5
 
@@ -619,16 +654,22 @@ for tol, k in needed.items():
     assert_exact(truncated_inverse(M, delta, 60, tol) @ G, truncated_inverse(M, delta, k, 0.0) @ G)
 
 # %% [markdown]
-# **Factors after all.** The line that is active there multiplies with stored moving averages of $A$ and $B$
-# ([line 166](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166), called with them in [line 215](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L215)). That is KFAC's matrix, solved
-# iteratively. It forms the factors that the abstract avoids, and converges to what two eigendecompositions give at
-# once. But it averages, and the table above shows what this is worth.
+# **Stored factors.** The line that is active there multiplies with stored moving averages of $A$ and $B$ ([line
+# 166](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166),
+# called with them in [line
+# 215](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L215)).
+# That is KFAC's matrix, solved iteratively. The code forms the factors that the abstract avoids, and converges to the
+# solution that two eigendecompositions give at once. But it has averages, and the table above shows how much they
+# matter.
 #
-# **The gradient returned on failure.** There, if the residual is larger at the end than at the start, the plain gradient
-# takes the place of the step ([lines 204 to 206](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L204-L206)). Such steps are counted, and `dump` reports them as
-# `Bad` ([line 54](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L54)). The residual's norm can grow in conjugate gradients that are on their way, and the
-# length of a gradient has nothing to do with that of a solution: it lacks a factor of up to $1 / \delta$. In the package,
-# what the steps have reached is used, and an indefinite matrix, which is a mistake somewhere else, is an error.
+# **The gradient returned on failure.** If the residual there is larger at the end than at the start, the plain gradient
+# replaces the step ([lines 204 to
+# 206](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L204-L206)).
+# Such steps are counted, and `dump` reports them as `Bad` ([line
+# 54](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L54)). The
+# norm of the residual can grow in conjugate gradients that will converge. And the gradient has another scale than the
+# solution, which is up to $1 / \delta$ times as long. The package returns the $X_k$ that was reached. An indefinite
+# matrix, which is a mistake elsewhere in the program, is an error:
 
 # %%
 try:
@@ -638,20 +679,20 @@ except ValueError as refused:
     print(refused)
 
 # %% [markdown]
-# **A warm start.** Starting from the last step's solution saves products, and Theorem 21.1 is lost: its
-# proof needs $q(0) = 0$ for the start. After one step from a bad start the result points uphill:
+# **A warm start.** A start from the last step's solution saves products, but [Theorem 21.1] no longer holds: its
+# proof needs $q(0) = 0$ for the start. After one step from a bad start the result is a direction of ascent:
 
 # %%
-start = -10 * G
-moved = start + truncated_inverse(M, delta, 1) @ (G - (M @ start + delta * start))
+warm = -10 * G
+moved = warm + truncated_inverse(M, delta, 1) @ (G - (M @ warm + delta * warm))
 print(f"inner product with the gradient: {(moved * G).sum().item():.1f}")
 assert (moved * G).sum() < 0
 
 # %% [markdown]
 # ## The paper and this package
 #
-# What is in [Chen (2021)](bibliography.md#cg-fac), as far as its abstract tells, and what is here. "Code" is DeepFormer, as
-# above.
+# What is in [Chen (2021)](bibliography.md#cg-fac), as far as its abstract tells, and what is here. Entries that begin
+# with "code" are about DeepFormer, as above.
 #
 # | | the paper | here |
 # | --- | --- | --- |
@@ -662,6 +703,17 @@ assert (moved * G).sum() < 0
 # | average over batches | code: of the factors | none |
 # | headline | proved: time and memory much less than KFAC's | operations and memory counted above, on which condition it holds; the abstract reports no training. [Chapter 23](23_comparison.py) trains it beside its controls |
 #
+# ## In one minute
+#
+# - **Product.** A product with the exact block is a forward and a backward pass of one layer, [(21.1)]. KFAC's product
+#   mixes the vectors and inputs of all pairs of data, [(21.2)].
+# - **Steps.** $V N + 1$ steps of CG are enough, and every earlier stop gives a descent direction ([Theorem 21.1]).
+# - **Directly.** The kernel of the $V N$ gradients gives the same solution, [(21.5)]. For small batches and $V = 1$ it
+#   costs less than ten steps.
+# - **Cost.** $k$ steps cost less than a product with KFAC's inverse if $k N \lt \tfrac12 (d_\text{in} + d_\text{out})$.
+# - **Limit.** The block of one batch is exact for this batch only. An accurate solution was a bad step for other data.
+#   Averages over batches helped in training, and CG-FAC has none.
+#
 # ## Exercises
 #
 # **Exercise 21.1.** All data of a batch are copies of three. How many steps are enough?
@@ -669,13 +721,14 @@ assert (moved * G).sum() < 0
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Four. Copies add to the eigenvalues, not to their number: the columns of $U$ span three dimensions per
-# vector, so $F + \delta I$ has at most $3 V$ eigenvalues besides $\delta$. With $V = 1$ that is four.
+# Four, if $V = 1$. Copies change the eigenvalues and not their number: the columns of $U$ span three dimensions per
+# vector, so $F + \delta I$ has at most $3 V$ eigenvalues besides $\delta$, and $3 V + 1$ steps are enough.
 #
 # </details>
 #
-# **Exercise 21.2.** $G$ is a combination of the batch's gradients with weights $c$. Show that all $X_k$ are,
-# too, and write conjugate gradients in the $K$ weights alone. Which matrix does a step multiply by?
+# **Exercise 21.2.** $G$ is a combination of the batch's gradients with weights $c$. Show that all $X_k$ are
+# combinations of them as well, and write conjugate gradients in the $K$ weights alone. By which matrix does a step
+# multiply?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -687,7 +740,7 @@ assert (moved * G).sum() < 0
 # </details>
 #
 # **Exercise 21.3.** Show that the solution $X$ shrinks when the damping grows, in $\langle X, G \rangle$ and in
-# $\lVert X \rVert$, and that $X_1$ does as well. Which $X_k$ have a limit for $\delta \to 0$, if $G$ is not in
+# $\lVert X \rVert$, and that $X_1$ shrinks as well. Which $X_k$ have a limit for $\delta \to 0$, if $G$ is not in
 # the span of the gradients?
 #
 # <details class="solution" markdown="1">
@@ -697,15 +750,33 @@ assert (moved * G).sum() < 0
 # $\langle X, G \rangle = \sum_\lambda \lVert G_\lambda \rVert^2 / (\lambda + \delta)$ and
 # $\lVert X \rVert^2 = \sum_\lambda \lVert G_\lambda \rVert^2 / (\lambda + \delta)^2$, and
 # $X_1 = G\, \lVert G \rVert^2 / (\langle G, F G \rangle + \delta \lVert G \rVert^2)$. The solution grows like
-# $1 / \delta$, because of the part $G_0$. It is the last $X_k$. All earlier ones have a limit: their Krylov
-# space holds nothing on which $F$ is zero, so that the parabola has a lowest point in it without damping, too.
-# To stop early bounds the step where damping does not.
+# $1 / \delta$, because of the part $G_0$. The solution is the last $X_k$. All earlier ones have a limit: their Krylov
+# space contains no matrix on which $F$ is zero, so that $q$ has a minimum in it without damping, too.
+# For a small damping, an early stop bounds the step and the damping does not.
+#
+# </details>
+#
+# **Exercise 21.4.** Write `product(io, X)` for `io.a` of shape $[N, S, d_\text{in}]$ and `io.g` of shape
+# $[V, N, S, d_\text{out}]$ with two calls of `torch.einsum`, without loops and without a gradient of a single datum.
+# Compare with `io.block()`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# ```
+# def product(io, X):
+#     weights = torch.einsum("vnso,oi,nsi->vn", io.g, X, io.a)
+#     return torch.einsum("vn,vnso,nsi->oi", weights, io.g, io.a)
+# ```
+#
+# Without the package `opt_einsum`, PyTorch multiplies from left to right, and computes $X^\top g_{vns}$ for every
+# vector. The package computes $X a_{ns}$, once for all vectors.
 #
 # </details>
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 io, G = random_io(3), torch.randn(5, 7)  # 21.1
 copies = concatenate([io] * 5, [1.0] * 5)
 assert_exact(truncated_inverse(cg_fac(copies), 1.0, 4, 0.0) @ G, cg_fac(copies).inverse(1.0) @ G)
@@ -732,6 +803,16 @@ assert solutions[0].norm() > 50 * solutions[1].norm()
 for k in (1, 2, 3):
     first, second = (truncated_inverse(M, d, k, 0.0) @ G for d in dampings[:2])
     assert relative_error(first, second) < 0.01
+
+
+def product(io: LayerIO, X: Tensor) -> Tensor:  # 21.4
+    weights = torch.einsum("vnso,oi,nsi->vn", io.g, X, io.a)
+    return torch.einsum("vn,vnso,nsi->oi", weights, io.g, io.a)
+
+
+for S in (1, 3):
+    io, X = random_io(4, S, V=2), torch.randn(5, 7)
+    assert_exact(product(io, X).flatten(), io.block() @ X.flatten())
 print("all hold")
 
 # %% [markdown]
