@@ -100,7 +100,7 @@ for name, color, marker, place in (
     ("start", ax.xaxis.label.get_color(), "o", (-8, -16)),
     ("blocks", "C0", "o", (8, -12)),
     ("additive", "C1", "s", (8, -2)),
-    ("ADEF2", "C1", "D", (-74, 0)),
+    ("ADEF2", "C1", "D", (9, -8)),
     ("exact", "C3", "*", (8, -4)),
 ):
     ax.plot(*small[name].tolist(), marker, color=color, markersize=8)
@@ -453,16 +453,17 @@ assert worse["BNN"] > 0
 # %% [markdown]
 # ### What each form solves exactly
 #
+# Without any direction ($Z$ empty), all four forms are the fine step $x$. In other cases they differ:
+#
 # | | additive | ADEF1 | ADEF2 | BNN |
 # | --- | --- | --- | --- | --- |
-# | $Z$ empty | $M^{-1} r$ | $M^{-1} r$ | $M^{-1} r$ | $M^{-1} r$ |
-# | $Z = I$, all directions | $M^{-1} r + p_*$ | $p_*$ | $p_*$ | $p_*$ |
-# | $r = F_\delta Z y$ | not exact | $p_* = Z y$ | not exact | $p_* = Z y$ |
-# | what is left, $Z^\top (r - F_\delta p)$ | not 0 | not 0 | 0 | 0 |
-# | $M = F_\delta$ | not exact | exact | exact | exact |
+# | exact if $Z = I$ | no | yes | yes | yes |
+# | exact if $r = F_\delta Z y$ | no | yes | no | yes |
+# | $Z^\top (r - F_\delta p) = 0$ | no | no | yes | yes |
+# | exact if $M = F_\delta$ | no | yes | yes | yes |
 # | symmetric | yes | no | no | yes |
 #
-# The third and the fourth row differ by the order of the steps. ADEF1 and BNN start with the coarse step. If the exact
+# The second and the third row differ by the order of the steps. ADEF1 and BNN start with the coarse step. If the exact
 # step lies in the coarse space, the coarse step finds it, and the residual for the fine step is zero. ADEF2 and BNN end
 # with the coarse step. So the residual of their result is orthogonal to the coarse space. BNN has both properties, and
 # costs a second product with $F$.
