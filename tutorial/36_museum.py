@@ -134,19 +134,19 @@ plt.show()
 # speaks for the other side: a documented convention is no mistake, and several threads end with one. The table has the
 # month in which a thread was opened, its state in 2026, and what it was about. Pull requests are marked with PR.
 #
-# | thread | opened | state | subject |
-# | --- | --- | --- | --- |
-# | [natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2) | May 2019 | open | mistake, agreed by the author: a scale |
-# | [curvlinops #82](https://github.com/f-dangel/curvlinops/issues/82) | March 2024 | closed | a scale; the mistake was in the calling code |
-# | [curvlinops #108](https://github.com/f-dangel/curvlinops/issues/108) | May 2024 | closed | labelled a bug: a scale |
-# | [kfac-pytorch #109](https://github.com/gpauloski/kfac-pytorch/issues/109) | June 2023 | closed | labelled a question: another matrix |
-# | [kfac-pytorch #267](https://github.com/gpauloski/kfac-pytorch/issues/267) | May 2026 | open | an error at the first step |
-# | [pytorch-a2c-ppo-acktr-gail #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54) | February 2018 | open | suspected: a scale for strides |
-# | [lbann #2010](https://github.com/LBANN/lbann/pull/2010) (PR) | November 2021 | merged | labelled a bug: wrong results for convolutions |
-# | [nngeometry #75](https://github.com/tfjgeorge/nngeometry/pull/75) (PR) | November 2023 | merged, without a new scale | a scale that is the paper's convention |
-# | [curvlinops #156](https://github.com/f-dangel/curvlinops/pull/156) (PR) | November 2024 | merged | labelled a bug: wrong from the second product on |
-# | [EKFAC-pytorch #4](https://github.com/Thrandis/EKFAC-pytorch/issues/4) | February 2019 | closed | no mistake: a name |
-# | [singd #17](https://github.com/f-dangel/singd/issues/17) | October 2023 | closed | labelled a bug: a wrong update |
+# | thread | opened, state | subject |
+# | --- | --- | --- |
+# | [natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2) | 2019-05, open | mistake, agreed by the author: a scale |
+# | [curvlinops #82](https://github.com/f-dangel/curvlinops/issues/82) | 2024-03, closed | a scale; the mistake was in the calling code |
+# | [curvlinops #108](https://github.com/f-dangel/curvlinops/issues/108) | 2024-05, closed | labelled a bug: a scale |
+# | [kfac-pytorch #109](https://github.com/gpauloski/kfac-pytorch/issues/109) | 2023-06, closed | labelled a question: another matrix |
+# | [kfac-pytorch #267](https://github.com/gpauloski/kfac-pytorch/issues/267) | 2026-05, open | an error at the first step |
+# | [pytorch-a2c-ppo-acktr-gail #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54) | 2018-02, open | suspected: a scale for strides |
+# | [lbann #2010](https://github.com/LBANN/lbann/pull/2010) (PR) | 2021-11, merged | labelled a bug: wrong results for convolutions |
+# | [nngeometry #75](https://github.com/tfjgeorge/nngeometry/pull/75) (PR) | 2023-11, merged | a scale, kept as the paper has it |
+# | [curvlinops #156](https://github.com/f-dangel/curvlinops/pull/156) (PR) | 2024-11, merged | labelled a bug: wrong from the second product on |
+# | [EKFAC-pytorch #4](https://github.com/Thrandis/EKFAC-pytorch/issues/4) | 2019-02, closed | no mistake: a name |
+# | [singd #17](https://github.com/f-dangel/singd/issues/17) | 2023-10, closed | labelled a bug: a wrong update |
 #
 # How severe a mistake is depends on the use of the curvature. A wrong scale has no effect on tuned training, as shown
 # [below](#what-training-does-not-tell), but it changes every use of the curvature itself. A wrong matrix changes both.
