@@ -15,10 +15,10 @@
 #
 # **Part VIII: Curvature in use.** A network gives a wrong answer. Which of the training data are to blame?
 #
-# The direct way to find out is to leave out one training sample, train again, and look at the answer. To do this for
-# every sample takes as many trainings as there are samples. Curvature gives an estimate without any further training.
-# Near its minimum the training loss is nearly a parabola. Without one sample it is another parabola, and one Newton
-# step leads to its minimum.
+# One can leave out a training sample, train again, and look at the answer. For all samples this takes as many trainings
+# as there are samples. Curvature gives an estimate without any further training: near its minimum the training loss is
+# nearly quadratic, and one Newton step leads to the minimum without the sample. [Figure 30.1] shows the estimates for a
+# small network that reads handwritten digits. Some labels of its training images were changed at random.
 
 # %%
 from collections.abc import Callable
@@ -50,7 +50,7 @@ from kfac_scratch.matrices.damping import factored_inverse
 from kfac_scratch.matrices.dense import Dense
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
-from kfac_scratch.show import code
+from kfac_scratch.show import code, style, table
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -70,13 +70,7 @@ def identity(io: LayerIO) -> Diagonal:
     return Diagonal(torch.ones(io.g.shape[-1], io.a.shape[-1]))
 
 
-# %% [markdown]
-# The example is a small network that reads handwritten digits. Some labels were changed at random before training. The
-# next figure shows a test image that the network reads wrongly, and ten training images. Five of them **help** most:
-# without such an image, the test image's loss would be larger. Five of them **harm** most: without such an image, that
-# loss would be smaller.
-
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="The digits, the network, and its scores"
 N, WRONG, DECAY = 200, 20, 0.5
 SUM = nn.CrossEntropyLoss(reduction="sum")
 digits = load_digits()
@@ -158,7 +152,11 @@ for ax in (panel, *rows_of_images.flat):
     ax.spines[:].set_visible(False)
 plt.show()
 
-# %% tags=["hide-input"]
+# %% [markdown]
+# A training image **helps** if the loss of the test image would be larger without it. It **harms** if that loss would
+# be smaller. Most of the images that harm have a changed label:
+
+# %% tags=["hide-input"] fold="Checked: the labels of the ten images"
 harmful = torch.isin(harms, wrong).sum().item()
 print(f"changed labels: {WRONG} of {N} images,")
 print(f"    {harmful} of the {len(harms)} that harm most")
@@ -169,6 +167,22 @@ assert harmful >= 3
 assert alike >= 4
 
 # %% [markdown]
+# The figure sorts the training images $n$ by their score for the test image $q$,
+#
+# $$
+# s_{qn} = \bigl\langle \nabla \ell_q , \; (M + \delta I)^{-1} \, \nabla \ell_n \bigr\rangle ,
+# $$
+#
+# an inner product of the gradients of their losses. $M$ is the curvature of the training loss, here approximated by
+# KFAC, and $\delta$ is the weight decay.
+#
+# After this chapter you will be able to
+#
+# - derive the score, and correct its size where the whole change is known;
+# - compute the scores of all training data batch by batch, and test them against real changes;
+# - read the score of a layer as a product of two similarities, one of errors and one of inputs;
+# - choose the damping, and recognise mistakes that a list of influential data does not show.
+#
 # ## Leaving one out
 #
 # Training ends at a minimum $\hat W$ of
@@ -205,8 +219,8 @@ assert alike >= 4
 # \tag{30.2}
 # $$
 #
-# A positive score says that $n$ helps, a negative one that it harms. The damping of the inverse cannot be chosen: it
-# is the weight decay.
+# A positive score says that $n$ helps, a negative one that it harms. The damping of the inverse is no free parameter:
+# it is the weight decay.
 #
 # ### Where the whole change is known
 #
@@ -234,9 +248,9 @@ assert alike >= 4
 # A prediction $f(x)$ is linear in $w$. If the query's gradient in [(30.2)] is that of its prediction, in place of its
 # loss, then the score over $1 - h_n$ is the whole change of the prediction. The function of the package takes such a
 # number as its argument `measurement`. With one output and the squared error, KFAC is the exact block, because every
-# sample sends back the same vector. So we can use it here:
+# sample sends back the same vector. So the check of the theorem can use it:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: ridge regression, with each sample left out in turn"
 SQUARED = nn.MSELoss(reduction="sum")
 Phi, t, ridge = torch.randn(12, 3), torch.randn(12, 1), 0.8
 P = 2 * Phi.T @ Phi + ridge * torch.eye(3)
@@ -268,11 +282,11 @@ assert leverage.min() < relative_error(scored, exact) < leverage.max()
 # %% [markdown]
 # ## The scores of a network
 #
-# For a network we make a second approximation: of $M$ we keep only the block of each layer, and leave out what lies
-# between layers. The inverse then consists of blocks, and the score is a sum over layers. A block is either exact, or
+# For a network we make a second approximation: we keep the block of $M$ for each layer, and replace the entries between
+# layers by zeros. The inverse then consists of blocks, and the score is a sum over layers. A block is either exact, or
 # approximated by [KFAC](05_kfac.py) or [EKFAC](14_ekfac.py).
 #
-# A naive version forms the gradient of every sample and the matrix of every block, and solves:
+# By hand: form the gradient of every sample and the matrix of every block, and solve.
 
 # %%
 few = X_test[:3], y_test[:3]
@@ -296,7 +310,7 @@ for name, io in layer_ios(model, SUM, X, y).items():
 # %% [markdown]
 # The package multiplies the gradients of the queries by the inverse, once. Then it reads the training data batch by
 # batch. It forms the gradients of one batch and one block at a time, and takes their inner products with what
-# it has kept of the queries.
+# it has kept of the queries. All data at once and batches of 64 give the scores of the naive version:
 
 # %% tags=["remove-input"]
 code(influence_by_block)
@@ -307,11 +321,12 @@ batches = list(zip(X.split(64), y.split(64), strict=True))
 assert_exact(influence_scores(model, SUM, by_kfac, [few], batches), naive)
 
 # %% [markdown]
-# Are the scores right? Leave out the image that harms the query of [Figure 30.1] most, and train on from the old
-# weights:
+# ### Against real changes
+#
+# Leave out the image that harms the query of [Figure 30.1] most, and train on from the old weights:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the query without its most harmful image"
 def without(samples: Tensor) -> nn.Module:
     """The network after some images are left out."""
     stays = ~torch.isin(torch.arange(N), samples)
@@ -329,15 +344,16 @@ assert after_loss < before_loss / 2
 assert scores[q].min() < after_loss - before_loss  # the first order goes too far
 
 # %% [markdown]
-# The network now reads the query correctly. The sign of the score is right, but its size is not. The score says how the
-# loss changes along a straight line, and a loss cannot fall below zero.
+# The network now reads the query correctly. The sign of the score is right, but its size is not. The score extends the
+# slope of the loss along a straight line, and a loss cannot fall below zero.
 #
-# Besides this, three things differ from the theory here. $M$ is not the Hessian, the blocks of KFAC are not $M$, and a
-# network has many minima. None of the three concerns the last layer alone, with the hidden units fixed and with its
-# exact block: its loss is convex, its block is the Hessian, and Newton's method finds the minimum up to rounding.
+# Three more things differ from the theory here: $M$ is not the Hessian, the blocks of KFAC are not $M$, and a
+# network has many minima. To see the effect of the first order by itself, take the last layer alone, with fixed hidden
+# units and with its exact block. Its loss is convex, its block is the Hessian, and Newton's method finds the minimum up
+# to rounding. We compute the scores with its exact block and with KFAC.
 
 
-# %%
+# %% tags=["hide-input"] fold="The last layer alone: Newton's method and scores"
 def hidden(X: Tensor) -> Tensor:
     """The hidden units and a 1, the inputs of the last layer."""
     return torch.cat([model[1](model[0](X)), torch.ones(len(X), 1)], 1).detach()
@@ -362,10 +378,6 @@ def last_layer(weights: Tensor) -> Tensor:
     raise AssertionError("Newton's method did not converge")
 
 
-# %% [markdown]
-# The scores come from a model of this one layer, with its exact block and with KFAC:
-
-# %%
 best = nn.Sequential(nn.Linear(16, 10))
 W = last_layer(torch.ones(N))
 with torch.no_grad():
@@ -389,9 +401,9 @@ def losses_of(W: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# First a small step. The weight of one sample's loss is made a little smaller and a little larger than 1:
+# The weight of one sample's loss is 1. First we make it a little smaller and a little larger:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: small changes of the weight of one sample"
 off = []
 for step in (1e-1, 1e-2, 1e-3):  # differences around the weight 1 of one sample
     moved = torch.ones(2, N)
@@ -407,13 +419,13 @@ assert 80 < exact[1] / exact[2] < 120
 assert min(kronecker) > 0.05  # KFAC's score is not
 
 # %% [markdown]
-# With the exact block, the error falls with the square of the step, so that the score is the derivative of the query's
-# loss by the weight of a sample. KFAC's score is not. To leave a sample out is a large step: its weight falls from 1 to
-# 0. We take it for the samples with a changed label and for every tenth sample, and compare the real changes of ten
-# queries' losses with the predicted ones:
+# With the exact block, the error falls with the square of the step. So the score is the rate at which the query's loss
+# grows when the weight of the sample decreases. KFAC's score differs from this rate. Leaving a sample out is a large
+# step: its weight falls from 1 to 0. We do this for the samples with a changed label and for every tenth sample, and
+# compare the real changes of ten queries' losses with the predicted ones:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: real changes when samples are left out in turn"
 def ranks(x: Tensor) -> Tensor:
     return x.argsort(0).argsort(0).to(x)
 
@@ -472,9 +484,9 @@ plt.show()
 # ## Two kernels
 #
 # The gradient of a linear layer is $\nabla \ell = g a^\top$, an error times an input. The input $a$ is what the layer
-# receives, the error $g$ is the gradient of the loss by what the layer computes. Let the inverse be a Kronecker product
-# $\mathcal B \otimes \mathcal A$, such as that of damped factors ([Chapter 9](09_damping.py)). Then the score of the
-# layer is a product:
+# receives, the error $g$ is the gradient of the loss with respect to what the layer computes. Let the inverse be a
+# Kronecker product $\mathcal B \otimes \mathcal A$, such as that of damped factors ([Chapter 9](09_damping.py)). Then
+# the score of the layer is a product:
 #
 # $$
 # \bigl\langle g_q a_q^\top , \; \mathcal B \, g_n a_n^\top \mathcal A \bigr\rangle
@@ -482,10 +494,10 @@ plt.show()
 # \tag{30.3}
 # $$
 #
-# The first factor says how alike the errors are, the second one how alike the inputs are. A training image has no
-# influence through this layer if one of them is zero. No gradient is formed. After the queries' errors and inputs are
-# multiplied by $\mathcal B$ and $\mathcal A$, a score costs $d_\text{out} + d_\text{in}$ operations instead of
-# $d_\text{out} d_\text{in}$.
+# Each factor is a kernel, a similarity of two samples: the first one compares errors, the second one inputs. A training
+# image has no influence through this layer if one of the factors is zero. No gradient is formed. After the queries'
+# errors and inputs are multiplied by $\mathcal B$ and $\mathcal A$, a score costs $d_\text{out} + d_\text{in}$
+# operations instead of $d_\text{out} d_\text{in}$.
 
 # %% tags=["remove-input"]
 code(product_kernels)
@@ -519,8 +531,9 @@ assert share[0] > 0.9
 assert share[1] < 0.1
 
 # %% [markdown]
-# The errors of nearly all images with the query's label point in the direction of its own error: such images help if
-# their inputs are alike. Those with the label that the network gave point the other way, and harm.
+# The errors of nearly all images with the query's label point in the direction of the query's error: such images help
+# if their inputs are similar. The errors of images with the label that the network gave point the other way: such
+# images harm.
 #
 # Damped factors are not the damping of [(30.2)], which adds $\delta$ to the eigenvalues $\lambda_{oi}$ of the block.
 # The inverse then has the eigenvalues $1 / (\lambda_{oi} + \delta)$, a matrix with the indices $o$ and $i$ that is no
@@ -529,13 +542,13 @@ assert share[1] < 0.1
 #
 # Not all entries are equally important. The eigenvalue $\lambda_{oi}$ is a sum of squared components of gradients along
 # one eigenvector, so that these components of a query and of a sample are about proportional to $\sqrt{\lambda_{oi}}$.
-# Both are factors of the score. An error of the entry is therefore multiplied by about $\lambda_{oi}$, and the
-# decomposition is that of the matrix weighed by it, or for EKFAC by the product of the means of its rows and columns.
+# Both are factors of the score, so that an error in the entry is multiplied by about $\lambda_{oi}$. So the function
+# decomposes the matrix weighted by $\lambda_{oi}$, or for EKFAC by the product of the means of its rows and columns.
 
 # %% tags=["remove-input"]
 code(inverse_as_sum)
 
-# %%
+# %% tags=["hide-input"] fold="Two functions: scores from a sum of products, and a sum without weights"
 first = layer_ios(model, SUM, X, y)["0"]
 some = X_test[:20], y_test[:20]
 a_few = layer_ios(model, SUM, *some, empirical)["0"]
@@ -548,7 +561,7 @@ def by_pairs(terms: list[Kronecker]) -> Tensor:
     return sum(e * a for e, a in pairs)
 
 
-def unweighed(E: KroneckerEigen, count: int) -> list[Kronecker]:
+def unweighted(E: KroneckerEigen, count: int) -> list[Kronecker]:
     """The first terms of the decomposition without weights."""
     U, s, V = torch.linalg.svd(1 / (E.scale + DECAY), full_matrices=False)
     return [
@@ -558,9 +571,9 @@ def unweighed(E: KroneckerEigen, count: int) -> list[Kronecker]:
 
 
 # %% [markdown]
-# How many terms does the first layer need, and what do the weights gain?
+# How many terms does the first layer need, and what do the weights gain? The tolerances are 0.1, 0.01 and 0.0001.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: terms and errors for KFAC and EKFAC"
 sizes = {}
 for structure in (kfac, ekfac):
     M0 = structure(first)
@@ -568,7 +581,7 @@ for structure in (kfac, ekfac):
     for tolerance in (1e-1, 1e-2, 1e-4):
         terms = inverse_as_sum(M0, DECAY, tolerance)
         error = relative_error(by_pairs(terms), whole)
-        plain = relative_error(by_pairs(unweighed(M0.eigen(), len(terms))), whole)
+        plain = relative_error(by_pairs(unweighted(M0.eigen(), len(terms))), whole)
         print(f"    {structure.__name__:5} {len(terms):2} terms: error {error:.0e},", end=" ")
         print(f"without weights {plain:.0e}")
         sizes[structure.__name__, tolerance] = len(terms)
@@ -583,18 +596,17 @@ assert sizes["ekfac", 1e-2] > full / 2
 # %% [markdown]
 # KFAC's eigenvalues are products $\lambda_{oi} = \beta_o \alpha_i$, so that a few pairs of kernels suffice. EKFAC's are
 # free numbers, and this small layer needs most of the terms.
-
-# %% [markdown]
+#
 # ## The damping is the weight decay
 #
-# In many codes the damping of influence is a number to be tuned. By [(30.2)] it is the weight decay. To check this on a
+# Many programs tune the damping of influence. By [(30.2)] it is the weight decay. To check this on a
 # network, for which [(30.1)] is an approximation, leave out half of the training data at random, and train again from
 # new random weights. By [(30.2)] the query's loss grows by the sum of the scores of all samples that were left out.
 # This is a constant minus the sum of $s_{qn}$ over the samples that stay. The rank correlation between the predicted
 # and the real losses of a query, over many halves, is the [linear datamodeling score](bibliography.md#trak). We average
-# it over queries. Perfect predictions would give 1.
+# it over queries. Perfect predictions would give 1. The columns of the table are dampings; the weight decay is 0.5.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="The experiment: networks trained on random halves of the data"
 HALVES, QUERIES = 30, 60
 
 
@@ -656,12 +668,7 @@ qualities = {
     name: torch.tensor([found[name] for found, _ in outcomes]) for name in outcomes[0][0]
 }  # [seeds, dampings]
 
-# %%
-print("rank correlation with real losses: median of three seeds (smallest to largest)")
-print("    damping         " + "   ".join(f"{d:<19g}" for d in DAMPINGS))
-for name, values in qualities.items():
-    cells = [f"{v.median():.2f} ({v.min():.2f} to {v.max():.2f})" for v in values.T]
-    print(f"    {name:16}" + "   ".join(cells))
+# %% tags=["hide-input"] fold="Checked: the order of structures and dampings"
 assert (qualities["block"][:, 1] > qualities["block"][:, [0, 2]].max(1).values).all()
 assert (qualities["KFAC"][:, 1] > qualities["KFAC"][:, 2]).all()
 assert (qualities["KFAC"][:, 1] - qualities["KFAC"][:, 0]).abs().max() < 0.05
@@ -669,33 +676,51 @@ assert (qualities["block"][:, 1] - qualities["KFAC"][:, 1]).max() < 0.15
 assert (qualities["KFAC"][:, 1] - qualities["EKFAC"][:, 1]).abs().max() < 0.05
 assert (qualities["KFAC"][:, 1] > qualities["diagonal"].max(1).values + 0.1).all()
 assert (qualities["KFAC"][:, 1] > qualities["gradients alone"][:, 1] + 0.1).all()
+table(
+    ["median of three seeds", *(f"{damping:g}" for damping in DAMPINGS)],
+    [[name, *(f"{v.median():.2f}" for v in values.T)] for name, values in qualities.items()],
+)
 
-# %% tags=["hide-input"] alt="Lines of the rank correlation against the damping on a logarithmic axis, for five structures, with ranges over three seeds. The block's line is highest at the weight decay; KFAC and EKFAC lie together below it; the diagonal and gradients alone are far lower." caption="How well the scores predict the losses of networks that were trained on random halves. Median and range of three seeds. The vertical line is the weight decay."
-fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-for (name, values), marker in zip(qualities.items(), "osv^x", strict=True):
+# %% tags=["hide-input"] alt="Lines of the rank correlation against the damping on a logarithmic axis, for five structures, with ranges over three seeds. The block's line is highest at the weight decay; KFAC and EKFAC lie together below it; the diagonal and gradients alone are far lower." caption="Rank correlation of the predicted with the real losses of networks that were trained on random halves. Median and range of three seeds. The exact block is best at the weight decay (vertical line)."
+fig, ax = plt.subplots(figsize=(6.8, 4), layout="constrained")
+looks = {
+    "block": style("GGN"),
+    "KFAC": style("KFAC"),
+    "EKFAC": style("EKFAC"),
+    "diagonal": {"color": "C4", "marker": "^"},
+    "gradients alone": style("gradient"),
+}
+shifts = {"block": 0, "KFAC": 7, "EKFAC": -7, "diagonal": 6, "gradients alone": -7}  # of labels
+for name, values in qualities.items():
     middle = values.median(0).values.cpu()
     low, high = values.min(0).values.cpu(), values.max(0).values.cpu()
-    ax.errorbar(
-        DAMPINGS, middle, [middle - low, high - middle], marker=marker, label=name, capsize=3
+    ax.errorbar(DAMPINGS, middle, [middle - low, high - middle], capsize=3, **looks[name])
+    ax.annotate(
+        name,
+        (DAMPINGS[-1], float(middle[-1])),
+        xytext=(12, shifts[name]),
+        textcoords="offset points",
+        color=looks[name]["color"],
+        va="center",
     )
 ax.axvline(DECAY, lw=1, ls=":")
-ax.set(xscale="log", xlabel="damping", ylabel="rank correlation", ylim=(0, 1))
+ax.set(xscale="log", xlabel="damping", ylabel="rank correlation", ylim=(0, 1), xlim=(0.035, 30))
 ax.set_xticks(DAMPINGS, [f"{damping:g}" for damping in DAMPINGS])
 ax.set_xticks([], minor=True)
-ax.legend(ncols=2, fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Of the three dampings, the weight decay is the best one for the exact blocks, for all three seeds. KFAC comes close to
-# them. It loses where the damping is too large, but a damping that is too small makes little difference to it here.
-# EKFAC is no better than KFAC. With a diagonal, or with no curvature at all, the predictions are much worse.
+# Of the three dampings, the weight decay is the best one for the exact blocks, for all three seeds. KFAC's correlation
+# comes close to theirs. It is smaller where the damping is too large, but a damping that is too small makes little
+# difference here. EKFAC is no better than KFAC. With a diagonal, or with no curvature at all, the predictions are much
+# worse.
 #
 # ### Wrong labels
 #
 # A sample's influence on itself, $s_{nn}$, says how far the network follows this sample alone. It should be large for
 # samples with a wrong label, and it is. But the samples' losses alone find about as many:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: wrong labels found by self-influence and by losses"
 print(f"wrong labels among the {WRONG} most suspicious of {N} training images, by seed:")
 for name in ("self-influence", "loss"):
     print(f"    {name:15}", [hits[name] for _, hits in outcomes])
@@ -710,16 +735,16 @@ print(f"by chance one would find {WRONG * WRONG / N:g}")
 # **A mean in place of the sum.** The gradient of a mean loss is divided by the number of samples in *its* batch. Then
 # scores depend on how many queries are asked together. The package refuses such a loss:
 
-# %%
+# %% tags=["beside"]
 try:
     influence_scores(model, nn.CrossEntropyLoss(), by_kfac, [few], [(X, y)])
 except ValueError as error:
-    print(fill(str(error), 100))
+    print(fill(str(error), 60))
 else:
     raise AssertionError("a mean loss was accepted")
 
 # %% [markdown]
-# **Inverses that are added up.** The curvatures of batches may be added up. Their inverses may not. Some codes solve
+# **Inverses that are added up.** The curvatures of batches may be added up. Their inverses may not. Some programs solve
 # with the curvature of each batch and add up the results. If each of $k$ batches had the curvature $M / k$, the sum
 # would be
 #
@@ -733,7 +758,7 @@ else:
 # scores of different training images are nearly in the right proportion, so that a list of the most influential images
 # hardly shows the mistake:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: inverses of four batches, added up"
 quarters = list(zip(X.split(N // 4), y.split(N // 4), strict=True))
 added = sum(
     influence_scores(model, SUM, inverses(model, *part, kfac, DECAY), [few], [(X, y)])
@@ -756,19 +781,21 @@ assert sum(common) / len(common) >= 7
 # not. Then further training changes the query's loss even if no sample is left out, and no score contains this change.
 # Nor is the gradient zero if the decay of the inverse is another one than that of training.
 #
-# **Whole effects.** A score is a first order. Its size is wrong for a sample with a large leverage, and for many
-# samples that are left out together. [Figure 30.2] shows this for single samples. For halves of the data, [Figure 30.4]
-# shows that the *order* of the predicted losses is still useful.
+# **Whole effects.** A score is a first-order prediction. Its size is wrong for a sample with a large leverage, and for
+# many samples that are left out together. [Figure 30.2] shows this for single samples. For halves of the data, [Figure
+# 30.4] shows that the *order* of the predicted losses is still useful.
 #
 # ## In one minute
 #
-# - The influence of a training sample on a query is an inner product of their gradients in the metric of the
-#   inverse curvature.
-# - It predicts, to first order, how much the query's loss grows if the sample is left out. For the predictions of ridge
-#   regression, division by one minus the leverage makes it exact.
-# - The damping is the weight decay of the sum of the losses.
-# - With Kronecker factors, a layer's score is a product of two similarities, or a sum of a few such products.
-# - To find wrong labels, look at the losses first.
+# - **Score.** The influence of a training sample on a query is the inner product of their gradients with the inverse
+#   curvature in between, [(30.2)]. It predicts, to first order, how much the query's loss grows if the sample is left
+#   out.
+# - **Size.** For the predictions of ridge regression, division by one minus the leverage makes the score exact
+#   ([Theorem 30.1]). In general the order of scores is more reliable than their size.
+# - **Damping.** It is the weight decay of the sum of the losses.
+# - **Kernels.** With Kronecker factors, a layer's score is a product of two similarities, [(30.3)], or a sum of a few
+#   such products.
+# - **Wrong labels.** Look at the losses first: here they find about as many as self-influence.
 #
 # ## Exercises
 #
@@ -778,10 +805,10 @@ assert sum(common) / len(common) >= 7
 # <summary>Solution</summary>
 #
 # $(M + \delta I)^{-1}$ is positive definite for $\delta \gt 0$. So $s_{nn} \ge 0$, and $s_{nn} = 0$ only if the
-# sample's gradient is zero: to first order, no weight changes its loss. The gradient by a bias of the last layer is
-# the gradient by the output. So in a network with such a bias, no change of the output would lower the sample's
-# loss to first order either. With the squared error, the sample is then fitted perfectly. With cross-entropy this never
-# happens, because no probability is exactly 1.
+# sample's gradient is zero: to first order, no weight changes its loss. The gradient with respect to a bias of the last
+# layer is the gradient with respect to the output. So in a network with such a bias, no change of the output would
+# lower the sample's loss to first order either. With the squared error, the sample is then fitted perfectly. With
+# cross-entropy this never happens, because no probability is exactly 1.
 #
 # </details>
 #
@@ -808,9 +835,39 @@ assert sum(common) / len(common) >= 7
 #
 # </details>
 #
+# **Exercise 30.4 (write it).** EKFAC's inverse with the damping of [(30.2)] is no product of two kernels, but one can
+# compute its scores without a gradient all the same. Write a function `scores(E, queries, data, damping)` for a layer
+# with one position. `E` has the fields `QA`, `QB` and `scale` of [Chapter 14](14_ekfac.py), and `queries` and `data`
+# are `LayerIO`s with one vector for each sample, such as `rows["q"]["2"]`. Compare it with `influence_scores`.
+#
+# <details class="solution" markdown="1">
+# <summary>Solution</summary>
+#
+# In the eigenbasis a gradient is again an outer product, of $Q_B^\top g$ and $Q_A^\top a$.
+#
+# ```
+# def solution(E, queries, data, damping):
+#     (gq, aq), (gn, an) = (
+#         (io.g[0, :, 0] @ E.QB, io.a[:, 0] @ E.QA) for io in (queries, data)
+#     )
+#     return torch.einsum("qo,qi,oi,no,ni->qn", gq, aq, 1 / (E.scale + damping), gn, an)
+# ```
+#
+# </details>
+#
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+
+# %% tags=["hide-input"] fold="Checked: the exercises"
+def solution(E: KroneckerEigen, queries: LayerIO, data: LayerIO, damping: float) -> Tensor:  # 30.4
+    (gq, aq), (gn, an) = ((io.g[0, :, 0] @ E.QB, io.a[:, 0] @ E.QA) for io in (queries, data))
+    return torch.einsum("qo,qi,oi,no,ni->qn", gq, aq, 1 / (E.scale + damping), gn, an)
+
+
+E = ekfac(layer_ios(model, SUM, X, y)["2"])
+by_package = influence_scores(model, SUM, {"2": E.inverse(DECAY)}, [query], [(X, y)])
+assert_exact(solution(E, rows["q"]["2"], rows["n"]["2"], DECAY), by_package)
+
 own = self_influence(model, SUM, by_kfac, [(X, y)])  # 30.1
 assert (own > 0).all()
 fitted = linear(Phi).detach()  # targets that ridge regression predicts perfectly

@@ -16,13 +16,10 @@
 # **Part IX: Scale and trust.** What goes wrong in implementations of KFAC, why does nobody notice,
 # and which test would have told?
 #
-# KFAC needs two averages of outer products for a layer, and an inverse. Yet nearly every public
-# implementation has had a mistake in one of them. Most were found by accident, some after years. The shapes fit, the
-# matrix is positive definite, and the network trains. This chapter collects such mistakes. Each piece changes
-# *one* function of a right KFAC, and the oracle of [Chapter 35](35_conformance.py) has to reject it.
-#
-# The code here is ours. Where a mistake was made in public, the text names the thread, and also what speaks for the
-# other side: a documented convention is no mistake, and several threads end with one.
+# KFAC needs two averages of outer products for a layer, and an inverse. Public implementations have had mistakes in
+# each of them: the shapes fit, the matrix is positive definite, and the network trains. This chapter collects such
+# mistakes. Each piece changes *one* function of a right KFAC, and the oracle of [Chapter 35](35_conformance.py) has to
+# reject it. [Figure 36.1] shows which test cases do.
 
 # %%
 import textwrap
@@ -51,7 +48,6 @@ from kfac_scratch.show import code
 set_up(device="cpu")  # seed 0, float64; everything here is tiny
 
 museum = {piece.slug: piece for piece in PIECES}
-print(f"{len(museum)} pieces, {sum(bool(piece.thread) for piece in PIECES)} with a public thread")
 
 
 # %% tags=["hide-input"] fold="Computed: the verdicts of twelve cases on all pieces"
@@ -116,11 +112,63 @@ fig.legend(handles=handles, loc="outside upper right", ncols=4, fontsize="small"
 plt.show()
 
 # %% [markdown]
+# No single case rejects all pieces, and neither does training. If the scale of the curvature is wrong by a factor $c$
+# in all layers, then
+#
+# $$
+# \bigl( c\, B \otimes A + \delta I \bigr)^{-1}
+# = \frac1c \Bigl( B \otimes A + \frac{\delta}{c} I \Bigr)^{-1} ,
+# $$
+#
+# so that another damping and another learning rate give the same steps.
+#
 # After this chapter you will be able to
 #
 # - recognise mistakes in the loss, in layers, in averages and in damping, by the scale or the layout that they leave;
 # - choose three test cases that catch most of them;
 # - say which mistakes training with tuned settings cannot show.
+#
+# ## The threads
+#
+# The code of all pieces is ours. Where a mistake was discussed in public, the text names the thread, and also what
+# speaks for the other side: a documented convention is no mistake, and several threads end with one. The table has the
+# month in which a thread was opened, its state in 2026, and what it was about. Pull requests are marked with PR.
+#
+# | thread | opened, state | subject |
+# | --- | --- | --- |
+# | [natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2) | 2019-05, open | mistake, agreed by the author: a scale |
+# | [curvlinops #82](https://github.com/f-dangel/curvlinops/issues/82) | 2024-03, closed | a scale; the mistake was in the calling code |
+# | [curvlinops #108](https://github.com/f-dangel/curvlinops/issues/108) | 2024-05, closed | labelled a bug: a scale |
+# | [kfac-pytorch #109](https://github.com/gpauloski/kfac-pytorch/issues/109) | 2023-06, closed | labelled a question: another matrix |
+# | [kfac-pytorch #267](https://github.com/gpauloski/kfac-pytorch/issues/267) | 2026-05, open | an error at the first step |
+# | [pytorch-a2c-ppo-acktr-gail #54](https://github.com/ikostrikov/pytorch-a2c-ppo-acktr-gail/issues/54) | 2018-02, open | suspected: a scale for strides |
+# | [lbann #2010](https://github.com/LBANN/lbann/pull/2010) (PR) | 2021-11, merged | labelled a bug: wrong results for convolutions |
+# | [nngeometry #75](https://github.com/tfjgeorge/nngeometry/pull/75) (PR) | 2023-11, merged | a scale, kept as the paper has it |
+# | [curvlinops #156](https://github.com/f-dangel/curvlinops/pull/156) (PR) | 2024-11, merged | labelled a bug: wrong from the second product on |
+# | [EKFAC-pytorch #4](https://github.com/Thrandis/EKFAC-pytorch/issues/4) | 2019-02, closed | no mistake: a name |
+# | [singd #17](https://github.com/f-dangel/singd/issues/17) | 2023-10, closed | labelled a bug: a wrong update |
+#
+# How severe a mistake is depends on the use of the curvature. A wrong scale has no effect on tuned training, as shown
+# [below](#what-training-does-not-tell), but it changes every use of the curvature itself. A wrong matrix changes both.
+# An error at the first step is noticed at once. The oracle separates the three: its verdicts on the pieces are
+# `undocumented-scale` or `inconsistent-scale`, `wrong`, and `error`.
+
+# %% tags=["hide-input"] fold="Checked: the table names the thread of every piece that has one"
+named = {
+    "wiseodd/natural-gradients #2",
+    "f-dangel/curvlinops #82",
+    "f-dangel/curvlinops #108",
+    "gpauloski/kfac-pytorch #109",
+    "gpauloski/kfac-pytorch #267",
+    "ikostrikov/pytorch-a2c-ppo-acktr-gail #54",
+    "LBANN/lbann #2010",
+    "tfjgeorge/nngeometry #75",
+    "f-dangel/curvlinops #156",
+    "Thrandis/EKFAC-pytorch #4",
+    "f-dangel/singd #17",
+}
+assert named == {piece.thread for piece in PIECES if piece.thread}
+print(f"{len(museum)} pieces, {len(named)} with a public thread")
 
 # %% [markdown]
 # ## A KFAC to read
@@ -192,7 +240,7 @@ for slug in ("mean-gradients", "positions", "equal", "missing"):
 # [wiseodd/natural-gradients #2](https://github.com/wiseodd/natural-gradients/issues/2). After a backward
 # pass, `.grad` of a layer's output has one row per datum, and these rows look like
 # per-datum gradients. But the loss was divided by $N$ before the pass. Each row has a factor $1/N$, its
-# square $1/N^2$, so $B$ is too small by $N^2$. The author agreed at once: natural
+# square $1/N^2$, so $B$ is too small by $N^2$. The author agreed within a week: natural
 # gradients need a negative log-likelihood, a sum over data.
 
 # %% tags=["beside", "remove-input"]
@@ -559,8 +607,8 @@ plt.show()
 # Every implementation trains, with its own best damping, to a small part of the initial loss. A single one of these
 # curves gives no reason to doubt it.
 #
-# For the factor that is $N^2$ too small, this follows from an identity. Let $c$ be the wrong scale, the same in
-# all layers. Then
+# For the factor that is $N^2$ too small, this follows from the identity at the top of this chapter. Let $c$ be the
+# wrong scale, the same in all layers. Then
 #
 # $$
 # \bigl( c\, B \otimes A + \delta I \bigr)^{-1}
