@@ -15,10 +15,9 @@
 #
 # **Part VII: PINNs.** What is KFAC for a loss that is made of derivatives?
 #
-# A physics-informed neural network (PINN) is trained to satisfy a differential equation. Its loss contains derivatives of the
-# network with respect to its *inputs*, and a differential operator makes it badly conditioned. Adam takes hundreds of
-# thousands of steps and stops far from the solution; methods that divide by the curvature get orders of magnitude
-# further. [Chapter 26](26_taylor.py) wrote the network with its derivatives as a network of Taylor coefficients in which all of
+# A physics-informed neural network (PINN) is trained to satisfy a differential equation. Its loss contains derivatives
+# of the network with respect to its *inputs*, and a differential operator makes this loss badly conditioned.
+# [Chapter 26](26_taylor.py) wrote the network with its derivatives as a network of Taylor coefficients in which all of
 # them share the weights. KFAC for a PINN is KFAC for this network:
 #
 # $$
@@ -28,8 +27,9 @@
 # \sum_{n s} g_{ns} g_{ns}^\top \; \otimes \; \frac{1}{N S} \sum_{n s} a_{ns} a_{ns}^\top .
 # $$
 #
-# Here $a_{ns}$ is coefficient $s$ of a layer's input at point $n$ (the value, the first derivatives, the Laplacian), and $g_{ns}$ is
-# the derivative of the residual at this point with respect to the layer's output.
+# Here $a_{ns}$ is coefficient $s$ of a layer's input at point $n$ (the value, the first derivatives, the Laplacian),
+# and $g_{ns}$ is the derivative of the residual at this point with respect to the layer's output. [Figure 27.1] shows
+# both sides.
 
 # %% tags=["hide-input"]
 import textwrap
@@ -69,12 +69,12 @@ from kfac_scratch.pinn.solvers import (
 )
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar
 from kfac_scratch.pinn.terms import Term, linearize
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import code, matrices, style
 from kfac_scratch.taylor.expansions import laplacian, value_only
 
 set_up()  # seed 0, float64, the GPU where there is one
 
-# %% tags=["hide-input"] alt="Two rows of two heat maps, for the interior term and the boundary term, of the middle layer. The exact block and KFAC's approximation beside it; the boundary pair looks alike, the interior pair differs in scale and in many details." caption="Poisson's equation, the middle layer of a small network: exact block and KFAC in one colour scale. Top: the interior term, whose residual is a Laplacian. Bottom: the boundary term, whose residual is a value."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two rows of two heat maps, for the interior term and the boundary term, of the middle layer. The exact block and KFAC's approximation beside it; the boundary pair looks alike, the interior pair differs in scale and in many details." caption="Poisson's equation, the middle layer of a small network: the exact block and KFAC, in one colour scale for each row. Bottom: for the boundary term, whose residual is a value, both look alike. Top: for the interior term, whose residual is a Laplacian, KFAC is much too large."
 generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 first = flat(linearize(mlp(2, 6, 5, 1), poisson(2).terms(60, 20, generator)))
 fig, axes = plt.subplots(2, 2, figsize=(5.4, 5.0), layout="constrained")
@@ -98,9 +98,9 @@ plt.show()
 #
 # ## A differential equation as data
 #
-# Poisson's equation on the unit square, $\Delta u + f = 0$ with $u = 0$ on the boundary. We choose the
-# solution, $u^* = \sin \pi x_1 \sin \pi x_2$, and get the right-hand side $f = 2 \pi^2 u^*$. The loss measures how far a
-# network $u$ is from satisfying both,
+# The example is Poisson's equation on the unit square, $\Delta u + f = 0$ with $u = 0$ on the boundary. We choose the
+# solution, $u^* = \sin \pi x_1 \sin \pi x_2$, and get the right-hand side $f = 2 \pi^2 u^*$. The loss measures how far
+# a network $u$ is from satisfying both,
 #
 # $$
 # L = \frac{w_1}{2 N_1} \sum_{n} \bigl( \Delta u(x_n) + f(x_n) \bigr)^2
@@ -108,8 +108,8 @@ plt.show()
 # \tag{27.1}
 # $$
 #
-# with points $x_n$ inside and $x_n'$ on the boundary. A term of the loss is a *function of the network's
-# Taylor coefficients*, a set of points, and the name of the coefficients:
+# with points $x_n$ inside and $x_n'$ on the boundary. A term of the loss consists of three things: a *function of the
+# network's Taylor coefficients*, a set of points, and the expansion, which says which coefficients are needed:
 
 
 # %%
@@ -127,9 +127,9 @@ model = mlp(2, 6, 5, 1)
 print(f"loss {pinn.pinn_loss(model, terms).item():.2f}")
 
 # %% [markdown]
-# Another equation is another function. Here is Allen and Cahn's, $\partial_t u = \tfrac{1}{100} \partial_x^2 u + u - u^3$,
-# nonlinear, with the time as coordinate 0, an initial condition, and data from a measurement. Any number
-# of terms may be added.
+# Another equation is another function. Here is the equation of Allen and Cahn,
+# $\partial_t u = \tfrac{1}{100} \partial_x^2 u + u - u^3$. It is nonlinear and has the time as coordinate 0. Its terms
+# are the equation, an initial condition, and a measurement. Any number of terms may be added.
 
 
 # %%
@@ -150,11 +150,11 @@ phases = [
 print(f"loss {pinn.pinn_loss(mlp(2, 6, 1), phases).item():.2f}")
 
 # %% [markdown]
-# The most common mistake in such code is silent: an output of shape $[N, 1]$ minus a target of shape $[N]$ is
-# a matrix $[N, N]$, and its mean square is a plausible number. Here it is refused, and so is a residual that
-# does not use the derivative for which it declared the expansion.
+# The most common mistake in such code raises no error: an output of shape $[N, 1]$ minus a target of shape $[N]$ is
+# a matrix $[N, N]$, and its mean square is a plausible number. The package refuses such a residual. It also refuses a
+# residual that does not use the derivative for which it declared the expansion:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: two mistakes are refused"
 mistakes = {
     "shapes": Term(lambda u, x: u.lap - solution(x)[:, 0], inside, laplacian(2)),
     "ignored": Term(lambda u, x: u.value - solution(x), inside, laplacian(2)),
@@ -177,9 +177,9 @@ for name, term in mistakes.items():
 # \tag{27.2}
 # $$
 #
-# In the field this matrix is called the Gramian. We know how to get a row of $J$. A layer
+# In the field this matrix is called the Gramian. A row of $J$ is found by backpropagation. A layer
 # applies $W$ to the $S$ coefficients $a_{ns}$ of datum $n$, $z_{ns} = W a_{ns}$. Send the residual back
-# through the network *of coefficients*, and call what arrives at $z_{ns}$
+# through the network *of coefficients*, and let $g_{ns}$ be the vector that arrives at $z_{ns}$:
 #
 # $$
 # g_{ns} = \frac{\partial \rho_n}{\partial z_{ns}} , \qquad
@@ -187,19 +187,19 @@ for name, term in mistakes.items():
 # \tag{27.3}
 # $$
 #
-# This is a `LayerIO`, with one vector per residual of a datum ($V = 1$ for a scalar equation). The block of the
-# layer is `io.block()`, and every approximation of the earlier parts applies to it. Nothing about
-# derivatives is left, except that the bias has the inputs $[1, 0, \dots, 0]$.
+# These $a$ and $g$ are a `LayerIO`, with one vector per residual of a datum ($V = 1$ for a scalar equation). The block
+# of the layer is `io.block()`, and every approximation of the earlier parts applies to it. The derivatives leave only
+# one trace: the bias has the inputs $[1, 0, \dots, 0]$.
 #
-# In the package the reverse pass has two stages. The residual is linearised with respect to the few
-# coefficients of the network's output, which copes with nonlinear equations and sees what is not used. Then one call
+# In the package the reverse pass has two stages. First, the residual is linearised with respect to the few coefficients
+# of the network's output. This works for nonlinear equations, and shows which coefficients are not used. Then one call
 # of autodiff goes back to the outputs of all layers.
 
 # %% tags=["remove-input"]
 code(pinn._linearized)
 
 # %% [markdown]
-# We check it against nested reverse mode, which knows nothing about coefficients:
+# We check these $a$ and $g$ against nested reverse mode, which does not use Taylor coefficients:
 
 # %%
 lin = linearize(model, terms)
@@ -221,8 +221,8 @@ for name, io in parts[0].ios.items():
     print(f"layer {name}: a {list(io.a.shape)}, g {list(io.g.shape)}")
 
 # %% [markdown]
-# The gradient came for free, from the same $a$ and $g$. So do products with the Jacobian, as
-# $(J V)_n = \sum_s g_{ns}^\top V a_{ns}$, without another pass through a graph:
+# The gradient needs no pass of its own: it follows from the same $a$ and $g$. So do products with the Jacobian,
+# $(J V)_n = \sum_s g_{ns}^\top V a_{ns}$:
 
 # %% tags=["remove-input"]
 code(pinn_gramian._times, pinn_gramian.transposed_times)
@@ -245,11 +245,12 @@ for part, title in zip(parts, ("interior", "boundary"), strict=True):
     print(f"{title}: relative errors", *(f"{e:.2f}" for e in errors))
 
 # %% [markdown]
-# The interior term is approximated badly, as [Figure 27.1] shows. Is that a bug? To tell, we need a case in which KFAC must be exact.
-# Take a *linear* network, that is, linear layers with nothing between them, and an operator of the first
-# coefficients with factors that may differ from datum to datum, $r_n = \sum_s c_{ns} u_{ns}$ with $u_{n0} = u$,
-# $u_{ni} = \partial_i u$, and so on. The rest of the network is one matrix, so all positions get the same
-# vector $v$, up to their factor: $g_{ns} = c_{ns} v$. With $Z_n = [a_{n1}, \dots, a_{nS}]^\top$, and the scale in $v$,
+# The interior term is approximated badly, as [Figure 27.1] shows. Is that a bug? To tell, we need a case in which KFAC
+# must be exact. Take a *linear* network, that is, linear layers with nothing between them. Take an operator that is a
+# sum of the coefficients with factors that may differ from datum to datum: $r_n = \sum_s c_{ns} u_{ns}$ with
+# $u_{n0} = u$, $u_{ni} = \partial_i u$, and so on. The layers behind the one that we look at are one matrix, so all
+# positions get the same vector $v$, up to their factor: $g_{ns} = c_{ns} v$. With $Z_n = [a_{n1}, \dots, a_{nS}]^\top$,
+# and the scale in $v$,
 #
 # $$
 # F = v v^\top \otimes \sum_n Z_n^\top c_n c_n^\top Z_n , \qquad
@@ -270,10 +271,11 @@ for part, title in zip(parts, ("interior", "boundary"), strict=True):
 # $Z_k^\top (\sum c c^\top) Z_k = m Z_k^\top Z_k$, since the diagonal of $\sum c c^\top$ is $m$. On the right
 # $\lVert c_n \rVert^2 = S$ cancels the $1 / S$, and $Z_k^\top Z_k$ also occurs $m$ times. $\blacksquare$
 #
-# This case is a test of every factor in an implementation: of $1/N$, of $1/S$, and of the zeros in the
-# bias column.
+# This case tests every factor of an implementation: $1/N$, $1/S$, and the zeros in the bias column. The cell also
+# checks that KFAC is not exact with a bias that reaches all positions, and that it is exact for a single datum without
+# derivatives:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: an orthogonal design and a single datum are exact, and two other cases are not"
 S = 4
 signs = torch.tensor(list(product([1.0, -1.0], repeat=S)))  # all 16 rows
 points = torch.randn(3, 2).repeat_interleave(len(signs), 0)
@@ -298,9 +300,8 @@ for io in one_point.ios.values():
     assert_exact(kfac(io).dense(), io.block())
 
 # %% [markdown]
-# The last lines are the classical case: a single datum, and a residual without derivatives. *With*
-# derivatives, a single datum is not enough, because it has $S$ different inputs: the first ends with 1
-# and the others with 0, so they are not multiples of each other, and $A$ has a rank of at least two where $F$ has
+# *With* derivatives, a single datum is not enough, because it has $S$ different inputs. The first of them ends with 1
+# and the others end with 0, so they are not multiples of each other. Then $A$ has a rank of at least two, and $F$ has
 # rank one.
 #
 # ### How wrong can it be?
@@ -308,20 +309,30 @@ for io in one_point.ios.values():
 # <div class="admonition theorem" markdown="1" id="thm-27.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 27.2 (never too small)</b></p>
 #
-# For a scalar equation and any network, $F \preceq N S^2 \; B \otimes A$. In particular, KFAC sees every
-# direction in which the curvature is not zero.
+# For a scalar equation and any network, $F \preceq N S^2 \; B \otimes A$. In particular, KFAC has curvature
+# in every direction in which the exact block has curvature.
 #
 # </div>
 #
-# **Proof.** For a matrix $V$ of the layer's shape, $\operatorname{vec}(V)^\top F \operatorname{vec}(V) = \sum_n \bigl(\sum_s g_{ns}^\top V a_{ns}\bigr)^2
-# \le S \sum_{n s} (g_{ns}^\top V a_{ns})^2$ by Cauchy and Schwarz, and each square is one of
-# the terms of $\sum_{ns, n's'} (g_{ns}^\top V a_{n's'})^2 = N S \operatorname{vec}(V)^\top (B \otimes A) \operatorname{vec}(V)$, none of which is negative. $\blacksquare$
+# **Proof.** For a matrix $V$ of the layer's shape and $v = \operatorname{vec}(V)$, by the inequality of Cauchy and
+# Schwarz,
 #
-# The other direction fails badly. In the last layer of Poisson's equation, only the Laplacian is
-# sent back. The value and the first derivatives are dead, $g_{ns} = 0$, but their inputs count in $A$. The last
-# bias even has no influence at all on $\Delta u$, and KFAC gives it curvature.
+# $$
+# \begin{aligned}
+# v^\top F v = \sum_n \Bigl( \sum_s g_{ns}^\top V a_{ns} \Bigr)^2
+# &\le S \sum_{n s} \bigl( g_{ns}^\top V a_{ns} \bigr)^2 , \\
+# N S \; v^\top (B \otimes A) \, v
+# &= \sum_{n s, n' s'} \bigl( g_{ns}^\top V a_{n's'} \bigr)^2 .
+# \end{aligned}
+# $$
+#
+# Each square on the right of the first line is one of the squares of the second line. $\blacksquare$
+#
+# There is no such bound in the other direction: KFAC can be far too large. In the last layer of Poisson's equation,
+# only the Laplacian is sent back. The positions of the value and of the first derivatives are dead, $g_{ns} = 0$, but
+# their inputs count in $A$. The last bias even has no influence at all on $\Delta u$, and KFAC gives it curvature.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the bound, and KFAC with and without dead positions"
 io = parts[0].ios["4"]
 N, S, _ = io.a.shape
 for of_layer in parts[0].ios.values():
@@ -336,8 +347,8 @@ assert io.block()[-1, -1] == 0 < kfac(io).dense()[-1, -1]
 assert_exact(kfac(pruned).dense(), io.block())
 
 # %% [markdown]
-# Leaving out dead positions makes the last layer exact here. In training it helps sometimes and
-# hurts sometimes, so it is not what the package does.
+# Leaving out dead positions makes the last layer exact here. The package does not do this: in training it
+# helps sometimes and hurts sometimes.
 #
 # ## Two terms, one inverse
 #
@@ -376,13 +387,15 @@ assert_exact((congruence(damped) @ V).flatten(), torch.linalg.solve(P, V.flatten
 # %% [markdown]
 # ### A damping that nobody mentions
 #
-# The authors' code [averages factors over steps](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/kfac.py#L600), $\hat A_t = \beta \hat A_{t-1} + (1 - \beta) A_t$, and starts from
-# $\hat A_0 = I$. Unroll it: $\hat A_t = \beta^t I + (1 - \beta^t) \bar A_t$ with a proper weighted mean $\bar A_t$.
-# So $\beta^t$ is a damping, which starts at 1 and decays to far below any $\lambda$ that one would set by hand. It is not an
-# artefact to be corrected away: without it, the first steps use $\lambda = 10^{-10}$ alone and the
-# training may fail. `TermWise` writes it as what it is, `damped_factors(K, 1 - b**t, damping + b**t)`.
+# The authors' code [averages factors over
+# steps](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/kfac.py#L600),
+# $\hat A_t = \beta \hat A_{t-1} + (1 - \beta) A_t$, and starts from $\hat A_0 = I$. Written as a sum,
+# $\hat A_t = \beta^t I + (1 - \beta^t) \bar A_t$ with a proper weighted mean $\bar A_t$. So $\beta^t$ is a damping,
+# which starts at 1 and decays to far below any $\lambda$ that is set by hand. Without this damping, the first steps
+# would use $\lambda = 10^{-10}$ alone, and the training may fail. So `TermWise` keeps the damping and writes it
+# explicitly, as `damped_factors(K, 1 - b**t, damping + b**t)`.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the average from the identity is this damping"
 decay, A_hat, state = 0.6, eye_like(factors[0].A), None
 for t in range(1, 4):
     batch = linearize(model, poisson(2).terms(60, 20, generator))
@@ -394,9 +407,9 @@ for t in range(1, 4):
 # %% [markdown]
 # ## From a preconditioner to a step
 #
-# Let $\Delta = -P^{-1} \nabla L$. How far should we go? The paper has two answers. **KFAC** adds momentum and searches along
-# the line, by evaluating the loss at many powers of two. **KFAC\*** asks the exact Gauss-Newton model, in
-# the plane of $\Delta$ and the last step $\delta$:
+# Let $\Delta = -P^{-1} \nabla L$. How far should the step go along $\Delta$? The paper has two answers. **KFAC** adds
+# momentum and searches along the line, by evaluating the loss at many powers of two. **KFAC\*** minimises the exact
+# Gauss-Newton model in the plane of $\Delta$ and the last step $\delta$:
 #
 # $$
 # \min_{\alpha, \mu} \; \tfrac12 \bigl\lVert J (\alpha \Delta + \mu \delta) + \rho \bigr\rVert^2
@@ -404,22 +417,25 @@ for t in range(1, 4):
 # \tag{27.8}
 # $$
 #
-# Two unknowns, two equations, and what they need is $J \Delta$ and $J \delta$: a few products of small matrices
-# with the $a$ and $g$ that are already there. Nothing limits us to two directions. `two_directions_per_layer` gives each layer
-# its own $\alpha$ and $\mu$, at no extra cost, and is never worse in the model.
+# These are two equations with two unknowns. They need $J \Delta$ and $J \delta$, which are a few products of small
+# matrices with the $a$ and $g$ that are already there. More than two directions are possible.
+# `two_directions_per_layer` gives each layer its own $\alpha$ and $\mu$, from the same products, and the minimum of the
+# model is never worse.
 
 # %% tags=["remove-input"]
 code(best_combination, KFACStar.step)
 
 # %% [markdown]
-# The last lines of `step` are a safeguard which the paper's algorithm lacks: a combination that does not lower the true loss is halved
-# until it does. And the first step is the exact minimum along $\Delta$. With a fixed $P$ and a
-# linear residual, these steps are those of preconditioned conjugate gradients (Exercise 27.3), which is why the momentum helps.
+# The last lines of `step` are a safeguard which the paper's algorithm lacks: a combination that does not lower the true
+# loss is halved until it does. In the first step there is no $\delta$, and the step is the exact minimum along
+# $\Delta$. With a fixed $P$ and a linear residual, these steps are those of preconditioned conjugate gradients
+# (Exercise 27.3). This is why the momentum helps.
 #
 # ### More directions
 #
-# The plane of $\Delta$ and $\delta$ is a small part of the space. Solve $(J^\top J + \lambda I) p = -\nabla L$ by conjugate
-# gradients, with $P$ as the preconditioner: after $k$ iterations they have found the minimum of the model over
+# The plane of $\Delta$ and $\delta$ is a small part of the space. Conjugate gradients solve
+# $(J^\top J + \lambda I) p = -\nabla L$ with $P$ as the preconditioner. After $k$ iterations they have found the
+# minimum of the model over
 #
 # $$
 # \operatorname{span} \bigl\{ \Delta, \; P^{-1} (J^\top J + \lambda I) \Delta, \; \dots, \;
@@ -427,19 +443,20 @@ code(best_combination, KFACStar.step)
 # \tag{27.9}
 # $$
 #
-# One iteration is the best multiple of $\Delta$. Each further one needs a product with $J$ and one with $J^\top$, and no pass
-# through a graph. The result is combined with the last $m$ steps as in [(27.8)]: $k = m = 1$ is KFAC\*, and with $k$ as large
-# as the number of weights the step is that of Gauss-Newton. Now KFAC decides how *soon* it is reached, and no longer where the step leads.
+# One iteration gives the best multiple of $\Delta$. Each further iteration needs a product with $J$ and one with
+# $J^\top$, and no pass through a graph. The result is combined with the last $m$ steps as in [(27.8)]: $k = m = 1$ is
+# KFAC\*, and with $k$ as large as the number of weights the step is that of Gauss-Newton. Then KFAC decides only how
+# many iterations are needed, and not where the step leads.
 
 # %% tags=["remove-input"]
 code(krylov_direction, KFACKrylov.step)
 
 # %% [markdown]
-# How much does the preconditioner help? Take a network that has been trained for a few steps, and measure how far
-# the model is from its minimum after $k$ iterations, relative to the start: without a preconditioner, with KFAC, and with EKFAC in
-# the basis of [(27.7)], which a later section explains.
+# How much does the preconditioner help? We take a network that has been trained for a few steps. We measure how far the
+# model is from its minimum after $k$ iterations, relative to the start: without a preconditioner, with KFAC, and with
+# EKFAC in the basis of [(27.7)], which a later section explains.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the distance from the minimum after k iterations, with three preconditioners"
 torch.manual_seed(0)
 net = mlp(2, 24, 24, 1)
 draw = torch.Generator(torch.get_default_device()).manual_seed(0)
@@ -480,38 +497,40 @@ for name, P in preconditioners.items():
     print(f"{name:6}", *(f"k = {k}: {g:.1e}  " for k, g in zip(numbers, gaps[name], strict=True)))
 assert gaps["EKFAC"][4] < gaps["KFAC"][4] < gaps["none"][4]
 
-# %% tags=["hide-input"] alt="Distance to the minimum of the model against the number of iterations, logarithmic. Without a preconditioner the line falls slowly, with KFAC faster, with EKFAC fastest." caption="Conjugate gradients on the Gauss-Newton model: distance from the minimum, relative to the start."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Distance to the minimum of the model against the number of iterations, logarithmic. Without a preconditioner the line falls slowly, with KFAC faster, with EKFAC fastest." caption="Conjugate gradients on the Gauss-Newton model: distance from the minimum, relative to the start. After 20 iterations the distance is smaller with KFAC as the preconditioner than without one, and smaller still with EKFAC."
 fig, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
 for name, values in gaps.items():
-    ax.semilogy(numbers, values, marker=".", label=name)
-ax.set(xlabel="iterations $k$", ylabel="relative gap")
-ax.legend()
+    look = style("GGN" if name == "none" else name)
+    ax.semilogy(numbers, values, **look)
+    ax.text(41.5, values[-1], name, color=look["color"], va="center")
+ax.set(xlabel="iterations $k$", ylabel="relative distance", xlim=(0, 47))
 plt.show()
 
 # %% [markdown]
-# A preconditioner must know of the damping of the model. With $\lambda = 10^{-3}$ there and $10^{-8}$ in $P$, directions of
-# small curvature count for far too much, and it is worse than none:
+# A preconditioner has to contain the damping of the model. With $\lambda = 10^{-3}$ in the model and $10^{-8}$ in $P$,
+# directions of small curvature count for far too much, and the result is worse than without a preconditioner. These are
+# the relative distances after 20 iterations:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the damping is missing in the preconditioner"
 ignorant = {name: gap(P, 20, 1e-3) for name, P in preconditioners.items()}
 print(*(f"{name} {g:.2f}  " for name, g in ignorant.items()))
 assert ignorant["none"] < min(ignorant["KFAC"], ignorant["EKFAC"])
 
 # %% [markdown]
-# So `KFACKrylov` gives the metric the damping of the model, `damping`, which follows the model's success as in
-# [Chapter 9](09_damping.py), as long as this is above a small number, `floor`.
+# So `KFACKrylov` adds the damping of the model, `damping`, to the factors, if this damping is above a small number,
+# `floor`. The damping follows the model's success as in [Chapter 9](09_damping.py).
 #
 # ## The competitors: exact Gauss-Newton
 #
-# KFAC approximates $J^\top J + \lambda I$ because it has $D^2$ entries. But
+# The reason for KFAC is that $J^\top J + \lambda I$ has $D^2$ entries. But
 #
 # $$
 # (J^\top J + \lambda I)^{-1} J^\top \rho = J^\top (J J^\top + \lambda I)^{-1} \rho ,
 # \tag{27.10}
 # $$
 #
-# since both sides, multiplied by $J^\top J + \lambda I$, give $J^\top \rho$. On the right is the *kernel*, with one row for each
-# residual. PINNs are trained with some hundred to some thousand points, and then it is small,
+# since both sides, multiplied by $J^\top J + \lambda I$, give $J^\top \rho$. On the right is the *kernel* $J J^\top$,
+# with one row for each residual. PINNs are trained with some hundred to some thousand points. Then the kernel is small,
 # whatever the size of the network. Both forms give the same step:
 
 # %%
@@ -526,18 +545,19 @@ assert torch.linalg.matrix_rank(kernel_matrix(parts)) <= 59
 code(kernel_solver)
 
 # %% [markdown]
-# `GaussNewton` uses either with the rule of Levenberg and Marquardt ([Chapter 9](09_damping.py)): a step that lowers the loss as
-# predicted lowers $\lambda$, one that fails is not taken. `HessianFree` solves the same system by conjugate gradients, without a
-# matrix, and stops early. `Spring` keeps $\lambda$ fixed, adds momentum to the kernel form, and searches along the line; without
-# momentum it is the energy natural gradient, ENGD.
+# `GaussNewton` uses either form with the rule of Levenberg and Marquardt ([Chapter 9](09_damping.py)): a step that
+# lowers the loss as predicted lowers $\lambda$, and a step that fails is not taken. `HessianFree` solves the same
+# system by conjugate gradients, without a matrix, and stops early. `Spring` keeps $\lambda$ fixed, adds momentum to the
+# kernel form, and searches along the line. Without momentum, `Spring` is the energy natural gradient, ENGD.
 #
 # ## Any approximation runs on a PINN
 #
-# Interior and boundary have different numbers of positions. To hand both to an approximation that knows of one batch only,
-# fill the boundary's missing positions up with zeros. They add nothing to the gradients $G_n$, so the block of the joined batch is the sum of
-# the blocks, exactly, and everything that is computed from the $G_n$ is exact, too: the trace of EKFAC, for example.
+# Interior and boundary have different numbers of positions. Some approximations accept one batch only. For these, the
+# missing positions of the boundary are filled up with zeros. Zeros add nothing to the gradients $G_n$, so the block of
+# the joined batch is exactly the sum of the blocks. Everything that is computed from the $G_n$ is the same, too: the
+# trace of EKFAC, for example. The output shows relative errors:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the joined batch; measured: the errors of KFAC, reduce and EKFAC"
 APPROXIMATIONS = {"KFAC": kfac, "reduce": lambda io: kfac(io.reduced()), "EKFAC": ekfac}
 for name in block_weights(model):
     batch = joined([part.ios[name] for part in parts])
@@ -550,31 +570,33 @@ for name in block_weights(model):
         }
         print(f"layer {name}, {what:8}:", *(f"{kind} {e:6.2f}  " for kind, e in errors.items()))
         assert errors["EKFAC"] <= errors["KFAC"]
+        assert what == "joined" or name == "0" or errors["EKFAC"] < errors["KFAC"] / 2
     separate = sum(kfac(part.ios[name]).dense() for part in parts)
     print(f"layer {name}, one KFAC for each term: {relative_error(separate, F):.2f}")
 
 # %% [markdown]
-# On the interior term, where KFAC's scale is off because positions that cancel or that are dead are counted as if they
-# added up, EKFAC repairs most of the distance. For the sum of two terms there is also a corrected form in the common basis of [(27.7)]. That
-# basis is not orthogonal, but the diagonal of the exact block in it is as cheap as before. This is
-# `TermWise(inverse=ekfac_inverse)`, the method `EKFAC*` above.
+# On the interior term, KFAC has the wrong scale, because positions that cancel or that are dead are counted as if they
+# added up. In the second and the third layer EKFAC corrects most of this error, in the first layer only a little. For
+# the sum of two terms there is also a corrected form in the common basis of [(27.7)]. This basis is not orthogonal, but
+# the diagonal of the exact block in it costs no more than in an orthogonal one. The corrected form is
+# `TermWise(inverse=ekfac_inverse)`, which is called EKFAC in [Figure 27.2].
 
-# %% tags=["hide-input"] alt="Three heat maps of the interior term of the middle layer: the exact block, KFAC, which is much too large, and EKFAC, which has the size and part of the pattern of the exact block." caption="The interior term of the middle layer: exact, KFAC, EKFAC, in one colour scale."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Three heat maps of the interior term of the middle layer: the exact block, KFAC, which is much too large, and EKFAC, which has the size and part of the pattern of the exact block." caption="The interior term of the middle layer in one colour scale. KFAC is much too large. EKFAC has the size of the exact block and a part of its pattern."
 io = parts[0].ios["2"]
 shown = {"exact": io.block(), "KFAC": kfac(io).dense(), "EKFAC": ekfac(io).dense()}
+assert shown["KFAC"].norm() > 2 * shown["exact"].norm()
 matrices(shown, scale=io.block().abs().max().item())
 
 # %% [markdown]
-# Near in the norm of Frobenius is not yet better in training, as in [Chapter 14](14_ekfac.py). [Chapter 28](28_pinn_results.py) trains
-# `KFACKrylov` with each of them as its preconditioner.
-
-# %% [markdown]
+# A matrix that is nearer in the Frobenius norm need not be better in training ([Chapter 14](14_ekfac.py)). [Chapter
+# 28](28_pinn_results.py) trains `KFACKrylov` with each of them as its preconditioner.
+#
 # ## A system of equations
 #
-# Nothing above was about scalar equations only. A stationary flow has three unknowns, two velocities and
-# a pressure, and three residuals at every point: two for momentum, one for mass. Then $V = 3$ vectors per datum are sent
-# back. The equations of Navier and Stokes are nonlinear; $J$ linearises them around the present field.
-# Kovasznay's flow behind a grid is an exact solution to compare with.
+# All of this also holds for systems of equations. A stationary flow has three unknowns, two velocities and a pressure,
+# and three residuals at every point: two for momentum, one for mass. Then $V = 3$ vectors per datum are sent back. The
+# equations of Navier and Stokes are nonlinear; $J$ linearises them around the present field. Kovasznay's flow behind a
+# grid is an exact solution to compare with.
 
 # %%
 flow = kovasznay()
@@ -591,7 +613,7 @@ print(f"vectors per datum {len(linearize(net, flow_terms)[0][0].residuals)},", e
 print(f"error {before:.2f} before, {after:.1e} after 60 steps")
 assert after < before / 8
 
-# %% tags=["hide-input"] alt="Two panels over the box from -0.5 to 1 and -0.5 to 1.5. Left, the learned horizontal velocity in colours with arrows of the flow, which wind around periodic cells. Right, the error of the horizontal velocity, small and irregular." caption="Kovasznay's flow, learned. Left: horizontal velocity and the direction of the flow. Right: error of the horizontal velocity."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Two panels over the box from -0.5 to 1 and -0.5 to 1.5. Left, the learned horizontal velocity in colours with arrows of the flow, which wind around periodic cells. Right, the error of the horizontal velocity, small and irregular." caption="Kovasznay's flow, learned. Left: horizontal velocity and the direction of the flow. Right: error of the horizontal velocity."
 xs, ys = torch.linspace(-0.5, 1, 50), torch.linspace(-0.5, 1.5, 50)
 grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2)
 with torch.no_grad():
@@ -617,9 +639,10 @@ plt.show()
 # %% [markdown]
 # ## An unknown constant
 #
-# In an inverse problem a constant of the equation is unknown, and measurements of the solution are given instead. A parameter of
-# the model that no layer holds, and that a residual uses, is one more block: a layer whose input is 1 at every point. Its block is
-# exact, and so are the blocks that it has in common with the layers.
+# In an inverse problem a constant of the equation is unknown, and measurements of the solution are given instead. The
+# constant is a parameter of the model that belongs to no layer and is used by a residual. It is one more block: a layer
+# whose input is 1 at every point. Its block is exact, and so are the blocks that it has in common with the layers. In
+# the example the constant is the conductivity of a rod:
 
 
 # %%
@@ -645,6 +668,8 @@ rod_terms = [
     ),
     Term(lambda u, x: u.value - rod_problem.solution(x), measured, value_only(2)),
 ]
+
+# %% tags=["hide-input"] fold="Trained: 60 steps of Gauss-Newton find the conductivity"
 constant = flat(linearize(rod, rod_terms))[0].ios["conductivity"]
 assert_exact(kfac(constant).dense(), constant.block())
 for _ in range(60):
@@ -655,9 +680,10 @@ assert abs(rod.conductivity.item() - 0.25) < 0.02
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A line search that can choose NaN.** Python's `min` over a list that contains NaN depends on the order, as every comparison with NaN is
-# false. [A grid search that takes the smallest of 31 losses](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/line_search.py#L87) can pick a step at which the
-# loss overflowed. Here, what is not a number counts as infinite.
+# **A line search that can choose NaN.** Python's `min` over a list that contains NaN depends on the order, because
+# every comparison with NaN is false. [A grid search that takes the smallest of 31
+# losses](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/line_search.py#L87)
+# can pick a step at which the loss overflowed. Here a loss that is not a number counts as infinite.
 
 # %%
 losses = [float("nan"), 0.5, 1.0]
@@ -672,11 +698,11 @@ print("step and loss:", line_search(overflowing, before=1.0))
 assert line_search(overflowing, before=1.0) == (0.25, (0.25 - 0.2) ** 2)
 
 # %% [markdown]
-# **Single precision.** The damping must not drown in round-off: $A + \lambda I$ has only $\varepsilon \lVert A \rVert$
-# of relative meaning, with $\varepsilon \approx 10^{-7}$. With $\lambda = 10^{-10}$, in single precision, a
-# factor that is singular stays singular, and its square root or inverse is noise or NaN.
+# **Single precision.** A damping below the round-off has no effect. Single precision has a relative round-off of
+# $\varepsilon \approx 10^{-7}$, so the entries of $A + \lambda I$ are known up to $\varepsilon \lVert A \rVert$. With
+# $\lambda = 10^{-10}$, a factor that is singular stays singular, and its square root or inverse is noise or NaN.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the damping is lost in round-off"
 single = kfac(io).A.float()
 eigenvalues = torch.linalg.eigvalsh(single + 1e-10 * torch.eye(len(single), dtype=torch.float32))
 exact = torch.linalg.eigvalsh(kfac(io).A)
@@ -686,11 +712,22 @@ assert rounded > 1e-10
 assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 
 # %% [markdown]
-# **Two reverse passes.** A second pass for the gradient and two more for the products with $J$ give the same numbers as the
-# first one. In the authors' code, the line search (31 losses per step) or those products take more than half of the time, inverting the
-# factors almost none.
+# **Several reverse passes.** A second reverse pass for the gradient, and further passes for products with $J$, give the
+# same numbers as the $a$ and $g$ of the first pass. They only take time.
+#
+# ## In one minute
+#
+# - A term of a PINN's loss is a function of the network's Taylor coefficients. These share the weights of every layer.
+# - One forward and one reverse pass give $a_{ns}$ and $g_{ns}$. Gradient, Jacobian products and Gauss-Newton blocks
+#   follow from these.
+# - KFAC-expand is exact for linear networks and orthogonal designs ([Theorem 27.1]), and for a single datum without
+#   derivatives. It is never too small by more than a known factor ([Theorem 27.2]), and can be far too large.
+# - The damped sum of two Kronecker products has a closed-form inverse, [(27.7)].
+# - KFAC\* takes the length of its step and of its momentum from the exact model; more directions lead to the
+#   Gauss-Newton step.
 #
 # ## Exercises
+#
 #
 # **Exercise 27.1.** The input factor of the *first* layer does not depend on the network. Which matrix is
 # it for the Laplacian in $d$ dimensions? Read off $A_{-1,-1}$.
@@ -709,14 +746,14 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $c_n = (1, \dots, 1)$, all $g_{ns} = v$. Then $G_n = v \sum_s a_{ns}^\top = (S v)\, \bar a_n^\top$: the sum of the
-# vectors times the mean of the inputs. $F = (S v)(S v)^\top \otimes \sum_n \bar a_n \bar a_n^\top$, and the reduced $B$ is
-# $N (S v)(S v)^\top$, the reduced $A$ the mean of $\bar a_n \bar a_n^\top$.
+# With $c_n = (1, \dots, 1)$, all $g_{ns} = v$. Then $G_n = v \sum_s a_{ns}^\top = (S v)\, \bar a_n^\top$: the sum of
+# the vectors times the mean of the inputs. $F = (S v)(S v)^\top \otimes \sum_n \bar a_n \bar a_n^\top$, and the reduced
+# $B$ is $N (S v)(S v)^\top$, the reduced $A$ the mean of $\bar a_n \bar a_n^\top$.
 #
 # </details>
 #
-# **Exercise 27.3.** Let $\rho$ be linear in the weights, $\lambda = 0$ in [(27.8)], and $P$ fixed. Why is KFAC\* the method of
-# preconditioned conjugate gradients?
+# **Exercise 27.3.** Let $\rho$ be linear in the weights, $\lambda = 0$ in [(27.8)], and $P$ fixed. Why is KFAC\* the
+# method of preconditioned conjugate gradients?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -727,20 +764,21 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 #
 # </details>
 #
-# **Exercise 27.4.** A term has weight $w$. How do $A$, $B$, and the exact block change with it? With what in [(27.6)] does this
-# interfere?
+# **Exercise 27.4.** A term has weight $w$. How do $A$, $B$, and the exact block change with it? With what in [(27.6)]
+# does this interfere?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $\rho$ and $g$ have the factor $\sqrt w$, so $B$ and $F$ have $w$, and $A$ has none. The damping $\lambda$ is added
-# to $B$ as it is: relative to a heavier term it is smaller. A balanced damping would use $\pi$, as in [Chapter 9](09_damping.py).
+# $\rho$ and $g$ have the factor $\sqrt w$, so $B$ and $F$ have $w$, and $A$ has none. The damping $\lambda$ is added to
+# $B$ as it is: relative to a heavier term it is smaller. A balanced damping would use $\pi$, as in
+# [Chapter 9](09_damping.py).
 #
 # </details>
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 A = kfac(parts[0].ios["0"]).A  # 27.1
 corner = inside.T @ inside / 60 + torch.eye(2)
 assert_exact(4 * A[:2, :2], corner)
@@ -773,15 +811,6 @@ for name, io in flat(linearize(model, [heavy]))[0].ios.items():
 print("all hold")
 
 # %% [markdown]
-# ## In one minute
-#
-# - A term of a PINN's loss is a function of the network's Taylor coefficients. These share the weights of every layer.
-# - One forward and one reverse pass give $a_{ns}$ and $g_{ns}$. Gradient, Jacobian products and Gauss-Newton blocks follow from these.
-# - KFAC-expand is exact for linear networks and orthogonal designs ([Theorem 27.1]), and for a single datum without derivatives. It is never too
-#   small by more than a known factor ([Theorem 27.2]), and can be far too large.
-# - The damped sum of two Kronecker products has a closed-form inverse, [(27.7)].
-# - KFAC\* takes the length of its step and of its momentum from the exact model; more directions lead to the Gauss-Newton step.
-#
 # ## Further reading
 #
 # [Dangel et al. (2024)](bibliography.md#pinns) derive KFAC for PINNs and KFAC\*. [Müller and Zeinhofer

@@ -15,11 +15,12 @@
 #
 # **Part VIII: Curvature in use.** Which weights can a trained network do without?
 #
-# Setting a weight to zero raises the objective of the training. The curvature predicts by how much, without a trial. It
-# also tells how the other weights should change, so that the objective rises least. This change is called the **reply**
-# here. No network is trained again in this chapter.
+# Setting a weight to zero raises the objective of the training. The curvature predicts by how much, without a trial.
+# The curvature also tells how the other weights should change, so that the objective rises least. This change is called
+# the **reply** here. With a reply, half of the hidden units of a network can be removed, and its accuracy falls little,
+# although it is not trained again: [Figure 31.1].
 
-# %%
+# %% tags=["hide-input"]
 from copy import deepcopy
 from itertools import combinations
 from statistics import median
@@ -56,18 +57,13 @@ from kfac_scratch.data_loader import over_loader
 from kfac_scratch.layer_io import LayerIO
 from kfac_scratch.matrices.diagonal import Diagonal
 from kfac_scratch.matrices.kronecker import Kronecker
-from kfac_scratch.show import code
+from kfac_scratch.show import code, table
 
 set_up()  # seed 0, float64, the GPU where there is one
 
 Weights = dict[str, Tensor]  # a matrix [W | b] for each layer
 
-# %% [markdown]
-# Three networks with two hidden layers of 48 and 32 units learn to read digits. Each has its own random start and its
-# own random choice of training data. The weights and the bias of a layer form one matrix $W$, whose last column is the
-# bias.
-
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Trained: three networks that read digits"
 SUM, DECAY = nn.CrossEntropyLoss(reduction="sum"), 1.0
 digits = load_digits()
 images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
@@ -119,12 +115,7 @@ def having(net: Trained, W: Weights) -> nn.Module:
     return model
 
 
-# %% [markdown]
-# A choice of weights is judged by its accuracy on test images, by its loss $L$ and by the objective $J$ of the
-# training.
-
-
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Accuracy, loss and objective of a choice of weights"
 def accuracy(net: Trained, W: Weights) -> float:
     """The share of test images that are read correctly."""
     return (having(net, W)(net.X_test).argmax(1) == net.y_test).double().mean().item()
@@ -143,15 +134,8 @@ networks = [train(seed) for seed in range(3)]
 print("test accuracy:", *(f"{accuracy(net, net.W):.3f}" for net in networks))
 assert all(accuracy(net, net.W) > 0.94 for net in networks)
 
-# %% [markdown]
-# The first figure shows the accuracy when hidden units are removed. A unit is a column in the weights of the layer that
-# uses it. Five methods remove columns. The first one, "cost, with reply", removes the cheapest column, lets the other
-# columns reply, and computes all costs again, until enough columns are gone. The other methods set columns to zero and
-# change nothing else: the same columns as the first method, those of lowest cost when all are there, those of smallest
-# norm (the column's norm, times the norm of the unit's own weights), and random ones. The costs are derived below.
 
-
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Five ways to remove units"
 def embedded(columns: Tensor, alive: list[int], d_in: int) -> Tensor:
     """Columns at their places in a matrix of zeros."""
     W = torch.zeros(len(columns), d_in)
@@ -194,10 +178,7 @@ def removed(
     return V
 
 
-# %% [markdown]
-# Each share of units is removed from both hidden layers.
-
-# %% tags=["hide-input"] alt="Test accuracy against the share of hidden units that were removed, for five methods. With reply, the accuracy stays near that of the whole network up to half of the units and beyond. Without a reply it falls much earlier, even if the same units are removed." caption="Test accuracy without some of the hidden units, and without training again. Lines: the median of three networks. Bands: from the worst to the best."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Test accuracy against the share of hidden units that were removed, for five methods. With reply, the accuracy stays near that of the whole network up to half of the units and beyond. Without a reply it falls much earlier, even if the same units are removed." caption="Test accuracy when a share of the hidden units is removed, without training again. With reply, the accuracy stays near that of the whole network up to half of the units. Lines: the median of three networks. Bands: from the worst to the best."
 METHODS = ("cost, with reply", "same units, no reply", "cost", "norm", "random")
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 of_units = {
@@ -216,7 +197,42 @@ ax.set(xlabel="share of hidden units removed", ylabel="test accuracy", ylim=(0, 
 ax.legend(loc="lower left")
 plt.show()
 
-# %%
+# %% [markdown]
+# Let $w$ be the weights of a layer at the minimum of the objective, and let $H$ be the curvature of the objective
+# there. Setting $w_i$ to zero costs
+#
+# $$
+# \tfrac12 \frac{w_i^2}{(H^{-1})_{ii}} , \qquad
+# \text{with the reply} \quad \Delta = - \frac{w_i}{(H^{-1})_{ii}} H^{-1} e_i .
+# $$
+#
+# Here $H$ is KFAC's $B \otimes A$ plus the weight decay.
+#
+# After this chapter you will be able to
+#
+# - predict by how much the objective rises when weights become zero, with and without a reply;
+# - remove single weights, whole units, and coefficients in the eigenbasis of KFAC;
+# - say which part of a method matters most: the costs, the reply, or several rounds;
+# - say where the predictions end to hold.
+#
+# ## Half of the hidden units
+#
+# Three networks with two hidden layers of 48 and 32 units learn to read digits. Each has its own random start and its
+# own random choice of training data. The weights and the bias of a layer form one matrix $W$, whose last column is the
+# bias. A hidden unit is a column in the weights of the layer that uses it.
+#
+# [Figure 31.1] compares five methods. Each removes the same share of units from both hidden layers.
+#
+# - "Cost, with reply" removes the cheapest column and lets the other columns reply. Then it computes all costs again,
+#   and so on, until enough columns are gone.
+# - "Same units, no reply" sets the same columns to zero and changes nothing else.
+# - "Cost" sets the columns of lowest cost to zero. These costs are computed once, when all columns are there.
+# - "Norm" sets the columns of smallest norm to zero: the norm of the column times the norm of the unit's own weights.
+# - "Random" sets random columns to zero.
+#
+# These are the accuracies of the three networks:
+
+# %% tags=["hide-input"] fold="Measured: the accuracies without half and without three quarters of the units"
 whole = [accuracy(net, net.W) for net in networks]
 for method in METHODS:
     half, three_quarters = (of_units[method, share] for share in (0.5, 0.75))
@@ -232,14 +248,14 @@ for i, before in enumerate(whole):
         assert of_units["cost, with reply", 0.75][i] > of_units[method, 0.75][i] + 0.2
 
 # %% [markdown]
-# With reply, half of the units are gone, and the accuracy has fallen little. Both parts of the method matter. If the
-# same units are removed and nothing replies, more accuracy is lost. If they are chosen by costs that are computed only
-# once, still more is lost: each of these costs counts on a reply of all other units.
+# With reply, the accuracy without half of the units is little below that of the whole network. Both parts of the method
+# matter. If the same units are removed without a reply, more accuracy is lost. If the units are chosen by costs that
+# are computed only once, still more is lost: each of these costs assumes that all other units reply.
 #
-# The columns of zeros can be cut out of the matrices, together with the rows that make these units. What is left is a
+# The columns of zeros can be cut out of the matrices, together with the rows that make these units. The result is a
 # smaller network with the same outputs:
 
-# %%
+# %% tags=["hide-input"] fold="Checked: the smaller network has the same outputs"
 net = networks[0]
 W = removed(net, 0.5, "cost, with reply")
 first, second = (W[consumer][:, :-1].any(0) for consumer in ("2", "4"))  # units that are left
@@ -275,22 +291,24 @@ assert small < large / 2
 #
 # with the Hessian $M$ of $L$. In place of the Hessian we use KFAC, which approximates the generalised Gauss-Newton
 # matrix: one block $M = B \otimes A$ for each layer. $A$ is the mean of $a a^\top$ over the inputs $a$ of the layer,
-# whose last entry is 1 for the bias. $B$ belongs to the outputs. The product with a matrix is
-# $(B \otimes A) \Delta = B \Delta A$. The damping of $M$ is not free to choose: it is the weight decay of the training.
+# whose last entry is 1 for the bias. $B$ is the sum over the data of $g g^\top$, with the vectors $g$ that are sent
+# back to the layer's outputs. The product with a matrix is $(B \otimes A) \Delta = B \Delta A$. The damping of $M$ is
+# not free to choose: it is the weight decay of the training.
 #
-# The loss $L$ alone is not at a minimum. Its gradient is $-\delta W$, because $\nabla L + \delta W = 0$. So its
-# increase has a term of first order:
+# The loss $L$ alone is not at a minimum. Its gradient is $-\delta W$, because $\nabla L + \delta W = 0$. So the
+# increase of $L$ has a term of first order:
 #
 # $$
 # L(W + \Delta) - L(W) \approx - \delta \langle W, \Delta \rangle + \tfrac12 \langle \Delta, M \Delta \rangle .
 # $$
 #
-# Zeros without a reply make the first term positive: it is $\delta$ times the sum of the squares of the weights that
-# go. With a reply it is positive in the cell below, too. So the second term alone predicts too little. The cell sets
-# half of the weights to zero. Later sections derive how they are chosen and how the others reply.
+# Without a reply, the first term is positive: it is $\delta$ times the sum of the squares of the weights that become
+# zero. With a reply it is positive in the following experiment, too. So the second term alone predicts too little. The
+# experiment sets half of the weights to zero. (Later sections derive how these weights are chosen and how the others
+# reply.)
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: real and predicted increases of J and of L"
 def with_zeros(net: Trained, share: float) -> Weights:
     """Zeros by the costs with reply, and the reply."""
     costs = {n: costs_with_reply(W, net.K[n], DECAY) for n, W in net.W.items()}
@@ -317,8 +335,11 @@ for seed, net in enumerate(networks):
     assert 0.5 * of_L < first + alone < of_L
 
 # %% [markdown]
-# For a linear model under the squared error, $J$ *is* quadratic and KFAC is the Hessian of $L$
-# ([Chapter 5](05_kfac.py)). There [(31.1)] is exact, however large the change.
+# The prediction of [(31.1)] for $J$ is somewhat below the real increase. For $L$, the curvature alone ("M alone")
+# explains only a small part of the increase.
+#
+# For a linear model under the squared error, $J$ *is* quadratic, and KFAC is the Hessian of $L$
+# ([Chapter 5](05_kfac.py)). Then [(31.1)] is exact, however large the change.
 
 # %% tags=["hide-input"] fold="Checked: exact for a linear model, and not without the decay"
 X, Y, prior = torch.randn(30, 4), torch.randn(30, 3), 0.7
@@ -368,7 +389,8 @@ for V in (torch.where(keep, W_linear, 0.0), reply(W_linear, M_linear, prior, kee
 # *Proof.* Without a reply $\Delta = -w_i e_i$, with the unit vector $e_i$. For the best reply, the derivative by every
 # other weight is zero, so that $H \Delta = \lambda e_i$ with a number $\lambda$. Then $\Delta = \lambda H^{-1} e_i$,
 # and $\Delta_i = -w_i$ gives $\lambda = - w_i / (H^{-1})_{ii}$. The cost is $\tfrac12 \Delta^\top H \Delta = \tfrac12
-# \lambda \Delta_i$. Leaving the others alone is one of the replies, so the best one costs no more. $\square$
+# \lambda \Delta_i$. No change of the other weights is one of the replies, so the best reply
+# costs no more. $\square$
 #
 # The next cell computes both costs without the formulas. For the second one, it puts $\Delta_i = -w_i$ into the
 # quadratic and solves for all other changes.
@@ -409,9 +431,9 @@ code(costs_without_reply, costs_with_reply)
 # %% [markdown]
 # ## Many weights
 #
-# Now the weights outside of a set $K$ become zero, and those in $K$ are kept. Let $v$ be the weights after the reply,
-# with zeros outside of $K$. The best reply makes the derivative by all kept weights zero, $(H (v - w))_K = 0$. This is
-# a system of equations for $v_K$:
+# Now let $K$ be the set of weights that are kept. All others become zero. Let $v$ be the weights after the reply, with
+# zeros outside of $K$. At the best reply, the derivative by every kept weight is zero, $(H (v - w))_K = 0$. This is a
+# system of equations for $v_K$:
 #
 # $$
 # H_{KK} \, v_K = (H w)_K .
@@ -431,10 +453,10 @@ v[k] = torch.linalg.solve(H[k][:, k], (H @ w)[k])
 assert_exact(reply(W, M, DECAY, keep), v.reshape(W.shape))
 
 # %% [markdown]
-# The costs of single weights do not add up to the cost of a set. Each of them assumes that no other weight is set to
-# zero.
+# The costs of single weights do not add up to the cost of a set, because each of them assumes that no other weight is
+# set to zero:
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the cost of a set of weights, and the sum of their costs"
 together = predicted_increase(reply(W, M, DECAY, keep) - W, M, DECAY)
 added = costs_with_reply(W, M, DECAY)[~keep].sum()
 plain = predicted_increase(torch.where(keep, W, 0.0) - W, M, DECAY)
@@ -445,8 +467,8 @@ assert relative_error(added, together) > 1e-3
 assert relative_error(added_plain, plain) > 1e-3
 
 # %% [markdown]
-# Costs are in units of the loss, so one threshold serves all layers. The function `lowest` returns a mask: it sets the
-# cheapest weights of the whole network to zero and keeps the others.
+# All costs are in units of the loss, so one threshold can serve all layers. The function `lowest` returns a mask: it
+# sets the cheapest weights of the whole network to zero and keeps the others.
 #
 # ## Rows and columns
 #
@@ -500,16 +522,17 @@ assert relative_error(row_costs(W, other_inputs), row_costs(W, M)) > 0.1
 # %% [markdown]
 # A hidden unit is a row of one layer and a column of the next, so both formulas can remove it. The reply to a row
 # changes the other units of the same layer, which are nonlinear functions of their weights. The reply to a column
-# leaves these units as they are and changes only how the next layer combines them, which is linear. The first figure
-# uses columns.
+# leaves these units as they are. It changes only how the next layer combines them, which is linear. [Figure 31.1] is
+# drawn with columns.
 #
 # ### Why half of the units can go
 #
-# In the cost of a column, $1 / (A^{-1})_{ii}$ is the mean of the squared error when input $i$ is predicted linearly
-# from the other inputs. So a unit costs little if it is nearly a linear combination of the other units and of the bias.
-# If few eigenvalues hold most of the trace of $A$, the units repeat each other in this way.
+# The factor $1 / (A^{-1})_{ii}$ in the cost of a column is the mean of the squared error when input $i$ is predicted
+# linearly from the other inputs. So a unit costs little if it is nearly a linear combination of the other units and of
+# the bias. If few eigenvalues hold most of the trace of $A$, the units repeat each other in this way. In these networks
+# they do:
 
-# %% tags=["hide-input"] alt="Cumulative share of the trace of A against the number of eigendirections, for the inputs of the second and the third layer. Both curves reach 99 percent at about ten directions, of 49 and 33 inputs." caption="The share of the trace of $A$ that its largest eigenvalues hold, for the two layers that use hidden units. Layer 2 uses those of the first hidden layer, layer 4 those of the second. Curves: the median of three networks. Dashed line: 99 %."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Cumulative share of the trace of A against the number of eigendirections, for the inputs of the second and the third layer. Both curves reach 99 percent at about ten directions, of 49 and 33 inputs." caption="The share of the trace of $A$ that its largest eigenvalues hold, for the two layers that use hidden units (median of three networks). Layer 2 uses the units of the first hidden layer, layer 4 those of the second. About ten directions hold 99 % (dashed line)."
 fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
 needed = {}
 for name in ("2", "4"):
@@ -532,8 +555,8 @@ for name, numbers in needed.items():
 # %% [markdown]
 # ## In the eigenbasis
 #
-# Costs of weights do not add, because $H$ has entries off its diagonal. In the eigenbasis of $B \otimes A$ it has none.
-# [EigenDamage](bibliography.md#eigendamage) prunes in this basis. With $A = Q_A \Lambda_A Q_A^\top$ and
+# The costs of weights do not add, because $H$ has entries beside its diagonal. In the eigenbasis of $B \otimes A$, $H$
+# is diagonal. [EigenDamage](bibliography.md#eigendamage) prunes in this basis. With $A = Q_A \Lambda_A Q_A^\top$ and
 # $B = Q_B \Lambda_B Q_B^\top$, the matrix $C = Q_B^\top W Q_A$ holds the coefficients of $W$.
 #
 # <div class="admonition theorem" markdown="1" id="thm-31.3">
@@ -547,8 +570,6 @@ for name, numbers in needed.items():
 #
 # *Proof.* In this basis $H$ is diagonal. Then [(31.1)] is a sum over coefficients. In [(31.3)] the diagonal $H_{KK}$
 # cancels, so that the kept coefficients stay. $\square$
-#
-# The cell sets nine tenths of the coefficients of each network to zero.
 
 # %%
 E = M.eigen()
@@ -556,6 +577,10 @@ keep = torch.rand(4, 6) > 0.5
 cost = predicted_increase(within_eigenbasis(W, E, keep) - W, E, DECAY)
 assert_exact(cost, eigenbasis_costs(W, E, DECAY)[~keep].sum())
 
+# %% [markdown]
+# In the networks for digits, we set nine tenths of the coefficients to zero:
+
+# %% tags=["hide-input"] fold="Measured: a tenth of the coefficients, in the eigenbasis"
 for seed, net in enumerate(networks):
     bases = {n: K.eigen() for n, K in net.K.items()}
     everything = {n: torch.ones_like(W, dtype=torch.bool) for n, W in net.W.items()}
@@ -574,14 +599,14 @@ for seed, net in enumerate(networks):
     assert of_bases > dense
 
 # %% [markdown]
-# With a tenth of the coefficients, the accuracy falls little. But both bases must be stored, too, and here they have
+# With a tenth of the coefficients, the accuracy falls little. But both bases have to be stored, too, and here they have
 # more numbers than the weights. To save memory, EigenDamage removes whole rows and columns of $C$, and with them
 # columns of the bases.
 #
 # ## The input factor alone
 #
 # With $B = I$ and $\delta = 0$, each row of $W$ is a least-squares problem of its own, $A_{KK} v_K = (A w)_K$. Here $w$
-# is the row, and $K$ its set of kept entries. Only the inputs of the layer are needed: no loss and no backward pass.
+# is the row, and $K$ is its set of kept entries. Only the inputs of the layer are needed: no loss and no backward pass.
 # [SparseGPT](bibliography.md#sparsegpt) solves this problem approximately in large language models.
 
 # %%
@@ -595,24 +620,11 @@ for row, k, w in zip(V, keep, W, strict=True):
 # ## What matters most?
 #
 # A method has three parts: a cost that chooses the zeros, the reply, and the number of rounds. In each round, a method
-# sets a part of the weights to zero, lets the others reply, and computes the curvature at the new weights. We separate
-# the parts. Six methods prune the three networks to four sparsities, with one threshold for all layers. Biases are not
-# set to zero, but they reply.
-#
-# Rounds use the formulas beyond their assumptions. After the first round, the gradient of $J$ at the kept weights is
-# not zero, and [(31.1)] leaves it out. The costs also assume that weights which are already zero can reply.
+# sets a part of the weights to zero, lets the others reply, and computes the curvature at the new weights. The rounds
+# are a short loop:
 
 
 # %%
-def diagonal(io: LayerIO) -> Diagonal:
-    """The diagonal of the exact block."""
-    return Diagonal(io.gradients().square().sum((0, 1)))
-
-
-def masked(W: Weights, keep: Weights) -> Weights:
-    return {n: torch.where(keep[n], w, 0.0) for n, w in W.items()}
-
-
 def in_rounds(net: Trained, share: float, rounds: int = 6) -> Weights:
     """Each round keeps the same share of the weights that are left."""
     W, may = net.W, weights_without_biases(net.model, net.W)
@@ -625,12 +637,25 @@ def in_rounds(net: Trained, share: float, rounds: int = 6) -> Weights:
 
 
 # %% [markdown]
-# In the table, "magnitude" chooses the weights of smallest absolute value. "Damage" and "surgeon" choose by the two
-# costs of [(31.2)]. The diagonal for "damage" is that of the exact block of the generalised Gauss-Newton matrix. The
-# surgeon's costs and all replies use KFAC.
+# Rounds use the formulas beyond their assumptions. After the first round, the gradient of $J$ at the kept weights is
+# not zero, and [(31.1)] leaves this gradient out. The costs also assume that weights which are already zero can reply.
+#
+# To separate the three parts, six methods prune the three networks to four sparsities, with one threshold for all
+# layers. "Magnitude" chooses the weights of smallest absolute value. "Damage" and "surgeon" choose by the two costs of
+# [(31.2)]. The costs of "damage" use the diagonal of the exact block of the generalised Gauss-Newton matrix. The
+# surgeon's costs and all replies use KFAC. Biases are not set to zero, but they reply.
 
 
-# %%
+# %% tags=["hide-input"] fold="The six methods"
+def diagonal(io: LayerIO) -> Diagonal:
+    """The diagonal of the exact block."""
+    return Diagonal(io.gradients().square().sum((0, 1)))
+
+
+def masked(W: Weights, keep: Weights) -> Weights:
+    return {n: torch.where(keep[n], w, 0.0) for n, w in W.items()}
+
+
 def all_methods(net: Trained, share: float) -> dict[str, Weights]:
     M, may = net.K, weights_without_biases(net.model, net.W)
     D = over_loader(diagonal, net.model, SUM, [(net.X, net.y)])
@@ -648,50 +673,55 @@ def all_methods(net: Trained, share: float) -> dict[str, Weights]:
     }
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the test accuracy of six methods at four sparsities"
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-table: dict[str, dict[float, list[float]]] = {}
+pruned: dict[str, dict[float, list[float]]] = {}
 for share in SPARSITIES:
     for net in networks:
         for method, V in all_methods(net, share).items():
-            table.setdefault(method, {}).setdefault(share, []).append(accuracy(net, V))
+            pruned.setdefault(method, {}).setdefault(share, []).append(accuracy(net, V))
 
-print("accuracy in %: median (least to most)")
-print(f"{'zeros':22}", *(f"{share:>18.0%}" for share in SPARSITIES))
-for method, row in table.items():
-    cells = [
-        f"{median(a):.1%} ({min(a):.1%} to {max(a):.1%})".replace("%", "") for a in row.values()
-    ]
-    print(f"{method:22}", *(f"{cell:>18}" for cell in cells))
+table(
+    ["", *(f"{share:.0%}".replace("%", " %") for share in SPARSITIES)],
+    [
+        [method, *(f"{100 * median(accuracies):.1f}" for accuracies in row.values())]
+        for method, row in pruned.items()
+    ],
+)
 
 # %% [markdown]
-# - At 80 % and 90 % the reply matters more than the choice: either choice with a reply is better than every choice
-#   without one. With a reply, magnitude and surgeon are about equally good at 90 %. Without one, all three choices read
-#   many test images wrongly there.
-# - Rounds help at 90 % and 95 %. At 50 % they change little.
-# - Without a reply, optimal brain damage is better than magnitude in most cases, and worse in some. The surgeon's costs
-#   assume a reply. Without one, the surgeon is sometimes better than magnitude and sometimes worse.
+# The table shows the test accuracy in percent, the median of the three networks, for each share of zeros.
+#
+# - **Reply.** At 80 % and 90 % of zeros the reply matters more than the choice: either choice with a reply is better
+#   than every choice without a reply. With a reply, magnitude and surgeon are about equally good at 90 %. Without a
+#   reply, all three choices read many test images wrongly there.
+# - **Rounds.** They help at 90 % and 95 %. At 50 % they change little.
+# - **Choice.** Without a reply, optimal brain damage is better than magnitude in most cases, and worse in some. The
+#   surgeon's costs assume a reply. Without a reply, the surgeon is sometimes better than magnitude and sometimes worse.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: what the list says, in every network"
 for i in range(3):
     for share, gap in ((0.8, 0.05), (0.9, 0.1)):
-        at = {method: row[share][i] for method, row in table.items()}
+        at = {method: row[share][i] for method, row in pruned.items()}
         alone = [at["magnitude"], at["damage"], at["surgeon"]]
         replied = [at["magnitude, reply"], at["surgeon, reply"]]
         assert min(replied) > max(alone) + gap
     assert max(alone) < 0.75  # at 90 %
     assert abs(replied[0] - replied[1]) < 0.04
-    with_rounds, at_once = table["surgeon, reply, rounds"], table["surgeon, reply"]
+    with_rounds, at_once = pruned["surgeon, reply, rounds"], pruned["surgeon, reply"]
     for share in (0.9, 0.95):
         assert with_rounds[share][i] > at_once[share][i] + 0.05
     assert abs(with_rounds[0.5][i] - at_once[0.5][i]) < 0.02
-    assert table["surgeon, reply"][0.5][i] > accuracy(networks[i], networks[i].W) - 0.01
+    assert pruned["surgeon, reply"][0.5][i] > accuracy(networks[i], networks[i].W) - 0.01
+for method, row in pruned.items():
+    spans = (f"{100 * min(a):.1f} to {100 * max(a):.1f}" for a in row.values())
+    print(f"{method:22}", *(f"{span:>13}" for span in spans))
 better = {}
 for method in ("damage", "surgeon"):
     gains = [
         a - b
         for share in SPARSITIES
-        for a, b in zip(table[method][share], table["magnitude"][share], strict=True)
+        for a, b in zip(pruned[method][share], pruned["magnitude"][share], strict=True)
     ]
     print(f"{method}: better than magnitude in {sum(g > 0 for g in gains)} of {len(gains)} cases")
     assert min(gains) < -0.005
@@ -701,12 +731,14 @@ assert better["damage"] > 0.5
 assert better["surgeon"] < 0.7
 
 # %% [markdown]
+# The first lines show the worst and the best of the three networks, in percent.
+#
 # ### Where the quadratic ends
 #
 # Rounds help because one large step leaves the region in which $J$ is near the quadratic of [(31.1)]. The predicted
 # increase is then far below the real one.
 
-# %% tags=["hide-input"] alt="Real increase of J against the predicted increase, both on logarithmic axes, for sparsities from 30 to 95 percent and three networks. The points are near the diagonal at small values and up to five times above it at large ones." caption="The real and the predicted increase of $J$ for sparsities from 30 % (lower left) to 95 % (upper right), zeros and reply in one step. On the dashed line they are equal."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Real increase of J against the predicted increase, both on logarithmic axes, for sparsities from 30 to 95 percent and three networks. The points are near the diagonal at small values and up to five times above it at large ones." caption="The real and the predicted increase of $J$ for sparsities from 30 % (lower left) to 95 % (upper right), with zeros and reply in one step, for three networks. On the dashed line both are equal. The more weights become zero, the further the real increase lies above the line."
 levels = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 ratios: dict[float, list[float]] = {share: [] for share in levels}
 fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
@@ -723,7 +755,7 @@ ax.set(xlabel="predicted increase of J", ylabel="real increase of J")
 ax.legend()
 plt.show()
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the predicted over the real increase"
 for share, values in ratios.items():
     print(f"{share:4.0%} of zeros: predicted over real", *(f"{r:.2f}" for r in values))
 assert all(0.7 < r < 1.05 for share in (0.3, 0.4, 0.5) for r in ratios[share])
@@ -731,10 +763,10 @@ assert all(r < 0.45 for share in (0.9, 0.95) for r in ratios[share])
 
 # %% [markdown]
 # So a change with a lower prediction can have a higher real cost. Here is an example. We remove half of the units as in
-# the first figure, with the decay as damping and with a tenth of it. With the smaller damping, the predicted increase
+# [Figure 31.1], with the decay as damping and with a tenth of it. With the smaller damping, the predicted increase
 # of $J$ is larger and the real one is smaller. The weights are larger then, but the loss grows less.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: two dampings"
 for seed, net in enumerate(networks):
     found, losses, squares = [], [], []
     for damping in (DECAY, DECAY / 10):
@@ -754,10 +786,10 @@ for seed, net in enumerate(networks):
 # ## What goes wrong
 #
 # **Dead inputs.** Some pixels are zero in all training images. Then $A$ has a row of zeros, and without decay the block
-# has no inverse. With decay the weights of these pixels are zero at the minimum, so that removing them costs nothing.
-# After a finite number of training steps they are nearly zero.
+# has no inverse: the package refuses it. With decay, the weights of these pixels are zero at the minimum, so that
+# removing them costs nothing. After a finite number of training steps they are nearly zero.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the costs of dead pixels; checked: a singular block is refused"
 net = networks[0]
 dead = (net.X == 0).all(0)
 costs = costs_with_reply(net.W["0"], net.K["0"], DECAY)[:, :-1]
@@ -774,15 +806,15 @@ else:
     raise AssertionError("a singular block was inverted")
 
 # %% [markdown]
-# **The bias's column.** The bias is the last column of $W$, and its input is 1. `column_costs` gives a cost for it, but
-# this column is not a unit. `without_units` and `removed` above leave it out.
+# **The column of the bias.** The bias is the last column of $W$, and its input is 1. `column_costs` gives a cost for
+# this column, too, but it is not a unit. The experiments above never remove it.
 #
 # **A mean loss.** $M$ must belong to the *sum* of the losses. The curvature of the mean is the curvature of the sum,
-# divided by the number of data. The decay then outweighs the curvature, and the kept weights hardly change in the
+# divided by the number of data. Then the decay outweighs the curvature, and the kept weights hardly change in the
 # reply.
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: replies by the curvature of the sum and of the mean, with 80 % of zeros"
 def distance(V: Weights, W: Weights) -> float:
     return sum((V[n] - W[n]).square().sum().item() for n in W) ** 0.5
 
@@ -807,15 +839,16 @@ assert min(losses) > 1.5
 # %% [markdown]
 # ## In one minute
 #
-# - At a minimum of loss plus decay, a change costs [(31.1)] to second order. The damping is the weight decay.
-# - Choose the weights that become zero by their costs, then let all others reply. The reply matters more than the
-#   choice.
-# - Costs of single weights do not add. Costs of coefficients in the eigenbasis do.
-# - For one Kronecker product, the reply to whole rows and columns has a closed form. Removing columns with a reply
-#   removes units.
-# - Rounds with fresh curvature matter most at high sparsity, where one quadratic is not enough.
+# - **Cost.** At a minimum of loss plus decay, a change costs [(31.1)] to second order. The damping is the weight decay.
+# - **Choice and reply.** Choose the weights that become zero by their costs, then let all others reply. At high
+#   sparsity the reply mattered more than the choice.
+# - **Sets.** Costs of single weights do not add. Costs of coefficients in the eigenbasis do ([Theorem 31.3]).
+# - **Units.** For one Kronecker product, the reply to whole rows and columns has a closed form ([Theorem 31.2]).
+#   Removing columns with a reply removes units.
+# - **Rounds.** Fresh curvature matters most at high sparsity, where one quadratic is not enough.
 #
 # ## Exercises
+#
 #
 # **Exercise 31.1.** Two units always have equal values. The inputs of the next layer have no other linear dependence.
 # Replace $A$ by $A + \epsilon I$. What does each of the two columns $w_1$, $w_2$ cost for $\epsilon \to 0$? What does

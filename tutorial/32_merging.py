@@ -16,10 +16,11 @@
 # **Part VIII: Curvature in use.** Can networks that were trained apart become one, without their data?
 #
 # Each network comes with its weights and with a curvature matrix for each layer. The curvature tells which directions
-# of the weights its data have determined. Along these directions, the merged network should have the weights of this
-# network. A plain average of the weights treats all directions alike.
+# of the weights its data have determined. The merged network should have the weights of this network along these
+# directions. A plain average of the weights treats all directions alike. [Figure 32.1] compares the plain average with
+# merging by curvature.
 
-# %%
+# %% tags=["hide-input"]
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -44,20 +45,13 @@ from kfac_scratch.matrices.kronecker import Kronecker, KroneckerEigen
 from kfac_scratch.matrices.kronecker_sum import KroneckerSum
 from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.preconditioner import block_matrices
-from kfac_scratch.show import code
+from kfac_scratch.show import code, table
 
 set_up()  # seed 0, float64, the GPU where there is one
 
 Weights = dict[str, Tensor]  # a matrix [W | b] for each layer
 
-# %% [markdown]
-# A network learns to read all ten digits from a few images. This network is called the **start**. Then two copies of it
-# are trained further: model 1 sees only images of the digits 0 to 4, model 2 only of 5 to 9. The images of the start are
-# among them. Both have a weight decay towards the start. The goal is a network that reads all ten digits. Joint
-# training, on the data of both and with the same decay, shows what is possible. Everything is done four times, with
-# other data and other random weights.
-
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Trained: a start, two networks on parts of the data, and one on all data, four times"
 SUM, DECAY = nn.CrossEntropyLoss(reduction="sum"), 3.0
 digits = load_digits()
 images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
@@ -103,7 +97,6 @@ def decay_towards(weights: list[Tensor]) -> Callable[[nn.Module], Tensor]:
     return penalty
 
 
-# %% tags=["hide-input"]
 def family(seed: int) -> Family:
     torch.manual_seed(seed)
     order = torch.randperm(len(labels))
@@ -118,11 +111,6 @@ def family(seed: int) -> Family:
     return Family(start, models, train(start, X, y, to_start, 150), parts, test)
 
 
-# %% [markdown]
-# All networks are compared on test images of all ten digits.
-
-
-# %% tags=["hide-input"]
 def having(model: nn.Module, W: Weights) -> nn.Module:
     """A copy with other weights."""
     model = deepcopy(model)
@@ -138,12 +126,8 @@ def accuracy(f: Family, model: nn.Module) -> float:
 
 families = [family(seed) for seed in range(4)]
 
-# %% [markdown]
-# The figure compares these networks with six ways to merge models 1 and 2. The next section explains each of them. "Start
-# once" and "start twice" tell how often the decay towards the start is counted.
 
-
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Six ways to merge two networks"
 def block(io: LayerIO) -> Dense:
     """The exact block of a layer."""
     return Dense(io.block())
@@ -176,11 +160,6 @@ def curvature(f: Family, approximation: Callable[[LayerIO], Matrix]) -> list[dic
     return [over_loader(approximation, model, SUM, [part]) for model, part in found]
 
 
-# %% [markdown]
-# Some pixels are always zero, so that their weights have no curvature in either network. RegMean and KFAC "without the
-# decay" therefore have a tiny decay here.
-
-# %% tags=["hide-input"]
 TINY = 1e-3
 
 
@@ -209,7 +188,7 @@ for way in found[0]:
     results[way] = [accuracy(f, having(f.start, W[way])) for f, W in both]
 results["joint training"] = [accuracy(f, f.joint) for f in families]
 
-# %% tags=["hide-input"] alt="Horizontal bars of test accuracy on all ten digits. Models 1 and 2 read about half of the test images, less than the start. KFAC without the decay is below the start. The average, the diagonal and KFAC with the start counted twice are above it, KFAC with the start counted once and RegMean are higher, and joint training is the highest." caption="Test accuracy on all ten digits. Orange: merged from models 1 and 2. Blue: trained. Bars: the median of four repetitions. Lines: from the worst to the best."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Horizontal bars of test accuracy on all ten digits. Models 1 and 2 read about half of the test images, less than the start. KFAC without the decay is below the start. The average, the diagonal and KFAC with the start counted twice are above it, KFAC with the start counted once and RegMean are higher, and joint training is the highest." caption="Test accuracy on all ten digits. Model 1 has seen only the digits 0 to 4 in its training, model 2 only 5 to 9. Orange: merged from these two. Blue: trained. All ways to merge but one read most digits; RegMean, which uses only the inputs, is the best of them. Bars: the median of four repetitions. Lines: from the worst to the best."
 fig, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
 names = list(results)
 middle = [median(results[name]) for name in names]
@@ -222,7 +201,36 @@ ax.invert_yaxis()
 ax.set(xlabel="test accuracy, all digits", xlim=(0, 1))
 plt.show()
 
-# %%
+# %% [markdown]
+# Let $W_k$ be the weights of network $k$, $M_k$ the curvature of its loss, and $\delta$ the weight decay of its
+# training towards the weights $W_0$ from which all $K$ networks started. The merged weights $W$ are the solution of
+#
+# $$
+# \Bigl( \sum_k M_k + \delta I \Bigr) W = \sum_k (M_k + \delta I) W_k - (K - 1) \, \delta W_0 .
+# $$
+#
+# After this chapter you will be able to
+#
+# - derive this equation from a product of posteriors, and solve it for Kronecker factors;
+# - say for which models the merged weights are those of joint training;
+# - name the choice of $M_k$ that gives the average, Fisher merging, RegMean and KFAC merging;
+# - say what the decay does, and why KFAC without the decay fails here;
+# - use the curvature of one task when a network learns the next one.
+#
+# ## Two halves of ten digits
+#
+# A network learns to read all ten digits from a few images. This network is called the **start**. Then two copies of
+# the start are trained further: model 1 sees only images of the digits 0 to 4, model 2 only images of 5 to 9. The
+# images of the start are among them. Both have a weight decay towards the start. The goal is a network that reads all
+# ten digits. Joint training, on the data of both models and with the same decay, shows what is possible. The experiment
+# is repeated four times, with other data and other random weights.
+#
+# [Figure 32.1] compares these networks with six ways to merge models 1 and 2. The next section explains each of them.
+# "Start once" and "start twice" tell how often the decay towards the start is counted. Some pixels are always zero, so
+# that their weights have no curvature in either model. RegMean and KFAC "without the decay" therefore have a tiny decay
+# here. These are the accuracies of the four repetitions:
+
+# %% tags=["hide-input"] fold="Measured: the test accuracies; checked: what the text says of them"
 for name, values in results.items():
     print(f"{name:22}", *(f"{a:.3f}" for a in values))
 for i in range(len(families)):
@@ -242,12 +250,13 @@ for other in ("diagonal", "KFAC, start twice"):
     assert min(gains) > -0.005
 
 # %% [markdown]
-# KFAC with the start counted once is better than the average in every repetition. On average, it is also better than the
-# diagonal and than KFAC with the start counted twice. Single repetitions may show no difference between these three.
+# Each model forgets the digits that it does not see. All merged networks but one read most images of all ten digits,
+# although they were merged from weights and matrices alone, without images. KFAC with the start counted once is better
+# than the average in every repetition. In the mean of the repetitions, it is also better than the diagonal and than
+# KFAC with the start counted twice; in a single repetition these three may be equal.
 #
-# Each model forgets the digits that it does not see. All merged networks but one read most images of all ten digits. They
-# were merged from weights and matrices alone, without images. The next sections answer two questions: which equation
-# the matrices enter, and why KFAC without the decay is the worst of all ways.
+# The next sections answer two questions: which equation the matrices enter, and why KFAC without the decay is the worst
+# way of all.
 #
 # ## A product of posteriors
 #
@@ -259,9 +268,9 @@ for other in ("diagonal", "KFAC, start twice"):
 # $$
 #
 # In terms of probabilities, $e^{-L_k}$ is the likelihood of the data of network $k$. The decay corresponds to a normal
-# prior with mean $W_0$ and precision $\delta I$. Each network is the maximum of a posterior, likelihood times prior.
-# The product of all $K$ posteriors contains the prior $K$ times. Joint training contains it once. So the product has to
-# be divided by the prior $K - 1$ times:
+# prior with mean $W_0$ and precision $\delta I$. The weights of each network are the maximum of a posterior, which is
+# likelihood times prior. The product of all $K$ posteriors contains the prior $K$ times. Joint training contains the
+# prior once. So the product has to be divided by the prior $K - 1$ times:
 #
 # $$
 # p(W \mid \text{all data}) \propto \frac{\prod_k p(W \mid \text{data } k)}{p(W)^{K - 1}} .
@@ -276,8 +285,10 @@ for other in ("diagonal", "KFAC, start twice"):
 # \tag{32.1}
 # $$
 #
-# Suppose that all $M_k$ share an eigenvector. If one network has much more curvature along it than the others, and much
-# more than the decay, the merged weights are nearly those of this network along it. Each layer is merged on its own.
+# Suppose that all $M_k$ share an eigenvector. If one network has much more curvature along this eigenvector than the
+# others, and much more than the decay, the merged weights along it are nearly those of this network. Each layer is
+# merged on its own.
+#
 # The choice of $M_k$ is the method:
 #
 # | $M_k$ | Method |
@@ -288,23 +299,24 @@ for other in ("diagonal", "KFAC, start twice"):
 # | $B_k \otimes A_k$ | KFAC merging, as in [MaTS](bibliography.md#mats) |
 #
 # Here $A_k$ is the input factor and $B_k$ the output factor of KFAC on the data of network $k$; for RegMean, $A_k$ is a
-# sum over the data. The table compares only the matrices, for $\delta = 0$. With the same matrix and a decay, the
-# solution is not the average. "KFAC, start once" in the figure is [(32.1)]. "KFAC, start twice" leaves out its last
-# term and has $2 \delta$ in place of $\delta$ on the left: it is the maximum of the product of both posteriors, in
-# which the prior occurs twice.
+# sum over the data. The table compares only the matrices, for $\delta = 0$. With equal matrices and a decay, the
+# solution is not the average.
+#
+# "KFAC, start once" in [Figure 32.1] is [(32.1)]. "KFAC, start twice" leaves out its last term and has $2 \delta$ in
+# place of $\delta$ on the left. This is the maximum of the product of both posteriors, in which the prior occurs twice.
 #
 # The sum of several Kronecker products is in general not a Kronecker product. So [(32.1)] is solved by conjugate
-# gradients, which need products with each $M_k$. With the unknown $W - W_0$ and with $W_k - W_0$ on the right, the term
-# with $W_0$ vanishes.
+# gradients, which need only products with each $M_k$. The function below takes $W - W_0$ as the unknown and has
+# $W_k - W_0$ on the right, so that the term with $W_0$ vanishes.
 
 # %% tags=["remove-input"]
 code(merged_block)
 
 # %% [markdown]
-# The next figure shows an example with two weights. The data of network 1 mainly determine the first weight, those of
+# [Figure 32.2] shows an example with two weights. The data of network 1 mainly determine the first weight, those of
 # network 2 the second.
 
-# %% tags=["hide-input"] alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the two ellipses' long axes." caption="Two networks, the start at zero, their average, and the merged weights of [(32.1)], which are also those of joint training. Each ellipse is a level line of the objective of one network, its loss with the decay. An ellipse is narrow along the weight that the data of this network determine."
+# %% tags=["hide-input"] fold="Code of the figure" alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the long axes of the two ellipses." caption="Two networks in a plane of two weights. Each ellipse is a level line of the objective of one network, its loss with the decay. It is narrow along the weight that the data of this network determine. The merged weights of [(32.1)] take the first weight from network 1 and the second from network 2, and are also those of joint training. The average does not."
 Hs = [torch.diag(torch.tensor([9.0, 0.3])), torch.diag(torch.tensor([0.3, 9.0]))]
 targets, decay = [torch.tensor([2.0, 0.3]), torch.tensor([0.2, 1.5])], 1.0
 minima = [
@@ -323,12 +335,24 @@ circle = torch.stack([angle.cos(), angle.sin()])
 for k, (H, w) in enumerate(zip(Hs, minima, strict=True)):
     ring = w[:, None] + 0.8 * (H + decay * torch.eye(2)).diagonal().rsqrt()[:, None] * circle
     ax.plot(*ring.cpu(), color=f"C{k}", alpha=0.7)
-    ax.plot(*w.cpu(), "o", color=f"C{k}", label=f"network {k + 1}")
-ax.plot(*(sum(minima) / 2).cpu(), "s", color="C2", label="average")
-ax.plot(*plane[0].cpu(), "*", ms=12, color="C3", label="merged")
-ax.plot(0, 0, "x", color="C4", label="start")
-ax.set(xlabel="first weight", ylabel="second weight", aspect="equal")
-ax.legend()
+points = {
+    "network 1": (minima[0], "o", (32, 0)),
+    "network 2": (minima[1], "o", (-24, 34)),
+    "average": (sum(minima) / 2, "s", (10, 0)),
+    "merged": (plane[0], "*", (10, 0)),
+    "start": (torch.zeros(2), "x", (10, 0)),
+}
+for k, (name, (w, marker, offset)) in enumerate(points.items()):
+    ax.plot(*w.cpu(), marker, ms=8, color=f"C{k}")
+    ax.annotate(
+        name,
+        w.tolist(),
+        xytext=offset,
+        textcoords="offset points",
+        color=f"C{k}",
+        va="center",
+    )
+ax.set(xlabel="first weight", ylabel="second weight", xlim=(-0.9, 2.9), aspect="equal")
 plt.show()
 
 # %% [markdown]
@@ -349,7 +373,7 @@ plt.show()
 # joint training. Setting it to zero gives [(32.1)]. $\square$
 #
 # We train three linear models on data sets of different sizes and with different covariances of the inputs, and one on
-# all the data.
+# all the data. The first cell has the training in closed form:
 
 
 # %%
@@ -360,6 +384,11 @@ def ridge(X: Tensor, Y: Tensor, decay: float, start: Tensor) -> Tensor:
     return torch.linalg.solve(H, 2 * Phi.T @ Y + decay * start.T).T
 
 
+# %% [markdown]
+# The merged weights are those of the union of the data, with the exact blocks and with KFAC. Other ways to merge are
+# off:
+
+# %% tags=["hide-input"] fold="Checked: exact with blocks and KFAC; measured: the errors of four other ways"
 SQUARED, decay = nn.MSELoss(reduction="sum"), 0.4
 sets = [(torch.randn(n, 5) @ torch.randn(5, 5), torch.randn(n, 3)) for n in (20, 35, 15)]
 start = torch.randn(3, 6)
@@ -400,8 +429,8 @@ assert_exact(merged_block(Ws[:2], Ks[:2], 0.0, start), direct, tolerance=1e-8)
 # %% [markdown]
 # ## RegMean is merging by the input factor
 #
-# [RegMean](bibliography.md#regmean) takes the weights whose outputs are, on the inputs of each network, nearest to the
-# outputs of that network:
+# [RegMean](bibliography.md#regmean) looks for weights whose outputs, on the inputs of each network, are as near as
+# possible to the outputs of that network:
 #
 # $$
 # \min_W \sum_k \sum_{a \in \text{data } k} \lVert W a - W_k a \rVert^2 .
@@ -417,11 +446,13 @@ assert_exact(merged_block(Ws[:2], Ks[:2], 0.0, start), direct, tolerance=1e-8)
 #
 # This is [(32.1)] with $M_k = I \otimes A_k$ and without decay. Here $A_k$ is a **sum** over the data. The function
 # `foof` also returns $I \otimes A_k$, but with the mean over the data in place of the sum. With means, a network with
-# few data counts as much as one with many. The input factor of KFAC is a mean, too. But for the squared error and $N_k$
-# data its output factor is $B_k = 2 N_k I$, so that the product is twice $I \otimes A_k$ with the sum $A_k$. So without
-# decay, KFAC is the same as RegMean there, and `foof` is not.
+# few data counts as much as a network with many.
+#
+# The input factor of KFAC is a mean, too. But for the squared error and $N_k$ data its output factor is
+# $B_k = 2 N_k I$, so that the product is twice $I \otimes A_k$ with the sum $A_k$. For the squared error and without
+# decay, KFAC is therefore the same as RegMean, and `foof` is not.
 
-# %%
+# %% tags=["hide-input"] fold="Checked: RegMean is merging by sums, and means give another result"
 zero = torch.zeros(3, 6)
 As = [M.A for M in of_linear(inputs_summed)]
 regmean = torch.linalg.solve(sum(As), sum(W @ A for W, A in zip(Ws, As, strict=True)), left=False)
@@ -436,11 +467,11 @@ assert relative_error(means, regmean) > 0.02
 # %% [markdown]
 # ## What the decay does
 #
-# In the first figure, KFAC without the decay is worse than the plain average. First we look at where the merged weights
-# lie. We measure the distance from the start.
+# In [Figure 32.1], KFAC without the decay is worse than the plain average. First we measure how far the merged weights
+# lie from the start:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the distances of weights from the start"
 def distance(W: Weights, W0: Weights) -> float:
     return sum((W[n] - W0[n]).square().sum().item() for n in W0) ** 0.5
 
@@ -455,45 +486,48 @@ for f, W in zip(families, found, strict=True):
     regmean = distance(W["RegMean"], W0)
     print(
         f"models {models[0]:.1f} and {models[1]:.1f}, joint {joint:.1f};",
-        f"merged: start once {once:.1f}, KFAC without decay {far:.1f}, RegMean {regmean:.1f}",
+        f"KFAC start once {once:.1f}, without decay {far:.1f}; RegMean {regmean:.1f}",
     )
     assert far > 2 * max(models)
     assert max(models) < once < joint < far < regmean
 
 # %% [markdown]
-# Most eigenvalues of the curvature are smaller than the decay. In [(32.1)] without the decay, the sum of the matrices has
-# small eigenvalues, too, and the equation divides by them. The matrices of the two networks have different eigenvectors,
-# so the result need not lie between the weights of both: it can lie far away. With the decay, the merged weights stay
-# nearer to the start. Diagonal matrices cannot lead so far: without decay, each merged weight lies between those of
-# the two networks.
+# The weights of KFAC without the decay lie far from the start. Most eigenvalues of the curvature are smaller than the
+# decay. In [(32.1)] without the decay, the sum of the matrices has small eigenvalues, too, and solving the equation
+# divides by them. The matrices of the two models have different eigenvectors. So the result need not lie between the
+# weights of both models.
+#
+# With the decay, the merged weights stay nearer to the start. With the start counted twice, they stay nearer still.
+# Diagonal matrices cannot lead so far: without decay, each merged weight lies between those of the two models.
 
-# %%
-for seed, (f, both) in enumerate(zip(families, curvatures, strict=True)):
-    for k, Ms in enumerate(both):
+# %% tags=["hide-input"] fold="Checked: eigenvalues below the decay, and weights between those of both models"
+shares = []
+for f, both in zip(families, curvatures, strict=True):
+    for Ms in both:
         s = torch.cat([M.eigenvalues() for M in Ms.values()])
-        below = (s < DECAY).double().mean()
-        print(f"seed {seed}, model {k + 1}: {below:.0%} of the eigenvalues are below the decay")
-        assert below > 0.8
+        shares.append((s < DECAY).double().mean().item())
     (V1, V2), W0 = weights(f)
     D1, D2 = ({n: Diagonal(M.scale + 1e-9) for n, M in Ms.items()} for Ms in curvature(f, diagonal))
     V = merged([V1, V2], [D1, D2], 0.0, W0)
     for n in LAYERS:
         assert (V[n] > torch.minimum(V1[n], V2[n]) - 1e-9).all()
         assert (V[n] < torch.maximum(V1[n], V2[n]) + 1e-9).all()
+print(
+    f"in each of the {len(shares)} models, at least {min(shares):.0%} of the eigenvalues are below the decay"
+)
+assert min(shares) > 0.8
 
 # %% [markdown]
-# Counting the start twice draws the merged weights closer to the start than counting it once.
-#
 # ### Why RegMean does well without the decay
 #
 # The distance alone does not explain the errors: the weights of RegMean lie further from the start than those of KFAC
 # without the decay, and RegMean is the best way here. Both have the same input factors. They differ in $B_k$. If all
-# networks had $B_k = N_k B$ with the same invertible $B$, it would cancel in [(32.1)] without decay, and KFAC would be
-# the same as RegMean. So the harm comes from the difference between $B_1$ and $B_2$. To see in which layer, we give
-# both networks the same $B$ in one layer at a time.
+# networks had $B_k = N_k B$ with the same invertible $B$, then $B$ would cancel in [(32.1)] without decay, and KFAC
+# would be the same as RegMean. So the harm comes from the difference between $B_1$ and $B_2$. To see in which layer, we
+# give both models the same $B$ in one layer at a time:
 
 
-# %%
+# %% tags=["hide-input"] fold="Measured: the accuracy with one common factor B in one layer"
 def with_common_factor(f: Family, K: list[dict[str, Kronecker]], layer: str) -> Weights:
     """KFAC without the decay, and with one B for both networks in one layer."""
     numbers = [len(y) for _, y in f.parts]
@@ -519,12 +553,12 @@ for i, (f, K) in enumerate(zip(families, curvatures, strict=True)):
 
 # %% [markdown]
 # The harm comes from the first layer. Its $B_k$ has few large eigenvalues. In all other directions of the hidden units,
-# the quadratic says that a change costs almost nothing. Without the decay, merging uses this freedom. RegMean has
-# $B = I$ and keeps all hidden units near those of network $k$, on the data of network $k$.
+# the quadratic says that a change costs almost nothing, and without the decay the merged weights change far along them.
+# RegMean has $B = I$. It keeps all hidden units near those of network $k$, on the data of network $k$.
 #
-# The next cell shows this in two ways. First, it measures how far merging moves the inputs of the hidden units, on the
-# data of each network, in relation to how far training has moved them from the start. Second, it compares the real
-# increase of $L_1 + L_2$ with the prediction by the quadratics of KFAC. At $W_k$ the gradient of $L_k$ is
+# Two measurements show this. The first is how far merging moves the inputs of the hidden units, on the
+# data of each network, in relation to how far training has moved them from the start. The second is the
+# increase of $L_1 + L_2$, real and predicted by the quadratics of KFAC. At $W_k$ the gradient of $L_k$ is
 # $-\delta (W_k - W_0)$, because the gradient of $L_k$ with its decay is zero. So the prediction is
 #
 # $$
@@ -532,7 +566,7 @@ for i, (f, K) in enumerate(zip(families, curvatures, strict=True)):
 # $$
 
 
-# %%
+# %% tags=["hide-input"] fold="Two measures: how far units move, and by how much the loss rises"
 def moved(f: Family, V: Weights) -> float:
     """How far V moves the inputs of the hidden units, over how far training has moved them."""
     (Ws, W0), by_merging, by_training = weights(f), 0.0, 0.0
@@ -554,36 +588,46 @@ def increases(f: Family, K: list[dict[str, Kronecker]], V: Weights) -> tuple[flo
     return predicted, real
 
 
-for seed, (f, K, W) in enumerate(zip(families, curvatures, found, strict=True)):
+# %% tags=["hide-input"] fold="Measured: three ways to merge, by both measures"
+of_trace, measures = [], {}
+for f, K, W in zip(families, curvatures, found, strict=True):
     for Ms in K:
         s = torch.linalg.eigvalsh(Ms["0"].B).flip(0)
-        number = int((s.cumsum(0) < 0.95 * s.sum()).sum()) + 1
-        print(f"seed {seed}: {number} of {len(s)} eigenvalues of B hold 95 % of its trace")
-        assert number < len(s) / 3
+        of_trace.append(int((s.cumsum(0) < 0.95 * s.sum()).sum()) + 1)
+        assert of_trace[-1] < len(s) / 3
     measured = {}
     for way in ("KFAC without the decay", "KFAC, start once", "RegMean"):
         measured[way] = (moved(f, W[way]), *increases(f, K, W[way]))
-        ratio, predicted, real = measured[way]
-        print(f"  {way:22} moved {ratio:5.2f}, predicted {predicted:5.1f}, real {real:7.1f}")
+        measures.setdefault(way, []).append(measured[way])
     without, regmean = measured["KFAC without the decay"], measured["RegMean"]
     assert without[0] > 2 > 1 > regmean[0]
     assert without[1] < 0.5 * regmean[1]
     assert without[2] > 3 * regmean[2]
+print(f"at most {max(of_trace)} of {len(s)} eigenvalues of B hold 95 % of its trace")
+
+rows = [[way, *map(median, zip(*values, strict=True))] for way, values in measures.items()]
+table(
+    ["", "moved", "predicted", "real"],
+    [[way, f"{ratio:.2f}", f"{by_kfac:.0f}", f"{real:.0f}"] for way, ratio, by_kfac, real in rows],
+)
 
 # %% [markdown]
-# KFAC without the decay has the smaller predicted increase and the larger real one. On their own data, its hidden units
-# are far from where both networks had them. The quadratics do not hold over such distances. The weights of RegMean are
-# further from the start, but mainly along inputs that hardly occur in the data: the hidden units move less than in
-# training.
+# The table shows medians of the four repetitions. "Moved" is the first measure. "Predicted" and "real" are increases of
+# $L_1 + L_2$.
 #
-# On these digits RegMean is better than KFAC in all repetitions. It also needs no loss and no backward pass. Whether it
-# is better on other data is not tested here.
+# KFAC without the decay has the smaller predicted increase and the larger real increase. On the data of each network,
+# the hidden units of the merged network are far from those of this network. The quadratics do not hold over such
+# distances. The weights of RegMean are further from the start, but mainly along inputs that hardly occur in the data:
+# its hidden units move less than in training.
+#
+# On these digits RegMean is better than KFAC in all repetitions. It also needs no loss and no backward pass. Whether
+# RegMean is better on other data is not tested here.
 #
 # ## One task after the other
 #
 # So far both networks are there at once. In *continual learning* the data of task 1 are gone when those of task 2
-# arrive, and one network is trained on both in turn. Bayes' rule tells how: the posterior after task 1 is the prior of
-# task 2. With Laplace's approximation of that posterior, minimise
+# arrive, and one network is trained on both in turn. By Bayes' rule, the posterior after task 1 is the prior of
+# task 2. With Laplace's approximation of that posterior, task 2 minimises
 #
 # $$
 # L_2(W) + \tfrac12 \bigl\langle W - W_1, \, (M_1 + \delta I) (W - W_1) \bigr\rangle .
@@ -592,8 +636,8 @@ for seed, (f, K, W) in enumerate(zip(families, curvatures, found, strict=True)):
 #
 # Up to a factor in front of $M_1$ and the decay, this is [elastic weight consolidation](bibliography.md#ewc) with the
 # diagonal, and the method of [Ritter, Botev and Barber](bibliography.md#online-laplace) with Kronecker factors. The
-# decay towards the start is counted once: it is in the posterior of task 1, and task 2 has none of its own. For linear
-# models under the squared error, with the exact block or KFAC, the minimum is once more the model of all data:
+# decay towards the start is counted once: it is in the posterior of task 1, and task 2 has no decay of its own. For
+# linear models under the squared error, with the exact block or KFAC, the minimum is once more the model of all data:
 
 
 # %%
@@ -611,11 +655,12 @@ for structure in (block, kfac):
     assert_exact(after(prior, ridge(*sets[0], decay, start), *sets[1]), first_two)
 
 # %% [markdown]
-# For networks it is not. Model 1 of every repetition is trained further on the images of the digits 5 to 9. We minimise
-# [(32.3)] with $M_1 = 0$, with the diagonal, and with KFAC.
+# For networks this is not so. Model 1 of every repetition is trained further on the images of the digits 5 to 9. We
+# minimise [(32.3)] with $M_1 = 0$, with the diagonal, and with KFAC. The first four numbers of a line are accuracies on
+# all digits, the others on the digits 0 to 4, which the first task has taught:
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Trained: model 1, on the second half of the digits, with three priors"
 def continued(f: Family, Ms: dict[str, Matrix]) -> nn.Module:
     """Model 1, trained on the data of model 2 with [(32.3)]."""
     first = f.models[0]
@@ -640,7 +685,6 @@ def no_curvature(io: LayerIO) -> Diagonal:
     return Diagonal(torch.zeros(io.g.shape[-1], io.a.shape[-1]))
 
 
-# %%
 priors = {"no curvature": no_curvature, "the diagonal": diagonal, "KFAC": kfac}
 in_turn_of: dict[str, list[nn.Module]] = {}
 remembered: dict[str, list[float]] = {}
@@ -666,11 +710,11 @@ for i, once in enumerate(results["KFAC, start once"]):
 
 # %% [markdown]
 # KFAC forgets the least of the three, in every repetition, and still much. Merging model 1 with model 2, which was
-# trained apart, reads more of all ten digits. Where does the memory fail? [(32.3)] replaces the losses of task 1 by a
-# quadratic at $W_1$. We compare the increase that the quadratic predicts at the end with the real one: with KFAC as
-# $M_1$, and with the exact Gauss-Newton matrix of all layers together.
+# trained apart, reads more of all ten digits. Why is so much forgotten? [(32.3)] replaces the losses of task 1 by a
+# quadratic at $W_1$. We compare the increase of these losses that the quadratic predicts at the end with the real
+# increase: with KFAC as $M_1$, and with the exact Gauss-Newton matrix of all layers together.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: how much the losses of task 1 rise, and what the quadratic predicts"
 for f, model in zip(families, in_turn_of["KFAC"], strict=True):
     (X, _), first = f.parts[0], f.models[0]
     M = over_loader(kfac, first, SUM, f.parts[:1])
@@ -683,28 +727,33 @@ for f, model in zip(families, in_turn_of["KFAC"], strict=True):
     p = f1.softmax(1)
     by_ggn = linear_part + ((p * u.square()).sum() - (p * u).sum(1).square().sum()) / 2
     real = sum(SUM(m(X), f.parts[0][1]).detach() * c for m, c in ((model, 1), (first, -1)))
-    print(f"predicted: KFAC {by_kfac:.0f}, exact {by_ggn:.0f}; real {real:.0f};", end=" ")
+    print(
+        f"increase: by KFAC {by_kfac:.0f}, by the exact matrix {by_ggn:.0f}, real {real:.0f};",
+        end=" ",
+    )
     change = model(X).detach() - f1
     unseen, seen = (change[:, part].mean().item() for part in (slice(5, 10), slice(5)))
-    print(f"mean change of an output: 5 to 9 {unseen:+.1f}, 0 to 4 {seen:+.1f};", end=" ")
-    print(f"mean probability of 5 to 9 before: {p[:, 5:].mean():.4f}")
+    print(f"outputs 5 to 9 {unseen:+.1f}, 0 to 4 {seen:+.1f}")
+    print(f"    mean probability of a digit of 5 to 9 before: {p[:, 5:].mean():.4f}")
     assert 0 < by_kfac < real / 10
     assert 0 < by_ggn < real / 5
     assert unseen > seen + 1
     assert p[:, 5:].mean() < 0.01
 
 # %% [markdown]
-# Even the exact quadratic is far too small. Model 1 had no images of the digits 5 to 9 in its further training, and gives
-# them a tiny probability $p$ for an image of task 1. The curvature of the loss along such an output is $p (1 - p)$. It
-# is tiny, too, whether the output falls or rises. But the loss is not symmetric: if the output falls, nothing happens.
-# If it rises, the loss grows much faster than the parabola. Task 2 raises these outputs for all images.
+# Even with the exact matrix, the predicted increase is far too small. Model 1 had no images of the digits 5 to 9 in its
+# further training, and gives each of them a tiny probability $p$ for an image of task 1. The curvature of the loss
+# along such an output is $p (1 - p)$, which is tiny, too. A parabola with this curvature says that neither a lower nor
+# a higher output matters. The loss is not symmetric: if the output falls, the loss hardly changes. If the output rises,
+# the loss grows much faster than the parabola. Task 2 raises these outputs for images of task 1, as the last numbers of
+# the lines show.
 #
 # ## What goes wrong
 #
 # **A mean loss.** The curvature must belong to the sum of the losses. The curvature of a mean loss is small, and the
 # decay outweighs it. Then [(32.1)] is nearly $W - W_0 = \sum_k (W_k - W_0)$, whatever the data have determined.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: merging by the curvature of the mean and of the sum"
 MEAN = nn.CrossEntropyLoss()
 for i, f in enumerate(families):
     Ws, W0 = weights(f)
@@ -718,13 +767,13 @@ for i, f in enumerate(families):
     assert of_mean < results["KFAC, start once"][i]
 
 # %% [markdown]
-# **Networks that do not correspond.** The order of hidden units is arbitrary: if two units change places, with their
-# incoming and outgoing weights, no output changes. But the weight matrices change. Networks from different starts need
+# **Networks that do not correspond.** The order of hidden units is arbitrary. If two units change places, with their
+# incoming and outgoing weights, no output changes, but the weight matrices change. Networks from different starts need
 # not have corresponding units at the same places. We merge each joint network with a copy of itself whose units were
 # permuted. Both networks have the same outputs, but the network that is merged from them reads fewer digits correctly.
-# Merged with itself, the network loses almost no accuracy.
+# If the network is merged with itself, it loses almost no accuracy.
 
-# %%
+# %% tags=["hide-input"] fold="Measured: a network merged with its permuted twin, and with itself"
 torch.manual_seed(0)
 for f in families:
     W, W0 = trained_weights(f.joint, LAYERS), trained_weights(f.start, LAYERS)
@@ -746,17 +795,20 @@ for f in families:
 # %% [markdown]
 # ## In one minute
 #
-# - Merging multiplies posteriors. Each contains the prior around the start, which has to be counted once: [(32.1)].
-# - For linear models under the squared error, the merged model is the one that is trained on all data.
-# - The choice of the matrix is the method: average, Fisher merging, RegMean, KFAC.
-# - KFAC without the decay was worse than the average here: it moved the hidden units so far that the quadratics did not hold.
-# - RegMean uses the input factor alone, as a sum over the data. It was the best way here, and needs no backward pass.
-# - In continual learning the posterior of one task is the prior of the next. The networks here forgot nevertheless: the
-#   quadratic at $W_1$ does not hold as far as task 2 moves the weights.
-# - The hidden units of the networks must correspond, as they may after a common start. The curvature must belong to the sum
-#   of the losses.
+# - **Equation.** Merging multiplies posteriors. Each contains the prior around the start, which has to be counted once:
+#   [(32.1)].
+# - **Exact** for linear models under the squared error: the merged model is that of all data ([Theorem 32.1]).
+# - **The choice of the matrix is the method:** average, Fisher merging, RegMean, KFAC. RegMean uses the input factor
+#   alone, as a sum over the data. It was the best way here, and needs no backward pass.
+# - **Decay.** KFAC without the decay was worse than the average here: it moved the hidden units so far that the
+#   quadratics did not hold.
+# - **One task after the other.** The posterior of one task is the prior of the next. The networks here forgot
+#   nevertheless, because the quadratic at $W_1$ does not hold as far as task 2 moves the weights.
+# - **Conditions.** The hidden units of the networks must correspond, as they may after a common start. The curvature
+#   must belong to the sum of the losses.
 #
 # ## Exercises
+#
 #
 # **Exercise 32.1.** Merge a network with itself ($W_1 = W_2$, $M_1 = M_2$). By which factor does its distance from the
 # start change, along an eigenvector of $M_1$ with the eigenvalue $s$? Why is the factor not 1?
@@ -771,16 +823,16 @@ for f in families:
 #
 # </details>
 #
-# **Exercise 32.2.** A third task arrives after [(32.3)]. Which quadratic takes the place of the first two tasks, and around
-# which weights? How often does it contain the decay? Show that for linear models under the squared error, with exact
-# blocks, the third training ends at the model of all data.
+# **Exercise 32.2.** A third task arrives after [(32.3)]. Which quadratic takes the place of the first two tasks, and
+# around which weights? How often does it contain the decay? Show that for linear models under the squared error, with
+# exact blocks, the third training ends at the model of all data.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# The objective [(32.3)] has the curvature $M_1 + M_2 + \delta I$ at its minimum $W_{12}$. So the third training minimises
-# $L_3(W) + \tfrac12 \langle W - W_{12}, (M_1 + M_2 + \delta I) (W - W_{12}) \rangle$, with one decay. For linear models
-# the quadratic is the loss of both tasks with the decay, up to a constant.
+# The objective [(32.3)] has the curvature $M_1 + M_2 + \delta I$ at its minimum $W_{12}$. So the third training
+# minimises $L_3(W) + \tfrac12 \langle W - W_{12}, (M_1 + M_2 + \delta I) (W - W_{12}) \rangle$, with one decay. For
+# linear models the quadratic is the loss of both tasks with the decay, up to a constant.
 #
 # </details>
 #
@@ -798,7 +850,7 @@ for f in families:
 #
 # The solutions, checked:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] fold="Checked: the exercises"
 Ws = [ridge(*part, decay, start) for part in sets]
 E = Ks[0].eigen()  # 32.1
 twice = merged_block([Ws[0], Ws[0]], [E, E], decay, start)
