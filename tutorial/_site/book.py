@@ -89,10 +89,10 @@ class Chapter:
     @cached_property
     def opening(self) -> re.Match[str]:
         """Number, title, part number, part name and question."""
-        first = jupytext.read(self.path).cells[0]
-        if first.cell_type == "raw":  # the header with the kernel
-            first = jupytext.read(self.path).cells[1]
-        found = OPENING.match(first.source + "\n")
+        beginning = "\n# %%".join(self.path.read_text(encoding="utf-8").split("\n# %%")[:2])
+        cells = jupytext.reads(beginning, "py:percent").cells
+        texts = [cell.source for cell in cells if cell.cell_type != "raw"]  # the kernel's header
+        found = OPENING.match(f"{texts[0]}\n")
         if not found or int(found[1]) != int(self.path.name[:2]):
             raise BookError(
                 f"{self.path.name} must start with '# {int(self.path.name[:2])}. Title' and a "

@@ -184,7 +184,7 @@ def download(nb: NotebookNode, name: str, address: str = "") -> bytes:
                 data = output.get("data", {})
                 if svg := data.get("image/svg+xml"):
                     data["image/svg+xml"] = _coloured(svg.replace("<svg ", PAPER, 1))
-    return (json.dumps(nb, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def render(nb: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
