@@ -17,8 +17,8 @@
 # sequence of steps, and how long is each step?
 #
 # [Figure 11.1] shows why the second half of the question matters. The same small network is trained for 15 steps with
-# KFAC, with each of three dampings and four learning rates. The left panel is for the update rule alone. In the other
-# two panels a *control* changes the length of each step.
+# KFAC, with each of three dampings and four learning rates. The left panel shows the update rule without a control. In
+# the other two panels a *control* changes the length of each step.
 
 # %% tags=["hide-input"]
 import itertools
@@ -155,7 +155,7 @@ plt.show()
 # Here $\hat M_t$ is the matrix and $h_t$ the gradient that batch $t$ gives. KFAC's matrix is a Kronecker product $B
 # \otimes A$ of two small factors for each layer ([Chapter 5](05_kfac.py)). Further, $w_t$ is the weight of the newest
 # matrix, $\delta$ the damping, $\eta$ the learning rate, $\mu$ the momentum and $\Delta_t$ the change of the
-# parameters. The number $\nu_t$ is 1 in the plain rule. A control chooses it.
+# parameters. The number $\nu_t$ is 1 in the plain rule, and is otherwise chosen by a control.
 #
 # After this chapter you will be able to
 #
@@ -164,14 +164,15 @@ plt.show()
 # - say what each control bounds, and notice when a learning rate has no effect.
 #
 # In all comparisons the networks start with the same weights and get the same batches, so that only the optimizer
-# differs. Most runs begin with the plain rule: no control, exact damping, matrices and inverses every ten steps. The
-# optimizer's own defaults are the subject of [Chapter 13](13_in_practice.py#with-no-argument).
+# differs. Most runs use the plain rule, with a few settings changed: no control, exact damping
+# ([Chapter 9](09_damping.py)), new matrices and inverses every ten steps. The optimizer's own defaults are the subject
+# of [Chapter 13](13_in_practice.py#with-no-argument).
 #
 # ## An optimizer in ten lines
 #
-# Earlier chapters have all parts of the optimizer. `layer_ios` returns the inputs and vectors of each layer
-# ([Chapter 4](04_layer_io.py)), `kfac` makes a matrix of them ([Chapter 5](05_kfac.py)), `inverse` damps and inverts
-# the matrix ([Chapter 9](09_damping.py)), and `preconditioner` applies the inverses to a gradient
+# Earlier chapters have derived nearly all parts of the optimizer. `layer_ios` returns the inputs and vectors of each
+# layer ([Chapter 4](04_layer_io.py)), `kfac` makes a matrix of them ([Chapter 5](05_kfac.py)), `inverse` damps and
+# inverts the matrix ([Chapter 9](09_damping.py)), and `preconditioner` applies the inverses to a gradient
 # ([Chapter 8](08_matrices.py)). `weight_of_newest` and `update` take the average, which the next section derives.
 
 # %%
@@ -191,7 +192,7 @@ for count, (X, y) in enumerate(batches(10), start=1):
         change[name] = momentum * change[name] - lr * P
         parameters[name].data += change[name]
 # %% [markdown]
-# The package's optimizer has PyTorch's interface. The training loop has one line more than usual: `observe` shows the
+# The package's optimizer has PyTorch's interface. The training loop has one line more than usual: `observe` passes the
 # batch to the optimizer. If every batch is observed, the steps are those of our loop, to the last bit.
 
 # %%
@@ -216,7 +217,7 @@ assert training_loss(theirs) < 0.7 * training_loss(network())
 #
 # The backward pass of training has already sent vectors through the network. They cannot be used here, because they are
 # the gradients for the labels of the *data*, which give the empirical Fisher, another matrix ([Chapter 5](05_kfac.py)).
-# So `observe` makes a backward pass of its own, if an update is due: by default with one vector per datum, for a label
+# So, if an update is due, `observe` makes a backward pass of its own: by default with one vector per datum, for a label
 # drawn from the model. In [`step`][kfac_scratch.optimizer.optimizer.KFAC.step], the method `_inverted` renews inverses
 # that are due, the controls change the step, and `_move` takes it. (`placement` is for several processes,
 # [Chapter 34](34_many_processes.py).)
@@ -227,11 +228,12 @@ code(KFAC._inverted, KFAC._controlled, KFAC._move)
 # %% [markdown]
 # ### How often
 #
-# A step costs a forward and a backward pass and, for each layer, a few products with small matrices. The curvature
-# matrices cost another forward and backward pass, and an inverse costs $O(d_\text{in}^3 + d_\text{out}^3)$. Curvature
-# changes more slowly than the gradient, so that both may be renewed every so many steps: `factor_every` and
-# `inverse_every` are numbers, or functions of the number of steps so far. Their default is 1 in the
-# first twenty steps, in which curvature changes fast, and grows to 10 at step 180.
+# A step without an update costs a forward and a backward pass and, for each layer, a few products with small matrices.
+# The curvature matrices cost another forward and backward pass, and an inverse costs
+# $O(d_\text{in}^3 + d_\text{out}^3)$. Curvature changes more slowly than the gradient, so that matrices and inverses
+# may be renewed every so many steps: `factor_every` and `inverse_every` are numbers, or functions of the number of
+# steps so far. Their default is 1 in the first twenty steps, in which curvature changes fast, and grows to 10 at step
+# 180.
 #
 # The next cell counts forward passes of whole batches for two constant periods, and compares the losses.
 # (Before the first update, capture tries the network on up to eight samples, see [Chapter 10](10_capture.py).)
@@ -285,8 +287,8 @@ assert [default.factor_every(step) for step in (0, 19, 20, 180, 1000)] == [1, 1,
 #
 # </div>
 #
-# **Proof.** By [(11.2)], $w_t = 1 / Z_t$. The weights in $Z_t$ are those in $Z_{t-1}$ times $\rho$, and a one, so that
-# $Z_t = \rho Z_{t-1} + 1$. In the same way [(11.2)] gives
+# **Proof.** By [(11.2)], $w_t = 1 / Z_t$. The weights in $Z_t$ are those in $Z_{t-1}$ times $\rho$, and the weight 1 of
+# the newest batch, so that $Z_t = \rho Z_{t-1} + 1$. In the same way [(11.2)] gives
 #
 # $$
 # Z_t M_t = \rho Z_{t-1} M_{t-1} + \hat M_t .
@@ -338,8 +340,8 @@ print(f"Theorem 11.1: after 7 batches A differs by {largest_error(M.A, by_hand):
 #
 # batches for large $t$. For $\rho = 0.95$ these are 39. The words "a decay of 0.95" have two meanings. Here, and in
 # [Martens and Grosse (2015)](bibliography.md#kfac), 0.95 is the weight of the *old* matrix. In some code it is the
-# weight of the *new* one; then $\rho$ is 0.05, and the average is one over 1.1 batches. The next cell does not train
-# the network, and measures how far each average is from the factor of all 1000 images:
+# weight of the *new* one; then $\rho$ is 0.05, and by [(11.4)] the average is as noisy as one over 1.1 batches. The
+# next cell does not train the network, and measures how far each average is from the factor of all 1000 images:
 
 # %% tags=["hide-input"] fold="Measured: the distance of A from that of all images"
 whole = kfac(layer_ios(model, loss, images[:1000], labels[:1000])["0"])
@@ -381,11 +383,11 @@ assert errors[0.95] < 0.4 * errors[0.0]
 # \tag{11.6}
 # $$
 #
-# The right side is factored damping, [(9.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$. **A start at the identity is
-# a damping that decays**, by a schedule that follows from $\rho$ alone: for $\rho = 0.95$ the damping is
-# $\gamma_1^2 = 361$ in the first step. The value $\pi = 1$ does not suit the factors, because $A$ has entries of order
-# one, while $B$ has the scale of the loss and is small. The following estimator starts at the identity. [Figure 11.2]
-# compares it with the corrected average.
+# Up to the number in front, the right side is factored damping, [(9.6)], with $\sqrt\delta = \gamma_t$ and $\pi = 1$.
+# **A start at the identity is a damping that decays**, by a schedule that follows from $\rho$ alone: for $\rho = 0.95$
+# the damping is $\gamma_1^2 = 361$ in the first step. The value $\pi = 1$ does not suit the factors, because $A$ has
+# entries of order one, while $B$ has the scale of the loss and is small. The following estimator starts at the
+# identity. [Figure 11.2] compares it with the corrected average.
 
 
 # %%
@@ -433,8 +435,8 @@ plt.show()
 
 # %% [markdown]
 # After 60 updates, which at one update every ten steps are 600 steps, most of the trace of $B$ still comes from the
-# identity. With the identity in place of $B$, the method uses the factor $A$ alone, and becomes KFAC late. A damping
-# that was tuned for such an optimizer does not suit another one.
+# identity. With a multiple of the identity in place of $B$, a step uses the curvature of $A$ alone. A damping that was
+# tuned for such an optimizer does not suit another one.
 #
 # ### Factors, not products
 #
@@ -452,8 +454,8 @@ plt.show()
 #
 # The difference is a covariance of $B$ and $A$ over batches. KFAC averages factors for two reasons. The average of
 # products is a sum of Kronecker products, which has no cheap inverse. And the average of factors is the matrix that
-# KFAC would give for *one large batch* made of the small ones, if the parameters do not change. The average of
-# products depends on how the data were cut into batches.
+# KFAC would give for *one large batch* made of the small ones, if the parameters do not change. The average of products
+# depends on how the data were cut into batches.
 
 # %% tags=["hide-input"] fold="Checked: (11.7), and one large batch made of two"
 first, second = stream[:2]
@@ -470,9 +472,9 @@ products = (K1.dense() + K2.dense()) / 2
 assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()
 
 # %% [markdown]
-# Other kinds of matrices have other averages. `Diagonal` and `Dense` average entries. An eigenbasis is not averaged
-# but replaced, and its eigenvalues are carried over ([Chapter 14](14_ekfac.py)). Each kind has a method `mixed` for
-# this; the optimizer refuses a kind that has none.
+# Other kinds of matrices have other averages. `Diagonal` and `Dense` average entries. An eigenbasis is not averaged but
+# replaced, and its eigenvalues are carried over ([Chapter 14](14_ekfac.py)). Each kind has a method `mixed` for this;
+# for a kind that has none, `MovingAverage` raises an error.
 #
 # ## How long is a step?
 #
@@ -543,7 +545,8 @@ print(f"{max(abs(ratio - 1) for ratio in equal):.0e} of it")
 # scales this number by $\nu^2$. The last claim holds because $\delta I$ is positive definite. $\blacksquare$
 #
 # For a block-diagonal $M$ the product $h^\top P$ is a sum over layers of $\langle P_l, G_l \rangle$, the sum of the
-# products of all entries of gradient and preconditioned gradient. The optimizer has computed both already.
+# products of all entries of the layer's gradient $G_l$ and its preconditioned gradient $P_l$. The optimizer has
+# computed both already.
 
 # %% tags=["remove-input"]
 code(_kl_clipped, squared_length)
@@ -640,8 +643,8 @@ for name, direction in {"exact": newton_direction, "KFAC": kfac_direction}.items
 # %% [markdown]
 # With the exact GGN the quadratic [(11.8)] stays below half of the limit, and the KL divergence approaches the
 # quadratic as the limit gets smaller. At the largest limit they differ. With KFAC the clip bounds the length by
-# *KFAC's* matrix, and the predictions change several times as much. To find the cause of the difference, we measure the
-# same step with KFAC's blocks, with the exact blocks, and with the exact GGN of all layers:
+# *KFAC's* matrix, and the predictions change several times as much as half the limit. To find the cause of the
+# difference, we measure the same step with KFAC's blocks, with the exact blocks, and with the exact GGN of all layers:
 
 # %% tags=["hide-input"] fold="Measured: the squared length of one step by three matrices"
 change = kl_clip(1e-3)(a_step(model, X, y, kfac_direction)).change()
@@ -725,7 +728,7 @@ plt.show()
 # ## A norm, and Adam's norm
 #
 # **`norm_constraint`** bounds the Euclidean length of the step by a number $c$:
-# $\nu = \min(1, c / \lVert \eta P \rVert)$. This needs no assumption about $P$, and uses no property of the model.
+# $\nu = \min(1, c / \lVert \eta P \rVert)$. This bound holds for every $P$. It does not use the model's predictions.
 #
 # **`graft`** takes the length of each layer's step from Adam and the direction from KFAC. With Adam's step $u_l$ (at
 # learning rate 1) for layer $l$,
@@ -735,8 +738,8 @@ plt.show()
 # \tag{11.10}
 # $$
 #
-# The learning rate then has the usual range of Adam's. The scale of each layer's matrix
-# cancels: $B \otimes A$ and $5 (B \otimes A)$ give the same step if the damping is multiplied by 5, too.
+# Learning rates that are usual for Adam then suit KFAC, too. The scale of each layer's matrix cancels: $B \otimes A$
+# and $5 (B \otimes A)$ give the same step if the damping is multiplied by 5, too.
 
 # %% tags=["remove-input"]
 code(_norm_constrained, _grafted)
@@ -766,8 +769,8 @@ assert abs(torch.cat([v.flatten() for v in short.values()]).norm().item() - 0.1)
 
 # %% [markdown]
 # Grafting discards the length that the curvature gives. For a linear regression KFAC is the exact Hessian
-# ([Chapter 5](05_kfac.py)), so that one step with $\eta = 1$ ends at the minimum. A first grafted step has the same
-# direction but Adam's length, and many steps are needed.
+# ([Chapter 5](05_kfac.py)), so that one step with $\eta = 1$ and without damping ends at the minimum. A first grafted
+# step has the same direction but Adam's length, and many steps are needed.
 
 # %% tags=["hide-input"] fold="Measured: a linear regression without control and with graft"
 squared, inputs = MSELoss(), torch.randn(40, 6)
@@ -822,8 +825,8 @@ assert abs(ratio - 1) > 0.05
 # - **One loop.** For every layer the optimizer averages a matrix, inverts it with damping, and multiplies the gradient:
 #   [(11.1)]. It observes batches with vectors of its own, every few steps.
 # - **Averages.** With the weight $w_t = (1 - \rho) / (1 - \rho^t)$ of the newest matrix, the average is right from the
-#   first batch on, without a start value ([Theorem 11.1]). The decay $\rho$ is the weight of the *old* matrix.
-# - **No identity.** A start at $I$ is a factored damping $\gamma_t^2$ that decays with $t$, [(11.6)].
+#   first batch on, without a start value ([Theorem 11.1]). In this book the decay $\rho$ belongs to the *old* matrix.
+# - **No start at the identity.** A start at $I$ acts as a factored damping $\gamma_t^2$ that decays with $t$, [(11.6)].
 # - **Length.** Damping and learning rate both change the length of a step. A control bounds or sets it by one measure:
 #   the change of the predictions (KL clip), the norm, or Adam's length (graft).
 # - **Check $\nu$.** While a KL clip is active, the learning rate cancels.
