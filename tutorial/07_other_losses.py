@@ -16,10 +16,10 @@
 # **Part III: KFAC.** Which vectors does a loss send back if a datum has many labels, if the labels have weights, or if
 # the loss is your own?
 #
-# [Chapter 3](03_losses.py) described a loss by vectors $s_{vn}$ whose outer products sum to its Hessian at the
-# outputs. Its data had one label each, and all labels counted alike. This chapter does the same for sequences, for
-# the options of PyTorch's losses, and for a loss that the package does not know. A weight of a label multiplies the
-# Hessian, and so the vectors by its root:
+# [Chapter 3](03_losses.py) described a loss by vectors $s_{vn}$ whose outer products sum to its Hessian at the outputs.
+# There each datum had one label, and all labels counted alike. This chapter gives the vectors for sequences, for the
+# options of PyTorch's losses, and for a loss that the package does not know. The weight of a label multiplies the
+# Hessian, so its square root multiplies the vectors:
 #
 # $$
 # \nabla^2_f L = \sum_v s_{vn} s_{vn}^\top
@@ -28,8 +28,8 @@
 # s \to \sqrt{\text{weight}}\; s .
 # $$
 #
-# For a sequence, it is tempting to send back one vector per class for all positions together. [Figure 7.1] shows what
-# this does to the curvature.
+# For a sequence, it is tempting to send back one vector per class for all positions together. [Figure 7.1] shows the
+# wrong entries that this adds to the curvature.
 
 # %% tags=["hide-input"]
 import itertools
@@ -90,9 +90,9 @@ matrices(pictures, blocks=dict.fromkeys(pictures, (C, C)))
 # hence the Hessian of one datum, of size $C P$, is block-diagonal with one block per position, and its exact
 # root has **$(C - 1) P$ columns**: each is nonzero at a single position. This is what `type2` returns.
 #
-# That is many backward passes. It is tempting to send, for each class, its columns for *all*
-# positions at once: $C$ passes instead of $(C - 1) P$. Is it allowed? The outer product of a sum is not the
-# sum of outer products; with $s_c = \sum_s s_{cs}$,
+# So many vectors need many backward passes. It is tempting to send, for each class, its columns for *all* positions at
+# once: $C$ passes instead of $(C - 1) P$. In general this is wrong. The outer product of a sum is not the sum of outer
+# products. With the column $s_{cs}$ of class $c$ and position $s$, and $s_c = \sum_s s_{cs}$,
 #
 # $$
 # s_c s_c^\top = \sum_s s_{cs} s_{cs}^\top
@@ -104,8 +104,8 @@ matrices(pictures, blocks=dict.fromkeys(pictures, (C, C)))
 #
 # ### In the package
 #
-# The shortcut has a name of its own, `type2_classwise`, and nothing uses it unless it is asked for. Its
-# columns $s_{cs}$ are those of [(3.5)]; another root would have other cross terms.
+# The shortcut is the function `type2_classwise`, which is never a default. Its columns $s_{cs}$ are those of [(3.5)];
+# another root would have other cross terms.
 
 # %% tags=["remove-input"]
 code(type2_classwise, losses._class_vectors)
@@ -119,14 +119,13 @@ assert_exact(curvature_of(exact_root), H_f)
 assert largest_error(curvature_of(shortcut), H_f) > 1e-2
 
 # %% [markdown]
-# When does the shortcut do no harm? KFAC in its expand setting ([Chapter 6](06_weight_sharing.py)) needs of the vectors
+# When is the shortcut exact? KFAC in its expand setting ([Chapter 6](06_weight_sharing.py)) needs of the vectors
 # $g_{vns}$ that reach position $s$ of a layer only the sum of their outer products, each vector with itself,
-# $\sum_{v n s} g_{vns} g_{vns}^\top$. As long as no later layer mixes positions, what arrives at position $s$
-# of a layer started at position $s$ of the output. Then both kinds of vectors give the same sum. Once
-# positions are mixed, by attention, by a convolution or by a mean, the vectors of different positions
-# are added up on the way, and cross terms enter. We compare the sums at two layers of a small network for
-# sequences, without and with attention. Here $g$ comes from `layer_ios`, the subject of
-# [Chapter 4](04_layer_io.py).
+# $\sum_{v n s} g_{vns} g_{vns}^\top$. As long as no later layer mixes positions, the vector at position $s$ of a layer
+# comes from position $s$ of the output only. Then both kinds of vectors give the same sum. Once positions are mixed, by
+# attention, by a convolution or by a mean, the vectors of different positions are added up on the way, and cross terms
+# enter. We compare the sums at two layers of a small network for sequences, without and with attention. Here $g$ comes
+# from `layer_ios`, the subject of [Chapter 4](04_layer_io.py).
 
 
 # %%
@@ -161,9 +160,9 @@ for attention, layer in itertools.product((False, True), ("first", "last")):
     assert error > 1e-2 if mixed else error < 1e-10
 
 # %% [markdown]
-# At the last layer the sums agree in both networks, since nothing follows it. But only these sums agree, not the
-# curvature. The exact block of a layer that is used at several positions adds up a datum's gradient over
-# positions *before* the outer product is taken, and so contains the cross terms even if no layer mixes positions:
+# At the last layer the sums agree in both networks, since no layer follows it. But only these sums agree, not the
+# curvature. The exact block of a layer that is used at several positions adds up a datum's gradient over positions
+# *before* the outer product is taken, and so contains the cross terms even if no layer mixes positions:
 
 # %%
 network = TokenModel(attention=False)
@@ -178,9 +177,8 @@ for fisher in (type2, type2_classwise):
 # %% [markdown]
 # ## Weights, smoothing, soft targets
 #
-# PyTorch's losses have options. What do they do to the Hessian? Each changes a term into a weighted
-# sum of the log-probabilities, and every $-\log p_c$ has the *same* Hessian [(3.3)], since its label
-# dropped out:
+# The options of PyTorch's losses change the Hessian in a simple way. With each of them a term is a weighted sum of
+# log-probabilities, and every $-\log p_c$ has the *same* Hessian [(3.3)], which does not depend on $c$:
 #
 # $$
 # \ell = -\sum_c q_c w_c \log p_c
@@ -189,15 +187,15 @@ for fisher in (type2, type2_classwise):
 # \tag{7.2}
 # $$
 #
-# Here $q$ is the target distribution ($e_y$ for a label, or what smoothing makes of it) and $w$
-# the class weights. So the vectors are those of before times one number per label,
-# $\sqrt{\sum_c q_c w_c}$. An ignored label has the number zero. Without class weights $\sum_c q_c = 1$:
-# **soft targets and label smoothing leave the curvature as it is.** For BCE, `pos_weight` multiplies
-# the first part of the term, $-y \log p$, by $w$, and the number is $w\, y + (1 - y)$.
+# Here $q$ is the target distribution ($e_y$ for a label, or what smoothing makes of it) and $w$ the class weights. So
+# the vectors are those of the plain loss times one number per label, $\sqrt{\sum_c q_c w_c}$. An ignored label has the
+# number zero. Without class weights $\sum_c q_c = 1$: **soft targets and label smoothing do not change the curvature.**
+# For BCE, `pos_weight` multiplies the first part of the term, $-y \log p$, by $w$, and the number is $w\, y + (1 - y)$.
 #
 # ### In the package
 #
-# The function returns one number for each label. `type2` and `monte_carlo` multiply by its square root.
+# `_hessian_weights` returns this number for each label, divided as the loss's reduction says. `type2` and `monte_carlo`
+# multiply by its square root.
 
 # %% tags=["remove-input"]
 code(losses._hessian_weights)
@@ -234,10 +232,10 @@ for name, (loss, y) in options.items():
     assert ignoring < 1e-10 if name in ("label_smoothing", "soft targets") else ignoring > 0.1
 
 # %% [markdown]
-# With weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no
-# longer the negative log-likelihood of a distribution. The GGN exists all the same. `monte_carlo` draws from the
-# unweighted model and multiplies by the root of the number above. The reference function `fisher`, which follows the
-# definition, raises an error:
+# With weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no longer the
+# negative log-likelihood of a distribution. The GGN exists all the same. `monte_carlo` draws from the unweighted model
+# and multiplies by the same square root. The reference function `fisher`, which follows the definition, raises an
+# error:
 
 # %%
 try:
@@ -249,8 +247,8 @@ except NotImplementedError as error:
 # %% [markdown]
 # ## Your own loss in five lines
 #
-# Another likelihood needs a function of the same kind, which need not be registered. Take counts with a
-# Poisson distribution of rate $e^f$. Its term is $\ell = e^f - y f + \log y!$, so $\nabla^2 \ell = e^f$ for each
+# Another loss needs a function with the arguments and the result of `type2`. It need not be registered. Take counts
+# with a Poisson distribution of rate $e^f$. Its term is $\ell = e^f - y f + \log y!$, so $\nabla^2 \ell = e^f$ for each
 # entry. This does not contain $y$, and there is one vector per output entry.
 
 
@@ -285,8 +283,8 @@ except NotImplementedError as error:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **The weight on the vector.** Curvature is linear in the loss, and outer products are quadratic in vectors. A vector
-# that is multiplied by the weight, not by its root, squares the weight:
+# **The weight on the vector.** Curvature is linear in the loss, and outer products are quadratic in vectors. If a
+# vector is multiplied by the weight instead of its root, the curvature is multiplied by the square of the weight:
 
 # %%
 heavy = CrossEntropyLoss(weight=torch.full((C,), 4.0), reduction="sum")
@@ -322,10 +320,10 @@ assert curve[0] < 0 < curve[2]
 #
 # - With $P$ labels per datum, the exact root has $(C - 1) P$ vectors. One vector per class is enough where no layer
 #   mixes positions, and only for sums of outer products over positions.
-# - Class weights and `pos_weight` multiply vectors by the root of a number. Without class weights, soft targets and
-#   smoothing leave the curvature as it is.
+# - Class weights and `pos_weight` multiply each label's vectors by a square root. Without class weights, soft targets
+#   and smoothing do not change the curvature.
 # - A loss of your own needs one function that returns vectors. Test it against `curvature.loss_hessian`.
-# - A weighted loss is no negative log-likelihood any more: its GGN exists, its Fisher does not.
+# - A loss with class weights is in general no negative log-likelihood: its GGN exists, its Fisher does not.
 #
 # ## Exercises
 #
@@ -337,8 +335,7 @@ assert curve[0] < 0 < curve[2]
 # <summary>Solution</summary>
 #
 # The cross term of $s \ne s'$ is multiplied by $\varepsilon_s \varepsilon_{s'}$, whose mean is zero. The other terms
-# are multiplied by $\varepsilon_s^2 = 1$. So $C$ vectors are right in expectation, whatever the network does with
-# positions.
+# are multiplied by $\varepsilon_s^2 = 1$. So $C$ vectors are right in expectation, even if the network mixes positions.
 #
 # </details>
 #

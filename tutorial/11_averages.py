@@ -270,8 +270,8 @@ assert [default.factor_every(step) for step in (0, 19, 20, 180, 1000)] == [1, 1,
 # \tag{11.2}
 # $$
 #
-# where $\hat M_i$ is the matrix of batch $i$ alone. An implementation does not store all $\hat M_i$. It stores $M_t$,
-# and needs the weight of the newest matrix:
+# where $\hat M_i$ is the matrix of batch $i$ alone. An implementation stores only $M_t$, and needs the weight of the
+# newest matrix:
 #
 # <div class="admonition theorem" markdown="1" id="thm-11.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 11.1 (bias-corrected average)</b></p>
@@ -474,7 +474,7 @@ assert (products - kfac(union).dense()).norm() > 1e-4 * products.norm()
 # %% [markdown]
 # Other kinds of matrices have other averages. `Diagonal` and `Dense` average entries. An eigenbasis is not averaged but
 # replaced, and its eigenvalues are carried over ([Chapter 14](14_ekfac.py)). Each kind has a method `mixed` for this;
-# for a kind that has none, `MovingAverage` raises an error.
+# without it `MovingAverage` raises an error.
 #
 # ## How long is a step?
 #
@@ -673,10 +673,9 @@ assert 2 * seen[0] < seen[1] < seen[2]
 # ### The learning rate cancels
 #
 # While the clip is active, [(11.9)] says that $\nu \eta = \sqrt{\kappa / h^\top P}$. **The learning rate cancels.**
-# This explains the equal columns in [Figure 11.1]: a search over $\eta$ changes nothing there. The cancellation is
-# harmful if the learning rate has a schedule. A clip that uses the *current* rate undoes the schedule, and steps do not
-# get shorter. The package uses the base rate in the clip, so that the schedule acts. We compare it with the other
-# version:
+# This explains the equal columns in [Figure 11.1]. The cancellation is harmful if the learning rate has a schedule. A
+# clip that uses the *current* rate undoes the schedule, and steps do not get shorter. The package uses the base rate in
+# the clip, so that the schedule acts. We compare it with the other version:
 
 
 # %%
@@ -728,7 +727,7 @@ plt.show()
 # ## A norm, and Adam's norm
 #
 # **`norm_constraint`** bounds the Euclidean length of the step by a number $c$:
-# $\nu = \min(1, c / \lVert \eta P \rVert)$. This bound holds for every $P$. It does not use the model's predictions.
+# $\nu = \min(1, c / \lVert \eta P \rVert)$. This bound holds for every $P$.
 #
 # **`graft`** takes the length of each layer's step from Adam and the direction from KFAC. With Adam's step $u_l$ (at
 # learning rate 1) for layer $l$,
