@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 8. Matrices: working with Kronecker factors
 #
-# **Part III: KFAC.** What can one do with $B \otimes A$ and a damping, without ever writing the big matrix down?
+# **Part III: KFAC.** Which operations on $B \otimes A$ with a damping need only the factors, and never the big matrix?
 #
 # The curvature of a layer with $d_\text{out} d_\text{in}$ parameters is a matrix with
 # $(d_\text{out} d_\text{in})^2$ entries, and KFAC replaces it by two factors that together have
@@ -61,7 +61,7 @@ def spd(size: int, floor: float = 0.1) -> Tensor:
     return M @ M.T / size + floor * torch.eye(size)
 
 
-# %% tags=["hide-input"] alt="Left: a heat map of the base-ten logarithm of all products of eigenvalues of a 12 by 20 layer, falling from one corner to the opposite one. Right: on log axes, the factor by which each direction is scaled against its eigenvalue: a straight line falling with slope minus one without damping, flattening out to the left of the damping for two damped inverses." caption="Left: logarithms of all eigenvalues of the product, one for each pair of eigenvalues of the factors. Right: what the inverse multiplies each direction with. Damping caps it at one over the damping."
+# %% tags=["hide-input"] alt="Left: a heat map of the base-ten logarithm of all products of eigenvalues of a 12 by 20 layer, falling from one corner to the opposite one. Right: on log axes, the factor by which each direction is scaled against its eigenvalue: a straight line falling with slope minus one without damping, flattening out to the left of the damping for two damped inverses." caption="Left: logarithms of all eigenvalues of the product, one for each pair of eigenvalues of the factors. Right: the number with which the inverse multiplies each direction. With damping $\delta$ it is at most $1 / \delta$."
 spread = Kronecker(torch.logspace(0, -4, 20).diag(), torch.logspace(0, -3, 12).diag())
 table = spread.eigen().scale.flip((0, 1))
 eigenvalues = spread.eigenvalues().cpu().numpy()
@@ -88,9 +88,9 @@ plt.show()
 #
 # ## What a matrix has to do
 #
-# The rest of the package asks very little of a curvature matrix $M$. It is symmetric and positive
-# semi-definite, it acts on $\operatorname{vec}(V)$ for a matrix $V$ of the shape of the layer's
-# weight, and we write its action on the matrix: `M @ V` has the shape of `V` and satisfies
+# The rest of the package uses few properties of a curvature matrix $M$. It is symmetric and positive semi-definite, it
+# acts on $\operatorname{vec}(V)$ for a matrix $V$ of the shape of the layer's weight, and we write its action on the
+# matrix: `M @ V` has the shape of `V` and satisfies
 #
 # $$
 # \operatorname{vec}(\mathtt{M\,@\,V}) = M \operatorname{vec}(V) .
@@ -105,18 +105,17 @@ plt.show()
 # \tag{8.2}
 # $$
 #
-# This line contains two decisions. Damping is an argument of the inverse and not a property
-# of the matrix, so it cannot be stored by accident and added twice. And the inverse is a map
-# that acts on $V$, not an array: it may be a Kronecker product, an eigendecomposition or an
-# iteration.
+# This equation contains two decisions. Damping is an argument of the inverse and not a property of the matrix, so it
+# cannot be stored by accident and added twice. And the inverse is a map that acts on $V$, not an array: it may be a
+# Kronecker product, an eigendecomposition or an iteration.
 
 # %% tags=["beside", "remove-input"]
 source(Matrix)
 
 # %% [markdown]
-# These are laws, so they can be checked by one function for all kinds of matrices. It compares
-# with the *dense twin* of the matrix, `M.dense()`, which is too large for a real layer. (`EXACT` is $10^{-10}$, and
-# `spd` makes a random symmetric positive definite matrix.)
+# One function can check both equations for all kinds of matrices. It compares each matrix with its *dense twin*,
+# `M.dense()`, which is too large for a real layer. (`EXACT` is $10^{-10}$, and `spd` makes a random symmetric positive
+# definite matrix.)
 
 
 # %%
@@ -165,11 +164,10 @@ assert_exact(M.trace(), dense.trace())
 # \tag{8.4}
 # $$
 #
-# So every pair of eigenvectors gives an eigenvector, and every *product* of eigenvalues an
-# eigenvalue. There are $d_\text{out} d_\text{in}$ pairs. If the $q$ are orthonormal and the $r$
-# are, then so are the $r \otimes q$, as
-# $(r \otimes q)^\top (r' \otimes q') = (r^\top r')(q^\top q')$. They are a basis, and we have
-# found all of them.
+# So every pair of eigenvectors gives an eigenvector, and every *product* of eigenvalues an eigenvalue. There are
+# $d_\text{out} d_\text{in}$ pairs. If the $q$ are orthonormal and the $r$ are, then so are the $r \otimes q$, as
+# $(r \otimes q)^\top (r' \otimes q') = (r^\top r')(q^\top q')$. They are a basis, so these are all eigenvectors that
+# are needed.
 #
 # Collect eigenvectors as the columns of $Q_A$ and $Q_B$. By [(1.5)], the eigenvector
 # $r \otimes q$ is the matrix $r q^\top$ with its rows lined up; so the coefficient of $V$ along
@@ -184,9 +182,9 @@ assert_exact(M.trace(), dense.trace())
 # \tag{8.5}
 # $$
 #
-# This looks like a detour compared with $B V A$. It pays because a function of a matrix is a
-# function of its eigenvalues: replace $\Lambda$ by $1 / (\Lambda + \delta)$, $\sqrt{\Lambda}$ or
-# whatever is needed, entry by entry, and keep the rest.
+# For a product alone, $B V A$ is cheaper. The eigenbasis is useful because a function of a symmetric matrix acts on its
+# eigenvalues: replace $\Lambda$ by $1 / (\Lambda + \delta)$, $\sqrt{\Lambda}$ or whatever is needed, entry by entry,
+# and keep the rest.
 
 # %%
 (alpha, QA), (beta, QB) = psd_eigh(A), psd_eigh(B)
@@ -274,9 +272,9 @@ assert_exact(large.logdet(), 90 * large.B.logdet() + 70 * large.A.logdet())
 # %% [markdown]
 # ## The inverse with damping
 #
-# Without damping the inverse is a Kronecker product again, $B^{-1} \otimes A^{-1}$ by [(1.10)].
-# Curvature from a few data is singular or nearly so, hence damping is the normal case, and there
-# the structure ends:
+# Without damping the inverse is a Kronecker product again, $B^{-1} \otimes A^{-1}$ by [(1.10)]. Curvature from a few
+# data is singular or nearly so, hence damping is the normal case, and the damped matrix is in general no Kronecker
+# product:
 #
 # <div class="admonition theorem" markdown="1" id="thm-8.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 8.1 (damping leaves the Kronecker products)</b></p>
@@ -322,11 +320,10 @@ assert ranks["its inverse"] > 2
 assert ranks["B ⊗ 2I, damped"] == 1
 
 # %% [markdown]
-# The damped matrix is a sum of two products, $B \otimes A + \delta\, I \otimes I$. Its inverse is
-# a sum of several, and storing those would not help. The eigenbasis does. Adding $\delta I$ adds
-# $\delta$ to every eigenvalue and keeps the eigenvectors, so [(8.5)] with
-# $1 / (\beta_o \alpha_i + \delta)$ *is* the inverse. It is exact, and costs two small
-# eigendecompositions and, for each $V$, products with four small matrices.
+# The damped matrix is a sum of two products, $B \otimes A + \delta\, I \otimes I$. Its inverse is a sum of several
+# products, here of three. The eigenbasis needs no such sum. Adding $\delta I$ adds $\delta$ to every eigenvalue and
+# keeps the eigenvectors, so [(8.5)] with $1 / (\beta_o \alpha_i + \delta)$ *is* the inverse. It is exact, and costs two
+# small eigendecompositions and, for each $V$, products with four small matrices.
 #
 # What does damping change? Each coefficient of the gradient in the eigenbasis is divided by its
 # curvature plus $\delta$. Where the curvature is far above $\delta$ this is a Newton step, and
@@ -336,11 +333,10 @@ assert ranks["B ⊗ 2I, damped"] == 1
 # %% [markdown]
 # ### A preview: factored damping
 #
-# Many implementations damp the factors instead,
-# $(B + \sqrt\delta I) \otimes (A + \sqrt\delta I)$, because then the inverse stays a Kronecker
-# product and each factor can be inverted by itself. Equation [(1.11)] says what that costs: the
-# extra term $\sqrt\delta (B \otimes I + I \otimes A)$. It is positive semi-definite, so the
-# factored inverse is at most the exact one, in every direction: it damps more than was asked for.
+# Many implementations damp the factors instead, $(B + \sqrt\delta I) \otimes (A + \sqrt\delta I)$, because then the
+# inverse stays a Kronecker product and each factor can be inverted by itself. By [(1.11)] the damped matrix then has an
+# extra term, $\sqrt\delta (B \otimes I + I \otimes A)$. The extra term is positive semi-definite, so in every direction
+# the factored inverse is at most the exact one: factored damping is stronger than $\delta$.
 
 # %%
 delta = 0.1
@@ -367,12 +363,11 @@ assert eigvalsh(exact - approximate).min() > -EXACT  # the difference is positiv
 # \tag{8.8}
 # $$
 #
-# (From here to the end of this section $R$ is a root, not the rearranged matrix.) In the eigenbasis
-# a root is again a change of scales, $1 / \sqrt{\beta_o \alpha_i + \delta}$. The package's
-# `inverse_sqrt` is the symmetric one. Any root does: $R$ times an orthogonal matrix has the same
-# $R R^\top$. For $\delta = 0$, $R = B^{-1/2} \otimes A^{-1/2}$ and the sample is the matrix
-# $B^{-1/2} E A^{-1/2}$ with standard normal $E$: the *matrix normal* distribution, with covariance
-# $B^{-1}$ between rows and $A^{-1}$ between columns.
+# (From here to the end of this section $R$ is a root, not the rearranged matrix.) In the eigenbasis a root is again a
+# change of scales, $1 / \sqrt{\beta_o \alpha_i + \delta}$. The package's `inverse_sqrt` is the symmetric one. Any root
+# will do: $R$ times an orthogonal matrix has the same $R R^\top$. For $\delta = 0$, $R = B^{-1/2} \otimes A^{-1/2}$ and
+# the sample is the matrix $B^{-1/2} E A^{-1/2}$ with standard normal $E$: the *matrix normal* distribution, with
+# covariance $B^{-1}$ between rows and $A^{-1}$ between columns.
 #
 # A check of the covariance needs no random number. Send all unit vectors through $R$, which
 # gives its columns, and multiply:
@@ -427,16 +422,15 @@ for name, matrix in zoo.items():
     print(f"{name:>14}: inverse is a {type(matrix.inverse(0.1)).__name__}")
 
 # %% [markdown]
-# The last line is different. Two Kronecker products have different eigenvectors, so that no eigenbasis of factors
-# inverts their sum. [Chapter 16](16_kpsvd.py#a-sum-of-two-products-and-its-inverse) needs such sums, and derives their
-# inverse.
+# The last line is different. Two Kronecker products have different eigenvectors in general, so that the eigenbasis of
+# neither inverts their sum. [Chapter 16](16_kpsvd.py#a-sum-of-two-products-and-its-inverse) needs such sums, and
+# derives their inverse.
 #
 # ## A step for a whole network
 #
-# An optimiser has a dictionary of gradients, one for each parameter; curvature comes in blocks,
-# one for each layer. `preconditioner` translates: it arranges weight and bias gradients as the
-# block's matrix, $[\text{weight} \mid \text{bias}]$, applies the block's map, and takes the
-# result apart again.
+# An optimizer has a dictionary of gradients, one for each parameter; curvature comes in blocks, one for each layer.
+# `preconditioner` translates: it arranges weight and bias gradients as the block's matrix,
+# $[\text{weight} \mid \text{bias}]$, applies the block's map, and takes the result apart again.
 
 # %% tags=["remove-input"]
 code(preconditioner)
@@ -488,10 +482,9 @@ assert factors["2"].A[:-1, -1].abs().max() > 0.01
 # %% [markdown]
 # ## What it costs
 #
-# Decomposing a matrix of size $d$ takes of the order of $d^3$ operations. For a layer with $d$
-# inputs and $d$ outputs, the factors have size $d$ and the block has size $d^2$: of the order of
-# $d^3$ against $(d^2)^3 = d^6$. On a clock, inverse and one product together, and with straight
-# lines fitted to the largest sizes:
+# Decomposing a matrix of size $d$ takes of the order of $d^3$ operations. For a layer with $d$ inputs and $d$ outputs,
+# the factors have size $d$ and the block has size $d^2$: of the order of $d^3$ against $(d^2)^3 = d^6$. The next cell
+# measures the seconds of an inverse and one product together, and fits straight lines to the four largest sizes:
 
 
 # %%
@@ -547,11 +540,10 @@ plt.show()
 #
 # ## How many digits survive
 #
-# A number in float32 has a relative precision of $\varepsilon \approx 10^{-7}$. A computed
-# eigenvalue of a matrix has an error of about $\varepsilon \lambda_\text{max}$, relative to the *largest* one, because
-# the rounding of the matrix's entries changes it by that much. In the direction of the
-# smallest eigenvalue we divide by $\lambda_\text{min} + \delta$, so the relative error of a dense
-# inverse is of the order of
+# A number in float32 has a relative precision of $\varepsilon \approx 10^{-7}$. A computed eigenvalue of a matrix has
+# an error of about $\varepsilon \lambda_\text{max}$, relative to the *largest* one, because the rounding of the
+# matrix's entries changes it by that much. Along the eigenvector of the smallest eigenvalue we divide by
+# $\lambda_\text{min} + \delta$, so the relative error of a dense inverse is of the order of
 #
 # $$
 # \varepsilon \, \frac{\lambda_\text{max}}{\lambda_\text{min} + \delta} ,
@@ -561,10 +553,9 @@ plt.show()
 # precision times condition number. Curvature is badly conditioned, and the condition number of
 # $B \otimes A$ is the *product* of those of its factors.
 #
-# Working with the factors is better than that. An error of $\varepsilon \alpha_\text{max}$ in
-# $\alpha_i$ and one of $\varepsilon \beta_\text{max}$ in $\beta_o$ change $\beta_o \alpha_i$ by
-# about $\varepsilon (\beta_o \alpha_\text{max} + \beta_\text{max} \alpha_i)$. Relative to what we
-# divide by,
+# Working with the factors loses fewer digits. An error of $\varepsilon \alpha_\text{max}$ in $\alpha_i$ and one of
+# $\varepsilon \beta_\text{max}$ in $\beta_o$ change $\beta_o \alpha_i$ by about
+# $\varepsilon (\beta_o \alpha_\text{max} + \beta_\text{max} \alpha_i)$. Relative to what we divide by,
 #
 # $$
 # \varepsilon \max_{o, i}
@@ -627,14 +618,14 @@ assert single["dense"][0] > 0.1 > 10 * single["factors"][0]  # no digit left; so
 assert max(single["dense"][-1], single["factors"][-1]) < 1e-5  # damping restores them
 
 # %% [markdown]
-# Rounding can even make the smallest eigenvalues negative, which no covariance has. With
-# $\lambda + \delta$ close to zero or below it, a step would explode or change its sign.
-# `psd_eigh` sets negative eigenvalues within round-off to zero. For matrices that are
-# negative beyond that it raises an error, since those were not positive semi-definite in the first place. It changes no
-# positive eigenvalue: a small genuine one cannot be told from round-off, and damping makes the difference harmless. A
-# common rule sets eigenvalues below $d \cdot \mathrm{eps}$ of the largest to zero, with the machine precision
-# $\mathrm{eps}$. In float32 it removes genuine eigenvalues of a wide layer, here of inputs whose spectrum falls with a
-# power of the index, and the step along every direction that it removes is too long:
+# Rounding can even make the smallest eigenvalues negative, although the exact matrix is positive semi-definite. With
+# $\lambda + \delta$ close to zero or below it, a step would explode or change its sign. `psd_eigh` sets negative
+# eigenvalues within round-off to zero. For matrices that are negative beyond that it raises an error, since those were
+# not positive semi-definite in the first place. It changes no positive eigenvalue: a small genuine one cannot be told
+# from round-off, and damping makes the difference harmless. A common rule sets eigenvalues below $d \cdot \mathrm{eps}$
+# of the largest to zero, with the machine precision $\mathrm{eps}$. In float32 it removes genuine eigenvalues of a wide
+# layer, here of inputs whose spectrum falls with a power of the index, and the step along every direction that it
+# removes is too long:
 
 
 # %%
@@ -666,10 +657,10 @@ refused(lambda: psd_eigh(singular - 0.1 * torch.eye(30, dtype=torch.float32)))
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **Damping that grows.** An implementation stores eigenvalues and adds the damping to them in
-# place, inside the product. The first product is right. The second has twice the damping, and so
-# on ([an example, since fixed](https://github.com/f-dangel/curvlinops/pull/156), for the biases). A
-# test that multiplies once passes.
+# **Damping that grows.** An implementation stores eigenvalues and adds the damping to them in place, inside the
+# product. The first product is right. The second has twice the damping, the third three times
+# ([an example, since fixed](https://github.com/f-dangel/curvlinops/pull/156), for the biases). A test that multiplies
+# once passes.
 
 
 # %%
@@ -714,10 +705,9 @@ for wrong in (exchanged, transposed):
 
 # %% [markdown]
 # **Averages of the wrong thing.** Curvature is averaged over batches, workers or time. Average the matrices, and then
-# invert. The average of the inverses is another matrix. It is larger in every direction, because the inverse is convex
-# (for numbers: the mean of $1/x$ exceeds $1$ over the mean of $x$), so that steps are too long. And averaging the
-# factors separately is not averaging the products, though it is what KFAC does, as a further
-# approximation:
+# invert. The average of the inverses is another matrix. It is at least as large in every direction, because the inverse
+# is convex (for numbers: the mean of $1/x$ is at least $1$ over the mean of $x$), so that steps are too long. The
+# product of averaged factors is not the average of the products, either; KFAC uses it as a further approximation:
 
 # %%
 pieces = [Kronecker(spd(d_in, 0.01), spd(d_out, 0.01)) for _ in range(4)]
