@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 9. Damping: how far to trust the model
 #
-# **Part III: KFAC.** Why does the inverse of a curvature matrix need damping, how much of it, and
-# where does it go?
+# **Part III: KFAC.** Why does the inverse of a curvature matrix need damping, how much, and at which place in the
+# formula?
 #
 # Damping is the small positive number $\delta$ that earlier chapters passed to every inverse. It is a filter on the
 # directions of a step: along an eigenvector of the curvature with eigenvalue $\lambda$, the fraction
@@ -91,7 +91,7 @@ def length(s: dict[str, Tensor]) -> float:
 weights = length({name: p.detach() for name, p in model.named_parameters()})
 print(f"loss {value.item():.3f}, length of the vector of all weights {weights:.1f}")
 
-# %% tags=["hide-input"] alt="An S-shaped curve over the eigenvalue on a logarithmic axis, which rises from zero to one and crosses one half where the eigenvalue equals the damping, one thousandth. Left of it the directions take a gradient step, right of it a Newton step. Short strokes below the curve are the eigenvalues of the first layer's curvature; most of them lie left of the damping." caption="The fraction $\\lambda / (\\lambda + \\delta)$ of the Newton step that damping keeps, for $\\delta = 10^{-3}$. Strokes: the eigenvalues of the first layer's $B \\otimes A$. Damping decides which of these directions are trusted."
+# %% tags=["hide-input"] alt="An S-shaped curve over the eigenvalue on a logarithmic axis, which rises from zero to one and crosses one half where the eigenvalue equals the damping, one thousandth. Left of it the directions take a gradient step, right of it a Newton step. Short strokes below the curve are the eigenvalues of the first layer's curvature; most of them lie left of the damping." caption="The fraction $\\lambda / (\\lambda + \\delta)$ of the Newton step that damping keeps, for $\\delta = 10^{-3}$. Strokes: the eigenvalues of the first layer's $B \\otimes A$. The damping separates directions with a Newton step from directions with a gradient step."
 fig, ax = plt.subplots(figsize=(6.6, 2.5), layout="constrained")
 axis, strokes = torch.logspace(-9, 0, 200).cpu(), factors["0"].eigenvalues().flatten().cpu()
 strokes = strokes[strokes > 1e-9]
@@ -123,9 +123,9 @@ plt.show()
 #
 # ## What happens without
 #
-# Some pixels are zero in all images of the batch. The factor $A$ of the first layer then has rows
-# of zeros, and $B \otimes A$ has no inverse. The package raises an error. In many implementations round-off
-# hides this case; so the next cell also takes steps with very small dampings:
+# Some pixels are zero in all images of the batch. The factor $A$ of the first layer then has rows of zeros, and
+# $B \otimes A$ has no inverse. The package raises an error. In many implementations round-off makes the zero
+# eigenvalues tiny, and no error is raised. So the next cell also takes steps with very small dampings:
 
 # %%
 try:
@@ -173,10 +173,9 @@ assert ratio[:10].median() > 3
 assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are not flat at all
 
 # %% [markdown]
-# The large eigenvalues are nearly right. The small ones are too small, and not by chance: the decomposition
-# finds the directions along which *these* 100 images vary least. Dividing by
-# a number that is too small gives a step that is too long. Adding $\delta$ to all eigenvalues
-# corrects the small ones and hardly changes the large ones.
+# The large eigenvalues are nearly right. The small ones are too small, for a systematic reason: the decomposition finds
+# the directions along which *these* 100 images vary least. Dividing by a number that is too small gives a step that is
+# too long. Adding $\delta$ to all eigenvalues corrects the small ones and hardly changes the large ones.
 #
 # ## Reason two: the model is local
 #
@@ -188,9 +187,9 @@ assert measured[~kept].max() > 1e-6  # some directions of eigenvalue zero are no
 # \tag{9.1}
 # $$
 #
-# where $h$ is the gradient of all weights as one vector and $M$ is the curvature. The model agrees
-# with the loss near $s = 0$ only, but its minimiser $-M^{-1} h$ may be far away. One remedy is a penalty on the
-# length of the step,
+# where $h$ is the gradient of all weights as one vector and $M$ is the curvature. The model agrees with the loss near
+# $s = 0$ only, but its minimiser $-M^{-1} h$ may be far away. One remedy is a penalty on the squared length of the
+# step,
 #
 # $$
 # m(s) + \tfrac{\delta}{2} \lVert s \rVert^2
@@ -248,7 +247,7 @@ lengths = [s.norm().item() for s in damped.values()]
 assert lengths == sorted(lengths, reverse=True)
 
 # %% [markdown]
-# An optimiser may fix the damping or the radius. The steps come from the same family.
+# An optimizer may fix the damping or the radius. The steps come from the same family.
 #
 # ## Damping as a filter
 #
@@ -263,11 +262,11 @@ assert lengths == sorted(lengths, reverse=True)
 # \tag{9.4}
 # $$
 #
-# Where $\lambda_i$ is far above $\delta$, the filter is one and the step is Newton's. Where it is
-# far below, the step is a gradient step with learning rate $1 / \delta$. In between, at
-# $\lambda_i = \delta$, it is half of either. So $\delta$ is a place on the axis of eigenvalues: in the directions with
-# larger eigenvalues the curvature is trusted. The sum of the filter over all directions,
-# $\sum_i \lambda_i / (\lambda_i + \delta)$, counts these directions. The cell does so for the first layer.
+# Where $\lambda_i$ is far above $\delta$, the filter is one and the step is Newton's. Where it is far below, the step
+# is a gradient step with learning rate $1 / \delta$. At $\lambda_i = \delta$ both are equal, and the step is half as
+# long. So $\delta$ is a place on the axis of eigenvalues: in the directions with larger eigenvalues the curvature is
+# trusted. The sum of the filter over all directions, $\sum_i \lambda_i / (\lambda_i + \delta)$, counts these
+# directions. The cell does so for the first layer.
 
 # %%
 K = factors["0"]
@@ -350,9 +349,9 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # \tag{9.6}
 # $$
 #
-# The first two terms are the exactly damped matrix; $E_\pi$ is the error. For $\pi = 1$ this is [(1.11)]. No $\pi$
-# makes $E_\pi$ vanish, but one makes it smallest. Measure $E_\pi$ by its trace, the sum of its
-# eigenvalues, with $\operatorname{tr}(B \otimes I) = d_\text{in} \operatorname{tr} B$:
+# The first two terms are the exactly damped matrix; $E_\pi$ is the error. For $\pi = 1$ this is [(1.11)]. In general no
+# $\pi$ makes $E_\pi$ vanish, but one $\pi$ makes its trace smallest. The trace is the sum of its eigenvalues, with
+# $\operatorname{tr}(B \otimes I) = d_\text{in} \operatorname{tr} B$:
 #
 # $$
 # \operatorname{tr} E_\pi
@@ -425,11 +424,11 @@ assert not torch.allclose(inverse.dense(), small.inverse(d).dense(), rtol=0.05)
 # step by $\beta_o \alpha_i + \delta = \delta (xy + 1)$. The ratio is [(9.9)], and
 # $(x + 1)(y + 1) = xy + 1 + x + y$. $\blacksquare$
 #
-# So, whatever $\pi$ is, the factored step is in no direction longer than the exact one. It is the exact step for a
-# damping of $\delta (1 + x + y)$, which differs from direction to direction. Where both eigenvalues are
-# large compared with their share of the damping, or both are small, the ratio [(9.9)] is near one. It
-# is small where one is large and the other small. A Kronecker product has many such mixed directions, because each
-# eigenvalue of one factor is paired with each of the other.
+# So, whatever $\pi$ is, the factored step is along no eigenvector longer than the exact one. Along each eigenvector it
+# is the exact step for the damping $\delta (1 + x + y)$, which differs from one to the next. Where both eigenvalues are
+# large compared with their share of the damping, or both are small, the ratio [(9.9)] is near one. It is small where
+# one is large and the other small. A Kronecker product has many such mixed directions, because each eigenvalue of one
+# factor is paired with each of the other.
 
 # %%
 alpha, beta = psd_eigh(A)[0], psd_eigh(B)[0]
@@ -506,11 +505,11 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# A damping that was tuned for one kind is wrong for another; so a reported damping needs the name of its kind. The
+# A damping that was tuned for one kind does not suit another; so a reported damping needs the name of its kind. The
 # *lowest* loss does not belong to exact damping here; even $\pi = 1$ reaches a lower one. Exact damping inverts
 # $B \otimes A + \delta I$ exactly, but $B \otimes A$ is an approximation, and the extra damping of mixed directions
-# happens to suit this network. An exact inverse makes a step well defined and independent of conventions. It does
-# not make it the best step.
+# happens to suit this network. An exact inverse makes a step well defined and independent of conventions. It does not
+# make it the best step.
 #
 # | | exact | factored | $\pi = 1$ |
 # | --- | --- | --- | --- |
@@ -577,9 +576,8 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 # \tag{9.13}
 # $$
 #
-# The denominator is $m(s) - L$ of [(9.1)], *without* the penalty, which is not part of
-# the loss. For the damped step it is always negative. Since $(M + \delta I) s = -h$, we can
-# replace $h$ by $-M s - \delta s$:
+# The denominator is $m(s) - L$ of [(9.1)], *without* the penalty, which is not part of the loss. For the damped step it
+# is negative, if $h \ne 0$. Since $(M + \delta I) s = -h$, we can replace $h$ by $-M s - \delta s$:
 #
 # $$
 # \begin{aligned}
@@ -590,10 +588,10 @@ assert_exact(sum_step, of_mean.inverse(relative_damping(of_mean, 0.1)) @ V)
 # \tag{9.14}
 # $$
 #
-# So $\rho$ is positive if and only if the loss went down. A ratio near one says that the model was right,
-# one near zero or below that the step left the region in which it is. Hence the rule: above
-# $\tfrac34$ shrink the damping, below $\tfrac14$ raise it, in between leave it. Gradient, curvature
-# and both losses must be of the same batch, or the ratio measures the difference between batches.
+# So $\rho$ is positive if and only if the loss went down. A ratio near one says that the model was right, one near zero
+# or below that the step left the region in which it is. Hence the rule: above $\tfrac34$ shrink the damping, below
+# $\tfrac14$ raise it, in between leave it. Gradient, curvature and both losses must be of the same batch, or the ratio
+# also contains the difference between batches.
 
 # %% tags=["remove-input"]
 code(reduction_ratio, levenberg_marquardt)
@@ -612,10 +610,10 @@ assert [levenberg_marquardt(1.0, r, factor=0.5) for r in (0.9, 0.5, 0.1, -3.0)] 
 # %% [markdown]
 # ### A run
 #
-# A small network learns a wave from 40 points. We use two models of its loss: the exact GGN of all
-# weights together, and KFAC's blocks. Each predicts with its own $M$, so that for KFAC the ratio
-# judges the whole model: the quadratic form *and* the approximation of its curvature. A step after which
-# the loss is higher is not taken; only the damping changes.
+# A small network learns a wave from 40 points. We use two models of its loss: the exact GGN of all weights together,
+# and KFAC's blocks. Each prediction uses the model's own $M$, so that for KFAC the ratio measures the whole model: the
+# quadratic form *and* the approximation of its curvature. A step after which the loss is higher is not taken; only the
+# damping changes.
 
 
 # %%
@@ -731,8 +729,8 @@ effective = (stored - clean).diagonal()
 print(f"asked for {gamma}, got {effective.mean().item():.3f}")
 assert_exact(effective, torch.full((5,), gamma / (1 - decay)))
 # %% [markdown]
-# An optimiser with twenty times the damping still works, but the best value of its setting is far from that of other
-# implementations. [Chapter 8](08_matrices.py) ends with the same mistake in eigenvalues in place of an average.
+# An optimizer with twenty times the damping still works, but the best value of its setting is far from that of other
+# implementations. [Chapter 8](08_matrices.py) shows the same mistake with stored eigenvalues.
 #
 # **Pi or pi squared?** The traces give $\pi^2$. In one
 # [public discussion](https://github.com/Thrandis/EKFAC-pytorch/issues/4), a reader doubted lines
@@ -783,8 +781,8 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 #   most where one eigenvalue is large and the other small ([Theorem 9.2]). Without $\pi$ it depends on the scale of
 #   the factors.
 # - **Unit.** Damping has the unit of curvature: a loss that is multiplied by $c$ needs $c \delta$.
-# - **How much.** The reduction ratio compares the change of the loss with the model's prediction, and damping
-#   follows it.
+# - **How much.** The reduction ratio compares the change of the loss with the model's prediction. A low ratio raises
+#   the damping, a high one lowers it.
 #
 # ## Exercises
 #
@@ -847,7 +845,8 @@ assert_exact(forgotten, inv(A + 0.05 * I5))
 # <summary>Solution</summary>
 #
 # The ratio is $(p + 1) / (p + 1 + x + y)$. For a given product the sum $x + y$ is smallest at $x = y = \sqrt p$ and
-# grows without bound as one of them goes to zero. So mixed directions are shortened most, down to nothing.
+# grows without bound as one of them goes to zero. So mixed directions are shortened most: the ratio comes arbitrarily
+# close to zero.
 #
 # </details>
 #
