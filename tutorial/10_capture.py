@@ -13,22 +13,23 @@
 # %% [markdown]
 # # 10. Capture: how a program finds a and g
 #
-# **Part III: KFAC.** How does a program find the inputs $a$ and the vectors $g$ of every weight
-# in a network that somebody else wrote, and how does it know that it found all of them?
+# **Part III: KFAC.** How does a program find the inputs $a$ and the vectors $g$ of every weight in a network that
+# somebody else wrote, and how can it check that none is missing?
 #
 # [Chapter 4](04_layer_io.py) makes the block of a layer, its part of the GGN, from the layer's input $a$ and the
 # vectors $g$ that arrive at the layer's output when vectors are sent back from the network's outputs. Forward hooks
-# record $a$ and the place to ask for $g$. That is enough if every weight is used by calling its layer. PyTorch's
-# attention reads the weight of a layer and never calls the layer. This chapter records calls of *functions* instead
-# of layers, and checks the record. Let $f$ be the network's outputs, $v$ a random vector, and $g_c$ the derivative of
-# $v^\top f$ with respect to the output of call $c$. The recorded calls must explain the gradient:
+# record $a$ and the output whose derivative is $g$. Hooks are enough if every weight is used by calling its layer.
+# PyTorch's attention uses the weight of a layer and never calls the layer. This chapter records calls of *functions*
+# instead of layers, and checks the record. Let $f$ be the network's outputs, $v$ a random vector, and $g_c$ the
+# derivative of $v^\top f$ with respect to the output of call $c$. If no use of the weight $W$ is missing, the recorded
+# calls explain its gradient:
 #
 # $$
 # \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top .
 # $$
 #
-# *Capture* is the name for all of this: to run a network on a batch, record every $a$, and send vectors back from the
-# outputs for every $g$.
+# *Capture* means to run a network on a batch, to record every $a$, and to send vectors back from the outputs for every
+# $g$.
 
 # %%
 import textwrap
@@ -102,7 +103,7 @@ _ = torch.manual_seed(0)
 # - record the inputs and vectors of every use of a weight, whatever function uses it;
 # - check a record: no derivative may pass from one datum to another, and the recorded calls must explain the
 #   gradient;
-# - say which networks capture refuses and why, and what its checks cannot see.
+# - say for which networks capture raises an error and why, and which mistakes its checks cannot find.
 #
 # ## Why hooks are not enough
 #
@@ -246,9 +247,9 @@ for net in (twice, hooked):
 #
 # - *The input* is the first argument of `functional.linear`. If a third argument, the bias, is given, the row
 #   ends with a one. Otherwise it ends with a zero, because this call does not use the bias.
-# - *The weight* is the second argument: a parameter, or a view of one. A view has the tensor that it was taken
-#   from as `_base`, and its first entry's place there as `storage_offset()`. Both together tell which rows of
-#   which parameter a function used, if it used whole rows.
+# - *The weight* is the second argument: a parameter, or a view of one. A view has the tensor that it was taken from as
+#   `_base`, and its first entry's place there as `storage_offset()`. Parameter and place determine which rows a
+#   function used, if it used whole rows.
 # - *The place to ask for derivatives* is the output's edge in the graph of autograd. An edge is an
 #   operation in this graph and the number of one of its outputs; `get_gradient_edge` returns it. It stays the
 #   same if the tensor is overwritten later. An output that is a view is copied first; the next section
@@ -283,12 +284,11 @@ class Recorder(TorchFunctionMode):
 
 
 # %% [markdown]
-# The recorder does not know the model. So `matrices_of` lists the matrices $W$ of the model: for each its
-# name, the parameter that holds it, and its rows there. Then `by_functions` brings matrices and calls
-# together. A call that uses the rows of several matrices counts for each of them, with the entries of $g$
-# that belong to its rows. Inside attention, the axis of the positions comes before the axis of the data. If
-# `positions_first` is true, `by_functions` puts the data first. Both networks without attention get their exact
-# blocks:
+# The recorder has calls only, without the model's names. So `matrices_of` lists the matrices $W$ of the model: for each
+# its name, the parameter that holds it, and its rows there. Then `by_functions` brings matrices and calls together. A
+# call that uses the rows of several matrices counts for each of them, with the entries of $g$ that belong to its rows.
+# Inside attention, the axis of the positions comes before the axis of the data. If `positions_first` is true,
+# `by_functions` puts the data first. Both networks without attention get their exact blocks:
 
 
 # %%
@@ -365,11 +365,11 @@ for kind, x in (("samples", X), ("samples and positions", sequences)):
 
 # %% [markdown]
 # The package takes a missing derivative for zero, because an output may be unused. Without a copy, $g$ would be zero
-# here, and the second check below would refuse the network.
+# here, and the second check below would raise an error.
 #
-# A copy takes time, and there is another place to ask: the matrix product itself, `z._base`, which stays in
-# the graph. If the view $z$ has all entries of the product, the derivative with respect to the product is the
-# derivative with respect to $z$, in another shape:
+# A copy takes time. The derivative can also be asked for at the matrix product itself, `z._base`, which stays in the
+# graph. If the view $z$ has all entries of the product, the derivative with respect to the product is the derivative
+# with respect to $z$, in another shape:
 
 # %% tags=["hide-input"] fold="Checked: the derivative at the product is the one at the view"
 z = layer(sequences)
@@ -385,11 +385,11 @@ assert_exact(at_product.view_as(z), derivative(sequences, copy_of_view))
 #
 # ### A function that hides others
 #
-# The recorder still misses attention. PyTorch switches a mode off while the mode runs a function, or else the mode
-# would get its own calls again. Most functions that get a weight call no other function, so nothing is missed. A few
-# functions that are written in Python call others. Their first line asks whether a mode is on, and if so, gives the
-# whole call to the mode. The mode is switched off while it runs the function again, so it does not see which other
-# functions are called. One of these is `functional.multi_head_attention_forward`:
+# The recorder still has no calls from inside attention. PyTorch switches a mode off while the mode runs a function, or
+# else the mode would get its own calls again. Most functions that get a weight call no other function, so nothing is
+# missed. A few functions that are written in Python call others. Their first line asks whether a mode is on, and if so,
+# gives the whole call to the mode. The mode is switched off while it runs the function again, so it does not see which
+# other functions are called. One of these is `functional.multi_head_attention_forward`:
 
 # %% tags=["hide-input"] fold="Checked: no call behind the attention is in the list"
 with Names() as mode:
@@ -498,9 +498,9 @@ for func, rule, arguments in (
 # between.
 #
 # The recorder runs a function, tries its rules, and looks for the weight among the matrices $W$ of the model,
-# `_matrices`. A function may use whole matrices: then its weight begins at the first entry of one of them, in
-# the same parameter, and goes on with the same strides. Or it may use some consecutive rows of one matrix:
-# then `unused` has the numbers of rows before and after them, where the vectors get zeros.
+# `_matrices`. A function may use whole matrices: then its weight begins at the first entry of one of them, in the same
+# parameter, and has the same strides. Or it may use some consecutive rows of one matrix: then `unused` has the numbers
+# of rows before and after them, where the vectors get zeros.
 #
 # The outputs may be on another axis than the last, as in `W @ x`. Then `order` moves them to the last axis,
 # and the result is moved back. A model from `torch.compile` runs its functions in one piece that no mode
@@ -588,21 +588,21 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 #
 # So far a program has found *some* uses of $W$, and two conditions have been taken for granted. First, [Theorem 4.1]
 # assumes that data do not meet: $f_n$ has no derivative with respect to what a layer computes for another datum.
-# Second, the gradient is $\sum_s g_s a_s^\top$, [(4.3)], only if the recorded calls are all that the network does
-# with $W$. Neither condition can be read off a network's layers. Data may meet each other behind a layer, by a mean
-# over the batch, say. A weight may be used by a function that has no rule. Then the network can be trained, capture
-# without checks raises no error, and the block is wrong.
+# Second, the gradient is $\sum_s g_s a_s^\top$, [(4.3)], only if the recorded calls are all uses of $W$. Neither
+# condition can be read off a network's layers. Data may meet each other behind a layer, by a mean over the batch, say.
+# A weight may be used by a function that has no rule. Then the network can be trained, capture without checks raises no
+# error, and the block is wrong.
 #
 # The package therefore tries a network on a few of the data, after the forward pass of the batch and before any
 # vector of the loss is sent. One trial serves all
 # batches of one kind: with the same shapes and types of the inputs (the number of data may differ), the same
 # modes of the modules, and the same trainable parameters.
 #
-# 1. *Data do not meet.* Data $n$ and $m$ meet if $f_n$ has a derivative with respect to a layer's output $z_{ms}$.
-#    The package sends random vectors back from the network's outputs for a set of the data. At all data outside the
-#    set, the $g$ of every layer must be zero, exactly: no path leads there, so there is nothing to round. This is
-#    done for a few sets. For any two data there is a set with the first and without the second. What arrives from two
-#    data of a set could cancel, but for random vectors the probability of that is zero.
+# 1. *Data do not meet.* Data $n$ and $m$ meet if $f_n$ has a derivative with respect to a layer's output $z_{ms}$. The
+#    package sends random vectors back from the network's outputs for a set of the data. At all data outside the set,
+#    the $g$ of every layer must be zero, exactly: no path leads there, so no rounded number arises. This is done for a
+#    few sets. For any two data there is a set with the first and without the second. What arrives from two data of a
+#    set could cancel, but for random vectors the probability of that is zero.
 # 2. *The calls explain the gradient.* The package sends a random vector $v$ to all outputs. For every
 #    parameter, the gradient by plain autodiff must be the sum of $g a^\top$ over the recorded calls, up to
 #    rounding. The tolerance is a bound on the terms of this sum times the square root of the machine
@@ -636,14 +636,14 @@ for io, by_plain in zip(compiled.values(), expected.values(), strict=True):
 # linear function of $v$. If [(10.1)] fails for some $v$, the difference is zero on a proper subspace only. The drawn
 # vector lies in that subspace with probability zero, so [(10.1)] fails for it, too. $\blacksquare$
 #
-# The difference of both sides has a meaning. The derivative with respect to $W$ is a sum over all paths from $W$ to $f$
-# in the graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute $g_c a_c^\top$, because
-# $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the difference is the
-# contribution of all other paths, those through uses of $W$ that were not recorded.
+# The difference of both sides tells what is missing. The derivative with respect to $W$ is a sum over all paths from
+# $W$ to $f$ in the graph of the computation. The paths whose first step goes from $W$ to $z_c$ contribute
+# $g_c a_c^\top$, because $g_c$ is the derivative along all paths from $z_c$ to $f$. If the recording is right, the
+# difference is the contribution of all other paths, those through uses of $W$ that were not recorded.
 #
-# Equation [(10.1)] makes blocks exact, for this reason. Take for $v$ one of the vectors of the loss, $\sigma_{vn}$,
-# at the output of datum $n$, and zero at the others. If data do not meet, $g_c$ is zero at the rows of all data but
-# $n$. So the sum in [(10.1)] is over the rows of datum $n$, and by [(10.1)] it is the gradient $G_{vn}$ of
+# If [(10.1)] holds for all $v$, blocks are exact, for this reason. Take for $v$ one of the vectors of the loss,
+# $\sigma_{vn}$, at the output of datum $n$, and zero at the others. If data do not meet, $g_c$ is zero at the rows of
+# all data but $n$. So the sum in [(10.1)] is over the rows of datum $n$, and by [(10.1)] it is the gradient $G_{vn}$ of
 # [Theorem 4.1]. This proves the blocks for the data that are tried. For the rest of the batch it is assumed.
 #
 # The proof uses only that $g_c$ is linear in $v$ and that $a_c$ does not depend on $v$. So the second check also
@@ -691,10 +691,10 @@ alone = sets.unsqueeze(2) & ~sets.unsqueeze(1)  # the first of two data, and not
 assert torch.equal(alone.any(0), ~torch.eye(8, dtype=torch.bool))
 
 # %% [markdown]
-# Two sound networks and three unsound ones show what the checks find. In two of the unsound networks data
-# meet; in the third, `written_out` uses the weight in a way that no rule describes. The last column is the
-# error of the block. The package refuses all three. Its messages call a datum a sample. The last message ends with
-# the functions that got the weight, among them the multiplication in `written_out`.
+# Two sound networks and three unsound ones show what the checks find. In two of the unsound networks data meet; in the
+# third, `written_out` uses the weight in a way that no rule describes. The last column is the error of the block. The
+# package raises an error for all three. Its messages call a datum a sample. The last message ends with the functions
+# that got the weight, among them the multiplication in `written_out`.
 
 
 # %% tags=["hide-input"] fold="Checked: both checks pass sound networks only"
@@ -784,9 +784,9 @@ assert arriving["a layer"][:3].abs().max() == 0
 assert arriving["centred"][:3].abs().min() > 0
 
 # %% [markdown]
-# A value that is detached from the graph needs no special case. With the mean detached, a datum has an influence on
-# the outputs of others, but no derivative passes there. Autodiff leaves these derivatives out of the exact matrix,
-# too, and the blocks agree:
+# A value that is detached from the graph is a constant for capture as for the exact matrix. With the mean detached, a
+# datum has an influence on the outputs of others, but no derivative passes there. Autodiff leaves these derivatives out
+# of the exact matrix, too, and the blocks agree:
 
 # %% tags=["hide-input"] fold="Checked: a detached mean crosses nothing, and blocks are exact"
 detached = Uses(lambda layer, x: (z := layer(x)) - z.mean(0).detach())
@@ -1042,12 +1042,12 @@ by_trying = layer_ios(time_first, loss, square, y)
 assert max(errors(by_trying, time_first, loss, square, y).values()) <= EXACT
 
 # %% [markdown]
-# **What a trial cannot find.** A use of a weight may be zero on every datum that is tried, such as a use behind a
-# gate that is closed for all of them. Then nothing is unexplained, and capture is wrong for the datum whose gate
-# is open. A use whose effect is smaller than the tolerance is not seen, either. The tried data are spread over
-# the batch. So a gate that opens often is probably noticed, but there is no guarantee. Below, one gate is open.
-# If its datum is not tried, the block is wrong. If it is put first in the batch, it is tried, and the network is
-# refused:
+# **What a trial cannot find.** A use of a weight may be zero on every datum that is tried, such as a use behind a gate
+# that is closed for all of them. Then the recorded calls explain the gradient of the tried data, and the block is wrong
+# for the datum whose gate is open. A use whose effect is smaller than the tolerance is not found, either. The tried
+# data are spread over the batch. So a gate that opens often is probably noticed, but there is no guarantee. Below, one
+# gate is open. If its datum is not tried, the block is wrong. If it is put first in the batch, it is tried, and the
+# network is refused:
 
 
 # %% tags=["hide-input"] fold="Checked: a gate that is not tried is missed, one that is tried is refused"
@@ -1083,11 +1083,11 @@ refused(ValueError, net, loss, X, y)
 # %% [markdown]
 # ## In one minute
 #
-# - Forward hooks see calls of layers. Attention and code without layers use weights by functions.
+# - Forward hooks run at calls of layers. Attention and code without layers use weights by functions.
 # - A mode of PyTorch intercepts functions, and `opened` makes those inside of attention visible.
-# - Two checks on a few data: no derivative passes between data, and a random vector's gradient is the sum of
-#   $g a^\top$ over the recorded calls. Then blocks are exact for these data, with probability one.
-# - Capture refuses a network that fails a check. A use that has no effect on the tried data is not found.
+# - Two checks on a few data: no derivative passes between data, and a random vector's gradient is the sum of $g a^\top$
+#   over the recorded calls. If both hold, blocks are exact for these data, with probability one.
+# - Capture raises an error if a check fails. A use that has no effect on the tried data is not found.
 # - Expand and reduce agree for a head that reads a mean over positions. For keys of attention, reduce is zero.
 #
 # ## Exercises
