@@ -13,12 +13,12 @@
 # %% [markdown]
 # # 12. The quadratic model: lengths from exact curvature
 #
-# **Part IV: Training.** How long should a step be, and how much of the previous step should it keep, if the exact
-# curvature of the batch may decide?
+# **Part IV: Training.** How long should a step be, and how much of the previous step should it keep, by the exact
+# curvature of the batch?
 #
-# KFAC uses blocks because a *direction* must be cheap. A *length* along a given direction is a single number, and for
-# one number the exact curvature of all layers is affordable. [Figure 12.1] shows what lengths from exact curvature
-# change where two layers interact.
+# For a *direction* the exact curvature of all layers is too expensive, and KFAC uses blocks instead. The *length* along
+# a given direction is a single number, and for it the exact curvature is affordable. [Figure 12.1] shows runs with such
+# lengths on a loss where two layers interact.
 
 # %% tags=["hide-input"]
 import math
@@ -216,7 +216,8 @@ plt.show()
 # where the model's value is $\tfrac12 h^\top \Delta$. The entries of the matrix need no product of $C$ with a vector.
 # Since $C = \sum_n J_n^\top H_n J_n$, we have $u^\top C w = \sum_n (J_n u)^\top H_n (J_n w)$, and $J_n u$ is one
 # forward derivative. So learning rate and momentum together cost two forward derivatives. In the code, `ggn_gram`
-# computes $U^\top C\, U$ in this way, and a pseudo-inverse covers the first step, where $\Delta_0 = 0$.
+# computes $U^\top C\, U$ in this way, and a pseudo-inverse is used because the matrix is singular in the first step,
+# where $\Delta_0 = 0$.
 
 # %% tags=["remove-input"]
 code(quadratic_model, _minimised)
@@ -234,12 +235,12 @@ code(quadratic_model, _minimised)
 #
 # </div>
 #
-# **Proof.** Step $t$ of the conjugate gradient method goes along $d_t = -P_t + \beta_t d_{t-1}$, where $d_{t-1}$ is
-# a multiple of the method's previous change $\Delta_{t-1}$. So its next change lies in the plane of $P_t$ and
-# $\Delta_{t-1}$. The method is known to reach the minimum over *all* points
-# $\theta_0 + \operatorname{span}(P_1, \dots, P_t)$. This set contains the plane through the present point, so that
-# the method reaches the minimum over this plane, too. [(12.2)] computes the same minimum. By induction both are at
-# the same point, with the same previous change. $\blacksquare$
+# **Proof.** Step $t$ of the conjugate gradient method goes along $d_t = -P_t + \beta_t d_{t-1}$, where $d_{t-1}$ is a
+# multiple of the method's previous change $\Delta_{t-1}$. So the next change of the method lies in the plane of $P_t$
+# and $\Delta_{t-1}$. The method is known to reach the minimum over *all* points
+# $\theta_0 + \operatorname{span}(P_1, \dots, P_t)$. This set contains the plane through the present point, so that the
+# method reaches the minimum over this plane, too. [(12.2)] computes the same minimum. By induction both are at the same
+# point, with the same previous change. $\blacksquare$
 #
 # The optimizer satisfies the premise if its preconditioner is fixed. `invert` is a function that we can pass, so we
 # pass one that ignores the curvature. Beside it runs the textbook's method of conjugate gradients:
@@ -410,14 +411,13 @@ assert history[-1]["damping"] < 0.1 * history[0]["damping"]
 # %% [markdown]
 # The learning rate is far below one in the whole run. Along KFAC's direction the exact curvature is several times
 # KFAC's, because of the approximation within layers and because of the missing blocks between layers; $\eta$ corrects
-# the common length. The momentum adds a second direction. The learning rate has teeth with a period of five steps,
-# the period in which matrices and inverses are renewed: with a fresh inverse the step is longer than with the same
-# inverse four steps later.
+# the common length. The momentum adds a second direction. The learning rate jumps every five steps, when matrices and
+# inverses are renewed: with a fresh inverse the step is longer than with the same inverse four steps later.
 #
-# **Limits of the model.** Its gradient and its curvature are those of the *batch*. On a small batch the two numbers
-# fit the noise of this batch, and the momentum continues a step that fitted the noise of another one. So use the
-# model with large batches. The parameters of another optimizer, `rest=` in [Chapter 13](13_in_practice.py), are not
-# in the model.
+# **Limits of the model.** The model's gradient and curvature are those of the *batch*. On a small batch the two numbers
+# fit the noise of this batch, and the momentum continues a step that fitted the noise of another one. So use the model
+# with large batches. The parameters of another optimizer, `rest=` in [Chapter 13](13_in_practice.py), are not in the
+# model.
 #
 # ## Paths on a landscape
 #
@@ -437,10 +437,10 @@ assert right_paths["KFAC, quadratic model"][1] < 1.1 * floor
 assert right_paths["KFAC"][1] > 5 * floor
 
 # %% [markdown]
-# With two parameters the plane of $P$ and $\Delta_0$ is the whole space. From the second step on, the quadratic model
-# therefore computes the exact damped Gauss-Newton step at its point. Only its first step differs from a run with the
-# exact GGN, and both runs end with nearly the same loss. In a real network the plane is two directions out of many.
-# There, too, the model contains curvature between layers, which blocks do not.
+# With two parameters the plane of $P$ and $\Delta_0$ is the whole space, if they are not parallel. From the second step
+# on, the quadratic model therefore computes the exact damped Gauss-Newton step at its point. Only its first step
+# differs from a run with the exact GGN, and both runs end with nearly the same loss. In a real network the plane is two
+# directions out of many. There, too, the model contains curvature between layers, which blocks do not.
 #
 # ## Spectra during training
 #
@@ -529,8 +529,8 @@ plt.show()
 #   the plane of KFAC's direction and the previous change, [(12.2)]. They cost two forward derivatives.
 # - **Conjugate gradients.** On a quadratic loss with a fixed preconditioner the steps are those of conjugate
 #   gradients ([Theorem 12.1]).
-# - **Between layers.** The model contains the blocks between layers, and the parts of each block, that KFAC leaves
-#   out. In the autoencoder its learning rate is well below one for this reason.
+# - **Between layers.** The model contains the blocks between layers, and the parts of each block, that KFAC leaves out.
+#   In the autoencoder the learning rate is well below one for this reason.
 # - **Damping.** The rule of Levenberg and Marquardt compares the model's prediction with the change of the loss.
 # - **When.** Use the model with large batches. Renew matrices often at first, when spectra change, and less often
 #   later.
@@ -603,8 +603,8 @@ def check_rates(rates) -> None:
 #
 # </details>
 #
-# **Exercise 12.3.** What is the reduction ratio of *any* step if the loss is a quadratic function and $C$ its
-# Hessian? What does the rule of Levenberg and Marquardt then do to the damping?
+# **Exercise 12.3.** What is the reduction ratio of *any* step (with a prediction other than zero) if the loss is a
+# quadratic function and $C$ its Hessian? What does the rule of Levenberg and Marquardt then do to the damping?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
