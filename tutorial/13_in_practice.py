@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 13. In practice: results, use, and silent mistakes
 #
-# **Part IV: Training.** What does KFAC gain in a training run, how is it used, and what goes wrong without an error?
+# **Part IV: Training.** What does KFAC gain in a training run, how is it used, and which mistakes raise no error?
 #
 # The settings of every method below were searched with the same effort. The runs in the figure and in the table are
 # from seeds that the search has not seen.
@@ -161,9 +161,10 @@ if results:
 plt.show()
 
 # %% [markdown]
-# Steps to the target on the four tasks of [Figure 13.1]: the median over seeds, and below it the quartiles. If the
-# median run misses the target, the table says how many runs hit it. `KFAC` is KFAC-expand, [Chapter 14](14_ekfac.py)
-# derives EKFAC, and the control `no curvature` is explained below.
+# The next table has the steps to the target on the four tasks of [Figure 13.1], a vision transformer (T1), a graph
+# network (T2), an autoencoder (T3) and a convolutional network (T4): the median over seeds, and below it the quartiles.
+# If the median run misses the target, the table says how many runs hit it. `KFAC` is KFAC-expand,
+# [Chapter 14](14_ekfac.py) derives EKFAC, and the control `no curvature` is explained below.
 
 # %% tags=["remove-input"]
 by_task("steps", 0)
@@ -180,7 +181,7 @@ by_task("steps", 0)
 #
 # with averaged factors $A$ and $B$ ([Chapter 11](11_averages.py)), the gradient $G$ of the layer, factored damping
 # $\delta$ with its $\pi$ ([Chapter 9](09_damping.py)), Adam's step $u$ for this layer, and the previous change
-# $\Delta_0$. The fraction is the *graft*: $P$ gives the direction of the step and $u$ its length
+# $\Delta_0$. The fraction is the *graft*: $P$ gives the direction of the new part of the step and $u$ its length
 # ([Chapter 11](11_averages.py)).
 #
 # After this chapter you will be able to
@@ -203,7 +204,7 @@ by_task("steps", 0)
 # - All KFAC methods have the graft. `no curvature` is a control: the same code with a damping
 #   of 1000, which leaves the gradient with the graft. A gain of this control is not due to curvature.
 #
-# A step of KFAC costs more than a step of AdamW. So CPU seconds are the second question:
+# A step of KFAC costs more than a step of AdamW. So the next table has the CPU seconds to the target:
 
 # %% tags=["remove-input"]
 by_task("cpu", 2)
@@ -280,11 +281,11 @@ Markdown(conclusions if results else ABSENT)
 
 # %% [markdown]
 # These sentences have limits. The searches are short, so that SGD and AdamW miss targets for which a longer search
-# might have found settings; the comparison is of what equal effort finds. Another search would end with other
-# settings: [Chapter 23](23_comparison.py) searches for KFAC under six fixed combinations of average and damping, and
-# the results of these six searches differ much. The networks are small, and $d_\text{in}^3 + d_\text{out}^3$, the
-# cost of the inverses, grows faster with the width than any other cost of a step. A search for every method is rarely
-# possible in practice, and KFAC has more settings than AdamW. The cell below has all numbers.
+# might have found settings; the comparison is of what equal effort finds. Another search may end with other settings:
+# [Chapter 23](23_comparison.py) searches for KFAC under six fixed combinations of average and damping, and the results
+# of these six searches differ much. The networks are small, and $d_\text{in}^3 + d_\text{out}^3$, the cost of the
+# inverses, grows faster with the width than any other cost of a step. A search for every method is rarely possible in
+# practice, and KFAC has more settings than AdamW. The cell below has all numbers.
 
 # %% tags=["hide-input", "hide-output"] fold="Measured: all numbers of the four tasks"
 lines = []
@@ -315,17 +316,16 @@ print("\n".join(lines) or ABSENT)
 #
 # - **Graft**, so that a learning rate means the same for every layer and damping. Its averages
 #   are shorter than Adam's own: $\beta = (0.9, 0.99)$.
-# - **Factored damping**, small, since the length of the step does not depend on it.
+# - **Factored damping**, small. With the graft it changes the direction of a step, not its length.
 # - **Periods that begin with 1** and grow to 10. A short run depends on its first matrices, and a long
 #   one should not pay for frequent renewals.
 # - **AdamW** for parameters without a block.
 #
-# They were chosen by a random search over the first four tasks together, on seeds that are not those
-# below, with a constant learning rate. They were given a bound in advance: at most 1.5 times the steps of KFAC with
-# settings searched for each task and with a schedule. Of several searches the one with the fewest steps counts: on T4
-# that is one of the six in [Chapter 23](23_comparison.py), which found a faster setting than the search above. The
-# fifth task is a language model that writes the manual of Python character by character. It took no part in the
-# choice.
+# They were chosen by a random search over the first four tasks together, on seeds that are not those below, with a
+# constant learning rate. Their bound was fixed in advance: at most 1.5 times the steps of KFAC with settings searched
+# for each task and with a schedule. Of several searches the one with the fewest steps counts: on T4 that is one of the
+# six in [Chapter 23](23_comparison.py), which found a faster setting than the search above. The fifth task is a
+# language model that writes the manual of Python character by character. It took no part in the choice.
 
 # %% tags=["hide-input"] fold="Checked: the defaults against their bound"
 file_of_defaults = RESULTS / "defaults-cpu.json"
@@ -352,8 +352,8 @@ tasks no mean loss between two measurements was above the loss at the start.
 Markdown(f"{table([head, *body])}\n\n{text}" if bare else ABSENT)
 
 # %% [markdown]
-# The defaults were chosen on four of these five small problems. The table is no promise for another problem. A run
-# with the defaults is a baseline before a search.
+# The defaults were chosen on four of these five small problems. On another problem they may do worse. A run with the
+# defaults is a baseline before a search.
 #
 # ## Using it
 #
@@ -471,7 +471,7 @@ for name, options in variants.items():
     assert statistics.mean(losses[-5:]) < 0.7 * losses[0]
 
 # %% [markdown]
-# Few steps with one learning rate do not say which is best. They say that all of them run.
+# Few steps with one learning rate do not show which is best, only that all of them run.
 #
 # ### Mixed precision
 #
@@ -499,10 +499,9 @@ assert value < 1.5
 # %% [markdown]
 # ### Stop and go on
 #
-# `state_dict` holds the matrices, the inverses, the counters and, if a generator was given, its
-# state. These are tensors and numbers only, so that `torch.load` reads them with `weights_only=True`. A run
-# that was interrupted ends at the same bits as one that was not. (The schedule has a state of its
-# own.)
+# `state_dict` holds the matrices, the inverses, the counters and, if a generator was given, its state. These are
+# tensors and numbers only, so that `torch.load` reads them with `weights_only=True`. A run that was interrupted ends
+# with the same bits as a run without a break. (The schedule has a state of its own.)
 
 
 # %%
@@ -572,14 +571,14 @@ assert all(math.isfinite(value) for value in went_on)
 # %% [markdown]
 # ### What is promised
 #
-# A step that raises leaves no trace, wherever it raises: in `observe`, in a control, in `record`, or by Ctrl-C
-# between two parameters. Three things make this possible. Matrices are values: `observe` makes new ones, and `step`
-# decides whether they replace the old ones. Inputs, matrices, gradients, inverses and the step are checked before the
-# first parameter moves; this takes one sum for each tensor and one transfer from the device. And the optimizer keeps
-# the old values of what it writes in place until the step is complete.
+# A step that raises an error changes no parameter and no matrix, wherever the error occurs: in `observe`, in a control,
+# in `record`, or by Ctrl-C between two parameters. Three things make this possible. Matrices are values: `observe`
+# makes new ones, and `step` decides whether they replace the old ones. Inputs, matrices, gradients, inverses and the
+# step are checked before the first parameter moves; this takes one sum for each tensor and one transfer from the
+# device. And the optimizer keeps the old values of what it writes in place until the step is complete.
 #
-# An infinite input is a good test, since `Tanh` hides it from the loss. One run gets such a batch and skips it. A
-# second run never gets it.
+# An infinite input is a good test, since the loss stays finite behind a `Tanh`. One run gets such a batch and skips it.
+# A second run never gets it.
 
 
 # %%
@@ -611,12 +610,11 @@ print("the same parameters, to the last bit")
 #
 # Most of the following mistakes are in public code. None of them raises an error.
 #
-# **Two mistakes that compensate each other.**
-# [One implementation](https://github.com/lzhangbv/kfac_pytorch) has `factor_decay=0.95` and
-# computes `alpha * new + (1 - alpha) * current`. So the decay is the weight of the *new* matrix, and there is hardly
-# an average. The same code adds damping to the running factor in place, and by [(9.15)] this multiplies the damping
-# by $1 / (1 - \rho)$, which is 20 for the decay that was meant. With the decay on the wrong side, the factor is
-# $1 / 0.95$ and is not noticed. Repairing the decay alone gives twenty times the damping.
+# **Two mistakes that compensate each other.** [One implementation](https://github.com/lzhangbv/kfac_pytorch) has
+# `factor_decay=0.95` and computes `alpha * new + (1 - alpha) * current`. So the decay is the weight of the *new*
+# matrix, and old matrices have hardly any weight. The same code adds damping to the running factor in place, and by
+# [(9.15)] this multiplies the damping by $1 / (1 - \rho)$, which is 20 for the decay that was meant. With the decay on
+# the wrong side, the factor is $1 / 0.95$ and is not noticed. Repairing the decay alone gives twenty times the damping.
 
 # %%
 for decay in (0.95, 0.05):
@@ -657,11 +655,11 @@ assert_exact(mean_of_outer_products(X4, y4), mean_of_outer_products(X, y) / 16)
 # **A learning rate without effect.** Both implementations clip the step with the current rate, $\eta^2$ in [(11.9)].
 # While the clip is active, the rate cancels, and a schedule of it has no effect.
 #
-# **A damping that arrives late.** An inverse holds the damping that it was made with. If the damping
-# is adapted in every step and the inverse renewed in every tenth, nine of ten values are never
-# used, and the reduction ratio judges another damping than the one that it changes. So our optimizer
-# inverts anew in the step after an adaptation. (With an eigendecomposition at hand, another damping
-# costs nothing, [(9.5)].) The same holds for a damping that you set by hand or by a schedule:
+# **A damping that arrives late.** An inverse holds the damping that it was made with. If the damping is adapted in
+# every step and the inverse renewed in every tenth, nine of ten values are never used, and the reduction ratio belongs
+# to another damping than the one that is adapted. So our optimizer inverts anew in the step after an adaptation. (With
+# an eigendecomposition at hand, another damping costs nothing, [(9.5)].) The same holds for a damping that you set by
+# hand or by a schedule:
 
 # %%
 optimizer = KFAC(network(), loss, **plain_rule | {"damping": 1e-2})
@@ -673,8 +671,8 @@ V = torch.randn(16, 65)
 assert_exact(optimizer.inverses["0"] @ V, optimizer.matrices["0"].inverse(1.0) @ V)
 
 # %% [markdown]
-# **A setting that was judged by one seed.** The best of many settings on one seed is partly luck,
-# and so are the last percents of a curve. Judge on seeds that the search has not seen.
+# **A setting that was judged by one seed.** The best of many settings on one seed is partly luck, and so is a small
+# difference at the end of a curve. Judge on seeds that the search has not seen.
 #
 # ## In one minute
 #
