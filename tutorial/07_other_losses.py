@@ -177,8 +177,8 @@ for fisher in (type2, type2_classwise):
 # %% [markdown]
 # ## Weights, smoothing, soft targets
 #
-# The options of PyTorch's losses change the Hessian in a simple way. With each of them a term is a weighted sum of
-# log-probabilities, and every $-\log p_c$ has the *same* Hessian [(3.3)], which does not depend on $c$:
+# The options of PyTorch's losses change the Hessian in a simple way. With each of them the term of a label is a
+# weighted sum of log-probabilities, and every $-\log p_c$ has the *same* Hessian [(3.3)], which does not depend on $c$:
 #
 # $$
 # \ell = -\sum_c q_c w_c \log p_c
@@ -232,7 +232,7 @@ for name, (loss, y) in options.items():
     assert ignoring < 1e-10 if name in ("label_smoothing", "soft targets") else ignoring > 0.1
 
 # %% [markdown]
-# With weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no longer the
+# With class weights, the sum of $e^{-\ell(f, y)}$ over the labels $y$ depends on $f$, so that $\ell$ is no longer the
 # negative log-likelihood of a distribution. The GGN exists all the same. `monte_carlo` draws from the unweighted model
 # and multiplies by the same square root. The reference function `fisher`, which follows the definition, raises an
 # error:
