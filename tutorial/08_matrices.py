@@ -61,7 +61,7 @@ def spd(size: int, floor: float = 0.1) -> Tensor:
     return M @ M.T / size + floor * torch.eye(size)
 
 
-# %% tags=["hide-input"] alt="Left: a heat map of the base-ten logarithm of all products of eigenvalues of a 12 by 20 layer, falling from one corner to the opposite one. Right: on log axes, the factor by which each direction is scaled against its eigenvalue: a straight line falling with slope minus one without damping, flattening out to the left of the damping for two damped inverses." caption="Left: logarithms of all eigenvalues of the product, one for each pair of eigenvalues of the factors. Right: the number with which the inverse multiplies each direction. With damping $\delta$ it is at most $1 / \delta$."
+# %% tags=["hide-input"] alt="Left: a heat map of the base-ten logarithm of all products of eigenvalues of a 12 by 20 layer, falling from one corner to the opposite one. Right: on log axes, the factor by which each direction is scaled against its eigenvalue: a straight line falling with slope minus one without damping, flattening out to the left of the damping for two damped inverses." caption="Left: logarithms of all eigenvalues of the product, one for each pair of eigenvalues of the factors. Right: the number with which the inverse multiplies each direction. With damping $\\delta$ it is at most $1 / \\delta$."
 spread = Kronecker(torch.logspace(0, -4, 20).diag(), torch.logspace(0, -3, 12).diag())
 table = spread.eigen().scale.flip((0, 1))
 eigenvalues = spread.eigenvalues().cpu().numpy()
@@ -166,8 +166,7 @@ assert_exact(M.trace(), dense.trace())
 #
 # So every pair of eigenvectors gives an eigenvector, and every *product* of eigenvalues an eigenvalue. There are
 # $d_\text{out} d_\text{in}$ pairs. If the $q$ are orthonormal and the $r$ are, then so are the $r \otimes q$, as
-# $(r \otimes q)^\top (r' \otimes q') = (r^\top r')(q^\top q')$. They are a basis, so these are all eigenvectors that
-# are needed.
+# $(r \otimes q)^\top (r' \otimes q') = (r^\top r')(q^\top q')$. They are a basis, so there are no further eigenvalues.
 #
 # Collect eigenvectors as the columns of $Q_A$ and $Q_B$. By [(1.5)], the eigenvector
 # $r \otimes q$ is the matrix $r q^\top$ with its rows lined up; so the coefficient of $V$ along
