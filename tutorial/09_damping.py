@@ -263,10 +263,10 @@ assert lengths == sorted(lengths, reverse=True)
 # $$
 #
 # Where $\lambda_i$ is far above $\delta$, the filter is one and the step is Newton's. Where it is far below, the step
-# is a gradient step with learning rate $1 / \delta$. At $\lambda_i = \delta$ both are equal, and the step is half as
-# long. So $\delta$ is a place on the axis of eigenvalues: in the directions with larger eigenvalues the curvature is
-# trusted. The sum of the filter over all directions, $\sum_i \lambda_i / (\lambda_i + \delta)$, counts these
-# directions. The cell does so for the first layer.
+# is a gradient step with learning rate $1 / \delta$. At $\lambda_i = \delta$ the Newton step and this gradient step are
+# equal, and the damped step is half as long. So $\delta$ is a place on the axis of eigenvalues: in the directions with
+# larger eigenvalues the curvature is trusted. The sum of the filter over all directions,
+# $\sum_i \lambda_i / (\lambda_i + \delta)$, counts these directions. The cell does so for the first layer.
 
 # %%
 K = factors["0"]
@@ -350,8 +350,8 @@ assert_exact(by_hand.flatten(), inv(kron(B, A) + 0.1 * I15) @ G.flatten())
 # $$
 #
 # The first two terms are the exactly damped matrix; $E_\pi$ is the error. For $\pi = 1$ this is [(1.11)]. In general no
-# $\pi$ makes $E_\pi$ vanish, but one $\pi$ makes its trace smallest. The trace is the sum of its eigenvalues, with
-# $\operatorname{tr}(B \otimes I) = d_\text{in} \operatorname{tr} B$:
+# $\pi$ makes $E_\pi$ vanish, but one $\pi$ makes its trace, the sum of its eigenvalues, smallest. With
+# $\operatorname{tr}(B \otimes I) = d_\text{in} \operatorname{tr} B$, the trace is
 #
 # $$
 # \operatorname{tr} E_\pi
