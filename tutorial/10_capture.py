@@ -18,11 +18,11 @@
 #
 # [Chapter 4](04_layer_io.py) makes the block of a layer, its part of the GGN, from the layer's input $a$ and the
 # vectors $g$ that arrive at the layer's output when vectors are sent back from the network's outputs. Forward hooks
-# record $a$ and the output whose derivative is $g$. Hooks are enough if every weight is used by calling its layer.
-# PyTorch's attention uses the weight of a layer and never calls the layer. This chapter records calls of *functions*
-# instead of layers, and checks the record. Let $f$ be the network's outputs, $v$ a random vector, and $g_c$ the
-# derivative of $v^\top f$ with respect to the output of call $c$. If no use of the weight $W$ is missing, the recorded
-# calls explain its gradient:
+# record $a$ and the output, with respect to which $g$ is the derivative. Hooks are enough if every weight is used by
+# calling its layer. PyTorch's attention uses the weight of a layer and never calls the layer. This chapter records
+# calls of *functions* instead of layers, and checks the record. Let $f$ be the network's outputs, $v$ a random vector,
+# and $g_c$ the derivative of $v^\top f$ with respect to the output of call $c$. If no use of the weight $W$ is missing,
+# the recorded calls explain its gradient:
 #
 # $$
 # \frac{\partial (v^\top f)}{\partial W} = \sum_c g_c a_c^\top .
