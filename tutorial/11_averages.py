@@ -160,7 +160,8 @@ plt.show()
 # After this chapter you will be able to
 #
 # - write KFAC's optimizer as a loop of ten lines, and explain each of them;
-# - average matrices over batches without a start value, and recognise the two mistakes that public code makes here;
+# - average matrices over batches without a start value, and recognise two mistakes of public code, a decay on the wrong
+#   side and a start at the identity;
 # - say what each control bounds, and notice when a learning rate has no effect.
 #
 # In all comparisons the networks start with the same weights and get the same batches, so that only the optimizer
@@ -824,7 +825,7 @@ assert abs(ratio - 1) > 0.05
 # - **One loop.** For every layer the optimizer averages a matrix, inverts it with damping, and multiplies the gradient:
 #   [(11.1)]. It observes batches with vectors of its own, every few steps.
 # - **Averages.** With the weight $w_t = (1 - \rho) / (1 - \rho^t)$ of the newest matrix, the average is right from the
-#   first batch on, without a start value ([Theorem 11.1]). In this book the decay $\rho$ belongs to the *old* matrix.
+#   first batch on, without a start value ([Theorem 11.1]). Here the decay $\rho$ belongs to the *old* matrix.
 # - **No start at the identity.** A start at $I$ acts as a factored damping $\gamma_t^2$ that decays with $t$, [(11.6)].
 # - **Length.** Damping and learning rate both change the length of a step. A control bounds or sets it by one measure:
 #   the change of the predictions (KL clip), the norm, or Adam's length (graft).
