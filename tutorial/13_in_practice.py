@@ -316,7 +316,7 @@ print("\n".join(lines) or ABSENT)
 #
 # - **Graft**, so that a learning rate means the same for every layer and damping. Its averages
 #   are shorter than Adam's own: $\beta = (0.9, 0.99)$.
-# - **Factored damping**, small. With the graft it changes the direction of a step, not its length.
+# - **Factored damping**, small. With the graft it changes the direction of $P$, not the length of the step along it.
 # - **Periods that begin with 1** and grow to 10. A short run depends on its first matrices, and a long
 #   one should not pay for frequent renewals.
 # - **AdamW** for parameters without a block.
@@ -658,8 +658,8 @@ assert_exact(mean_of_outer_products(X4, y4), mean_of_outer_products(X, y) / 16)
 # **A damping that arrives late.** An inverse holds the damping that it was made with. If the damping is adapted in
 # every step and the inverse renewed in every tenth, nine of ten values are never used, and the reduction ratio belongs
 # to another damping than the one that is adapted. So our optimizer inverts anew in the step after an adaptation. (With
-# an eigendecomposition at hand, another damping costs nothing, [(9.5)].) The same holds for a damping that you set by
-# hand or by a schedule:
+# an eigendecomposition at hand, another damping needs no other decomposition, [(9.5)].) The same holds for a damping
+# that you set by hand or by a schedule:
 
 # %%
 optimizer = KFAC(network(), loss, **plain_rule | {"damping": 1e-2})
