@@ -15,10 +15,10 @@
 #
 # **Part VIII: Curvature in use.** Can networks that were trained apart become one, without their data?
 #
-# Each network comes with its weights and with a curvature matrix for each layer. The curvature tells which directions
-# of the weights its data have determined. The merged network should have the weights of this network along these
-# directions. A plain average of the weights treats all directions alike. [Figure 32.1] compares the plain average with
-# merging by curvature.
+# Each network comes with its weights and with a curvature matrix for each layer. Where the curvature is
+# large, the data of the network have determined the weights. Along these directions the merged network should have the
+# weights of that network. A plain average of the weights treats all directions alike. [Figure 32.1] compares the plain
+# average with merging by curvature.
 
 # %% tags=["hide-input"]
 from collections.abc import Callable
@@ -188,7 +188,7 @@ for way in found[0]:
     results[way] = [accuracy(f, having(f.start, W[way])) for f, W in both]
 results["joint training"] = [accuracy(f, f.joint) for f in families]
 
-# %% tags=["hide-input"] fold="Code of the figure" alt="Horizontal bars of test accuracy on all ten digits. Models 1 and 2 read about half of the test images, less than the start. KFAC without the decay is below the start. The average, the diagonal and KFAC with the start counted twice are above it, KFAC with the start counted once and RegMean are higher, and joint training is the highest." caption="Test accuracy on all ten digits. Model 1 has seen only the digits 0 to 4 in its training, model 2 only 5 to 9. Orange: merged from these two. Blue: trained. All ways to merge but one read most digits; RegMean, which uses only the inputs, is the best of them. Bars: the median of four repetitions. Lines: from the worst to the best."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Horizontal bars of test accuracy on all ten digits. Models 1 and 2 read about half of the test images, less than the start. KFAC without the decay is below the start. The average, the diagonal and KFAC with the start counted twice are above it, KFAC with the start counted once and RegMean are higher, and joint training is the highest." caption="Test accuracy on all ten digits. Model 1 has seen only the digits 0 to 4 in its training, model 2 only 5 to 9. Orange: merged from these two. Blue: trained. Every way to merge except KFAC without the decay is above the start. RegMean, which uses only the inputs, is the best of them. Bars: the median of four repetitions. Lines: from the worst to the best."
 fig, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
 names = list(results)
 middle = [median(results[name]) for name in names]
@@ -221,9 +221,9 @@ plt.show()
 #
 # A network learns to read all ten digits from a few images. This network is called the **start**. Then two copies of
 # the start are trained further: model 1 sees only images of the digits 0 to 4, model 2 only images of 5 to 9. The
-# images of the start are among them. Both have a weight decay towards the start. The goal is a network that reads all
-# ten digits. Joint training, on the data of both models and with the same decay, shows what is possible. The experiment
-# is repeated four times, with other data and other random weights.
+# images that have trained the start are among them. Both have a weight decay towards the start. The goal is a network
+# that reads all ten digits. Joint training, on the data of both models and with the same decay, shows what is possible.
+# The experiment is repeated four times, with other data and other random weights.
 #
 # [Figure 32.1] compares these networks with six ways to merge models 1 and 2. The next section explains each of them.
 # "Start once" and "start twice" tell how often the decay towards the start is counted. Some pixels are always zero, so
@@ -250,10 +250,10 @@ for other in ("diagonal", "KFAC, start twice"):
     assert min(gains) > -0.005
 
 # %% [markdown]
-# Each model forgets the digits that it does not see. All merged networks but one read most images of all ten digits,
-# although they were merged from weights and matrices alone, without images. KFAC with the start counted once is better
-# than the average in every repetition. In the mean of the repetitions, it is also better than the diagonal and than
-# KFAC with the start counted twice; in a single repetition these three may be equal.
+# Each model forgets the digits that it does not see. Except for KFAC without the decay, the merged networks are better
+# than the start, although they were merged from weights and matrices alone, without images. KFAC with the start counted
+# once is better than the average in every repetition. In the mean of the repetitions, it is also better than the
+# diagonal and than KFAC with the start counted twice; in a single repetition these accuracies may be equal.
 #
 # The next sections answer two questions: which equation the matrices enter, and why KFAC without the decay is the worst
 # way of all.
@@ -286,8 +286,8 @@ for other in ("diagonal", "KFAC, start twice"):
 # $$
 #
 # Suppose that all $M_k$ share an eigenvector. If one network has much more curvature along this eigenvector than the
-# others, and much more than the decay, the merged weights along it are nearly those of this network. Each layer is
-# merged on its own.
+# others, and much more than the decay, the merged weights along it are nearly those of this one network. Each layer
+# is merged on its own.
 #
 # The choice of $M_k$ is the method:
 #
@@ -302,8 +302,9 @@ for other in ("diagonal", "KFAC, start twice"):
 # sum over the data. The table compares only the matrices, for $\delta = 0$. With equal matrices and a decay, the
 # solution is not the average.
 #
-# "KFAC, start once" in [Figure 32.1] is [(32.1)]. "KFAC, start twice" leaves out its last term and has $2 \delta$ in
-# place of $\delta$ on the left. This is the maximum of the product of both posteriors, in which the prior occurs twice.
+# "KFAC, start once" in [Figure 32.1] is [(32.1)]. "KFAC, start twice" leaves out the last term of [(32.1)] and has
+# $2 \delta$ in place of $\delta$ on the left. This is the maximum of the product of both posteriors, in which the prior
+# occurs twice.
 #
 # The sum of several Kronecker products is in general not a Kronecker product. So [(32.1)] is solved by conjugate
 # gradients, which need only products with each $M_k$. The function below takes $W - W_0$ as the unknown and has
@@ -316,7 +317,7 @@ code(merged_block)
 # [Figure 32.2] shows an example with two weights. The data of network 1 mainly determine the first weight, those of
 # network 2 the second.
 
-# %% tags=["hide-input"] fold="Code of the figure" alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the long axes of the two ellipses." caption="Two networks in a plane of two weights. Each ellipse is a level line of the objective of one network, its loss with the decay. It is narrow along the weight that the data of this network determine. The merged weights of [(32.1)] take the first weight from network 1 and the second from network 2, and are also those of joint training. The average does not."
+# %% tags=["hide-input"] fold="Code of the figure" alt="A plane of two weights. The ellipse around network 1 is narrow in the first weight, the ellipse around network 2 is narrow in the second. The average lies between both networks. The merged point lies near the crossing of the long axes of the two ellipses." caption="Two networks in a plane of two weights. Each ellipse is a level line of the objective of one network, its loss with the decay. It is narrow along the weight that the data of this network determine. The merged weights of [(32.1)] have nearly the first weight of network 1 and the second of network 2. They are also those of joint training. The average is not."
 Hs = [torch.diag(torch.tensor([9.0, 0.3])), torch.diag(torch.tensor([0.3, 9.0]))]
 targets, decay = [torch.tensor([2.0, 0.3]), torch.tensor([0.2, 1.5])], 1.0
 minima = [
@@ -615,8 +616,8 @@ table(
 # The table shows medians of the four repetitions. "Moved" is the first measure. "Predicted" and "real" are increases of
 # $L_1 + L_2$.
 #
-# KFAC without the decay has the smaller predicted increase and the larger real increase. On the data of each network,
-# the hidden units of the merged network are far from those of this network. The quadratics do not hold over such
+# KFAC without the decay has the smallest predicted increase and the largest real increase. On the data of each network,
+# the hidden units of the merged network are far from those of network $k$. The quadratics do not hold over such
 # distances. The weights of RegMean are further from the start, but mainly along inputs that hardly occur in the data:
 # its hidden units move less than in training.
 #
@@ -709,7 +710,7 @@ for i, once in enumerate(results["KFAC, start once"]):
     assert remembered["KFAC"][i] < 0.75
 
 # %% [markdown]
-# KFAC forgets the least of the three, in every repetition, and still much. Merging model 1 with model 2, which was
+# With KFAC the network forgets the least, in every repetition, but still much. Merging model 1 with model 2, which was
 # trained apart, reads more of all ten digits. Why is so much forgotten? [(32.3)] replaces the losses of task 1 by a
 # quadratic at $W_1$. We compare the increase of these losses that the quadratic predicts at the end with the real
 # increase: with KFAC as $M_1$, and with the exact Gauss-Newton matrix of all layers together.
@@ -802,8 +803,8 @@ for f in families:
 #   alone, as a sum over the data. It was the best way here, and needs no backward pass.
 # - **Decay.** KFAC without the decay was worse than the average here: it moved the hidden units so far that the
 #   quadratics did not hold.
-# - **One task after the other.** The posterior of one task is the prior of the next. The networks here forgot
-#   nevertheless, because the quadratic at $W_1$ does not hold as far as task 2 moves the weights.
+# - **One task after the other.** The posterior of one task is the prior of the next. The networks here
+#   forgot much nevertheless, because the quadratic at $W_1$ does not hold as far as task 2 moves the weights.
 # - **Conditions.** The hidden units of the networks must correspond, as they may after a common start. The curvature
 #   must belong to the sum of the losses.
 #

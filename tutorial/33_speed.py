@@ -17,8 +17,8 @@
 # what does the cost grow?
 #
 # A library that is twice as fast as another one may still be slow. A better measure is the ratio to what the
-# computation needs at least, if matrices are multiplied in the usual way. A layer of width $d$ with $R$ rows of inputs,
-# to which $V$ vectors are sent back for each row (one for a sampled label), needs about
+# computation needs at least, if matrices are multiplied in the usual way. Suppose that a layer of width $d$ has $R$
+# rows of inputs, and that $V$ vectors are sent back for each row (one for a sampled label). It needs about
 #
 # $$
 # \underbrace{2 R d^2}_{\text{forward}} + \underbrace{2 V R d^2}_{\text{backward}}
@@ -330,9 +330,9 @@ for row in step_rows:
 #
 # From (33.2), time should grow linearly with samples, positions, vectors, layers and batches, and with the square of the
 # width. Memory should not grow with vectors or batches at all, since both arrive in parts. An embedding's input factor is
-# diagonal, so that a vocabulary should cost memory in proportion to its words. Powers that are fitted to the largest
-# sizes say whether it is so. In the next figure and table, $N$ counts samples, $S$ positions, $d$ the width and $V$
-# vectors; with `chunk=1` vectors are sent back one at a time:
+# diagonal, so that the memory should grow linearly with the vocabulary. Powers that are fitted to the largest
+# sizes test this. A power above its bound is marked as missed. In the next figure and table, $N$ counts samples, $S$
+# positions, $d$ the width and $V$ vectors; with `chunk=1` vectors are sent back one at a time:
 
 # %% tags=["hide-input"] alt="Log-log plots of seconds and of mebibytes against the size, one line for each size: samples, positions, width, layers, vectors, batches. (Without the benchmark's files, empty plots.)" caption="Time and peak memory relative to those at the smallest value, against the size relative to its smallest value. Time grows with every size. Memory stays nearly level in the number of batches."
 growth = stored("growth")
@@ -392,7 +392,7 @@ for row in applications:
 # [Eschenhagen et al. (2023)](bibliography.md#weight-sharing) found that the evidence of KFAC-reduce chooses a weight
 # decay as well as that of KFAC-expand, in less time. The benchmark repeats this for a small convolutional network on
 # digits. The accuracy is measured on other digits, which neither evidence used. Both flavours choose the same decay for
-# each seed. It is not the one with the best accuracy:
+# each seed. This decay does not have the best accuracy:
 
 # %% tags=["hide-input"] fold="Printed: decays that the evidence chooses"
 for row in applications:
@@ -408,7 +408,7 @@ for row in applications:
 
 # %% [markdown]
 # A smaller network has room for the exact blocks. The table shows the logarithm of the evidence, divided by the number
-# of samples. The three structures differ at every decay. The choice depends only on where each is largest:
+# of samples. The three structures differ at every decay, but all are largest at the same decay:
 
 # %% tags=["hide-input"] fold="Printed: evidence by three structures"
 for row in applications:
@@ -461,7 +461,7 @@ assert all(
 #   A GPU's work is not in the processor time of the host. There, measure wall time, and wait for the GPU.
 # - **One after the other.** A machine that gets warm slows down what is measured last. In turns, it slows down
 #   all contenders alike.
-# - **Different work.** A library that leaves out a layer, or a factor's bias, is fast. Results are compared first.
+# - **Different work.** A library that leaves out a layer, or a factor's bias, is faster. Results are compared first.
 # - **The first call** loads kernels, plans and modules. It is not timed, and memory is measured after one.
 # - **Python's own count of memory**, `tracemalloc`, leaves out tensors. The resident set of the process has them.
 # - **A small network** spends its time in the loop around the products and not in the products.
@@ -469,7 +469,7 @@ assert all(
 # ## In one minute
 #
 # - KFAC's factors need a forward pass, $V$ backward passes to the outputs, and half of the products of rows.
-# - With one vector and equal layers, the three parts are equal.
+# - With one vector and many equal layers, the three parts are nearly equal.
 # - A product by quarters has $(1 + 2^{-k}) R d^2$ operations after $k$ halvings.
 # - If a layer is wider than the batch, preconditioning costs more than the gradient. Factored damping costs half as much.
 # - Compare times with the limit of the same run. Compare results before times.
@@ -482,8 +482,8 @@ assert all(
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# For each layer, forward, backward and half of the products are $2 R d^2$ each. They are equal, whatever the width: one
-# vector's factors cost about as much as a training step's forward and backward pass.
+# For each layer, forward, backward and half of the products are $2 R d^2$ each. They are equal, except that the first
+# layer has no backward pass. One vector's factors cost about as much as a training step's forward and backward pass.
 #
 # </details>
 #
@@ -493,8 +493,8 @@ assert all(
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $V$ vectors the parts are $2$, $2V$ and $1 + V$, in units of $R d^2$ for each layer, $3 + 3 V$ together. For one
-# vector it is $6$, and $3 + 3 V = 60$ for $V = 19$ vectors, that is 20 classes.
+# In a long chain with $V$ vectors the parts are $2$, $2V$ and $1 + V$, in units of $R d^2$ for each layer, $3 + 3 V$
+# together. For one vector it is $6$, and $3 + 3 V = 60$ for $V = 19$ vectors, that is 20 classes.
 #
 # </details>
 #

@@ -17,8 +17,8 @@
 # and what do they send each other for it?
 #
 # Each of $P$ processes, the *ranks*, has a copy of the model and a shard of the batch. For SGD the ranks exchange
-# gradients. For KFAC that is not sufficient: their weights move apart ([Figure 34.1]). They also need the factors of the
-# whole batch, made of the factors $A_r$ and $B_r$ of every rank $r$,
+# gradients. For KFAC that is not sufficient: the weights of the ranks move apart ([Figure 34.1]). The ranks also need the
+# factors of the whole batch, made of the factors $A_r$ and $B_r$ of every rank $r$,
 #
 # $$
 # B = \sum_r B_r , \qquad A = \frac{\sum_r R_r A_r}{\sum_r R_r} ,
@@ -415,7 +415,7 @@ for name, layers in (("ResNet-50", resnet50()), ("GPT-2 small", gpt2())):
 
 # %% [markdown]
 # So KFAC's factors and inverses are a fraction of the gradients, which any data-parallel training sends, if they are not
-# renewed in every step. Mem-opt sends more than comm-opt, since its results go out in every step.
+# renewed in every step. With these $T_F$ and $T_I$, mem-opt sends more than comm-opt, since results go out in every step.
 #
 # The repository measures the placements with real processes, `python -m benchmarks.distributed`. Every rank is a
 # process of one machine, so what is compared here is work, memory and numbers sent, and not the time of a step in a
@@ -475,7 +475,7 @@ plt.show()
 #
 # - A rank computes matrix products with $10^{14}$ operations in a second, and eigendecompositions with $10^{12}$. An
 #   eigendecomposition of width $d$ takes as long as six products, $12 d^3$ operations.
-# - Numbers have four bytes. Sending overlaps with computing, and latency counts nothing. So a step takes the larger of
+# - Numbers have four bytes. Sending overlaps with computing, and latency is neglected. So a step takes the larger of
 #   both times. *SPD-KFAC* ([Shi et al. (2021)](bibliography.md#spd-kfac)) aims at this. It sends factors while
 #   others are computed, places inversions by their load, and reports 10 to 35 % less time on 64 GPUs than the best method
 #   before. The package does not overlap.
@@ -531,7 +531,7 @@ plt.show()
 # %% [markdown]
 # With the fast network, computing takes longer than sending, and a step of 4096 ranks costs less than one of a rank
 # alone, because inversions are shared. With the slow one, sending takes longer, and most of what is sent are the
-# gradients, as in every data-parallel training. There, comm-opt is the better choice, and mem-opt where memory is short.
+# gradients, as in every data-parallel training. There, comm-opt is faster, and mem-opt needs less memory.
 #
 # More ranks with larger batches need not mean fewer steps, and the papers differ. [Osawa et al.
 # (2019)](bibliography.md#osawa-2019) trained ResNet-50 on ImageNet to 75 % with batches of 131,072 images in 978 steps,
@@ -579,11 +579,11 @@ assert falls[0] > 2 * falls[1] > 4 * falls[2]
 # whether it refuses. (The backward pass of `DistributedDataParallel` has its own messages; an exchange comes before the
 # forward pass.) This has three consequences.
 #
-# - **All ranks refuse together.** One rank finds a number that is not finite in its shard, or a matrix without an
-#   inverse. All raise the same error, which names it, and no rank has changed anything.
+# - **All ranks refuse together.** Suppose that one rank finds a number that is not finite in its shard, or a matrix
+#   without an inverse. Then all ranks raise the same error, which names that rank, and no rank has changed anything.
 # - **Another order is an error.** If one rank calls `step` and another `observe`, the error of every rank names both.
 # - **A lost rank is named.** After a time-out that you choose, every rank that is left says which one has not
-#   arrived, or gives no sign of life, and where it was seen last.
+#   arrived, or has stopped responding, and where it was seen last.
 #
 # `state_dict` gathers what the ranks hold. So every rank calls it, and one of them writes the file. Any number of
 # ranks, and a single process, can read it.

@@ -17,8 +17,9 @@
 # computes what it should?
 #
 # KFAC is an approximation. It differs from the exact curvature even if every line of code is right, so a difference
-# proves nothing. Nor does training, since an optimizer converges with many wrong factors ([Figure 35.1]). With a factor
-# $B$ that is $c$ times too large, steps are those of the right KFAC with another damping and another learning rate:
+# proves nothing. Training proves nothing either: an optimizer can converge with wrong factors ([Figure 35.1]). If the
+# factor $B$ is $c$ times too large in all layers, the steps are those of the right KFAC with another damping and another
+# learning rate:
 #
 # $$
 # (c B \otimes A + \delta I)^{-1} = \tfrac1c \bigl( B \otimes A + \tfrac{\delta}{c} I \bigr)^{-1} .
@@ -128,8 +129,8 @@ plt.show()
 # ## Why training does not tell
 #
 # [Figure 35.1] trains a small network on digits with all data at once. The wrong factor comes from a frequent mistake,
-# with $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$, and the code takes them for
-# gradients of single data, and squares them.
+# with $c = 1 / N^2$: the backward pass of a mean loss returns gradients divided by $N$, and the code squares them as if
+# they were gradients of single data.
 #
 # The wrong KFAC trains. Tuned, its losses equal those of the right one at every step, by [(35.1)]. The mistake shows
 # where the scale of the curvature is used: with a damping that was tuned at another batch size, in a Laplace
@@ -152,7 +153,7 @@ assert torch.allclose(torch.zeros_like(F), F, atol=0.2)
 # ## The idea
 #
 # KFAC replaces the average of a product by the product of averages, and its error is a
-# covariance ([Theorem 5.1]). A covariance with something that does not vary is zero. So there are
+# covariance ([Theorem 5.1]). The covariance is zero if one of the two quantities is constant. So there are
 # networks, losses and data on which KFAC is **exact**, by a theorem. The exact block can be computed by
 # plain autodiff. A **case** of the oracle is a theorem with a network, a loss and data
 # to which it applies:
@@ -244,11 +245,10 @@ assert distinct(coprime) == 1 > 0.1 > distinct(equal)
 # | `error` | no numbers to compare: an exception, a shape, a precision, not finite | no |
 #
 # Two verdicts need an explanation. `scaled`: a convention is not a bug. Some codes define the squared error with
-# $\tfrac12$ in front, some stack columns, some keep the bias first. If the documentation says so, the oracle
-# converts the numbers. It rejects a number that no documentation
-# states, and a number that changes from layer to layer, because no damping repairs that. `not-supported`: code may
-# refuse a question. If your code refuses a network with a message that says
-# so, the adapter turns the exception into `NotSupported`, which refuses the whole question. Any other
+# $\tfrac12$ in front, some stack columns, some keep the bias first. If the documentation states such a convention, the
+# oracle converts the numbers. It rejects a number that no documentation states, and a number that changes from layer to
+# layer, because no damping repairs that. `not-supported`: code may refuse a question. If your code refuses a network with
+# a message that says so, the adapter turns the exception into `NotSupported`, which refuses the whole question. Any other
 # exception is an `error`, and so are blocks of the wrong shape.
 
 # %% tags=["hide-input"] fold="Checked: four verdicts pass"
@@ -320,8 +320,8 @@ assert PASSING == ("exact", "definition", "scaled", "not-supported")
 #   factors instead of the block, which the oracle calls `factored` ([Chapter 9](09_damping.py)), there is no
 #   such $M$: read the factors.
 # - **Single precision inside.** Code that computes its eigenvectors in `float32`, whatever it is given,
-#   is told so. Claim `dtypes={"float32"}`. Or let the adapter replace the function that casts, by one that
-#   does not, and say so in its docstring.
+#   cannot be compared in `float64`. Claim `dtypes={"float32"}`. Or let the adapter replace the function that casts, by
+#   one that does not, and say so in its docstring.
 #
 # This is the whole adapter of the last shape. Its implementation has hooks and running averages, and
 # changes only `.grad`.
@@ -485,11 +485,10 @@ assert verdicts("first try") == {"error"}
 # %% [markdown]
 # ## Round 1: no numbers
 #
-# Nothing can be compared. The model and the data are in double precision and the factors are in single precision, to
-# save memory. In single precision a KFAC is right to a few digits, and
-# mistakes of the size of its rounding cannot be seen. (The oracle has cases in single precision,
-# too, with a tolerance of their own, $10^{-4}$; but they must be asked for in single precision.)
-# The mended line:
+# The judge rejects these answers. The model and the data are in double precision and the factors are in single precision,
+# to save memory. In single precision a KFAC is right to a few digits, and mistakes of the size of the rounding errors
+# cannot be detected. (The oracle has cases in single precision, too, with a tolerance of their own, $10^{-4}$; but they
+# must be asked for in single precision.) The mended line:
 
 
 # %%
@@ -512,7 +511,7 @@ assert verdicts("precision", "no bias, sum") == {"wrong"}
 # computes what well-known mistakes would have given in its place, and says which one it looks
 # like: here the empirical Fisher.
 #
-# The judge is right: the code sends back the gradient of the *data's*
+# The judge names the cause: the code sends back the gradient of the *data's*
 # labels. The Fisher averages over labels that the *model* predicts, which is done exactly by
 # sending back the columns of a square root of the loss's Hessian ([Chapter 3](03_losses.py)). In
 # general no scale turns one matrix into the other
@@ -687,8 +686,8 @@ assert math.isclose(rounds["copied"]["flattened-mse"].scales["fc1 joint"], 5)
 # %% [markdown]
 # ## Round 8: positions
 #
-# The scale is $S$, the number of positions. Look at `flattened-mse`, whose first layer has five
-# positions and whose last layer has one: `inconsistent-scale`, since the first layer is too large
+# The scale is $S$, the number of positions. In `flattened-mse` the first layer has five
+# positions and the last layer has one. The verdict is `inconsistent-scale`, since the first layer is too large
 # by $S$ and the last one is right. No damping corrects this, because it would have to differ between the
 # layers.
 #
@@ -714,8 +713,8 @@ assert verdicts("positions", "positions") == {"scaled"}
 # %% [markdown]
 # ## Round 9: the loss's own settings
 #
-# A loss is more than its class. With class weights $w$, the Hessian of datum $n$ carries
-# $w_{y_n}$, and a mean is divided by the sum of these weights. The code never looks at
+# A loss has settings besides its class. With class weights $w$, the Hessian of datum $n$ carries
+# $w_{y_n}$, and a mean is divided by the sum of these weights. The code does not use
 # `loss.weight`, and the judge says so in one case. In the other all data have the same label, so
 # that leaving out the weight is a scale. Its weight is $\tfrac14$, and the scale 4. In the first layer
 # 4 is also $d_\text{out}^2$, but not in the last, so the judge gives the number alone. (Where it gives two
@@ -752,8 +751,8 @@ assert all("last mini-batch" in rounds["weights"][i].words for i in PANEL["mini-
 # ## Round 10: more than one batch
 #
 # "The last mini-batch alone": `update` overwrites. An average over batches is wrong if batches differ in size, or in
-# the sum of their class weights. **Sums and counts** are always right: $A$ is the sum of all $a a^\top$ divided by the
-# number of rows, $B$ the sum of all $g g^\top$ divided by what the loss over *all* data is divided by. Division comes
+# the sum of their class weights. **Sums and counts** are right in both cases: $A$ is the sum of all $a a^\top$ divided by
+# the number of rows, $B$ the sum of all $g g^\top$ divided by what the loss over *all* data is divided by. Division comes
 # last, once.
 
 
@@ -946,11 +945,10 @@ assert {r.case for r in made(again, known).surprises()} == {r.case for r in left
 #
 # ## Is the oracle right?
 #
-# The oracle is tested in two ways. Our own KFAC shares no code with the expected blocks, and agrees with them in all
-# cases. This also tests the package. Second, the oracle is tested by **mutation**: a catalogue of small changes to our
-# own code, and of mistakes in public code, each of which at least one case must reject. If a mutant passes all
-# cases, a case is missing. The public ones are the bug museum of
-# [Chapter 36](36_museum.py).
+# The oracle is tested in two ways. First, the code of our own KFAC shares nothing with that of the expected blocks, and
+# agrees with them in all cases. This also tests the package. Second, the oracle is tested by **mutation**: a catalogue of
+# small changes to our own code, and of mistakes in public code, each of which at least one case must reject. If a mutant
+# passes all cases, a case is missing. The public ones are the bug museum of [Chapter 36](36_museum.py).
 
 # %% tags=["hide-input"] fold="Checked: two pieces of the museum are rejected"
 print(f"{len(MUTANTS)} mutants, {len(PIECES)} mistakes from public code")
@@ -1013,8 +1011,8 @@ assert abs(tails(2.0227, 39) - 0.05) < 1e-4  # from a table
 assert entries * tails(bound, R - 1) < 0.01
 
 # %% [markdown]
-# Means of 40 draws are not quite normal, so this is an estimate, and the bound is six instead of three. The
-# seeds are part of the request, so that a verdict is the same in every run.
+# Means of 40 draws are not quite normal, so this is an estimate, and the tolerance is six standard errors instead of
+# three. The seeds are part of the request, so that a verdict is the same in every run.
 #
 # The same draws show which mistakes are found. We take our own draws for one case. An entry
 # with mean $\mu$ and standard error $\sigma$ reveals a scale $c$, more often than not, if
@@ -1095,8 +1093,8 @@ assert of_sum.keys() - of_mean.keys() == {"weights"}
 # **A test against one's own code.** A reference that shares the hook, the loss or the unfolding
 # with what it tests shares their mistakes. Take plain autodiff, even if it is slow.
 #
-# **Equal sizes.** A test with eight data, eight positions and eight channels cannot tell $N$ from
-# $S$ from $C$, nor see a transpose.
+# **Equal sizes.** A test with eight data, eight positions and eight channels cannot distinguish $N$, $S$
+# and $C$, and a transposed axis keeps its size.
 #
 # **Only layers without a bias, only `mean`, only one batch.** Each of the last four columns of
 # [Figure 35.3] rejects a version that all columns to the left of it let pass:
@@ -1117,7 +1115,7 @@ for j, group in enumerate(groups[3:], start=3):
 # **Comparing factors.** $B \otimes A = (cB) \otimes (A/c)$. Two right codes may have factors that
 # differ by any number. Compare products only, as the oracle does.
 #
-# **A failed `definition`.** If a case with a theorem fails, the code is wrong.
+# **A failed `definition`.** If a case with a theorem fails, the code or its adapter is wrong.
 # If only a `definition` fails, read the case: you may have implemented something else on purpose.
 # Then say so in `capabilities`.
 #
@@ -1150,8 +1148,7 @@ for j, group in enumerate(groups[3:], start=3):
 # <summary>Solution</summary>
 #
 # The bias's block is $A_{-1,-1} B$, and it is zero. The best scale of a zero matrix is zero, which
-# no number can undo: `wrong`, never `undocumented-scale`. An oracle that a zero matrix passes
-# would be worse than none.
+# no number can undo: `wrong`, never `undocumented-scale`. So the oracle rejects a zero matrix.
 #
 # </details>
 #

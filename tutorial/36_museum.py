@@ -18,8 +18,8 @@
 #
 # KFAC needs two averages of outer products for a layer, and an inverse. Public implementations have had mistakes in
 # each of them: the shapes fit, the matrix is positive definite, and the network trains. This chapter collects such
-# mistakes. Each piece changes *one* function of a right KFAC, and the oracle of [Chapter 35](35_conformance.py) has to
-# reject it. [Figure 36.1] shows which test cases do.
+# mistakes, the *pieces* of the museum. Each changes *one* function of a right KFAC, and the oracle of
+# [Chapter 35](35_conformance.py) has to reject it. [Figure 36.1] shows which of its test cases do.
 
 # %%
 import textwrap
@@ -95,7 +95,7 @@ caught = {
     for name, of_case in table.items()
 }
 
-# %% tags=["hide-input"] alt="A grid with one row for each piece and one column for each case that was chosen. Most cells are empty. Two rows, the empirical Fisher and zeros for the input of the bias, are full or almost full; most rows have one or two coloured cells only." caption="Every piece against the chosen cases. An empty cell is a case that lets the mistake pass. Most mistakes are seen by one or two of these cases only."
+# %% tags=["hide-input"] alt="A grid with one row for each piece and one column for each case that was chosen. Most cells are empty. Two rows, the empirical Fisher and zeros for the input of the bias, are full or almost full; most rows have one or two coloured cells only." caption="Every piece against twelve test cases. An empty cell is a case that lets the mistake pass. Most mistakes are rejected by two of these cases at most."
 kinds = {"undocumented-scale": "C0", "inconsistent-scale": "C2", "wrong": "C3", "error": "C1"}
 fig, ax = plt.subplots(figsize=(9.4, 7.4), layout="constrained")
 for x, of_case in enumerate(table.values()):
@@ -148,10 +148,10 @@ plt.show()
 # | [EKFAC-pytorch #4](https://github.com/Thrandis/EKFAC-pytorch/issues/4) | 2019-02, closed | no mistake: a name |
 # | [singd #17](https://github.com/f-dangel/singd/issues/17) | 2023-10, closed | labelled a bug: a wrong update |
 #
-# How severe a mistake is depends on the use of the curvature. A wrong scale has no effect on tuned training, as shown
-# [below](#what-training-does-not-tell), but it changes every use of the curvature itself. A wrong matrix changes both.
-# An error at the first step is noticed at once. The oracle separates the three: its verdicts on the pieces are
-# `undocumented-scale` or `inconsistent-scale`, `wrong`, and `error`.
+# How severe a mistake is depends on the use of the curvature. A scale that is wrong in all layers has no effect on
+# tuned training, as shown [below](#what-training-does-not-tell), but it changes every use of the curvature itself. A
+# wrong matrix changes both. An error at the first step is noticed at once. The oracle separates the three: its verdicts
+# on the pieces are `undocumented-scale` or `inconsistent-scale`, `wrong`, and `error`.
 
 # %% tags=["hide-input"] fold="Checked: the table names the thread of every piece that has one"
 named = {
@@ -181,8 +181,8 @@ print(f"{len(museum)} pieces, {len(named)} with a public thread")
 code(naive.record, naive.with_ones, naive.input_factor, naive.vector_factor, naive.mixed)
 
 # %% [markdown]
-# Vectors belong to the *sum* of the loss's terms, and the number of terms is divided by in one
-# place, the factor $B$. They come from a square root of the loss's Hessian (type-2), from sampled
+# The vectors in the factor $B$ belong to the *sum* of the loss's terms. Only $B$ is divided by the number of terms.
+# The vectors come from a square root of the loss's Hessian (type-2), from sampled
 # labels or from the labels of the data; [Chapter 3](03_losses.py) derives all three.
 
 # %% tags=["remove-input"]
@@ -286,7 +286,7 @@ assert "C = 5" in ask("batch-size").words
 # [gpauloski/kfac-pytorch #109](https://github.com/gpauloski/kfac-pytorch/issues/109). The Fisher is an
 # average over labels drawn *from the model*. The labels of the data give another matrix,
 # whose vectors are the gradients of training. The thread is a question. Code that documents the empirical
-# Fisher has no bug. Code that promises the Fisher and computes this matrix has.
+# Fisher has no bug. Code that documents the Fisher and computes the empirical Fisher has one.
 
 # %% tags=["beside", "remove-input"]
 code(museum["empirical"].wrong)
@@ -385,7 +385,7 @@ assert "S or T = 16" in ask("positions").words
 #
 # The factors over a data set are averages over mini-batches, weighted by their sizes. Three mistakes have no effect
 # with a single batch: equal weights for unequal batches, the
-# weight on the wrong side, and, with several workers, a sum of what each has divided by its own size.
+# weight on the wrong side, and, with several workers, a sum of averages, each over the data of one worker.
 
 # %% tags=["remove-input"]
 code(naive.mixed, museum["equal"].wrong, museum["wrong-side"].wrong, museum["local"].wrong)
@@ -396,7 +396,7 @@ for slug in ("equal", "wrong-side", "local"):
 
 # %% [markdown]
 # The first of these is the least visible. All batches but the last have one size, so the error is
-# one part in the number of batches. Averages weighted equally, on standard normal inputs:
+# small. Averages weighted equally, on standard normal inputs:
 
 
 # %% tags=["hide-input"] fold="Computed: the error of equal weights, for three sizes of data"
@@ -413,9 +413,9 @@ for N, size in ((7, 5), (1_000, 128), (60_000, 128)):
 assert equal_weights(60_000, 128) < 1e-3 < 0.05 < equal_weights(7, 5)
 
 # %% [markdown]
-# A test on a data set of ordinary size compares in float32 with a tolerance of $10^{-3}$, and passes.
+# With 60 000 data, the error is below a tolerance of $10^{-3}$, which is common in float32.
 # With batches of 5 and 2 data, the same mistake is large. **An oracle should use small problems**, because there
-# every mistake is large.
+# such a mistake is large.
 #
 # ### Squares of positions
 #
@@ -436,7 +436,7 @@ assert ask("squares").verdict == "wrong"
 #
 # [f-dangel/curvlinops #156](https://github.com/f-dangel/curvlinops/issues/156). The damping is added to
 # stored eigenvalues in place. The first product with the inverse is right; every later one has the
-# damping once more. A test with one product cannot find the mistake. The oracle asks every question twice.
+# damping once more. A test with one product cannot find the mistake. The oracle asks for everything twice.
 
 # %% tags=["beside", "remove-input"]
 exhibit("damping-in-place")
@@ -628,9 +628,9 @@ assert (right - scaled).abs().max() < 1e-6 * start
 # **Tuned training cannot find a scale that is wrong in all layers.** The mistake has an effect where the scale matters:
 # when a damping is taken from a paper, when the loss's reduction or the batch size is changed, when damping is adapted
 # by a predicted decrease, and in every use of curvature beyond optimisation (Laplace approximations, influence
-# functions, pruning). People who compared two libraries found these bugs.
+# functions, pruning). The thread curvlinops #82 began with a comparison of libraries.
 #
-# No damping corrects the other two mistakes. Both increase the loss here:
+# No damping of the range corrects the other two mistakes. Both increase the loss here:
 
 # %% tags=["hide-input"] fold="Measured: the loss of the other two, tuned, against the right one"
 for slug in ("bias-zeros", "cross-terms"):
@@ -652,7 +652,7 @@ for slug in ("bias-zeros", "cross-terms"):
 #
 # ## Who tests the oracle?
 #
-# A test must be able to fail, and so must an oracle. So we put mistakes into
+# An oracle that accepts everything is useless. So we put mistakes into
 # *our own* implementation, too: snippets of source, each with a wrong replacement and the name of the case
 # that has to reject it.
 

@@ -18,9 +18,9 @@
 #
 # This page runs the **oracle** of [Chapter 35](35_conformance.py) on code that others wrote. The oracle is a set of cases
 # for which a theorem or the definition says what KFAC must give; each answer gets a verdict ([Figure 37.1]). Each library
-# runs in an environment of its own, through an adapter that follows the library's documentation. The same adapter runs
-# some libraries in an earlier release, too. Tables and texts of this page are made from stored result files and from
-# findings, which are programs.
+# runs in an environment of its own, through an adapter that follows the library's documentation. Some libraries
+# are run in an earlier release, too. Tables and texts of this page are made from stored result files and from
+# *findings*, which are programs that reproduce a mistake and correct it.
 
 # %% tags=["hide-input"] fold="The stored runs, with versions and dates"
 from collections import Counter
@@ -61,12 +61,12 @@ plt.show()
 
 # %% [markdown]
 # Most of these verdicts pass, within a tolerance of rounding errors, and this project learned its mathematics partly from
-# these libraries. An answer that differs from what is right is of one of three kinds: a documented **convention**, which
-# is no mistake and passes; a question that a library **does not offer**, and says so; and a **mismatch**, which is traced
-# to a line, and proven by mending that line in memory. After this chapter you will be able to
+# these libraries. A verdict other than `exact` and `definition` is of one of three kinds: a documented **convention**,
+# which is no mistake and passes; a **refusal** of what a library does not offer; and a **mismatch**, which is traced to
+# source lines and proven by correcting them in memory. After this chapter you will be able to
 #
 # - read the table of a library, and tell a convention from a mismatch;
-# - prove the cause of a mismatch by a patch of one expression;
+# - prove the cause of a mismatch by a patch of few expressions;
 # - name three habits for your own tests that find such mismatches.
 #
 # When cases are added, stored results stay as they are until somebody runs the library again. Every result file
@@ -81,7 +81,7 @@ page.notices()
 #
 # The table has the verdicts that pass and those that were judged, by family of cases. Bold: some do not pass. Empty:
 # the library does not offer what the family needs. Every flavour of a case counts, so a single missing feature, such as
-# the padding mode of a convolution, changes a dozen verdicts. Dense layers are right in all libraries but one.
+# the padding mode of a convolution, can change a dozen verdicts. Dense layers are right in all libraries but one.
 
 # %% tags=["remove-input"]
 page.overview(runs)
@@ -125,8 +125,8 @@ assert sum(not all(r.passes for r in results) for results in dense) == 1
 #
 # A later release of a library may correct a finding or add one. So several libraries run
 # in more than one release, with the same cases and the same adapter. The table counts verdicts by what they were
-# in the earlier release and what they are in the later one. Where only the last two columns have numbers, nothing
-# has changed that the oracle asks about.
+# in the earlier release and what they are in the later one. Where only the last two columns have numbers, every
+# question passes or fails as before.
 
 # %% tags=["remove-input"]
 page.changes(others)
@@ -162,15 +162,15 @@ page.documented_scales(others)
 # ## How a mismatch is proven
 #
 # A wrong number does not prove its cause. The adapter may be wrong, or the reading of the
-# documentation. So a finding names a line upstream, and comes with a patch: the function's source is
-# compiled again with *one expression* replaced.
+# documentation. So a finding names lines of the library's source, and comes with a patch: functions are
+# compiled again with *few expressions* replaced.
 
 # %% tags=["beside", "remove-input"]
 code(mended)
 
 # %% [markdown]
-# If the case fails without the patch and passes with it, and nothing else was changed, the expression is
-# the cause. This is the whole proof:
+# If the case fails without the patch and passes with it, and nothing else was changed, the replaced expressions are
+# the cause. A finding can list others as `BESIDE`, whose patches apply in both runs. This is the whole proof:
 
 # %% tags=["beside", "remove-input"]
 code(prove_finding)
@@ -219,7 +219,7 @@ page.all_cards(others)
 #
 # A convolution's factor of inputs is made of patches, and patches are made of a *padded* input. PyTorch's
 # `unfold` pads with zeros, so that code which calls it is right until somebody sets `padding_mode`. The
-# same mistake was found independently in several libraries:
+# same mistake occurs in several libraries:
 
 # %% tags=["hide-input"] fold="Counted: libraries with this mistake"
 padding = [name for name in finding_names() if finding(name).TITLE.startswith("padding_mode")]
@@ -233,21 +233,21 @@ assert len(padding) >= 3
 #    factor that is too large by the number of positions looks like one that is too large by the number of data.
 # 2. *Test where KFAC is exact.* A comparison with another approximation shows that two codes agree, not
 #    that they are right.
-# 3. *Refuse what is not covered.* A padding mode, a class weight or a second call that is silently ignored
-#    costs its user days; an error costs a minute.
+# 3. *Refuse what is not covered.* If a padding mode, a class weight or a second call is ignored without an
+#    error, a user may not notice that the result is wrong.
 #
 # ## Your turn
 #
 # To have an implementation judged, write an adapter ([Chapter 35](35_conformance.py)) and run
-# `python -m kfac_scratch.conformance run --adapter pkg.mod:Adapter`. If the oracle is wrong about yours,
-# that is a mistake here: the case's theorem is in its file, and the truth is plain autodiff.
+# `python -m kfac_scratch.conformance run --adapter pkg.mod:Adapter`. If you think that a verdict on your code is wrong,
+# check the oracle: the case's theorem is in its file, and the truth is plain autodiff.
 #
 # ## In one minute
 #
 # - Dense layers are right nearly everywhere. Shared weights and the geometry of convolutions are where libraries
 #   differ.
 # - A documented convention passes. So does a refusal.
-# - A mismatch is proven if one replaced expression makes the failing case pass.
+# - The cause of a mismatch is proven if the replaced expressions alone make the failing case pass.
 # - Findings belong to releases: the page names those in which each is seen.
 #
 # ## Exercises
@@ -296,6 +296,6 @@ print(f"Exercise 37.2: {refused} questions were answered with a reason instead o
 # %% [markdown]
 # ## Further reading
 #
-# The protocol and the verdicts are in [Chapter 35](35_conformance.py), mistakes that people made and mended
-# long ago in [Chapter 36](36_museum.py). Result files and findings are in
+# The protocol and the verdicts are in [Chapter 35](35_conformance.py), mistakes that were discussed in
+# public threads in [Chapter 36](36_museum.py). Result files and findings are in
 # `kfac_scratch/conformance/audit`, with the commands that made them.
