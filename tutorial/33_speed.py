@@ -268,7 +268,7 @@ if factors["rows"]:
 
 # %% [markdown]
 # The next cell prints the parts of the limit, and the rate of the plain products. The benchmark also states goals, called
-# bounds, such as 1.25 times the limit in each row. The section "What is not within its bound" lists those that are
+# bounds, such as a largest ratio to the limit in each row. The section "What is not within its bound" lists those that are
 # missed.
 
 # %% tags=["hide-input"] fold="Printed: the parts of the limit"
@@ -498,7 +498,7 @@ assert all(
 #
 # </details>
 #
-# **Exercise 33.3.** After how many halvings has the product at most 1.1 times the operations of the half?
+# **Exercise 33.3.** After how many halvings has the product at most $1.1$ times the operations of the half?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
