@@ -267,9 +267,9 @@ if factors["rows"]:
     print(f"; ours / fastest other library: {min(of_peer):.2f} to {max(of_peer):.2f}")
 
 # %% [markdown]
-# The next cell prints the parts of the limit, and the rate of the plain products. The benchmark also states goals, called
-# bounds, such as a largest ratio to the limit in each row. The section "What is not within its bound" lists those that are
-# missed.
+# The next cell prints the parts of the limit, and the rate of the plain products. The benchmark also states goals,
+# called bounds, such as a largest ratio to the limit in each row. The section "What is not within its bound" lists
+# those that are missed.
 
 # %% tags=["hide-input"] fold="Printed: the parts of the limit"
 for row in factors["rows"]:
