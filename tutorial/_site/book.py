@@ -32,6 +32,7 @@ import graph
 import jupytext
 import package
 import yaml
+from markup import EQUATION
 from notebook import ChapterError, download, render, run, stored
 from package import PACKAGE, ROOT
 
@@ -47,7 +48,6 @@ EVERYWHERE = {"", "checks", "moving", "show"}  # tools of all chapters, not what
 NAV, NAV_API = "[0-9]*.py", "api/*.md"  # stand for lists in the nav of mkdocs.yml
 OPENING = re.compile(r"# (\d+)\. (.+)\n\n\*\*Part ([IVX]+): (.+?)\.\*\* ((?:.+\n?)+)")
 
-EQUATION = re.compile(r"\\tag\{(\d+\.\d+[a-z]?)\}")
 THEOREM = re.compile(r'<div[^>]* id="([a-z]+-\d+\.\d+)"[^>]*>\s*<p[^>]*>\s*<b>(\w+ \d+\.\d+)')
 FIGURE = re.compile(r'<figure[^>]* id="(fig-(\d+\.\d+))"')
 REFERENCE = re.compile(r"(?<![\]\w`\\])\[(\(\d+\.\d+[a-z]?\)|[A-Z]\w+ \d+\.\d+)\](?![\[(])")

@@ -3,12 +3,12 @@
 import re
 import xml.etree.ElementTree as etree
 
-from book import EQUATION
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.postprocessors import Postprocessor
 from markdown.treeprocessors import Treeprocessor
 
+EQUATION = re.compile(r"\\tag\{(\d+\.\d+[a-z]?)\}")
 FORMULA = re.compile(r"\\\((.*?)\\\)")
 
 
