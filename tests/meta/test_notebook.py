@@ -73,6 +73,19 @@ def test_a_chapter_runs_again_when_a_file_that_it_shows_has_changed(tmp_path):
     assert before[1] == after[1]
 
 
+def test_a_chapter_runs_again_when_the_package_has_changed(tmp_path):
+    """Read once in a build, and again in the next one."""
+    notebook = importlib.import_module("notebook")
+    chapter, module = tmp_path / "00_t.py", tmp_path / "package" / "module.py"
+    chapter.touch()
+    module.parent.mkdir()
+    module.write_text("x = 1")
+    before = notebook.digest(chapter, module.parent)
+    module.write_text("x = 2")
+    notebook.forget()
+    assert notebook.digest(chapter, module.parent) != before
+
+
 def downloaded(*cells, address=""):
     """A notebook as readers get it, and its text."""
     v4, notebook = importlib.import_module("nbformat.v4"), importlib.import_module("notebook")

@@ -23,17 +23,17 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import api
 import graph
 import jupytext
+import notebook
 import package
 import yaml
 from markup import EQUATION
-from notebook import ChapterError, download, render, run, stored
 from package import PACKAGE, ROOT
 
 log = logging.getLogger(
@@ -115,21 +115,21 @@ class Chapter:
         """Entry of the navigation: number and the title up to its colon."""
         return {f"{self.opening[1]}. {self.opening[2].partition(':')[0]}": self.uri}
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """Modules and folders of the package that the chapter imports from, in reading order."""
         used = {*package.used(ast.parse(self.path.read_text(encoding="utf-8")))}
         order = [*dict.fromkeys(m.name for m in package.modules()), *package.folders()]
         return [n for n in order if n in used and package.room(n) not in EVERYWHERE]
 
-    @property
+    @cached_property
     def runs(self) -> list[str]:
         """Scripts of benchmarks that the chapter names."""
         found = dict.fromkeys(RUNS.findall(self.path.read_text(encoding="utf-8")))
         scripts = [f"benchmarks/{name}.py" for name in found]
         return [script for script in scripts if (ROOT / script).exists()]
 
-    @property
+    @cached_property
     def tests(self) -> list[str]:
         """Where modules are tested, a folder if several of its files do; and then the scripts."""
         places = dict.fromkeys(filter(None, map(package.tests, self.modules)))
@@ -144,6 +144,7 @@ class Chapter:
         return list(dict.fromkeys([*shown, *own]))
 
 
+@cache
 def chapters() -> list[Chapter]:
     """All chapters in reading order: part after part, as they begin, and by number within a part."""
     found = [Chapter(path) for path in sorted(TUTORIAL.glob(NAV))]
@@ -241,9 +242,16 @@ def _linked(here: str, text: str, targets: Mapping[str, tuple[str, str]]) -> str
 
 
 # ------------------------------------------------------------------ the whole
+def forget() -> None:
+    """Read all files again at the next call, as each build of `mkdocs serve` must."""
+    package.forget()
+    notebook.forget()
+    chapters.cache_clear()
+
+
 def nav(entries: Sequence[Any], stated: Stated) -> list[Any]:
     """The navigation of mkdocs.yml with every chapter, under its part, and every module."""
-    package.forget()
+    forget()
     parts: dict[str, list[dict[str, str]]] = {}
     for chapter in chapters():
         parts.setdefault(chapter.part, []).append(chapter.nav)
@@ -267,12 +275,12 @@ def _expanded(entries, lists):
 def _execute(chapter: Chapter, stated: Stated) -> tuple[str, dict[str, bytes]]:
     """Markdown of a chapter, and the files that belong to it, its notebook among them."""
     path, start = chapter.path, time.monotonic()
-    cached = stored(path, PACKAGE, CACHE).exists()
+    cached = notebook.stored(path, PACKAGE, CACHE).exists()
     try:
-        nb = run(path, PACKAGE, CACHE)
-        own = {f"{path.stem}.ipynb": download(nb, path.stem, stated.repository)}
-        text, figures = render(nb, path.stem)
-    except ChapterError as error:
+        nb = notebook.run(path, PACKAGE, CACHE)
+        own = {f"{path.stem}.ipynb": notebook.download(nb, path.stem, stated.repository)}
+        text, figures = notebook.render(nb, path.stem)
+    except notebook.ChapterError as error:
         raise BookError(str(error)) from None
     if not cached:
         log.info("Executed %s in %.0f s", path.name, time.monotonic() - start)
@@ -298,7 +306,9 @@ def _api(stated: Stated) -> dict[str, str]:
 
 def files(stated: Stated) -> dict[str, bytes]:
     """Every page as Markdown, and what the chapters draw, by path. Chapters are executed."""
-    missing = sum(not stored(chapter.path, PACKAGE, CACHE).exists() for chapter in chapters())
+    missing = sum(
+        not notebook.stored(chapter.path, PACKAGE, CACHE).exists() for chapter in chapters()
+    )
     if missing:
         log.info("Executing %d of %d chapters: a few minutes if all", missing, len(chapters()))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -20,7 +20,13 @@ from jupyter_client.provisioning import LocalProvisioner
 
 SERVE = Path(__file__).with_name("serve_kernel.py")
 PRELOADED = ["__main__", "ipykernel.ipkernel", "ipykernel.kernelapp", "matplotlib.pyplot"]
-PRELOADED += ["matplotlib_inline.backend_inline", "sklearn.datasets", "torch", "torch.func"]
+PRELOADED += ["matplotlib_inline.backend_inline", "sklearn.datasets", "jaxtyping", "torch"]
+PRELOADED += [
+    "torch.func",
+    "torch.profiler",
+    "torch._decomp",
+    "torch._dynamo",
+]  # on first use, else
 
 
 @cache

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -109,15 +110,27 @@ class ChapterError(Exception):
 def digest(path: Path, package: Path) -> str:
     """What an executed chapter depends on: its text, the package, these settings, the versions."""
     text = path.read_text(encoding="utf-8")
-    h = hashlib.sha256(text.encode() + Path(__file__).read_bytes() + sys.version.encode())
-    for file in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
-        h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    h = hashlib.sha256(text.encode() + _common(package))
     for file in sorted(path.parent.glob("[a-z]*.py")):  # that the chapter shows
         if file.name in text:
             h.update(file.read_bytes())
+    return h.hexdigest()[:16]
+
+
+@cache
+def _common(package: Path) -> bytes:
+    """What all chapters depend on."""
+    h = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode())
+    for file in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
+        h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     for name in ("torch", "numpy", "matplotlib"):
         h.update(metadata.version(name).encode())
-    return h.hexdigest()[:16]
+    return h.digest()
+
+
+def forget() -> None:
+    """Read the package again at the next call."""
+    _common.cache_clear()
 
 
 def stored(path: Path, package: Path, cache: Path) -> Path:

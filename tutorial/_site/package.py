@@ -53,6 +53,11 @@ class Module:
         """The parsed file."""
         return ast.parse(self.path.read_text(encoding="utf-8"))
 
+    @cached_property
+    def used(self) -> list[str]:
+        """Modules of the package that it imports from."""
+        return list(used(self.syntax))
+
     @property
     def summary(self) -> str:
         """First paragraph of its docstring, on one line."""
@@ -137,7 +142,7 @@ def _floors(nodes: Iterable[tuple[str, str]]) -> dict[str, int]:
     edges: dict[str, set[str]] = {}
     label = {module: node for node, module in nodes}
     for module, node in label.items():
-        others = {label[name] for name in used(files()[module].syntax) if name in label}
+        others = {label[name] for name in files()[module].used if name in label}
         edges[node] = (edges.get(node, set()) | others) - {node}
     floors: dict[str, int] = {}
     for node in TopologicalSorter(edges).static_order():
