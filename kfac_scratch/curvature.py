@@ -70,7 +70,7 @@ def loss_hessian(loss: Module, f: Tensor, y: Tensor) -> Float[Tensor, "out out"]
 def hessian(model: Module, loss: Module, X: Tensor, y: Tensor) -> Float[Tensor, "D D"]:
     """The second derivatives of the loss by the parameters. Cost: `D` reverse passes."""
     network = _network(model, X)
-    gradient = grad(lambda t: loss(network(t), y))  # jacrev here is wrong for LayerNorm (2.13)
+    gradient = grad(lambda t: loss(network(t), y))  # torch 2.13: jacrev is wrong for LayerNorm
     return jacrev(gradient)(parameter_vector(model))
 
 

@@ -48,7 +48,7 @@ def kron_matvec(
 def kron(B: Float[Tensor, "p m"], A: Float[Tensor, "q n"]) -> Float[Tensor, "pq mn"]:
     """The dense Kronecker product `B ⊗ A`, for factors in any memory layout.
 
-    `torch.kron` (2.13) fails if one of them is stored by rows and the other by columns, as
+    `torch.kron` of torch 2.13 fails if one of them is stored by rows and the other by columns, as
     eigenvectors are. Memory is `p * q * m * n` numbers: use it in tests and pictures only.
     """
     return torch.kron(B.contiguous(), A.contiguous())

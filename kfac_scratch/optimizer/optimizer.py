@@ -11,8 +11,8 @@ curvature matrix with the batch; `step` applies the damped inverses to the gradi
         optimizer.step()
 
 The approximation, the Fisher, the inverse and the controls of a step are functions that the user
-passes. A step that raises leaves no trace, so that a loop may catch the error and go on with the
-next batch.
+passes. After a step that raises, parameters and states are what they were before it, so that a loop
+may catch the error and go on with the next batch.
 
 If the gradients of several micro-batches are added up, each is shown with its backward pass. With a
 mean loss, each gradient is multiplied by the share of its batch in all terms, as it must be for

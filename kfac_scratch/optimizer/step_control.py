@@ -61,7 +61,7 @@ class Step:
         inverses: The maps that gave the directions, by block name, as far as they are held here.
         memory: Tensors that controls keep from step to step, by parameter name and a key. A
             control changes none of them. It returns a step with new ones, and the optimizer stores
-            those of the step that is taken: a step that is given up leaves no trace.
+            those of the step that is taken. A step that is given up changes no memory.
         batches: The mini-batches, if they are known, each with the share of its loss in the loss
             that the step descends: one with share 1, or several whose gradients were added up. If
             several processes take the step, those of this one.

@@ -1,8 +1,8 @@
 """Replace expressions of a function in memory: the smallest proof that they are the cause.
 
-A proof by patch is worth most if it changes one expression and nothing else. The function's source
-is compiled again, in its own module, with the expression replaced. Patches of one function can be
-nested if they replace different expressions.
+A proof by patch is worth most if it changes one expression and nothing else; a few faults need two or
+three. The function's source is compiled again, in its own module, with the expressions replaced.
+Patches of one function can be nested if they replace different expressions.
 """
 
 import inspect
