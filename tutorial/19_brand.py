@@ -167,8 +167,7 @@ code(brand_update)
 #
 # A moving average is $(1 - w) M + w X X^\top$, where $X X^\top$ is the factor of the new batch. The factor of the
 # inputs is $\tfrac1N \sum_n a_n a_n^\top$, so its columns are $a_n / \sqrt N$. The factor $B$ is a sum without
-# $\tfrac1N$, and its columns are $g_{vn}$. The columns that the update adds are $\sqrt w\, X$, with the root of the
-# weight.
+# $\tfrac1N$, and its columns are $g_{vn}$. The update adds the columns $\sqrt w\, X$.
 #
 # As in [Chapter 18](18_randomized.py), let all directions orthogonal to $U$ have a common eigenvalue, the tail
 # $c$. The update then includes the tail without additional cost:
@@ -189,10 +188,9 @@ code(brand_update)
 # **Proof.** $M = U \operatorname{diag}(d - c)\, U^\top + c I$. Multiply by $1 - w$, add $w X X^\top$, and replace
 # the part without $I$ by its eigenpairs: $V \operatorname{diag}(e)\, V^\top + c' I$. $\blacksquare$
 #
-# So an update maps a matrix with a tail to a matrix with a tail, exactly. The identity, for instance, is such a matrix,
-# with no column in $U$ and $c = 1$. An average that starts at the identity has the tail $\rho^t$ after $t$ batches of
-# weight $1 - \rho$, if nothing is cut off. The author's code adds $\rho^t$ to the damping instead
-# ([`solver_LA_utils.py`, line
+# So an update maps a matrix with a tail to a matrix with a tail, exactly. For instance, an average that starts at the
+# identity (an empty $U$ and $c = 1$) has the tail $\rho^t$ after $t$ batches of weight $1 - \rho$, if nothing is cut
+# off. The author's code adds $\rho^t$ to the damping instead ([`solver_LA_utils.py`, line
 # 9](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L9)),
 # which gives the same inverse in this case.
 #
@@ -381,9 +379,8 @@ assert_exact(follow(Brand(rank=8), small).dense(), follow(MovingAverage(kfac), s
 # A batch has $N S$ rows of inputs and $V N S$ rows of vectors. If $r + N S$ exceeds $d_\text{in}$, the low-rank update
 # of $A$ saves nothing: unless rows are linearly dependent, its small matrix has all $d_\text{in}$ rows. For $B$ the
 # condition is $r + V N S \gt d_\text{out}$. The package then decomposes the factor in full, and the result is KFAC's.
-# **Most convolutions have too many positions** $S$ for the low-rank update. Type-2 vectors of many classes,
-# $V = C - 1$, can be too many as well; Monte Carlo and empirical vectors have $V = 1$. One function decides at every
-# update:
+# **Most convolutions have too many positions** $S$ for the low-rank update. Type-2 vectors, $V = C - 1$, can be too
+# many as well; Monte Carlo and empirical vectors have $V = 1$. One function decides at every update:
 
 # %% tags=["beside", "remove-input"]
 code(is_low_rank_update)
@@ -413,8 +410,8 @@ assert is_low_rank_update(1025, 64, 700)
 #
 # The cost of applying the inverse is linear in the width, too, if no matrix of the layer's size is formed. The gradient
 # of a batch is a product, $\sum_n g_n a_n^\top = \hat g^\top \hat a$. The rows of $\hat a$ are the inputs $a_n$, and
-# those of $\hat g$ the vectors $g_n$ for the *data's* labels. Let $\hat A, \hat B$ be the approximated factors, damped
-# separately. Then the inverse is applied to each side separately:
+# those of $\hat g$ the vectors $g_n$ for the *data's* labels. If the approximated factors $\hat A, \hat B$ are damped
+# separately, the inverse is applied to each side separately:
 #
 # $$
 # P = \bigl[ \hat g\, (\hat B + \gamma_B I)^{-1} \bigr]^\top
@@ -455,8 +452,7 @@ assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 
 # %% [markdown]
 # At large widths the added cost is small compared with the gradient. The narrower the layer, the smaller is the gain,
-# and below a width of $r + K$ the low-rank update does not run. Momentum and weight decay are not products of a few
-# rows, so they act on the formed step.
+# and below a width of $r + K$ the low-rank update does not run. Momentum and weight decay act on the formed step.
 #
 # [Figure 19.3] shows the stored result of the repository's benchmark, `python -m benchmarks.scaling`: times
 # of one square layer on one thread, with a batch of fixed size ([Chapter 18](18_randomized.py) describes how they are
@@ -765,8 +761,7 @@ assert wrong[naive_update, 16] > 1e-7
 # wrong directions are kept and enter the next update. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all
 # cases, because [(19.2)] uses only $X = UC + QR$. The *inverse* is wrong, because [(18.7)] needs orthonormal columns. A
 # test that compares matrices does not find this fault; a test that compares inverses does. Whether the fault occurred
-# in the author's experiments is not known. A rank below that of the average, or a little noise in all directions,
-# avoids it.
+# in the author's experiments is not known. A rank below the average's, or a little noise in all directions, avoids it.
 
 # %% tags=["remove-input"]
 code(split_by_span, reorthonormalized)

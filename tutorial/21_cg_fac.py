@@ -530,8 +530,7 @@ assert relative_error(mean_of_rows.block(), (first.block() + second.block()) / 2
 # We train the same network from new initial weights, for 40 steps of 32 images each, with a fixed learning rate. Four
 # methods use the newest batch only: KFAC, five steps of CG with KFAC's matrix and with the exact block, and the direct
 # solver. Two methods use KFAC's moving averages: KFAC, and ten steps of CG as in the author's code (see below). So the
-# effect of conjugate gradients and the effect of averages are separated. The table has the final loss for four
-# dampings.
+# effects of conjugate gradients and of averages are separated. The table has the final loss for four dampings.
 
 # %% tags=["hide-input"] fold="Measured: the final loss of six methods with four dampings"
 methods = {
@@ -582,8 +581,7 @@ assert max(k[0], solved[0]) < 2
 # At the largest damping the six losses are nearly equal. At the smallest, every method with one batch fails, KFAC
 # included. Both methods with averages train at all four dampings, and ten steps of CG are about as good as the inverse.
 # So averages helped here. The exact block did not: at the damping 0.03 it fails, where KFAC of the same batch trains.
-# Each loss is from one run. The paper's claims are about cost, for which we counted numbers and operations, and no
-# time.
+# Each loss is from one run. The paper's claims are about cost, for which we counted operations and measured no time.
 #
 # ## KFAC as a preconditioner
 #
