@@ -264,9 +264,10 @@ print(f"relative error after 20 batches: {relative_error(from_pairs(*factor), ex
 # an inverse, that code gives all other directions the smallest eigenvalue of the state ([line
 # 7](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L7-L13)).
 # Do the two rules differ in accuracy? We update with a stream of batches, with variances that decay and directions that
-# drift, and compare the inverse of the damped average with the exact one. Three rows have a tail in the updates, and
-# "tail at the end only" is the rule of the author's code. The last row truncates the *exact* average to 24 eigenpairs
-# and the matched tail; the updates have eight more between truncations. The errors are means over the last 40 batches.
+# drift, and compare the inverse of the damped average with the exact one. Three rows use a rule for the tail in every
+# update, and "tail at the end only" is the rule of the author's code. The last row truncates the *exact* average to 24
+# eigenpairs and the matched tail; the updates have eight more between truncations. The errors are means over the last
+# 40 batches.
 
 
 # %% tags=["hide-input"] fold="Measured: the inverse of a drifting average, with four rules for the tail"
@@ -398,10 +399,10 @@ assert is_low_rank_update(1025, 64, 700)
 
 # %% [markdown]
 # A run in which all answers are "no" has the name B-KFAC and the results of KFAC. An autoencoder of widths up to 101
-# with batches of 700 images is such a case: a comparison of B-KFAC with KFAC on this network would compare KFAC with
-# itself. The author's code has the same rule: a factor gets low-rank updates if its
-# layer is `Linear` and rank and batch together are below its size ([`distributed_B_kfac_lean_Kfactors_batchsize.py`,
-# line
+# with batches of 700 images is such a case: B-KFAC on this network would be KFAC, so that [Chapter
+# 23](23_comparison.py) trains B-KFAC on a wider one. The author's code has the same rule: a factor gets low-rank
+# updates if its layer is `Linear` and rank and batch together are below its size
+# ([`distributed_B_kfac_lean_Kfactors_batchsize.py`, line
 # 237](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_kfac_lean_Kfactors_batchsize.py#L237)),
 # as the abstract says ("typically for all FC layers"). To know whether a run used the update, count the calls, as the
 # section [In the optimizer](#in-the-optimizer) does.
