@@ -17,8 +17,8 @@
 # forming the matrix that is averaged?
 #
 # The randomised inverses of [Chapter 18](18_randomized.py) store and multiply KFAC's factors, which costs the square
-# of a layer's width. B-KFAC keeps only $r$ eigenpairs of each factor and updates them with the $K$ rows of each new
-# batch. The update is an eigendecomposition of $r + K$ rows: [Figure 19.1]. Its cost is *linear* in the width.
+# of a layer's width. B-KFAC keeps only $r$ eigenpairs of each factor and updates them with the $K$ vectors of each new
+# batch. The update decomposes a matrix of $r + K$ rows ([Figure 19.1]), and its cost is *linear* in the width.
 
 # %% tags=["hide-input"]
 import json
@@ -73,7 +73,7 @@ def from_pairs(U: Tensor, d: Tensor, c: Tensor | float = 0.0) -> Tensor:
     return (U * (d - c)) @ U.T + c * torch.eye(len(U))
 
 
-# %% tags=["hide-input"] alt="Three heat maps of 16 by 16 entries. In the coordinates of the layer all entries of the sum are filled. In the basis of U and Q only the upper left corner of five by five is filled. In the new eigenvectors only the first five entries of the diagonal are." caption="A sum of three eigenpairs and a batch of two columns, in three bases: the coordinates of the layer, $U$ and $Q$ (with eleven more vectors), and the new eigenvectors. Only the corner of five rows is ever decomposed."
+# %% tags=["hide-input"] alt="Three heat maps of 16 by 16 entries. In the coordinates of the layer all entries of the sum are filled. In the basis of U and Q only the upper left corner of five by five is filled. In the new eigenvectors only the first five entries of the diagonal are." caption="A sum of three eigenpairs and a batch of two columns, in three bases: the coordinates of the layer, $U$ and $Q$ (with eleven more vectors), and the new eigenvectors. Only the corner of five rows is decomposed."
 own = torch.Generator(device).manual_seed(0)
 U = torch.linalg.qr(torch.randn(16, 3, generator=own)).Q
 d, X = torch.tensor([4.0, 3.0, 2.0]), torch.randn(16, 2, generator=own) / 2
@@ -88,30 +88,30 @@ diagonal = torch.cat([e, torch.zeros(11)]).diag()
 matrices({r"$M + X X^\top$": total, r"in $[U\ Q]$": corner, "in the new eigenvectors": diagonal})
 
 # %% [markdown]
-# With $r$ eigenvectors in the columns of $U$, the columns $X$ of a batch, and an orthonormal basis $Q$ of what $X$ has
-# outside of the span of $U$,
+# Let $U$ have $r$ eigenvectors as columns, $X$ the $K$ vectors of a batch, and $Q$ an orthonormal basis of the part of
+# $X$ that is orthogonal to $U$. Then
 #
 # $$
 # U \operatorname{diag}(d)\, U^\top + X X^\top
 # = [U\ Q] \; \bigl( \text{a matrix with } r + K \text{ rows} \bigr) \; [U\ Q]^\top .
 # $$
 #
-# The eigenpairs of the small matrix, rotated by $[U\ Q]$, are those of the sum. Before the next batch the leading $r$
-# of them are kept.
+# The small matrix has the eigenvalues of the sum, and $[U\ Q]$ maps its eigenvectors to those of the sum. Before the
+# next batch only the leading $r$ eigenpairs are kept.
 #
 # After this chapter you will be able to
 #
 # - update the eigenpairs of a moving average with a batch, exactly and without a matrix of the layer's size;
-# - say what a truncation loses, why this error decays, and what number to put in the place of what was cut off;
+# - say what a truncation loses, why its error decays, and which number replaces the eigenvalues that were cut off;
 # - tell for which layers the update is of low rank, and check that a run really used it;
-# - apply the inverse to a gradient in factors, and say what is linear then and what is not;
+# - apply the inverse to a gradient in factors, and say which costs are then linear in the width;
 # - keep eigenvectors orthonormal where round-off destroys a plain implementation.
 #
 # ## One update
 #
-# Let $M = U \operatorname{diag}(d)\, U^\top$ with $r$ orthonormal columns in $U$, and let a batch add
-# $X X^\top$ with $K$ columns. The columns of the sum lie in the span of $U$ and $X$ together. So split $X$ into a part
-# in the span of $U$ and a part orthogonal to it, and give the second part an orthonormal basis $Q$:
+# Let $M = U \operatorname{diag}(d)\, U^\top$ with $r$ orthonormal columns in $U$, and let a batch add $X X^\top$, where
+# $X$ has $K$ columns. The columns of the sum lie in the span of $U$ and $X$ together. So split $X$ into a part in the
+# span of $U$ and a part orthogonal to it, and let $Q$ be an orthonormal basis of the second part:
 #
 # $$
 # X = U C + Q R , \qquad C = U^\top X , \qquad Q R = X - U C , \qquad U^\top Q = 0 .
@@ -129,10 +129,11 @@ matrices({r"$M + X X^\top$": total, r"in $[U\ Q]$": corner, "in the new eigenvec
 # \tag{19.2}
 # $$
 #
-# The matrix in the middle has $r + K$ rows. Its eigenvalues $e$ are those of the sum. The eigenvectors of the sum are
-# the columns of $[U\ Q]\, W$, which are orthonormal, as $[U\ Q]$ and $W$ both have orthonormal columns. **The update is
-# exact**, and no matrix of size $d \times d$ occurs: the cost is of the order of $d\, (r + K)^2 + (r + K)^3$.
-# [Brand (2006)](bibliography.md#brand-svd) found the update for singular values. Column by column:
+# The matrix in the middle has $r + K$ rows, or fewer if $Q$ has fewer than $K$ columns. Its eigenvalues $e$ are those
+# of the sum, and all other eigenvalues of the sum are zero. The eigenvectors are the columns of $[U\ Q]\, W$, which are
+# orthonormal, as $[U\ Q]$ and $W$ both have orthonormal columns. **The update is exact.** For a layer of width $p$ no
+# matrix of size $p \times p$ occurs, and the cost is of the order of $p\, (r + K)^2 + (r + K)^3$. [Brand
+# (2006)](bibliography.md#brand-svd) found the update for singular values. The code adds one column after the other:
 
 
 # %%
@@ -156,7 +157,7 @@ for update in (update_by_hand, brand_update):
 
 # %% [markdown]
 # The package takes all columns at once. `split_by_span` is [(19.1)], and `reorthonormalized` removes round-off. The
-# section on practice shows both.
+# section [What goes wrong in practice](#what-goes-wrong-in-practice) shows both.
 
 # %% tags=["beside", "remove-input"]
 code(brand_update)
@@ -164,12 +165,12 @@ code(brand_update)
 # %% [markdown]
 # ## The average, and its tail
 #
-# A moving average is $(1 - w) M + w \hat M$. For the factor of the inputs, $\hat M = \tfrac1N \sum_n a_n a_n^\top$, so
-# the columns to add are $\sqrt{w / N}\, a_n$. The factor $B$ is a sum, and its columns are $\sqrt{w}\, g_{vn}$. In both
-# cases the weight is under the root.
+# A moving average is $(1 - w) M + w X X^\top$, where $X X^\top$ is the factor of the new batch. The factor of the
+# inputs is $\tfrac1N \sum_n a_n a_n^\top$, so its columns are $a_n / \sqrt N$. The factor $B$ is a sum without
+# $\tfrac1N$, and its columns are $g_{vn}$. The update adds the columns $\sqrt w\, X$.
 #
 # As in [Chapter 18](18_randomized.py), let all directions orthogonal to $U$ have a common eigenvalue, the tail
-# $c$. The update includes the tail at no cost:
+# $c$. The update then includes the tail without additional cost:
 #
 # <div class="admonition theorem" markdown="1" id="thm-19.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 19.1 (a tail is a shift)</b></p>
@@ -187,13 +188,13 @@ code(brand_update)
 # **Proof.** $M = U \operatorname{diag}(d - c)\, U^\top + c I$. Multiply by $1 - w$, add $w X X^\top$, and replace
 # the part without $I$ by its eigenpairs: $V \operatorname{diag}(e)\, V^\top + c' I$. $\blacksquare$
 #
-# So a matrix with a tail remains a matrix with a tail, exactly. The identity, for instance, is a matrix with a tail: it
-# has no eigenpairs and $c = 1$. An average that starts at the identity has $\rho^t$ in its tail after $t$ batches of
-# weight $1 - \rho$. The author's code adds $\rho^t$ to the damping instead ([`solver_LA_utils.py`, line
+# So an update maps a matrix with a tail to a matrix with a tail, exactly. For instance, an average that starts at the
+# identity (an empty $U$ and $c = 1$) has the tail $\rho^t$ after $t$ batches of weight $1 - \rho$, if nothing is cut
+# off. The author's code adds $\rho^t$ to the damping instead ([`solver_LA_utils.py`, line
 # 9](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L9)),
-# which gives the same inverse.
+# which gives the same inverse in this case.
 #
-# "The author's code" in this chapter is that repository, at this commit. It belongs to the author's thesis
+# "The author's code" in this chapter is that repository, at this commit. The repository belongs to the author's thesis
 # and not to the paper, whose abstract names no code. Its algorithms are called B, B-R and B-R-C, and
 # its scripts train them beside KFAC, R-KFAC and SGD on CIFAR-10, CIFAR-100 and ImageNet.
 
@@ -220,13 +221,14 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 # ## Truncation is the only error
 #
 # Every batch adds up to $K$ eigenpairs. Before the next batch the state is truncated to its leading $r$. An inverse
-# between two batches uses all $r + K$. The truncation is the only step that loses something.
+# between two batches uses all $r + K$. Apart from round-off, the truncation is the only step that causes an error.
 #
 # <div class="admonition theorem" markdown="1" id="thm-19.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 19.2 (errors add up, and decay)</b></p>
 #
-# Let $T_i$ be what truncation $i$ changes, the matrix before it less the one after. With a constant weight
-# $1 - \rho$, after batch $t$
+# Let $M_t$ be the exact average after batch $t$ and $\hat M_t$ the one of the updates, both with the constant weight
+# $1 - \rho$ and from the same start. Let $T_i$ be the matrix before the truncation that follows batch $i$ less the one
+# after it. Then
 #
 # $$
 # M_t - \hat M_t = \sum_{i \lt t} \rho^{t - i}\, T_i .
@@ -238,10 +240,11 @@ assert_exact(from_pairs(*one), exact + 0.9**6 * torch.eye(60))
 #
 # </div>
 #
-# **Proof.** The update itself is exact, so $\hat M_{t+1} = \rho\, (\hat M_t - T_t) + (1 - \rho) X X^\top$. Subtract
-# this from $M_{t+1} = \rho M_t + (1 - \rho) X X^\top$: the error $E_t = M_t - \hat M_t$ satisfies $E_{t+1} = \rho\,
-# (E_t + T_t)$. Without a tail, $T_i$ is the part that was cut off, and its eigenvalues are not negative. The matched
-# tail keeps the trace in every truncation. $\blacksquare$
+# **Proof.** The update itself is exact, so $\hat M_{t+1} = \rho\, (\hat M_t - T_t) + (1 - \rho) X X^\top$ with the
+# columns $X$ of batch $t + 1$. Subtract this equation from $M_{t+1} = \rho M_t + (1 - \rho) X X^\top$: the error
+# $E_t = M_t - \hat M_t$ satisfies $E_{t+1} = \rho\, (E_t + T_t)$ and is zero at the start. Without a tail, $T_i$ is the
+# part that was cut off, and its eigenvalues are not negative. The matched tail keeps the trace in every truncation.
+# $\blacksquare$
 
 # %% tags=["hide-input"] fold="Checked: the error is the sum (19.4), and positive semi-definite without a tail"
 factor, exact, errors = none(60), torch.zeros(60, 60), torch.zeros(60, 60)
@@ -257,14 +260,17 @@ print(f"relative error after 20 batches: {relative_error(from_pairs(*factor), ex
 # %% [markdown]
 # ### Which tail?
 #
-# In this package the tail is a part of the matrix that is updated. The author's code has no tail between updates. Where
-# an inverse is taken, it continues the spectrum with its smallest eigenvalue ([line
+# In this package the tail is a part of the matrix that is updated. The author's code has no tail between updates. For
+# an inverse, that code gives all other directions the smallest eigenvalue of the state ([line
 # 7](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/solver_LA_utils.py#L7-L13)).
-# Do the two differ in accuracy? We follow a stream of batches, with variances that decay and directions that drift, and
-# compare the inverse of the damped average with the exact one. The printed errors are means over the last 40 batches.
+# Do the two rules differ in accuracy? We update with a stream of batches, with variances that decay and directions that
+# drift, and compare the inverse of the damped average with the exact one. Three rows use a rule for the tail in every
+# update, and "tail at the end only" is the rule of the author's code. The last row truncates the *exact* average to 24
+# eigenpairs and the matched tail; the updates have eight more between truncations. The errors are means over the last
+# 40 batches.
 
 
-# %% tags=["hide-input"] fold="Measured: the inverse of a drifting average, with five rules for the tail"
+# %% tags=["hide-input"] fold="Measured: the inverse of a drifting average, with four rules for the tail"
 def stream(batches: int, rate: float, drift: float, d: int = 120, N: int = 8) -> list[Tensor]:
     """Columns of batches; their principal directions turn slowly."""
     torch.manual_seed(0)
@@ -309,7 +315,7 @@ assert mean["tail: trace_matched"] < 1.2 * mean["truncated average"]
 assert mean["tail: trace_matched"] < mean["tail at the end only"] < mean["tail: smallest_kept"]
 assert mean["tail: trace_matched"] < mean["tail: zero_tail"]
 
-# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, for five ways to treat the tail. The trace-matched tail stays on the line of the truncated exact average, which is lowest. Without a tail, or with one that is added at the end, errors are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, with 24 eigenpairs of 120. The trace-matched tail is on the line of the truncated average (dashed), which needs the exact one."
+# %% tags=["hide-input"] alt="Error of the damped inverse against the number of batches, with four rules for the tail and for the truncated exact average. The trace-matched tail is lowest, just below the truncated exact average. With a tail at the end only and without a tail, errors at the end are larger; with a tail of the smallest kept eigenvalue they are largest." caption="Error of the damped inverse while 100 batches go by, truncated to 24 eigenpairs of 120 before every update. The trace-matched tail has nearly the error of the truncated exact average (dashed), for which the whole matrix is needed."
 fig, ax = plt.subplots(figsize=(6.8, 3.5), layout="constrained")
 raised = (-0.01, 0.05, 0.0, 0.02, -0.06)  # so that labels do not meet
 for number, (name, up) in enumerate(zip(history[-1], raised, strict=True)):
@@ -322,23 +328,23 @@ ax.set_xticks(range(0, 101, 20))
 plt.show()
 
 # %% [markdown]
-# The trace-matched tail is as accurate as the truncated exact average, which needs the whole matrix. The reason is that
-# a direction which was cut off keeps the eigenvalue $c$. When the data return to this direction, its eigenvalue starts
-# from $c$ and not from zero. For this the tail must be a good estimate of the eigenvalues that were cut off. The
-# smallest eigenvalue that is kept overestimates them in every update, and these errors add up.
+# On this stream the trace-matched tail is as accurate as the truncated exact average, for which the whole matrix is
+# needed. A direction that was cut off keeps the eigenvalue $c$. When the data return to this direction, its eigenvalue
+# starts from $c$ and not from zero, which helps if $c$ is near the eigenvalues that were cut off. The smallest kept
+# eigenvalue is never below them, so that with this tail all $T_i \preceq 0$, and these errors add up by [(19.4)].
 #
 # ## In the package
 #
-# An estimator ([`estimators`](api/approximations.estimators.md)) maps a state and a batch to the next state.
-# `MovingAverage(kfac)` is the moving average of KFAC's factors. The state of `Brand(rank)` has the eigenpairs and the
-# tails of both factors, and is a matrix that can be multiplied and inverted.
+# An estimator ([`estimators`](api/approximations.estimators.md)) maps a state, a batch and its weight to the next
+# state. `MovingAverage(kfac)` is the moving average of KFAC's factors. The state of `Brand(rank)` has the eigenpairs
+# and the tails of both factors. It represents a matrix that can be multiplied and inverted.
 
 # %% tags=["beside", "remove-input"]
 code(Brand.update)
 
 # %% [markdown]
-# Made-up batches of 4 data, ten of them, for a layer with 90 inputs and 70 outputs. With rank 40 nothing is ever cut
-# off, and the inverse is that of KFAC's average. Smaller ranks have an error, but always KFAC's trace:
+# We make up ten batches of 4 data for a layer with 90 inputs and 70 outputs. With rank 40 nothing is cut off, and the
+# inverse is that of KFAC's average. With smaller ranks the step has an error, but the trace is still KFAC's:
 
 
 # %% tags=["hide-input"] fold="Checked: rank 40 is exact. Measured: the error of a step for smaller ranks"
@@ -371,11 +377,11 @@ assert_exact(follow(Brand(rank=8), small).dense(), follow(MovingAverage(kfac), s
 # %% [markdown]
 # ### When the low-rank update does not run
 #
-# A batch has $N S$ rows of inputs and $V N S$ rows of vectors. If $r + N S$ exceeds $d_\text{in}$, an update of $A$
-# costs at least as much as a full decomposition; for $B$ the condition is $r + V N S \gt d_\text{out}$. The package
-# then keeps the factor in full, and the result is KFAC's. **A convolution has too many positions** $S$ for the low-rank
-# update. Type-2 vectors of many classes, $V = C - 1$, are too many as well; Monte Carlo and empirical vectors have $V =
-# 1$. One function decides at every update, and can be asked before a run:
+# A batch has $N S$ rows of inputs and $V N S$ rows of vectors. If $r + N S$ exceeds $d_\text{in}$, the low-rank update
+# of $A$ saves nothing: unless rows are linearly dependent, its small matrix has all $d_\text{in}$ rows. For $B$ the
+# condition is $r + V N S \gt d_\text{out}$. The package then decomposes the factor in full, and the result is KFAC's.
+# **Most convolutions have too many positions** $S$ for the low-rank update. Type-2 vectors, $V = C - 1$, can be too
+# many as well; Monte Carlo and empirical vectors have $V = 1$. One function decides at every update:
 
 # %% tags=["beside", "remove-input"]
 code(is_low_rank_update)
@@ -392,20 +398,21 @@ assert not is_low_rank_update(101, 64, 128)
 assert is_low_rank_update(1025, 64, 700)
 
 # %% [markdown]
-# A run for which the answer is "no" has the name B-KFAC and the numbers of KFAC. An earlier version of [Chapter
-# 23](23_comparison.py) made this mistake: it trained "B-KFAC" on an autoencoder of widths up to 101 with batches of 700
-# images, where the update was never called. The author's code has the same rule: a factor gets low-rank updates if its
-# layer is `Linear` and rank and batch together are below its size ([`distributed_B_kfac_lean_Kfactors_batchsize.py`,
-# line
+# A run in which all answers are "no" has the name B-KFAC and the results of KFAC. An autoencoder of widths up to 101
+# with batches of 700 images is such a case: B-KFAC on this network would be KFAC, so that [Chapter
+# 23](23_comparison.py) trains B-KFAC on a wider one. The author's code has the same rule: a factor gets low-rank
+# updates if its layer is `Linear` and rank and batch together are below its size
+# ([`distributed_B_kfac_lean_Kfactors_batchsize.py`, line
 # 237](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_kfac_lean_Kfactors_batchsize.py#L237)),
-# as the abstract says ("typically for all FC layers"). To know whether a run used the update, count the calls. The
+# as the abstract says ("typically for all FC layers"). To know whether a run used the update, count the calls, as the
 # section [In the optimizer](#in-the-optimizer) does.
 #
 # ## A gradient in factors
 #
-# The application of the inverse is linear in the width, too, if no matrix of the layer's size is formed. The gradient
-# of a batch is a product of rows, $\sum_n g_n a_n^\top = \hat g^\top \hat a$, with the vectors of the *data's* labels
-# in $\hat g$. Damp the factors separately. Then the inverse is applied to each side separately:
+# The cost of applying the inverse is linear in the width, too, if no matrix of the layer's size is formed. The gradient
+# of a batch is a product, $\sum_n g_n a_n^\top = \hat g^\top \hat a$. The rows of $\hat a$ are the inputs $a_n$, and
+# those of $\hat g$ the vectors $g_n$ for the *data's* labels. If the approximated factors $\hat A, \hat B$ are damped
+# separately, the inverse is applied to each side separately:
 #
 # $$
 # P = \bigl[ \hat g\, (\hat B + \gamma_B I)^{-1} \bigr]^\top
@@ -413,7 +420,8 @@ assert is_low_rank_update(1025, 64, 700)
 # \tag{19.5}
 # $$
 #
-# Each bracket is a product with a low-rank matrix and costs $\mathcal{O}(K d\, r)$.
+# Each bracket multiplies $K$ rows by a low-rank matrix plus a multiple of $I$. With $r$ eigenpairs and width $p$ this
+# product costs $\mathcal{O}(K p\, r)$.
 
 # %% tags=["beside", "remove-input"]
 code(product_of_rows)
@@ -430,8 +438,9 @@ assert_exact(h.T @ b, torch.linalg.solve(B, g.T @ a) @ torch.linalg.inv(A))
 
 # %% [markdown]
 # The step itself has $d_\text{out} d_\text{in}$ entries. Forming $h^\top b$, and adding it to the weights, costs
-# $\mathcal{O}(d_\text{out} d_\text{in} K)$, as much as the gradient, which every method pays. **Linear** is the part
-# that KFAC *adds* to this cost. The table counts multiplications for a square layer, with $K = 128$ rows and $r = 64$:
+# $\mathcal{O}(d_\text{out} d_\text{in} K)$, as much as the gradient, which every method computes. Only the cost that
+# B-KFAC *adds* is **linear**. The table counts multiplications for a square layer, with $K = 128$ rows and $r = 64$,
+# and with KFAC's inverses as four products with eigenvectors:
 
 # %% tags=["hide-input"] fold="Counted: multiplications of the gradient and of three methods"
 K_rows, r = 128, 64
@@ -443,16 +452,14 @@ for width in (512, 2048, 8192, 32768):
 assert brand_adds < 0.05 * gradient < rs_adds < 0.05 * kfac_adds
 
 # %% [markdown]
-# The counts have three consequences. Quantities that are averaged over steps or added to the gradient, such as momentum
-# and weight decay, are not products of rows and act on the formed step. The narrower the layer, the less
-# there is to gain, and below a width of $r + K$ nothing. At large widths the added cost is small compared with the
-# gradient.
+# At large widths the added cost is small compared with the gradient. The narrower the layer, the smaller is the gain,
+# and below a width of $r + K$ the low-rank update does not run. Momentum and weight decay act on the formed step.
 #
 # [Figure 19.3] shows the stored result of the repository's benchmark, `python -m benchmarks.scaling`: times
 # of one square layer on one thread, with a batch of fixed size ([Chapter 18](18_randomized.py) describes how they are
 # measured).
 
-# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: KFAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC rise with slope one and continue to larger widths. Right, what a step adds: KFAC and RS-KFAC above, B-KFAC and SKFAC in rows far below, with the cost of the gradient itself between them." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). B-KFAC and SKFAC have the slope one in both. Wide layers need more time for the gradient, the dashed line, than for their steps."
+# %% tags=["hide-input"] alt="Two log-log plots of time against width. Left, updates of one factor's inverse: KFAC rises most steeply, then RS-KFAC; B-KFAC and SKFAC have slope one at large widths. In the narrowest layer B-KFAC is slowest. Right, what a step adds: KFAC and RS-KFAC above, B-KFAC and SKFAC below them. From a width of about 1000 the cost of the gradient is between the two pairs, at smaller widths it is lowest." caption="Time against the width: an update of one factor's inverse (left), and what a step adds to the gradient (right). At large widths B-KFAC and SKFAC have slope one in both, and add less than the gradient (dashed) costs. In the narrowest layer B-KFAC's update is the slowest."
 file = RESULTS / "scaling-cpu.json"
 WIDTHS = [256, 2048, 16384]
 LOOKS = {"K-FAC": style("KFAC"), "RS-KFAC": {"color": "C1", "marker": "^"}}
@@ -501,14 +508,14 @@ if scaling is not None:
 
 # %% [markdown]
 # The expected powers are 3 for KFAC, 2 for RS-KFAC, and 1 for B-KFAC and [SKFAC](17_skfac.py). SKFAC has the lowest
-# cost, because it uses the last batch only, and therefore has a larger error. B-KFAC remembers earlier batches at a
-# cost that is larger by a constant. Its eigenpairs follow only if every factor is updated with *every* batch. So this
-# time counts at every step, while KFAC and RS-KFAC may invert less often.
+# cost, because it uses the last batch only, and therefore has a larger error. B-KFAC includes earlier batches, at a
+# cost that is larger by a constant factor. Its eigenpairs contain only batches with which they were updated. If every
+# batch is to count, the update is needed at every step, while KFAC and RS-KFAC may invert less often.
 #
 # ## Training
 #
-# The network and the training of [Chapter 18](18_randomized.py), once with the moving average of KFAC's factors and
-# once with 32 eigenpairs that follow:
+# We train the network of [Chapter 18](18_randomized.py) in the same way, once with the moving average of KFAC's factors
+# and once with B-KFAC of rank 32:
 
 # %% tags=["hide-input"] fold="Measured: losses with KFAC and with B-KFAC"
 digits = load_digits()
@@ -554,17 +561,17 @@ assert max(curve[-1] for curve in curves.values()) < 0.5
 assert difference < 0.5
 
 # %% [markdown]
-# The eigenpairs train this network as the full factors do. The experiment does not test the paper's claim, which is
-# about time: for a slightly modified VGG16_bn on CIFAR-10, two of the three algorithms are faster than RS-KFAC for
-# every test accuracy that was aimed at. The same abstract states limits: the inverses are less accurate than those of
-# RS-KFAC, and the algorithms reach 91 % sooner than SENG, another method, but not higher accuracies.
+# In this run the eigenpairs give nearly the losses of the full factors. The experiment does not test the paper's claim,
+# which is about time: for a slightly modified VGG16_bn on CIFAR-10, two of the three algorithms are faster than RS-KFAC
+# for any target test accuracy. The same abstract states limits: the inverses are less accurate than those of RS-KFAC,
+# and the algorithms reach 91 % sooner than SENG, another method, but underperform it for higher accuracies.
 #
 # ## Two repairs
 #
-# If there is memory for the $d^2$ numbers of a factor, the errors of truncation can be repaired
-# from time to time. The dense average is kept beside the eigenpairs, and every $T$ batches
+# If a dense factor fits into memory, the errors of truncation can be repaired from time to time. The dense average $M$
+# is kept beside the eigenpairs, and every $T$ batches
 #
-# - **B-R-KFAC** replaces the eigenpairs by RS-KFAC's;
+# - **B-R-KFAC** replaces the eigenpairs by those of RS-KFAC;
 # - **B-KFAC-C** corrects a random share of them, as the code does
 #   ([`B_R_C_utils_for_C.py`, line 3](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/B_R_C_utils_for_C.py#L3-L17)).
 #   Let $U_S$ be the chosen eigenvectors. They are replaced by the Ritz
@@ -578,7 +585,8 @@ code(refreshed, ritz)
 # <div class="admonition theorem" markdown="1" id="thm-19.3">
 # <p class="admonition-title" markdown="1"><b>Theorem 19.3 (a correction never increases the error)</b></p>
 #
-# Let $\hat M$ be the matrix before and $\hat M'$ the one after the correction. Then
+# Let $\hat M = U \operatorname{diag}(d)\, U^\top + c\, (I - U U^\top)$ be the matrix before the correction and
+# $\hat M'$ the one after it, with the same tail $c$. In the Frobenius norm
 #
 # $$
 # \lVert M - \hat M' \rVert^2 = \lVert M - \hat M \rVert^2
@@ -590,10 +598,10 @@ code(refreshed, ritz)
 #
 # **Proof.** Complete $U_S$ to an orthonormal basis. In this basis $\hat M$ has no entries between $S$ and the
 # rest, since the columns of $U$ are eigenvectors. $\hat M'$ differs from $\hat M$ in the block of $S$ only, where it
-# equals $M$. So the squared error loses exactly the share of this block. $\blacksquare$
+# equals $M$. So the squared error decreases by exactly the share of this block. $\blacksquare$
 #
-# The span stays the same. A correction changes eigenvalues and rotates eigenvectors within their span. It
-# does not find a direction that was cut off.
+# A correction changes eigenvalues and rotates eigenvectors within their span, which stays the same. So no correction
+# finds a direction that was cut off. The theorem is about the error of the matrix, not about that of its inverse.
 
 # %% tags=["hide-input"] fold="Checked: (19.6), and that the span stays, in 100 corrections"
 d, U = (t.flip(-1)[..., :24] for t in psd_eigh(early))  # eigenpairs of forty batches ago
@@ -611,8 +619,8 @@ print(f"error {old:.3f} before, {new:.3f} after 100 corrections of six eigenpair
 
 # %% [markdown]
 # How useful are the updates between two refreshes? The abstract says that they reduce the inversion error of
-# RS-KFAC at little cost. We refresh once, let 20 batches of a drifting stream go
-# by, and compare eigenpairs that were kept fixed with eigenpairs that were updated.
+# RS-KFAC at little cost. We refresh once, take 20 more batches of a drifting stream, and compare 40 eigenpairs that
+# were kept fixed with eigenpairs that were updated (up to 48 between truncations).
 
 # %% tags=["hide-input"] fold="Measured: fixed, updated, corrected and refreshed eigenpairs"
 vectors = torch.randn(1, 8, 1, 3)
@@ -639,13 +647,14 @@ assert followed_since < 0.5 * stale
 assert found["B, never refreshed"] < 0.5 * stale
 
 # %% [markdown]
-# On this stream the abstract's statement holds: updated eigenpairs have less than half the error of fixed ones.
-# A refresh 20 batches ago hardly changes the error, since errors of old truncations decay, as [(19.4)] says.
+# On this stream the updates reduce the error, as the abstract says: updated eigenpairs have less than half the error of
+# fixed ones. The cost is not measured here. With updates, neither the refresh nor the corrections change the error
+# much. Errors of old truncations decay by [(19.4)] in any case.
 #
 # ## In the optimizer
 #
-# All three algorithms are estimators, and the optimizer takes them as its `approximation=`. It saves and loads their
-# state with its own. We train with each of them and count which parts were called:
+# All three algorithms are estimators, and the optimizer takes them as its `approximation=`. The optimizer saves and
+# loads their state with its own. We train with each algorithm and count the calls of its parts:
 
 # %% tags=["hide-input"] fold="Counted: calls of the four parts in 30 steps of three algorithms"
 PARTS = {
@@ -691,8 +700,8 @@ assert counts["B-KFAC-C"]["corrections (C)"] == 6 * 6
 # the first batch fit into the factor of the inputs, because there are no eigenpairs yet. Sketches are made of all
 # factors but the smallest.
 #
-# `invert=ContinuedInverse()` has the tail and the damping of the author's code, a fraction of the largest eigenvalue as
-# in [Chapter 18](18_randomized.py):
+# `invert=ContinuedInverse()` has the tail of the author's code, and its damping, which is a fraction of the largest
+# eigenvalue as in [Chapter 18](18_randomized.py):
 
 # %% tags=["beside", "remove-input"]
 code(ContinuedInverse.__call__)
@@ -707,15 +716,15 @@ assert_exact(ContinuedInverse()(M, 0.1) @ (B @ G @ A), G)
 # ## What goes wrong in practice
 #
 # **A batch that adds nothing.** If $X$ lies in the span of $U$, then $X - UC$ of [(19.1)] is zero in exact arithmetic.
-# On a computer it is round-off, a matrix of tiny random numbers that is *not* orthogonal to $U$. A QR decomposition
-# scales its columns to length one, and they enter $[U\ Q]$. Such batches are common: repeated data, units that are dead
-# or share their inputs, an average that already contains all directions of the data. The author's code takes this QR
+# On a computer the difference is round-off, a matrix of tiny numbers that is *not* orthogonal to $U$. A QR
+# decomposition scales its columns to length one, and they enter $[U\ Q]$. Such batches arise from repeated data, from
+# units that are dead, or if the average already contains all directions of the data. The author's code uses this QR
 # ([`Brand_S_subroutine.py`, line
 # 28](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/Brand_S_subroutine.py#L28)).
-# It also truncates to $r$ eigenpairs before every update ([line
+# That code also truncates to $r$ eigenpairs before every update ([line
 # 14](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/Brand_S_subroutine.py#L14-L21)),
-# which removes the wrong directions as long as there are $r$ right ones. We try two ranks, with an average that has
-# eight directions:
+# which removes the wrong directions as long as there are $r$ right ones. We try two ranks, with an average of rank
+# eight:
 
 
 # %%
@@ -749,24 +758,22 @@ assert max(wrong[naive_update, 8], wrong[brand_update, 16]) < 1e-12 < 1e-7
 assert wrong[naive_update, 16] > 1e-7
 
 # %% [markdown]
-# With $r = 8$ the naive update is as accurate as the package's. With $r = 16$, which is more than the data have, wrong
-# directions are kept and enter the next update. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all cases,
-# because [(19.2)] uses only $X = UC + QR$. The *inverse* is wrong: [(18.7)] holds for orthonormal columns only. A test
-# that compares matrices does not find this fault; a test that compares inverses does. Whether it occurred in the
-# author's experiments is not known: a rank below that of the data, or a little noise in other directions, is enough to
-# avoid it.
+# With $r = 8$ the naive inverse is as accurate as the package's. With $r = 16$, which exceeds the rank of the average,
+# wrong directions are kept and enter the next update. The sum $V \operatorname{diag}(w)\, V^\top$ is right in all
+# cases, because [(19.2)] uses only $X = UC + QR$. The *inverse* is wrong, because [(18.7)] needs orthonormal columns. A
+# test that compares matrices does not find this fault; a test that compares inverses does. Whether the fault occurred
+# in the author's experiments is not known. A rank below the average's, or a little noise in all directions, avoids it.
 
 # %% tags=["remove-input"]
 code(split_by_span, reorthonormalized)
 
 # %% [markdown]
-# The package projects twice, a known remedy for Gram-Schmidt. It then takes a basis that reveals the
-# rank, and drops directions below the precision. A direction just above the precision still contains a part of $U$, so
-# the basis is projected once more. A direction must not be dropped for being *small*: a
-# part of $X$ that is $10^{-9}$ of the whole adds only $10^{-18}$ in $R R^\top$, but $10^{-9}$ in
-# the product $C R^\top$. Finally, $[U\ Q]\, W$ loses a little orthogonality by round-off in
-# every update, and thousands of updates add up. A step $U \leftarrow U\, (3 I - U^\top U) / 2$ squares
-# the deviation from orthogonality, so that it does not accumulate:
+# The package projects twice, a known remedy for Gram-Schmidt. It then computes a basis that reveals the rank, and drops
+# directions below the precision. A computed direction just above the precision still has a part in the span of $U$, so
+# the basis is projected once more. Directions are dropped by the precision and not by a coarser bound: a part of $X$
+# that is $10^{-9}$ of the whole adds only $10^{-18}$ in $R R^\top$, but $10^{-9}$ in the product $C R^\top$. Finally,
+# round-off makes $[U\ Q]\, W$ slightly less orthonormal in every update, and these deviations add up. A step
+# $U \leftarrow U\, (3 I - U^\top U) / 2$ replaces a small deviation by one of the order of its square:
 
 
 # %% tags=["hide-input"] fold="Measured: orthogonality after 300 updates in single precision, without and with the step"
@@ -793,9 +800,8 @@ assert deviations[0] > 3 * deviations[1]
 # **The wrong end of the spectrum.** `eigh` returns eigenvalues in ascending order, so its first $r$ are the smallest.
 # The functions here return eigenvalues in descending order.
 #
-# **The weight outside of the root.** Columns enter as $X X^\top$, so a weight $w$ multiplies $X$ by $\sqrt w$. With a
-# factor of $w$ in the place of $\sqrt w$ the batch has the weight $w^2$, which is far too small, and no error is
-# raised:
+# **The weight without the root.** Columns enter as $X X^\top$, so a weight $w$ multiplies $X$ by $\sqrt w$. With the
+# factor $w$ instead of $\sqrt w$ the batch has the weight $w^2$, which is too small, and no error is raised:
 
 # %%
 X = torch.randn(30, 3)
@@ -820,23 +826,24 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # | layers | typically all fully connected ones | any; too narrow ones are updated in full |
 # | rank | code: [220](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L39); or [adaptive, 5 down or 10 up, 70 at least](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/solver_utils/adaptive_rank_utils.py#L59-L66) | 64, constant |
 # | schedule | code: B-updates [every 5 and later every update of factors, C every 5 and later every 2 B-updates](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/schedules/BRC_schedules.py#L12-L18), of a [share .2](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L64-L65); R [every 5 and later every 2 inversions](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/schedules/BR_schedules.py#L15); [decay .95](https://github.com/ConstantinPuiu/Distributed_Brand_and_Randomized_KFACs/blob/74bac503b2187ded16755a71d5b5ae246dd32bac/solvers/distributed_B_R_C_kfac_lean_Kfactors_batchsize.py#L32) | B with every update, `period` chosen; share .2 |
-# | headline | CIFAR-10 with a slightly modified VGG16_bn: two of the three sooner than RS-KFAC at any test accuracy; 91 % sooner than SENG, but not above | [Chapter 23](23_comparison.py) trains it beside its controls; SENG not tested, because it is not in this package |
+# | headline | CIFAR-10 with a slightly modified VGG16_bn: two of the three sooner than RS-KFAC at any target test accuracy; 91 % sooner than SENG, but worse than it for higher accuracies | [Chapter 23](23_comparison.py) trains it beside its controls; SENG not tested, because it is not in this package |
 #
 # ## In one minute
 #
 # - **Update.** A batch of $K$ columns changes $r$ eigenpairs to $r + K$ by an eigendecomposition of $r + K$ rows,
-#   [(19.2)]. The update is exact, with a tail as well, and linear in the width.
-# - **Error.** Only the truncation to $r$ eigenpairs loses something, and old losses decay with the average, [(19.4)].
-# - **Tail.** The trace-matched tail was as accurate as the truncated exact average. The smallest kept eigenvalue,
-#   carried through the updates, was the least accurate.
-# - **Limit.** The update is of low rank only if $r$ and the rows of a batch fit into the width. Convolutions and narrow
-#   layers are decomposed in full. Count the calls.
+#   [(19.2)]. The update is exact, with a tail as well, and its cost is linear in the width.
+# - **Error.** Apart from round-off, only the truncation to $r$ eigenpairs causes an error, and old errors decay with
+#   the average, [(19.4)].
+# - **Tail.** On a drifting stream the trace-matched tail was as accurate as the truncated exact average. The smallest
+#   kept eigenvalue, as the tail of the updates, was the least accurate.
+# - **Limit.** The update is of low rank only if $r$ and the rows of a batch fit into the width. Most convolutions and
+#   narrow layers are decomposed in full. Count the calls.
 # - **Repairs.** With dense factors in memory, B-R-KFAC refreshes the eigenpairs and B-KFAC-C corrects a share of them.
-# - **Check** the inverse, not the matrix: columns that are not orthonormal give the right matrix and a wrong inverse.
+# - **Tests.** Compare inverses: columns that are not orthonormal can give the right matrix and a wrong inverse.
 #
 # ## Exercises
 #
-# **Exercise 19.1.** Start with nothing, $U$ empty and $c = 0$, and update with one batch. Show that the damped
+# **Exercise 19.1.** Start with $U$ empty and $c = 0$, and update with one batch of weight 1. Show that the damped
 # inverse is that of Woodbury's identity,
 # $(X X^\top + \gamma I)^{-1} = \tfrac1\gamma \bigl( I - X (X^\top X + \gamma I)^{-1} X^\top \bigr)$.
 #
@@ -846,7 +853,7 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # The update is exact, so $U \operatorname{diag}(d)\, U^\top = X X^\top$, and both are the inverse of the same
 # matrix. With a singular value decomposition $X = U \operatorname{diag}(s)\, Y^\top$, Woodbury's is
 # $\tfrac1\gamma \bigl( I - U \operatorname{diag} \bigl( s^2 / (s^2 + \gamma) \bigr) U^\top \bigr)$, which is [(18.7)]
-# for $c = 0$ and $d = s^2$. B-KFAC with one batch is [SKFAC](17_skfac.py).
+# for $c = 0$ and $d = s^2$. With one batch, B-KFAC has the inverse of [SKFAC](17_skfac.py).
 #
 # </details>
 #
@@ -862,13 +869,13 @@ assert_exact(from_pairs(V, w), 0.05**2 * X @ X.T)
 # </details>
 #
 # **Exercise 19.3.** The exact damping of the product, [(18.9)], can be applied to a gradient in factors as well. How
-# many rows has the step?
+# many rows do the two factors of the step have?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With $G = \hat g^\top \hat a$ of $K$ rows, every term of [(18.9)] is a product of rows. Those that begin with $U_B$
-# share $r_B$ rows on the left. The others are $\hat g^\top \bigl( w_{00} \hat a + \hat a\, U_A
+# With $G = \hat g^\top \hat a$ of $K$ rows, every term of [(18.9)] is a product of rows. The terms that begin with
+# $U_B$ share $r_B$ rows on the left. The others are $\hat g^\top \bigl( w_{00} \hat a + \hat a\, U_A
 # \operatorname{diag}(w_{0j} - w_{00})\, U_A^\top \bigr)$. So there are $K + r_B$ rows, and the cost is linear in the
 # width.
 #
@@ -939,8 +946,7 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Puiu (2022)](bibliography.md#brand) introduces the three algorithms and the linear application, and brings
-# Brand's update to KFAC;
-# [Brand (2006)](bibliography.md#brand-svd) the update, for singular values. [Chapter 17](17_skfac.py) has a
-# window of batches instead of eigenpairs: no truncation, but a cost that grows with the memory. In
-# the package, `LowRankKronecker` is the matrix of all three chapters.
+# [Puiu (2022)](bibliography.md#brand) introduces the three algorithms and the linear application, and uses
+# Brand's update for KFAC. [Brand (2006)](bibliography.md#brand-svd) derives the update for singular values.
+# [Chapter 17](17_skfac.py) has a window of batches instead of eigenpairs: nothing is truncated, but the cost grows with
+# the number of batches. In the package, `LowRankKronecker` is the matrix of Chapters 17 to 19.

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 20. Mini-block Fisher: one block per neuron
 #
-# **Part V: Better and faster.** KFAC gives all neurons of a layer one common matrix. What if every
-# neuron keeps its own, exact, and nothing is kept between neurons?
+# **Part V: Better and faster.** KFAC uses multiples of one matrix $A$ for all neurons of a layer. Are steps better if
+# every neuron has its own exact matrix, and the coupling of neurons is dropped?
 #
 # A neuron is one output of a layer, and its weights are one row of $W$. The mini-block Fisher keeps the parts of the
 # layer's curvature block $F$ that belong to single neurons and replaces the rest by zeros ([Figure 20.1]).
@@ -91,7 +91,7 @@ matrices(
 # F_o = \sum_n \Bigl( \sum_v g_{vno}^2 \Bigr)\, a_n a_n^\top :
 # $$
 #
-# a second moment of the inputs, as KFAC's $A$, but with weights of its own for every neuron.
+# a second moment of the inputs like KFAC's $A$, but with different weights of the data for every neuron.
 #
 # After this chapter you will be able to
 #
@@ -102,7 +102,7 @@ matrices(
 # ## A neuron is a row
 #
 # A layer's block is a sum of outer products of gradients ([Theorem 4.1]), and $\operatorname{vec}$
-# stacks the rows of a gradient. So the part of the block that couples row $o$ with row $p$ is
+# stacks the rows of a gradient. So the part of $F$ that couples row $o$ with row $p$ is
 #
 # $$
 # F_{op} = \sum_{v,n} (G_{vn})_{o \cdot}^\top\, (G_{vn})_{p \cdot}
@@ -110,7 +110,7 @@ matrices(
 # \tag{20.1}
 # $$
 #
-# With one position, $G_{vn} = g_{vn} a_n^\top$, and row $o$ of it is the input times a number. Then
+# With one position, $G_{vn} = g_{vn} a_n^\top$, and its row $o$ is the input times the number $g_{vno}$. Then
 #
 # $$
 # F_{op} = \sum_n \Bigl( \sum_v g_{vno}\, g_{vnp} \Bigr)\, a_n a_n^\top,
@@ -120,7 +120,7 @@ matrices(
 # $$
 #
 # $F_o$ is a weighted second moment of the inputs. The weight of a datum is the sum of squares of its vectors' entries
-# at neuron $o$. KFAC has the same $A$ for all neurons. By hand:
+# at neuron $o$. KFAC's $A$ is the same for all neurons. By hand:
 
 
 # %%
@@ -151,15 +151,15 @@ assert_exact(mini_block(io).blocks[1], io.a[:, 0].T @ (weight[:, 1:2] * io.a[:, 
 # %% [markdown]
 # ### In the package
 #
-# With one position, only the sum of squares over the vectors enters, so that `_merged` first merges all vectors of
-# a datum into one. The blocks are then one batched product of matrices.
+# With one position, the blocks depend on the vectors only through the sum of squares, so that `_merged` first merges
+# all vectors of a datum into one. The blocks are then one batched product of matrices.
 
 # %% tags=["beside", "remove-input"]
 code(mini_block, _blocks, _merged)
 
 # %% [markdown]
-# The result is a `BlockDiagonal`: $K$ small matrices as one tensor. Its inverse is one batched
-# Cholesky factorisation, its product with a gradient one batched product.
+# The result is a `BlockDiagonal`: $K$ small matrices as one tensor. Its inverse needs one batched
+# Cholesky factorisation, and its product with a gradient is one batched product.
 
 # %% tags=["beside", "remove-input"]
 code(BlockDiagonal.__matmul__, BlockDiagonal.inverse)
@@ -176,10 +176,10 @@ for o in range(3):  # every neuron solves its own small system
 # ## The best of its kind
 #
 # <div class="admonition theorem" markdown="1" id="thm-20.1">
-# <p class="admonition-title" markdown="1"><b>Theorem 20.1 (cutting is projecting)</b></p>
+# <p class="admonition-title" markdown="1"><b>Theorem 20.1 (the nearest matrix without coupling)</b></p>
 #
-# Let $M$ have the blocks $F_o$, and let $T$ be any matrix that does not mix neurons, with blocks $T_o$.
-# Then
+# Let $M$ have the blocks $F_o$ on its diagonal and zeros elsewhere, and let $T$ be any matrix of this form, with blocks
+# $T_o$. In the Frobenius norm
 #
 # $$
 # \begin{aligned}
@@ -189,18 +189,18 @@ for o in range(3):  # every neuron solves its own small system
 # \tag{20.3}
 # $$
 #
-# and $\operatorname{tr} M = \operatorname{tr} F$. If $F$ is positive semi-definite, so is $M$.
+# and $\operatorname{tr} M = \operatorname{tr} F$. As $F$ is positive semi-definite, so is $M$.
 #
 # </div>
 #
 # **Proof.** The squared norm is a sum over entries. $F - M$ has the entries outside of the blocks,
-# $F - T$ those and the differences inside. The trace is a sum over the diagonal, which lies inside. For a
+# $F - T$ these entries and the differences inside. The trace is a sum over the diagonal, which lies inside. For a
 # vector $x$ with parts $x_o$, $x^\top M x = \sum_o x_o^\top F_o x_o$, and each term is $y^\top F y$ for a
 # vector $y$ that is zero outside of neuron $o$. $\blacksquare$
 #
 # So the mini-block Fisher is never farther from $F$ than the diagonal, than KFAC restricted to its diagonal blocks
-# $B_{oo} A$, and than $I \otimes A$ for any $A$. The theorem does *not* compare it with KFAC itself, which mixes
-# neurons. Either of the two may be nearer:
+# $B_{oo} A$, and than $I \otimes A$ for any $A$. The theorem does *not* compare $M$ with KFAC itself, which couples
+# neurons. Either $M$ or KFAC may be nearer:
 
 # %%
 nearer = 0
@@ -224,11 +224,12 @@ assert 0 < nearer < 200
 # The mini-block Fisher is exact if and only if all $F_{op}$ of [(20.1)] with $o \ne p$ vanish. Three cases:
 #
 # - The layer has **one neuron**.
-# - **No vector reaches two neurons**: $g_{vno}\, g_{vnp} = 0$. A layer of experts, of which every datum uses one, is
-#   of this kind.
-# - **The last layer, with a loss that does not mix outputs.** The loss Hessian of a squared error
+# - **No vector reaches two neurons**: $g_{vno}\, g_{vnp} = 0$ for $o \ne p$, or with several positions
+#   $g_{vnso}\, g_{vntp} = 0$ for all $s$ and $t$. An example is a layer of neurons of which every datum uses one
+#   ("experts").
+# - **The last layer, with one position and a loss that does not mix outputs.** The loss Hessian of a squared error
 #   is $2 I$ per datum and that of binary cross-entropy is diagonal, so each of the type-2 vectors has a single entry
-#   that is not zero. This holds for *every* network. With softmax and cross-entropy, it does not.
+#   that is not zero. This holds for *every* network before the last layer, but not for softmax with cross-entropy.
 
 # %%
 io = random_io(9, S=4)
@@ -254,10 +255,10 @@ for kind, y in labels.items():
     assert (errors[1] < 1e-14) == (kind is not CrossEntropyLoss)
 
 # %% [markdown]
-# KFAC has another list ([Chapter 5](05_kfac.py)), among others a single datum, and deep linear networks with squared
-# error. In both cases $F$ is a Kronecker product $B \otimes A$, whose part between neurons $o$ and $p$ is $B_{op} A$.
-# Mini-blocks are exact there only if $B$ is diagonal. On the experts above KFAC is not exact. So neither list
-# contains the other. Both methods are exact if $F = B \otimes A$ with a diagonal $B$:
+# KFAC is exact in other cases ([Chapter 5](05_kfac.py)), among them a single datum, and deep linear networks with
+# squared error. In both of these $F$ is a Kronecker product $B \otimes A$, whose part between neurons $o$ and $p$ is
+# $B_{op} A$, so that mini-blocks are exact only if $B$ is diagonal. For the experts above KFAC is not exact. So neither
+# method is exact whenever the other is. Both are exact if $F = B \otimes A$ with a diagonal $B$:
 
 # %%
 linear = Sequential(Linear(5, 4), Linear(4, 3))
@@ -276,18 +277,18 @@ assert_exact(kfac(io).dense(), io.block())
 # %% [markdown]
 # ## Near as a matrix, good as a step
 #
-# We train a network with three seeds. For every layer we compare two numbers. The first is the distance to the exact
-# block. The second is the quality of the step: with a gradient $h$ and $F_\delta = F + \delta I$, the damped
-# quadratic model $q(p) = \tfrac12 p^\top F_\delta\, p - h^\top p$ has its minimum at $F_\delta^{-1} h$. A step in the
-# direction $p$ with the best length reaches the share
+# We take networks of three seeds, before and after training, and compute two numbers for every layer. The first is the
+# distance to the exact block. The second is the quality of the step: with a gradient $h$ and $F_\delta = F + \delta I$,
+# the damped quadratic model $q(p) = \tfrac12 p^\top F_\delta\, p - h^\top p$ has its minimum at $F_\delta^{-1} h$. A
+# step in the direction $p$ with the best length reaches the share
 #
 # $$
 # \frac{(h^\top p)^2}{(p^\top F_\delta\, p)\; (h^\top F_\delta^{-1} h)} \in [0, 1]
 # \tag{20.4}
 # $$
 #
-# of the decrease that is possible. It does not depend on the length of $p$, hence not on a learning
-# rate. The damping is 1 % of the mean eigenvalue of $F$.
+# of the decrease that is possible. The share does not depend on the length of $p$, hence not on a learning
+# rate. The damping $\delta$ is 1 % of the mean eigenvalue of $F$.
 
 # %%
 digits = load_digits()
@@ -356,7 +357,7 @@ K, M = (measured[0, name, "0"].mean(0) for name in ("KFAC", "mini-block"))
 assert K[1] > M[1] + 0.2  # untrained: KFAC's is better
 assert measured[0, "mini-block", "4"][:, 1].min() > 0.99  # but for the last layer
 
-# %% tags=["hide-input"] alt="Two scatter plots of the share of the possible decrease against the relative error, one point for each of three layers and three seeds. Left, untrained: KFAC and EKFAC sit at error zero and share one, mini-block at errors from 0.3 to 0.8 and shares from 0.55 to one, the diagonal far right and low. Right, trained: KFAC spreads over errors from 0.2 to 0.8 with shares from 0.3 to 0.6; mini-block has errors of 0.55 to 0.7 and shares from 0.5 to 0.85; the diagonal stays far right and low." caption="Three layers, three seeds. Up is a better step, left a nearer matrix. The distance does not tell how good the step is: on the right, at similar errors, mini-blocks reach more than KFAC."
+# %% tags=["hide-input"] alt="Two scatter plots of the share of the possible decrease against the relative error, one point for each of three layers and three seeds. Left, untrained: KFAC and EKFAC sit at error zero and share one, mini-block at errors from 0.3 to 0.8 and shares from 0.55 to one, the diagonal far right and low. Right, trained: KFAC spreads over errors from 0.2 to 0.8 with shares from 0.3 to 0.6; mini-block has errors of 0.55 to 0.7 and shares from 0.5 to 0.85; the diagonal stays far right and low." caption="Three layers, three seeds. Up is a better step, left a nearer matrix. The distance does not determine how good the step is: on the right, at similar errors, mini-blocks reach more than KFAC."
 fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
 for ax, steps in zip(axes, (0, 400), strict=True):
     for name, marker in zip(methods, "vos^", strict=True):
@@ -369,25 +370,25 @@ axes[0].legend(fontsize="small", loc="lower left")
 plt.show()
 
 # %% [markdown]
-# In the untrained network, inputs and vectors are nearly independent. $F$ is close to
-# $B \otimes A$, and $B$ is far from diagonal. KFAC is nearly exact there. Without the coupling of neurons the step
-# loses a good part of its decrease in the first two layers. In the last layer it loses almost nothing: all classes
-# have nearly the same probability there, so $B$ is nearly a multiple of $I - \tfrac1C \mathbf{1} \mathbf{1}^\top$,
-# and the gradient is orthogonal to the ones.
+# In the untrained networks $F$ is close to $B \otimes A$, so that KFAC is nearly exact, and $B$ is not diagonal.
+# Without the coupling of neurons the step loses a good part of its decrease in the first two layers. In the last layer
+# the step loses almost nothing: all classes have nearly the same probability in an untrained network, so $B$ is nearly
+# a multiple of $I - \tfrac1C \mathbf{1} \mathbf{1}^\top$, and the columns of the gradient are orthogonal to the ones.
 #
-# Training changes this. Different neurons have large vectors on different data, so
-# that one $A$ for all neurons has a large error. In the first layer KFAC is still much nearer to $F$, but its step is
+# After training $F$ is no longer close to $B \otimes A$. If different neurons have large vectors on different data, one
+# $A$ for all neurons has a large error. In the first layer KFAC is still much nearer to $F$, but its step is
 # no better. In the last layer mini-blocks are better by both numbers.
 #
-# The eigenvectors $u_k$ of $F$, with eigenvalues $\lambda_k$, explain the steps. The
-# right inverse stretches $u_k$ by $1 / (\lambda_k + \delta)$, so that
+# The eigenvectors $u_k$ of $F$, with eigenvalues $\lambda_k$, help to understand the steps. The exact damped
+# inverse multiplies $u_k$ by $1 / (\lambda_k + \delta)$, so that
 #
 # $$
 # (\lambda_k + \delta)\; u_k^\top (M + \delta I)^{-1} u_k
 # \tag{20.5}
 # $$
 #
-# should be 1: above, a step goes too far in this direction, below not far enough.
+# is 1 for $M = F$. For another $M$ this is the component along $u_k$ of the step for the gradient $u_k$, relative to
+# the exact step. A number above 1 means too long a step in this direction, and a number below 1 too short a step.
 
 # %%
 model, X, y = trained(0, 400)
@@ -408,7 +409,7 @@ flattest = U[:, :13]  # a common shift of all logits, one for each of 13 inputs
 assert curvatures[:13].max() < 1e-12 * curvatures.max()
 assert (flattest.T @ h.flatten()).norm() < 1e-12 * h.norm()
 
-# %% tags=["hide-input"] alt="Line plot of how far the inverses of KFAC and mini-block stretch 130 eigenvectors of the exact block, relative to the right inverse, on a logarithmic axis from 0.1 to 8. KFAC starts near 4 at the steepest directions and falls steadily to 0.2, crossing 1 after a quarter. Mini-block starts below 2 and stays between 0.8 and 2 up to direction 117, then drops to 0.15, where KFAC is exactly 1." caption="The last layer of a trained network, from steep to flat directions; 1 is right. The 13 flattest directions on the right have no curvature and no gradient."
+# %% tags=["hide-input"] alt="Line plot of how far the inverses of KFAC and mini-block stretch 130 eigenvectors of the exact block, relative to the right inverse, on a logarithmic axis from 0.1 to 8. KFAC starts at about 5 for the steepest directions and falls, with fluctuations, to 0.1 at direction 117, crossing 1 after about a third. Mini-block starts below 2 and stays between 0.6 and 2 up to direction 117, then drops to about 0.13, where KFAC is exactly 1." caption="The last layer of a trained network, from steep to flat directions; 1 is right. The 13 flattest directions on the right have no curvature and no gradient."
 fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 for name, values in stretched.items():
     ax.semilogy(values, label=name)
@@ -421,14 +422,14 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# KFAC's steps are too long along steep directions and too short along flat ones. Mini-blocks are right up to a
-# factor of two, with one exception: the 13 flattest directions add the same number to all logits. Softmax does not
-# depend on such a number, so that these directions have no curvature. KFAC has no curvature there, either.
-# Mini-blocks do, since a common shift concerns all neurons together. But the gradient has no component along such a
-# direction. So this error hardly matters for the step, while it enters every matrix norm of the inverse.
+# By this measure KFAC's steps are too long along steep directions and too short along most flat ones. Those of
+# mini-blocks are right up to a factor of two, with one exception: the 13 flattest directions add the same number to all
+# logits. Softmax does not depend on such a number, so that $F$ has no curvature along these directions, and KFAC has
+# none either. Mini-blocks have, since the curvature of a common shift vanishes only with the coupling of neurons. But
+# the gradient has no component along such a direction. So this error hardly matters for the step.
 #
-# This is one family of small networks, and one damping. It does not show that mini-blocks are the
-# better choice. It shows that the distance of a matrix from the block does not order the steps.
+# These are small networks of one kind, and one damping. The experiment does not show that mini-blocks are the
+# better choice. It shows that the order of distances to the block need not be the order of the steps.
 #
 # ## What it costs
 #
@@ -439,10 +440,10 @@ plt.show()
 # | KFAC | $d_\text{in}^2 + d_\text{out}^2$ | $N d_\text{in}^2 + V N d_\text{out}^2$ | $\sim d_\text{in}^3 + d_\text{out}^3$ | $d_\text{in} d_\text{out} (d_\text{in} + d_\text{out})$ |
 # | mini-block | $d_\text{out} d_\text{in}^2$ | $N d_\text{out} d_\text{in}^2$ | $\sim d_\text{out} d_\text{in}^3$ | $d_\text{out} d_\text{in}^2$ |
 #
-# The step is cheaper than KFAC's. In everything else, the terms $d_\text{in}^2$ and $d_\text{in}^3$ have the factor
-# $d_\text{out}$. The inverse can be recomputed rarely, and the small systems run at once on a GPU; the paper's
-# abstract puts the cost of an iteration at only slightly more than that of a first-order method. But memory keeps
-# this factor:
+# The step is cheaper than KFAC's. In the other columns, the terms $d_\text{in}^2$ and $d_\text{in}^3$ have the factor
+# $d_\text{out}$. The inverse can be recomputed rarely, and a GPU can solve the small systems in parallel; according to
+# the paper's abstract, an iteration costs only slightly more than that of a first-order method. But the factor
+# remains in the memory:
 
 
 # %%
@@ -457,7 +458,7 @@ for d_in, d_out in ((17, 10), (785, 1000), (1025, 4096)):
 assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 
 # %% [markdown]
-# For wide layers the blocks are too large. Three ways reduce them.
+# For wide layers the blocks are too large. There are three ways to save memory.
 #
 # ### First way: do not form the blocks
 #
@@ -481,8 +482,8 @@ assert numbers(785, 1000)[1] > 300 * numbers(785, 1000)[0]
 # \tag{20.7}
 # $$
 #
-# All neurons share the inner products of the inputs. They are computed once, and no row $R_o$ is ever
-# formed: only the layer's inputs and vectors are kept.
+# All neurons share the inner products of the inputs, which are computed once. No matrix $R_o$ is
+# formed: only the layer's inputs and vectors and the small factorisations are kept.
 
 # %% tags=["remove-input"]
 code(BlocksByRows.inverse, BlocksByRowsInverse.__matmul__)
@@ -500,8 +501,8 @@ several = LayerIO(torch.randn(4, 3, 300), torch.randn(2, 4, 3, 6))  # V N rows f
 assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inverse(0.1) @ V)
 
 # %% [markdown]
-# This way has no average over batches: a sum of blocks of many batches has a high rank. Rows can
-# only be collected, not averaged.
+# With this way there is no average over many batches: a sum of their blocks has a high rank, and rows can be
+# collected but not averaged.
 #
 # ### Second way: one block for all neurons
 #
@@ -516,12 +517,12 @@ assert_exact(mini_block_rows(several).inverse(0.1) @ V, mini_block(several).inve
 # \tag{20.8}
 # $$
 #
-# Of all matrices $I \otimes A$ this one is nearest to $F$, since by [(20.3)] it has to minimise
-# $\sum_o \lVert F_o - A \rVert^2$, which the mean does. Two methods of other chapters are close
+# Of all matrices $I \otimes A$ this one is nearest to $F$, since by [(20.3)] the nearest one minimises
+# $\sum_o \lVert F_o - A \rVert^2$, and the minimiser is the mean. Two methods of other chapters are close
 # relatives. With one position,
 # $\bar F \propto \sum_n \bigl( \sum_v \lVert g_{vn} \rVert^2 \bigr) a_n a_n^\top$: this is KFAC's input
-# factor with every datum weighted by the size of its vectors. It is the input factor of **TKFAC**
-# ([Chapter 15](15_tkfac.py)), up to scale, with $I$ for the other factor. If $\sum_v \lVert g_{vn} \rVert^2$ is the
+# factor with every datum weighted by the squared size of its vectors. Up to scale, $\bar F$ is the input factor of
+# **TKFAC** ([Chapter 15](15_tkfac.py)), here with $I$ as the other factor. If $\sum_v \lVert g_{vn} \rVert^2$ is the
 # same for all data, it is **FOOF**, $I \otimes A$, up to scale.
 
 # %% tags=["remove-input"]
@@ -548,10 +549,10 @@ assert relative_error(shared.A / shared.A.trace(), foof(io).A / foof(io).A.trace
 # ### Third way: smaller blocks
 #
 # A convolution's row of $W$ consists of one filter for each input channel. Smaller blocks are one block for each
-# *filter*: for a kernel of $k \times k$ that is $k^2 \times k^2$, whatever the number of channels. Rows and filters
+# *filter*: for a kernel of $k \times k$ a block is $k^2 \times k^2$, for any number of channels. Rows and filters
 # are our reading of the paper, not checked: its abstract speaks of many mini-blocks of modest size in every layer,
-# and does not say where a layer is cut. [Theorem 20.1] holds for every way to cut. A `LayerIO` does not know the
-# kernel, so its size has to be passed; a bias is a filter with a single entry.
+# and does not say where a layer is cut. [Theorem 20.1] holds for every partition into blocks. A `LayerIO` does not
+# contain the size of the kernel, which therefore is an argument; a bias is treated as a filter with a single entry.
 
 # %% tags=["beside", "remove-input"]
 code(mini_block_filters, FiltersAndBias.__matmul__)
@@ -575,12 +576,11 @@ matrices({"exact block": F, "rows": rows.dense(), "filters": filters.dense()})
 # ## Training with it
 #
 # The paper compares MBF with several methods in seconds and in generalisation, on autoencoders, convolutional and graph
-# networks, and uses the empirical Fisher. This section tests something else, the quality of a
-# direction, where we can take the
-# learning rate out of the comparison. Each method gets the same fixed batch of 200 images with all
+# networks, and uses the empirical Fisher. This section tests something else, the quality of a direction, without a
+# learning rate. Each method uses the same fixed batch of 200 images with all
 # pixels, the best length of its direction by the exact damped quadratic model, as in [(20.4)], and
-# a damping that follows [Chapter 9](09_damping.py)'s rule. We count steps, not seconds. The vectors are
-# type-2, as everywhere in this chapter, and then the empirical Fisher's.
+# a damping by the rule of [Chapter 9](09_damping.py). We count steps, not seconds. The vectors are
+# first type-2, as in the experiments above, and then those of the empirical Fisher.
 
 # %%
 pixels = torch.tensor(digits.data) / 16
@@ -644,7 +644,7 @@ for seed in range(3):
     assert curves["mini-block"][seed, -1] < 0.5 * curves["gradient"][seed, -1]
     assert curves["mini-block"][seed, -1] < 0.5 * curves["diagonal"][seed, -1]
 
-# %% tags=["hide-input"] alt="Training loss, on a logarithmic axis, against steps for four methods with three seeds each. The gradient and the diagonal fall slowly and stay near one. KFAC and mini-block fall by two orders of magnitude within twelve steps, and their bands of seeds overlap." caption="Training loss, three seeds each. KFAC and mini-blocks can hardly be told apart; the diagonal gains little over the gradient."
+# %% tags=["hide-input"] alt="Training loss, on a logarithmic axis, against steps for four methods with three seeds each. The gradient and the diagonal fall slowly and stay near one. KFAC and mini-block fall by two orders of magnitude within twelve steps, and their curves overlap." caption="Training loss, three seeds each. Neither KFAC nor mini-blocks end lower for all seeds; the diagonal ends near the gradient."
 fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
 for k, (name, runs) in enumerate(curves.items()):
     ax.semilogy(runs.T, color=f"C{k}", linewidth=1, alpha=0.4)
@@ -654,14 +654,14 @@ ax.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# The gap is between the methods that keep curvature *within* a neuron and those that do not. The diagonal is made of
-# the same vectors as the mini-blocks and has the same trace. It lacks the correlations of the inputs. With the
-# empirical Fisher the gap is the same. KFAC and mini-blocks reach a higher loss with it in this test, whose lengths
-# and damping are those of the GGN's quadratic model, and again differ little.
+# The large gap is between KFAC and mini-blocks on one side, and the gradient and the diagonal on the other. The
+# diagonal has the same vectors and the same trace as the mini-blocks, but lacks the correlations of the inputs. With
+# the empirical Fisher this gap remains. KFAC and mini-blocks then reach higher losses in this test, whose step lengths
+# and damping are those of the GGN's quadratic model.
 #
 # **In seconds.** The training benchmark of [Chapter 13](13_in_practice.py) ran mini-blocks on the convolutional
 # network T4. It did *not* run them on the deep autoencoder T3, although autoencoders are a task of the paper. The
-# benchmark's second autoencoder, `curves`, is planned with them; the last lines say whether results of it are stored:
+# benchmark's second autoencoder, `curves`, includes them; the last lines say whether its results are stored:
 
 # %% tags=["hide-input"] fold="Measured: mini-blocks in the training benchmark"
 for task in ("T3", "T4", "curves"):
@@ -685,8 +685,8 @@ for task in ("T3", "T4", "curves"):
 # ## What goes wrong in practice
 #
 # **The other order of the weights.** If vec stacks columns, the weights of a neuron are not next to
-# each other. Contiguous blocks on the diagonal of that matrix belong to *inputs*: they couple all neurons
-# through one input. That is a method, too, but not this one.
+# each other. Contiguous blocks of $d_\text{out}$ rows on the diagonal then belong to *inputs*: each couples the weights
+# of all neurons for one input, which is another method.
 
 # %%
 io = random_io(9)
@@ -700,7 +700,7 @@ assert relative_error(wrong, mini_block(io).blocks[0]) > 0.1
 # **The gradient of the batch instead of gradients of data.** The batch's gradient is available after every backward
 # pass, and its rows have the right shape. But the outer product of *one* row with itself has rank one, and its
 # expectation is not $F_o$ (the square of a sum is not the sum of the squares, [(14.7)]). The damped inverse then only
-# shortens the row:
+# divides the row by a number, and its direction stays that of the gradient:
 
 # %%
 io = random_io(9)
@@ -716,7 +716,7 @@ assert cosine.max() < 0.999
 # %% [markdown]
 # **One block per position.** With weight sharing, [(20.1)] sums over positions before it multiplies. Flattening
 # positions into the batch drops the products of different positions, as it does for EKFAC
-# ([Chapter 14](14_ekfac.py)). KFAC-expand stays the same, mini-blocks do not.
+# ([Chapter 14](14_ekfac.py)). KFAC-expand stays the same, and mini-blocks change.
 
 # %%
 io = random_io(7, S=4)
@@ -728,11 +728,12 @@ assert wrong > 1.02 * right
 
 # %% [markdown]
 # **Which Fisher.** The paper uses gradients at the labels of the data, the *empirical* Fisher, which needs no
-# backward pass of its own. Late in training the two differ. If a datum's label has the probability $1 - \epsilon$,
-# its gradient at the outputs is of order $\epsilon$. So its part in the empirical Fisher is of order $\epsilon^2$,
-# and in the Fisher of order $\epsilon$. By the quadratic model with the GGN and its damping, the step then reaches a
-# smaller share of the decrease. This is one measure of one step, and both kinds train, above and below. (Which model
-# describes the loss better is another question; see [Chapter 3](03_losses.py).)
+# additional backward pass. Late in training the empirical Fisher and the Fisher differ. If a datum's label has the
+# probability $1 - \epsilon$, its gradient at the outputs is of order $\epsilon$. So its part in the empirical Fisher is
+# of order $\epsilon^2$, and in the Fisher of order $\epsilon$. By the quadratic model with the GGN and its damping, the
+# step of the empirical Fisher reached a smaller share of the decrease. The share measures one step by one model, and
+# both kinds train, above and below. (Which model describes the loss better is another question; see [Chapter
+# 3](03_losses.py).)
 
 # %%
 shares = []
@@ -746,8 +747,8 @@ for seed in range(3):
     assert shares[-1][0] > shares[-1][1] + 0.2
 
 # %% [markdown]
-# In the optimizer, the Fisher is an argument, and the paper's choice is one word, `empirical`. The default is
-# another one: one label for each image, drawn from the model.
+# In the optimizer, the Fisher is an argument, and `fisher=empirical` is the paper's choice. The default uses
+# one label for each image, drawn from the model.
 
 # %%
 for name, fisher in (("empirical", empirical), ("one drawn label", None)):
@@ -765,9 +766,9 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
     assert final < 0.7
 
 # %% [markdown]
-# For convolutions there are the blocks of filters, `mini_block_filters(size)`. A network with both kinds of
-# layers needs a function that tells them apart by the length of their rows:
-# `lambda io: (mini_block_filters(9) if io.a.shape[-1] in {10, 55} else mini_block)(io)`.
+# For convolutions there are the blocks of filters, `mini_block_filters(size)`. A network with both kinds of layers
+# needs a function that tells them apart by the length of their rows, here for kernels of $3 \times 3$ with one and six
+# input channels and a bias: `lambda io: (mini_block_filters(9) if io.a.shape[-1] in {10, 55} else mini_block)(io)`.
 #
 # **One damping for neurons of different scale.** A neuron with small vectors has a small block, and a
 # damping chosen for the layer may be much larger than this block. Exercise 20.3 is about this case.
@@ -792,16 +793,19 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # - **Blocks.** Every neuron has its own weighted second moment of the inputs, [(20.2)]; the coupling of neurons is
 #   left out.
-# - **Promise.** Of all matrices without coupling they are nearest to $F$ ([Theorem 20.1]). KFAC may be nearer.
-# - **Exact** for a single neuron, for experts, and in the last layer with a loss that does not mix outputs.
+# - **Distance.** Of all matrices without coupling the mini-block Fisher is nearest to $F$ ([Theorem 20.1]). KFAC, which
+#   couples neurons, may be nearer.
+# - **Exact cases** are a single neuron, experts, and the last layer with one position and a loss that does not mix
+#   outputs.
 # - **Steps** can be better than KFAC's although the matrix is farther away: on the trained networks here they were
-#   as good or better.
-# - **Cost.** Memory and inverse have a factor $d_\text{out}$. Rows, one block for all neurons, or filters reduce it.
+#   as good or better, on the untrained ones worse in the first two layers.
+# - **Cost.** Memory and inverse have a factor $d_\text{out}$. Rows, one block for all neurons, or filters cost less.
 #
 # ## Exercises
 #
-# **Exercise 20.1.** The input of a layer is one-hot (an embedding, without a bias). Show that mini-blocks are
-# diagonal, and that the mini-block Fisher then equals the diagonal of $F$. What does KFAC keep that they lose?
+# **Exercise 20.1.** The input of a layer is one-hot (an embedding, with one position and no bias). Show that
+# mini-blocks are diagonal, and that the mini-block Fisher then equals the diagonal of $F$. What does KFAC keep that
+# they lose?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -811,9 +815,9 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 #
 # </details>
 #
-# **Exercise 20.2.** Replace $W$ by $W' = W T$ and the inputs by $T^{-1} a$, with an invertible $T$: the
-# same network in other coordinates. Show that the undamped mini-block step is the same, and that the
-# diagonal's is not. What about $W' = T W$?
+# **Exercise 20.2.** Replace $W$ by $W' = W T$ and the inputs by $T^{-1} a$, with an invertible $T$: the same network in
+# other coordinates. Let all $F_o$ be invertible. Show that the undamped mini-block step is the same, and that the step
+# of the diagonal is not. What about $W' = T W$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -821,21 +825,20 @@ for name, fisher in (("empirical", empirical), ("one drawn label", None)):
 # The gradient with respect to $W'$ is $G T^{-\top}$, so row $o$ becomes $G_o T^{-\top}$ and the block
 # $T^{-1} F_o T^{-\top}$. The step is $G_o T^{-\top} (T^{-1} F_o T^{-\top})^{-1} = G_o F_o^{-1} T$, and
 # this is the old step in the coordinates $W' = W T$. The diagonal of $T^{-1} F_o T^{-\top}$ does not
-# transform like this. With $W' = T W$ the rows are mixed, and so are the blocks: mini-blocks are not invariant, and
+# transform in this way. With $W' = T W$ the rows are mixed, and so are the blocks: mini-blocks are not invariant, and
 # undamped KFAC is.
 #
 # </details>
 #
-# **Exercise 20.3.** Multiply all vectors of one neuron by 100. How do the undamped step, the
-# step with a fixed damping, and the step with a damping relative to the block change, for that
-# neuron's gradient multiplied by 100 as well?
+# **Exercise 20.3.** Multiply all vectors of one neuron by 100, and this neuron's gradient as well. How do the undamped
+# step, the step with a fixed damping, and the step with a damping relative to the block change?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $F_o$ grows by $10^4$ and the row by 100, so the undamped step falls to a hundredth. With
+# $F_o$ grows by the factor $10^4$ and the row by 100, so the undamped step falls to a hundredth. With
 # $\delta_o = c \operatorname{tr} F_o / d_\text{in}$, the damping grows by $10^4$, too, and the same holds. With a
-# fixed $\delta$ the step changes by some other factor in every direction, and its direction changes.
+# fixed $\delta$ the factor is different for every eigenvalue of $F_o$, so that the step changes its direction.
 #
 # </details>
 #
@@ -894,4 +897,4 @@ print("all hold")
 # that converges linearly, and experiments on autoencoders, convolutional and graph networks.
 # [Benzing (2022)](bibliography.md#foof) argues for $I \otimes A$, "gradient descent on neurons".
 # [Gao et al. (2021)](bibliography.md#tkfac) weight both of KFAC's factors as [(20.8)] weights one.
-# [Kunstner et al. (2019)](bibliography.md#empirical-fisher) on the empirical Fisher.
+# [Kunstner et al. (2019)](bibliography.md#empirical-fisher) discuss the empirical Fisher.

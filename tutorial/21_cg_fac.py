@@ -13,13 +13,13 @@
 # %% [markdown]
 # # 21. CG-FAC: solve with products alone
 #
-# **Part V: Better and faster.** A layer's exact block can be multiplied without being formed. Is that
-# enough to solve with it, and is the exact block worth having?
+# **Part V: Better and faster.** Products with a layer's exact block can be computed without the block. Are such
+# products enough to solve a system with the block, and does the exact block give better steps than KFAC?
 #
-# Conjugate gradients solve a linear system with products alone. A product with the exact block $F$ of a layer needs
-# only the layer's inputs and vectors, so that CG-FAC solves $F X + \delta X = G$ without any approximation of the
-# block. A batch of $N$ data with one vector each needs at most $N + 1$ products for this, however large the layer is:
-# [Figure 21.1].
+# Conjugate gradients (CG) solve a linear system with products alone. A product with the exact block $F$ of a layer
+# needs only the layer's inputs and backpropagated vectors, so that CG-FAC solves $F X + \delta X = G$ without
+# approximating the block. In exact arithmetic, a batch of $N$ data with one vector each needs at most $N + 1$ products,
+# however large the layer is ([Figure 21.1]).
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -61,7 +61,7 @@ def random_io(N: int, S: int = 1, V: int = 1) -> LayerIO:
     return LayerIO(torch.randn(N, S, 7), torch.randn(V, N, S, 5))
 
 
-# %% tags=["hide-input"] alt="Plot of the error against the number of steps, logarithmic. For the exact block it drops to round-off at step seven. For KFAC it falls gradually, to about 1e-8 at step thirty." caption="Error of conjugate gradients for a batch of six data and a layer of five outputs and seven inputs. With the exact block, which has rank six, the seventh step ends at the solution. KFAC's matrix of the same batch has rank 30, and the error falls slowly."
+# %% tags=["hide-input"] alt="Plot of the error against the number of steps, logarithmic. For the exact block it drops to round-off at step seven. For KFAC it falls gradually, to about 1e-8 at step thirty." caption="Error of conjugate gradients for a batch of six data and a layer of five outputs and seven inputs. With the exact block, which has rank six, the seventh step reaches the solution. KFAC's matrix of the same batch has rank 30, and the error falls slowly."
 six, start, delta = random_io(6), torch.randn(5, 7), 1.0
 errors = {"exact block": [], "KFAC": []}
 for M, row in zip((cg_fac(six), skfac(six)), errors.values(), strict=True):
@@ -88,16 +88,16 @@ plt.show()
 # F X = \sum_{v, n} \langle G_{vn}, X \rangle\, G_{vn} .
 # $$
 #
-# [Chen (2021)](bibliography.md#cg-fac) introduced the method as an iterative KFAC without the Fisher matrix and without
-# the factors. Whether the products of the paper are with the exact block or with KFAC's matrix, its abstract does not
-# say. This chapter has both: `cg_fac` is the exact block, and `skfac` is KFAC's matrix.
+# [Chen (2021)](bibliography.md#cg-fac) introduced the method as an iterative KFAC that forms neither the Fisher matrix
+# nor the factors. The abstract does not say whether the products are with the exact block or with KFAC's matrix. This
+# chapter has both: `cg_fac` is the exact block, and `skfac` is KFAC's matrix.
 #
 # After this chapter you will be able to
 #
 # - multiply with the exact block, and say what KFAC's product does differently;
 # - prove that a truncated solution descends, and how many steps are enough;
 # - solve the same system directly, by the kernel of the gradients;
-# - say when CG costs less than KFAC, and why the exact block of one batch wants much damping.
+# - say when CG costs less than KFAC, and why the exact block of one batch needs much damping.
 #
 # ## A product without the block
 #
@@ -112,11 +112,11 @@ plt.show()
 # \tag{21.1}
 # $$
 #
-# where $\langle X, Y \rangle$ is the sum of the products of all entries. Neither part forms a gradient. For the inner
-# products, the inputs are multiplied by $X$ as by the layer's weight, and the results by the vectors. For the sum, the
-# vectors are first mixed, $\sum_v c_{vn} g_{vns}$, and then give one weight gradient. So a product costs a forward and
-# a backward pass of one layer, $2 N S\, d_\text{in} d_\text{out}$ operations each, whatever the number of vectors. By
-# hand:
+# where $\langle X, Y \rangle = \sum_{ij} X_{ij} Y_{ij}$. Neither part needs a gradient $G_{vn}$ in memory. For the
+# inner products, the inputs are multiplied by $X$ as by the layer's weight, and the results by the vectors. For the sum
+# with weights $c_{vn}$, the vectors are first combined to $\sum_v c_{vn} g_{vns}$, which gives one weight gradient. So
+# a product costs about a forward and a backward pass of one layer, $2 N S\, d_\text{in} d_\text{out}$ operations each,
+# for any number of vectors. By hand, with loops and with the gradients:
 
 
 # %%
@@ -152,7 +152,7 @@ code(LayerIO.inner_products, LayerIO.combination, Gradients.__matmul__)
 # \tag{21.2}
 # $$
 #
-# This is the whole difference between the exact block and KFAC ([Figure 21.2]). The block's product combines every
+# The two products differ only in the matrix in the middle ([Figure 21.2]). The block's product combines every
 # vector with the input of its own datum. KFAC's product combines all vectors with all inputs, and divides by $N$.
 
 # %% tags=["hide-input"] alt="Two heat maps of 8 by 8 entries. Left, only the diagonal is filled. Right, all entries are filled, each an eighth of the size." caption="The matrix between $\\mathbf g^\\top$ and $\\mathbf a$ in a product with the exact block, and with KFAC: the diagonal of $\\mathcal M$, and an eighth of $\\mathcal M$."
@@ -164,11 +164,11 @@ assert_exact(kfac(io) @ X, g.T @ pairs @ a / 8)
 matrices({"exact block": pairs.diagonal().diag(), "KFAC": pairs / 8})
 
 # %% [markdown]
-# KFAC's product needs no factor either: it is the product of [SKFAC](17_skfac.py)'s matrix. CG-FAC can be run with one
-# operator or with the other, `cg_fac(io)` or `skfac(io)`. The repository DeepFormer of the paper's author has the
-# second one in two lines that are commented out ([`CG_KFAC.py`, lines 166 to
+# KFAC's product, too, can be computed without the factors: [SKFAC](17_skfac.py)'s matrix has this product. CG-FAC can
+# be run with either operator, `cg_fac(io)` or `skfac(io)`. The repository DeepFormer of the paper's author has the
+# second operator in two lines that are commented out ([`CG_KFAC.py`, lines 166 to
 # 167](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166-L168)).
-# For a single datum the two are equal.
+# For a single datum with one position the two operators are equal.
 
 # %% tags=["hide-input"] fold="Checked: KFAC's product without factors, and that both operators are equal for one datum"
 for S in (1, 3):
@@ -180,7 +180,7 @@ assert_exact(cg_fac(io) @ X, skfac(io) @ X)  # one datum has no pairs
 # %% [markdown]
 # ## Conjugate gradients
 #
-# We look for $X$ with $F X + \delta X = G$. Write $M = F + \delta I$. The solution is the minimum of
+# We look for $X$ with $F X + \delta X = G$. Write $M = F + \delta I$. The solution is the minimizer of
 # the quadratic function
 #
 # $$
@@ -188,12 +188,12 @@ assert_exact(cg_fac(io) @ X, skfac(io) @ X)  # one datum has no pairs
 # \tag{21.3}
 # $$
 #
-# With products alone one can reach $G$, $M G$, $M^2 G$ and so on, and their combinations. After $k$ steps conjugate
-# gradients are at the minimum of $q$ among the combinations of the first $k$ of these (the *Krylov space*). They need
-# one product per step and keep three vectors in memory. Start from $X = 0$ with the residual $R = G$ and the direction
-# $P = R$. In each step, go along $P$ to the minimum of $q$ on this line. Then turn the new residual into a direction
-# that is *conjugate* to the last one, $\langle P, M P_\text{old} \rangle = 0$: a step along such a direction keeps the
-# minimum along the old one.
+# Products with $M$ give $G$, $M G$, $M^2 G$ and so on. The combinations of the first $k$ of these matrices are a
+# *Krylov space*, and step $k$ of conjugate gradients gives the minimizer of $q$ in this space. The method needs one
+# product per step and keeps three matrices in memory. Start from $X = 0$ with the residual $R = G$ and the direction
+# $P = R$. In each step, go along $P$ to the minimum of $q$ on this line. Then change the new residual to a direction
+# that is *conjugate* to the last one, $\langle P, M P_\text{old} \rangle = 0$: after a step along $P$, $q$ is still
+# minimal along $P_\text{old}$.
 
 
 # %%
@@ -224,9 +224,9 @@ for k in (1, 3, 6):
     assert_exact(truncated_inverse(cg_fac(io), delta, k, tol=0.0) @ G, X)
 
 # %% [markdown]
-# The shipped loop is the same with three additions. Each matrix of a batch stops by itself, as soon as its
+# The package's loop has three additions. If several systems are solved at once, each of them stops as soon as its
 # residual is below `tol` times its right-hand side. The residual may be preconditioned. A direction
-# of negative curvature is an error.
+# without positive curvature raises an error.
 
 # %% tags=["remove-input"]
 code(conjugate_gradient)
@@ -235,28 +235,29 @@ code(conjugate_gradient)
 # <div class="admonition theorem" markdown="1" id="thm-21.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 21.1 (every step descends, and K + 1 are enough)</b></p>
 #
-# Let $X_k$ be the result of $k$ steps from zero for $M = F + \delta I$, $\delta \gt 0$, $G \ne 0$.
+# Let $X_k$ be the result of $k$ steps from zero, in exact arithmetic, for $M = F + \delta I$ with $F \succeq 0$,
+# $\delta \gt 0$ and $G \ne 0$.
 #
 # 1. $q(X_k)$ falls with $k$ until the solution is reached, and $\langle X_k, G \rangle \gt 0$ for all $k \ge 1$.
-# 2. $X_1$ is $G$ times the best step length along $G$.
-# 3. If $F$ is a sum of $K$ outer products, $X_{K + 1}$ is the solution. If $G$ is a combination of the same
-#    $K$ gradients, $X_K$ is the solution.
+# 2. $X_1$ is $G$ times the step length that minimizes $q$ along $G$.
+# 3. If $F$ is a sum of $K$ outer products of gradients, $X_{K + 1}$ is the solution. If $G$ is a combination of the
+#    same $K$ gradients, $X_K$ is the solution.
 #
 # </div>
 #
-# **Proof.** The Krylov spaces grow, so the minima do not rise. If $X_k$ is still the minimum in the next space, its
+# **Proof.** The Krylov spaces grow, so the minima do not rise. If $X_k$ is still the minimizer in the next space, its
 # residual, which lies in that space, is orthogonal to itself, hence zero. The first space is the line through $G$,
-# which is (2). On this line $q$ falls below $q(0) = 0$, so $0 \gt q(X_k) = \tfrac12 \langle X_k, M X_k \rangle -
+# which proves (2). On this line $q$ falls below $q(0) = 0$, so $0 \gt q(X_k) = \tfrac12 \langle X_k, M X_k \rangle -
 # \langle X_k, G \rangle$. As $\langle X_k, M X_k \rangle \ge 0$, the inner product with $G$ is positive, which
 # completes (1). For (3), split $G$ into parts $G_\lambda$, one for each eigenvalue $\lambda$ of $M$. A combination of
 # $M^j G$ is $\sum_\lambda p(\lambda)\, G_\lambda$ with a polynomial $p$ of degree $k - 1$. The solution is
 # $\sum_\lambda \lambda^{-1} G_\lambda$. A polynomial of degree $k - 1$ can take the values $\lambda^{-1}$ at $k$
 # points. $F$ has rank $K$ at most, so $M$ has at most $K$ eigenvalues that are not $\delta$, and $\delta$ itself. If
-# $G$ is in the span of the gradients, it has no part at $\delta$. $\blacksquare$
+# $G$ is in the span of the gradients, its part at $\delta$ is zero. $\blacksquare$
 #
-# By (1), a step can be stopped at any time and remains a descent direction. By (3), $K = V N$ gradients need $V N + 1$
-# products at most, *however large the layer is*. This is the drop at step seven of [Figure 21.1]. KFAC's matrix of the
-# same batch has up to $N \cdot V N$ different eigenvalues that are not zero, since each eigenvalue of $B$ is multiplied
+# By (1), $-X_k$ is a descent direction for every $k$, if $G$ is the gradient. By (3), $K = V N$ gradients need
+# $V N + 1$ products at most, *however large the layer is*. [Figure 21.1] shows this at step seven. KFAC's matrix of the
+# same batch can have $N \cdot V N$ different eigenvalues that are not zero, since each eigenvalue of $B$ is multiplied
 # by each eigenvalue of $A$.
 
 # %% tags=["hide-input"] fold="Checked: the three statements, for the exact block and for KFAC's matrix"
@@ -276,10 +277,10 @@ own = six.combination(torch.randn(1, 6))  # a combination of the same gradients:
 assert_exact(truncated_inverse(cg_fac(six), delta, 6, 0.0) @ own, cg_fac(six).inverse(delta) @ own)
 
 # %% [markdown]
-# Run to the end, conjugate gradients agree with the decompositions of other chapters: for the exact block with the
-# dense inverse, for KFAC's operator with the exactly damped inverse in the eigenbasis ([Chapter 9](09_damping.py)).
-# `inverse(damping)` runs to the end, `truncated_inverse` stops after a few steps. The truncated inverse is not a linear
-# map, since the polynomial that it applies depends on $G$.
+# Converged conjugate gradients agree with the inverses of other chapters: for the exact block with the dense inverse,
+# for KFAC's operator with the exactly damped inverse in the eigenbasis ([Chapter 9](09_damping.py)).
+# `inverse(damping)` iterates to convergence, `truncated_inverse` stops after a few steps. The truncated inverse is not
+# a linear map, since the polynomial that it applies depends on $G$.
 
 # %% tags=["hide-input"] fold="Checked: converged solutions against dense inverses, and that the truncated inverse is not linear"
 for S in (1, 3):
@@ -293,10 +294,10 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # %% [markdown]
 # ## The same, directly
 #
-# If $K + 1$ products are enough, the solution depends on about $K$ numbers, and they can be computed directly.
+# The solution is $G / \delta$ plus a combination of the $K$ gradients, whose $K$ weights can be computed directly.
 # Let $U$ have the columns $\operatorname{vec}(G_{vn})$, so that $F = U U^\top$. Woodbury's identity
 # ([Theorem 17.1]) needs $T = U^\top U$, the **kernel** of all inner products of two gradients. With one position
-# these are products of two inner products,
+# each entry is a product of two inner products,
 #
 # $$
 # \langle G_{vn}, G_{wm} \rangle = (g_{vn}^\top g_{wm})\, (a_n^\top a_m) ,
@@ -317,8 +318,8 @@ assert not torch.allclose(few @ (X[0] + X[1]), few @ X[0] + few @ X[1], rtol=0.0
 # $$
 #
 # The second line is for a gradient of the same batch, in the form of [(17.4)] that does not divide by the damping. For
-# the empirical Fisher all $c$ are equal: the plain gradient gives all data the same weight, and the step solves for
-# other weights $y$.
+# the empirical Fisher all $c_{vn}$ are equal: the plain gradient gives all data the same weight, and the step has other
+# weights $y$.
 
 # %% tags=["remove-input"]
 code(gradient_kernel, KernelInverse.__matmul__, same_batch_step)
@@ -335,10 +336,10 @@ for S in (1, 3):
 # %% [markdown]
 # ## What a step costs
 #
-# The abstract says that time and memory are proved to be much less than KFAC's. For the memory we count numbers: inputs
-# and vectors have $N (d_\text{in} + V d_\text{out})$ numbers per position, KFAC's factors $d_\text{in}^2 +
-# d_\text{out}^2$. For the time we count operations as in [Chapter 17](17_skfac.py), for a square layer of width $d$:
-# [Figure 21.3].
+# According to the abstract, time and memory are proved to be much less than KFAC's. For the memory we count numbers:
+# inputs and vectors have $N (d_\text{in} + V d_\text{out})$ numbers per position, KFAC's factors $d_\text{in}^2 +
+# d_\text{out}^2$. For the time we count operations as in [Chapter 17](17_skfac.py), for a square layer of width $d$
+# and data with one vector and one position ([Figure 21.3]).
 
 # %% tags=["hide-input"] fold="Counted: operations of four methods for eight sizes of a batch"
 aten = torch.ops.aten
@@ -392,20 +393,20 @@ assert cg[2] < applied < cg[3]
 assert counts["kernel"][5] < applied < counts["kernel"][6]
 
 # %% [markdown]
-# A product with the block takes $4 N d^2$ operations, a product with KFAC's inverse $4 d^3$. So $k$ steps of CG cost
-# less than KFAC's product if and only if $k N \lt d$ or, for a layer that is not square, $k N \lt \tfrac12
-# (d_\text{in} + d_\text{out})$. KFAC has to compute its inverse besides, but can keep it for many steps. **"Much less"
-# holds for wide layers and small batches**, and not for a batch as large as the layer is wide. Where it holds and each
-# datum has one vector, the direct solver costs less than ten steps, and is exact. With many vectors per datum
-# conjugate gradients have an advantage: the size of the kernel is $V N$, while a product with the block costs nearly
-# the same for all $V$.
+# A product with the block takes about $4 N d^2$ operations, a product with KFAC's inverse $4 d^3$. So $k$ steps of CG
+# cost less than KFAC's product if $k N \lt d$ or, for a layer that is not square,
+# $k N \lt \tfrac12 (d_\text{in} + d_\text{out})$. KFAC must also compute its inverse, but can keep it for many steps.
+# **CG costs much less for wide layers and small batches**, and not for a batch as large as the layer is wide. For small
+# batches with one vector per datum, the direct solver costs less than ten steps of CG, and is exact. With many vectors
+# per datum conjugate gradients have an advantage: the size of the kernel is $V N$, while a product with the block costs
+# nearly the same for all $V$.
 #
 # ## How many steps are worth taking?
 #
-# We train three layers on handwritten digits for a while, and take 48 images that the training did not use. The
-# curvature comes from labels drawn from the model, the gradient from the data's labels. [Figure 21.4] shows which part
-# of the largest possible decrease of the damped quadratic function [(21.3)] a step reaches. KFAC's direction is given
-# its best step length.
+# We train three layers on handwritten digits for a few steps, and take 48 images that the training did not use. The
+# curvature of the middle layer comes from labels drawn from the model, its gradient from the data's labels. [Figure
+# 21.4] shows which part of the largest possible decrease of the damped quadratic function [(21.3)] a step reaches.
+# KFAC's direction has the step length that is best for this function.
 
 # %% tags=["hide-input"] fold="Measured: the part of the decrease for ten numbers of steps and three dampings"
 digits = load_digits()
@@ -456,7 +457,7 @@ for multiple in (0.1, 1.0, 10.0):
     assert all(old <= new + 1e-9 for old, new in zip(parts[:-1], parts[1:], strict=True))
     assert parts[0] < with_kfac < parts[-3] > 0.8
 
-# %% tags=["hide-input"] alt="Three plots of the reached part of the possible decrease against steps of CG, for three dampings. Each curve rises from near zero to one. A horizontal line for KFAC is crossed after a few steps; the smaller the damping, the lower the line and the more steps are needed to reach one." caption="Part of the possible decrease of the batch's own quadratic function. Squares: CG. Dotted: KFAC's direction with the best step length. A few steps of CG exceed it; a smaller damping needs more steps for the rest."
+# %% tags=["hide-input"] alt="Three plots of the reached part of the possible decrease against steps of CG, for three dampings. Each curve rises to one, from near zero for the smallest damping and from almost one half for the largest. A horizontal line for KFAC is crossed after a few steps; the smaller the damping, the lower the line and the more steps are needed to reach one." caption="Part of the possible decrease of the batch's own quadratic function. Squares: CG. Dotted: KFAC's direction with the best step length. A few steps of CG reach more; a smaller damping needs more steps to reach all of the decrease."
 fig, axes = plt.subplots(1, 3, figsize=(9.2, 3), layout="constrained", sharey=True)
 for ax, (multiple, (parts, with_kfac)) in zip(axes, reached.items(), strict=True):
     ax.semilogx(counts, parts, "s-", color="C1", markersize=4)
@@ -469,14 +470,14 @@ axes[0].set_ylabel("part of the decrease")
 plt.show()
 
 # %% [markdown]
-# By this measure the exact block is worth having. KFAC's direction, even with the best length, misses much of the
-# decrease that the exact block allows, and a few steps of conjugate gradients reach more of it. A smaller
-# damping needs more steps, since the ratio of the largest eigenvalue to the smallest is larger.
+# By this measure the exact block gives better steps. KFAC's direction, even with the best length, reaches a part of the
+# possible decrease only, and a few steps of conjugate gradients reach more. A smaller damping needs more steps, as
+# the larger ratio of the largest eigenvalue to the smallest suggests.
 #
 # ### Exact for which data?
 #
-# The quadratic function above is that of 48 images. We now judge the same steps by the function of all 1000 training
-# images, with the same damping.
+# The quadratic function above is that of 48 images. We now evaluate steps of the smallest damping in the function of
+# all 1000 training images, with the same damping.
 
 # %% tags=["hide-input"] fold="Measured: the same steps for their own 48 images and for 1000 images"
 all_io, all_G = problem(model, images[:1000], labels[:1000])
@@ -492,7 +493,7 @@ for name, row in judged.items():
 assert min(judged["own 48 images"]) > 0
 assert judged["1000 images"][-1] < -10 * judged["own 48 images"][-1]
 
-# %% tags=["hide-input"] alt="Plot of the decrease of two quadratic functions against steps of CG for a small damping. For the batch's own function the curve rises a little; for that of all data it falls far below zero." caption="Decrease of two quadratic functions by the same steps, at a tenth of the mean eigenvalue as damping. With more steps the function of the batch's own images decreases more, and that of the 1000 images increases. The vertical axis is logarithmic on both sides of zero."
+# %% tags=["hide-input"] alt="Plot of the decrease of two quadratic functions against steps of CG for a small damping. The curve of the batch's own function rises and becomes flat; that of the 1000 images is negative from the second step and falls far below zero." caption="Decrease of two quadratic functions by the same steps, at a tenth of the mean eigenvalue as damping. With more steps the function of the batch's own images decreases more, and that of the 1000 images increases. The vertical axis is logarithmic on both sides of zero."
 fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
 for (name, row), (mark, colour) in zip(judged.items(), (("s-", "C1"), ("^-", "C3")), strict=True):
     ax.semilogx(counts, row, mark, color=colour, markersize=4)
@@ -506,15 +507,15 @@ ax.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# For its own images a step improves with the number of CG steps. For the 1000 images it becomes worse and worse. 48
-# gradients do not determine 1056 weights. In directions where the batch has no curvature, the exact solution divides by
-# the damping alone, so that the noise of the gradient there gives a long step. **Stopping early saves products, and it
-# also keeps the step small in the directions about which the batch has no information**, as damping does. So a small
-# number of steps and a large damping are reasonable even where more steps could be afforded.
+# In the function of its own images the result improves with every CG step. In that of the 1000 images it becomes worse.
+# A block of 48 gradients has rank 48 at most, and the layer has 1056 weights. In directions where the batch has no
+# curvature, the exact solution divides by the damping alone, so that noise of the gradient there gives a long step.
+# **Stopping early saves products, and it also keeps the step small in such directions**, as damping does. With the
+# small damping of this experiment, fewer steps were better for other data.
 #
-# KFAC's factors can be averaged over many batches, which adds the missing information. Gradients of single data cannot
-# be averaged in this way: the block of averaged rows is not the average of the blocks, and the rows of several batches,
-# kept side by side, are a larger batch and cost as much.
+# KFAC's factors can be averaged over many batches, which adds curvature in further directions. The block cannot be
+# averaged by averages of inputs and vectors: the block of averaged rows is not the average of the blocks. The rows of
+# several batches, kept side by side, are a larger batch and cost as much.
 
 # %%
 first, second = random_io(4), random_io(4)
@@ -526,10 +527,10 @@ assert relative_error(mean_of_rows.block(), (first.block() + second.block()) / 2
 # %% [markdown]
 # ## Training with it
 #
-# The same network from its initial weights, 40 steps of 32 images each, a fixed learning rate. Four methods see the
-# newest batch only: KFAC, five steps of CG with KFAC's matrix and with the exact block, and the direct solver. Two
-# methods have KFAC's moving averages: KFAC, and ten steps of CG as in the author's code (see below). So the effect of
-# conjugate gradients and the effect of averages can be told apart. The table has the final loss for four dampings.
+# We train the same network from new initial weights, for 40 steps of 32 images each, with a fixed learning rate. Four
+# methods use the newest batch only: KFAC, five steps of CG with KFAC's matrix and with the exact block, and the direct
+# solver. Two methods use KFAC's moving averages: KFAC, and ten steps of CG as in the author's code (see below). So the
+# effects of conjugate gradients and of averages are separated. The table has the final loss for four dampings.
 
 # %% tags=["hide-input"] fold="Measured: the final loss of six methods with four dampings"
 methods = {
@@ -577,16 +578,16 @@ assert max(abs(x / y - 1) for x, y in zip(k[1:], solved[1:], strict=True)) < 0.2
 assert max(k[0], solved[0]) < 2
 
 # %% [markdown]
-# At the largest damping all six are alike. At the smallest, every method that sees one batch fails, KFAC included. Both
-# methods with averages train, and ten steps of CG are as good as the inverse. So the average makes the difference here,
-# neither the conjugate gradients nor the exact block. One batch needs more damping or more data with every solver. The
-# paper's claims are about cost: we have counted operations and memory, with the conditions above, and measured no time.
+# At the largest damping the six losses are nearly equal. At the smallest, every method with one batch fails, KFAC
+# included. Both methods with averages train at all four dampings, and ten steps of CG are about as good as the inverse.
+# So averages helped here. The exact block did not: at the damping 0.03 it fails, where KFAC of the same batch trains.
+# Each loss is from one run. The paper's claims are about cost, for which we counted operations and measured no time.
 #
 # ## KFAC as a preconditioner
 #
-# Conjugate gradients for $K^{-1/2} M K^{-1/2}$ need only products with $K^{-1}$. If $K$ is near $M$, the
-# eigenvalues of the preconditioned matrix are near each other, and few steps are enough. Is KFAC's inverse a good
-# preconditioner? We try one layer whose inputs and vectors have very different scales.
+# Let $K$ now be KFAC's damped matrix. Conjugate gradients for $K^{-1/2} M K^{-1/2}$ need only products with $M$ and
+# $K^{-1}$. If $K$ is near $M$, all eigenvalues of the preconditioned matrix are near one, and few steps give a small
+# error. Is KFAC's inverse a good preconditioner? We try one layer whose inputs and vectors have very different scales.
 
 # %% tags=["hide-input"] fold="Measured: the error with and without KFAC as a preconditioner"
 torch.manual_seed(0)
@@ -607,7 +608,7 @@ plain, helped = errors.values()
 assert helped[0] < 0.9 * plain[0]
 assert plain[9] < 1e-6 < 1e-3 < helped[9]
 
-# %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays high for six steps and then drops to round-off. Preconditioned by KFAC it starts lower and falls slowly over thirty steps and more." caption="Error of conjugate gradients with the exact block, plain and preconditioned by KFAC, for six data, five outputs and seven inputs. The preconditioner reduces the error of the first steps only."
+# %% tags=["hide-input"] alt="Logarithmic plot of the error against steps. Plain CG stays near one for three steps, falls to about 3e-3 at step six, and drops to round-off after it. Preconditioned by KFAC the error starts lower and falls slowly over thirty steps and more." caption="Error of conjugate gradients with the exact block, plain and preconditioned by KFAC, for six data, five outputs and seven inputs. The preconditioner reduces the error of the first three steps only."
 fig, ax = plt.subplots(figsize=(6.8, 3.3), layout="constrained")
 looks, places = (style("GGN"), style("KFAC")), ((7.5, 1e-9), (12, 3e-3))
 for (name, row), look, place in zip(errors.items(), looks, places, strict=True):
@@ -617,25 +618,24 @@ ax.set(xlabel="steps", ylabel="relative error", xticks=[1, 7, 20, 40])
 plt.show()
 
 # %% [markdown]
-# In the first steps KFAC's inverse reduces the error. Later it delays convergence. The plain matrix has seven different
-# eigenvalues, and the seventh step finishes. KFAC's inverse multiplies the many equal eigenvalues
-# $\delta$ by different numbers, so that [Theorem 21.1] no longer bounds the number of steps by seven. Use KFAC as a
-# preconditioner for very few steps or not at all.
+# In the first steps of this example KFAC's inverse reduces the error. Later it delays convergence. The plain matrix has
+# at most seven different eigenvalues, so that seven steps are enough up to round-off. KFAC's inverse multiplies the
+# many equal eigenvalues $\delta$ by different numbers, and [Theorem 21.1] no longer bounds the number of steps by
+# seven. For a small batch and a small damping, use KFAC as a preconditioner for very few steps or not at all.
 #
 # ## What goes wrong in practice
 #
 # This section is about the author's repository
 # [DeepFormer](https://github.com/closest-git/DeepFormer/tree/fa96626bf2ad267e3d0d92eaac11e63bc438b580), whose README
-# cites the paper. It is an experimental project about transformers, its first commit is a month younger than the paper,
-# and its training script uses KFAC and has CG switched off ([line
+# cites the paper. DeepFormer is an experimental project about transformers. Its first commit is a month younger than
+# the paper, and its training script uses KFAC with CG switched off ([line
 # 416](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/examples/pytorch_cifar10_resnet.py#L416)).
 # Whether the paper's experiments ran this code is not known.
 #
 # **A tolerance on the square.** The loop there stops at $\lVert R \rVert^2 \lt 0.01\, \lVert G \rVert^2$
 # ([`CG_KFAC.py`, line
 # 194](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L194)),
-# or after 10 steps. A `T_r = 0.01` reads like one percent, and means ten percent of the norm. `tol` here is for the
-# norm:
+# or after 10 steps. So `T_r = 0.01` means ten percent of the norm, and not one. `tol` here is for the norm:
 
 # %% tags=["hide-input"] fold="Checked: a tolerance of .1 needs fewer steps than one of .01, and tol= is for the norm"
 io, G = random_io(20), torch.randn(5, 7)
@@ -658,18 +658,17 @@ for tol, k in needed.items():
 # 166](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L166),
 # called with them in [line
 # 215](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L215)).
-# That is KFAC's matrix, solved iteratively. The code forms the factors that the abstract avoids, and converges to the
-# solution that two eigendecompositions give at once. But it has averages, and the table above shows how much they
-# matter.
+# So the system is that of KFAC's matrix. The code forms the factors that the abstract avoids, and converges to the
+# solution that two eigendecompositions give directly. But the factors are averages, which helped in the table above.
 #
-# **The gradient returned on failure.** If the residual there is larger at the end than at the start, the plain gradient
+# **The gradient as a substitute.** If the residual there is larger at the end than at the start, the plain gradient
 # replaces the step ([lines 204 to
 # 206](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L204-L206)).
 # Such steps are counted, and `dump` reports them as `Bad` ([line
 # 54](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L54)). The
-# norm of the residual can grow in conjugate gradients that will converge. And the gradient has another scale than the
-# solution, which is up to $1 / \delta$ times as long. The package returns the $X_k$ that was reached. An indefinite
-# matrix, which is a mistake elsewhere in the program, is an error:
+# norm of the residual can grow although conjugate gradients converge. And the gradient has another scale than the
+# solution, which is up to $1 / \delta$ times as long. The package returns the $X_k$ that was reached. A direction of
+# negative curvature, which means a mistake elsewhere in the program, raises an error:
 
 # %%
 try:
@@ -679,8 +678,8 @@ except ValueError as refused:
     print(refused)
 
 # %% [markdown]
-# **A warm start.** A start from the last step's solution saves products, but [Theorem 21.1] no longer holds: its
-# proof needs $q(0) = 0$ for the start. After one step from a bad start the result is a direction of ascent:
+# **A warm start.** A start from the last step's solution can save products, but [Theorem 21.1] no longer holds: its
+# proof needs the start $X = 0$. After one step from a bad start the result can be a direction of ascent:
 
 # %%
 warm = -10 * G
@@ -701,28 +700,29 @@ assert (moved * G).sum() < 0
 # | without convergence | code: what the steps have reached; [the plain gradient](https://github.com/closest-git/DeepFormer/blob/fa96626bf2ad267e3d0d92eaac11e63bc438b580/kfac/CG_KFAC.py#L204-L206) if the residual has grown | what the steps have reached, which descends |
 # | direct solution | not in the abstract | `kernel_inverse`, for few gradients |
 # | average over batches | code: of the factors | none |
-# | headline | proved: time and memory much less than KFAC's | operations and memory counted above, on which condition it holds; the abstract reports no training. [Chapter 23](23_comparison.py) trains it beside its controls |
+# | headline | proved: time and memory much less than KFAC's | operations and numbers counted above, with the condition for it; the abstract reports no training. [Chapter 23](23_comparison.py) trains it beside its controls |
 #
 # ## In one minute
 #
-# - **Product.** A product with the exact block is a forward and a backward pass of one layer, [(21.1)]. KFAC's product
-#   mixes the vectors and inputs of all pairs of data, [(21.2)].
-# - **Steps.** $V N + 1$ steps of CG are enough, and every earlier stop gives a descent direction ([Theorem 21.1]).
+# - **Product.** A product with the exact block costs a forward and a backward pass of one layer, [(21.1)]. KFAC's
+#   product combines the vectors and inputs of all pairs of data, [(21.2)].
+# - **Steps.** $V N + 1$ steps of CG are enough in exact arithmetic, and fewer steps also give a descent direction
+#   ([Theorem 21.1]).
 # - **Directly.** The kernel of the $V N$ gradients gives the same solution, [(21.5)]. For small batches and $V = 1$ it
 #   costs less than ten steps.
 # - **Cost.** $k$ steps cost less than a product with KFAC's inverse if $k N \lt \tfrac12 (d_\text{in} + d_\text{out})$.
-# - **Limit.** The block of one batch is exact for this batch only. An accurate solution was a bad step for other data.
-#   Averages over batches helped in training, and CG-FAC has none.
+# - **Limit.** The block of one batch is exact for this batch only. With a small damping, an accurate solution was a bad
+#   step for other data. Averages over batches helped in training, and `cg_fac` has none.
 #
 # ## Exercises
 #
-# **Exercise 21.1.** All data of a batch are copies of three. How many steps are enough?
+# **Exercise 21.1.** All data of a batch are copies of three, with the same vectors. How many steps are enough?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Four, if $V = 1$. Copies change the eigenvalues and not their number: the columns of $U$ span three dimensions per
-# vector, so $F + \delta I$ has at most $3 V$ eigenvalues besides $\delta$, and $3 V + 1$ steps are enough.
+# Four, if $V = 1$. Copies do not raise the rank: the columns of $U$ span at most $3 V$ dimensions, so $F + \delta I$
+# has at most $3 V$ eigenvalues besides $\delta$, and $3 V + 1$ steps are enough.
 #
 # </details>
 #
@@ -735,7 +735,7 @@ assert (moved * G).sum() < 0
 #
 # $M U c = U (U^\top U + \delta I)\, c = U (T + \delta I)\, c$. So the Krylov space of $M$ from $U c$ is $U$ times
 # that of $T + \delta I$ from $c$. Inner products are $\langle U c, U c' \rangle = c^\top T c'$. Conjugate gradients
-# for $(T + \delta I)\, y = c$ in *this* inner product give $X_k = U y_k$. A step costs $K^2$.
+# for $(T + \delta I)\, y = c$ in *this* inner product give $X_k = U y_k$. A step costs of the order of $K^2$.
 #
 # </details>
 #
@@ -750,9 +750,9 @@ assert (moved * G).sum() < 0
 # $\langle X, G \rangle = \sum_\lambda \lVert G_\lambda \rVert^2 / (\lambda + \delta)$ and
 # $\lVert X \rVert^2 = \sum_\lambda \lVert G_\lambda \rVert^2 / (\lambda + \delta)^2$, and
 # $X_1 = G\, \lVert G \rVert^2 / (\langle G, F G \rangle + \delta \lVert G \rVert^2)$. The solution grows like
-# $1 / \delta$, because of the part $G_0$. The solution is the last $X_k$. All earlier ones have a limit: their Krylov
-# space contains no matrix on which $F$ is zero, so that $q$ has a minimum in it without damping, too.
-# For a small damping, an early stop bounds the step and the damping does not.
+# $1 / \delta$, because of the part $G_0$. The solution is the last $X_k$. All earlier $X_k$ have a limit: their Krylov
+# space contains no matrix but zero that $F$ maps to zero, so that $q$ has a minimum in it without damping, too.
+# So an early stop bounds the step as $\delta \to 0$, and the solution has no such bound.
 #
 # </details>
 #
@@ -818,6 +818,6 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Chen (2021)](bibliography.md#cg-fac) for CG-FAC; [Martens (2014)](bibliography.md#new-insights), on curvature
-# products, damping and stopping early; [Tang et al. (2021)](bibliography.md#skfac) and
-# [Chapter 17](17_skfac.py) for the same identities with KFAC's factors in place of the exact block.
+# [Chen (2021)](bibliography.md#cg-fac) introduces CG-FAC. [Martens (2014)](bibliography.md#new-insights) discusses
+# curvature products, damping and stopping early. [Tang et al. (2021)](bibliography.md#skfac) and
+# [Chapter 17](17_skfac.py) use the same identities with KFAC's factors in place of the exact block.
