@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import torch
 from torch.nn import CrossEntropyLoss, Linear, Module, MSELoss, Sequential, Tanh
 
-from kfac_scratch import kfac, layer_ios
+from kfac_scratch import LayerIO, kfac, layer_ios
+from kfac_scratch.approximations.brand import Brand
 from kfac_scratch.checks import relative_error
 from kfac_scratch.curvature import ggn, hessian, loss_hessian
 from kfac_scratch.moving.cells import kronecker_cells
@@ -23,6 +24,7 @@ from kfac_scratch.moving.descent import METHODS, RATE, TwoWeights, valley_steps
 from kfac_scratch.moving.drawing import Scale, significant
 from kfac_scratch.moving.figure import MovingFigure
 from kfac_scratch.moving.filtering import damping_filter
+from kfac_scratch.moving.following import online_eigenpairs
 from kfac_scratch.moving.pairing import matched_pairs, paired
 from kfac_scratch.moving.pooling import pool_position
 from kfac_scratch.moving.triangle import PLANE, probability_triangle
@@ -282,6 +284,54 @@ def check_triangle(drawn, values):
     assert abs(drawn.said()[0] - H.trace()) <= 0.00051
 
 
+# ------------------------------------------------------------------ eigenpairs that follow batches
+ONLINE_RANKS = (2, 3, 5)
+
+
+@cache
+def stream():
+    torch.manual_seed(0)
+    scale = 10 ** -(torch.arange(9.0) / 4)
+    return [scale[:, None] * torch.randn(9, 2) for _ in range(7)]
+
+
+@cache
+def followed(rank, seen):
+    """The exact average, and the pairs and the tail of `Brand`, which has them as its factor A."""
+    state, exact = None, torch.zeros(9, 9, dtype=torch.float64)
+    for t, X in enumerate(stream()[:seen], start=1):
+        X, w = X.double(), 0.1 / (1 - 0.9**t)
+        exact = (1 - w) * exact + w * X @ X.T
+        io = LayerIO((X.T * 2**0.5)[:, None], torch.ones(1, 2, 1, 1, dtype=torch.float64))
+        state = Brand(rank).update(state, io, w)
+    return exact, state
+
+
+def check_online(drawn, values):
+    rank, seen = ONLINE_RANKS[int(values["rank"])], int(values["seen"])
+    exact, state = followed(rank, seen)
+    eigenvalues, V = (part.flip(-1) for part in torch.linalg.eigh(exact))
+    low = drawn.axes["spectrum"][1].low
+    own = torch.cat([state.dA, state.cA.expand(9 - len(state.dA))])
+    for name, wanted in (("exact", eigenvalues), ("kept", own)):
+        path = drawn.points(name)
+        close(path[:, 0], torch.arange(9).repeat_interleave(2) + torch.tensor([0, 1]).repeat(9))
+        close(path[:, 1], wanted.clamp(min=low).repeat_interleave(2))
+    close(drawn.points("last")[:, 0], [len(state.dA)] * 2)
+    across, up = drawn.axes["captured"]
+    shares = (state.UA.T @ V).square().sum(0) * (eigenvalues > 1e-10 * eigenvalues[0])
+    for i, share in enumerate(shares):
+        close(up.value(drawn.number(f"share {i}", "y")), share)
+        close(up.value(up.start - drawn.number(f"share {i}", "height")), share)
+        assert i < across.value(drawn.number(f"share {i}", "x")) < i + 1
+    damping = 0.1 * eigenvalues[0] * torch.eye(9)
+    factor = (state.UA * (state.dA - state.cA)) @ state.UA.T + state.cA * torch.eye(9)
+    error = relative_error(torch.linalg.inv(factor + damping), torch.linalg.inv(exact + damping))
+    tail, told = drawn.said()
+    assert abs(tail - state.cA) <= 0.51e-4
+    assert abs(told - error) <= 0.51e-4
+
+
 # ------------------------------------------------------------------ all of them
 @dataclass(frozen=True)
 class Tried:
@@ -317,6 +367,13 @@ FIGURES = {
         lambda pool=2: pool_position(pooled(), int(pool)),
         check_pool,
         tuple({"pool": place} for place in range(5)),
+    ),
+    "online_eigenpairs": Tried(
+        lambda seen=4, rank=1: online_eigenpairs(
+            stream(), ONLINE_RANKS, seen=int(seen), rank=int(rank)
+        ),
+        check_online,
+        tuple({"seen": seen, "rank": rank} for seen, rank in ((1, 0), (7, 2), (3, 2), (6, 0))),
     ),
     "probability_triangle": Tried(
         lambda first=0.5, second=-0.5: probability_triangle(first, second),

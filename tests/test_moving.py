@@ -28,10 +28,11 @@ from kfac_scratch.moving.drawing import (
 )
 from kfac_scratch.moving.figure import MIME, MovingFigure, Slider
 from kfac_scratch.moving.filtering import damping_filter
+from kfac_scratch.moving.following import online_eigenpairs
 from kfac_scratch.moving.pairing import matched_pairs, paired
 from kfac_scratch.moving.pooling import pool_position, which_is_exact
 from kfac_scratch.show import STYLES
-from tests.moving_figures import FIGURES, Drawn, difference, pooled
+from tests.moving_figures import FIGURES, Drawn, difference, pooled, stream
 from tests.test_show import contrast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,3 +274,10 @@ def test_a_difference_of_two_drawings_is_found():
     assert difference(one, one) == 0
     assert difference(one, two) == 0.5 / 2.5
     assert difference(one, other) == float("inf")
+
+
+def test_a_stream_needs_batches_and_ranks_that_fit():
+    with pytest.raises(ValueError, match="at least one batch"):
+        online_eigenpairs([])
+    with pytest.raises(ValueError, match="8 eigenpairs and 2 columns exceed the 9 rows"):
+        online_eigenpairs(stream(), ranks=(2, 8))

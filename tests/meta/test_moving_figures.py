@@ -261,6 +261,7 @@ MISTAKES = {  # one for each kind, and some for what all of them use
     "matched_pairs": ("(i === j ? share * k : 0)", "(i === j ? share : 0)"),
     "pool_position": ("half <= 2 * pool)", "half <= pool)"),
     "probability_triangle": ("Math.sqrt(q) * (", "q * ("),
+    "online_eigenpairs": ("const t = seen - 1, own", "const t = seen % 7, own"),
 }
 COMMON = [
     ("const low = even(a)", "const low = a"),

@@ -246,6 +246,21 @@
     };
   };
 
+  // ---------------------------------------------------------------- eigenpairs that follow batches
+  kinds.online_eigenpairs = ({ panel, set, say, data }) => {
+    const { exact, pairs, tails, shares, errors, ranks } = data, view = panel("spectrum"), bars = panel("captured"), d = exact[0].length;
+    const stairs = (values) => view.path(values.flatMap((v, i) => [i, i + 1].map((k) => [k, Math.max(v, view.y.low)])));
+    return ({ seen, rank }) => {
+      const t = seen - 1, own = pairs[rank][t], tail = tails[rank][t], last = own.length;
+      set("exact", { d: stairs(exact[t]) });
+      set("kept", { d: stairs([...own, ...Array(d - last).fill(tail)]) });
+      set("last", { d: view.path([[last, view.y.low], [last, view.y.high]]) });
+      shares[rank][t].forEach((v, i) => set(`share ${i}`, { y: bars.y.at(v), height: bars.y.at(0) - bars.y.at(v) }));
+      say(`${seen} batches, <i>r</i> = ${ranks[rank]}: B-KFAC has ${last} eigenpairs and the tail <b>${tail.toFixed(4)}</b>. ` +
+        `The error of its damped inverse is <b>${errors[rank][t].toFixed(4)}</b>.`);
+    };
+  };
+
   function start() {
     for (const figure of document.querySelectorAll("figure.moving[data-figure]:not(.ready)")) ready(figure);
   }

@@ -1,7 +1,7 @@
 """Replace expressions of a function in memory: the smallest proof that they are the cause.
 
-A proof by patch is worth most if it changes one expression and nothing else; a few faults need two or
-three. The function's source is compiled again, in its own module, with the expressions replaced.
+A proof by patch is worth most if it changes one expression and nothing else; a few faults need two
+or three. The function's source is compiled again, in its own module, with the expressions replaced.
 Patches of one function can be nested if they replace different expressions.
 """
 
