@@ -143,7 +143,7 @@ def matrices(
         squeeze=False,
     )
     for ax, (title, M) in zip(axes[0], arrays.items(), strict=True):
-        image = ax.imshow(M.numpy(), cmap=_diverging(), vmin=-limit, vmax=limit)
+        image = ax.imshow(M.numpy(), cmap=diverging(), vmin=-limit, vmax=limit)
         ax.set(title=title, xlabel=f"{M.shape[0]} × {M.shape[1]}", xticks=[], yticks=[])
         ax.spines[:].set(visible=True, linewidth=0.6, alpha=0.5)
         if blocks and title in blocks:
@@ -194,8 +194,13 @@ def style(method: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "markerfacecolor": colour if filled else "none"}
 
 
-def _diverging() -> Any:
-    """Blue below zero, nothing at zero, orange above."""
+def diverging() -> Any:
+    """The colours of numbers of both signs: blue below zero, the page's own at zero, orange above.
+
+    Use it for a picture with limits that are symmetric about zero: `ax.imshow(values,
+    cmap=diverging(), vmin=-end, vmax=end)`. `matrices` has it. A map whose middle is white would
+    be a bright field on a dark page.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     blue, orange = (0.13, 0.42, 0.82), (0.88, 0.38, 0.12)

@@ -37,7 +37,7 @@ from kfac_scratch.approximations.kfac import kfac
 from kfac_scratch.capture.forward_pass import layer_ios
 from kfac_scratch.checks import assert_exact, relative_error, set_up
 from kfac_scratch.curvature import block_index, diagonal_blocks, ggn, hessian
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import code, matrices, style
 
 set_up(1)  # a seed, float64, the GPU where there is one
 model, loss = Sequential(Linear(5, 4), Tanh(), Linear(4, 3)), CrossEntropyLoss()
@@ -213,11 +213,10 @@ for name, settings in {"Adam": adam, "KFAC": ours}.items():
 TARGET = 0.3
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
 for name, runs in curves.items():
-    (line,) = ax.plot(range(1, 101), runs.median(0).values)
-    ax.fill_between(
-        range(1, 101), runs.amin(0), runs.amax(0), color=line.get_color(), alpha=0.2, lw=0
-    )
-    ax.text(102, runs.median(0).values[-5:].mean(), name, color=line.get_color(), va="center")
+    colour = style({"Adam": "AdamW", "KFAC": "KFAC"}[name])["color"]
+    ax.plot(range(1, 101), runs.median(0).values, color=colour)
+    ax.fill_between(range(1, 101), runs.amin(0), runs.amax(0), color=colour, alpha=0.2, lw=0)
+    ax.text(102, runs.median(0).values[-5:].mean(), name, color=colour, va="center")
 ax.axhline(TARGET, linestyle=":", color=ax.xaxis.label.get_color(), linewidth=1)
 ax.set(xlabel="step", ylabel="loss", ylim=(0, 1.2))
 plt.show()

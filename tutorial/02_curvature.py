@@ -62,7 +62,7 @@ from kfac_scratch.curvature import (
     parameter_vector,
 )
 from kfac_scratch.moving.descent import valley_steps
-from kfac_scratch.show import code, matrices
+from kfac_scratch.show import code, matrices, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -133,12 +133,12 @@ surface = (1 - x1) ** 2 + 100 * (x2 - x1**2) ** 2
 # %% tags=["hide-input"] alt="Left: paths on the Rosenbrock function. Gradient descent creeps along the valley floor. Newton first jumps backwards up the valley's tangent and then returns. Damped Gauss-Newton follows the valley to the minimum. Right: the loss, which for Newton rises before it falls." caption="The paths from ● to the minimum ★, and the loss along them."
 fig, (ax, curves) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
 ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.3)
-for (name, path), color, marker in zip(paths.items(), ("C0", "C1", "C2"), "osD", strict=True):
+for (name, path), method in zip(paths.items(), ("gradient", "Newton", "GGN"), strict=True):
     points = torch.stack(path).cpu()
-    ax.plot(points[:, 0], points[:, 1], marker + "-", color=color, markersize=4, label=name)
-    curves.semilogy(losses[name], marker + "-", color=color, markersize=3)
+    ax.plot(points[:, 0], points[:, 1], **style(method), markersize=4, label=name)
+    curves.semilogy(losses[name], **style(method), markersize=3)
 curves.set_xscale("symlog", linthresh=20)
-ax.plot(*start, "o", color="C2", markersize=8)
+ax.plot(*start, "o", color="C1", markersize=8)
 ax.plot(1, 1, "*", color="C3", markersize=12)
 ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-1.9, 1.7), ylim=(-1.7, 2.4))
 curves.set(xlabel="step (logarithmic beyond 20)", ylabel="loss", ylim=(1e-12, 1e4))

@@ -65,7 +65,7 @@ from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.matrix import Matrix
 from kfac_scratch.optimizer.optimizer import KFAC
 from kfac_scratch.optimizer.preconditioner import preconditioner
-from kfac_scratch.show import RESULTS, code, matrices
+from kfac_scratch.show import RESULTS, code, matrices, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -358,11 +358,13 @@ assert K[1] > M[1] + 0.2  # untrained: KFAC's is better
 assert measured[0, "mini-block", "4"][:, 1].min() > 0.99  # but for the last layer
 
 # %% tags=["hide-input"] alt="Two scatter plots of the share of the possible decrease against the relative error, one point for each of three layers and three seeds. Left, untrained: KFAC and EKFAC sit at error zero and share one, mini-block at errors from 0.3 to 0.8 and shares from 0.55 to one, the diagonal far right and low. Right, trained: KFAC spreads over errors from 0.2 to 0.8 with shares from 0.3 to 0.6; mini-block has errors of 0.55 to 0.7 and shares from 0.5 to 0.85; the diagonal stays far right and low." caption="Three layers, three seeds. Up is a better step, left a nearer matrix. The distance does not determine how good the step is: on the right, at similar errors, mini-blocks reach more than KFAC."
+DRAWN = {name: style(name) for name in ("KFAC", "EKFAC", "gradient")}
+DRAWN |= {"diagonal": {"color": "C1", "marker": "v"}, "mini-block": {"color": "C3", "marker": "^"}}
 fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", sharey=True)
 for ax, steps in zip(axes, (0, 400), strict=True):
-    for name, marker in zip(methods, "vos^", strict=True):
+    for name in methods:
         points = torch.cat([measured[steps, name, layer] for layer in ("0", "2", "4")])
-        ax.plot(*points.T, marker, label=name, alpha=0.8)
+        ax.plot(*points.T, linestyle="", **DRAWN[name], label=name, alpha=0.8)
     title = "trained" if steps else "untrained"
     ax.set(xlabel="relative error of the block", title=title, xlim=(-0.04, 1.04), ylim=(0, 1.05))
 axes[0].set_ylabel("share of the possible decrease")
@@ -412,7 +414,7 @@ assert (flattest.T @ h.flatten()).norm() < 1e-12 * h.norm()
 # %% tags=["hide-input"] alt="Line plot of how far the inverses of KFAC and mini-block stretch 130 eigenvectors of the exact block, relative to the right inverse, on a logarithmic axis from 0.1 to 8. KFAC starts at about 5 for the steepest directions and falls, with fluctuations, to 0.1 at direction 117, crossing 1 after about a third. Mini-block starts below 2 and stays between 0.6 and 2 up to direction 117, then drops to about 0.13, where KFAC is exactly 1." caption="The last layer of a trained network, from steep to flat directions; 1 is right. The 13 flattest directions on the right have no curvature and no gradient."
 fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 for name, values in stretched.items():
-    ax.semilogy(values, label=name)
+    ax.semilogy(values, color=DRAWN[name]["color"], label=name)
 ax.axhline(1, color=ax.xaxis.label.get_color(), linewidth=0.8, linestyle="--")
 ticks = (0.1, 0.2, 0.5, 1, 2, 5)
 ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -646,9 +648,10 @@ for seed in range(3):
 
 # %% tags=["hide-input"] alt="Training loss, on a logarithmic axis, against steps for four methods with three seeds each. The gradient and the diagonal fall slowly and stay near one. KFAC and mini-block fall by two orders of magnitude within twelve steps, and their curves overlap." caption="Training loss, three seeds each. Neither KFAC nor mini-blocks end lower for all seeds; the diagonal ends near the gradient."
 fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-for k, (name, runs) in enumerate(curves.items()):
-    ax.semilogy(runs.T, color=f"C{k}", linewidth=1, alpha=0.4)
-    ax.semilogy(runs.log().mean(0).exp(), color=f"C{k}", label=name)
+for name, runs in curves.items():
+    colour = DRAWN[name]["color"]
+    ax.semilogy(runs.T, color=colour, linewidth=1, alpha=0.4)
+    ax.semilogy(runs.log().mean(0).exp(), color=colour, label=name)
 ax.set(xlabel="step", ylabel="training loss")
 ax.legend(fontsize="small")
 plt.show()

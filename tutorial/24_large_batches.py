@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from kfac_scratch.checks import assert_exact, set_up
-from kfac_scratch.show import RESULTS, Markdown
+from kfac_scratch.show import RESULTS, Markdown, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -85,8 +85,9 @@ assert critical(ideal["SGD"]) < critical(ideal["power 1/2"]) < critical(ideal["n
 
 # %% tags=["hide-input"] alt="Steps to the target against the batch size, both logarithmic, in the noisy quadratic model, for SGD, the power one half and the natural gradient. All fall along straight lines at first. SGD becomes flat at the smallest batch size, the power one half later, the natural gradient last and lowest; for small batches it is no better than the power one half." caption="The noisy quadratic model: fewest steps to 5 % of the first loss, by the best learning rate for each batch size. A straight line of slope $-1$ is perfect scaling. SGD leaves it first, the natural gradient last."
 fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+drawn = {"SGD": style("gradient"), "power 1/2": style("AdamW"), "natural gradient": style("GGN")}
 for name, steps in ideal.items():
-    (line,) = ax.loglog(sizes, steps, "o-")
+    (line,) = ax.loglog(sizes, steps, **drawn[name])
     ax.annotate(
         name,
         (sizes[-1], steps[-1]),
@@ -233,26 +234,29 @@ for batch, stored in trained.items():
 
 # %% tags=["hide-input"] alt="Median steps to the target against the batch size for SGD, AdamW and KFAC, both axes logarithmic, with bars for the intervals. (Without the benchmark's files, an empty picture.)" caption="Measured: median steps to 98 % validation accuracy with intervals of 90 %. Dotted: perfect scaling from KFAC's smallest batch. A method that runs parallel to it scales perfectly."
 fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-for k, name in enumerate(COMPARED):
+drawn = {"sgd": style("gradient"), "adamw": style("AdamW"), "kfac-expand": style("KFAC")}
+labels = {"sgd": "SGD", "adamw": "AdamW", "kfac-expand": "KFAC"}
+for name in COMPARED:
+    colour = drawn[name]["color"]
     rows = {b: stored["summary"][name] for b, stored in trained.items()}
     rows = {b: row for b, row in rows.items() if row["steps"] is not None}
     low = [row["steps"] - row["steps_interval"][0] for row in rows.values()]
     high = [(row["steps_interval"][1] or row["steps"]) - row["steps"] for row in rows.values()]
     middle = [row["steps"] for row in rows.values()]
     if rows:
-        ax.errorbar(list(rows), middle, [low, high], fmt="os^"[k] + "-", capsize=2, color=f"C{k}")
+        ax.errorbar(list(rows), middle, [low, high], capsize=2, **drawn[name])
         ax.annotate(
-            name,
+            labels[name],
             (max(rows), middle[-1]),
-            xytext=(8, 0),
+            xytext=(8, 0 if max(rows) == max(trained) else 12),  # SGD misses the last size
             textcoords="offset points",
-            color=f"C{k}",
+            color=colour,
             va="center",
         )
     if name == "kfac-expand" and rows:
         first = min(rows)
         ax.plot(
-            list(trained), [rows[first]["steps"] * first / b for b in trained], ":", color=f"C{k}"
+            list(trained), [rows[first]["steps"] * first / b for b in trained], ":", color=colour
         )
 ax.set(xscale="log", yscale="log", xlabel="batch size", ylabel="steps to the target")
 ax.margins(x=0.25)

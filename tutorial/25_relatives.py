@@ -64,7 +64,7 @@ from kfac_scratch.linalg import vec
 from kfac_scratch.matrices.kronecker import Kronecker
 from kfac_scratch.matrices.rearranged import Rearranged
 from kfac_scratch.matrices.roots import inverse_root
-from kfac_scratch.show import RESULTS, code, matrices
+from kfac_scratch.show import RESULTS, code, matrices, style
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -537,6 +537,10 @@ for task, stored in trained.items():
         print(f"    {name:12} hits {row['hits']}/{seeds}   steps {steps:20} CPU seconds {cpu}")
 
 # %% tags=["hide-input"] alt="One row of dots for each task: the median number of steps to the target of EKFAC, SOAP, Shampoo, Muon, AdamW and SGD relative to KFAC, on a logarithmic axis. (Without the benchmark's files, an empty picture.)" caption="Median steps to the target relative to KFAC's. A method right of the dotted line needs more steps than KFAC. One whose median run misses is not drawn."
+same = {"kfac-expand": "KFAC", "ekfac": "EKFAC", "adamw": "AdamW", "sgd": "gradient"}
+DRAWN = {name: style(method) for name, method in same.items()}
+others = {"soap": ("C3", "^"), "shampoo": ("C4", "v"), "muon": ("C2", "<")}
+DRAWN |= {name: {"color": colour, "marker": marker} for name, (colour, marker) in others.items()}
 fig, ax = plt.subplots(figsize=(8, 0.6 * len(trained) + 1.4), layout="constrained")
 for k, name in enumerate(FAMILY):
     points = []
@@ -545,7 +549,7 @@ for k, name in enumerate(FAMILY):
         if ours is not None and theirs is not None:
             points.append((ours / theirs, i + 0.08 * (k - 3)))
     if points:
-        ax.plot(*zip(*points, strict=True), "osD^v<>"[k], color=f"C{k}", label=name)
+        ax.plot(*zip(*points, strict=True), linestyle="", **DRAWN[name], label=name)
 ax.axvline(1, linestyle=":", linewidth=1)
 ax.set(xscale="log", xlabel="steps to the target, KFAC = 1")
 ax.set_yticks(range(len(trained)), list(trained))

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_scratch import checks
-from kfac_scratch.show import code
+from kfac_scratch.show import code, diverging
 from kfac_scratch.taylor import activations, rules
 from kfac_scratch.taylor import jets as taylor
 from kfac_scratch.taylor.expansions import SecondOrder, laplacian, second_order_sum
@@ -62,7 +62,7 @@ for name, layer in zip(("linear", "tanh", "linear", "tanh"), net, strict=True):
 fig, axes = plt.subplots(1, 5, figsize=(9.4, 2.6), layout="constrained")
 for ax, (name, c) in zip(axes, stages.items(), strict=True):
     end = c.abs().max().item()
-    ax.imshow(c.tolist(), cmap="RdBu", vmin=-end, vmax=end, aspect="auto")
+    ax.imshow(c.tolist(), cmap=diverging(), vmin=-end, vmax=end, aspect="auto")
     ax.set(title=name, xticks=[], yticks=range(5), yticklabels=[])
 axes[0].set_yticklabels(["$u$", r"$\partial_1$", r"$\partial_2$", r"$\partial_3$", r"$\Delta$"])
 plt.show()
@@ -471,7 +471,7 @@ for name, values in costs.items():
     ax.annotate(
         name,
         (sizes[-1], values[-1][0]),
-        (7, -4),
+        (7, -14 if name == "nested" else -2),
         textcoords="offset points",
         color=line.get_color(),
     )

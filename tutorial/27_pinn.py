@@ -69,7 +69,7 @@ from kfac_scratch.pinn.solvers import (
 )
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar
 from kfac_scratch.pinn.terms import Term, linearize
-from kfac_scratch.show import code, matrices, style
+from kfac_scratch.show import code, diverging, matrices, style
 from kfac_scratch.taylor.expansions import laplacian, value_only
 
 set_up()  # seed 0, float64, the GPU where there is one
@@ -82,7 +82,7 @@ for row, part, title in zip(axes, first, ("interior", "boundary"), strict=True):
     F, K = part.ios["2"].block(), kfac(part.ios["2"]).dense()
     end = F.abs().max().item()
     for ax, M, kind in zip(row, (F, K), ("exact", "KFAC"), strict=True):
-        ax.imshow(M.tolist(), cmap="RdBu", vmin=-end, vmax=end)
+        ax.imshow(M.tolist(), cmap=diverging(), vmin=-end, vmax=end)
         ax.set(title=f"{title}: {kind}", xticks=[], yticks=[])
 plt.show()
 
@@ -624,7 +624,12 @@ fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
 for ax, f, title in zip(axes, (u, error), ("$u$", "error of $u$"), strict=True):
     end = f.abs().max().item()
     image = ax.imshow(
-        f.tolist(), cmap="RdBu", vmin=-end, vmax=end, origin="lower", extent=(-0.5, 1, -0.5, 1.5)
+        f.tolist(),
+        cmap=diverging(),
+        vmin=-end,
+        vmax=end,
+        origin="lower",
+        extent=(-0.5, 1, -0.5, 1.5),
     )
     fig.colorbar(image, ax=ax, shrink=0.85)
     ax.set(title=title)

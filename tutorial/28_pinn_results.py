@@ -44,7 +44,7 @@ from kfac_scratch.pinn.problems import mlp, poisson
 from kfac_scratch.pinn.solvers import two_directions_per_layer
 from kfac_scratch.pinn.steps import GaussNewton, KFACStar
 from kfac_scratch.pinn.terms import Term, pinn_loss
-from kfac_scratch.show import RESULTS, Markdown, table
+from kfac_scratch.show import RESULTS, Markdown, diverging, table
 
 set_up()  # seed 0, float64, the GPU where there is one
 
@@ -395,7 +395,7 @@ for ax, (title, f) in zip(axes, fields.items(), strict=True):
     end = f.abs().max().item()
     image = ax.imshow(
         f.view(60, 60).tolist(),
-        cmap="RdBu",
+        cmap=diverging(),
         vmin=-end,
         vmax=end,
         origin="lower",

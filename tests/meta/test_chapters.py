@@ -120,6 +120,16 @@ def test_figures_have_a_text_alternative(path):
             assert cell.metadata.get("caption"), cell.source
 
 
+WHITE_IN_THE_MIDDLE = ("RdBu", "bwr", "seismic", "coolwarm", "PiYG", "PRGn", "BrBG", "PuOr")
+
+
+@each_chapter
+def test_no_picture_is_a_bright_field_on_a_dark_page(path):
+    """Numbers of both signs have the colours of `show.diverging`, whose middle is transparent."""
+    for cell in code_cells(path):
+        assert not [name for name in WHITE_IN_THE_MIDDLE if name in cell.source]
+
+
 @each_chapter
 def test_asserts_what_it_claims(path):
     assert any(re.search(r"^\s*assert", cell.source, re.MULTILINE) for cell in code_cells(path))
