@@ -183,7 +183,8 @@ class Problem:
             optimizer.step()
         self.X, self.y, self.index = X[1000:1300], y[1000:1300], block_index(self.model)
         self.ios = layer_ios(self.model, loss, self.X, self.y)
-        F = ggn(self.model, loss, self.X, self.y)
+        parts = zip(self.X.split(50), self.y.split(50), strict=True)  # with less memory at once
+        F = torch.stack([ggn(self.model, loss, *part) for part in parts]).mean(0)
         self.delta = fraction * F.diagonal().mean().item()
         self.F = F + self.delta * eye_like(F)
         self.maps = {name: kfac(io).inverse(self.delta) for name, io in self.ios.items()}

@@ -267,7 +267,11 @@ def trained(task: str, seed: int, steps: int = 250) -> Problem:
         optimizer.step()
     X, y = X[1000:1400], y[1000:1400]
     gradient = torch.autograd.grad(loss(model(X), y), list(model.parameters()))
-    h, F = torch.cat([g.flatten() for g in gradient]), ggn(model, loss, X, y)
+    h, parts = (
+        torch.cat([g.flatten() for g in gradient]),
+        zip(X.split(50), y.split(50), strict=True),
+    )
+    F = torch.stack([ggn(model, loss, *part) for part in parts]).mean(0)  # with less memory at once
     ios, index = layer_ios(model, loss, X, y), block_index(model)
     return damped(F, h, ios, index, 0.01 * F.diagonal().mean().item())
 
