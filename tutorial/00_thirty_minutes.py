@@ -315,7 +315,8 @@ assert_exact(
 
 # %% [markdown]
 # The cell's last statement checks the other exact case: one example. With one example KFAC equals $F$ for every layer
-# that is used once for an example, whatever the activations, and for cross-entropy as well as squared error. [Chapter 6](06_weight_sharing.py) treats the other layers.
+# that is used once for an example, whatever the activations, and for cross-entropy as well as squared error.
+# [Chapter 6](06_weight_sharing.py) treats the other layers.
 #
 # ## Where to go from here
 #
