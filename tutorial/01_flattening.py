@@ -339,10 +339,10 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # %% [markdown]
 # ### What it does not inherit
 #
-# A sum of Kronecker products is in general not a Kronecker product. For $\delta \neq 0$ and square factors,
-# $B \otimes A + \delta I$ is a Kronecker product only if $A$ or $B$ is a multiple of the identity ([Theorem 8.1]). If
-# $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. Adding $\sqrt{\delta} I$ to *both* factors gives
-# an approximation of the damped matrix:
+# A sum of Kronecker products is in general not a Kronecker product. For $\delta \gt 0$ and symmetric positive
+# semi-definite factors, $B \otimes A + \delta I$ is one only if $A$ or $B$ is a multiple of the identity
+# ([Theorem 8.1]). If $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. Adding
+# $\sqrt{\delta} I$ to *both* factors gives an approximation of the damped matrix:
 #
 # $$
 # (B + \sqrt{\delta} I) \otimes (A + \sqrt{\delta} I)
@@ -351,8 +351,8 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # \tag{1.11}
 # $$
 #
-# For symmetric positive semi-definite factors and $\delta \gt 0$, the exact damped inverse needs only the
-# eigendecompositions of the two factors, because adding $\delta I$ does not change the eigenvectors in [(1.10)]:
+# For such factors, the exact damped inverse needs only the eigendecompositions of the two factors, because adding
+# $\delta I$ does not change the eigenvectors in [(1.10)]:
 #
 # $$
 # (B \otimes A + \delta I)^{-1}
