@@ -18,7 +18,7 @@
 #
 # A gradient says in which direction the loss falls, but not how far to go. The length of a step depends on how fast
 # the gradient changes: on the curvature, a matrix of second derivatives with one row and one column per parameter. With
-# the Jacobian $J$ of the outputs $f_k$ and the Hessian $H_f$ of the loss with respect to the outputs, the Hessian has
+# the Jacobian $J$ of the outputs $f_k$ and the Hessian $H_f$ of the loss with respect to the outputs, this matrix has
 # two parts:
 #
 # $$
@@ -168,9 +168,9 @@ valley_steps(start=(2.7, 2.3), damping=0.1)
 # Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the
 # vector of all its $D$ parameters, flattened by rows as in [Chapter 1](01_flattening.py). All
 # outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, datum after datum.
-# The targets are constant, so that the loss is a function $\ell$ of the outputs alone. We assume that it has
-# second derivatives. (In the cells `loss` is the sum
-# of all squared errors.) The loss as a function of the parameters is a composition:
+# The targets are constant, so that the loss is a function $\ell$ of the outputs alone. We assume that $\ell$ is twice
+# continuously differentiable. (In the cells `loss` is the sum of all squared errors.) The loss as a function of the
+# parameters is a composition:
 #
 # $$
 # L(\theta) = \ell(f(\theta)).
@@ -664,7 +664,7 @@ print(
 # %% [markdown]
 # The starting point lies above that boundary. Here are both quadratic models of the loss there:
 
-# %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: the contours of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. The stationary point of the GGN's model is a minimum. It lies in the direction of ★, but so far away that the model no longer fits the loss."
+# %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: the contours of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. The stationary point of the GGN's model is a minimum. It lies on the side of ★, but so far away that the model no longer fits the loss."
 offset = torch.stack([x1 - start[0], x2 - start[1]], -1)
 height = (1 - start[0]) ** 2 + 100 * (start[1] - start[0] ** 2) ** 2
 
