@@ -172,7 +172,7 @@ assert_close(kron_by_hand(B, A), torch.kron(B, A))
 kronecker_cells(B, A, cell=(6, 3))
 
 # %% [markdown]
-# The Kronecker product of two vectors is a gradient, written as a vector. For one datum, the gradient with respect
+# A gradient can be a Kronecker product of two vectors. For one datum, the gradient with respect
 # to the weights of a linear layer is an outer product $g a^\top$: $a$ is the layer's input, and $g$ is the gradient
 # with respect to its output. By [(1.1)] its entries $g_i a_j$ are lined up as
 #
