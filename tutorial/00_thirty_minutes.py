@@ -15,10 +15,10 @@
 #
 # **Part I: Start.** What is KFAC, what is it good for, and how do I write one that I can trust?
 #
-# The gradient of a loss says in which direction the loss falls. It does not say how far. The *curvature*, a matrix of
-# second derivatives, says how fast the gradient changes. For a layer with a million weights this matrix
-# has $10^{12}$ entries. KFAC, *Kronecker-factored approximate curvature*, replaces it by two small matrices.
-# People use them to [train in fewer steps](13_in_practice.py), to put
+# The gradient of a loss says in which direction the loss falls, but not how long a step in this direction may be. The
+# *curvature*, a matrix of second derivatives, says how fast the gradient changes. For a layer with a million weights
+# this matrix has $10^{12}$ entries. KFAC, *Kronecker-factored approximate curvature*, replaces the matrix by two small
+# ones. People use them to [train in fewer steps](13_in_practice.py), to put
 # [error bars on a network's answers](29_laplace.py), to find the
 # [training data behind an answer](30_influence.py), to [remove weights](31_pruning.py) and to
 # [merge networks](32_merging.py).
@@ -48,7 +48,7 @@ titles = {"exact curvature $F$": F, r"KFAC, $B \otimes A$": K, "difference": F -
 matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 
 # %% [markdown]
-# The whole method is one approximation, made for every layer by itself:
+# KFAC makes one approximation for every layer by itself:
 #
 # $$
 # F \;\approx\; B \otimes A,
@@ -63,13 +63,13 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 #   *Fisher matrix*, which takes the place of the second derivatives.
 # - $N$ is the number of examples in the batch, and $n$ counts them.
 # - $a_n$ is what the layer receives for example $n$, with a 1 at the end for the bias.
-# - $g_{cn}$ is what the loss sends back to the layer's output for example $n$, if the label were $c$, times a root:
-#   of the probability that the model gives to label $c$, divided by $N$. The derivation below says why.
+# - $g_{cn}$ is the gradient with respect to the layer's output of the loss that example $n$ would have with label $c$,
+#   times $\sqrt{p_{cn} / N}$. Here $p_{cn}$ is the probability that the model gives to label $c$.
 # - $\otimes$ is the Kronecker product: $B \otimes A$ is the matrix $B$ with every entry $B_{ij}$ replaced by the tile
 #   $B_{ij} A$.
 #
 # **After this chapter** you can derive [(0.1)], write a KFAC optimizer in [80 lines](kfac_in_80_lines.py) of PyTorch,
-# test it to the last digit, and say where it is not exact. You need the chain rule and a training loop in PyTorch.
+# test it up to rounding, and say where it is not exact. You need the chain rule and a training loop in PyTorch.
 #
 # ## The derivation
 #
@@ -86,7 +86,7 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # where $\operatorname{vec}$ writes a matrix as one long vector, row after row. $F$ equals the Gauss-Newton matrix,
 # which is the Hessian of the loss after the network has been replaced by its linear approximation
 # ([Chapters 2](02_curvature.py) and [3](03_losses.py)). So $F$ is a curvature, and it has no negative eigenvalues.
-# For squared error the same holds, with a Gaussian distribution in the place of $p$.
+# For squared error the same holds, with a Gaussian distribution of the right variance in the place of $p$.
 #
 # **What is a gradient made of?** The layer computes $z_n = W a_n$. By the chain rule, the gradient with respect to
 # $W$ is the outer product of the gradient with respect to $z_n$ and the input $a_n$. Let $g_{cn}$ be the gradient of
@@ -111,11 +111,11 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 # \tag{0.4}
 # $$
 #
-# Only the second line approximates: it replaces an average of products by the product of the averages. It would be
-# exact if the two factors were uncorrelated over the examples.
+# Only the second line approximates: it replaces an average of products by the product of the averages. The line is
+# exact if the entries of one factor are uncorrelated with the entries of the other over the examples.
 #
 # **How is it inverted?** If the weights change by a small $d$, the loss changes by about
-# $\operatorname{vec}(G)^\top d + \tfrac12 d^\top F d$, where $G$ is its gradient with respect to $W$. To this an
+# $\operatorname{vec}(G)^\top d + \tfrac12 d^\top F d$, where $G$ is the loss's gradient with respect to $W$. An
 # optimizer adds $\tfrac12 \delta \lVert d \rVert^2$: the *damping* $\delta \gt 0$ keeps the step short where the
 # curvature is small. The sum is smallest at $d = -(F + \delta I)^{-1} \operatorname{vec}(G)$.
 #
@@ -137,8 +137,8 @@ matrices(titles, blocks=dict.fromkeys(titles, (6, 6)))
 #
 # All code of this section is from one file that needs PyTorch and nothing else. Download
 # [kfac_in_80_lines.py](kfac_in_80_lines.py){ download="kfac_in_80_lines.py" } and run it:
-# `python kfac_in_80_lines.py` trains with Adam and with KFAC, three times each, and checks that KFAC is
-# exact where it must be. In this chapter's cells the file is the module `short`.
+# `python kfac_in_80_lines.py` trains with Adam and with KFAC, three settings each, and checks one case
+# in which KFAC is exact. In this chapter's cells the file is the module `short`.
 
 # %% tags=["hide-input"]
 sys.path += [str(Path.cwd()), str(Path(kfac_scratch.__file__).parents[1] / "tutorial")]
@@ -155,7 +155,7 @@ except ModuleNotFoundError:
 #
 # The gradient of $-\log p_c$ with respect to the network's outputs $f$ is $p - e_c$, where $e_c$ is 1 at
 # label $c$ and 0 elsewhere. Its weight in [(0.2)] is $p_c / N$. The factor $B$ multiplies $g$ by itself, so that $g$
-# gets the root of the weight. This is the **exact Fisher**: all labels are used, and none is sampled.
+# gets the root of the weight. These vectors give the **exact Fisher**: all labels are used, and none is sampled.
 
 # %% tags=["remove-input"]
 code(short.cross_entropy_vectors)
@@ -173,8 +173,8 @@ code(short.KFAC.record)
 # ### The factors
 #
 # `torch.autograd.grad` sends all vectors from the outputs $f$ to every $z$ at once. The factor $A$ is a mean. The
-# factor $B$ is a sum, because the $1/N$ is in $g$ already: to divide again is a mistake that training
-# does not show (Exercise 0.3). Running averages smooth both over the batches.
+# factor $B$ is a sum, because the $1/N$ is in $g$ already. Whoever divides again makes a mistake that
+# training does not show (Exercise 0.3). Running averages smooth both over the batches.
 
 # %% tags=["remove-input"]
 code(short.KFAC.observe)
@@ -191,7 +191,7 @@ code(short.KFAC.step)
 # ## Does it train?
 #
 # The file's task has ten random inputs and three classes. The network has two hidden layers of 16 units. Every step
-# gets 256 new examples, so that the training loss is a loss on unseen data. Both optimizers get the same care: six
+# gets 256 new examples, so that the training loss is a loss on unseen data. Both optimizers are tuned over six
 # settings each, compared on one seed by the loss of the last twenty steps. The best setting then runs
 # with five other seeds, and both optimizers see the same networks and examples.
 
@@ -209,7 +209,7 @@ for name, settings in {"Adam": adam, "KFAC": ours}.items():
     assert settings[0][0] < best[0] < settings[-1][0]  # the rate is at neither end of its list
     curves[name] = torch.stack([short.train(*best, seed=seed) for seed in range(1, 6)]).cpu()
 
-# %% tags=["hide-input"] alt="The loss against the step for Adam and for KFAC, each as a median over five seeds with a band from the smallest to the largest. KFAC's curve falls below 0.3 after fewer than half of Adam's steps and stays below it." caption="Loss on new examples: the median over five seeds and the range between the smallest and the largest. Both methods run with the best of six settings. The dotted line is the loss of 0.3, to which the text below counts steps."
+# %% tags=["hide-input"] alt="The loss against the step for Adam and for KFAC, each as a median over five seeds with a band from the smallest to the largest. KFAC's curve falls below 0.3 after fewer than half of Adam's steps and ends below Adam's curve." caption="Loss on new examples: the median over five seeds and the range between the smallest and the largest. Both methods run with the best of six settings. The dotted line is the loss of 0.3. The output below counts the steps until a run is first below this line."
 TARGET = 0.3
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
 for name, runs in curves.items():
@@ -236,22 +236,22 @@ assert first["KFAC"].max() < first["Adam"].min()
 assert sent["KFAC"] * first["KFAC"].min() > sent["Adam"] * first["Adam"].max()
 
 # %% [markdown]
-# **What this shows.** With equal tuning, KFAC needs fewer steps on this task, for every seed.
+# **What this shows.** With six settings tried for each, KFAC needs fewer steps on this task, for every seed.
 #
-# **What it does not show.** A step of KFAC costs more: this file sends back four vectors instead of one, and
-# decomposes two matrices per layer. Measured in vectors, Adam reaches the target at less cost. An optimizer in
+# **What this does not show.** A step of KFAC costs more: this file sends back four vectors instead of one, and
+# decomposes two matrices per layer. Adam reaches the target with fewer vectors. An optimizer in
 # practice sends back only one more vector, for a sampled label, and renews the factors every ten steps or so.
 # [Chapter 13](13_in_practice.py) compares such an optimizer with others on larger tasks, in steps and in seconds.
 #
 # ## Is it right?
 #
-# A KFAC with a mistake often trains well, because tuning hides it (Exercise 0.3). So a test needs a network on
+# Tuning the learning rate and the damping hides a mistake in KFAC's scale (Exercise 0.3). So a test needs a network on
 # which KFAC is exact. Linear layers without activations, and squared error, make one. A mean of $D$ squares has, with
 # respect to the outputs, the Hessian $2/D$ times the identity. Its root gives one vector $\sqrt{2/D}\, e_c$ for every
 # output $c$ ([Chapter 3](03_losses.py)). No activation changes these vectors on their way back, so that $g$ is the
-# same for all examples. What does not vary is uncorrelated with everything, and [(0.4)] holds with $=$. The outputs
+# same for all examples. A constant is uncorrelated with every variable, so that [(0.4)] holds with $=$. The outputs
 # are linear in the weights of one layer, so that $F$ is the Hessian with respect to them. Autograd computes this
-# Hessian without KFAC, and it must equal $B \otimes A$ in every digit and with the right scale:
+# Hessian without KFAC, and $B \otimes A$ must equal the Hessian, its scale included, up to rounding:
 
 # %% tags=["remove-input"]
 code(short.check_exactness)
@@ -270,7 +270,7 @@ for old, new in {" / len(layer.a)": "", "(2 / y.numel())": "(2 / len(y))"}.items
         raise AssertionError("the mistake was not found")
 
 # %% [markdown]
-# Compare with the package, too. Cross-entropy and an activation make no difference to the definition of $A$ and $B$:
+# The file's $A$ and $B$ also equal the package's, here for cross-entropy and a network with an activation:
 
 # %%
 optimizer, f = short.KFAC(model, lr=0.1, damping=0.01), model(X)
@@ -284,10 +284,10 @@ for layer, io in zip(optimizer.layers, layer_ios(model, loss, X, y).values(), st
 #
 # In general $B \otimes A$ is not the curvature. Three things are lost, here for the network of [Figure 0.1]:
 #
-# 1. **Within a layer**, inputs and vectors vary together. The error is the covariance of $a_n a_n^\top$ and
-#    $\sum_c g_{cn} g_{cn}^\top$ over the examples ([Theorem 5.1]). With one example it vanishes.
+# 1. **Within a layer**, inputs and vectors vary together. The error's entries are $N$ times the covariances of
+#    $a_n a_n^\top$ and $\sum_c g_{cn} g_{cn}^\top$ over the examples ([Theorem 5.1]). One example has no error.
 # 2. **Between layers**, the Fisher matrix of the whole network has entries, too. KFAC sets them to zero.
-# 3. **The Fisher matrix is not the Hessian**: it leaves out the curvature of the network itself.
+# 3. **The Fisher matrix is not the Hessian**: it leaves out the second derivatives of the network itself.
 #
 # The cell prints the norm of each difference, relative to the norm of the matrix that is approximated.
 
@@ -313,8 +313,9 @@ assert_exact(
 )
 
 # %% [markdown]
-# The cell's last statement checks the other exact case: one example. It holds for every layer that is used once for
-# an example, whatever the activations and for both losses. [Chapter 6](06_weight_sharing.py) treats the other layers.
+# The cell's last statement checks the other exact case: one example. With one example KFAC equals $F$ for every layer
+# that is used once for an example, whatever the activations, and for cross-entropy as well as squared error.
+# [Chapter 6](06_weight_sharing.py) treats the other layers.
 #
 # ## Where to go from here
 #
@@ -374,8 +375,8 @@ print(check(attempt))
 # </details>
 #
 # **Exercise 0.2 (sampled labels).** With many classes, one vector for every label is too expensive. Write
-# `sampled_vectors(f)` that draws one label per example from the model and returns `[1, N, C]`. Which factor does the
-# vector need, such that $B$ is right in expectation?
+# `sampled_vectors(f)` that draws one label per example from the model and returns `[1, N, C]`. By which factor must the
+# vector be multiplied, so that $B$ is right in expectation?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -387,13 +388,13 @@ print(check(attempt))
 # </details>
 #
 # **Exercise 0.3 (why training does not tell).** Somebody's $B$ is too small by a factor of $N^2$, because the vectors
-# were divided by $N$ once more. Which learning rate and damping give exactly the right optimizer's steps?
+# were divided by $N$ once more. Which learning rate and damping give the same steps as the right $B$?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
 # For every $s \gt 0$, $\eta s\, (s B \otimes A + s \delta I)^{-1} = \eta\, (B \otimes A + \delta I)^{-1}$.
-# With $s = 1/N^2$, a learning rate and a damping that are $N^2$ times smaller give the right steps. So a search
+# With $s = 1/N^2$, a learning rate and a damping that are both divided by $N^2$ give the right steps. So a search
 # over both hides the mistake.
 #
 # </details>
@@ -435,13 +436,13 @@ print("all hold")
 # %% [markdown]
 # ## In one minute
 #
-# - A gradient of a layer is $g a^\top$, so that the exact curvature of a layer is a sum of products
-#   $(\sum_c g_{cn} g_{cn}^\top) \otimes (a_n a_n^\top)$ over the examples.
-# - KFAC replaces the average of products by the product of averages: $F \approx B \otimes A$. In it, $A$ is a mean
-#   and $B$ a sum.
-# - It is stored in two small matrices and inverted by two small eigendecompositions.
-# - It equals $F$ for one example, and for linear layers with squared error. Test your code there.
-# - It drops the covariance within a layer, everything between layers, and the difference between Fisher and Hessian.
+# - For one example, a layer's gradient is an outer product $g a^\top$. So the layer's Fisher matrix is a sum of
+#   products $(\sum_c g_{cn} g_{cn}^\top) \otimes (a_n a_n^\top)$ over the examples.
+# - KFAC replaces the average of products by the product of averages: $F \approx B \otimes A$. Here $A$ is a mean and
+#   $B$ a sum, because $g$ contains the $1/N$.
+# - KFAC stores two small matrices. Two small eigendecompositions give the damped inverse.
+# - $B \otimes A$ equals $F$ for one example, and for linear layers with squared error. Test your code there.
+# - KFAC drops the covariance within a layer, everything between layers, and the difference between Fisher and Hessian.
 #
 # ## Further reading
 #

@@ -18,10 +18,10 @@
 #
 # KFAC, *Kronecker-factored approximate curvature*, makes the curvature of a network affordable. Curvature is good for
 # training in fewer steps, for error bars on predictions, for finding the training data behind an answer, and for
-# deciding which weights to remove or how to merge two models ([the reading map](reading_map.md) has a chapter on
-# each). But it is a matrix with one row and one column per parameter. KFAC replaces it, layer by layer, by a
-# Kronecker product of two small matrices, and never writes the large one down. With the rows of a matrix $V$ lined up
-# as $\operatorname{vec}(V)$,
+# deciding which weights to remove or how to merge two models ([the reading map](reading_map.md) names a chapter on
+# each). But curvature is a matrix with one row and one column per parameter. KFAC replaces this matrix, layer by layer,
+# by a Kronecker product of two small matrices, and never forms the product. With the rows of a matrix $V$ lined up as
+# $\operatorname{vec}(V)$, the small matrices suffice for a multiplication:
 #
 # $$
 # (B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^\top).
@@ -49,10 +49,10 @@ matrices(product, blocks={r"$B \otimes A$": (4, 4)})
 #
 # - flatten a layer's weight and bias in the right order, and translate a formula for stacked columns to stacked rows;
 # - multiply with $B \otimes A$, invert it and decompose it from its factors;
-# - say when a damped Kronecker product is a Kronecker product;
-# - find a wrong order of factors, which most obvious tests do not notice.
+# - say when a Kronecker product plus a multiple of the identity is again a Kronecker product;
+# - find a wrong order of factors, which a comparison of shapes or of eigenvalues does not show.
 #
-# How much is saved? Take one square layer:
+# One square layer shows how much memory the factors save:
 
 # %%
 d = 1024
@@ -90,9 +90,9 @@ print(vec_by_hand(V))
 # %% [markdown]
 # ### In the package
 #
-# PyTorch stores the rows of a matrix one after the other, too, so `flatten` is all it takes.
-# This is why we chose rows: `weight.flatten()`, `torch.nn.utils.parameters_to_vector` and the
-# gradient of either need no reordering. Leading dimensions are a batch.
+# PyTorch stores the rows of a matrix one after the other, too, so that `flatten` computes $\operatorname{vec}$. We
+# stack rows for this reason: `weight.flatten()`, `weight.grad.flatten()` and
+# `torch.nn.utils.parameters_to_vector` need no reordering. Leading dimensions are a batch.
 
 # %% tags=["beside", "remove-input"]
 code(vec, unvec)
@@ -163,15 +163,16 @@ def kron_by_hand(B: Tensor, A: Tensor) -> Tensor:
 assert_close(kron_by_hand(B, A), torch.kron(B, A))
 
 # %% [markdown]
-# Equation [(1.4)] says which two numbers are multiplied in each cell. For a layer whose weight matrix $W$ has
-# three rows and four columns, each row and each column of $B \otimes A$ belongs to one weight. Point at a cell
-# to see both weights: the rows of $W$ that they stand in choose the entry of $B$, and their columns that of $A$.
+# Equation [(1.4)] says which two numbers are multiplied in each cell of $B \otimes A$. For a layer whose weight matrix
+# $W$ has three rows and four columns, each row and each column of $B \otimes A$ belongs to one weight. Point at a cell
+# to see its two weights. The rows in which they stand in $W$ are the indices of $B$'s entry, and their columns are the
+# indices of $A$'s entry.
 
 # %% tags=["hide-input"]
 kronecker_cells(B, A, cell=(6, 3))
 
 # %% [markdown]
-# For two vectors the product has a meaning that we will use in every chapter. For one datum, the gradient with respect
+# A gradient can be a Kronecker product of two vectors. For one datum, the gradient with respect
 # to the weights of a linear layer is an outer product $g a^\top$: $a$ is the layer's input, and $g$ is the gradient
 # with respect to its output. By [(1.1)] its entries $g_i a_j$ are lined up as
 #
@@ -224,7 +225,7 @@ assert_close(vec(torch.outer(g, a)), torch.kron(g, a))
 code(kron_matvec)
 
 # %% [markdown]
-# Rectangular factors show that no transpose is missing, and a batch of vectors works as well:
+# With rectangular factors, a missing transpose would raise an error. A batch of vectors works as well:
 
 # %%
 B, A = torch.randn(5, 3), torch.randn(2, 4)
@@ -246,8 +247,8 @@ print("largest difference:", (kron_matvec(B, A, v) - v @ torch.kron(B, A).mT).ab
 # \tag{1.7}
 # $$
 #
-# The factors change places. This is why [Martens and Grosse (2015)](bibliography.md#kfac) write
-# the factor of the inputs first. Both conventions are right; a mixture is not:
+# The factors change places, and [Martens and Grosse (2015)](bibliography.md#kfac), who stack columns, write
+# the factor of the inputs first. Both conventions are right, but a mixture of the two is wrong:
 
 # %%
 m, n = 4, 4  # a square layer, where nothing complains about shapes
@@ -262,7 +263,7 @@ assert not torch.allclose(mixed, right)
 print(f"relative error of the mixture: {((mixed - right).norm() / right.norm()).item():.2f}")
 
 # %% [markdown]
-# The mixture is far from right, yet it is hard to notice. The two products differ
+# The mixture is far from right, but no shape shows the mistake. $A \otimes B$ and $B \otimes A$ differ
 # only by a renumbering of rows and columns: for square factors, and with the permutation $K$ for
 # which $K \operatorname{vec}(V) = \operatorname{cvec}(V)$, [(1.6)] and [(1.7)] give
 #
@@ -271,8 +272,8 @@ print(f"relative error of the mixture: {((mixed - right).norm() / right.norm()).
 # \tag{1.8}
 # $$
 #
-# Therefore trace, determinant, norm and all eigenvalues agree, and a test that looks only at
-# these passes.
+# Therefore trace, determinant, norm and all eigenvalues agree. A test that compares only these does not find the
+# mistake.
 
 # %%
 K = torch.eye(m * n)[cvec(torch.arange(16.0).reshape(m, n)).long()]
@@ -286,7 +287,7 @@ for statistic in (torch.trace, linalg.det, linalg.matrix_norm, linalg.eigvalsh):
     assert_close(statistic(ours), statistic(theirs))
 assert not torch.allclose(ours, theirs)
 
-# %% tags=["hide-input"] alt="Two 16 by 16 heat maps with 4 by 4 blocks drawn in, B Kronecker A and A Kronecker B. Both hold the same values, but at different places." caption="The same numbers in two orders. For a square layer nothing but the values tells them apart."
+# %% tags=["hide-input"] alt="Two 16 by 16 heat maps with 4 by 4 blocks drawn in, B Kronecker A and A Kronecker B. Both hold the same values, but at different places." caption="The same numbers in two orders. The two products have the same shape, norm and eigenvalues, and differ in the places of their entries."
 pair = {r"$B \otimes A$ (rows stacked)": ours, r"$A \otimes B$ (columns stacked)": theirs}
 matrices(pair, blocks=dict.fromkeys(pair, (4, 4)))
 
@@ -301,10 +302,10 @@ matrices(pair, blocks=dict.fromkeys(pair, (4, 4)))
 # \tag{1.9}
 # $$
 #
-# The inverse and the eigendecomposition are special cases. With $D = B^{-1}$ and $C = A^{-1}$ the right
-# side is the identity. Symmetric factors have orthonormal eigenvectors,
-# $B = Q_B \Lambda_B Q_B^\top$ and $A = Q_A \Lambda_A Q_A^\top$, and [(1.9)], used twice, separates
-# these from the eigenvalues. The transpose and the trace are read off [(1.3)].
+# The inverse and the eigendecomposition are special cases. If the factors are invertible, then $D = B^{-1}$ and
+# $C = A^{-1}$ make the right side the identity. Symmetric factors have orthonormal eigenvectors,
+# $B = Q_B \Lambda_B Q_B^\top$ and $A = Q_A \Lambda_A Q_A^\top$, and [(1.9)], used twice, separates the eigenvectors
+# from the eigenvalues. The transpose follows from [(1.3)], and so does the trace of square factors.
 #
 # $$
 # \begin{aligned}
@@ -338,10 +339,10 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # %% [markdown]
 # ### What it does not inherit
 #
-# A sum of Kronecker products is in general not a Kronecker product. In particular $B \otimes A + \delta I$ is one only
-# if $A$ or $B$ is a multiple of the identity ([Theorem 8.1]). If $A = c I$, then
-# $B \otimes A + \delta I = (c B + \delta I) \otimes I$. Adding a damping to *both* factors does not give the damped
-# matrix, but an approximation:
+# A sum of Kronecker products is in general not a Kronecker product. For $\delta \gt 0$ and symmetric positive
+# semi-definite factors, $B \otimes A + \delta I$ is one only if $A$ or $B$ is a multiple of the identity
+# ([Theorem 8.1]). If $A = c I$, then $B \otimes A + \delta I = (c B + \delta I) \otimes I$. Adding
+# $\sqrt{\delta} I$ to *both* factors gives an approximation of the damped matrix:
 #
 # $$
 # (B + \sqrt{\delta} I) \otimes (A + \sqrt{\delta} I)
@@ -350,8 +351,8 @@ assert_close(Q @ eigenvalues.diag() @ Q.mT, kron(B, A))
 # \tag{1.11}
 # $$
 #
-# The exact damped inverse needs only the eigenvectors of the two factors, however, because
-# $\delta I$ does not change those of their product in [(1.10)]:
+# For such factors, the exact damped inverse needs only the eigendecompositions of the two factors, because adding
+# $\delta I$ does not change the eigenvectors in [(1.10)]:
 #
 # $$
 # (B \otimes A + \delta I)^{-1}
@@ -384,8 +385,8 @@ assert_close(Q @ (1 / (eigenvalues + damping)).diag() @ Q.mT, inv(damped))
 # %% [markdown]
 # ## What it costs
 #
-# A product with the dense matrix takes $m^2 n^2$ multiplications, the vec trick $m n (m + n)$.
-# PyTorch counts them for us (a multiplication and an addition are two operations):
+# For an $m \times n$ layer, a product with the dense matrix takes $m^2 n^2$ multiplications, and the vec trick takes
+# $m n (m + n)$. PyTorch counts operations (a multiplication and an addition are two):
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -430,8 +431,8 @@ assert trick == 2 * m * n * (m + n)
 # \tag{1.14}
 # $$
 #
-# A layer with a bias needs one product, not two blocks: this is why a bias is always the last column of
-# $W$ in this package.
+# So a layer with a bias needs one Kronecker product instead of two blocks. For this reason a bias is always the last
+# column of $W$ in this package.
 
 # %%
 d_out, d_in = 3, 4
@@ -463,16 +464,16 @@ assert_close(joint, apart[:, order])
 assert_close(joint.mT @ joint, (apart.mT @ apart)[order][:, order])  # rows and columns of a matrix
 assert not torch.allclose(joint.mT @ joint, apart.mT @ apart)
 
-# %% tags=["hide-input"] alt="Two 15 by 15 heat maps of the same Gram matrix. With the bias kept apart, three blocks of 4 by 4 stand on the diagonal and stripes for the bias at the end of rows and columns. With the bias as last column of W there are three blocks of 5 by 5 on the diagonal and nothing else." caption="$J^\\top J$ of one layer, whose rows and columns belong to the 15 parameters, for the two orders. With the bias as a column of $W$ it is block-diagonal, with one block for each output."
+# %% tags=["hide-input"] alt="Two 15 by 15 heat maps of the same Gram matrix. With the bias kept apart, three blocks of 4 by 4 stand on the diagonal and stripes for the bias at the end of rows and columns. With the bias as last column of W there are three blocks of 5 by 5 on the diagonal and nothing else." caption="$J^\\top J$ of one layer, whose rows and columns belong to the 15 parameters, for the two orders. With the bias as the last column of $W$, $J^\\top J$ is block-diagonal, with one block for each output."
 orders = {r"$(\mathrm{vec}\,W,\ b)$": apart.mT @ apart, r"$\mathrm{vec}\,[W\ b]$": joint.mT @ joint}
 matrices(orders, blocks={r"$\mathrm{vec}\,[W\ b]$": (5, 5)})
 
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **Factors in the other order.** A formula copied from a paper that stacks columns, applied to
-# gradients flattened by PyTorch. For square layers nothing complains, as we saw. Test with
-# $d_\text{in} \neq d_\text{out}$, and compare matrices, never only their spectra.
+# **Factors in the other order.** A formula from a paper that stacks columns is applied to gradients that PyTorch
+# flattened. The dense $A \otimes B$ has the size of $B \otimes A$ for every layer, so that no error is raised. With
+# $d_\text{in} \neq d_\text{out}$, the product $A V B^\top$ does raise one. Compare matrices, not only their spectra.
 #
 # **The other layout of weights.** Some frameworks store a dense layer as inputs × outputs and
 # compute $a^\top \mathtt{kernel}$. Flattening that kernel by rows stacks the *columns* of our
@@ -483,8 +484,8 @@ kernel = W.mT.contiguous()  # d_in × d_out
 assert_close(kernel.flatten(), cvec(W))
 
 # %% [markdown]
-# **A transpose that was never carried out.** `V.T` only changes strides. `view` raises an error for it, which
-# is the good case. `flatten` and `reshape` copy when they must, and what is written into a copy does not reach `V`:
+# **A transpose that only changes strides.** `V.T` moves no entries in memory. `view(-1)` then raises an error.
+# `flatten` and `reshape` make a copy instead, and what is written into the copy does not reach `V`:
 
 # %%
 try:
@@ -498,8 +499,8 @@ transposed.flatten()[0] = 1e3  # writes into a copy
 assert_close(transposed, W.mT)
 
 # %% [markdown]
-# **Bias and weight concatenated in different orders** in the gradient and in the curvature. Both
-# vectors have the same length, so that no error is raised. Use one of the two orders everywhere, and convert what
+# **Bias and weight in different orders.** The gradient and the curvature may be concatenated in different orders. Both
+# have the same sizes, so that no error is raised. Use one of the two orders everywhere, and convert what
 # comes from outside with an index as above.
 
 # %% [markdown]
@@ -508,8 +509,8 @@ assert_close(transposed, W.mT)
 # - $\operatorname{vec}$ stacks rows, as PyTorch does; a bias is the last column of $W$.
 # - $(B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^\top)$, with the factor of the outputs first. The
 #   gradient of one datum is $g \otimes a$.
-# - Inverse, trace and eigenvalues of a product come from the factors. The exact damped inverse comes from their
-#   eigendecompositions.
+# - Inverse, trace and eigenvalues of a Kronecker product come from the factors. For symmetric factors, the exact damped
+#   inverse comes from their eigendecompositions.
 # - Test with $d_\text{in} \ne d_\text{out}$, and compare entries: eigenvalues do not depend on the factors' order.
 #
 # ## Exercises
@@ -539,7 +540,7 @@ assert_close(transposed, W.mT)
 # </details>
 #
 # **Exercise 1.3.** What is $\det(B \otimes A)$ for $B \in \mathbb{R}^{m \times m}$ and
-# $A \in \mathbb{R}^{n \times n}$? Mind which exponent goes where.
+# $A \in \mathbb{R}^{n \times n}$? Which exponent belongs to which determinant?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -569,7 +570,7 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Van Loan and Pitsianis (1993)](bibliography.md#kpsvd) on the nearest Kronecker product to a
-# given matrix; [the KFAC-from-scratch tutorial](bibliography.md#from-scratch) for both
-# conventions side by side; [Martens and Grosse (2015)](bibliography.md#kfac), with columns
-# stacked, where KFAC comes from.
+# [Van Loan and Pitsianis (1993)](bibliography.md#kpsvd) find the nearest Kronecker product to a
+# given matrix. [The KFAC-from-scratch tutorial](bibliography.md#from-scratch) shows both
+# conventions side by side. [Martens and Grosse (2015)](bibliography.md#kfac) introduce KFAC, with
+# columns stacked.

@@ -16,9 +16,10 @@
 # **Part II: Curvature.** What is the curvature of a network, and why is the Hessian not what we
 # approximate?
 #
-# A gradient says which way is down, but not how far to go. For that one must know how fast the gradient itself
-# changes: the curvature, a matrix of second derivatives with one row and one column per parameter. With the Jacobian
-# $J$ of the outputs $f_k$ and the Hessian $H_f$ of the loss with respect to the outputs, it has two parts:
+# A gradient says in which direction the loss falls, but not how far to go. The length of a step depends on how fast
+# the gradient changes: on the curvature, a matrix of second derivatives with one row and one column per parameter. With
+# the Jacobian $J$ of the outputs $f_k$ and the Hessian $H_f$ of the loss with respect to the outputs, this matrix has
+# two parts:
 #
 # $$
 # \underbrace{\nabla^2_\theta L}_\text{Hessian}
@@ -26,8 +27,8 @@
 # + \sum_k \frac{\partial L}{\partial f_k}\, \nabla^2_\theta f_k .
 # $$
 #
-# KFAC approximates the first part, the generalised Gauss-Newton matrix. Here are steps with both, on a function of two
-# parameters:
+# KFAC approximates the first part, the generalised Gauss-Newton matrix. [Figure 2.1] shows steps with the Hessian and
+# with the GGN on a function of two parameters:
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -130,7 +131,7 @@ x1, x2 = torch.meshgrid(
 )
 surface = (1 - x1) ** 2 + 100 * (x2 - x1**2) ** 2
 
-# %% tags=["hide-input"] alt="Left: paths on the Rosenbrock function. Gradient descent creeps along the valley floor. Newton first jumps backwards up the valley's tangent and then returns. Damped Gauss-Newton follows the valley to the minimum. Right: the loss, which for Newton rises before it falls." caption="The paths from ● to the minimum ★, and the loss along them."
+# %% tags=["hide-input"] alt="Left: paths on the Rosenbrock function. Gradient descent moves slowly along the valley floor. Newton first jumps backwards up the valley's tangent and then returns. Damped Gauss-Newton follows the valley to the minimum. Right: the loss, which for Newton rises before it falls." caption="The paths from ● to the minimum ★, and the loss along them. Newton's first step raises the loss; every step of damped Gauss-Newton lowers the loss."
 fig, (ax, curves) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
 ax.contour(x1, x2, surface, [1, 10, 50, 150, 400, 900], colors="C0", linewidths=1, alpha=0.3)
 for (name, path), method in zip(paths.items(), ("gradient", "Newton", "GGN"), strict=True):
@@ -154,11 +155,11 @@ plt.show()
 # - say where Hessian and GGN agree, for the whole matrix and layer by layer;
 # - multiply with both without writing them down.
 #
-# What curvature does for a step can be seen with two weights. Four methods start at the same point of a
-# valley and take fifteen steps each. Apart from the gradient step, they differ in one matrix only: the
-# Hessian, the GGN, or the blocks of KFAC, one for each layer. Drag the start, and change the damping $\delta$
-# that is added to each matrix. KFAC, which leaves out what couples the two layers, follows the valley more
-# slowly than the GGN.
+# The next figure shows the effect of curvature on a step for two weights. Four methods start at the same point of a
+# valley and take fifteen steps each. Three of them differ only in their matrix: the Hessian, the GGN, or the blocks of
+# KFAC, one for each layer. The fourth is gradient descent. Drag the start, and change the damping $\delta$ that is
+# added to each matrix. From the first start, KFAC follows the valley more slowly than the GGN: KFAC leaves out the
+# entries that couple the two layers.
 
 # %% tags=["hide-input"]
 valley_steps(start=(2.7, 2.3), damping=0.1)
@@ -166,16 +167,17 @@ valley_steps(start=(2.7, 2.3), damping=0.1)
 # %% [markdown]
 # Throughout, $X$ holds $N$ data, the network turns each into $C$ outputs, and $\theta$ is the
 # vector of all its $D$ parameters, flattened by rows as in [Chapter 1](01_flattening.py). All
-# outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, all outputs of one datum after those of the other.
-# The targets never change, so that the loss is a function $\ell$ of the outputs alone. (In the cells `loss` is the sum
-# of all squared errors.) What we train is a composition:
+# outputs together form the vector $f(\theta) \in \mathbb{R}^{NC}$, datum after datum.
+# The targets are constant, so that the loss is a function $\ell$ of the outputs alone. We assume that $\ell$ is twice
+# continuously differentiable. (In the cells `loss` is the sum of all squared errors.) The loss as a function of the
+# parameters is a composition:
 #
 # $$
 # L(\theta) = \ell(f(\theta)).
 # \tag{2.1}
 # $$
 #
-# The sizes of the example are different primes, so that no two of them can be confused unnoticed.
+# The sizes of the example are different primes, so that code which confuses two sizes is likely to fail.
 
 # %%
 N, C = 7, 2
@@ -190,8 +192,8 @@ assert (5 * 3 + 5) + (C * 5 + C) == D
 # %% [markdown]
 # ## A parabola at a point
 #
-# Stand at $\theta$ and look in a direction $v$. The loss along this line, $\varphi(t) =
-# L(\theta + t v)$, is a function of one number, and such a function has a Taylor expansion. Its
+# Fix a point $\theta$ and a direction $v$. The loss along this line, $\varphi(t) =
+# L(\theta + t v)$, is a function of one number. If $L$ is smooth, $\varphi$ has a Taylor expansion, whose
 # derivatives at $t = 0$ follow from the chain rule,
 #
 # $$
@@ -209,10 +211,10 @@ assert (5 * 3 + 5) + (C * 5 + C) == D
 # \tag{2.2}
 # $$
 #
-# The **Hessian** $\nabla^2_\theta L$ is the only symmetric matrix for which this holds: the number
+# The **Hessian** $\nabla^2_\theta L$ is the only symmetric matrix for which [(2.2)] holds for all $v$: the number
 # $v^\top (\nabla^2_\theta L)\, v$ is the curvature of the loss in direction $v$, and a symmetric
-# matrix is determined by these numbers. A test of [(2.2)] needs no arbitrary tolerance:
-# if the error is of third order, then halving $t$ divides it by $2^3 = 8$.
+# matrix is determined by these numbers. A test of [(2.2)] need not know how
+# large the error is: if the error is of third order, then halving a small $t$ divides it by about $2^3 = 8$.
 
 
 # %%
@@ -246,7 +248,7 @@ assert abs(ratio - 8) < 0.3
 #
 # The first derivative of all outputs by all parameters is the **Jacobian**
 # $J \in \mathbb{R}^{NC \times D}$ with entries $J_{ki} = \partial f_k / \partial \theta_i$. It maps a small change
-# $\delta$ of the parameters to the change of the outputs, $f(\theta + \delta) \approx f(\theta) + J \delta$. Autodiff
+# $d$ of the parameters to the change of the outputs, $f(\theta + d) \approx f(\theta) + J d$. Autodiff
 # gives us two products with $J$, and neither needs the matrix:
 #
 # | Product | Name | What runs |
@@ -254,7 +256,7 @@ assert abs(ratio - 8) < 0.3
 # | $J v$ | Jacobian-vector product, `jvp` | one pass forward, with $v$ carried along |
 # | $J^\top u$ | vector-Jacobian product, `vjp` | one pass backward, starting from $u$ at the outputs |
 #
-# The second one is what `backward` does; a gradient is the special case $\nabla L = J^\top
+# `backward` computes the second product; a gradient is the special case $\nabla L = J^\top
 # \nabla \ell$. Send back a unit vector and you get one row of $J$. By hand, therefore:
 
 
@@ -319,10 +321,9 @@ assert_close(gradient, J.T @ (2 * (network_at(theta) - y.flatten())))
 # \tag{2.5}
 # $$
 #
-# The first term has the curvature of the *loss*, and of the network only the linear map $J$. The
-# second has the curvature of the *network*, one Hessian per output, each weighted by the slope of the loss.
-# The first term alone is the **generalised Gauss-Newton matrix** (GGN). The second by hand, with one Hessian per
-# output:
+# The first term contains the curvature of the *loss*, and of the network only the linear map $J$. The
+# second contains the curvature of the *network*, one Hessian per output, each weighted by the slope of the loss.
+# The first term alone is the **generalised Gauss-Newton matrix** (GGN). This cell computes the second term by hand:
 
 
 # %%
@@ -356,7 +357,7 @@ assert relative(H - GGN - rest, H) < 1e-10
 assert relative(rest, H) > 1e-2
 
 
-# %% tags=["hide-input"] alt="Three heat maps of 32 by 32: the Hessian equals the GGN plus a third matrix. The third is of visible size and has an empty lower right block, that of the last layer." caption="The two terms of [(2.5)], in colours that end at 40 % of the largest entry. Lines separate the first layer from the last; the latter's block of the third matrix is empty, and we will see why."
+# %% tags=["hide-input"] alt="Three heat maps of 32 by 32: the Hessian equals the GGN plus a third matrix. The third is of visible size and has an empty lower right block, that of the last layer." caption="The two terms of [(2.5)], in colours that end at 40 % of the largest entry. Lines separate the first layer from the last; the last layer's block of the third matrix is zero, by [Theorem 2.3]."
 def with_layers(fig):
     """Rule off the layers: the first has 20 parameters."""
     for ax in fig.axes[:-1]:
@@ -369,7 +370,7 @@ three = {"Hessian": H, "GGN": GGN, "curvature of the network": rest}
 with_layers(matrices(three, scale=0.4 * H.abs().max().item()))
 
 # %% [markdown]
-# The loss is a sum over data, and no term couples two of them. So $H_f$ is block-diagonal with one
+# The loss is a sum over data, and no term depends on two of them. So $H_f$ is block-diagonal with one
 # block $H_n \in \mathbb{R}^{C \times C}$ for each datum, and with $J_n$ for the rows of $J$ that
 # belong to datum $n$ the GGN becomes a sum of small contributions,
 #
@@ -387,8 +388,8 @@ assert H_f[0, :, 1].abs().max() == 0
 # %% [markdown]
 # ## The GGN is a Hessian, of another network
 #
-# "Drop the second term" sounds like an approximation made for convenience. There is a better way to
-# see it. Replace the network by its linearisation,
+# The GGN drops the second term of [(2.5)]. At $\theta$, the GGN is also the exact Hessian of another function. Replace
+# the network by its linearisation,
 #
 # $$
 # f^{\text{lin}}(\theta') = f(\theta) + J (\theta' - \theta),
@@ -410,8 +411,8 @@ assert H_f[0, :, 1].abs().max() == 0
 # $J^\top \bigl(\nabla^2_f \ell\bigr) J$ with $\nabla^2_f \ell$ taken at $f^{\text{lin}}(\theta')$.
 # At $\theta' = \theta$ this is $f(\theta)$, and the Hessian is the GGN. $\blacksquare$
 #
-# We check it with cross-entropy, whose $H_f$ depends on where it is taken. Only at $\theta$ do the
-# two agree:
+# We check the theorem with cross-entropy, whose $H_f$ depends on the outputs. At $\theta$ the two matrices agree. At
+# another point, the Hessian of the linearised network is not the GGN at $\theta$:
 
 # %%
 cross_entropy, labels = CrossEntropyLoss(reduction="sum"), torch.arange(N) % C
@@ -429,9 +430,9 @@ assert_exact(here, exact)
 assert largest_error(elsewhere, exact) > 1e-3
 
 # %% [markdown]
-# So there are two parabolas at $\theta$. Both have the right value and the right slope. Only that of
-# the Hessian has the right curvature: with the GGN in [(2.2)], the error is of second order, and
-# halving $t$ divides it by 4.
+# So there are two parabolas at $\theta$. Both have the right value and the right slope. The Hessian's parabola has the
+# right curvature, too. With the GGN in [(2.2)], the error is in general of second order, and halving $t$ divides it
+# by about 4.
 
 # %%
 ratio = parabola_error(GGN, 2e-3) / parabola_error(GGN, 1e-3)
@@ -441,7 +442,7 @@ assert abs(ratio - 4) < 0.3
 # %% [markdown]
 # ### What is gained
 #
-# Why would anyone want the worse parabola? Because it is nowhere curved downward.
+# The GGN's parabola fits worse, but for a convex loss it is curved downward in no direction.
 #
 # <div class="admonition theorem" markdown="1" id="thm-2.2">
 # <p class="admonition-title" markdown="1"><b>Theorem 2.2 (the GGN is positive semi-definite)</b></p>
@@ -455,32 +456,33 @@ assert abs(ratio - 4) < 0.3
 # positive semi-definite. $\blacksquare$
 #
 # Squared error and cross-entropy are convex in $f$. The loss as a function of $\theta$ is not, and
-# its Hessian usually has negative eigenvalues: directions in which the parabola falls forever, so that
-# the point where it is flat is no minimum.
+# its Hessian usually has negative eigenvalues. Along their eigenvectors the parabola is unbounded below, so that
+# its stationary point is no minimum.
 #
-# Semi-definite is not enough for a minimum, however. In a direction of the null space the GGN's model is a straight
-# line, and it falls forever if the gradient has a part along that line:
+# A semi-definite matrix does not guarantee a minimum, however. In a direction of the null space the GGN's model is a
+# straight line, which is unbounded below if the gradient has a component in this direction:
 #
 # <div class="admonition theorem" markdown="1" id="cor-2.1">
 # <p class="admonition-title" markdown="1"><b>Corollary 2.1 (when the model has a minimum)</b></p>
 #
 # Let the loss be convex in the outputs. The quadratic model
-# $\nabla L^\top \delta + \tfrac12\, \delta^\top \mathrm{GGN}\, \delta$ is bounded below if and only if $\nabla L$
+# $\nabla L^\top d + \tfrac12\, d^\top \mathrm{GGN}\, d$ is bounded below if and only if $\nabla L$
 # lies in the range of the GGN. This holds if $\nabla_f\, \ell$ lies in the range of $H_f$, as it does for the squared
-# error, cross-entropy and BCE with logits. With damping, $\mathrm{GGN} + \delta I$, the model always has a minimum.
+# error, cross-entropy and BCE with logits. With $\mathrm{GGN} + \delta I$, $\delta \gt 0$, the model has a minimum.
 #
 # </div>
 #
 # **Proof.** Split $\nabla L$ into a part in the range and a part $n$ in the null space, which is orthogonal to it. At
-# $\delta = -t n$ the model is $-t \lVert n \rVert^2$, which has no bound unless $n = 0$. If $n = 0$, then
+# $d = -t n$ the model is $-t \lVert n \rVert^2$, which is unbounded below unless $n = 0$. If $n = 0$, then
 # $\nabla L = \mathrm{GGN}\, u$ for some $u$, and completing the square shows the minimum at $-u$. For the second
 # claim, let $\nabla_f\, \ell = H_f w$ and $S S^\top = H_f$. Then $\nabla L = J^\top S (S^\top w)$ lies in the range
-# of $J^\top S$, which is that of $(J^\top S)(J^\top S)^\top = \mathrm{GGN}$. The squared error has $H_f = 2 I$, up to
-# its divisor, and BCE a diagonal without zeros. The range of the softmax's $\operatorname{diag}(p) - p p^\top$ is the
-# vectors whose entries sum to zero, such as $p - e_y$. $\blacksquare$
+# of $J^\top S$, which is the range of $(J^\top S)(J^\top S)^\top = \mathrm{GGN}$. The squared error has $H_f = 2 I$, up
+# to its divisor, and BCE a diagonal without zeros. The range of the softmax's $\operatorname{diag}(p) - p p^\top$ is
+# the vectors whose entries sum to zero, such as $p - e_y$. $\blacksquare$
 #
 # A second reason for the GGN is that it contains no second derivative of the network, only $J$. The third reason is
-# the one that KFAC is built on: a positive semi-definite $H_f$ has a square root $S$ with $S S^\top = H_f$, and then
+# that KFAC needs a sum of outer products. A positive semi-definite $H_f$ has a square root $S$ with
+# $S S^\top = H_f$, and then
 #
 # $$
 # \mathrm{GGN} = (J^\top S)(J^\top S)^\top
@@ -490,7 +492,7 @@ assert abs(ratio - 4) < 0.3
 #
 # is a sum of outer products of vectors $J^\top s_v$ (here $v$ numbers the columns of $S$), each of
 # which is one backward pass that starts from a column $s_v$. [Chapter 3](03_losses.py) finds these
-# columns for the common losses, and shows that for them the GGN is the Fisher.
+# columns for the common losses, and shows that for these losses the GGN is the Fisher matrix.
 
 # %%
 eigenvalues_H, eigenvalues_GGN = torch.linalg.eigvalsh(H), torch.linalg.eigvalsh(GGN)
@@ -517,10 +519,10 @@ for kind, target in ((MSELoss, y), (CrossEntropyLoss, labels), (BCEWithLogitsLos
 # %% [markdown]
 # ## When do the two agree?
 #
-# The second term of [(2.5)] vanishes when one of its factors does. This makes three cases.
+# The second term of [(2.5)] vanishes if every product $r_k \nabla^2_\theta f_k$ does. Three cases are common.
 #
-# **A network that is linear in its parameters** has $\nabla^2 f_k = 0$, and the two agree for every
-# loss. Mind the words: a *deep* linear network is linear in its inputs but not in its parameters,
+# **A network that is linear in its parameters** has $\nabla^2_\theta f_k = 0$, and Hessian and GGN agree for every
+# loss. A *deep* linear network, however, is linear in its inputs but not in its parameters,
 # since $W_2 W_1 x$ multiplies one parameter with another.
 
 
@@ -554,8 +556,8 @@ assert disagreement(model, loss, X, target) < 1e-10
 assert disagreement(model, loss, X, target + 0.01 * y) > 1e-5
 
 # %% [markdown]
-# **Within one layer of a piecewise linear network.** This is the case that matters for KFAC, which
-# keeps the blocks of the layers and drops what lies between them.
+# **Within one layer of a piecewise linear network.** This case matters for KFAC, which
+# approximates the diagonal blocks of the layers and sets the blocks between two layers to zero.
 #
 # <div class="admonition theorem" markdown="1" id="thm-2.3">
 # <p class="admonition-title" markdown="1"><b>Theorem 2.3 (same-layer blocks of a ReLU network)</b></p>
@@ -614,15 +616,15 @@ tanh_label, relu_label = "tanh: Hessian − GGN", "ReLU: Hessian − GGN"
 with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
 
 # %% [markdown]
-# For a ReLU network, then, **a method that treats every layer by itself loses nothing by using the
-# GGN instead of the Hessian.** The blocks are the same. If the loss is convex in the outputs, they are positive
-# semi-definite by [Theorem 2.2]. So negative eigenvalues of the whole Hessian of such a network come from the blocks
-# between layers.
+# For a network as in [Theorem 2.3], **a method that treats every layer by itself loses nothing by using the
+# GGN instead of the Hessian**, because their blocks are the same. If the loss is convex in the outputs, the blocks are
+# positive semi-definite by [Theorem 2.2]. So negative eigenvalues of the whole Hessian of such a network come from the
+# blocks between layers.
 #
 # ## A picture: down the banana valley
 #
-# With two parameters one can draw all of this. The Rosenbrock function
-# $(1 - \theta_1)^2 + 100\, (\theta_2 - \theta_1^2)^2$ is a squared error in disguise: a "network"
+# With two parameters both models can be drawn. The Rosenbrock function
+# $(1 - \theta_1)^2 + 100\, (\theta_2 - \theta_1^2)^2$ is the squared error of a "network"
 # with one datum, the two outputs
 #
 # $$
@@ -640,9 +642,9 @@ with_layers(matrices({relu_label: H_relu - GGN_relu, tanh_label: H - GGN}))
 # \tag{2.10}
 # $$
 #
-# They agree on the parabola $\theta_2 = \theta_1^2$, the floor of the valley. Above it the
-# entry is negative and soon spoils the Hessian: its determinant is
-# $400 - 80000\, (\theta_2 - \theta_1^2)$, so it is indefinite wherever
+# The two agree on the parabola $\theta_2 = \theta_1^2$, the floor of the valley. Above the parabola the
+# entry is negative. The Hessian's determinant is
+# $400 - 80000\, (\theta_2 - \theta_1^2)$, so that the Hessian is indefinite wherever
 # $\theta_2 \gt \theta_1^2 + \tfrac{1}{200}$. The determinant of the GGN is 400 everywhere.
 
 
@@ -662,7 +664,7 @@ print(
 # %% [markdown]
 # The starting point lies above that boundary. Here are both quadratic models of the loss there:
 
-# %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: those of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. That of the GGN's model is a minimum, on the right side, but beyond where the model is any good."
+# %% tags=["hide-input"] alt="Two panels over the curved valley of the Rosenbrock function, with a point on the left side of the valley. Left: the contours of the Hessian's model are hyperbolas around a saddle, which lies up the valley's tangent, away from the minimum. Right: the contours of the GGN's model are long ellipses around a minimum, down the tangent." caption="The quadratic models (dashed) of the loss (solid) at the same point ●. The stationary point × of the Hessian's model is a saddle, away from the loss's minimum ★. The stationary point of the GGN's model is a minimum. It lies on the side of ★, but so far away that the model no longer fits the loss."
 offset = torch.stack([x1 - start[0], x2 - start[1]], -1)
 height = (1 - start[0]) ** 2 + 100 * (start[1] - start[0] ** 2) ** 2
 
@@ -682,10 +684,10 @@ plt.show()
 
 # %% [markdown]
 # Newton's method jumps to the stationary point of the Hessian's model, $\theta - (\nabla^2_\theta
-# L)^{-1} \nabla L$. Where the Hessian is indefinite that is a saddle, and nothing says that the loss
-# falls on the way. Gauss-Newton jumps to that of the GGN's model. This is always downhill at first,
-# since the slope in the direction of the step is $-\nabla L^\top \mathrm{GGN}^{-1} \nabla L \lt 0$
-# for a positive definite matrix, but the jump can be far too long. The remedy is **damping**: add
+# L)^{-1} \nabla L$. Where the Hessian is indefinite this point is a saddle, and the loss need not fall on the
+# way. Gauss-Newton jumps to the stationary point of the GGN's model. If the GGN is positive definite, the loss falls at
+# first, since its slope in the direction of the step is $-\nabla L^\top \mathrm{GGN}^{-1} \nabla L \lt 0$
+# wherever $\nabla L \ne 0$, but the jump can be far too long. The remedy is **damping**: add
 # $\delta I$ before solving,
 #
 # $$
@@ -699,8 +701,7 @@ plt.show()
 
 
 # %% [markdown]
-# Gradient descent is given a rate at which it does not blow up where the valley is steepest on its way,
-# and far more steps than the others:
+# Gradient descent runs with a rate at which it does not diverge, and with far more steps than the others:
 
 # %%
 for name, values in losses.items():
@@ -717,14 +718,14 @@ assert losses["gradient descent"][-1] > 0.1
 
 # %% [markdown]
 # Newton's method recovers here, because on this function each of its steps lands on or below the
-# parabola, where the Hessian is positive definite. (The second row of the linear system that it solves
-# says so.) For a network nothing of the kind is guaranteed, and saddles, too, attract Newton's method.
+# parabola, where the Hessian is positive definite. (This follows from the second row of the linear system for the
+# step.) Networks give no such guarantee, and Newton's method can also converge to a saddle.
 #
 # ## Products without matrices
 #
-# A network with a million parameters has a Hessian of a trillion entries. Yet most of what one wants
-# from a matrix, its largest eigenvalues, a solution of a linear system, a check of an
-# approximation, asks only for products with vectors. These cost about as much as a few gradients.
+# A network with a million parameters has a Hessian of a trillion entries. The largest eigenvalues, the
+# solution of a linear system, and a check of an approximation can be computed from products with vectors
+# alone. A product costs about as much as a few gradients.
 #
 # **The Hessian** ([Pearlmutter, 1994](https://doi.org/10.1162/neco.1994.6.1.147)). The number
 # $\nabla L^\top v$ is a function of $\theta$ like any other; hold $v$ fixed and differentiate it:
@@ -744,8 +745,8 @@ assert losses["gradient descent"][-1] > 0.1
 # \tag{2.13}
 # $$
 #
-# In plain PyTorch, the first is two calls of `grad`. The second gets a product with $J$ out of backward passes
-# only: $u \mapsto J^\top u$ is linear in $u$, and the backward pass through this map sends $v$ to $J v$.
+# In plain PyTorch, the Hessian's product is two calls of `grad`. The GGN's product can compute $J v$ with backward
+# passes only: $u \mapsto J^\top u$ is linear in $u$, and the backward pass through this map sends $v$ to $J v$.
 
 
 # %%
@@ -769,8 +770,8 @@ def ggn_product_by_hand(model: Module, v: Tensor) -> Tensor:
 # ### In the package
 #
 # Both return a function, so that what does not depend on $v$ is prepared once. The Hessian product
-# sends $v$ backward through the gradient, which gives $v^\top \nabla^2_\theta L$; a Hessian is
-# symmetric, so this is the product. In the GGN product the three arrows of [(2.13)] are the last
+# sends $v$ backward through the gradient, which gives $v^\top \nabla^2_\theta L$. The Hessian is symmetric, so that
+# this row has the entries of the product. In the GGN product the three arrows of [(2.13)] are the last
 # three lines.
 
 # %% tags=["remove-input"]
@@ -794,7 +795,7 @@ assert_exact(columns, GGN)
 assert_exact(torch.func.vmap(H_times)(torch.eye(D)).mT, H)
 
 # %% [markdown]
-# What does it cost? Clocks disagree, so we count the operations of all matrix multiplications, as in
+# Times differ from machine to machine. So we count the operations of all matrix multiplications, as in
 # [Chapter 1](01_flattening.py), while the hidden layer grows:
 
 
@@ -839,7 +840,7 @@ for width in (4, 8, 16, 32, 64):
     assert counts["GGN product"] < 3 * counts["gradient"]
     assert counts["dense Hessian"] > len(unit) * counts["gradient"]
 
-# %% tags=["hide-input"] alt="Log-log plot of operations against the number of parameters. Gradient, Hessian product and GGN product are three parallel lines close to each other. The dense Hessian lies far above them and rises twice as steeply." caption="Operations for a batch of 64 data. Either product costs a fixed number of gradients; the dense Hessian costs more than one gradient per parameter."
+# %% tags=["hide-input"] alt="Log-log plot of operations against the number of parameters. Gradient, Hessian product and GGN product are three parallel lines close to each other. The dense Hessian lies far above them and rises twice as steeply." caption="Operations for a batch of 64 data. Each product costs less than three gradients at every size; the dense Hessian costs more than one gradient per parameter."
 sizes = [size for size, _ in rows]
 fig, ax = plt.subplots(figsize=(6.4, 3.4))
 for name, marker in zip(rows[0][1], "osD^", strict=True):
@@ -853,11 +854,11 @@ plt.show()
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **A factor that nobody wrote down.** PyTorch's `MSELoss()` divides by *all* output entries, $NC$,
+# **A factor in the loss's definition.** PyTorch's `MSELoss()` divides by *all* output entries, $NC$,
 # `CrossEntropyLoss()` by the labels, here $N$, and textbooks put $\tfrac12$ before the square. Every
-# one of these scales the curvature, and well-tested libraries have had to correct one of them
-# ([Chapter 36](36_museum.py) has an example). Compare matrices, and let $N$,
-# $C$ and 2 all differ, so that the wrong factor names itself. For once we need a third output:
+# one of these factors scales the curvature ([Chapter 36](36_museum.py) has an example from a library). Compare
+# matrices, and let $N$, $C$ and 2 all differ, so that the ratio of the matrices tells which factor is wrong. The cell
+# therefore uses three outputs instead of two:
 
 
 # %%
@@ -882,8 +883,9 @@ assert_exact(N * ggn(model, per_datum, X, labels), exact)
 # **The softmax on the wrong side of the cut.** The GGN depends on where the composition [(2.1)] is cut. If the
 # network ends with `LogSoftmax` and the loss is `NLLLoss`, then $\ell$ is linear in $f$, $H_f = 0$, and the GGN is
 # zero, although $L$ is the same function as before. The curvature of the softmax now belongs to the second term. The
-# range condition of the corollary fails: $\nabla_f\, \ell \ne 0$ is not in the range of $H_f = 0$, and the quadratic
-# model falls forever. Keep all that is curved *and convex* on the side of the loss:
+# range condition of Corollary 2.1 fails: $\nabla L \ne 0$ is not in the range of the zero matrix, and the quadratic
+# model is unbounded below. Keep functions such as the softmax, with which the loss is still convex, on the side of the
+# loss:
 
 # %%
 inside = Sequential(*model, torch.nn.LogSoftmax(1))
@@ -899,7 +901,7 @@ assert slope_inside.norm() > 0.1
 # %% [markdown]
 # **A slice instead of a block.** The parameters of a layer are neighbours in the flat vector, but
 # $(\operatorname{vec} W, b)$ is not $\operatorname{vec}([W\; b])$. A slice has the right size
-# and the right eigenvalues, but most of its entries are at the wrong place:
+# and the right eigenvalues, but most of its entries are in the wrong place:
 
 # %%
 slice_, block = GGN[:20, :20], diagonal_blocks(model, GGN)["0"]
@@ -908,9 +910,9 @@ print(f"relative error of the slice: {largest_error(slice_, block):.2f}")
 assert largest_error(slice_, block) > 0.1
 
 # %% [markdown]
-# **A product that is out of date.** `hessian_product` keeps the parameters that it was made with: a
-# copy. This makes it a proper matrix, the same at every call, but after an optimiser step it is the
-# matrix of the *old* point. Make another one after every step:
+# **A product that is out of date.** `hessian_product` keeps a copy of the parameters. So it multiplies by the same
+# matrix at every call, but after an optimizer step this is the matrix of the *old* point. Make a new product after
+# every step:
 
 # %%
 moving = Sequential(Linear(3, 5), Tanh(), Linear(5, C))
@@ -924,7 +926,7 @@ assert not torch.allclose(hessian_product(moving, loss, X, y)(v), before)
 
 # %% [markdown]
 # **A different network at every call.** With dropout in training mode, every forward pass draws another
-# network, and a "product" that runs one is not even a linear map: it gives two answers for one
+# network. A product with this network is not a function of the vector: two calls give two answers for one
 # vector. Call `model.eval()` first.
 
 # %%
@@ -939,25 +941,25 @@ assert_close(product(v), product(v))
 #
 # - The Hessian is $J^\top H_f J$, the GGN, plus slopes of the loss times second derivatives of the network.
 # - The GGN is the Hessian of the linearised network. It is positive semi-definite if the loss is convex in the outputs.
-# - Its quadratic model has a minimum if the gradient lies in its range, as for the usual losses, and always with
-#   damping.
-# - The two matrices agree where the network is linear in its parameters or the slopes vanish, and in piecewise linear
-#   networks layer by layer.
-# - Products with both cost a few gradients.
+# - For such a loss, the GGN's quadratic model has a minimum if the gradient lies in the GGN's range, as for the usual
+#   losses, and always with damping.
+# - Hessian and GGN agree where the network is linear in its parameters or the slopes vanish. Their same-layer blocks
+#   agree in a piecewise linear network, away from kinks, if each layer is used once.
+# - A product with either matrix costs a few gradients.
 #
 # ## Exercises
 #
 # **Exercise 2.1.** Show that undamped Gauss-Newton reaches the minimum of the Rosenbrock function in
-# two steps from *every* starting point. Why is it damped nevertheless?
+# two steps from *every* starting point. Why is Gauss-Newton damped nevertheless?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# With as many outputs as parameters and an invertible $J$, the step solves $f + J \delta = 0$. Its
-# first row, $1 - \theta_1 - \delta_1 = 0$, sets $\theta_1$ to 1, where it stays. For
-# $\delta_1 = 0$ the second row is $10 (\theta_2 - \theta_1^2) + 10 \delta_2 = 0$, which the second
-# step solves exactly. But between the two steps $\theta_2 - \theta_1^2 = -\delta_1^2$, so the loss
-# may rise to $100\, \delta_1^4$, and in a network there is no such lucky second step.
+# With as many outputs as parameters and an invertible $J$, the step $d$ solves $f + J d = 0$. Its
+# first row, $1 - \theta_1 - d_1 = 0$, sets $\theta_1$ to 1, where it stays. For
+# $d_1 = 0$ the second row is $10 (\theta_2 - \theta_1^2) + 10 d_2 = 0$, which the second
+# step solves exactly. But after the first step $\theta_2 - \theta_1^2 = -d_1^2$, so that the loss
+# is $100\, d_1^4$, which can be more than at the start. In a network, no second step repairs this in general.
 #
 # </details>
 #
@@ -967,8 +969,8 @@ assert_close(product(v), product(v))
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# What the second call receives depends on $W$, so the output is locally quadratic in $W$ instead of
-# affine. The blocks differ: the cross-layer term of two layers has become part of one.
+# The input of the second call depends on $W$, so that the output is locally quadratic in $W$ instead of
+# affine. In general the blocks differ: the term that couples two layers with separate weights now lies in one block.
 #
 # </details>
 #
@@ -983,12 +985,12 @@ assert_close(product(v), product(v))
 # The Jacobian of the network becomes $J T$, hence the GGN becomes $T^\top \mathrm{GGN}\, T$. The
 # Hessian becomes $T^\top (\nabla^2_\theta L) T + \sum_i \frac{\partial L}{\partial \theta_i}
 # \nabla^2_\psi \tau_i$, by [(2.5)] with $\tau$ in the place of the network. The GGN transforms as
-# a matrix that measures lengths should, so the step $-\mathrm{GGN}^{-1} \nabla L$ in $\psi$ is, to first
-# order, the one in $\theta$ ($T^{-1}$ times it); that of Newton is not.
+# a metric tensor, so that the step $-\mathrm{GGN}^{-1} \nabla L$ in $\psi$ is, to first
+# order, the same as in $\theta$: it is $T^{-1}$ times the step in $\theta$. Newton's step is in general not.
 #
 # </details>
 #
-# **Exercise 2.4.** Find the largest eigenvalue of the GGN with nothing but `ggn_product`.
+# **Exercise 2.4.** Find the largest eigenvalue of the GGN with products from `ggn_product`.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -1031,10 +1033,9 @@ print("all hold")
 # %% [markdown]
 # ## Appendix: the spectrum of a trained network
 #
-# How different are the two in practice? Three spiral arms, three classes, and a network that is
-# trained until it separates them. For cross-entropy each $H_n$ has rank at most $C - 1$, because
-# adding the same number to all logits changes nothing. By [(2.6)], the rank of the GGN is at most
-# $N (C - 1)$. We take few data, such that this is less than the number of parameters.
+# How different are Hessian and GGN for a trained network? The data are three spiral arms, one for each class. For
+# cross-entropy each $H_n$ has rank at most $C - 1$, because adding the same number to all logits changes nothing. By
+# [(2.6)], the rank of the GGN is at most $N (C - 1)$. With few data, this bound is less than the number of parameters.
 
 # %%
 arm = torch.arange(42) % 3
@@ -1065,8 +1066,8 @@ for step, value, H_mlp, GGN_mlp in history[:: len(history) // 2]:
 assert history[-1][1] < 0.1 * history[0][1]
 
 # %% [markdown]
-# Eigenvalues of symmetric matrices cannot differ by more than the matrices do. Weyl's inequality
-# says so for each pair, in order of size:
+# Weyl's inequality bounds the distance of two symmetric matrices' eigenvalues, paired in order of size, by the spectral
+# norm of the difference:
 #
 # $$
 # |\lambda_i(\nabla^2_\theta L) - \lambda_i(\mathrm{GGN})|
@@ -1075,8 +1076,8 @@ assert history[-1][1] < 0.1 * history[0][1]
 # $$
 #
 # At the start, the network's own curvature is most of the Hessian. Once the data are fitted, the GGN
-# is most of it, and the largest eigenvalues of the GGN follow those of the Hessian, though not closely. The small
-# eigenvalues, the negative ones among them, still have little in common. The relative distance of the two matrices
+# is most of it, and the five largest eigenvalues of the GGN are somewhat smaller than the Hessian's. The Hessian still
+# has negative eigenvalues, and the GGN has none. The relative distance of the two matrices
 # need not vanish with the slopes, as it does for a squared error: with cross-entropy, the slopes $p - e_y$ and the
 # loss Hessian get small together.
 
@@ -1094,7 +1095,7 @@ for step, _, *pair in (history[0], history[-1]):
     assert distance > 0.5 if step == 0 else distance < 0.4
     assert ratios.min() < 0.4 if step == 0 else ratios.min() > 0.5
 
-# %% tags=["hide-input"] alt="Three panels. Sorted eigenvalues of Hessian and GGN before training: the Hessian's fall well below zero. The same after training: the largest agree, the Hessian still has small negative ones, the GGN none. Third: the loss and the relative distance of the two matrices during training." caption="Eigenvalues in order of size before and after training, on a scale that is linear near zero; and how far apart the two matrices are during training."
+# %% tags=["hide-input"] alt="Three panels. Sorted eigenvalues of Hessian and GGN before training: the Hessian's fall well below zero. The same after training: the largest are close, the Hessian still has small negative ones, the GGN none. Third: the loss and the relative distance of the two matrices during training." caption="Eigenvalues in order of size before and after training, on a scale that is linear near zero; and how far apart the two matrices are during training."
 fig, axes = plt.subplots(1, 3, figsize=(9.4, 3.2), layout="constrained")
 for ax, (step, _, *pair) in zip(axes, (history[0], history[-1]), strict=False):
     for M, label, marker in zip(pair, ("Hessian", "GGN"), "o.", strict=True):
@@ -1114,8 +1115,8 @@ plt.show()
 # %% [markdown]
 # ## Further reading
 #
-# [Schraudolph (2002)](bibliography.md#ggn) on the GGN and products with it,
-# [Pearlmutter (1994)](https://doi.org/10.1162/neco.1994.6.1.147) on those with the Hessian, and
-# [Martens (2014)](bibliography.md#new-insights), sections 8 and 9, on why the GGN is more than an
+# [Schraudolph (2002)](bibliography.md#ggn) multiplies with the GGN, and
+# [Pearlmutter (1994)](https://doi.org/10.1162/neco.1994.6.1.147) with the Hessian.
+# [Martens (2014)](bibliography.md#new-insights), sections 8 and 9, gives reasons for the GGN beyond
 # approximation. [Botev, Ritter and Barber (2017)](bibliography.md#kfra) use that the blocks of
 # [Theorem 2.3] agree. [Chapter 3](03_losses.py) continues with the square root of $H_f$.
