@@ -13,20 +13,20 @@
 # %% [markdown]
 # # 25. Relatives: Shampoo, SOAP and Muon
 #
-# **Part VI: Relatives.** Shampoo, SOAP and Muon multiply gradients by matrices on both sides, as KFAC
-# does, and need neither the loss nor the layers: why take KFAC, and when not?
+# **Part VI: Relatives.** Shampoo, SOAP and Muon precondition the gradients of matrices, as KFAC does, and need neither
+# the loss nor the layers: why take KFAC, and when not?
 #
 # These optimizers need only the gradient of a model. KFAC needs the layer of a weight, its inputs, and the Hessian of
-# the loss. Without memory, that is, with no average over earlier batches, Shampoo, SOAP and Muon give the same step
-# ([Figure 25.1]). For a gradient with the singular value decomposition $G = U \Sigma W^\top$, and $L = G G^\top$,
-# $R = G^\top G$,
+# the loss. Without memory, that is, with no average over earlier batches, and without damping, Shampoo, SOAP and Muon
+# with an exact polar factor give the same step ([Figure 25.1]). For a gradient with the singular value decomposition
+# $G = U \Sigma W^\top$, and $L = G G^\top$, $R = G^\top G$,
 #
 # $$
 # L^{-1/4} G R^{-1/4} = U \Sigma^{-1/2} \Sigma\, \Sigma^{-1/2} W^\top = U W^\top .
 # \tag{25.1}
 # $$
 #
-# with powers on the range of a matrix.
+# Powers are taken on the range of a matrix, and SOAP needs distinct nonzero singular values.
 
 # %%
 import itertools
@@ -107,7 +107,7 @@ matrices(
 # 2. **Which matrix?** An approximation of the sum of their outer products.
 # 3. **Which power** of the matrix multiplies the gradient: the inverse, or the inverse root.
 #
-# In the table, names in this type are functions of the package, and $B$ and $A$ are Shampoo's sums $L$ and $R$.
+# In the table, names in `code` type are functions of the package, and $B$ and $A$ are Shampoo's sums $L$ and $R$.
 #
 # | Method | Gradients | Matrix | Power |
 # | --- | --- | --- | --- |
@@ -153,10 +153,11 @@ assert_exact(by_soap, by_muon)
 # %% [markdown]
 # All three steps are equal, by [(25.1)] and $L = U \Sigma^2 U^\top$, $R = W \Sigma^2 W^\top$.
 #
-# In the eigenbases of $L$ and $R$, $G$ becomes the diagonal $\Sigma$ up to order and signs, and Adam without memory
-# divides every entry by its size. So the three differ only in their **memory**: Shampoo averages $L$ and $R$ over
-# batches, SOAP also the squares in the eigenbasis, and Muon none of them. The power matters, too. Some implementations of
-# Shampoo take $1/2$ in the place of $1/4$ on each side. Without memory that *inverts* the singular values:
+# If the nonzero singular values are distinct, $G$ becomes the diagonal $\Sigma$ in the eigenbases of $L$ and $R$, up to
+# order and signs, and Adam without memory divides every entry by its size. So these exact forms differ only in their
+# **memory**: Shampoo averages $L$ and $R$ over batches, SOAP also the squares in the eigenbasis, and Muon none of them.
+# The power matters, too. Some implementations of Shampoo take $1/2$ in the place of $1/4$ on each side. Without memory
+# that *inverts* the singular values:
 
 # %%
 with_half = power(left, -1 / 2) @ G @ power(right, -1 / 2)
@@ -210,7 +211,7 @@ for n, io in of_data.items():
 # \tag{25.2}
 # $$
 #
-# A matrix that is too large gives steps that are too short, which is safe. TKFAC is no such bound:
+# Without momentum, a preconditioner that is too large gives steps that are too short. TKFAC is no such bound:
 
 # %% tags=["hide-input"] fold="Checked: Shampoo's matrix is a bound, TKFAC is none"
 for io in of_data.values():
@@ -244,13 +245,13 @@ for io in of_data.values():
 # \end{aligned}
 # $$
 #
-# The matrix is $B \otimes A$, for TKFAC divided by $\operatorname{tr} A$. (Shampoo's sums are TKFAC's.) KFAC is exact if
-# $a$ and $g$ are independent. TKFAC has both partial traces right. KPSVD minimises the distance
-# $\lVert F - B \otimes A \rVert$, and KL-Shampoo a divergence of Gaussians,
-# $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$.
+# The matrix is $B \otimes A$, for TKFAC divided by $\operatorname{tr} A$. (Shampoo's sums are TKFAC's.) KFAC is exact
+# if $a_n a_n^\top$ and $g_n g_n^\top$ are uncorrelated over the samples. TKFAC has both partial traces right. KPSVD
+# minimises the distance $\lVert F - B \otimes A \rVert$, and KL-Shampoo, for a positive definite $F$, a divergence of
+# Gaussians, $\operatorname{KL}(\mathcal N(0, F) \,\Vert\, \mathcal N(0, B \otimes A))$.
 #
-# KFAC gives all samples the same weight. TKFAC weights a sample's input by the size of its vector. In the last two lines,
-# the weights of each factor depend on the other factor: they describe a fixed point, which an iteration finds. KPSVD's
+# KFAC gives all samples the same weight. TKFAC weights a sample's input by the size of its vector. In the last two
+# lines, the weights of each factor depend on the other factor: they describe a fixed point of an iteration. KPSVD's
 # lines hold up to a scale of each factor.
 
 # %% tags=["hide-input"] fold="Checked: the weights of TKFAC, KPSVD and KL-Shampoo"
@@ -324,9 +325,9 @@ plt.show()
 # ## SOAP is EKFAC of TKFAC
 #
 # SOAP runs Adam in the eigenbasis of Shampoo's factors. Adam keeps second moments, and second moments of gradients in a
-# Kronecker basis are EKFAC's eigenvalues ([Chapter 14](14_ekfac.md)). So SOAP's matrix is EKFAC with TKFAC's basis, which
-# is TEKFAC. TKFAC's basis has a property that KFAC's basis does not have: the sums over the rows and columns of the table
-# of second moments are the eigenvalues of $B$ and of $A$.
+# Kronecker basis are EKFAC's eigenvalues ([Chapter 14](14_ekfac.md)). So SOAP's matrix is EKFAC with TKFAC's basis,
+# which is TEKFAC. TKFAC's basis has a property that KFAC's basis does not have in general: the sums over the rows and
+# columns of the table of second moments are the eigenvalues of $B$ and of $A$.
 
 # %% tags=["hide-input"] alt="A heat map of the second moments of a layer in the eigenbasis of TKFAC, with 12 rows and 17 columns, large at one corner. A narrow strip to its right shows the row sums, one below it the column sums." caption="Second moments $s_{oi}$ in TKFAC's eigenbasis (logarithmic), their row sums and their column sums: these are the eigenvalues of $B$ and of $A$."
 T = tekfac(io)
@@ -353,17 +354,18 @@ plt.show()
 # %% [markdown]
 # The rank-one table with these sums, with entries $s^{\text{row}}_o s^{\text{col}}_i / \sum s$, is what Adafactor keeps
 # of Adam's moments. In TKFAC's basis the entries are TKFAC's eigenvalues. In KFAC's basis they differ from KFAC's. The
-# identity tests an implementation: if the sums are not the eigenvalues, basis and moments do not belong together.
+# identity tests an implementation: if factors and moments are sums over the same gradients and the sums of the table
+# are not the eigenvalues, basis and moments do not belong together.
 #
 # ## Muon: without memory
 #
-# Muon approximates $U W^\top$ of [(25.1)], the **polar factor** of the gradient, without a
-# decomposition, by an odd polynomial $X \leftarrow a X + b X X^\top X + c (X X^\top)^2 X$ that acts on every
-# singular value as $x \leftarrow a x + b x^3 + c x^5$. The coefficients $(\tfrac32, -\tfrac12, 0)$ of Newton and Schulz
-# make it converge to 1. Muon's coefficients give a polynomial that is steeper at zero. Its values soon reach a band
-# around 1 and stay in it, without converging.
+# Muon approximates $U W^\top$ of [(25.1)], the **polar factor** of the gradient, without a decomposition, by an odd
+# polynomial $X \leftarrow a X + b X X^\top X + c (X X^\top)^2 X$ that acts on every singular value as
+# $x \leftarrow a x + b x^3 + c x^5$. The coefficients $(\tfrac32, -\tfrac12, 0)$ of Newton and Schulz make it converge
+# to 1 from every value between 0 and $\sqrt 3$. Muon's coefficients give a polynomial that is steeper at zero. Its
+# values reach a band around 1 in a few steps, unless they start very small, and stay in it without converging.
 
-# %% tags=["hide-input"] alt="Two panels of the singular value after 5 steps against the one before, from 0.0001 to 1 on a logarithmic axis. Left, the cubic polynomial: rises smoothly to 1 only for values above 0.1. Right, Muon's polynomial: reaches the band between 0.68 and 1.2 already at 0.005 and oscillates in it." caption="A singular value after 5 and 10 steps, by its value before, relative to the norm of the matrix. Left: the convergent cubic needs many steps for small values. Right: Muon's polynomial has them in its band after five."
+# %% tags=["hide-input"] alt="Two panels of the singular value after 5 and after 10 steps against the one before, from 0.0001 to 1 on a logarithmic axis. Left, the cubic polynomial: after 5 steps it is near 1 only for values above 0.1. Right, Muon's polynomial: after 5 steps it reaches the band between 0.68 and 1.2 already at 0.005 and oscillates in it." caption="A singular value after 5 and 10 steps, by its value before, relative to the norm of the matrix. Left: the convergent cubic needs many steps for small values. Right: Muon's polynomial has all values above 0.01 in its band after five."
 before = torch.logspace(-4, 0, 400)
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
 for ax, (name, (c1, c3, c5)) in zip(axes, {"cubic": CUBIC, "Muon": MUON}.items(), strict=True):
@@ -386,8 +388,8 @@ assert relative_error(newton_schulz(G, 30, MUON), polar_factor(G)) > 0.01
 #
 # Call $F_1$ the mean of $\operatorname{vec}(G_n) \operatorname{vec}(G_n)^\top$ and $m$ the mean of
 # $\operatorname{vec}(G_n)$ over the whole population. With labels of the model $F_1$ is the Fisher, with labels of the
-# data the empirical Fisher. The mean gradient $\bar G$ of $N$ samples, drawn independently, gives a biased estimate of
-# $F_1$:
+# data the empirical Fisher. The mean gradient $\bar G$ of $N$ samples, drawn independently, gives an estimate of $F_1$
+# that is biased in general:
 #
 # $$
 # N \, \mathbb E \bigl[ \operatorname{vec}(\bar G) \operatorname{vec}(\bar G)^\top \bigr]
@@ -420,9 +422,9 @@ for n, io_ in layer_ios(net, loss, two, labels[:2], type2).items():
     assert_exact(total[n], io_.block())
 
 # %% [markdown]
-# One batch gives a matrix of rank one, so methods of batches need a long memory. In the next figure the exact block of
-# the second layer stands beside KFAC and TEKFAC of all samples, and beside SOAP's matrix from 400 batches of 100, once
-# with the labels of the data and once with labels of the model.
+# One batch gives a matrix of rank one, so an estimate of higher rank needs many batches. In the next figure the exact
+# block of the second layer stands beside KFAC and TEKFAC of all samples, and beside SOAP's matrix from 400 batches of
+# 100, once with the labels of the data and once with labels of the model.
 
 # %% tags=["hide-input"] alt="Five square heat maps of a layer's block: exact, KFAC, TEKFAC, SOAP with data's labels and SOAP with the model's labels. All show the same tiles; SOAP with the data's labels is paler." caption="The last layer's exact block and four approximations, on one scale; the first 52 of 130 rows. SOAP's moments come from 400 batch gradients. With labels of the model they look like TEKFAC's of all samples, with the data's they are too small."
 generator = torch.Generator(images.device).manual_seed(1)
@@ -536,7 +538,7 @@ for task, stored in trained.items():
         )
         print(f"    {name:12} hits {row['hits']}/{seeds}   steps {steps:20} CPU seconds {cpu}")
 
-# %% tags=["hide-input"] alt="One row of dots for each task: the median number of steps to the target of EKFAC, SOAP, Shampoo, Muon, AdamW and SGD relative to KFAC, on a logarithmic axis. (Without the benchmark's files, an empty picture.)" caption="Median steps to the target relative to KFAC's. A method right of the dotted line needs more steps than KFAC. One whose median run misses is not drawn."
+# %% tags=["hide-input"] alt="One row of dots for each task: the median number of steps to the target of EKFAC, SOAP, Shampoo, Muon, AdamW and SGD relative to KFAC, on a logarithmic axis. (Without the benchmark's files, an empty picture.)" caption="Median steps to the target relative to KFAC's. A method right of the dotted line needs more steps than KFAC. A method whose median run misses is not drawn."
 same = {"kfac-expand": "KFAC", "ekfac": "EKFAC", "adamw": "AdamW", "sgd": "gradient"}
 DRAWN = {name: style(method) for name, method in same.items()}
 others = {"soap": ("C3", "^"), "shampoo": ("C4", "v"), "muon": ("C2", "<")}
@@ -559,7 +561,8 @@ if trained:
 plt.show()
 
 # %% [markdown]
-# In steps, KFAC or EKFAC is first on each of T1 to T4. In CPU time, KFAC is first on none of them: its steps cost more.
+# In steps, KFAC or EKFAC is first on each of T1 to T4. In CPU time, KFAC is first on none of them: by the medians, its
+# steps take longer than those of SOAP and Muon.
 #
 # The intervals describe these tasks only. Runs with the same seed are pairs: they have the same start and the same
 # batches. The next cell counts, for each other method, the pairs in which KFAC needs fewer steps and those in which it
@@ -597,12 +600,12 @@ for task in {"T1", "T2", "T3", "T4"} & set(trained):  # the statements above
 # %% [markdown]
 # These runs say nothing about large models, long training, GPUs, or the loss at the end of
 # training. The networks are small, and KFAC has rules for their layers and losses. For another loss, or a layer without
-# a rule, the relatives work without changes.
+# a rule, the relatives need no new rule.
 #
 # ## What goes wrong
 #
 # - **Basis and moments out of step.** When a new basis is sorted, the second moments must be sorted with it.
-#   [Emerging-Optimizers #274](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/274) lost that, and
+#   [Emerging-Optimizers #274](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/274) lost this step, and
 #   [#300](https://github.com/NVIDIA-NeMo/Emerging-Optimizers/pull/300) describes it; [HeavyBall
 #   #42](https://github.com/HomebrewML/HeavyBall/issues/42) is about the first moments. SOAP's own code sorts the second
 #   moments ([`soap.py`, line
@@ -612,22 +615,23 @@ for task in {"T1", "T2", "T3", "T4"} & set(trained):  # the statements above
 #   ([pytorch-optimizer #502](https://github.com/jettify/pytorch-optimizer/issues/502),
 #   [shampoo.pytorch #2](https://github.com/moskomule/shampoo.pytorch/issues/2)), a third computed
 #   $-1/2$ by an iteration that should have given $-1/4$, and tested it on multiples of the identity
-#   ([Odyssey #5497](https://github.com/HomericIntelligence/Odyssey/pull/5497)). Roots of multiples of the identity
-#   cannot tell: use a matrix with two different eigenvalues.
+#   ([Odyssey #5497](https://github.com/HomericIntelligence/Odyssey/pull/5497)). Test a root on a matrix with
+#   two different eigenvalues, whose root is known.
 # - **The kernel taken for the matrix.** Muon scales its step by the matrix's shape. For a convolution, the step is
 #   reshaped to a tensor, whose last two axes are those of the kernel and not of the matrix ([`muon.py`, line
 #   40](https://github.com/KellerJordan/Muon/blob/857d1adc159e098212f828d927460782d3da59e9/muon.py#L40) reads the last two
 #   axes of the gradient; [pytorch-image-models #2791](https://github.com/huggingface/pytorch-image-models/pull/2791)
 #   mended the same in another optimizer).
-# - **The first step.** SOAP's own code only makes its first basis from the first gradient, and skips the step
-#   ([`soap.py`, line
+# - **The first step.** In the first step, SOAP's own code makes a basis from the gradient and leaves the weights as they
+#   are ([`soap.py`, line
 #   153](https://github.com/nikhilvyas/SOAP/blob/a1e553530fde97d0e6b307d7c82ac6d38b072340/soap.py#L153)). A comparison
-#   step by step must skip it, too.
-# - **The factor $N$** between `pooled` and `from_gradient`, above.
+#   step by step must leave this step out, too.
+# - **The factor $N$.** The block of `pooled` is $N$ times that of `from_gradient`, as said above.
 #
 # ## In one minute
 #
-# - One family: gradients, matrix, power. Without memory, Shampoo, SOAP and Muon are the same step, (25.1).
+# - The methods choose gradients, a matrix and a power. Without memory and damping, and for distinct singular values,
+#   Shampoo, SOAP and Muon with an exact polar factor give the same step, (25.1).
 # - Shampoo's sums are TKFAC's factors. SOAP is EKFAC of TKFAC. Pooling a batch changes TKFAC, and does not change KFAC.
 # - Batch gradients estimate the Fisher with a bias, (25.3), that vanishes for labels of the model.
 # - Four checks of an implementation: row and column sums (SOAP), a batch of one (`pooled` changes nothing), the
@@ -695,7 +699,7 @@ assert_exact(permuted, step)
 # %% [markdown]
 # ## Further reading
 #
-# Shampoo: [Gupta et al. 2018](bibliography.md#shampoo). Its square and the power iteration:
-# [Morwani et al. 2025](bibliography.md#shampoo-square). SOAP: [Vyas et al. 2025](bibliography.md#soap).
-# KL-Shampoo: [Lin et al. 2025](bibliography.md#kl-shampoo). Muon: [Jordan et al. 2024](bibliography.md#muon). The
-# shipped functions: `batch_gradients`, `shampoo`, `soap`, `kl_shampoo` and `muon`; their theorems are tests.
+# Shampoo: [Gupta et al. 2018](bibliography.md#shampoo). Its square and the power iteration: [Morwani et al.
+# 2025](bibliography.md#shampoo-square). SOAP: [Vyas et al. 2025](bibliography.md#soap). KL-Shampoo: [Lin et al.
+# 2025](bibliography.md#kl-shampoo). Muon: [Jordan et al. 2024](bibliography.md#muon). The shipped functions:
+# `batch_gradients`, `shampoo`, `soap`, `kl_shampoo` and `muon`; tests check their identities.

@@ -16,11 +16,11 @@
 # **Part VII: PINNs.** How do the derivatives in a differential equation get through a network, in one
 # forward pass?
 #
-# A physics-informed network $u$ is trained to solve a differential equation, say $\Delta u = f$. Its loss has
-# derivatives of $u$ with respect to its *input* $x$. The usual way differentiates the network by reverse mode, and
-# the result by reverse mode again. In that computation, a layer is no longer one product of its matrix with its inputs,
-# and KFAC needs such products. This chapter computes the derivatives *on the way forward*, together with the value
-# ([Figure 26.1]). An activation $\sigma$ at $z$ passes on
+# A physics-informed network $u$ is trained to solve a differential equation, say $\Delta u = f$. Its loss contains
+# derivatives of $u$ with respect to its *input* $x$. The usual way differentiates the network by reverse mode, and the
+# result by reverse mode again. In that computation, a layer is no longer one product of its matrix with its inputs, and
+# KFAC needs such products. This chapter computes the derivatives *on the way forward*, together with the value
+# ([Figure 26.1]). Behind an activation $\sigma$, applied to every entry of $z$, the Laplacian is
 #
 # $$
 # \Delta \sigma(z) = \sigma'(z) \, \Delta z + \sigma''(z) \sum_i (\partial_i z)^2 ,
@@ -141,16 +141,16 @@ for k in range(3):
 print("value, first and second derivative at the first point:", *(f"{h:.4f}" for h in by_hand[0]))
 
 # %% [markdown]
-# Nested reverse mode multiplies with $W$ and its transpose several times, in an order that the software chooses.
+# Nested reverse mode multiplies with $W$ and its transpose several times, in an order that autodiff determines.
 # The jet multiplies $W$ with three vectors side by side, and adds the bias to one of them.
 #
 # ## Any order: the formula of Faà di Bruno
 #
-# The pattern of [(26.2)] continues to any order. We state it for several directions $v_1, \dots, v_R$ at once,
-# which also gives mixed derivatives. A derivative $\partial^\alpha$ is then named by a **multiset** $\alpha$ of
-# directions, as $\{1, 1, 2\}$ for $\partial_{v_1} \partial_{v_1} \partial_{v_2}$. Its order $\lvert \alpha \rvert$ is the
-# number of members. A *partition* $\pi$ of $\alpha$ puts the members into non-empty blocks; equal members
-# count as different ones here, so that $\{1, 1\}$ has two partitions, one block or two.
+# The pattern of [(26.2)] continues to any order. We state it for several directions $v_1, \dots, v_R$ at once, which
+# also gives mixed derivatives. A derivative $\partial^\alpha$ is then named by a **multiset** $\alpha$ of directions,
+# as $\{1, 1, 2\}$ for $\partial_{v_1} \partial_{v_1} \partial_{v_2}$. Its order $\lvert \alpha \rvert$ is the number of
+# members. A *partition* $\pi$ of $\alpha$ puts the members into non-empty blocks; equal members count as different ones
+# here, so that $\{1, 1\}$ has two partitions, one block or two.
 #
 # <div class="admonition theorem" markdown="1" id="thm-26.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 26.1 (Faà di Bruno)</b></p>
@@ -176,7 +176,7 @@ print("value, first and second derivative at the first point:", *(f"{h:.4f}" for
 # ### As an algorithm
 #
 # The proof gives an algorithm: put the last member into a block by itself, or into each of the existing blocks.
-# Equal products are counted, not listed.
+# Equal products are merged and get a factor that counts them.
 
 # %% tags=["beside", "remove-input"]
 code(partitions)
@@ -219,12 +219,12 @@ for s, alpha in enumerate(expansion.names):
     assert_exact(coefficients[:, s, 0], derivative(net, X, [V[r] for r in alpha]))
 
 # %% [markdown]
-# ### Why not simply nest?
+# ### The growth of nested reverse mode
 #
-# Nested reverse mode differentiates a graph that already contains the derivative, so the graph
-# grows by a factor with every order. A jet of order $k$ needs $k + 1$ numbers for each unit and the terms of
-# [(26.3)], with equal ones merged. We count the nodes of the graph that autodiff keeps, for
-# a network of two hidden layers.
+# Nested reverse mode differentiates a graph that already contains the previous derivative. In the count below, the
+# graph grows by more than half with every order. A jet of order $k$ needs $k + 1$ numbers for each unit and the terms
+# of [(26.3)], with equal ones merged. We count the nodes of the graph that autodiff keeps, for a network of two hidden
+# layers.
 
 
 # %% tags=["hide-input"] fold="Counted: nodes of the graph, and how they grow"
@@ -257,7 +257,7 @@ assert growth[-1] > 2 > forward[-1] / forward[-2]
 assert forward[-1] < nested[-1] / 2
 assert forward[0] > nested[0]
 
-# %% tags=["hide-input"] alt="Number of recorded operations against the order of the derivative, on a logarithmic axis. Nested reverse mode is a straight line that rises from about ten to over a thousand at order six; Taylor mode starts higher and stays below three hundred." caption="Operations that autodiff records for one derivative of order $k$. Nested reverse mode grows geometrically, Taylor mode by a few terms per order: it records more at first order and far fewer at order six."
+# %% tags=["hide-input"] alt="Number of recorded operations against the order of the derivative, on a logarithmic axis. Nested reverse mode is nearly a straight line, which rises from about ten to over a thousand at order six; Taylor mode starts higher and stays below three hundred." caption="Operations that autodiff records for one derivative of order $k$. Nested reverse mode grows by a factor with every order, Taylor mode by some tens of operations. Taylor mode records more operations at order one and far fewer at order six."
 fig, ax = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
 ax.semilogy(range(1, 7), nested, "o-", label="nested reverse mode")
 ax.semilogy(range(1, 7), forward, "s-", label="Taylor mode")
@@ -268,7 +268,7 @@ plt.show()
 # %% [markdown]
 # ## The forward Laplacian
 #
-# Most differential equations contain sums of derivatives, above all the
+# Many differential equations contain sums of derivatives, for example the
 # Laplacian $\Delta u = \sum_i \partial_i^2 u$. One jet for every coordinate would carry
 # $1 + 2 d$ vectors through the network, of which $d$ are summed at the end. The sum may be taken earlier. By [(26.2)],
 # at every activation
@@ -345,8 +345,8 @@ def forward_laplacian_by_hand(net: nn.Sequential, x: Tensor, C: Tensor) -> Tenso
 
 # %% [markdown]
 # In the package, `SecondOrder` holds directions and the weights $C$, and its method `form` is the weighted sum of
-# products in [(26.6)]. Training differentiates this rule at every step, so its reverse pass, which needs $\sigma'''$, is
-# written by hand. (Tests differentiate [(26.3)] by autodiff and compare.)
+# products in [(26.6)]. Training needs the reverse pass of this rule at every step. This pass contains $\sigma'''$ and
+# is written by hand. (Tests differentiate [(26.3)] by autodiff and compare.)
 
 # %% tags=["remove-input"]
 code(SecondOrder.form, taylor.forward_laplacian)
@@ -379,9 +379,9 @@ assert not torch.allclose(found, expected)
 # ## What it costs
 #
 # There are three ways to compute a Laplacian. *Forward*: as above. *Nested*: the gradient by reverse mode, and each of
-# its $d$ entries differentiated by reverse mode. *Hessian*: `torch.func.hessian`, of which only the trace is used. We
-# count the multiplications in products of matrices, where PyTorch dispatches them, for the Laplacian and for its gradient
-# with respect to the weights. In units of one plain forward pass, a forward Laplacian with its reverse pass should cost
+# its $d$ entries differentiated by reverse mode. *Hessian*: the trace of `torch.func.hessian`. We count the
+# multiplications in products of matrices, where PyTorch dispatches them, for the Laplacian and for its gradient with
+# respect to the weights. In units of one plain forward pass, a forward Laplacian with its reverse pass should cost
 #
 # $$
 # \underbrace{d + 2}_{\text{forward}} + \underbrace{2 (d + 2)}_{\text{reverse}} = 3 (d + 2) ,
@@ -483,9 +483,9 @@ plt.show()
 
 # %% [markdown]
 # In many dimensions, the forward Laplacian needs about half of the multiplications, and writes fewer numbers. With
-# $d = 2$ it saves less, and writes more than nesting. The times of such small networks need not follow the counts. The
-# benchmark `python -m benchmarks.pinn` measures time and memory, also on a GPU. The larger benefit is that layers keep
-# their form, as the next sections show.
+# $d = 2$ it saves a smaller part of them, and writes more numbers than nesting. The times of such small networks need
+# not follow the counts. The benchmark `python -m benchmarks.pinn` measures time and memory, also on a GPU. The larger
+# benefit is that layers keep their form, as the next sections show.
 #
 # ## Any forward pass, by overloading
 #
@@ -498,10 +498,10 @@ plt.show()
 code(taylor.Jet.__torch_function__, rules._linear, taylor.taylor_coefficients)
 
 # %% [markdown]
-# Sums of jets are sums of coefficients, a constant changes the value only, and products follow
-# the rule of Leibniz. That is enough for the usual architectures: residual connections, features
+# Sums of jets are sums of coefficients, a constant that is added changes the value only, and products follow
+# the rule of Leibniz. These rules are enough for several usual architectures: residual connections, features
 # $\sin(B x), \cos(B x)$ with fixed frequencies, and networks multiplied by a function that vanishes on
-# the boundary, so that the boundary condition holds exactly. An activation that PyTorch does not know comes
+# the boundary, so that the condition $u = 0$ holds there exactly. An activation that PyTorch does not know comes
 # with its derivatives:
 
 
@@ -603,10 +603,10 @@ for d in (2, 3, 6):
 #
 # ## What goes wrong in practice
 #
-# **A network without a second derivative.** ReLU is piecewise linear, so $\sigma'' = 0$ wherever it exists, and the
-# Laplacian of a ReLU network is zero at every point where it is defined. Such a network cannot solve $\Delta u = f$ with
-# $f \ne 0$, and no error is raised: the loss and its gradients are finite. The function $\max(0, z)^2$ has a second
-# derivative:
+# **A network whose second derivative is zero.** ReLU is piecewise linear, so $\sigma'' = 0$ wherever it exists, and the
+# Laplacian of a ReLU network is zero at every point where it is defined. The residual of $\Delta u = f$ at these points
+# is then $-f$ for all weights, and no error is raised: the loss and its gradients are finite. The function
+# $\max(0, z)^2$ has a second derivative that is not zero for $z > 0$:
 
 # %%
 kinked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -645,10 +645,10 @@ for layer in (unbiased[0], unbiased[2]):
 assert_exact(careless(unbiased, X), forward_laplacian(unbiased, X)[2])
 
 # %% [markdown]
-# **Functions that mix data.** Batch normalisation makes the output for one point depend on
-# all others. Then "the derivative with respect to the point's own input" is no longer what the network computes for the
-# batch. `Jet` has rules for functions that act on each datum alone. It refuses every function without a rule
-# by name, also a harmless one such as softsign:
+# **Functions that mix data.** Batch normalisation in training mode makes the output for one point depend on all others.
+# Then "the derivative with respect to the point's own input" is no longer what the network computes for the batch.
+# `Jet` has rules for functions that act on each datum alone. A function without a rule raises an error that names it,
+# even if it acts on each datum alone, as softsign does:
 
 # %%
 for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Softsign()):
@@ -665,11 +665,12 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 #   the formula of Faà di Bruno.
 # - Derivatives of the highest order enter linearly, so their sum can be carried in place of its terms. The Laplacian
 #   needs $d + 2$ vectors.
-# - Nested reverse mode grows by a factor with every order. For a Laplacian in many dimensions
+# - The graph of nested reverse mode grows by a factor with every order. For a Laplacian in many dimensions
 #   it needs about twice the multiplications.
 # - With coefficients as positions, a PINN's linear layers are layers with weight sharing. The bias has the input 1 at
 #   the value and 0 at derivatives.
-# - ReLU has no second derivative, and batch normalisation mixes data. Neither fits a differential equation.
+# - The Laplacian of a ReLU network is zero almost everywhere. Batch normalisation in training mode mixes data, and
+#   Taylor mode has no rule for it.
 #
 # ## Exercises
 #
@@ -717,9 +718,9 @@ for layer in (nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Sof
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Each linear layer multiplies $K + 1$ vectors: proportional to $K h^2$. An activation has a term for every
-# partition of every number up to $K$ into sizes, proportional to $h$. Their number grows like
-# $e^{c \sqrt K}$: slower than any geometric growth, and for the orders in use far below $h$.
+# Each linear layer multiplies $K + 1$ vectors: proportional to $K h^2$. An activation has a term for every partition of
+# every number up to $K$ into sizes, proportional to $h$. Up to powers of $K$, their number grows like $e^{c \sqrt K}$,
+# slower than any geometric growth.
 #
 # </details>
 #
@@ -782,9 +783,9 @@ print("all hold")
 # %% [markdown]
 # ## Further reading
 #
-# [Griewank and Walther (2008)](bibliography.md#griewank-walther), chapter 13, is the textbook on Taylor
-# mode. [Bettencourt et al. (2019)](bibliography.md#jax-jet) bring it to machine learning. The forward
-# Laplacian is from [Li et al. (2024)](bibliography.md#forward-laplacian), for wave functions of many
-# electrons. [Dangel et al. (2025)](bibliography.md#collapsing) explain it as a sum that is pulled through the network,
-# with more operators of higher order. [Dangel et al. (2024)](bibliography.md#pinns) see the shared
-# weights in it and derive KFAC from them: the next chapter.
+# [Griewank and Walther (2008)](bibliography.md#griewank-walther), chapter 13, is the textbook on Taylor mode.
+# [Bettencourt et al. (2019)](bibliography.md#jax-jet) bring it to machine learning. The forward Laplacian is from [Li
+# et al. (2024)](bibliography.md#forward-laplacian), for wave functions of many electrons. [Dangel et al.
+# (2025)](bibliography.md#collapsing) explain it as a sum that is pulled through the network, with more operators of
+# higher order. [Dangel et al. (2024)](bibliography.md#pinns) treat the coefficients as positions with shared weights
+# and derive KFAC for them, the subject of the next chapter.

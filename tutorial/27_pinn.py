@@ -16,20 +16,19 @@
 # **Part VII: PINNs.** What is KFAC for a loss that is made of derivatives?
 #
 # A physics-informed neural network (PINN) is trained to satisfy a differential equation. Its loss contains derivatives
-# of the network with respect to its *inputs*, and a differential operator makes this loss badly conditioned.
+# of the network with respect to its *inputs*, and a differential operator often makes this loss badly conditioned.
 # [Chapter 26](26_taylor.py) wrote the network with its derivatives as a network of Taylor coefficients in which all of
 # them share the weights. KFAC for a PINN is KFAC for this network:
 #
 # $$
-# F = \sum_n \operatorname{vec}(G_n) \operatorname{vec}(G_n)^\top , \quad
-# G_n = \sum_s g_{ns} a_{ns}^\top
-# \qquad \approx \qquad
-# \sum_{n s} g_{ns} g_{ns}^\top \; \otimes \; \frac{1}{N S} \sum_{n s} a_{ns} a_{ns}^\top .
+# F = \sum_n \operatorname{vec}(G_n) \operatorname{vec}(G_n)^\top
+# \approx \sum_{n s} g_{ns} g_{ns}^\top \; \otimes \; \frac{1}{N S} \sum_{n s} a_{ns} a_{ns}^\top ,
+# \qquad G_n = \sum_s g_{ns} a_{ns}^\top .
 # $$
 #
-# Here $a_{ns}$ is coefficient $s$ of a layer's input at point $n$ (the value, the first derivatives, the Laplacian),
-# and $g_{ns}$ is the derivative of the residual at this point with respect to the layer's output. [Figure 27.1] shows
-# both sides.
+# Here $a_{ns}$ is coefficient $s$ of $S$ of a layer's input at point $n$ of $N$ (the value, the first derivatives, the
+# Laplacian), and $g_{ns}$ is the derivative of the scaled residual at this point with respect to coefficient $s$ of the
+# layer's output. [Figure 27.1] shows both sides of $\approx$.
 
 # %% tags=["hide-input"]
 import textwrap
@@ -150,7 +149,7 @@ phases = [
 print(f"loss {pinn.pinn_loss(mlp(2, 6, 1), phases).item():.2f}")
 
 # %% [markdown]
-# The most common mistake in such code raises no error: an output of shape $[N, 1]$ minus a target of shape $[N]$ is
+# A common mistake in such code raises no error: an output of shape $[N, 1]$ minus a target of shape $[N]$ is
 # a matrix $[N, N]$, and its mean square is a plausible number. The package refuses such a residual. It also refuses a
 # residual that does not use the derivative for which it declared the expansion:
 
@@ -177,7 +176,7 @@ for name, term in mistakes.items():
 # \tag{27.2}
 # $$
 #
-# In the field this matrix is called the Gramian. A row of $J$ is found by backpropagation. A layer
+# Texts on PINNs call this matrix the Gramian. A row of $J$ is found by backpropagation. A layer
 # applies $W$ to the $S$ coefficients $a_{ns}$ of datum $n$, $z_{ns} = W a_{ns}$. Send the residual back
 # through the network *of coefficients*, and let $g_{ns}$ be the vector that arrives at $z_{ns}$:
 #
@@ -188,8 +187,8 @@ for name, term in mistakes.items():
 # $$
 #
 # These $a$ and $g$ are a `LayerIO`, with one vector per residual of a datum ($V = 1$ for a scalar equation). The block
-# of the layer is `io.block()`, and every approximation of the earlier parts applies to it. The derivatives leave only
-# one trace: the bias has the inputs $[1, 0, \dots, 0]$.
+# of the layer is `io.block()`, and every approximation of the earlier parts applies to it. Only the
+# bias differs from other layers: its inputs are $[1, 0, \dots, 0]$.
 #
 # In the package the reverse pass has two stages. First, the residual is linearised with respect to the few coefficients
 # of the network's output. This works for nonlinear equations, and shows which coefficients are not used. Then one call
@@ -261,9 +260,9 @@ for part, title in zip(parts, ("interior", "boundary"), strict=True):
 # <div class="admonition theorem" markdown="1" id="thm-27.1">
 # <p class="admonition-title" markdown="1"><b>Theorem 27.1 (an exact case)</b></p>
 #
-# In a linear network with biases, let every point occur with several rows of factors $c = (\pm 1, \dots, \pm 1)$
-# which are an orthogonal design: $\sum c c^\top$ over the rows of a point is a multiple of $I$. Then KFAC-expand is
-# exact in every layer.
+# In a linear network with one output, and for one term of the loss, let every point occur with several rows of factors
+# $c = (\pm 1, \dots, \pm 1)$ which are an orthogonal design: $\sum c c^\top$ over the rows of a point is a multiple of
+# $I$. Then KFAC-expand is exact in every layer.
 #
 # </div>
 #
@@ -300,14 +299,14 @@ for io in one_point.ios.values():
     assert_exact(kfac(io).dense(), io.block())
 
 # %% [markdown]
-# *With* derivatives, a single datum is not enough, because it has $S$ different inputs. The first of them ends with 1
-# and the others end with 0, so they are not multiples of each other. Then $A$ has a rank of at least two, and $F$ has
-# rank one.
+# *With* derivatives, a single datum is not enough. Its first input ends with 1 and the others end with 0. If another
+# input is not zero, $A$ has a rank of at least two, but $F$ has a rank of at most one. So KFAC with $B \ne 0$ is not
+# exact.
 #
 # ### How wrong can it be?
 #
 # <div class="admonition theorem" markdown="1" id="thm-27.2">
-# <p class="admonition-title" markdown="1"><b>Theorem 27.2 (never too small)</b></p>
+# <p class="admonition-title" markdown="1"><b>Theorem 27.2 (too small by at most a known factor)</b></p>
 #
 # For a scalar equation and any network, $F \preceq N S^2 \; B \otimes A$. In particular, KFAC has curvature
 # in every direction in which the exact block has curvature.
@@ -347,8 +346,8 @@ assert io.block()[-1, -1] == 0 < kfac(io).dense()[-1, -1]
 assert_exact(kfac(pruned).dense(), io.block())
 
 # %% [markdown]
-# Leaving out dead positions makes the last layer exact here. The package does not do this: in training it
-# helps sometimes and hurts sometimes.
+# Leaving out dead positions makes the last layer exact here. The package does not leave them out. This chapter does not
+# measure the effect on training.
 #
 # ## Two terms, one inverse
 #
@@ -361,7 +360,7 @@ assert_exact(kfac(pruned).dense(), io.block())
 # \tag{27.6}
 # $$
 #
-# Two symmetric matrices can be diagonalised at once. Take a matrix $K_A$ with
+# Two positive definite matrices can be diagonalised by one congruence. Take a matrix $K_A$ with
 # $K_A^\top (\tilde A_1 + \tilde A_2) K_A = I$ and $K_A^\top \tilde A_1 K_A = \operatorname{diag}(\alpha)$; then
 # $K_A^\top \tilde A_2 K_A = \operatorname{diag}(1 - \alpha)$. With the same for $B$,
 #
@@ -372,7 +371,8 @@ assert_exact(kfac(pruned).dense(), io.block())
 # \tag{27.7}
 # $$
 #
-# Whitening by the sum of both, not by one of them, keeps all numbers in $[0, 1]$, and works if one term is singular.
+# Whitening by the sum of both terms keeps all $\alpha_i$ and $\beta_o$ in $[0, 1]$, and needs no inverse of a single
+# term's factor.
 
 # %% tags=["remove-input"]
 code(congruence)
@@ -385,15 +385,15 @@ V = torch.randn(5, 7)
 assert_exact((congruence(damped) @ V).flatten(), torch.linalg.solve(P, V.flatten()))
 
 # %% [markdown]
-# ### A damping that nobody mentions
+# ### The damping in an average from the identity
 #
 # The authors' code [averages factors over
 # steps](https://github.com/f-dangel/kfac-pinns-experiments/blob/83ed050950aa8dc8aeed8cc1368a87059fa322e0/kfac_pinns_exp/optim/kfac.py#L600),
 # $\hat A_t = \beta \hat A_{t-1} + (1 - \beta) A_t$, and starts from $\hat A_0 = I$. Written as a sum,
-# $\hat A_t = \beta^t I + (1 - \beta^t) \bar A_t$ with a proper weighted mean $\bar A_t$. So $\beta^t$ is a damping,
-# which starts at 1 and decays to far below any $\lambda$ that is set by hand. Without this damping, the first steps
-# would use $\lambda = 10^{-10}$ alone, and the training may fail. So `TermWise` keeps the damping and writes it
-# explicitly, as `damped_factors(K, 1 - b**t, damping + b**t)`.
+# $\hat A_t = \beta^t I + (1 - \beta^t) \bar A_t$ with a proper weighted mean $\bar A_t$. So $\beta^t$ is a damping that
+# decays from $\beta$ in the first step towards zero. Without this damping, the first steps would use only the $\lambda$
+# that is set by hand, which may be as small as $10^{-10}$. `TermWise` keeps this damping and writes it explicitly, as
+# `damped_factors(K, 1 - b**t, damping + b**t)`.
 
 # %% tags=["hide-input"] fold="Checked: the average from the identity is this damping"
 decay, A_hat, state = 0.6, eye_like(factors[0].A), None
@@ -420,16 +420,16 @@ for t in range(1, 4):
 # These are two equations with two unknowns. They need $J \Delta$ and $J \delta$, which are a few products of small
 # matrices with the $a$ and $g$ that are already there. More than two directions are possible.
 # `two_directions_per_layer` gives each layer its own $\alpha$ and $\mu$, from the same products, and the minimum of the
-# model is never worse.
+# model is not higher, because these directions span the plane.
 
 # %% tags=["remove-input"]
 code(best_combination, KFACStar.step)
 
 # %% [markdown]
 # The last lines of `step` are a safeguard which the paper's algorithm lacks: a combination that does not lower the true
-# loss is halved until it does. In the first step there is no $\delta$, and the step is the exact minimum along
-# $\Delta$. With a fixed $P$ and a linear residual, these steps are those of preconditioned conjugate gradients
-# (Exercise 27.3). This is why the momentum helps.
+# loss is halved until it does. In the first step there is no $\delta$, and the step minimises the model along
+# $\Delta$. With a fixed $P$, a linear residual and $\lambda = 0$, these steps are those of preconditioned conjugate
+# gradients (Exercise 27.3). This special case is a reason to expect that the momentum helps.
 #
 # ### More directions
 #
@@ -444,9 +444,9 @@ code(best_combination, KFACStar.step)
 # $$
 #
 # One iteration gives the best multiple of $\Delta$. Each further iteration needs a product with $J$ and one with
-# $J^\top$, and no pass through a graph. The result is combined with the last $m$ steps as in [(27.8)]: $k = m = 1$ is
-# KFAC\*, and with $k$ as large as the number of weights the step is that of Gauss-Newton. Then KFAC decides only how
-# many iterations are needed, and not where the step leads.
+# $J^\top$, and no pass through a graph. The result is combined with the last $m$ steps as in [(27.8)]: $k = m = 1$
+# gives the directions of KFAC\*. With $\lambda > 0$ and $k$ as large as the number of weights, exact arithmetic gives
+# the direction of Gauss-Newton. Then the preconditioner changes the number of iterations, but not their limit.
 
 # %% tags=["remove-input"]
 code(krylov_direction, KFACKrylov.step)
@@ -497,7 +497,7 @@ for name, P in preconditioners.items():
     print(f"{name:6}", *(f"k = {k}: {g:.1e}  " for k, g in zip(numbers, gaps[name], strict=True)))
 assert gaps["EKFAC"][4] < gaps["KFAC"][4] < gaps["none"][4]
 
-# %% tags=["hide-input"] fold="Code of the figure" alt="Distance to the minimum of the model against the number of iterations, logarithmic. Without a preconditioner the line falls slowly, with KFAC faster, with EKFAC fastest." caption="Conjugate gradients on the Gauss-Newton model: distance from the minimum, relative to the start. After 20 iterations the distance is smaller with KFAC as the preconditioner than without one, and smaller still with EKFAC."
+# %% tags=["hide-input"] fold="Code of the figure" alt="Distance to the minimum of the model against the number of iterations, logarithmic. Without a preconditioner the line falls slowly, with KFAC and EKFAC much faster. EKFAC starts above KFAC at one iteration and lies below KFAC from two iterations on." caption="Conjugate gradients on the Gauss-Newton model: distance from the minimum, relative to the start. After 20 iterations the distance is smaller with KFAC as the preconditioner than without one, and slightly smaller still with EKFAC."
 fig, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
 for name, values in gaps.items():
     look = style("GGN" if name == "none" else name)
@@ -507,9 +507,9 @@ ax.set(xlabel="iterations $k$", ylabel="relative distance", xlim=(0, 47))
 plt.show()
 
 # %% [markdown]
-# A preconditioner has to contain the damping of the model. With $\lambda = 10^{-3}$ in the model and $10^{-8}$ in $P$,
-# directions of small curvature count for far too much, and the result is worse than without a preconditioner. These are
-# the relative distances after 20 iterations:
+# The damping of a preconditioner should be close to that of the model. In the next measurement, with
+# $\lambda = 10^{-3}$ in the model and $10^{-8}$ in $P$, directions of small curvature get too much weight, and the
+# result is worse than without a preconditioner. These are the relative distances after 20 iterations:
 
 # %% tags=["hide-input"] fold="Measured: the damping is missing in the preconditioner"
 ignorant = {name: gap(P, 20, 1e-3) for name, P in preconditioners.items()}
@@ -517,12 +517,12 @@ print(*(f"{name} {g:.2f}  " for name, g in ignorant.items()))
 assert ignorant["none"] < min(ignorant["KFAC"], ignorant["EKFAC"])
 
 # %% [markdown]
-# So `KFACKrylov` adds the damping of the model, `damping`, to the factors, if this damping is above a small number,
-# `floor`. The damping follows the model's success as in [Chapter 9](09_damping.py).
+# So `KFACKrylov` adds the larger of two numbers to the factors: the damping of the model, `damping`, and a small
+# constant, `floor`. The damping is adapted by the rule of Levenberg and Marquardt ([Chapter 9](09_damping.py)).
 #
 # ## The competitors: exact Gauss-Newton
 #
-# The reason for KFAC is that $J^\top J + \lambda I$ has $D^2$ entries. But
+# KFAC avoids the matrix $J^\top J + \lambda I$, which has $D^2$ entries for $D$ weights. For $\lambda > 0$, however,
 #
 # $$
 # (J^\top J + \lambda I)^{-1} J^\top \rho = J^\top (J J^\top + \lambda I)^{-1} \rho ,
@@ -548,7 +548,8 @@ code(kernel_solver)
 # `GaussNewton` uses either form with the rule of Levenberg and Marquardt ([Chapter 9](09_damping.py)): a step that
 # lowers the loss as predicted lowers $\lambda$, and a step that fails is not taken. `HessianFree` solves the same
 # system by conjugate gradients, without a matrix, and stops early. `Spring` keeps $\lambda$ fixed, adds momentum to the
-# kernel form, and searches along the line. Without momentum, `Spring` is the energy natural gradient, ENGD.
+# kernel form, and searches along the line. Without momentum, its direction is that of damped energy natural gradients,
+# ENGD.
 #
 # ## Any approximation runs on a PINN
 #
@@ -575,11 +576,12 @@ for name in block_weights(model):
     print(f"layer {name}, one KFAC for each term: {relative_error(separate, F):.2f}")
 
 # %% [markdown]
-# On the interior term, KFAC has the wrong scale, because positions that cancel or that are dead are counted as if they
-# added up. In the second and the third layer EKFAC corrects most of this error, in the first layer only a little. For
-# the sum of two terms there is also a corrected form in the common basis of [(27.7)]. This basis is not orthogonal, but
-# the diagonal of the exact block in it costs no more than in an orthogonal one. The corrected form is
-# `TermWise(inverse=ekfac_inverse)`, which is called EKFAC in [Figure 27.2].
+# On the interior term, KFAC has the wrong scale, because its factors sum over all pairs of positions: dead positions
+# count in $A$, and contributions that cancel in $G_n$ do not cancel in $A$ and $B$. In the second and the third layer
+# EKFAC corrects most of this error, in the first layer only a little. For the sum of two terms there is also a
+# corrected form in the common basis of [(27.7)]. This basis is not orthogonal, but the diagonal of the exact block in
+# it costs no more than in an orthogonal one. The corrected form is `TermWise(inverse=ekfac_inverse)`, which is called
+# EKFAC in [Figure 27.2].
 
 # %% tags=["hide-input"] fold="Code of the figure" alt="Three heat maps of the interior term of the middle layer: the exact block, KFAC, which is much too large, and EKFAC, which has the size and part of the pattern of the exact block." caption="The interior term of the middle layer in one colour scale. KFAC is much too large. EKFAC has the size of the exact block and a part of its pattern."
 io = parts[0].ios["2"]
@@ -593,7 +595,7 @@ matrices(shown, scale=io.block().abs().max().item())
 #
 # ## A system of equations
 #
-# All of this also holds for systems of equations. A stationary flow has three unknowns, two velocities and a pressure,
+# The same code accepts systems of equations. A stationary flow has three unknowns, two velocities and a pressure,
 # and three residuals at every point: two for momentum, one for mass. Then $V = 3$ vectors per datum are sent back. The
 # equations of Navier and Stokes are nonlinear; $J$ linearises them around the present field. Kovasznay's flow behind a
 # grid is an exact solution to compare with.
@@ -646,8 +648,8 @@ plt.show()
 #
 # In an inverse problem a constant of the equation is unknown, and measurements of the solution are given instead. The
 # constant is a parameter of the model that belongs to no layer and is used by a residual. It is one more block: a layer
-# whose input is 1 at every point. Its block is exact, and so are the blocks that it has in common with the layers. In
-# the example the constant is the conductivity of a rod:
+# whose input is 1 at every point. KFAC of this block is exact. The matrix methods also contain its off-diagonal blocks
+# with the layers. In the example the constant is the conductivity of a rod:
 
 
 # %%
@@ -705,7 +707,7 @@ assert line_search(overflowing, before=1.0) == (0.25, (0.25 - 0.2) ** 2)
 # %% [markdown]
 # **Single precision.** A damping below the round-off has no effect. Single precision has a relative round-off of
 # $\varepsilon \approx 10^{-7}$, so the entries of $A + \lambda I$ are known up to $\varepsilon \lVert A \rVert$. With
-# $\lambda = 10^{-10}$, a factor that is singular stays singular, and its square root or inverse is noise or NaN.
+# $\lambda = 10^{-10}$, a singular factor can stay singular, and its square root or inverse is then noise or NaN.
 
 # %% tags=["hide-input"] fold="Checked: the damping is lost in round-off"
 single = kfac(io).A.float()
@@ -718,15 +720,15 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 
 # %% [markdown]
 # **Several reverse passes.** A second reverse pass for the gradient, and further passes for products with $J$, give the
-# same numbers as the $a$ and $g$ of the first pass. They only take time.
+# same numbers as the $a$ and $g$ of the first pass. They cost time.
 #
 # ## In one minute
 #
 # - A term of a PINN's loss is a function of the network's Taylor coefficients. These share the weights of every layer.
 # - One forward and one reverse pass give $a_{ns}$ and $g_{ns}$. Gradient, Jacobian products and Gauss-Newton blocks
 #   follow from these.
-# - KFAC-expand is exact for linear networks and orthogonal designs ([Theorem 27.1]), and for a single datum without
-#   derivatives. It is never too small by more than a known factor ([Theorem 27.2]), and can be far too large.
+# - KFAC-expand is exact for linear networks with orthogonal designs ([Theorem 27.1]), and for a single datum without
+#   derivatives. It is too small by at most the factor $N S^2$ ([Theorem 27.2]), and can be far too large.
 # - The damped sum of two Kronecker products has a closed-form inverse, [(27.7)].
 # - KFAC\* takes the length of its step and of its momentum from the exact model; more directions lead to the
 #   Gauss-Newton step.
@@ -763,7 +765,7 @@ assert (single.diagonal() + 1e-10 == single.diagonal()).all()
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# Conjugate gradients minimise the parabola in each step over the plane spanned by the preconditioned residual,
+# Conjugate gradients minimise the quadratic loss in each step over the plane spanned by the preconditioned residual,
 # which is $\Delta$, and the last direction $\delta$: the minimum over all earlier directions lies in it. [(27.8)] is
 # the minimum over the same plane, from the same point, and the first step is the one along $\Delta$ in both.
 #

@@ -16,18 +16,19 @@
 # **Part VII: PINNs.** Which method gets furthest on a differential equation in the same time, and what decides it?
 #
 # [Chapter 27](27_pinn.py) derived KFAC for PINNs, and KFAC\*, whose step lengths come from the exact quadratic model.
-# They compete with first-order methods, whose steps are cheap, and with exact Gauss-Newton methods, whose steps are good.
-# Two numbers decide between KFAC\* and an exact method: how many steps of KFAC\* take as long as one exact step, and how
-# many it needs to get as far. The first can be counted. An exact step solves with the matrix $J^\top J$ of the weights or
-# with the **kernel** $J J^\top$ of the $N$ residuals, where $J$ is their Jacobian. For $S$ Taylor coefficients at each
-# point and many more weights than residuals,
+# They compete with first-order methods, whose steps are cheap, and with exact Gauss-Newton methods, whose steps are
+# good. Two numbers decide between KFAC\* and an exact method: how many steps of KFAC\* take as long as one exact step,
+# and how many it needs to get as far. The first can be counted. An exact step solves with the matrix $J^\top J$ of the
+# weights or with the **kernel** $J J^\top$ of the $N$ residuals, where $J$ is their Jacobian. For $S$ Taylor
+# coefficients at each point and many more weights than residuals, and if the decompositions of KFAC's factors cost
+# little,
 #
 # $$
 # \frac{\text{operations, kernel}}{\text{operations, KFAC*}} \approx \frac{N}{10\, S} .
 # \tag{28.1}
 # $$
 #
-# The second has to be measured: [Figure 28.1].
+# The second has to be measured. [Figure 28.1] shows the effect of both: the error after equal time.
 
 # %% tags=["hide-input"]
 import json
@@ -109,13 +110,13 @@ table(
 #
 # ## What was run
 #
-# `python -m benchmarks.pinn_training` trains nine methods on four problems. Every method has the same number of trials on
-# one seed, and the same processor time for each. The first trial has the settings of its paper, or the package's
-# defaults. The best settings then run on three seeds that the search has not seen, 60 seconds of processor time each, and
-# the methods take turns. The error is the root mean square of $u - u^*$, with $u$ the network and $u^*$ the solution, on
-# points that are not trained on. The seconds include the drawing of training points, and not the measuring of the error.
-# For how many steps points are kept before new ones are drawn is a setting that every search chooses. A run counts the
-# calls of the functions that make its method; if it did not call them, it has no error and cannot win.
+# `python -m benchmarks.pinn_training` trains nine methods on four problems. Every method has the same number of trials
+# on one seed, and the same processor time for each. The first trial has the settings of its paper, or the package's
+# defaults. The best settings then run on three seeds that the search has not seen, 60 seconds of processor time each,
+# and the methods take turns. The error is the root mean square of $u - u^*$, with $u$ the network and $u^*$ the
+# solution, on points that are not trained on. The seconds include the drawing of training points, and not the measuring
+# of the error. Every search also chooses for how many steps the training points are kept before new ones are drawn. A
+# run counts the calls of its method's functions. A run that did not call them gets no error and is not ranked.
 
 # %% tags=["remove-input"]
 WEIGHTS = {"poisson-2d": (2, 64, 1), "heat": (2, 64, 1), "poisson-5d": (5, 64, 1)} | {
@@ -140,7 +141,7 @@ table(
 # searches along the line. SPRING is ENGD with momentum. `KFACKrylov` is KFAC\* with more directions: KFAC preconditions
 # the exact model ([Chapter 27](27_pinn.py)).
 
-# %% tags=["hide-input"] alt="Error against seconds of processor time for six methods, one panel for each problem, logarithmic axes, median of three seeds. (Without the benchmark's files, an empty picture.)" caption="Error against processor seconds, medians over three seeds, both axes logarithmic. With few weights the methods with the exact matrix (green) end lowest, on the deep network KFACKrylov."
+# %% tags=["hide-input"] alt="Error against seconds of processor time for six methods, one panel for each problem, logarithmic axes, median of three seeds. (Without the benchmark's files, an empty picture.)" caption="Error against processor seconds, medians over three seeds, both axes logarithmic. With few weights a method with the exact matrix (green) ends lowest, on the deep network KFACKrylov does."
 CURVES = {
     "Adam": ("C1", "-"),
     "Hessian-free": ("C2", ":"),
@@ -183,7 +184,8 @@ plt.show()
 #
 # Three seeds are too few for a sign test: even three wins of three have the probability 1/8 by chance. So the next cell
 # calls a method *ahead* of another only if the worst of its three runs is better than the best of the other's. It
-# compares the best method with the exact matrix, the best form of KFAC and the best of Adam and L-BFGS.
+# compares the best method with the exact matrix, the best form of KFAC and the best of Adam and L-BFGS. The best of a
+# group is the method with the lowest median of the same three runs, which favours it.
 
 # %% tags=["hide-input"]
 EXACT = ("Gauss-Newton", "ENGD", "SPRING", "Hessian-free")
@@ -235,8 +237,7 @@ if few:
 - **More directions**: `KFACKrylov`, which uses KFAC as the preconditioner of the exact model, is ahead of KFAC\\* on
   each of them, with fewer than half of its steps.
 - **First order**: KFAC\\* is ahead of Adam on each of them.
-- **Heat**: all three seeds of KFAC\\* end below 1e-3. The method does not get stuck on this equation, once its settings
-  are searched like those of the others.
+- **Heat**: all three seeds of KFAC\\* end below 1e-3.
 """
     for name in few:
         steps = {m: trained[name]["summary"][m]["steps"] for m in ("KFACKrylov", "KFAC*")}
@@ -273,8 +274,8 @@ Markdown(text.strip())
 # | KFAC\* | $c \, N S D + c' \sum h^3$ | $N S \sum h + \sum h^2$ |
 #
 # We take $c = 10$ (a forward and a reverse pass, two factors, three products with the Jacobian) and $c' = 20$
-# (decompositions), which are rough. As long as $N \ll D$ and the decompositions are not the larger part, the ratio of the
-# last two lines is [(28.1)]: the *number of points* decides, and not the size of the network.
+# (decompositions), which are rough. As long as $N \ll D$ and the decompositions are not the larger part, the ratio of
+# the last two lines is [(28.1)]: the number of points and of coefficients decides, and not the size of the network.
 
 # %%
 NETS = [
@@ -309,7 +310,8 @@ assert max(ratio.values()) > 100
 
 # %% [markdown]
 # The runs above made fewer steps of KFAC\* for each exact step than these counts say. The counts have only products and
-# decompositions of large matrices, while a step of a small network takes most of its time elsewhere.
+# decompositions of large matrices, and leave out all other work of a step. In a small network this other work can take
+# a large part of the time.
 
 # %% tags=["hide-input"] fold="Printed: KFAC* steps per exact step, counted and in the runs"
 for name, result in trained.items():
@@ -323,8 +325,8 @@ for name, result in trained.items():
 # ## A run on this page
 #
 # This example is small enough for this page: 200 points inside, 60 on the boundary, 24 hidden units. Every method makes
-# 40 steps, Adam 150. No settings are searched for, so that the example shows how the methods are called, and not which is
-# better. `KFACKrylov` is the line with 20 directions.
+# 40 steps, Adam 150. No settings are searched for, so that the example shows how the methods are called, and not which
+# is better. `KFACKrylov` is the line with 20 directions.
 
 
 # %%
@@ -408,8 +410,8 @@ plt.show()
 # %% [markdown]
 # ## Which preconditioner?
 #
-# Any approximation of [Chapter 27](27_pinn.py) can be the preconditioner of `KFACKrylov`. Here it is trained with each of
-# them for ten seconds, with the settings of one search for all: `python -m benchmarks.pinn preconditioners`.
+# Any approximation of [Chapter 27](27_pinn.py) can be the preconditioner of `KFACKrylov`. Here it is trained with each
+# of them for ten seconds, with the settings of one search for all: `python -m benchmarks.pinn preconditioners`.
 
 # %% tags=["hide-input"]
 shorter = stored("pinn-preconditioners-cpu").get("rows", [])
@@ -428,10 +430,10 @@ for name in short:
 
 # %% [markdown]
 # Four of the six end within a factor of ten, and in a different order on each problem: TKFAC is first on the small
-# network, and last of the four on the deep one. So the choice between these four matters little here. EKFAC of all terms
-# and KPSVD are far behind on both problems. Yet both are nearer to the exact block than KFAC is, in Frobenius norm
-# ([Chapter 14](14_ekfac.py), [Chapter 16](16_kpsvd.py)). A likely reason is that a matrix near in this norm is right
-# where the curvature is large, and that these problems are hard where it is small.
+# network, and last of the four on the deep one. So none of these four is best on both problems. EKFAC of all terms and
+# KPSVD are far behind on both problems. Yet both are nearer to the exact block of all terms than KFAC of all terms is,
+# in Frobenius norm ([Chapter 14](14_ekfac.py), [Chapter 16](16_kpsvd.py)). A possible reason, which is not tested here,
+# is that a small error in this norm says little about directions of small curvature.
 
 # %% [markdown]
 # ## Larger networks
@@ -455,9 +457,9 @@ table(
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# **What is compared with what.** Before you compare numbers of two papers, find out whether their errors are absolute or
-# relative (divided by the root mean square of $u^*$), whether momentum acts on steps or on directions before the line
-# search, and whether the time includes logging. The errors here are absolute.
+# **What is compared with what.** Before you compare numbers of two papers, find out whether their errors are absolute
+# or relative (divided by the root mean square of $u^*$), whether momentum acts on steps or on directions before the
+# line search, and whether the time includes logging. The errors here are absolute.
 #
 # **An exact method in its slow form.** The published curves of exact methods for a network of ten thousand weights are
 # made with the *dense* system. The table of operations above has both forms, at 9,873 weights and 1,000 points. The
@@ -468,8 +470,8 @@ dense, by_kernel, _ = operations((2, 64, 64, 48, 48, 1), 1000)
 print(f"dense / kernel: {dense / by_kernel:.0f} times the operations")
 
 # %% [markdown]
-# **A search that is shorter than the run.** Trials here last a tenth of a final run. A setting that is slow at first and
-# better in the end is not found. The authors searched with runs of full length.
+# **A search that is shorter than the run.** Trials here last a tenth of a final run. A setting that is slow at first
+# and better in the end may not be found. The authors searched with runs of full length.
 #
 # ## The paper and this page
 #
@@ -491,18 +493,18 @@ print(f"dense / kernel: {dense / by_kernel:.0f} times the operations")
 #
 # ## In one minute
 #
-# - Equal trials, equal processor time, fresh seeds: the table at the top is what nine methods reach.
+# - The table at the top compares nine methods after equal numbers of trials and equal processor time, on fresh seeds.
 # - With few weights, try a method with the exact matrix first: on three such problems the best of them was ahead of KFAC.
-# - The kernel makes the exact step affordable for any number of weights. The number of points decides, by [(28.1)]: with
-#   many points, a step of KFAC is much cheaper.
+# - With few points, the kernel makes the exact step affordable for networks of many weights. By the count [(28.1)], a
+#   step of KFAC\* is much cheaper if $N \gg 10\, S$. The runs showed a smaller saving than the counts.
 # - The form of KFAC to try first is the preconditioner of the exact model, `KFACKrylov`. It was ahead of KFAC\* on all
 #   four problems, and ahead of all other methods on the deep network.
 #
 # ## Exercises
 #
 # **Exercise 28.1.** Write the step of Gauss-Newton in the kernel's form yourself: given $J$ with one row for each
-# residual, $\rho$ and $\lambda$, return $p$ with $(J^\top J + \lambda I)\, p = - J^\top \rho$, and never form a matrix of
-# the size of $J^\top J$. The cell below checks `kernel_step`; replace its body by yours.
+# residual, $\rho$ and $\lambda$, return $p$ with $(J^\top J + \lambda I)\, p = - J^\top \rho$, and never form a matrix
+# of the size of $J^\top J$. The cell below checks `kernel_step`; replace its body by yours.
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
@@ -524,21 +526,21 @@ assert left_.norm() < 1e-10 * (J_.T @ rho_).norm(), "this is not the damped Gaus
 print("kernel_step is right")
 
 # %% [markdown]
-# **Exercise 28.2.** A problem in 100 dimensions has $N = 1000$ residuals. Which method has the cheaper step by [(28.1)],
-# and by which factor? What changes if the Laplacian is estimated from 10 random directions?
+# **Exercise 28.2.** A problem in 100 dimensions has $N = 1000$ residuals. Which method has the cheaper step by
+# [(28.1)], and by which factor? What changes if the Laplacian is estimated from 10 random directions?
 #
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# $S = 102$, so the ratio is $1000 / 1020 \approx 1$: the exact step costs no more than KFAC's. With 10 directions in the
-# place of 100 coordinates, $S = 12$, and the ratio is 8. The kernel's own cost does not contain $S$, as the rows of $J$
-# are summed over it.
+# $S = 102$, so the ratio is $1000 / 1020 \approx 1$: both steps cost about the same. With 10 directions in the place of
+# 100 coordinates, $S = 12$, and the ratio is 8. The leading term of the kernel's cost does not contain $S$, as the rows
+# of $J$ are summed over it.
 #
 # </details>
 #
 # ## Further reading
 #
 # [Dangel et al. (2024)](bibliography.md#pinns) compare SGD, Adam, L-BFGS, Hessian-free, ENGD, KFAC and KFAC\* on a GPU;
-# their code holds every run. [Müller and Zeinhofer (2023)](bibliography.md#engd) introduce ENGD, [Guzmán-Cordero et al.
+# their code is public. [Müller and Zeinhofer (2023)](bibliography.md#engd) introduce ENGD, [Guzmán-Cordero et al.
 # (2025)](bibliography.md#engd-w) its kernel form with momentum, after [Goldshlager et al.
 # (2024)](bibliography.md#spring).
