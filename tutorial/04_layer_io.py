@@ -73,8 +73,8 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# For every datum $n$, backward passes start with $V$ vectors at the network's output, and bring $g_{1n}, \dots, g_{Vn}$
-# to the layer's output. A layer may also use $W$ at several positions $s$ of a datum, such as the tokens of a sentence.
+# For every datum $n$, backward passes start with $V$ vectors at the network's output, which are the columns of a square
+# root of the loss's Hessian there. They bring $g_{1n}, \dots, g_{Vn}$ to the layer's output. A layer may also use $W$ at several positions $s$ of a datum, such as the tokens of a sentence.
 # A gradient is then a sum over positions, and the layer's exact curvature is a sum over gradients:
 #
 # $$
@@ -205,9 +205,9 @@ matrices(terms | {"$G$, their sum": gradient})
 # \tag{4.4}
 # $$
 #
-# [Chapter 3](03_losses.py) writes $H_n$ as a sum of outer products of $V$ vectors, the columns of a square root of
-# $H_n$. Its function `type2` computes them. Chapter 3 calls them $s_{vn}$. Here they are called
-# $\sigma_{vn} \in \mathbb{R}^C$, because $s$ numbers positions:
+# If $H_n$ is positive semi-definite, as for the losses of [Chapter 3](03_losses.py), it is a sum of outer products of $V$
+# vectors, the columns of a square root of $H_n$. The function `type2` of that chapter computes them. Chapter 3 calls
+# them $s_{vn}$. Here they are called $\sigma_{vn} \in \mathbb{R}^C$, because $s$ numbers positions:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
@@ -233,7 +233,7 @@ matrices(terms | {"$G$, their sum": gradient})
 # <p class="admonition-title" markdown="1"><b>Theorem 4.1 (the block of a layer)</b></p>
 #
 # Let a layer compute $z_{ns} = W a_{ns}$, and let the network use $W$ nowhere else. Let data not meet, that is,
-# $\partial f_n / \partial z_{ms} = 0$ for $m \ne n$. Let
+# $\partial f_n / \partial z_{ms} = 0$ for $m \ne n$. Let the $\sigma_{vn}$ satisfy [(4.5)], and let
 # $g_{vns} = (\partial f_n / \partial z_{ns})^\top \sigma_{vn}$ be what arrives at $z_{ns}$ when
 # $\sigma_{vn}$ is sent backward. Then the block of the GGN that belongs to
 # $\operatorname{vec}(W)$, the entries of $W$ row by row, is
@@ -260,7 +260,7 @@ matrices(terms | {"$G$, their sum": gradient})
 # ### In the package
 #
 # The curvature of a layer on a batch thus needs two tensors. They form one immutable value, the
-# `LayerIO`. Every approximation in this package is a function of this value and sees no network.
+# `LayerIO`. KFAC and the approximations of Part V are functions of this value, without the network.
 #
 # The method `gradients` is [(4.3)], and the method `block` is [(4.7)]. The block is computed by its
 # definition, which is too expensive for large layers. The loop goes through the vectors one by one,
@@ -276,16 +276,16 @@ code(LayerIO.gradients, LayerIO.block)
 # | `g` | $[V, N, S, d_\text{out}]$ | vectors sent back to $W$'s output; all scale of the loss |
 #
 # The tensor `a` has no axis $V$, because the forward pass does not depend on what is sent backward. All scale of
-# the loss is in `g`: if the loss is multiplied by $c$, type-2 vectors are multiplied by $\sqrt{c}$ and
-# the block by $c$, while `a` stays the same. Two more fields, `positions` and `counted`, are for layers
-# with several positions ([Chapter 6](06_weight_sharing.py)); this chapter does not need them.
+# the loss is in `g`: if the loss is multiplied by $c > 0$, type-2 vectors are multiplied by $\sqrt{c}$ and
+# the block by $c$, while `a` stays the same. A `LayerIO` has two more fields, `positions` and `counted`, for layers
+# with several positions ([Chapter 6](06_weight_sharing.py)). This chapter does not need them.
 
 # %% [markdown]
 # ## Recording, by hand
 #
 # How do we get $a$ and $g$ out of a network that somebody else wrote? PyTorch calls a *forward
 # hook* after a module has run, with the module's input and output. The input is $a$. The output is
-# the very tensor $z$ that the computation goes on with, so we may ask for derivatives with respect
+# the tensor $z$ from which the rest of the network is computed, so we may ask for derivatives with respect
 # to it.
 #
 # For $g$ we need $V$ vectors for each of $N$ data. All data can share a backward pass, because $f_n$
@@ -334,8 +334,8 @@ for name, io in capture_by_hand(model, loss, X, y).items():
 # Are these the right $a$ and $g$? [Chapter 2](02_curvature.py)'s `curvature.ggn` builds the whole matrix
 # [(4.4)] from full Jacobians, without layers, hooks or vectors; `diagonal_blocks` cuts a layer's
 # rows and columns out of it. The function `check` compares each layer's block with this one and returns the largest
-# error, as a share of the largest exact entry. All errors in this chapter are such shares. A loss that is a sum instead
-# of a mean must give the same `a`, and a `g` that is $\sqrt{N}$ times as large.
+# error, as a share of the largest exact entry. All errors in this chapter are such shares. A cross-entropy that is
+# a sum over data instead of a mean must give the same `a`, and a `g` that is $\sqrt{N}$ times as large.
 
 
 # %% tags=["hide-input"] fold="Checked: both blocks, and the scale of the loss"
@@ -646,7 +646,7 @@ code(calls.recorded, calls.Recorder._record)
 #
 # The third piece is the whole procedure: find the layers, run forward and record, ask the loss for its
 # vectors, send them back in parts of at most `chunk`, and arrange everything as `LayerIO`. The function `forward_pass`
-# is its first half. The checks in it refuse networks in which they find an error. The value that it returns makes the
+# is its first half. It raises an error if one of its checks fails. The value that it returns makes the
 # tensors of one layer at a time, so that a loop over a data set need not hold those of all layers.
 # [`stream`][kfac_scratch.capture.forward_pass.stream] gives all layers, part by part, and
 # [`layer_ios`][kfac_scratch.capture.forward_pass.layer_ios] joins the parts.
@@ -678,7 +678,8 @@ with warnings.catch_warnings(record=True) as caught:
     assert len(caught) == 1
 
 # %% [markdown]
-# A layer that is known to get a wrong block is refused with an error that says what to do. The errors below are for a
+# A layer that would get a wrong block, or for which the package has no rule, is refused with an error that says what to
+# do. The errors below are for a
 # layer of an unknown kind that is asked for by name, for an embedding that changes its own weight, and for two
 # convolutions in opposite directions with one kernel.
 
@@ -717,14 +718,13 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 # %% [markdown]
 # ### What capture leaves behind
 #
-# Capture does not change the network. No hook is registered. The function mode ends with the forward pass, also
-# if the forward pass fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
-# training modes and the parameters' `requires_grad` stay as they were. The trial runs of `plan` put buffers
-# and the state of the random generator back. (The forward pass of the batch itself changes them as any
-# forward pass does.)
+# Capture leaves nothing behind in the modules. No hook is registered, and the function mode ends with the forward pass,
+# also if the forward pass fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
+# training modes and the parameters' `requires_grad` stay as they were. The trial runs of `plan` put buffers and the
+# state of the random generator back. The forward pass of the batch itself changes both, as every forward pass does.
 
 
-# %% tags=["hide-input"] fold="Checked: hooks, modes, gradients, flags and random state stay"
+# %% tags=["hide-input"] fold="Checked: hooks, modes, gradients and flags stay, and a plan restores the random state"
 def traces(model: nn.Module) -> list:
     hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()]
     modes = [m.training for m in model.modules()]
@@ -768,7 +768,7 @@ print("hooks, modes, gradients, flags and random state are as before, also after
 # the image is repeated in every patch that contains it ([Chapter 6](06_weight_sharing.py) shows when patches can be
 # avoided). The tensor $g$ is $V$ times as large as the layer's output. For the vectors of `type2`, $V$ is the number of
 # outputs $C$, or $C - 1$ for cross-entropy (times the positions, if there is a loss at each). With many classes, $g$
-# does not fit into memory. But the block is a *sum* over vectors, and so is $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$,
+# may not fit into memory. But the block is a *sum* over vectors, and so is $B = \sum_{v,n,s} g_{vns} g_{vns}^\top$,
 # the factor that KFAC takes from $g$ ([Chapter 5](05_kfac.py)). So `stream` yields a `LayerIO` with at most `chunk`
 # vectors at a time, and the caller adds up. Fewer vectors at a time need less memory and more backward passes. Without
 # a `chunk`, the package chooses one from a budget of bytes:
@@ -809,7 +809,7 @@ for chunk in chunks:
     assert count * chunk == C - 1
 print(f"in g at once: {numbers[0]:,} numbers with chunk 1, {numbers[-1]:,} with chunk 60")
 
-# %% tags=["hide-input"] alt="Log-log plot over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk, the backward passes fall in proportion to it, from 60 to 1." caption="Memory grows in proportion to the chunk, the number of backward passes falls in proportion to it."
+# %% tags=["hide-input"] alt="Log-log plot over the chunk size from 1 to 60: the numbers held in g grow in proportion to the chunk, the backward passes fall from 60 to 1, as 60 divided by the chunk." caption="Memory grows in proportion to the chunk, and the number of backward passes falls in inverse proportion."
 fig, ax = plt.subplots(figsize=(5.5, 2.9))
 curves = {"numbers in $g$ at once": (numbers, "o-"), "backward passes": (passes, "s-")}
 for (name, (values, marks)), side in zip(curves.items(), ("right", "left"), strict=True):
@@ -976,11 +976,11 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # %% [markdown]
 # ## In one minute
 #
-# - The gradient of a matrix that is used once is $g a^\top$. Used at several positions, it is the sum of the
-#   positions' outer products.
-# - With the columns of a square root of the loss's Hessian as vectors, the outer products of these gradients sum to the
-#   layer's exact GGN block ([Theorem 4.1]). All scale of the loss is in $g$.
-# - A convolution, an embedding and a tied layer differ only in what their rows $a_{ns}$ are.
+# - The gradient of one datum for a matrix that is used once is $g a^\top$. Used at several positions, it is the sum of
+#   the positions' outer products.
+# - If data do not meet, then with the columns of a square root of the loss's Hessian as vectors, the outer products of
+#   these gradients sum to the layer's exact GGN block ([Theorem 4.1]). All scale of the loss is in $g$.
+# - A convolution, an embedding and a tied layer differ in what their rows $a_{ns}$ are, and in how many there are.
 # - A recorder must copy outputs that are overwritten, record every use of a weight, and refuse networks in which data
 #   meet.
 #
@@ -1030,7 +1030,7 @@ assert max(check(layer_ios(normed, loss, X, y), normed, loss, X, y).values()) <=
 # <details class="solution" markdown="1">
 # <summary>Solution</summary>
 #
-# No. The *gradient* is a sum over calls, $G = G_1 + G_2$, and the outer product of a sum has cross
+# Not in general. The *gradient* is a sum over calls, $G = G_1 + G_2$, and the outer product of a sum has cross
 # terms $\operatorname{vec}(G_1) \operatorname{vec}(G_2)^\top$ and its transpose.
 # [Chapter 6](06_weight_sharing.py) is about these terms.
 #
