@@ -74,8 +74,9 @@ plt.show()
 
 # %% [markdown]
 # For every datum $n$, backward passes start with $V$ vectors at the network's output, which are the columns of a square
-# root of the loss's Hessian there. They bring $g_{1n}, \dots, g_{Vn}$ to the layer's output. A layer may also use $W$ at several positions $s$ of a datum, such as the tokens of a sentence.
-# A gradient is then a sum over positions, and the layer's exact curvature is a sum over gradients:
+# root of the loss's Hessian there. They bring $g_{1n}, \dots, g_{Vn}$ to the layer's output. A layer may also use $W$
+# at several positions $s$ of a datum, such as the tokens of a sentence. A gradient is then a sum over positions, and
+# the layer's exact curvature is a sum over gradients:
 #
 # $$
 # G_{vn} = \sum_s g_{vns}\, a_{ns}^\top,
@@ -205,9 +206,9 @@ matrices(terms | {"$G$, their sum": gradient})
 # \tag{4.4}
 # $$
 #
-# If $H_n$ is positive semi-definite, as for the losses of [Chapter 3](03_losses.py), it is a sum of outer products of $V$
-# vectors, the columns of a square root of $H_n$. The function `type2` of that chapter computes them. Chapter 3 calls
-# them $s_{vn}$. Here they are called $\sigma_{vn} \in \mathbb{R}^C$, because $s$ numbers positions:
+# If $H_n$ is positive semi-definite, as for the losses of [Chapter 3](03_losses.py), it is a sum of outer products of
+# $V$ vectors, the columns of a square root of $H_n$. The function `type2` of that chapter computes them. Chapter 3
+# calls them $s_{vn}$. Here they are called $\sigma_{vn} \in \mathbb{R}^C$, because $s$ numbers positions:
 #
 # $$
 # H_n = \sum_{v=1}^{V} \sigma_{vn} \sigma_{vn}^\top .
@@ -719,9 +720,10 @@ refused(NotImplementedError, both_ways, nn.MSELoss(), torch.randn(N, 2, 5), torc
 # ### What capture leaves behind
 #
 # Capture leaves nothing behind in the modules. No hook is registered, and the function mode ends with the forward pass,
-# also if the forward pass fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The modules'
-# training modes and the parameters' `requires_grad` stay as they were. The trial runs of `plan` put buffers and the
-# state of the random generator back. The forward pass of the batch itself changes both, as every forward pass does.
+# also if the forward pass fails. Derivatives are returned by `torch.autograd.grad`, which writes no `.grad`. The
+# modules' training modes and the parameters' `requires_grad` stay as they were. The trial runs of `plan` put buffers
+# and the state of the random generator back. The forward pass of the batch itself changes both, as every forward pass
+# does.
 
 
 # %% tags=["hide-input"] fold="Checked: hooks, modes, gradients and flags stay, and a plan restores the random state"
