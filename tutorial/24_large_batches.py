@@ -141,8 +141,8 @@ plt.show()
 #
 # The first term shrinks $v_i$, and does so slowest in the directions of smallest $h_i^{1-q}$. The second term adds noise,
 # and is divided by $B$. The experiment has a thousand directions with $h_i = 1 / i$, starts at $x_i = 1$, and takes
-# $c_i = h_i$ as in the paper. The last holds at a minimum where the Fisher, which is then the covariance of a sample's
-# gradient, equals the Hessian.
+# $c_i = h_i$ as in the paper. The last holds at a minimum of a model with the distribution of the data, where the
+# covariance of a sample's gradient is the Fisher, and the Fisher is the Hessian.
 
 
 # %% tags=["hide-input"] fold="Checked: the recursion against a simulation, and its closed form"
@@ -168,7 +168,7 @@ assert_exact(0.5 * (h * v).sum(), found)
 # rate is unknown. Here it makes the comparison fair. [Figure 24.1] shows the result. The *critical
 # size* printed above the figure is the first batch size from which four times the batch does not halve the steps.
 #
-# In this model, the first paper's statement holds: the larger the power $q$, the larger the critical batch size. With
+# In this model, the first paper's statement holds: of the three powers $q$, the larger one has the larger critical batch size. With
 # small batches, noise limits all three methods, and the natural gradient gains much less. It is *not* ahead of the power
 # $1/2$ there. By [(24.2)], dividing by curvature multiplies the noise, too, most of all where the curvature is small.
 
@@ -292,8 +292,8 @@ if {32, 64, 128, 256, 512} <= set(trained):
 
 # %% tags=["remove-input"]
 FINDINGS = """
-On this network, KFAC scales perfectly from 32 to 128 images, and the next doublings save little. SGD's steps hardly
-fall from 32 to 256: its critical batch size is at most 32. KFAC's advantage over AdamW is larger with 256 images than
+On this network, KFAC scales nearly perfectly from 32 to 128 images, and the next doublings save little. SGD's steps
+hardly fall from 32 to 256: its critical batch size, in the sense above, is at most 32. KFAC's advantage over AdamW is larger with 256 images than
 with 64, as the model and the first paper say, and no larger with 512. The second paper trains much larger networks, and
 these runs neither confirm nor refute its finding.
 """
