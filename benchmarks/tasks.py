@@ -273,8 +273,12 @@ def character_task() -> Task:
 
 
 def wide_task() -> Task:
-    """Layers much wider than the batch, for which updates of low rank are made."""
-    options = {"target": 0.97, "batch": 64, "budget": 100, "every": 5, "trials": 12, "seeds": 3}
+    """Layers much wider than the batch, for which updates of low rank are made.
+
+    The target was lowered from .97 after a search in which KFAC and SGD had no hit, and before any
+    final run.
+    """
+    options = {"target": 0.95, "batch": 64, "budget": 100, "every": 5, "trials": 20, "seeds": 3}
     images, y = digits()
     data = split(images.flatten(1), y)
     model = partial(perceptron, (64, 1024, 1024, 10), nn.ReLU)

@@ -13,11 +13,11 @@ from kfac_scratch.checks import relative_error
 from kfac_scratch.linalg import psd_eigh
 from kfac_scratch.moving.drawing import Panel, Scale
 from kfac_scratch.moving.figure import MovingFigure, Slider
+from kfac_scratch.moving.filtering import ZERO
 
 GAMMA = 0.1  # the damping of the error that is told, as a share of the largest eigenvalue
 DECADES = 4  # of eigenvalues that are drawn
-ZERO = 1e-10  # smaller shares of the largest eigenvalue are round-off
-Kept = dict[str, list]  # after each batch: "pairs", "tails", "shares" and "errors"
+_Kept = dict[str, list]  # after each batch: "pairs", "tails", "shares" and "errors"
 
 
 def online_eigenpairs(
@@ -97,12 +97,12 @@ def _averages(batches: Sequence[Tensor], decay: float) -> list[Tensor]:
 
 def _followed(
     batches: Sequence[Tensor], averages: Sequence[Tensor], rank: int, decay: float
-) -> Kept:
+) -> _Kept:
     """B-KFAC's factor after each batch, beside the exact average."""
     d = len(averages[0])
     zero = averages[0].new_zeros(())
     factor: TruncatedFactor = (zero.new_zeros(d, 0), zero.new_zeros(0), zero)
-    kept: Kept = {"pairs": [], "tails": [], "shares": [], "errors": []}
+    kept: _Kept = {"pairs": [], "tails": [], "shares": [], "errors": []}
     for t, (X, M) in enumerate(zip(batches, averages, strict=True), start=1):
         X = X.detach().double().cpu()
         factor = updated_factor(factor, X, weight_of_newest(decay, t), rank, trace_matched)
