@@ -1,6 +1,7 @@
 """Eigenpairs that follow a stream of batches: what B-KFAC keeps of a factor, batch after batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,16 @@ from kfac_scratch.moving.filtering import ZERO
 
 GAMMA = 0.1  # the damping of the error that is told, as a share of the largest eigenvalue
 DECADES = 4  # of eigenvalues that are drawn
-_Kept = dict[str, list]  # after each batch: "pairs", "tails", "shares" and "errors"
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """B-KFAC's factor after a batch, in the eight digits that Python and the script draw."""
+
+    pairs: list[float]  # its eigenvalues
+    shares: list[float]  # of each exact eigenvector, in the span of its own
+    tail: float
+    error: float  # of the damped inverse
 
 
 def online_eigenpairs(
@@ -54,25 +64,29 @@ def online_eigenpairs(
             f"{max(ranks)} eigenpairs and {K} columns exceed the {d} rows of a batch: B-KFAC would "
             "keep all of them. Use smaller ranks."
         )
-    averages = _averages([X.detach().double().cpu() for X in batches], decay)
-    kept = [_followed(batches, averages, r, decay) for r in ranks]
-    exact = [psd_eigh(M)[0].flip(0).tolist() for M in averages]
+    columns = [X.detach().double().cpu() for X in batches]
+    averages = _averages(columns, decay)
+    kept = [_followed(columns, averages, r, decay) for r in ranks]
+    exact = [_short(psd_eigh(M)[0].flip(0)) for M in averages]
+    at = kept[rank][seen - 1]
     sliders = (
         Slider("seen", "batches", 1, len(batches), 1, seen),
         Slider("rank", "eigenpairs r", 0, len(ranks) - 1, 1, rank, words=tuple(map(str, ranks))),
     )
-    numbers = {name: [k[name] for k in kept] for name in ("pairs", "tails", "shares", "errors")}
-    numbers = _short({"exact": exact, **numbers})
-    t, at = (
-        seen - 1,
-        {name: values[rank][seen - 1] for name, values in numbers.items() if name != "exact"},
-    )
+    numbers = {
+        "ranks": list(ranks),
+        "exact": exact,
+        "pairs": [[factor.pairs for factor in of] for of in kept],
+        "tails": [[factor.tail for factor in of] for of in kept],
+        "shares": [[factor.shares for factor in of] for of in kept],
+        "errors": [[factor.error for factor in of] for of in kept],
+    }
     top = 2 * max(map(max, exact))
     return MovingFigure(
         "online_eigenpairs",
-        (_spectra(numbers["exact"][t], at, top), _captured(at["shares"])),
+        (_spectra(exact[seen - 1], at, top), _captured(at.shares)),
         sliders,
-        numbers | {"ranks": list(ranks)},
+        numbers,
         _state(at, seen, ranks[rank]),
         "<b>Let batches go by</b> with the first slider, and keep more or fewer eigenpairs with "
         "the second. On the left are the eigenvalues of the exact average and of B-KFAC. "
@@ -97,14 +111,13 @@ def _averages(batches: Sequence[Tensor], decay: float) -> list[Tensor]:
 
 def _followed(
     batches: Sequence[Tensor], averages: Sequence[Tensor], rank: int, decay: float
-) -> _Kept:
+) -> list[_Factor]:
     """B-KFAC's factor after each batch, beside the exact average."""
     d = len(averages[0])
     zero = averages[0].new_zeros(())
     factor: TruncatedFactor = (zero.new_zeros(d, 0), zero.new_zeros(0), zero)
-    kept: _Kept = {"pairs": [], "tails": [], "shares": [], "errors": []}
+    kept = []
     for t, (X, M) in enumerate(zip(batches, averages, strict=True), start=1):
-        X = X.detach().double().cpu()
         factor = updated_factor(factor, X, weight_of_newest(decay, t), rank, trace_matched)
         U, values, tail = factor
         exact, V = (part.flip(-1) for part in psd_eigh(M))
@@ -113,23 +126,16 @@ def _followed(
         own = (U * (values - tail)) @ U.mT + tail * torch.eye(d).to(M)
         damping = GAMMA * exact[0] * torch.eye(d).to(M)
         error = relative_error(torch.linalg.inv(own + damping), torch.linalg.inv(M + damping))
-        kept["pairs"].append(values.tolist())
-        kept["tails"].append(tail.item())
-        kept["shares"].append(shares.tolist())
-        kept["errors"].append(error)
+        told = torch.stack([tail, tail.new_tensor(error)])
+        kept.append(_Factor(_short(values), _short(shares), *_short(told)))
     return kept
 
 
-def _short(numbers: dict) -> dict:
-    """The same in eight digits, which both Python and the script draw."""
-
-    def short(value):
-        return [short(v) for v in value] if isinstance(value, list) else float(f"{value:.8g}")
-
-    return {name: short(value) for name, value in numbers.items()}
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{v:.8g}") for v in values.tolist()]
 
 
-def _spectra(exact: list[float], at: dict, top: float) -> Panel:
+def _spectra(exact: list[float], at: _Factor, top: float) -> Panel:
     d, low = len(exact), top / 10**DECADES
     panel = Panel(
         "spectrum",
@@ -140,11 +146,11 @@ def _spectra(exact: list[float], at: dict, top: float) -> Panel:
     )
     powers = [10.0**k for k in range(-9, 9) if low <= 10.0**k <= top]
     panel.axes(range(0, d + 1, max(1, d // 5)), powers, ("number of the eigenvalue", "eigenvalue"))
-    own = [*at["pairs"], *[at["tails"]] * (d - len(at["pairs"]))]
+    own = [*at.pairs, *[at.tail] * (d - len(at.pairs))]
     for style, name, values in (("line ggn", "exact", exact), ("line kfac", "kept", own)):
         steps = [(i + k, max(v, low)) for i, v in enumerate(values) for k in (0, 1)]
         panel.add("path", style, name, d=panel.path(steps))
-    last = len(at["pairs"])
+    last = len(at.pairs)
     panel.add("path", "guide", "last", d=panel.path([(last, low), (last, top)]))
     panel.text(panel.x.end, 44, "exact average", "ggn", "end")
     panel.text(panel.x.end, 62, "B-KFAC", "kfac", "end")
@@ -168,8 +174,8 @@ def _captured(shares: list[float]) -> Panel:
     return panel
 
 
-def _state(at: dict, seen: int, rank: int) -> str:
+def _state(at: _Factor, seen: int, rank: int) -> str:
     return (
-        f"{seen} batches, <i>r</i> = {rank}: B-KFAC has {len(at['pairs'])} eigenpairs and the tail "
-        f"<b>{at['tails']:.4f}</b>. The error of its damped inverse is <b>{at['errors']:.4f}</b>."
+        f"{seen} batches, <i>r</i> = {rank}: B-KFAC has {len(at.pairs)} eigenpairs and the tail "
+        f"<b>{at.tail:.4f}</b>. The error of its damped inverse is <b>{at.error:.4f}</b>."
     )
