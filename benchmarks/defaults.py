@@ -5,11 +5,9 @@ for the task's whole budget. A row says in how many steps each seed hit the targ
 the mean loss between two evaluations became in comparison with the loss before the first step.
 
 Bounds: the median over seeds is at most 1.5 times that of KFAC-expand with tuned settings and a
-schedule, and no mean is ever larger than the loss at the start. Tuned steps of T1 to T4 are from
-`benchmarks.training`, those of T5 from a search of the same kind, which `--search` runs and stores
-beside the result. The seeds are not those on which the defaults were chosen.
+schedule, and no mean is ever larger than the loss at the start. Tuned steps are those that
+`benchmarks.training` has stored. The seeds are not those on which the defaults were chosen.
 
-    python -m benchmarks.defaults --search --json benchmarks/results/defaults-cpu.json
     python -m benchmarks.defaults --json benchmarks/results/defaults-cpu.json
     python -m benchmarks.defaults --rows T2 --seeds 1
 """
@@ -25,13 +23,12 @@ from benchmarks.loop import batches, first_hit, take_step
 from benchmarks.measure import RESULTS, about, chosen, stored, write
 from benchmarks.methods import KFAC_UNDER_ALL
 from benchmarks.tasks import MAIN, TASKS, Task
-from benchmarks.training import median, search
+from benchmarks.training import median
 from kfac_scratch import KFAC
 
 BOUND = 1.5  # times the tuned steps
 SEEDS = tuple(range(300, 305))
 TUNED = "kfac-expand"
-SEARCHED = ("T5",)  # tasks without a stored comparison of methods
 
 
 def train_bare(task: Task, seed: int, steps: int) -> dict[str, Any]:
@@ -78,13 +75,11 @@ def judged(name: str, tuned: float, runs: list[dict[str, Any]]) -> dict:
     }
 
 
-def tuned_steps(name: str, searched: dict[str, dict]) -> float | None:
+def tuned_steps(name: str) -> float | None:
     """The median steps of tuned KFAC-expand; None for a task that has not been searched yet.
 
     The fewest of all its searches: with a choice of average and damping, and with fixed ones.
     """
-    if name in searched:
-        return median(searched[name]["steps"])
     summary = stored(RESULTS / f"training-{name}.json").get("summary", {})
     searches = {TUNED, *KFAC_UNDER_ALL} & set(summary)
     return min((summary[n]["steps"] or math.inf for n in searches), default=None)
@@ -96,26 +91,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here, with what it holds")
     parser.add_argument("--rows", default="", help="only tasks whose name matches this pattern")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds")
-    parser.add_argument("--search", action="store_true", help="tune KFAC-expand on T5 instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = stored(args.json) if args.json else {}
-    searched = result.get("search", {})
-    names = chosen(MAIN, args.rows)
-    if args.search:
-        searched |= {name: search(TASKS[name](), TUNED) for name in SEARCHED if name in names}
-        names = []
     rows = {row["task"]: row for row in result.get("rows", [])}
-    for name in names:
-        tuned = tuned_steps(name, searched)
+    for name in chosen(MAIN, args.rows):
+        tuned = tuned_steps(name)
         if tuned is None:
-            print(f"{name} has no tuned steps yet: run with --search first.")
+            print(f"{name} has no tuned steps yet: run benchmarks.training first.")
             continue
         rows[name] = row_of(name, tuned, SEEDS[: args.seeds])
         print({key: value for key, value in rows[name].items() if key != "runs"}, flush=True)
         for run in rows[name]["runs"]:
             print("  ", run, flush=True)
-    result |= about(torch.device("cpu")) | {"search": searched, "rows": list(rows.values())}
+    result |= about(torch.device("cpu")) | {"rows": list(rows.values())}
     if args.json:
         write(args.json, result)
 

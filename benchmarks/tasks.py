@@ -254,7 +254,7 @@ def convolutional_task() -> Task:
 
 def character_task() -> Task:
     options = {
-        "target": 2.0,
+        "target": 2.2,  # AdamW reaches it within the budget, in about a minute
         "batch": 32,
         "budget": 600,
         "every": 10,

@@ -548,7 +548,7 @@ def test_stored_defaults_hold_every_task_with_bounds_from_tuned_steps():
     result = stored(RESULTS / "defaults-cpu.json")
     assert [row["task"] for row in result["rows"]] == list(MAIN)
     for row in result["rows"]:
-        assert row["tuned"] == tuned_steps(row["task"], result["search"])
+        assert row["tuned"] == tuned_steps(row["task"])
         assert row["median"] == median([run["steps"] for run in row["runs"]])
         assert len({run["seed"] for run in row["runs"]}) >= 5
         stable = all(run["largest_loss"] is not None for run in row["runs"])
@@ -561,7 +561,7 @@ def test_stored_defaults_hold_every_task_with_bounds_from_tuned_steps():
     "name", ["T2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("T1", "T3", "T4"))]
 )
 def test_bare_defaults_reach_the_target_in_less_than_one_and_a_half_tuned_steps(name):
-    tuned = tuned_steps(name, {})
+    tuned = tuned_steps(name)
     row = row_of(name, tuned, DEFAULT_SEEDS[:3], steps=int(BOUND * tuned) + 2 * TASKS[name]().every)
     assert row["within"], row
 
